@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+
+BIN := .venv/bin
+MODEL := smollm2-135m-instruct
+CONFIG := smollm2-135m
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test test-fast lint format bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Create .venv with vLLM, the plugin and the tools (does nothing if up to date)
+	@scripts/setup.sh
+
+demo: setup ## Compare stock vLLM and ROCKETKV on a long document
+	@$(BIN)/vllm-sparse demo
+
+serve: setup ## Serve the demo model with ROCKETKV on port 8000
+	@model=$$($(BIN)/vllm-sparse fetch-model $(MODEL)) && \
+	$(BIN)/vllm serve "$$model" --served-model-name $(MODEL) --dtype bfloat16 \
+		--kv-cache-memory-bytes 1G --attention-backend ROCKETKV \
+		--additional-config '{"vllm_sparse": {"config": "$(CONFIG)"}}'
+
+test: setup ## Run all tests that this machine can run
+	@$(BIN)/python -m pytest -q
+
+test-fast: setup ## Run the tests that need no engine, no model and little time
+	@$(BIN)/python -m pytest -q -m "not slow and not vllm and not model"
+
+lint: setup ## Check style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup ## Format the code and fix what can be fixed
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: setup ## Run the benchmarks
+	@$(BIN)/python -m benchmarks.run_all
+
+clean: ## Remove builds and caches, but not .venv
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find vllm_sparse kernels configs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

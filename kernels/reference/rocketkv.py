@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""RocketKV decode step on a paged cache, in PyTorch.
+
+Any device, any dtype; the definition that the CPU and GPU kernels are tested against.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vllm_sparse.policies.rocketkv import page_probabilities, select_pages
+
+if TYPE_CHECKING:
+    from vllm_sparse.kernels.layout import PageLayout
+
+
+def append_tokens(
+    cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    final_lengths: Tensor,
+    layout: PageLayout,
+) -> None:
+    """Write each row's newest token and refresh the extrema of the page it falls into.
+
+    Args:
+        cache: ``[blocks, G, block_size, C]``, modified.
+        key: ``[T, G, D]``.
+        value: ``[T, G, D]``.
+        block_table: Physical blocks of each row, ``[T, max_blocks]``.
+        lengths: Tokens of each row including its own, ``[T]``; 0 marks a padding row.
+        final_lengths: Length of the row's request after this step, ``[T]``.
+        layout: Page geometry.
+    """
+    tokens, extrema = layout.tokens(cache), layout.extrema(cache)
+    active = lengths > 0
+    rows = block_table[active].long()
+    slot = (lengths[active] - 1).long()
+    block = rows.gather(1, (slot // layout.block_size)[:, None])[:, 0]
+    tokens[block, :, slot % layout.block_size] = torch.cat((key, value), -1)[active].to(cache.dtype)
+
+    # Only the last token that this step writes to a page stores the page's extrema, so that no
+    # two rows write different values to one place.
+    closes = (lengths == final_lengths)[active] | ((slot + 1) % layout.page_size == 0)
+    block, slot = block[closes], slot[closes]
+    in_block = slot % layout.block_size
+    page = in_block // layout.page_size
+    member = page[:, None] * layout.page_size + torch.arange(layout.page_size, device=cache.device)
+    keys = tokens[block[:, None], :, member, : layout.head_dim].transpose(1, 2)
+    absent = (member > in_block[:, None])[:, None, :, None]
+    low = keys.masked_fill(absent, torch.inf).amin(2)
+    high = keys.masked_fill(absent, -torch.inf).amax(2)
+    extrema[block, :, :, page] = torch.cat((low, high), -1)
+
+
+def decode_attention(
+    cache: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    final_lengths: Tensor,
+    top_r: Tensor,
+    *,
+    layout: PageLayout,
+    top_k: int,
+    scale: float,
+    read_all: bool = False,
+) -> None:
+    """Append the rows' tokens, select with hybrid sparse attention, attend exactly.
+
+    Args:
+        cache: ``[blocks, G, block_size, C]``, modified by the append.
+        query: ``[T, H, D]``.
+        key: ``[T, G, D]``.
+        value: ``[T, G, D]``.
+        output: ``[T, H, D]``, written; zero for padding rows.
+        block_table: Physical blocks of each row from its first kept block, ``[T, max_blocks]``.
+        lengths: Physical tokens of each row including its own, ``[T]``; 0 marks a padding row.
+        final_lengths: Physical tokens of the row's request after this step, ``[T]``; larger than
+            ``lengths`` when a preempted request replays several tokens at once.
+        top_r: Channels to read for each row, ``[T]``.
+        layout: Page geometry.
+        top_k: Tokens to attend to per KV head.
+        scale: Logit scale.
+        read_all: Attend to every token (stage 2 off).
+    """
+    append_tokens(cache, key, value, block_table, lengths, final_lengths, layout)
+    rows, heads, dim = query.shape
+    kv_heads = cache.shape[1]
+    page_size, per_block = layout.page_size, layout.pages_per_block
+    table = block_table.long()
+    held = table.shape[1] * layout.block_size
+    tokens = layout.tokens(cache)[table].transpose(1, 2).reshape(rows, kv_heads, held, 2 * dim)
+    keys, values = tokens.float().split(dim, -1)
+    position = torch.arange(held, device=cache.device)
+    grouped = query.view(rows, kv_heads, -1, dim)
+
+    visible = position < lengths[:, None]
+    selected = visible[:, None].expand(-1, kv_heads, -1)
+    if not read_all:
+        extrema = layout.extrema(cache)[table]
+        extrema = extrema.permute(0, 2, 1, 4, 3).reshape(rows, kv_heads, -1, 2 * dim)
+        # The stored extrema of the newest page may already hold tokens that come later.
+        newest = (lengths.clamp_min(1) - 1) // page_size
+        member = newest[:, None] * page_size + torch.arange(page_size, device=cache.device)
+        newest_keys = keys.gather(2, member[:, None, :, None].expand(-1, kv_heads, -1, dim))
+        absent = (member >= lengths[:, None])[:, None, :, None]
+        bounds = torch.cat(
+            (
+                newest_keys.masked_fill(absent, torch.inf).amin(2),
+                newest_keys.masked_fill(absent, -torch.inf).amax(2),
+            ),
+            -1,
+        )
+        page = torch.arange(table.shape[1] * per_block, device=cache.device)
+        is_newest = (page == newest[:, None])[:, None, :, None]
+        extrema = torch.where(is_newest, bounds.unsqueeze(2), extrema.float())
+        # Pages nobody has written may hold anything, NaN included.
+        extrema = torch.where((page > newest[:, None])[:, None, :, None], 0.0, extrema)
+        probability = page_probabilities(
+            grouped, extrema[..., :dim], extrema[..., dim:], lengths, page_size, top_r
+        )
+        pages, taken = select_pages(probability, lengths, page_size, top_k)
+        offset = torch.arange(page_size, device=cache.device)
+        index = (pages.unsqueeze(-1) * page_size + offset).flatten(2)
+        chosen = (offset < taken.unsqueeze(-1)).flatten(2)
+        mask = torch.zeros(rows, kv_heads, held, dtype=torch.bool, device=cache.device)
+        selected = selected & mask.scatter_(2, index, chosen)
+    logits = grouped.float() @ keys.transpose(-1, -2) * scale
+    weights = logits.masked_fill(~selected.unsqueeze(2), -torch.inf).softmax(-1)
+    attended = weights @ values.masked_fill(~selected.unsqueeze(-1), 0.0)
+    attended = torch.where((lengths > 0)[:, None, None, None], attended, 0.0)
+    output.copy_(attended.reshape(rows, heads, dim))

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Shared fixtures."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# One OpenMP thread per process: with more, the barrier of tiny models costs more than their work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+import torch
+from engine import BLOCK_SIZE, SETTINGS, run_engine
+from reference import hf_rocketkv
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory is NaN in tests, so that reading it shows."""
+    for name in ("empty", "empty_like"):
+        original = getattr(torch, name)
+
+        def poisoned(*args, _original=original, **kwargs):
+            tensor = _original(*args, **kwargs)
+            if tensor.is_floating_point() and tensor.device.type != "meta":
+                tensor.fill_(torch.nan)
+            return tensor
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama whose attention matters (std 0.1): dummy weights prove nothing."""
+    path = tmp_path_factory.mktemp("models") / "llama"
+    hf_rocketkv.save_random_llama(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for Qwen2: biased projections, another group size."""
+    path = tmp_path_factory.mktemp("models") / "qwen2"
+    hf_rocketkv.save_random_llama(path, arch="qwen2")
+    return path
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """Six prompts of unlike lengths, pairs of which share their first 384 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randint(1024, (3, 384), generator=generator)
+    tails = [torch.randint(1024, (216 + 7 * i,), generator=generator) for i in range(6)]
+    return [torch.cat((shared[i // 2], tails[i])).tolist() for i in range(6)]
+
+
+@pytest.fixture(scope="session")
+def sparse_run(llama: Path, prompts: list[list[int]]) -> dict:
+    """The undisturbed run that others are compared with; itself compared with Hugging Face."""
+    return run_engine(llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE)
+
+
+@pytest.fixture(scope="session")
+def stock_run(llama: Path, prompts: list[list[int]]) -> dict:
+    """Stock vLLM on the same prompts."""
+    return run_engine(llama, prompts, block_size=BLOCK_SIZE)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Runs a vLLM engine in a process of its own and returns what it did."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+BLOCK_SIZE = 32
+NEW_TOKENS = 100
+SETTINGS = {
+    "token_budget": 64,
+    "min_context": 128,
+    "generation_reserve": 100,
+    "page_sizes": [4],
+}
+
+
+def run_engine(
+    model: Path,
+    prompts: list[list[int]],
+    *,
+    settings: dict[str, Any] | None = None,
+    waves: int = 1,
+    new_tokens: int = NEW_TOKENS,
+    env: dict[str, str] | None = None,
+    in_process: bool = True,
+    timeout: float = 300,
+    **llm: Any,
+) -> dict[str, Any]:
+    """Generate greedily in float32.
+
+    Args:
+        model: Checkpoint folder.
+        prompts: Token ids.
+        settings: ``vllm_sparse`` settings; ``None`` runs stock vLLM.
+        waves: How often to send all prompts, to one engine.
+        new_tokens: Tokens to generate for each prompt.
+        env: Additional environment.
+        in_process: Engine, scheduler and worker in one process.
+        timeout: Seconds.
+        **llm: Arguments of ``LLM``.
+
+    Returns:
+        ``tokens[wave][request]``, ``cached[wave][request]`` (prefix-cache hits in tokens),
+        ``counters`` (of the worker and scheduler if in process), ``preemptions``, ``free_blocks``
+        ``[before, after]`` and ``log``.
+    """
+    arguments = {
+        "max_model_len": 1024,
+        "kv_cache_memory_bytes": 64 << 20,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 2048,
+        **llm,
+    }
+    if settings is not None:
+        arguments["attention_backend"] = "rocketkv"
+        arguments["additional_config"] = {"vllm_sparse": settings}
+    with tempfile.TemporaryDirectory() as folder:
+        job, result = Path(folder) / "job.json", Path(folder) / "result.json"
+        job.write_text(
+            json.dumps(
+                {
+                    "model": str(model),
+                    "prompts": prompts,
+                    "waves": waves,
+                    "new_tokens": new_tokens,
+                    "llm": arguments,
+                    "result": str(result),
+                }
+            )
+        )
+        environment = {
+            **os.environ,
+            "VLLM_CPU_CI_ENV": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            **(env or {}),
+        }
+        done = subprocess.run(
+            [sys.executable, __file__, str(job)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        log = done.stdout + done.stderr
+        if done.returncode:
+            raise RuntimeError(f"engine failed:\n{log[-6000:]}")
+        return {**json.loads(result.read_text()), "log": log}
+
+
+def _main(path: str) -> None:
+    job = json.loads(Path(path).read_text())
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        _interpret_triton()
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model=job["model"],
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        dtype="float32",
+        seed=0,
+        disable_log_stats=False,
+        **job["llm"],
+    )
+    sampling = SamplingParams(
+        max_tokens=job["new_tokens"], temperature=0, ignore_eos=True, detokenize=False
+    )
+    result: dict[str, Any] = {"tokens": [], "cached": []}
+    before = _free_blocks(llm)
+    for _ in range(job["waves"]):
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in job["prompts"]], sampling, use_tqdm=False
+        )
+        result["tokens"].append([list(output.outputs[0].token_ids) for output in outputs])
+        result["cached"].append([output.num_cached_tokens for output in outputs])
+    from vllm_sparse import metrics
+
+    counted = metrics.counters()._values
+    result["counters"] = {"/".join(filter(None, key)): value for key, value in counted.items()}
+    result["preemptions"] = sum(
+        metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
+    )
+    result["free_blocks"] = [before, _free_blocks(llm)]
+    Path(job["result"]).write_text(json.dumps(result))
+
+
+def _free_blocks(llm: Any) -> int | None:
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    if core is None:
+        return None
+    return core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def _interpret_triton() -> None:
+    """Model Runner V2 needs Triton, whose CPU stand-in is its interpreter."""
+    import types
+
+    from triton.backends import backends
+
+    class Driver:
+        @staticmethod
+        def is_active() -> bool:
+            return True
+
+    backends["cpu"] = types.SimpleNamespace(driver=Driver, compiler=None)
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Reading stock pages, compacting prompts, parking window queries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import rocketkv_bruteforce as brute
+from vllm_sparse.kernels.layout import PageLayout
+
+from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.kv.codec import PageCodec
+from vllm_sparse.kv.compaction import QueryParking, compact_prompt
+
+CPU = torch.device("cpu")
+
+
+def stock_pack(isa: str):
+    """vLLM's own CPU kernel as the packer of pages."""
+    ops = pytest.importorskip("vllm._custom_ops")
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+
+    def pack(key, value, pages):
+        key_pages, value_pages = pages.chunk(2, 2)
+        slots = torch.arange(len(key))
+        ops.cpu_attn_reshape_and_cache(key, value, key_pages, value_pages, slots, isa)
+
+    return pack
+
+
+def row_pack(key, value, pages):
+    """A plain layout, as GPU kernels have it."""
+    key_pages, value_pages = pages.chunk(2, 2)
+    key_pages[0], value_pages[0] = key.transpose(0, 1), value.transpose(0, 1)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("block_size", [32, 128])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_codec_reads_what_the_stock_kernel_wrote(dtype, dim, block_size):
+    cpu_attn = pytest.importorskip("vllm.v1.attention.backends.cpu_attn")
+    pack = stock_pack(cpu_attn._get_attn_isa(dtype, block_size, dim))
+    codec = PageCodec(pack, block_size, dim, dtype, CPU)
+    generator = torch.Generator().manual_seed(1)
+    key, value = (torch.randn(block_size, 3, dim, generator=generator).to(dtype) for _ in "kv")
+    pages = torch.zeros(1, 3, 2 * block_size, dim, dtype=dtype)
+    pack(key, value, pages)
+    cache = pages.view(1, 3, block_size, 2 * dim)
+    assert torch.equal(codec.keys(cache), key.transpose(0, 1))
+    assert torch.equal(codec.values(cache), value.transpose(0, 1))
+
+
+def test_codec_refuses_an_unknown_packing():
+    def scrambled(key, value, pages):
+        row_pack(key.flip(0), value.flip(0), pages)
+
+    with pytest.raises(UnsupportedError, match="does not know"):
+        PageCodec(scrambled, 32, 64, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("prompt_len", [320, 345, 351])
+@pytest.mark.parametrize("page_size", [2, 4])
+def test_compaction_keeps_what_brute_force_keeps(prompt_len, page_size):
+    kv_heads, group, dim, block_size, window, dropped = 2, 3, 16, 32, 8, 6
+    generator = torch.Generator().manual_seed(prompt_len)
+    layout = PageLayout(block_size, dim, page_size)
+    codec = PageCodec(row_pack, block_size, dim, torch.float32, CPU)
+    count = -(-prompt_len // block_size)
+    cache = torch.full((count + 5, kv_heads, block_size, 2 * dim + 2 * dim // page_size), torch.nan)
+    blocks = torch.randperm(count + 5, generator=generator)[:count].int()
+    keys, values = (
+        torch.randn(kv_heads, count * block_size, dim, generator=generator) for _ in "kv"
+    )
+    packed = layout.tokens(cache).view(-1, kv_heads, 2 * block_size, dim)
+    for i, block in enumerate(blocks.tolist()):
+        span = slice(i * block_size, (i + 1) * block_size)
+        row_pack(keys[:, span].transpose(0, 1), values[:, span].transpose(0, 1),
+                 packed[block : block + 1])  # fmt: skip
+    query = torch.randn(kv_heads * group, window, dim, generator=generator)
+    before = cache.clone()
+    compact_prompt(cache, blocks, prompt_len, dropped, query, codec=codec, layout=layout,
+                   pool_kernel=5)  # fmt: skip
+
+    kept = prompt_len - dropped * block_size
+    keys, values = keys[:, :prompt_len], values[:, :prompt_len]
+    index = brute.select_prompt_tokens(query, keys, kept, 5)
+    tail = blocks[dropped:].long()
+    rows = layout.tokens(cache)[tail].transpose(0, 1).flatten(1, 2)[:, :kept]
+    for head in range(kv_heads):
+        assert torch.equal(rows[head, :, :dim], keys[head, index[head]])
+        assert torch.equal(rows[head, :, dim:], values[head, index[head]])
+    low, high = brute.page_extrema(rows[..., :dim], page_size)
+    stored = layout.extrema(cache)[tail].permute(1, 0, 3, 2).flatten(1, 2)[:, : low.shape[1]]
+    assert torch.equal(stored, torch.cat((low, high), -1).float())
+    others = torch.ones(len(cache), dtype=torch.bool).scatter_(0, tail, False)
+    assert torch.equal(cache[others].nan_to_num(7), before[others].nan_to_num(7))
+
+
+@pytest.mark.parametrize("split", [1, 5, 31])
+def test_parked_queries_come_back(split):
+    layout = PageLayout(32, 16, 4)
+    cache = torch.full((9, 2, 32, 40), torch.nan)
+    parking = QueryParking(layout, group_size=3)
+    tail = torch.tensor([4, 1, 7, 2, 8, 3, 5], dtype=torch.int32)
+    queries = torch.randn(31, 6, 16, generator=torch.Generator().manual_seed(0))
+    parking.store(cache, tail, 0, queries[:split])
+    parking.store(cache, tail, split, queries[split:])
+    assert torch.equal(parking.load(cache, tail, 31), queries)
+    assert layout.tokens(cache).isnan().all()  # tokens are not touched

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Whole vLLM engines: against stock vLLM, against Hugging Face with the mask, against each other.
+
+``sparse_run`` is compared with Hugging Face once; every other way to run the same requests must
+then give the same tokens.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS, run_engine
+from reference import hf_rocketkv
+
+from vllm_sparse.kv.retention import RetentionRule
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+
+def retention_rule(*, group_size: int, **changes) -> RetentionRule:
+    defaults = {
+        "window": 32, "stage1": True, "stage2": True, "head_dim": 32, "block_size": BLOCK_SIZE,
+        "max_model_len": 1024, **SETTINGS, "group_size": group_size,
+    }  # fmt: skip
+    values = {**defaults, **changes}
+    values["page_sizes"] = tuple(values["page_sizes"])
+    values.pop("skip_layers", None)  # decides what is read, not what is kept
+    return RetentionRule(**values)
+
+
+@cache
+def _hf_model(path: Path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def assert_tokens_of_hugging_face(model: Path, prompts, tokens, *, group_size=4, **changes):
+    """Every request's tokens equal the masked Hugging Face run's, up to genuine near-ties."""
+    rule = retention_rule(group_size=group_size, **changes)
+    for prompt, got in zip(prompts, tokens, strict=True):
+        retention = rule(len(prompt))
+        assert retention.sparse
+        expected = hf_rocketkv.generate(
+            _hf_model(model),
+            prompt,
+            len(got),
+            dropped_blocks=retention.dropped_blocks,
+            block_size=BLOCK_SIZE,
+            page_size=retention.page_size,
+            top_r=retention.top_r,
+            top_k=changes.get("token_budget", SETTINGS["token_budget"]) // 2,
+            stage1=rule.stage1,
+            stage2=rule.stage2,
+            skip_layers=changes.get("skip_layers", 0),
+            return_logits=True,
+        )
+        same = [a == b for a, b in zip(got, expected.tokens, strict=True)]
+        first = same.index(False) if False in same else len(same)
+        if first < len(same):
+            # float32 sums in another order: only a tie within rounding may fall the other way.
+            gaps = [expected.margins[first], expected.prompt_gap]
+            selection = [*expected.page_gaps[:first], *expected.channel_gaps[:first]]
+            assert gaps[0] < 1e-4 or min([gaps[1], *selection]) < 1e-5, (
+                f"diverges at token {first} without a near-tie: {gaps}, {min(selection)}"
+            )
+
+
+def test_sparse_engine_equals_hugging_face_with_the_mask(llama, prompts, sparse_run):
+    assert len(prompts) >= 6
+    assert len(sparse_run["tokens"][0][0]) == NEW_TOKENS
+    assert_tokens_of_hugging_face(llama, prompts, sparse_run["tokens"][0])
+
+
+def test_the_mask_changes_the_tokens(sparse_run, stock_run):
+    """Otherwise the comparison above would prove nothing."""
+    for sparse, dense in zip(sparse_run["tokens"][0], stock_run["tokens"][0], strict=True):
+        assert sparse[0] == dense[0]  # the first token comes from the dense prompt pass
+        assert sum(a == b for a, b in zip(sparse, dense, strict=True)) < NEW_TOKENS // 2
+
+
+def test_qwen2_equals_hugging_face_with_the_mask(qwen2, prompts):
+    run = run_engine(qwen2, prompts, settings=SETTINGS, block_size=BLOCK_SIZE)
+    assert_tokens_of_hugging_face(qwen2, prompts, run["tokens"][0])
+
+
+@pytest.mark.parametrize("changes", [{"stage2": False}, {"skip_layers": 1}, {"page_sizes": [1, 2]}])
+def test_ablations_equal_hugging_face(llama, prompts, changes):
+    run = run_engine(
+        llama, prompts[:3], settings={**SETTINGS, **changes}, block_size=BLOCK_SIZE, new_tokens=40
+    )
+    assert_tokens_of_hugging_face(llama, prompts[:3], run["tokens"][0], **changes)
+
+
+def test_a_budget_of_the_whole_context_equals_stock(llama, prompts, stock_run):
+    """Without eviction every token goes through compaction and the sparse kernel."""
+    everything = {**SETTINGS, "token_budget": 4096, "stage1": False}
+    run = run_engine(llama, prompts, settings=everything, block_size=BLOCK_SIZE)
+    assert run["tokens"] == stock_run["tokens"]
+    assert run["counters"]["selected_tokens"] == run["counters"]["visible_tokens"] > 0
+    fits = run_engine(
+        llama, prompts, settings={**SETTINGS, "token_budget": 4096}, block_size=BLOCK_SIZE
+    )
+    assert fits["tokens"] == stock_run["tokens"]
+    assert fits["counters"]["dense_fallbacks/fits_budget"] == len(prompts)
+
+
+@pytest.mark.parametrize("chunk", [256, 33])
+def test_chunked_prefill_and_mixed_steps_change_nothing(llama, prompts, sparse_run, chunk):
+    """33 tokens a step: windows straddle chunks, decode rows share steps with prompts."""
+    run = run_engine(
+        llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE, max_num_batched_tokens=chunk
+    )
+    assert run["tokens"] == sparse_run["tokens"]
+
+
+def test_prefix_caching_changes_nothing(llama, prompts, sparse_run):
+    run = run_engine(llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE, waves=2)
+    assert run["tokens"] == sparse_run["tokens"] * 2
+    rule = retention_rule(group_size=4)
+    for prompt, hit in zip(prompts, run["cached"][1], strict=True):
+        # The second wave hits exactly the dropped blocks: published before, tail recomputed.
+        assert hit == rule(len(prompt)).dropped_blocks * BLOCK_SIZE > 0
+
+
+def test_without_prefix_caching(llama, prompts, sparse_run):
+    run = run_engine(
+        llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE, enable_prefix_caching=False
+    )
+    assert run["tokens"] == sparse_run["tokens"]
+
+
+@pytest.mark.parametrize(("blocks", "chunk"), [(50, 2048), (50, 100)])
+def test_preemption_changes_nothing(llama, prompts, sparse_run, blocks, chunk):
+    run = run_engine(
+        llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE, num_gpu_blocks_override=blocks,
+        max_num_batched_tokens=chunk, scheduler_reserve_full_isl=False,
+    )  # fmt: skip
+    assert run["preemptions"] > 0
+    assert run["counters"]["prompts_compacted"] > len(prompts)  # resumed ones are compacted again
+    assert run["tokens"] == sparse_run["tokens"]
+    assert run["free_blocks"][0] == run["free_blocks"][1]
+
+
+def test_freed_blocks_are_free(llama, prompts, sparse_run):
+    rule = retention_rule(group_size=4)
+    dropped = sum(rule(len(prompt)).dropped_blocks for prompt in prompts)
+    assert sparse_run["counters"]["blocks_evicted"] == dropped
+    assert sparse_run["free_blocks"][0] == sparse_run["free_blocks"][1]
+
+
+def test_counters_tell_what_was_read(prompts, sparse_run):
+    steps = NEW_TOKENS - 1
+    visible = sum(len(p) + 1 + i for p in prompts for i in range(steps))
+    assert sparse_run["counters"]["decode_rows"] == steps * len(prompts)
+    assert sparse_run["counters"]["visible_tokens"] == visible
+    selected = steps * len(prompts) * (SETTINGS["token_budget"] // 2)
+    assert sparse_run["counters"]["selected_tokens"] == selected
+
+
+def test_short_prompts_are_stock_beside_long_ones(llama, prompts, sparse_run, stock_run):
+    mixed = [prompts[0], prompts[1][:100], prompts[2], prompts[3][:60]]
+    run = run_engine(llama, mixed, settings=SETTINGS, block_size=BLOCK_SIZE,
+                     max_num_batched_tokens=200)  # fmt: skip
+    stock = run_engine(llama, mixed, block_size=BLOCK_SIZE)
+    assert [run["tokens"][0][i] for i in (1, 3)] == [stock["tokens"][0][i] for i in (1, 3)]
+    assert [run["tokens"][0][i] for i in (0, 2)] == [sparse_run["tokens"][0][i] for i in (0, 2)]
+    assert run["counters"]["dense_fallbacks/short_prompt"] == 2
+
+
+def test_other_block_sizes_equal_hugging_face(llama, prompts):
+    run = run_engine(llama, prompts[:2], settings={**SETTINGS, "window": 16}, block_size=64)
+    rule = retention_rule(group_size=4, block_size=64, window=16)
+    for prompt, got in zip(prompts, run["tokens"][0], strict=False):
+        retention = rule(len(prompt))
+        expected = hf_rocketkv.generate(
+            _hf_model(llama), prompt, NEW_TOKENS, dropped_blocks=retention.dropped_blocks,
+            block_size=64, page_size=retention.page_size, top_r=retention.top_r, top_k=32,
+            window=16,
+        )  # fmt: skip
+        assert got == expected
+
+
+def test_tensor_parallelism_changes_nothing(llama, prompts, sparse_run):
+    run = run_engine(
+        llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE, in_process=False,
+        tensor_parallel_size=2, env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    )  # fmt: skip
+    assert run["tokens"] == sparse_run["tokens"]
+
+
+def test_model_runner_v2_changes_nothing(llama, prompts, sparse_run):
+    run = run_engine(
+        llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE, max_num_batched_tokens=256,
+        env={"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}, timeout=600,
+    )  # fmt: skip
+    assert run["tokens"] == sparse_run["tokens"]
+    assert run["counters"]["decode_rows"] > 0
+
+
+def test_forgetting_the_plugin_is_harmless(llama, prompts, stock_run):
+    """Installed but not selected: stock tokens, nothing counted."""
+    assert not stock_run["counters"]
+    assert "ROCKETKV" not in stock_run["log"]

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The fused CPU kernel against the reference, and the reference against the policy functions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from reference import rocketkv_bruteforce as brute
+from vllm_sparse.kernels import dispatch
+from vllm_sparse.kernels.cpu import build
+from vllm_sparse.kernels.cpu import rocketkv as fused
+from vllm_sparse.kernels.layout import PageLayout
+from vllm_sparse.kernels.reference import rocketkv as reference
+
+from vllm_sparse.policies.rocketkv import page_extrema
+
+
+class Batch(NamedTuple):
+    layout: PageLayout
+    cache: torch.Tensor
+    table: torch.Tensor
+    lengths: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    top_r: torch.Tensor
+    history: list[torch.Tensor]  # [G, n - 1, 2D] of each row
+
+
+def make_batch(rows=5, kv_heads=2, group=3, dim=64, block_size=32, page_size=4, longest=300,
+               dtype=torch.float32, seed=0) -> Batch:  # fmt: skip
+    """Rows of unlike lengths in scattered blocks; whatever a row does not own is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    layout = PageLayout(block_size, dim, page_size)
+    width = -(-longest // block_size) + 1
+    blocks = rows * width + 1
+    cache = torch.full((blocks, kv_heads, block_size, 2 * dim + 2 * dim // page_size), torch.nan)
+    cache = cache.to(dtype)
+    table = (torch.randperm(blocks - 1, generator=generator) + 1).view(rows, width).int()
+    lengths = torch.randint(longest // 2, longest + 1, (rows,), generator=generator).int()
+    lengths[0] = longest
+    history = []
+    for row in range(rows):
+        past = torch.randn(kv_heads, int(lengths[row]) - 1, 2 * dim, generator=generator).to(dtype)
+        history.append(past)
+        slot = torch.arange(past.shape[1])
+        block = table[row].long()[slot // block_size]
+        layout.tokens(cache)[block, :, slot % block_size] = past.transpose(0, 1)
+        bounds = torch.cat(page_extrema(past[..., :dim], page_size), -1).transpose(0, 1)
+        page = torch.arange(len(bounds))
+        block = table[row].long()[page // layout.pages_per_block]
+        layout.extrema(cache)[block, :, :, page % layout.pages_per_block] = bounds
+
+    def noise(heads: int) -> torch.Tensor:
+        return (torch.randn(rows, heads, dim, generator=generator) * 1.5).to(dtype)
+
+    top_r = torch.randint(1, dim + 1, (rows,), generator=generator).int()
+    return Batch(layout, cache, table, lengths, noise(kv_heads * group), noise(kv_heads),
+                 noise(kv_heads), top_r, history)  # fmt: skip
+
+
+def run(kernel, batch: Batch, top_k: int, read_all: bool = False):
+    cache, output = batch.cache.clone(), torch.empty_like(batch.query)
+    kernel(cache, batch.query, batch.key, batch.value, output, batch.table, batch.lengths,
+           batch.lengths, batch.top_r, layout=batch.layout, top_k=top_k, scale=0.11,
+           read_all=read_all)  # fmt: skip
+    return cache, output
+
+
+@pytest.mark.parametrize("kernel", [reference.decode_attention, fused.decode_attention])
+@pytest.mark.parametrize("page_size", [1, 2, 4])
+def test_decode_step_equals_brute_force(kernel, page_size):
+    batch = make_batch(page_size=page_size, longest=120)
+    _, output = run(kernel, batch, top_k=32)
+    dim, kv_heads = batch.layout.head_dim, batch.cache.shape[1]
+    for row, past in enumerate(batch.history):
+        newest = torch.cat((batch.key[row], batch.value[row]), -1).unsqueeze(1)
+        held = torch.cat((past, newest), 1)
+        low, high = brute.page_extrema(held[..., :dim], page_size)
+        chosen = brute.select_decode_tokens(
+            batch.query[row], low, high, held.shape[1], page_size, int(batch.top_r[row]), 32
+        )
+        expected = brute.attend(
+            batch.query[row], held[..., :dim], held[..., dim:], torch.tensor(chosen), 0.11
+        )
+        torch.testing.assert_close(output[row], expected, rtol=1e-4, atol=1e-5)
+        assert len(chosen) == kv_heads
+
+
+SHAPES = [
+    {"kv_heads": 3, "group": 3, "block_size": 128, "longest": 700},
+    {"group": 7, "page_size": 2, "dtype": torch.bfloat16},
+    {"group": 1, "dim": 80, "page_size": 1},
+    {"kv_heads": 1, "group": 16, "dim": 128, "block_size": 64, "dtype": torch.bfloat16},
+    {"group": 4, "dim": 40, "block_size": 16, "longest": 90},
+    {"group": 5, "dim": 96, "dtype": torch.float16},
+    {"group": 12, "dim": 256, "block_size": 128},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(f"{k}{v}" for k, v in s.items()))
+@pytest.mark.parametrize(
+    ("top_k", "read_all"), [(37, False), (64, False), (5000, False), (8, True)]
+)
+def test_fused_kernel_equals_reference(shape, top_k, read_all):
+    batch = make_batch(**shape)
+    expected_cache, expected = run(reference.decode_attention, batch, top_k, read_all)
+    cache, output = run(fused.decode_attention, batch, top_k, read_all)
+    tolerance = 2e-5 if batch.cache.dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(cache.nan_to_num(7), expected_cache.nan_to_num(7))
+
+
+@pytest.mark.parametrize("kernel", [reference.decode_attention, fused.decode_attention])
+def test_padding_rows_are_zero_and_write_nothing(kernel):
+    batch = make_batch()
+    whole_cache, whole = run(kernel, batch, top_k=32)
+    lengths = batch.lengths.clone()
+    lengths[2] = 0
+    cache, output = run(kernel, batch._replace(lengths=lengths), top_k=32)
+    assert not output[2].any()
+    assert torch.equal(output[[0, 1, 3, 4]], whole[[0, 1, 3, 4]])
+    untouched = batch.table[2].long()
+    assert torch.equal(cache[untouched].nan_to_num(7), batch.cache[untouched].nan_to_num(7))
+    assert not torch.equal(whole_cache[untouched].nan_to_num(7), cache[untouched].nan_to_num(7))
+
+
+@pytest.mark.parametrize("kernel", [reference.decode_attention, fused.decode_attention])
+@pytest.mark.parametrize("page_size", [2, 4])
+def test_replayed_tokens_give_what_they_gave_one_by_one(kernel, page_size):
+    """A resumed request brings several tokens at once; each may see only its own past."""
+    steps = 11
+    batch = make_batch(rows=steps, page_size=page_size, longest=100)
+    table = batch.table[:1].expand(steps, -1).contiguous()
+    first = int(batch.lengths[0])
+    lengths = torch.arange(first, first + steps, dtype=torch.int32)
+    together, one_by_one = batch.cache.clone(), batch.cache.clone()
+    output, expected = torch.empty_like(batch.query), torch.empty_like(batch.query)
+    options = {"layout": batch.layout, "top_k": 24, "scale": 0.11}
+    final = torch.full_like(lengths, first + steps - 1)
+    kernel(together, batch.query, batch.key, batch.value, output, table, lengths, final,
+           batch.top_r, **options)  # fmt: skip
+    for i in range(steps):
+        row = slice(i, i + 1)
+        kernel(one_by_one, batch.query[row], batch.key[row], batch.value[row], expected[row],
+               table[row], lengths[row], lengths[row], batch.top_r[row], **options)  # fmt: skip
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(together.nan_to_num(7), one_by_one.nan_to_num(7))
+
+
+def test_strided_projections_are_read_in_place():
+    """vLLM hands over slices of one fused QKV row."""
+    batch = make_batch()
+    _, heads, dim = batch.query.shape
+    fused_row = torch.cat((batch.query, batch.key, batch.value), 1).flatten(1)
+    query, key, value = (
+        part.unflatten(1, (-1, dim)) for part in fused_row.split([heads * dim, 2 * dim, 2 * dim], 1)
+    )
+    _, expected = run(fused.decode_attention, batch, 32)
+    _, output = run(fused.decode_attention, batch._replace(query=query, key=key, value=value), 32)
+    assert torch.equal(output, expected)
+
+
+def test_dispatch_prefers_the_fused_kernel_and_says_why_not(monkeypatch):
+    assert dispatch.rocketkv_decode("cpu", torch.float32).name == "cpu"
+    assert dispatch.rocketkv_decode("cuda", torch.float32).name == "reference"
+    build.load.cache_clear()
+    dispatch.rocketkv_decode.cache_clear()
+    monkeypatch.setenv("CXX", "/bin/false")
+    kernel = dispatch.rocketkv_decode("cpu", torch.float32)
+    assert kernel.name == "reference"
+    assert "/bin/false failed" in kernel.note
+    build.load.cache_clear()
+    dispatch.rocketkv_decode.cache_clear()

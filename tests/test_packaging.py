@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The package list, the entry points, the presets and the wheel."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata, resources
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PROJECT["tool"]["setuptools"]
+
+
+def packages_under(folder: str, name: str) -> set[str]:
+    """Names of all packages in a folder of the repository that is installed as `name`."""
+    root = ROOT / folder
+    return {
+        ".".join((name, *init.parent.relative_to(root).parts)) for init in root.rglob("__init__.py")
+    }
+
+
+def package_dir(package: str) -> Path:
+    """Directory of a package in the repository."""
+    mapped = SETUPTOOLS["package-dir"].get(package)
+    return ROOT / (mapped or package.replace(".", "/"))
+
+
+def test_packages_list_matches_tree():
+    in_tree = (
+        packages_under("vllm_sparse", "vllm_sparse")
+        | packages_under("kernels", "vllm_sparse.kernels")
+        | packages_under("configs", "vllm_sparse.configs")
+    )
+    assert set(SETUPTOOLS["packages"]) == in_tree
+
+
+def test_folders_with_modules_are_packages():
+    for folder in ("vllm_sparse", "kernels", "configs"):
+        for module in (ROOT / folder).rglob("*.py"):
+            assert (module.parent / "__init__.py").exists(), f"{module.parent} has no __init__.py"
+
+
+def test_outside_folders_are_mapped():
+    mapped = {"vllm_sparse.kernels": "kernels", "vllm_sparse.configs": "configs"}
+    for package in SETUPTOOLS["packages"]:
+        for prefix, folder in mapped.items():
+            if package == prefix or package.startswith(f"{prefix}."):
+                expected = folder + package.removeprefix(prefix).replace(".", "/")
+                assert SETUPTOOLS["package-dir"].get(package) == expected
+
+
+def test_data_files_are_declared():
+    declared = SETUPTOOLS["package-data"]
+    for package in SETUPTOOLS["packages"]:
+        folder = package_dir(package)
+        data = {
+            path
+            for pattern in ("*.yaml", "*.cpp", "*.h", "py.typed")
+            for path in folder.glob(pattern)
+        }
+        covered = {path for pattern in declared.get(package, []) for path in folder.glob(pattern)}
+        assert data <= covered, package
+
+
+@pytest.mark.parametrize(
+    ("group", "value"),
+    [
+        ("vllm.general_plugins", "vllm_sparse.plugin:register"),
+        ("vllm.platform_plugins", "vllm_sparse.plugin:platform"),
+        ("vllm.stat_logger_plugins", "vllm_sparse.metrics:SparseStatLogger"),
+    ],
+)
+def test_plugin_entry_points_are_installed(group, value):
+    points = {point.value for point in metadata.entry_points(group=group, name="vllm_sparse")}
+    assert points == {value}
+
+
+def test_entry_points_resolve():
+    for point in metadata.distribution("vllm-sparse").entry_points:
+        assert callable(point.load()), point
+
+
+def test_version_is_the_same_everywhere():
+    import vllm_sparse
+
+    assert vllm_sparse.__version__ == PROJECT["project"]["version"]
+    assert f"[{vllm_sparse.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_presets_are_valid_and_complete():
+    from vllm_sparse.config import RocketKVSettings
+
+    yaml = pytest.importorskip("yaml")
+    presets = [
+        file
+        for file in resources.files("vllm_sparse.configs").iterdir()
+        if file.name.endswith(".yaml")
+    ]
+    assert {preset.name.removesuffix(".yaml") for preset in presets} == {
+        "llama-3.1-8b",
+        "mistral-7b",
+        "qwen2.5-7b",
+        "qwen2.5-coder-0.5b",
+        "qwen3-8b",
+        "smollm2-135m",
+    }
+    for preset in presets:
+        RocketKVSettings.model_validate(yaml.safe_load(preset.read_text()))
+
+
+@pytest.mark.slow
+def test_wheel_contains_every_package(tmp_path):
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"),
+            *("--wheel-dir", str(tmp_path), str(ROOT)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert "vllm_sparse/py.typed" in names
+    assert not [name for name in names if name.startswith(("tests/", "kernels/", "configs/"))]
+    for package in SETUPTOOLS["packages"]:
+        target = package.replace(".", "/")
+        sources = package_dir(package)
+        patterns = ["*.py", *SETUPTOOLS["package-data"].get(package, [])]
+        for source in (path for pattern in patterns for path in sources.glob(pattern)):
+            assert f"{target}/{source.name}" in names

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Registration, selection, refusal: how the plugin behaves as a guest of vLLM."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_sparse import compat
+from vllm_sparse.errors import ConfigError, UnsupportedError
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+
+def _python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+        timeout=120,
+        check=False,
+    )
+
+
+def test_our_modules_import_no_torch():
+    done = _python(
+        "import sys, vllm_sparse.plugin, vllm_sparse.config, vllm_sparse.cli\n"
+        "assert 'torch' not in sys.modules, 'torch'\n"
+        "assert 'vllm' not in sys.modules, 'vllm'"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_registration_is_idempotent_and_any_case_parses():
+    from vllm.config.attention import AttentionConfig
+
+    from vllm_sparse.plugin import register
+
+    register()
+    register()
+    for name in ("ROCKETKV", "rocketkv", "RocketKV"):
+        assert AttentionConfig(backend=name).backend.name == "ROCKETKV"
+
+
+def test_the_backend_survives_pickling_into_a_fresh_process():
+    from vllm.config.attention import AttentionConfig
+
+    from vllm_sparse.plugin import register
+
+    register()
+    payload = pickle.dumps(AttentionConfig(backend="ROCKETKV").backend)
+    done = _python(f"import pickle; print(pickle.loads({payload!r}).name)")
+    assert done.stdout.split()[-1] == "ROCKETKV", done.stderr
+
+
+@pytest.mark.parametrize("env", [{}, {"VLLM_TARGET_DEVICE": "cpu"}])
+def test_the_cpu_platform_honours_the_backend(env):
+    done = _python(
+        "from vllm.plugins import load_general_plugins; load_general_plugins()\n"
+        "from types import SimpleNamespace as N\n"
+        "from vllm.platforms import current_platform as p\n"
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum as E\n"
+        "c = lambda w: N(has_sliding_window=w, use_sparse=False, use_mla=False)\n"
+        "print(p.get_attn_backend_cls(E.ROCKETKV, c(False)))\n"
+        "print(p.get_attn_backend_cls(E.ROCKETKV, c(True)))\n"
+        "print(p.get_attn_backend_cls(None, c(False)))\n",
+        **env,
+    )
+    ours, windowed, unselected = done.stdout.split()[-3:]
+    assert ours.endswith("RocketKVBackend"), done.stderr
+    assert windowed.endswith("CPUAttentionBackend")
+    assert unselected.endswith("CPUAttentionBackend")
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0"])
+def test_other_vllm_versions_are_refused(monkeypatch, version):
+    monkeypatch.setattr(compat.metadata, "version", lambda name: version)
+    with pytest.raises(UnsupportedError, match=r">=0\.32,<0\.34"):
+        compat.check_vllm_version()
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.33.1+cu130", "0.32.0+cpu"])
+def test_supported_vllm_versions_pass(monkeypatch, version):
+    monkeypatch.setattr(compat.metadata, "version", lambda name: version)
+    compat.check_vllm_version()
+
+
+def _config(**changes):
+    """The parts of a vLLM config that the guard reads."""
+    model = SimpleNamespace(
+        use_mla=False, is_attention_free=False, runner_type="generate", is_hybrid=False
+    )
+    values = {
+        "attention_config": SimpleNamespace(
+            backend=SimpleNamespace(name="ROCKETKV"), use_non_causal=False
+        ),
+        "additional_config": {},
+        "model_config": model,
+        "cache_config": SimpleNamespace(cache_dtype="auto"),
+        "speculative_config": None,
+        "kv_transfer_config": None,
+        "parallel_config": SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1
+        ),
+    }
+    for key, value in changes.items():
+        head, _, tail = key.partition("__")
+        if tail:
+            setattr(values[head], tail, value)
+        else:
+            values[head] = value
+    return SimpleNamespace(**values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"model_config__use_mla": True}, "MLA"),
+        ({"model_config__runner_type": "pooling"}, "pooling"),
+        ({"model_config__is_hybrid": True}, "recurrent"),
+        ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        ({"speculative_config": object()}, "--speculative-config"),
+        ({"kv_transfer_config": object()}, "--kv-transfer-config"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
+        ({"attention_config__use_non_causal": True}, "non-causal"),
+    ],
+)
+def test_unsupported_combinations_are_refused(changes, why):
+    from vllm_sparse.backends.guard import check_config
+
+    check_config(_config())
+    with pytest.raises(UnsupportedError, match=why):
+        check_config(_config(**changes))
+
+
+def test_a_guarded_combination_is_fine_with_another_backend():
+    from vllm_sparse.backends.guard import check_config
+
+    check_config(_config(attention_config__backend=None, speculative_config=object()))
+
+
+def test_wrong_settings_stop_the_start():
+    from vllm_sparse.backends.guard import check_config
+
+    with pytest.raises(ConfigError, match=r"vllm_sparse\.budget"):
+        check_config(_config(additional_config={"vllm_sparse": {"budget": 1}}))
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        ({"alibi_slopes": [1.0]}, "ALiBi"),
+        ({"sinks": object()}, "sinks"),
+        ({"logits_soft_cap": 30.0}, "capped"),
+        ({"attn_type": "encoder"}, "encoder"),
+        ({"kv_sharing_target_layer_name": "layer.0"}, "share"),
+    ],
+)
+def test_unsupported_layers_are_refused(layer, why):
+    from vllm_sparse.backends.guard import check_layer
+
+    plain = {
+        "alibi_slopes": None,
+        "sinks": None,
+        "logits_soft_cap": None,
+        "attn_type": "decoder",
+        "kv_sharing_target_layer_name": None,
+    }
+    check_layer(**plain)
+    with pytest.raises(UnsupportedError, match=why):
+        check_layer(**{**plain, **layer})
+
+
+def test_the_vllm_symbols_we_rely_on_exist():
+    """A release that renames one shows here, by name, before anything else breaks."""
+    import inspect
+
+    from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    assert {"customize_spec", "forward_includes_kv_cache_update"} <= set(dir(AttentionBackend))
+    assert "rswa_prefix_lens" in CommonAttentionMetadata.__dataclass_fields__
+    assert callable(AttentionBackendEnum.register)
+    assert callable(KVCacheSpecRegistry._ensure_registered)
+    assert "state_content_bytes" in FullAttentionSpec.__dataclass_fields__
+    for name, parameters in {
+        "cache_blocks": ["request", "num_tokens", "retention_interval", "replay_boundaries"],
+        "find_longest_cache_hit": ["block_hashes", "max_length", "kv_cache_spec"],
+        "remove_skipped_blocks": ["request_id", "processed_computed_tokens", "num_prompt_tokens"],
+        "_remove_blocks_in_range": ["request_id", "first_block", "last_block"],
+    }.items():
+        signature = inspect.signature(getattr(FullAttentionManager, name))
+        assert set(parameters) <= set(signature.parameters), name

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""``vllm serve`` with the plugin, as a stranger uses it: the openai client and ``/metrics``."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _add_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(1024)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+
+
+class Server:
+    """A running ``vllm serve``."""
+
+    def __init__(self, model: Path, log: Path, *arguments: str) -> None:
+        self.port, self.log = _free_port(), log
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [
+            str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--port",
+            str(self.port), "--served-model-name", "m", "--dtype", "float32", "--enforce-eager",
+            "--max-model-len", "1024", "--max-num-seqs", "8", "--kv-cache-memory-bytes",
+            str(64 << 20), "--block-size", str(BLOCK_SIZE), *arguments,
+        ]  # fmt: skip
+        environment = {**os.environ, "VLLM_CPU_CI_ENV": "1"}
+        environment.pop("OMP_NUM_THREADS", None)
+        self.process = subprocess.Popen(
+            command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment
+        )
+
+    def wait(self, seconds: float = 240) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=2)
+                return
+            except OSError:
+                time.sleep(1)
+        raise AssertionError(f"server did not start:\n{self.log.read_text()[-4000:]}")
+
+    def metrics(self) -> dict[str, float]:
+        text = urllib.request.urlopen(f"{self.url}/metrics", timeout=10).read().decode()
+        rows = re.findall(r"^(vllm:\w+)(\{.*?\})? ([\d.e+-]+)$", text, re.MULTILINE)
+        totals: dict[str, float] = {}
+        for name, labels, value in rows:
+            reason = re.search(r'reason="(\w+)"', labels)
+            key = f"{name}/{reason[1]}" if reason else name
+            totals[key] = totals.get(key, 0.0) + float(value)
+        return totals
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(llama: Path, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("served")
+    model = folder / "model"
+    shutil.copytree(llama, model)
+    _add_tokenizer(model)
+    running = Server(
+        model, folder / "log", "--attention-backend", "rocketkv", "--additional-config",
+        json.dumps({"vllm_sparse": SETTINGS}),
+    )  # fmt: skip
+    try:
+        running.wait()
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def _complete(client, prompt, n=1):
+    # vLLM wants real sampling for n > 1; of the single best token it is deterministic.
+    sampling = {"temperature": 1.0, "top_k": 1} if n > 1 else {"temperature": 0.0}
+    return client.completions.create(
+        model="m", prompt=prompt, max_tokens=NEW_TOKENS, n=n,
+        extra_body={"ignore_eos": True, "return_token_ids": True, **sampling},
+    )  # fmt: skip
+
+
+def test_the_start_up_line_says_what_runs(server):
+    (line,) = re.findall(r"ROCKETKV: .*", server.log.read_text())
+    assert "token budget 64" in line
+    assert "block size 32" in line
+    assert "decode kernel: cpu" in line
+    assert re.search(r"a prompt of 1024 tokens keeps (\d+) of 32 blocks", line)
+
+
+def test_concurrent_served_requests_equal_the_engine(client, prompts, sparse_run):
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda prompt: _complete(client, prompt), prompts))
+    assert [answer.choices[0].token_ids for answer in answers] == sparse_run["tokens"][0]
+
+
+def test_several_samples_of_one_prompt_share_it(client, prompts, sparse_run):
+    answer = _complete(client, prompts[0], n=3)
+    for choice in answer.choices:
+        assert choice.token_ids == sparse_run["tokens"][0][0]
+
+
+def test_metrics_reach_the_api_server(client, server, prompts):
+    before = server.metrics()
+    _complete(client, prompts[1])
+    _complete(client, prompts[1][:50])
+    after = server.metrics()
+
+    def grown(name: str) -> float:
+        return after[name] - before.get(name, 0.0)
+
+    rows = NEW_TOKENS - 1
+    assert grown("vllm:sparse_decode_rows_total") == rows
+    assert grown("vllm:sparse_selected_tokens_total") == rows * SETTINGS["token_budget"] // 2
+    assert grown("vllm:sparse_visible_tokens_total") == sum(
+        len(prompts[1]) + 1 + i for i in range(rows)
+    )
+    assert grown("vllm:sparse_blocks_evicted_total") > 0  # counted by the scheduler's process
+    assert grown("vllm:sparse_prompts_compacted_total") == 1
+    assert grown("vllm:sparse_dense_fallbacks_total/short_prompt") == 1
+
+
+def test_an_aborted_request_gives_everything_back(client, server, prompts):
+    stream = client.completions.create(
+        model="m", prompt=prompts[2], max_tokens=400, temperature=0, stream=True,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    next(iter(stream))
+    assert server.metrics()["vllm:kv_cache_usage_perc"] > 0
+    stream.close()
+    deadline = time.monotonic() + 20
+    while server.metrics()["vllm:kv_cache_usage_perc"] > 0:
+        assert time.monotonic() < deadline, "blocks are still held"
+        time.sleep(0.2)
+
+
+def test_wrong_settings_stop_the_server_by_name(llama, tmp_path):
+    failing = Server(
+        llama, tmp_path / "log", "--skip-tokenizer-init", "--attention-backend", "ROCKETKV",
+        "--additional-config", '{"vllm_sparse": {"token_budgt": 64}}',
+    )  # fmt: skip
+    assert failing.process.wait(120) != 0
+    log = (tmp_path / "log").read_text()
+    assert "vllm_sparse.token_budgt: unknown setting" in log

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""What one step asks of each layer: which tokens are dense, sparse, or finish their prompt."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm_sparse.kv.retention import RetentionRule
+
+
+@dataclass(frozen=True)
+class SparseRows:
+    """Decode tokens of one page size.
+
+    Attributes:
+        token_index: Positions in the batch, ``[T]``; ``None`` if they are the whole batch.
+        block_table: Physical blocks from the first kept one, int32 ``[T, max_blocks]``.
+        lengths: Physical tokens up to and including each row's own, int32 ``[T]``.
+        final_lengths: Physical tokens of the row's request after this step, int32 ``[T]``.
+        top_r: Channels to read, int32 ``[T]``.
+        page_size: Tokens per page.
+    """
+
+    token_index: Tensor | None
+    block_table: Tensor
+    lengths: Tensor
+    final_lengths: Tensor
+    top_r: Tensor
+    page_size: int
+
+
+@dataclass(frozen=True)
+class PromptEnd:
+    """A prompt of a compressed request that is inside or past its window in this step.
+
+    Attributes:
+        blocks: Blocks up to the end of the prompt.
+        prompt_len: P.
+        dropped_blocks: Leading blocks that leave.
+        page_size: Tokens per page.
+        first_token: Batch position of the first window query in this step.
+        last_token: Batch position after the last one.
+        parked: Window queries that came in earlier steps.
+        complete: The prompt ends in this step; otherwise its window queries are parked.
+    """
+
+    blocks: Tensor
+    prompt_len: int
+    dropped_blocks: int
+    page_size: int
+    first_token: int
+    last_token: int
+    parked: int
+    complete: bool
+
+
+@dataclass(frozen=True)
+class StepMetadata:
+    """Metadata of one step, shared by all layers of a KV cache group.
+
+    Attributes:
+        num_tokens: Tokens in the batch.
+        dense: Metadata of the stock backend for the dense tokens; ``None`` if there are none.
+        dense_index: Their batch positions; ``None`` if they are the whole batch.
+        prompts: Prompts to compact or whose window queries to park.
+        sparse: Sparse decode tokens by page size.
+    """
+
+    num_tokens: int
+    dense: Any | None
+    dense_index: Tensor | None = None
+    prompts: tuple[PromptEnd, ...] = ()
+    sparse: tuple[SparseRows, ...] = ()
+
+
+@dataclass
+class StepPlanner:
+    """Splits a batch by the retention rule; only ending prompts are looped over.
+
+    Attributes:
+        rule: Decides from the prompt length.
+        top_k: Tokens attended per KV head, for the counters.
+    """
+
+    rule: RetentionRule
+    top_k: int
+    _sparse: Tensor = field(init=False)
+    _dropped: Tensor = field(init=False)
+    _page_size: Tensor = field(init=False)
+    _top_r: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        # The rule is a Python function of one integer; a table makes it a gather.
+        rows = [self.rule(length) for length in range(self.rule.max_model_len + 1)]
+        self._sparse = torch.tensor([row.sparse for row in rows])
+        self._dropped = torch.tensor([row.dropped_blocks for row in rows], dtype=torch.int32)
+        self._page_size = torch.tensor([row.page_size for row in rows], dtype=torch.int32)
+        self._top_r = torch.tensor([row.top_r for row in rows], dtype=torch.int32)
+        self._reasons = [row.reason for row in rows]
+
+    def split(
+        self,
+        query_start: Tensor,
+        seq_lens: Tensor,
+        prompt_lens: Tensor,
+        block_table: Tensor,
+        dense_metadata: Callable[[Tensor | None, Tensor | None, Tensor | None], Any],
+        count: Callable[..., None],
+    ) -> StepMetadata:
+        """Plan one step.
+
+        Args:
+            query_start: Host ``[R + 1]``: where each row's tokens start in the batch.
+            seq_lens: Host ``[R]``: tokens of each row after the step.
+            prompt_lens: Host ``[R]``: prompt tokens of each row's request.
+            block_table: ``[R, max_blocks]`` on the device.
+            dense_metadata: Called with the rows, token positions and sequence lengths of the dense
+                part (``None`` thrice: the whole batch as it is).
+            count: Receives counter names and amounts.
+
+        Returns:
+            The metadata.
+        """
+        num_tokens = int(query_start[-1])
+        query_lens = query_start.diff()
+        known = prompt_lens.clamp(max=len(self._sparse) - 1).long()
+        sparse_row = self._sparse[known]
+        if not bool(sparse_row.any()):
+            self._count_fallbacks(query_start, seq_lens, prompt_lens, sparse_row, count)
+            return StepMetadata(num_tokens, dense_metadata(None, None, None))
+
+        device = block_table.device
+        start = seq_lens - query_lens
+        row = torch.repeat_interleave(
+            torch.arange(len(seq_lens)), query_lens, output_size=num_tokens
+        )
+        position = torch.arange(num_tokens) - query_start[:-1][row] + start[row]
+        sparse_token = sparse_row[row] & (position >= prompt_lens[row])
+
+        dense, dense_index = None, None
+        prompts: tuple[PromptEnd, ...] = ()
+        all_sparse = bool(sparse_token.all())
+        if not all_sparse:
+            self._count_fallbacks(query_start, seq_lens, prompt_lens, sparse_row, count)
+            prompts = self._ending_prompts(
+                query_start, start, seq_lens, prompt_lens, sparse_row, block_table, count
+            )
+            if bool(sparse_token.any()):
+                dense_index = (~sparse_token).nonzero()[:, 0]
+                rows = torch.unique_consecutive(row[dense_index])
+                lens = torch.where(sparse_row, torch.minimum(seq_lens, prompt_lens), seq_lens)
+                dense = dense_metadata(rows, dense_index, lens[rows])
+                dense_index = dense_index.to(device)
+            else:
+                dense = dense_metadata(None, None, None)
+
+        groups = []
+        page_sizes = self._page_size[known]
+        for page_size in self.rule.page_sizes:
+            chosen = sparse_token & (page_sizes[row] == page_size)
+            whole = all_sparse and bool(chosen.all())
+            index = torch.arange(num_tokens) if whole else chosen.nonzero()[:, 0]
+            if not len(index):
+                continue
+            rows = row[index]
+            dropped = self._dropped[known][rows]
+            gone = dropped * self.rule.block_size
+            lengths = (position[index] + 1 - gone).int()
+            width = -(-int(lengths.max()) // self.rule.block_size)
+            columns = (dropped[:, None] + torch.arange(width)).clamp_(max=block_table.shape[1] - 1)
+            groups.append(
+                SparseRows(
+                    None if whole else index.to(device),
+                    block_table[rows.to(device)[:, None], columns.to(device)],
+                    lengths.to(device),
+                    (seq_lens[rows] - gone).int().to(device),
+                    self._top_r[known][rows].to(device),
+                    page_size,
+                )
+            )
+            count("decode_rows", len(index))
+            count("visible_tokens", int((position[index] + 1).sum()))
+            read = lengths.clamp(max=self.top_k) if self.rule.stage2 else lengths
+            count("selected_tokens", int(read.sum()))
+        return StepMetadata(num_tokens, dense, dense_index, prompts, tuple(groups))
+
+    def _ending_prompts(
+        self,
+        query_start: Tensor,
+        start: Tensor,
+        seq_lens: Tensor,
+        prompt_lens: Tensor,
+        sparse_row: Tensor,
+        block_table: Tensor,
+        count: Callable[..., None],
+    ) -> tuple[PromptEnd, ...]:
+        window_start = prompt_lens - self.rule.window
+        ending = sparse_row & (start < prompt_lens) & (seq_lens > window_start)
+        prompts = []
+        for r in ending.nonzero()[:, 0].tolist():
+            prompt_len, first = int(prompt_lens[r]), int(start[r])
+            end = min(int(seq_lens[r]), prompt_len)
+            complete = end == prompt_len
+            if not complete and not self.rule.stage1:
+                continue
+            shift = int(query_start[r]) - first
+            begin = max(int(window_start[r]), first)
+            prompts.append(
+                PromptEnd(
+                    blocks=block_table[r, : -(-prompt_len // self.rule.block_size)],
+                    prompt_len=prompt_len,
+                    dropped_blocks=int(self._dropped[prompt_len]),
+                    page_size=int(self._page_size[prompt_len]),
+                    first_token=begin + shift,
+                    last_token=end + shift,
+                    parked=begin - int(window_start[r]) if self.rule.stage1 else 0,
+                    complete=complete,
+                )
+            )
+            if complete:
+                count("prompts_compacted", 1)
+        return tuple(prompts)
+
+    def _count_fallbacks(
+        self,
+        query_start: Tensor,
+        seq_lens: Tensor,
+        prompt_lens: Tensor,
+        sparse_row: Tensor,
+        count: Callable[..., None],
+    ) -> None:
+        """Count each dense request once, in the step that completes its prompt."""
+        first = seq_lens - query_start.diff()
+        finished = ~sparse_row & (first < prompt_lens) & (seq_lens >= prompt_lens)
+        if bool(finished.any()):
+            lengths = prompt_lens[finished].clamp(max=len(self._reasons) - 1).tolist()
+            for reason, amount in Counter(self._reasons[n] for n in lengths).items():
+                count("dense_fallbacks", amount, reason)

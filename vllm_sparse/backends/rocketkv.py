@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The ROCKETKV attention backend on top of vLLM's CPU backend.
+
+Prompts run through the stock kernels, exactly and densely. In the step that completes a prompt,
+each layer compacts it into the request's private tail; from then on the request's rows are split
+off and served by the sparse decode kernel, whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+
+from vllm_sparse import metrics
+from vllm_sparse.backends.guard import check_layer
+from vllm_sparse.backends.metadata import PromptEnd, SparseRows, StepMetadata, StepPlanner
+from vllm_sparse.config import RocketKVSettings, load_settings
+from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.kernels.dispatch import DecodeKernel, rocketkv_decode
+from vllm_sparse.kv.codec import PageCodec
+from vllm_sparse.kv.compaction import QueryParking, compact_prompt
+from vllm_sparse.kv.retention import RetentionRule
+from vllm_sparse.kv.spec import RocketKVSpec
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from vllm_sparse.kernels.layout import PageLayout
+
+# A child of vLLM's logger: others have no handler in its processes.
+logger = init_logger("vllm.sparse.rocketkv")
+
+
+class RocketKVBackend(CPUAttentionBackend):
+    """Entry point that vLLM resolves ``--attention-backend ROCKETKV`` to."""
+
+    # The impl writes the cache itself: a replayed token may only be written after compaction.
+    forward_includes_kv_cache_update: bool = True
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "bfloat16", "float16"]
+
+    # Set by the first layer that is built: customize_spec gets nothing but the spec, and is called
+    # outside vLLM's config context.
+    _settings: ClassVar[RocketKVSettings | None] = None
+    _group_size: ClassVar[int] = 1
+    _max_model_len: ClassVar[int] = 0
+    _instance_id: ClassVar[str] = ""
+
+    @staticmethod
+    def get_name() -> str:
+        """The registered name."""
+        return "ROCKETKV"
+
+    @staticmethod
+    def get_impl_cls() -> type[RocketKVImpl]:
+        """The attention implementation."""
+        return RocketKVImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[RocketKVMetadataBuilder]:
+        """The metadata builder."""
+        return RocketKVMetadataBuilder
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        """Decoder layers only."""
+        return attn_type == "decoder"
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Attach the retention rule and the extrema's bytes to full-attention specs."""
+        if not isinstance(spec, FullAttentionSpec) or isinstance(spec, RocketKVSpec):
+            return spec
+        settings = cls._settings
+        assert settings is not None, "a ROCKETKV layer is built before its spec is asked for"
+        block_size, smallest = spec.block_size, min(settings.page_sizes)
+        if block_size > 1:  # vLLM probes sizes with a block of one token
+            _check_block_size(settings, block_size, cls._group_size)
+        if 2 * spec.head_size % smallest:
+            raise UnsupportedError(
+                f"head size {spec.head_size} does not divide into page_sizes={smallest}"
+            )
+        rule = RetentionRule(
+            **settings.model_dump(
+                include={
+                    "token_budget",
+                    "window",
+                    "page_sizes",
+                    "min_context",
+                    "generation_reserve",
+                    "stage1",
+                    "stage2",
+                }
+            ),
+            head_dim=spec.head_size,
+            group_size=cls._group_size,
+            block_size=block_size,
+            max_model_len=cls._max_model_len,
+        )
+        return RocketKVSpec.wrap(spec, rule, cls._instance_id)
+
+
+def _check_block_size(settings: RocketKVSettings, block_size: int, group_size: int) -> None:
+    if block_size % max(settings.page_sizes):
+        raise UnsupportedError(
+            f"--block-size {block_size} is not a multiple of the largest of "
+            f"page_sizes={list(settings.page_sizes)}; pages may not straddle blocks"
+        )
+    if 2 * (block_size // min(settings.page_sizes)) < group_size:
+        raise UnsupportedError(
+            f"--block-size {block_size} is too small for {group_size} query heads per KV head with "
+            f"page_sizes={list(settings.page_sizes)}: window queries that wait for the next chunk "
+            "need room in a block. Raise --block-size"
+        )
+
+
+class RocketKVMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Plans every step once for all layers of the group."""
+
+    def __init__(
+        self,
+        kv_cache_spec: RocketKVSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        settings = load_settings(vllm_config.additional_config, "rocketkv")
+        _check_block_size(settings, self.block_size, kv_cache_spec.rule.group_size)
+        self._planner = StepPlanner(kv_cache_spec.rule, settings.token_budget // 2)
+        # Both model runners hand the builder each request's prompt length if this is set; nothing
+        # else reads it for this backend.
+        vllm_config.model_config.model_arch_config.rswa_window = 1 << 30
+
+        layers = vllm_config.compilation_config.static_forward_context
+        for name in layer_names:
+            layers[name].impl.prepare(kv_cache_spec, self._pack)
+        counters = metrics.counters()
+        if vllm_config.parallel_config.rank == 0:
+            # Every rank does the same; one of them speaks.
+            counters.publish_to(metrics.folder(vllm_config.instance_id))
+            kernel = layers[layer_names[0]].impl.kernel
+            logger.info_once(_start_line(settings, kv_cache_spec, vllm_config, kernel))
+
+    def _pack(self, key: Tensor, value: Tensor, pages: Tensor) -> None:
+        """The stock kernel's write, into one page; lets the codec find out how it packs."""
+        from vllm import _custom_ops as ops
+
+        key_pages, value_pages = pages.chunk(2, 2)
+        slots = torch.arange(key.shape[0])
+        ops.cpu_attn_reshape_and_cache(key, value, key_pages, value_pages, slots, self.isa)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> StepMetadata:
+        """Split the batch into dense tokens, ending prompts and sparse decode tokens."""
+        common = common_attn_metadata
+        rows = common.num_reqs
+        prompt_lens = common.rswa_prefix_lens
+        if prompt_lens is None:  # a dummy run before the runner knows that we need them
+            prompt_lens = torch.zeros(rows, dtype=torch.int32)
+
+        def dense(rows: Tensor | None, tokens: Tensor | None, lens: Tensor | None) -> Any:
+            if rows is None:
+                part = common
+            else:
+                start = torch.searchsorted(tokens, common.query_start_loc_cpu[:-1].long()[rows])
+                start = torch.cat((start, torch.tensor([len(tokens)]))).int()
+                part = common.replace(
+                    query_start_loc=start,
+                    query_start_loc_cpu=start,
+                    seq_lens=lens,
+                    num_reqs=len(rows),
+                    num_actual_tokens=len(tokens),
+                    max_query_len=int(start.diff().max()),
+                    max_seq_len=int(lens.max()),
+                    block_table_tensor=common.block_table_tensor[rows],
+                    slot_mapping=common.slot_mapping[tokens],
+                )
+            return super(RocketKVMetadataBuilder, self).build(0, part, fast_build)
+
+        return self._planner.split(
+            common.query_start_loc_cpu[: rows + 1],
+            common.seq_lens[:rows].cpu(),
+            prompt_lens[:rows].cpu(),
+            common.block_table_tensor[:rows],
+            dense,
+            metrics.counters().add,
+        )
+
+
+def _start_line(
+    settings: RocketKVSettings, spec: RocketKVSpec, config: VllmConfig, kernel: DecodeKernel
+) -> str:
+    longest = config.model_config.max_model_len
+    retention = spec.rule(longest)
+    held = -(-longest // spec.block_size)
+    stages = "+".join(name for name in ("stage1", "stage2") if getattr(settings, name))
+    note = f" (slow: {kernel.note.splitlines()[0]})" if kernel.note else ""
+    return (
+        f"ROCKETKV: {stages}, token budget {settings.token_budget}, block size {spec.block_size}, "
+        f"prompts above {max(settings.min_context, settings.window)} tokens compressed; a prompt "
+        f"of {longest} tokens keeps {held - retention.dropped_blocks} of {held} blocks after prefill; "
+        f"key extrema take {100 // (min(settings.page_sizes) + 1)}% of each block; "
+        f"decode kernel: {kernel.name}{note}"
+    )
+
+
+class RocketKVImpl(CPUAttentionBackendImpl):
+    """One layer: stock attention for dense tokens, compaction, sparse decode."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        check_layer(
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            logits_soft_cap=logits_soft_cap,
+            attn_type=attn_type,
+            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+        )
+        super().__init__(
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            kv_cache_dtype,
+            logits_soft_cap,
+            attn_type,
+            kv_sharing_target_layer_name,
+            sinks,
+        )
+        config = get_current_vllm_config()
+        settings = load_settings(config.additional_config, "rocketkv")
+        RocketKVBackend._settings = self._settings = settings
+        RocketKVBackend._group_size = num_heads // num_kv_heads
+        RocketKVBackend._max_model_len = config.model_config.max_model_len
+        RocketKVBackend._instance_id = config.instance_id
+        self._top_k = settings.token_budget // 2
+
+    def prepare(self, spec: RocketKVSpec, pack: Any) -> None:
+        """Called by the builder once the block size is final.
+
+        Args:
+            spec: The layer's KV cache spec.
+            pack: The stock kernel's write; see :class:`PageCodec`.
+        """
+        device = torch.device("cpu")
+        self._stock_layout = spec.layout(min(spec.rule.page_sizes))
+        self._layouts: dict[int, PageLayout] = {
+            size: spec.layout(size) for size in spec.rule.page_sizes
+        }
+        self._codec = PageCodec(pack, spec.block_size, spec.head_size, spec.dtype, device)
+        self._parking = QueryParking(self._stock_layout, spec.rule.group_size)
+        self.kernel = rocketkv_decode(device.type, spec.dtype)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: StepMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend one step.
+
+        Args:
+            layer: The attention layer.
+            query: Post-RoPE queries, ``[tokens, H, D]``.
+            key: ``[tokens, G, D]``.
+            value: ``[tokens, G, D]``.
+            kv_cache: ``[blocks, G, block_size, C]``.
+            attn_metadata: The step; ``None`` while vLLM profiles.
+            output: Written, ``[tokens, H, D]``.
+            output_scale: Not supported.
+            output_block_scale: Not supported.
+
+        Returns:
+            ``output``.
+        """
+        step = attn_metadata
+        if step is None:
+            return output
+        if step.dense is not None:
+            pages = self._stock_layout.tokens(kv_cache)
+            index = step.dense_index
+            if index is None:
+                parts = query, key, value, output
+            else:
+                parts = query[index], key[index], value[index], torch.empty_like(query[index])
+            self.do_kv_cache_update(layer, parts[1], parts[2], pages, step.dense.slot_mapping)
+            super().forward(
+                layer, *parts[:3], pages, step.dense, parts[3], output_scale, output_block_scale
+            )
+            if index is not None:
+                output[index] = parts[3]
+            for prompt in step.prompts:
+                self._end_prompt(kv_cache, query, prompt)
+        for rows in step.sparse:
+            self._decode(layer, query, key, value, kv_cache, rows, output)
+        return output
+
+    def _end_prompt(self, cache: Tensor, query: Tensor, prompt: PromptEnd) -> None:
+        tail = prompt.blocks[prompt.dropped_blocks :]
+        window = query[prompt.first_token : prompt.last_token]
+        if not prompt.complete:
+            self._parking.store(cache, tail, prompt.parked, window)
+            return
+        if prompt.parked:
+            window = torch.cat((self._parking.load(cache, tail, prompt.parked), window))
+        compact_prompt(
+            cache,
+            prompt.blocks,
+            prompt.prompt_len,
+            prompt.dropped_blocks,
+            window.transpose(0, 1),
+            codec=self._codec,
+            layout=self._layouts[prompt.page_size],
+            pool_kernel=self._settings.pool_kernel,
+        )
+
+    def _decode(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: Tensor,
+        rows: SparseRows,
+        output: Tensor,
+    ) -> None:
+        index = rows.token_index
+        target = output
+        if index is not None:
+            query, key, value = query[index], key[index], value[index]
+            target = torch.empty_like(query)
+        else:
+            count = len(rows.lengths)
+            query, key, value, target = query[:count], key[:count], value[:count], output[:count]
+        skipped = extract_layer_index(layer.layer_name) < self._settings.skip_layers
+        self.kernel.run(
+            cache,
+            query,
+            key,
+            value,
+            target,
+            rows.block_table,
+            rows.lengths,
+            rows.final_lengths,
+            rows.top_r,
+            layout=self._layouts[rows.page_size],
+            top_k=self._top_k,
+            scale=self.scale,
+            read_all=skipped or not self._settings.stage2,
+        )
+        if index is not None:
+            output[index] = target

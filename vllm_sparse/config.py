@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Settings, read from vLLM's ``additional_config["vllm_sparse"]`` in every process.
+
+``--additional-config '{"vllm_sparse": {"token_budget": 512}}'`` on the command line, or a preset or
+file with ``{"vllm_sparse": {"config": "llama-3.1-8b"}}``; keys given beside ``config`` override it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from vllm_sparse.errors import ConfigError
+
+NAMESPACE = "vllm_sparse"
+
+
+class RocketKVSettings(BaseModel):
+    """Settings of the ROCKETKV backend; defaults follow the paper where it has a value."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    algorithm: Literal["rocketkv"] = "rocketkv"
+    token_budget: int = Field(
+        1024,
+        ge=16,
+        description="KV pairs read per KV head and decode step, half of them as estimates (t).",
+    )
+    window: PositiveInt = Field(
+        32, description="Last prompt tokens whose queries score the prompt; always kept."
+    )
+    pool_kernel: PositiveInt = Field(63, description="Odd width of stage 1's max pool, in tokens.")
+    page_sizes: tuple[PositiveInt, ...] = Field(
+        (4,),
+        min_length=1,
+        description="Allowed page sizes in tokens, powers of two. Key extrema take 1 / min of the "
+        "KV memory.",
+    )
+    min_context: int = Field(
+        2048, ge=0, description="Prompts up to this many tokens are served densely."
+    )
+    generation_reserve: int = Field(
+        256, ge=0, description="Tokens planned for generation when the budget is split."
+    )
+    skip_layers: int = Field(
+        0, ge=0, description="First layers whose decode reads every kept token (stage 2 off)."
+    )
+    stage1: bool = Field(True, description="Evict prompt tokens after prefill.")
+    stage2: bool = Field(True, description="Select tokens at decode.")
+
+    @field_validator("page_sizes")
+    @classmethod
+    def _ascending_powers_of_two(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        for size in sizes:
+            if size & (size - 1):
+                raise ValueError(f"{size} is not a power of two, so pages would straddle blocks")
+        return tuple(sorted(set(sizes)))
+
+    @field_validator("pool_kernel")
+    @classmethod
+    def _odd(cls, width: int) -> int:
+        if width % 2 == 0:
+            raise ValueError(f"{width} is even; the pool needs a centre token")
+        return width
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RocketKVSettings:
+        if not (self.stage1 or self.stage2):
+            raise ValueError(
+                "stage1 and stage2 are both off, which is dense attention: leave out "
+                "--attention-backend instead"
+            )
+        if self.token_budget < 4 * max(self.page_sizes):
+            raise ValueError(
+                f"token_budget={self.token_budget} holds fewer than two pages of "
+                f"page_sizes={list(self.page_sizes)} after half of it pays for the estimate; "
+                "raise token_budget or lower page_sizes"
+            )
+        return self
+
+
+def preset_names() -> list[str]:
+    """Names of the presets shipped in ``configs/``."""
+    folder = resources.files("vllm_sparse.configs")
+    return sorted(
+        item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")
+    )
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    if name in preset_names():
+        text = resources.files("vllm_sparse.configs").joinpath(f"{name}.yaml").read_text()
+    elif Path(name).is_file():
+        text = Path(name).read_text()
+    else:
+        raise ConfigError(
+            f"{NAMESPACE}.config: {name!r} is neither a file nor a preset. "
+            f"Presets: {', '.join(preset_names())}"
+        )
+    values = yaml.safe_load(text)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{NAMESPACE}.config: {name!r} must hold a mapping of settings")
+    return values
+
+
+def load_settings(additional_config: Any, algorithm: str) -> RocketKVSettings:
+    """Validate the user's settings for one backend.
+
+    Args:
+        additional_config: vLLM's ``additional_config``; settings are under ``vllm_sparse``.
+        algorithm: ``"rocketkv"``; what the chosen backend implements.
+
+    Returns:
+        Frozen settings.
+
+    Raises:
+        ConfigError: Unknown key, wrong type, contradictory values, unknown preset, or settings
+            for another algorithm; the message names the key.
+    """
+    section = {}
+    if isinstance(additional_config, Mapping):
+        section = additional_config.get(NAMESPACE, {})
+        misspelt = [k for k in additional_config if k.replace("-", "_") == NAMESPACE != k]
+        if misspelt:
+            raise ConfigError(f"additional_config key {misspelt[0]!r} should be {NAMESPACE!r}")
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{NAMESPACE}: expected a mapping of settings, got {section!r}")
+    values = dict(section)
+    preset = values.pop("config", None)
+    if preset is not None:
+        values = {**_read_preset(str(preset)), **values}
+    chosen = values.setdefault("algorithm", algorithm)
+    if chosen != algorithm:
+        raise ConfigError(
+            f"{NAMESPACE}.algorithm: {chosen!r} does not belong to the chosen attention backend, "
+            f"which is {algorithm!r}. Change --attention-backend or the setting"
+        )
+    try:
+        return RocketKVSettings.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            key = ".".join([NAMESPACE, *(str(part) for part in item["loc"])])
+            message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "extra_forbidden":
+                known = ", ".join(RocketKVSettings.model_fields)
+                message = f"unknown setting; known are: {known}"
+            lines.append(f"{key}: {message} (got {item['input']!r})")
+        raise ConfigError("; ".join(lines)) from None

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Errors a user can meet, each saying what is wrong, why, and what to do."""
+
+
+class VllmSparseError(Exception):
+    """Base class of every error that vllm-sparse raises on purpose."""
+
+
+class ConfigError(VllmSparseError, ValueError):
+    """The settings are malformed or contradict each other."""
+
+
+class UnsupportedError(VllmSparseError, NotImplementedError):
+    """The model or vLLM configuration cannot be served by the chosen backend."""
+
+
+class IntegrityError(VllmSparseError, RuntimeError):
+    """Internal bookkeeping is inconsistent; raised by ``check_integrity`` methods."""

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Reading keys and values back out of pages that a stock kernel has packed its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vllm_sparse.errors import UnsupportedError
+
+# Each unpacks the key half or the value half of pages, [pages, G, block_size * D], to
+# [pages, G, block_size, D].
+Unpack = Callable[[Tensor, int, int], Tensor]
+
+
+def _rows(half: Tensor, block_size: int, dim: int) -> Tensor:
+    return half.unflatten(-1, (block_size, dim))
+
+
+def _columns(half: Tensor, block_size: int, dim: int) -> Tensor:
+    return half.unflatten(-1, (dim, block_size)).transpose(-1, -2)
+
+
+def _vnni_keys(half: Tensor, block_size: int, dim: int) -> Tensor:
+    tiles = half.unflatten(-1, (block_size // 16, dim // 2, 16, 2))
+    return tiles.permute(0, 1, 2, 4, 3, 5).reshape(*half.shape[:2], block_size, dim)
+
+
+def _vnni_values(half: Tensor, block_size: int, dim: int) -> Tensor:
+    tiles = half.unflatten(-1, (dim // 16, block_size // 2, 16, 2))
+    return tiles.permute(0, 1, 3, 5, 2, 4).reshape(*half.shape[:2], block_size, dim)
+
+
+_KEY_FORMATS: tuple[Unpack, ...] = (_rows, _columns, _vnni_keys)
+_VALUE_FORMATS: tuple[Unpack, ...] = (_rows, _vnni_values)
+
+
+class PageCodec:
+    """Unpacks stock pages. The packing is found by trying, not by trusting a version.
+
+    Args:
+        pack: The stock kernel's write, called as ``pack(key, value, pages)`` with
+            ``[block_size, G, D]`` twice and zeroed ``pages``, ``[1, G, 2 * block_size, D]``.
+        block_size: Tokens per page.
+        dim: D.
+        dtype: Cache dtype.
+        device: Cache device.
+
+    Raises:
+        UnsupportedError: The stock kernel packs pages in an unknown way.
+    """
+
+    def __init__(
+        self,
+        pack: Callable[[Tensor, Tensor, Tensor], None],
+        block_size: int,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.block_size = block_size
+        self.dim = dim
+        generator = torch.Generator().manual_seed(0)
+        key, value = (
+            torch.randn(block_size, 2, dim, generator=generator).to(device, dtype) for _ in "kv"
+        )
+        pages = torch.zeros(1, 2, 2 * block_size, dim, dtype=dtype, device=device)
+        pack(key, value, pages)
+        key_half, value_half = (half.flatten(2) for half in pages.chunk(2, 2))
+        self._unpack_key = self._matching(_KEY_FORMATS, key_half, key)
+        self._unpack_value = self._matching(_VALUE_FORMATS, value_half, value)
+
+    def _matching(self, formats: tuple[Unpack, ...], half: Tensor, expected: Tensor) -> Unpack:
+        for unpack in formats:
+            divisible = unpack in (_rows, _columns) or not (self.block_size % 16 or self.dim % 16)
+            if divisible and torch.equal(
+                unpack(half, self.block_size, self.dim)[0].transpose(0, 1), expected
+            ):
+                return unpack
+        raise UnsupportedError(
+            f"the stock attention kernel packs KV pages of {self.block_size} x {self.dim} "
+            f"{half.dtype} in a way that vllm-sparse does not know, so prompts cannot be "
+            "compacted. Please report the CPU model and the vLLM version"
+        )
+
+    def _half(self, pages: Tensor, second: bool) -> Tensor:
+        size = self.block_size * self.dim
+        return pages.flatten(2)[..., second * size : (second + 1) * size]
+
+    def keys(self, pages: Tensor) -> Tensor:
+        """Keys of consecutive pages ``[pages, G, block_size, C]`` as ``[G, tokens, D]``."""
+        unpacked = self._unpack_key(self._half(pages, False), self.block_size, self.dim)
+        return unpacked.transpose(0, 1).flatten(1, 2)
+
+    def values(self, pages: Tensor) -> Tensor:
+        """Values of consecutive pages ``[pages, G, block_size, C]`` as ``[G, tokens, D]``."""
+        unpacked = self._unpack_value(self._half(pages, True), self.block_size, self.dim)
+        return unpacked.transpose(0, 1).flatten(1, 2)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Block accounting in the scheduler: free what compaction leaves behind, share what is safe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakValueDictionary
+
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+from vllm_sparse import metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm.v1.request import Request
+
+    from vllm_sparse.kv.retention import RetentionRule
+
+
+class RocketKVManager(FullAttentionManager):
+    """Full attention that gives prompt blocks back once the prompt is compacted.
+
+    A request's *tail* (its last full prompt blocks and everything after) is rewritten by the
+    worker. It stays correct with prefix caching because the tail is private: never published
+    (:meth:`cache_blocks`) and never taken from the cache (:meth:`find_longest_cache_hit`). Dropped
+    blocks keep their hash, so they stay hit-able until someone needs the memory.
+    """
+
+    # A preempted request looks its prompt and its output up in one go, so its prompt length cannot
+    # be told from the lookup's length. Requests that were scheduled once are known by the identity
+    # of their hash list.
+    _requests: ClassVar[WeakValueDictionary[int, Request]] = WeakValueDictionary()
+
+    def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, *args, **kwargs)
+        if kv_cache_spec.instance_id:
+            metrics.counters().publish_to(metrics.folder(kv_cache_spec.instance_id))
+
+    @property
+    def rule(self) -> RetentionRule:
+        """The retention rule shared with the worker."""
+        return self.kv_cache_spec.rule
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Publish full blocks, but never those of a compressed request's tail."""
+        self._requests[id(request.block_hashes)] = request
+        limit = self.rule.publishable_blocks(request.num_prompt_tokens)
+        if limit is not None:
+            num_tokens = min(num_tokens, limit * self.block_size)
+        super().cache_blocks(
+            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
+        )
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls, block_hashes: Any, max_length: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Longest hit that leaves the tail to be computed by the request itself."""
+        spec = kwargs["kv_cache_spec"] if "kv_cache_spec" in kwargs else args[2]
+        request = cls._requests.get(id(block_hashes))
+        known = request is not None and request.block_hashes is block_hashes
+        # vLLM looks up at most all tokens but the last.
+        prompt_len = request.num_prompt_tokens if known else max_length + 1
+        limit = spec.rule.publishable_blocks(prompt_len)
+        if limit is not None:
+            max_length = min(max_length, limit * spec.block_size)
+        return super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Free the dropped blocks once the step that compacted the prompt has been processed."""
+        if num_prompt_tokens is None or processed_computed_tokens < num_prompt_tokens:
+            return
+        blocks = self.req_to_blocks.get(request_id)
+        dropped = self.rule(num_prompt_tokens).dropped_blocks
+        if not dropped or not blocks or blocks[dropped - 1] is self._null_block:
+            return
+        self._remove_blocks_in_range(request_id, 0, dropped)
+        metrics.counters().add("blocks_evicted", dropped)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Counters of what the backends really do, summed over processes into vLLM's ``/metrics``.
+
+Scheduler and workers live in other processes than the API server, and vLLM offers no channel for
+counters that belong to neither a KV connector nor itself. So every process writes its counters to a
+memory-mapped file of prometheus_client's multi-process format, in a folder named after vLLM's
+instance id, and the API server's registry merges the folder when it is scraped.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.mmap_dict import MmapedDict, mmap_key
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+COUNTERS = {
+    "visible_tokens": "Context tokens of sparse decode rows: what dense attention would read",
+    "selected_tokens": "Context tokens that sparse decode rows attended to, per KV head and layer",
+    "decode_rows": "Decode rows served by sparse attention",
+    "dense_fallbacks": "Requests served by dense attention, by reason",
+    "prompts_compacted": "Prompts whose KV cache was compacted after prefill",
+    "blocks_evicted": "KV blocks given back to the pool after prefill",
+}
+
+
+def folder(instance_id: str) -> Path:
+    """Where the processes of one vLLM instance leave their counters."""
+    return Path(tempfile.gettempdir()) / f"vllm-sparse-{os.getuid()}-{instance_id}"
+
+
+class Counters:
+    """This process's counters; they count in memory until :meth:`publish_to` names a folder."""
+
+    def __init__(self) -> None:
+        self._values: defaultdict[tuple[str, str], float] = defaultdict(float)
+        self._file: MmapedDict | None = None
+
+    def add(self, name: str, amount: float, reason: str = "") -> None:
+        """Increase a counter.
+
+        Args:
+            name: A key of :data:`COUNTERS`.
+            amount: Non-negative.
+            reason: Label of counters that have one.
+        """
+        key = (name, reason)
+        self._values[key] += amount
+        if self._file is not None:
+            self._write(key)
+
+    def value(self, name: str, reason: str = "") -> float:
+        """What this process has counted."""
+        return self._values[name, reason]
+
+    def publish_to(self, target: Path) -> None:
+        """Mirror the counters to a file in ``target`` from now on."""
+        target.mkdir(mode=0o700, exist_ok=True)
+        path = target / f"counter_{os.getpid()}.db"
+        if self._file is not None and self._path == path:
+            return
+        self._path = path
+        self._file = MmapedDict(str(path))
+        for name in COUNTERS:
+            if name != "dense_fallbacks":
+                self._values.setdefault((name, ""), 0.0)
+        for key in self._values:
+            self._write(key)
+        atexit.register(_remove, path)
+
+    def _write(self, key: tuple[str, str]) -> None:
+        assert self._file is not None
+        name, reason = key
+        metric = f"vllm:sparse_{name}"
+        labels = {"reason": reason} if reason else {}
+        names, values = list(labels), list(labels.values())
+        encoded = mmap_key(metric, f"{metric}_total", names, values, COUNTERS[name])
+        self._file.write_value(encoded, self._values[key], 0.0)
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # another process still counts
+        path.parent.rmdir()
+
+
+_counters = Counters()
+
+
+def counters() -> Counters:
+    """The counters of this process."""
+    return _counters
+
+
+class _FolderCollector(Collector):
+    """Merges the counter files of one instance at every scrape."""
+
+    def __init__(self, source: Path) -> None:
+        self._source = source
+
+    def collect(self) -> Any:
+        if not self._source.is_dir():
+            return []
+        merged = MultiProcessCollector(CollectorRegistry(), path=str(self._source))
+        return merged.collect()
+
+
+class SparseStatLogger(StatLoggerBase):
+    """Adds our counters to the registry that the API server serves.
+
+    vLLM instantiates stat-logger plugins in the front-end process, which knows the instance id.
+    """
+
+    def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+        from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+        from vllm_sparse.plugin import BACKENDS
+
+        backend = vllm_config.attention_config.backend
+        if backend is None or backend.name not in BACKENDS or engine_index:
+            return
+        registry = get_prometheus_registry()
+        registry.register(_FolderCollector(folder(vllm_config.instance_id)))
+
+    def record(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: counters travel through files."""
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to do: the workers print the start-up line."""

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The CPU platform, with ``--attention-backend`` honoured for our backends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.platforms import cpu_platform_plugin
+from vllm.utils.import_utils import resolve_obj_by_qualname
+
+from vllm_sparse.plugin import BACKENDS
+
+_StockPlatform: Any = resolve_obj_by_qualname(
+    cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform"
+)
+
+
+def _get_attn_backend_cls(
+    cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+) -> str:
+    """Path of our backend where it was chosen, else the stock choice."""
+    if selected_backend is not None and selected_backend.name in BACKENDS:
+        if not attn_selector_config.has_sliding_window:
+            return BACKENDS[selected_backend.name]
+        # Sliding-window layers have nothing to evict and stay stock.
+        selected_backend = None
+    choose, _ = cls._vllm_sparse_stock
+    return choose(selected_backend, attn_selector_config, num_heads)
+
+
+def _check_and_update_config(cls: Any, vllm_config: Any) -> None:
+    """Refuse at start-up what our backends cannot serve."""
+    from vllm_sparse.backends.guard import check_config
+
+    _, check = cls._vllm_sparse_stock
+    check(vllm_config)
+    check_config(vllm_config)
+
+
+class SparseCpuPlatform(_StockPlatform):  # type: ignore[misc]
+    """vLLM's CPU platform (whichever would be active), extended by our backends."""
+
+    _vllm_sparse_stock = _StockPlatform.get_attn_backend_cls, _StockPlatform.check_and_update_config
+    get_attn_backend_cls = classmethod(_get_attn_backend_cls)
+    check_and_update_config = classmethod(_check_and_update_config)
+
+
+def patch_stock_platform() -> None:
+    """Give an active stock CPU platform our two overrides, where vLLM did not ask for ours."""
+    from vllm.platforms import current_platform
+
+    active = type(current_platform)
+    if current_platform.is_cpu() and not hasattr(active, "_vllm_sparse_stock"):
+        active._vllm_sparse_stock = active.get_attn_backend_cls, active.check_and_update_config
+        active.get_attn_backend_cls = classmethod(_get_attn_backend_cls)
+        active.check_and_update_config = classmethod(_check_and_update_config)

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""vLLM entry points: cheap, idempotent, inert unless one of our backends is chosen.
+
+vLLM calls :func:`register` in every process (several times in some) and :func:`platform` when it
+first needs to know the platform. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from vllm_sparse.compat import check_vllm_version
+
+BACKENDS = {"ROCKETKV": "vllm_sparse.backends.rocketkv.RocketKVBackend"}
+
+
+def register() -> None:
+    """Make our names valid for ``--attention-backend``.
+
+    Raises:
+        UnsupportedError: vLLM is outside the supported version window.
+    """
+    check_vllm_version()
+    for name in BACKENDS:
+        _member(name)
+    if os.environ.get("VLLM_TARGET_DEVICE") == "cpu":
+        # This setting makes vLLM bypass platform plugins.
+        from vllm_sparse.platform import patch_stock_platform
+
+        patch_stock_platform()
+
+
+def platform() -> str | None:
+    """Our CPU platform where vLLM would use its own; ``None`` elsewhere.
+
+    vLLM's CPU platform ignores ``--attention-backend``, so honouring it takes a subclass.
+    """
+    from vllm.platforms import cpu_platform_plugin
+
+    return "vllm_sparse.platform.SparseCpuPlatform" if cpu_platform_plugin() else None
+
+
+def _member(name: str) -> Any:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    member = AttentionBackendEnum.__members__.get(name)
+    if member is None:
+        member = AttentionBackendEnum.register(name, BACKENDS[name])
+        # Spawned processes unpickle the vLLM config before plugins are loaded, where the enum does
+        # not know the name yet. Pickle asks the instance how to rebuild it.
+        member.__reduce_ex__ = lambda protocol: (_member, (name,))
+    return member
