@@ -2,7 +2,10 @@
 # SPDX-FileCopyrightText: The vllm-sparse authors
 #
 # docker build -t vllm-sparse .
-# docker run --gpus all -p 8000:8000 vllm-sparse MODEL --attention-backend ROCKETKV
+# docker run --gpus all -p 8000:8000 vllm-sparse MODEL
+#
+# ROCKETKV runs on CPUs only in this release and says so at start-up on a GPU; the image is the base
+# of the GPU path.
 
 FROM vllm/vllm-openai:v0.32.0
 

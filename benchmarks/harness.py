@@ -18,9 +18,12 @@ import shlex
 import signal
 import statistics
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 RESULTS_DIR = Path(__file__).parent / "results"
 MODEL_ALIASES = {

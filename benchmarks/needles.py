@@ -15,27 +15,35 @@ from __future__ import annotations
 import bisect
 import random
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from benchmarks import corpus
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 ANSWER_TOKENS = 16
 NEEDLES_PER_CONTEXT = 4
 DEPTHS_PER_HAYSTACK = 5
 
-_ADJECTIVES = (
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+_ADJECTIVES = _words(
     "amber brisk calm dusty eager faint gentle hollow icy jolly keen lunar mellow noble olive "
     "proud quiet rustic silver tidy urban velvet witty young zesty"
-).split()
-_NOUNS = (
-    "anchor bridge candle desert engine forest garden harbor island jacket kettle lantern meadow "
-    "needle orchard pillow quarry river saddle temple umbrella valley window yarn zipper"
-).split()
-_WAREHOUSES = (
-    "Lindqvist Okafor Petrova Halloran Nakamura Dubois Castellan Vermeer Oyelaran Strand "
-    "Maddox Ferreira"
-).split()
+)
+_NOUNS = _words(
+    "anchor bridge candle desert engine forest garden harbor island jacket kettle lantern "
+    "meadow needle orchard pillow quarry river saddle temple umbrella valley window yarn zipper"
+)
+_WAREHOUSES = _words(
+    "Lindqvist Okafor Petrova Halloran Nakamura Dubois Castellan Vermeer Oyelaran Strand Maddox "
+    "Ferreira"
+)
 
 
 @dataclass(frozen=True)

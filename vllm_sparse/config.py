@@ -59,6 +59,9 @@ class RocketKVSettings(BaseModel):
     skip_layers: int = Field(
         0, ge=0, description="First layers whose decode reads every kept token (stage 2 off)."
     )
+    huge_pages: bool = Field(
+        True, description="Put a CPU's KV cache on huge pages, which scattered reads profit from."
+    )
     stage1: bool = Field(True, description="Evict prompt tokens after prefill.")
     stage2: bool = Field(True, description="Select tokens at decode.")
 

@@ -99,7 +99,6 @@ struct Shape {
 
 struct Scratch {
   std::vector<float> query, selected, probability, logits, partial;
-  std::vector<uint64_t> keys;
   std::vector<int32_t> channels, pages;
 };
 
@@ -278,26 +277,52 @@ struct Decoder {
     }
 
     // Top-k: the newest page first, then by score, ties to the lower page.
-    const int64_t rest = s.top_k - newest_tokens;
     tmp.pages.assign(1, static_cast<int32_t>(newest));
+    const int64_t rest = s.top_k - newest_tokens;
     if (rest <= 0) return s.top_k;
     const int64_t full = std::min(rest / s.page, newest);
     const int64_t remainder = full < newest ? rest - full * s.page : 0;
-    uint64_t* keys = tmp.keys.data();
-    for (int64_t p = 0; p < newest; ++p) {
-      uint32_t bits;
-      std::memcpy(&bits, &probability[p], 4);  // non-negative floats order as integers
-      keys[p] = (static_cast<uint64_t>(bits) << 32) | (0xffffffffu - static_cast<uint32_t>(p));
-    }
-    if (full < newest)
-      std::nth_element(keys, keys + full, keys + newest, std::greater<uint64_t>());
-    auto page_of = [](uint64_t key) {
-      return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key));
+    take_top_pages(probability, newest, full + (remainder > 0), tmp.pages);
+    if (!remainder) return full ? s.page : newest_tokens;
+    // The lowest-ranked page is the one taken in part; it goes last.
+    size_t lowest = 1;
+    for (size_t i = 2; i < tmp.pages.size(); ++i)
+      if (probability[tmp.pages[i]] <= probability[tmp.pages[lowest]]) lowest = i;
+    std::rotate(tmp.pages.begin() + lowest, tmp.pages.begin() + lowest + 1, tmp.pages.end());
+    return remainder;
+  }
+
+  // Appends the `count` largest of score[0, n) to `pages`, ascending, ties to the lower page.
+  // Non-negative floats order as integers, so bisecting the bit pattern of the count-th largest
+  // takes at most 31 branch-free passes.
+  static void take_top_pages(float* score, int64_t n, int64_t count, std::vector<int32_t>& pages) {
+    if (count <= 0) return;
+    const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+    for (int64_t p = n; p < padded; ++p) score[p] = -1.0f;
+    auto bits = [&](int64_t p) { return (ivec)load(score + p); };
+    auto at_least = [&](int32_t threshold) {
+      ivec total = {};
+      for (int64_t p = 0; p < padded; p += kLanes) total -= bits(p) >= threshold;
+      int64_t sum = 0;
+      for (int i = 0; i < kLanes; ++i) sum += total[i];
+      return sum;
     };
-    for (int64_t i = 0; i < full; ++i) tmp.pages.push_back(page_of(keys[i]));
-    std::sort(tmp.pages.begin() + 1, tmp.pages.end());
-    if (remainder) tmp.pages.push_back(page_of(keys[full]));
-    return remainder ? remainder : (full ? s.page : newest_tokens);
+    int32_t low = 0, high = 0x7f800000;  // at_least(low) >= count > at_least(high)
+    while (high - low > 1) {
+      const int32_t middle = low + (high - low) / 2;
+      const int64_t found = at_least(middle);
+      if (found >= count) low = middle;
+      else high = middle;
+      if (found == count) break;
+    }
+    int64_t ties = count - at_least(low + 1);
+    const bool exact = at_least(low) == count;
+    for (int64_t p = 0; p < n; ++p) {
+      int32_t value;
+      std::memcpy(&value, score + p, 4);
+      if (value > low || (value == low && (exact || ties-- > 0)))
+        pages.push_back(static_cast<int32_t>(p));
+    }
   }
 
   // Exact attention of one query head tile over the tokens of tmp.pages.
@@ -418,7 +443,6 @@ void decode(const Shape& s, T* cache, const T* query, const T* key, const T* val
     tmp.partial.resize(std::max<int64_t>(4, 2) * s.dim + kLanes);
     tmp.probability.resize(padded + kLanes);
     tmp.logits.resize(logits + kLanes);
-    tmp.keys.resize(padded);
     tmp.channels.resize(s.dim);
     tmp.pages.reserve(s.max_tokens / s.page + 2);
 #pragma omp for schedule(static)

@@ -16,6 +16,7 @@ from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -28,6 +29,7 @@ from vllm_sparse.backends.guard import check_layer
 from vllm_sparse.backends.metadata import PromptEnd, SparseRows, StepMetadata, StepPlanner
 from vllm_sparse.config import RocketKVSettings, load_settings
 from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.kernels.cpu.memory import back_with_huge_pages
 from vllm_sparse.kernels.dispatch import DecodeKernel, rocketkv_decode
 from vllm_sparse.kv.codec import PageCodec
 from vllm_sparse.kv.compaction import QueryParking, compact_prompt
@@ -71,6 +73,17 @@ class RocketKVBackend(CPUAttentionBackend):
     def get_builder_cls() -> type[RocketKVMetadataBuilder]:
         """The metadata builder."""
         return RocketKVMetadataBuilder
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        """Reasons against using this backend; asked by GPU platforms, and always one there."""
+        reasons = super().validate_configuration(*args, **kwargs)
+        if not current_platform.is_cpu():
+            reasons.append(
+                "this release of vllm-sparse serves ROCKETKV on CPUs only; its GPU kernels are "
+                "not written yet"
+            )
+        return reasons
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
@@ -214,7 +227,7 @@ def _start_line(
     return (
         f"ROCKETKV: {stages}, token budget {settings.token_budget}, block size {spec.block_size}, "
         f"prompts above {max(settings.min_context, settings.window)} tokens compressed; a prompt "
-        f"of {longest} tokens keeps {held - retention.dropped_blocks} of {held} blocks after prefill; "
+        f"of {longest} tokens keeps {held - retention.dropped_blocks} of {held} blocks; "
         f"key extrema take {100 // (min(settings.page_sizes) + 1)}% of each block; "
         f"decode kernel: {kernel.name}{note}"
     )
@@ -264,6 +277,7 @@ class RocketKVImpl(CPUAttentionBackendImpl):
         RocketKVBackend._max_model_len = config.model_config.max_model_len
         RocketKVBackend._instance_id = config.instance_id
         self._top_k = settings.token_budget // 2
+        self._cache_seen = False
 
     def prepare(self, spec: RocketKVSpec, pack: Any) -> None:
         """Called by the builder once the block size is final.
@@ -312,6 +326,10 @@ class RocketKVImpl(CPUAttentionBackendImpl):
         step = attn_metadata
         if step is None:
             return output
+        if not self._cache_seen:
+            self._cache_seen = True
+            if self._settings.huge_pages:
+                back_with_huge_pages(kv_cache)
         if step.dense is not None:
             pages = self._stock_layout.tokens(kv_cache)
             index = step.dense_index

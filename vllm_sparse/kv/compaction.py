@@ -44,15 +44,14 @@ def compact_prompt(
         pool_kernel: Width of stage 1's max pool.
     """
     pages = cache[blocks.long()]
-    keys = codec.keys(pages)[:, :prompt_len]
+    keys = codec.keys(pages)
     kept = prompt_len - dropped_blocks * layout.block_size
-    index = select_prompt_tokens(query_window, keys, kept, pool_kernel).unsqueeze(-1)
-    index = index.expand(-1, -1, layout.head_dim)
-    kept_keys = keys.gather(1, index)
-    kept_values = codec.values(pages)[:, :prompt_len].gather(1, index)
+    index = select_prompt_tokens(query_window, keys[:, :prompt_len], kept, pool_kernel)
+    kv_heads = cache.shape[1]
+    kept_keys = _take_rows(keys, index)
+    kept_values = _take_rows(codec.values(pages), index)
 
     tail = blocks[dropped_blocks:].long()
-    kv_heads = cache.shape[1]
     padded = len(tail) * layout.block_size
     rows = torch.zeros(
         kv_heads, padded, 2 * layout.head_dim, dtype=cache.dtype, device=cache.device
@@ -64,6 +63,13 @@ def compact_prompt(
     channels = rows.new_zeros(kv_heads, len(tail) * layout.pages_per_block, 2 * layout.head_dim)
     channels[:, : bounds.shape[1]] = bounds
     layout.extrema(cache)[tail] = channels.unflatten(1, (len(tail), -1)).permute(1, 0, 3, 2)
+
+
+def _take_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """``rows [G, n, D]`` at ``index [G, k]``; copies whole rows, unlike ``gather``."""
+    heads, tokens, dim = rows.shape
+    offset = torch.arange(heads, device=rows.device).unsqueeze(1) * tokens
+    return rows.reshape(-1, dim).index_select(0, (index + offset).flatten()).view(heads, -1, dim)
 
 
 class QueryParking:
