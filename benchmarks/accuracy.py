@@ -70,9 +70,9 @@ def force(llm, prompts: list[list[int]], forced: list[list[int]], record_to: lis
 
 def counters(llm) -> dict:
     """Returns the plugin's metrics."""
-    from benchmarks import speed
+    from benchmarks.counters import sparse
 
-    return speed.counters(llm)
+    return sparse(llm)
 
 
 # The benchmark.
@@ -202,11 +202,7 @@ def run_arm(arm: harness.Arm, options: argparse.Namespace, tokenizer, scratch: P
         with Worker("benchmarks.accuracy", arm, arguments, served=True) as worker:
             result["two-turn"][PRESSURE] = {
                 **converse(worker, tokenizer, talks, PRESSURE, others),
-                "preemptions": sum(
-                    value
-                    for name, value in worker.call("counters").items()
-                    if name.startswith("vllm:num_preemptions")
-                ),
+                "preemptions": worker.call("counters")["vllm:num_preemptions"],
             }
         for mode, cell in result["two-turn"].items():
             harness.progress(

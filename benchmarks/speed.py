@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -129,12 +128,9 @@ def forget(llm: LLM) -> None:
 
 def counters(llm: LLM) -> dict:
     """Returns the plugin's metrics and the number of preemptions."""
-    return {
-        f"{metric.name}{json.dumps(metric.labels, sort_keys=True)}": metric.value
-        for metric in llm.get_metrics()
-        if hasattr(metric, "value")
-        and (metric.name.startswith("vllm:sparse") or metric.name == "vllm:num_preemptions")
-    }
+    from benchmarks.counters import sparse
+
+    return sparse(llm)
 
 
 def _add(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[str]:

@@ -24,6 +24,25 @@ def test_values_given_as_text_are_parsed():
     assert load({"token_budget": "512", "stage2": "false"}).token_budget == 512
 
 
+@pytest.mark.vllm
+def test_both_command_line_forms_arrive():
+    utils = pytest.importorskip("vllm.utils.argparse_utils")
+    from vllm.engine.arg_utils import EngineArgs
+
+    parser = EngineArgs.add_cli_args(utils.FlexibleArgumentParser())
+    forms = (
+        ["--additional-config", '{"vllm_sparse": {"token_budget": 640, "stage2": false}}'],
+        [
+            "--additional-config.vllm_sparse.token_budget=640",
+            "--additional-config.vllm_sparse.stage2=false",
+        ],
+    )
+    for arguments in forms:
+        given = parser.parse_args(arguments).additional_config
+        loaded = load_settings(given, "rocketkv")
+        assert (loaded.token_budget, loaded.stage2) == (640, False), arguments
+
+
 def test_page_sizes_are_sorted_and_unique():
     assert load({"page_sizes": [4, 2, 4]}).page_sizes == (2, 4)
 

@@ -12,20 +12,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _HUGE = 2 << 20
+_MADV_COLLAPSE = 25  # Linux 6.1; not in the mmap module yet
 
 
 def back_with_huge_pages(tensor: Tensor) -> bool:
-    """Put an unused, all-zero CPU tensor on huge pages; it is zero afterwards.
+    """Move a CPU tensor's memory to huge pages; its content stays.
 
     Sparse decode reads scattered kilobytes: with 4 KiB pages nearly every one of them misses the
-    TLB first. PyTorch has touched the memory already, so it is given back to the kernel, which
-    hands out huge pages when it is touched again.
+    TLB first.
 
     Args:
-        tensor: Anonymous private memory, which :class:`torch.Tensor` allocates by default.
+        tensor: A large contiguous tensor.
 
     Returns:
-        Whether the kernel agreed. The parts of a huge page at both ends keep small pages.
+        Whether the kernel agreed. Without support for collapsing at once (before Linux 6.1) the
+        kernel does it in the background, if at all.
     """
     supported = hasattr(mmap, "MADV_HUGEPAGE") and tensor.device.type == "cpu"
     if not supported or not tensor.is_contiguous():
@@ -37,6 +38,5 @@ def back_with_huge_pages(tensor: Tensor) -> bool:
         return False
     advise = ctypes.CDLL(None).madvise
     advise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    return all(
-        advise(first, size, advice) == 0 for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTNEED)
-    )
+    advised = advise(first, size, mmap.MADV_HUGEPAGE) == 0
+    return advised and advise(first, size, _MADV_COLLAPSE) == 0

@@ -286,6 +286,11 @@ class RocketKVImpl(CPUAttentionBackendImpl):
             spec: The layer's KV cache spec.
             pack: The stock kernel's write; see :class:`PageCodec`.
         """
+        if self.num_queries_per_kv != spec.rule.group_size:
+            raise UnsupportedError(
+                f"layers with {self.num_queries_per_kv} and {spec.rule.group_size} query heads per "
+                "KV head share a cache layout; ROCKETKV needs one ratio for the whole model"
+            )
         device = torch.device("cpu")
         self._stock_layout = spec.layout(min(spec.rule.page_sizes))
         self._layouts: dict[int, PageLayout] = {
@@ -324,12 +329,13 @@ class RocketKVImpl(CPUAttentionBackendImpl):
             ``output``.
         """
         step = attn_metadata
-        if step is None:
-            return output
-        if not self._cache_seen:
+        if not self._cache_seen and kv_cache.numel():
+            # In the warm-up, if vLLM does one, else in the first request.
             self._cache_seen = True
             if self._settings.huge_pages:
                 back_with_huge_pages(kv_cache)
+        if step is None:
+            return output
         if step.dense is not None:
             pages = self._stock_layout.tokens(kv_cache)
             index = step.dense_index

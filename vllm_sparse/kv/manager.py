@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
+from vllm.logger import init_logger
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from vllm_sparse import metrics
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_sparse.kv.retention import RetentionRule
+
+
+# A child of vLLM's logger: others have no handler in its processes.
+logger = init_logger("vllm.sparse.rocketkv")
 
 
 class RocketKVManager(FullAttentionManager):
@@ -37,6 +42,19 @@ class RocketKVManager(FullAttentionManager):
         super().__init__(kv_cache_spec, *args, **kwargs)
         if kv_cache_spec.instance_id:
             metrics.counters().publish_to(metrics.folder(kv_cache_spec.instance_id))
+            logger.info_once(self._capacity_line())
+
+    def _capacity_line(self) -> str:
+        """vLLM's own "Maximum concurrency" counts whole prompts, which need room only once."""
+        longest = self.rule.max_model_len
+        held = -(-longest // self.block_size)
+        kept = held - self.rule(longest).dropped_blocks
+        blocks = self.block_pool.num_gpu_blocks
+        return (
+            f"ROCKETKV: {blocks} KV blocks hold {blocks / kept:.1f} decoding requests of {longest} "
+            f"tokens ({kept} blocks each after prefill) instead of {blocks / held:.1f}; a prompt "
+            f"needs its {held} blocks while it is prefilled"
+        )
 
     @property
     def rule(self) -> RetentionRule:
