@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument(
         "--pool-blocks",
         type=int,
-        help="size of the KV pool; by default half of what dense attention needs for the prompts",
+        help="size of the KV pool; by default it holds half of the prompts",
     )
     parser.add_argument("--arms", default="dense,rocket-512")
     parser.add_argument("--setting", nargs="+", default=[], metavar="KEY=JSON", help="of ROCKETKV")
@@ -118,9 +118,10 @@ def main() -> None:
         options.eager = True
     prompt_tokens = options.context - options.generate
     if options.pool_blocks is None:
-        # One block is vLLM's null block.
+        # Room for half of the prompts, but not for what these requests generate. One block is
+        # vLLM's null block.
         blocks = -(-prompt_tokens // harness.BLOCK_TOKENS)
-        options.pool_blocks = options.requests // 2 * blocks + 1
+        options.pool_blocks = options.requests // 2 * blocks + 2
 
     harness.exit_cleanly()
     environment = harness.environment()

@@ -88,6 +88,33 @@ class TestManager:
         )
         PoolMachine.TestCase().runTest()
 
+    def test_a_resumed_request_never_hits_into_its_tail(self):
+        """Its lookup covers prompt and output, so its length does not tell the prompt's.
+
+        Another request, whose longer prompt begins with both, has published blocks that lie in the
+        tail of the preempted one.
+        """
+        pytest.importorskip("vllm")
+        machine = PoolMachine()
+        prompt = [1] * 400
+        short = machine.request(prompt)
+        machine.prefill(short)
+        for _ in range(100):
+            short.append_output_token_ids(7)
+        machine.running.pop(short.request_id)
+        machine.manager.free(short)
+        short.num_computed_tokens = 0
+
+        long = machine.request([*short.all_token_ids, *[9] * 400])
+        machine.prefill(long)
+        dropped = machine.rule(len(prompt)).dropped_blocks
+        published = machine.rule(long.num_prompt_tokens).dropped_blocks
+        assert published > dropped, "otherwise there is nothing to hit wrongly"
+        assert machine.rule(short.num_tokens).dropped_blocks > dropped
+        _, hit, *_ = machine.manager.get_computed_blocks(short)
+        assert hit == dropped * 16
+        machine.prefill(short)
+
 
 class PoolMachine(RuleBasedStateMachine):
     """Requests are admitted, computed in chunks, preempted, resumed, finished; blocks are checked.
@@ -128,6 +155,26 @@ class PoolMachine(RuleBasedStateMachine):
         self.preempted: list[object] = []
         self.content: dict[int, tuple] = {}  # block id -> what the worker wrote there
         self.serial = 0
+
+    def request(self, tokens):
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        self.serial += 1
+        return Request(
+            request_id=str(self.serial),
+            prompt_token_ids=tokens,
+            sampling_params=SamplingParams(max_tokens=500),
+            pooling_params=None,
+            block_hasher=self.hasher,
+        )
+
+    def prefill(self, request):
+        assert self._admit(request)
+        while request.num_computed_tokens < request.num_tokens:
+            tokens = min(request.num_tokens - request.num_computed_tokens, 64)
+            assert self._schedule(request, tokens) is not None
+            self._compute(request, tokens)
 
     def _blocks(self, request):
         return self.manager.coordinator.single_type_managers[0].req_to_blocks[request.request_id]
@@ -174,19 +221,7 @@ class PoolMachine(RuleBasedStateMachine):
         family=st.integers(0, 2), shared=st.integers(0, 300), own=st.integers(1, 200),
     )  # fmt: skip
     def arrive(self, family, shared, own):
-        from vllm import SamplingParams
-        from vllm.v1.request import Request
-
-        self.serial += 1
-        tokens = [family] * shared + [100 + self.serial] * own
-        request = Request(
-            request_id=str(self.serial),
-            prompt_token_ids=tokens,
-            sampling_params=SamplingParams(max_tokens=500),
-            pooling_params=None,
-            block_hasher=self.hasher,
-        )
-        self._admit(request)
+        self._admit(self.request([family] * shared + [100 + self.serial] * own))
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
@@ -228,6 +263,7 @@ class PoolMachine(RuleBasedStateMachine):
             blocks = self._blocks(request)
             for block in blocks[retention.dropped_blocks :] if retention.sparse else ():
                 assert block.block_hash is None
+                assert not block.is_null, "a kept block was given back"
 
     def teardown(self):
         for request in [*self.running.values()]:

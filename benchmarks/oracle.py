@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The accuracy of a perfect selection: exact top-k attention per KV head, outside vLLM.
+
+The model runs in transformers. The prompt is processed densely; every decode step computes all
+attention weights, sums them over the query heads of a KV head, and attends to the k tokens with
+the largest sums. No method that reads k tokens per KV head and step can be expected to do better.
+ROCKETKV with a token budget of t attends to t / 2 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from benchmarks import corpus, harness, needles
+from benchmarks.accuracy import PROSE_CONTEXT, PROSE_TOKENS
+
+NAME = "exact_topk"
+DENSE = "dense (transformers)"
+
+
+class ExactTopK:
+    """Attention function for transformers; `k` may be changed between calls, None is dense."""
+
+    def __init__(self) -> None:
+        self.k: int | None = None
+
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
+        """Attends to the best `k` tokens per KV head in decode steps, densely otherwise.
+
+        Args:
+            module: The attention layer.
+            query: [1, query heads, tokens, head size].
+            key: [1, KV heads, context, head size].
+            value: [1, KV heads, context, head size].
+            attention_mask: Only for prefill; a decode step of one request sees everything.
+            scaling: Factor of the scores.
+            **kwargs: For the dense function.
+        """
+        num_tokens, context = query.shape[2], key.shape[2]
+        if num_tokens > 1 or self.k is None or self.k >= context:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, scaling=scaling, **kwargs
+            )
+        kv_heads, head_dim = key.shape[1], key.shape[3]
+        scale = head_dim**-0.5 if scaling is None else scaling
+        grouped = query[0, :, 0].view(kv_heads, -1, head_dim).float()  # [G, heads per group, D]
+        scores = grouped @ key[0].float().transpose(1, 2) * scale  # [G, heads per group, n]
+        best = scores.softmax(-1).sum(1).topk(self.k).indices  # [G, k]
+        kept = scores.gather(2, best[:, None].expand(-1, scores.shape[1], -1)).softmax(-1)
+        values = value[0].float().gather(1, best[..., None].expand(-1, -1, head_dim))
+        output = (kept @ values).to(query.dtype)  # [G, heads per group, D]
+        return output.reshape(1, 1, -1, head_dim), None
+
+
+class Model:
+    """A model with a cached prompt from which generation can start again and again."""
+
+    def __init__(self, directory: Path) -> None:
+        self.attention = ExactTopK()
+        AttentionInterface.register(NAME, self.attention)
+        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+        self._prompt: list[int] = []
+        self._cache = DynamicCache(config=self._model.config)
+
+    @torch.inference_mode()
+    def prefill(self, prompt: list[int]) -> None:
+        """Processes a prompt densely; what it shares with the previous one is not repeated."""
+        shared = len(os.path.commonprefix([prompt[:-1], self._prompt]))
+        self._cache.crop(shared)
+        self._model.set_attn_implementation("sdpa")
+        rest = torch.tensor([prompt[shared:]])
+        self._first = self._model(rest, past_key_values=self._cache, logits_to_keep=1).logits[0, -1]
+        self._prompt = prompt
+        self._model.set_attn_implementation(NAME)
+
+    def generate(self, num_tokens: int, eos: set[int]) -> list[int]:
+        """Returns the greedy continuation of the prompt."""
+        tokens: list[int] = []
+        for logits in self._decode(num_tokens, lambda logits: int(logits.argmax()), tokens):
+            del logits
+            if tokens and tokens[-1] in eos:
+                break
+        return tokens
+
+    def force(self, forced: list[int]) -> np.ndarray:
+        """Returns the log-probabilities before each of the given tokens, [tokens, vocabulary]."""
+        steps = iter(forced)
+        rows = self._decode(len(forced), lambda _: next(steps), [])
+        return np.stack([torch.log_softmax(row.float(), -1).numpy() for row in rows])
+
+    def _decode(self, num_tokens: int, choose, tokens: list[int]):
+        """Yields the logits of each step and appends the chosen tokens to `tokens`."""
+        self._cache.crop(len(self._prompt))
+        logits = self._first
+        for _ in range(num_tokens):
+            tokens.append(choose(logits))
+            yield logits
+            with torch.inference_mode():
+                step = torch.tensor([[tokens[-1]]])
+                logits = self._model(step, past_key_values=self._cache).logits[0, -1]
+
+
+def ask(
+    model: Model, tokenizer, questions: list[needles.Question], arms: dict[str, int | None]
+) -> dict[str, dict]:
+    """Returns every arm's accuracy on the questions."""
+    eos = {tokenizer.eos_token_id}
+    wrong: dict[str, list[dict]] = {name: [] for name in arms}
+    for question in questions:
+        model.prefill(question.prompt)
+        for name, k in arms.items():
+            model.attention.k = k
+            text = tokenizer.decode(model.generate(needles.ANSWER_TOKENS, eos))
+            if not needles.is_correct(text, question.answer):
+                wrong[name].append({**question.detail, "expected": question.answer, "got": text})
+    total = len(questions)
+    return {
+        name: {
+            "accuracy": 1 - len(errors) / total,
+            "correct": total - len(errors),
+            "questions": total,
+            "wrong": errors,
+        }
+        for name, errors in wrong.items()
+    }
+
+
+def prose(
+    model: Model, passages: list[list[int]], prompt_tokens: int, arms: dict[str, int | None]
+) -> dict[str, dict]:
+    """Returns every arm's divergence from the first arm, teacher-forced through the passages."""
+    from benchmarks import teacher
+
+    compared: dict[str, list[dict]] = {name: [] for name in arms}
+    with tempfile.TemporaryDirectory(prefix="vllm-sparse-oracle-") as scratch:
+        reference, other = Path(scratch) / "reference.npy", Path(scratch) / "other.npy"
+        for passage in passages:
+            forced = passage[prompt_tokens:]
+            model.prefill(passage[:prompt_tokens])
+            for index, (name, k) in enumerate(arms.items()):
+                model.attention.k = k
+                path = other if index else reference
+                np.save(path, model.force(forced))
+                compared[name].append(teacher.compare(reference, path, forced))
+    return {
+        name: {
+            "context": prompt_tokens,
+            "passages": cells,
+            **{
+                key: sum(cell[key] for cell in cells) / len(cells)
+                for key in ("kl", "top1_agreement", "nll_dense", "nll")
+            },
+        }
+        for name, cells in compared.items()
+    }
+
+
+def main() -> None:
+    """Command line entry point."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.oracle", description=__doc__)
+    parser.add_argument("--model", default="qwen", help="name, alias (smollm2, qwen) or path")
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--k", nargs="+", type=int, default=[64, 128, 256, 512])
+    parser.add_argument("--tasks", nargs="+", default=["single", "multikey", "prose"])
+    parser.add_argument("--questions", type=int, default=20)
+    parser.add_argument("--passages", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="4 questions, 1 passage")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS_DIR / "oracle.json")
+    options = parser.parse_args()
+    if options.quick:
+        options.questions, options.passages = 4, 1
+
+    environment = harness.environment()
+    directory = harness.resolve_model(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = Model(directory)
+    arms: dict[str, int | None] = {DENSE: None, **{f"exact-topk-{k}": k for k in options.k}}
+    results: dict[str, dict] = {
+        name: {"settings": {"k": k} if k else None} for name, k in arms.items()
+    }
+    for task in options.tasks:
+        started = time.perf_counter()
+        if task == "prose":
+            context = min(options.context, PROSE_CONTEXT)
+            passages = corpus.prose_tokens(tokenizer, options.passages, context + PROSE_TOKENS + 1)
+            cells = prose(model, passages, context, arms)
+        else:
+            make = {"single": needles.single, "multikey": needles.multikey}[task]
+            limit = options.context - needles.ANSWER_TOKENS
+            questions = make(tokenizer, limit, options.questions, options.seed)
+            answers = ask(model, tokenizer, questions, arms)
+            cells = {name: {str(options.context): cell} for name, cell in answers.items()}
+        for name, cell in cells.items():
+            results[name][task] = cell
+        harness.progress(f"{task}: {time.perf_counter() - started:.0f} s")
+        body = {"model": options.model, "seed": options.seed, "arms": results}
+        harness.write_result(options.out, "oracle", environment, body)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Renders the result files as Markdown.
+
+``python -m benchmarks.report [FILES...]`` prints every result in ``benchmarks/results``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from benchmarks import harness
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Returns a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def speed(result: dict) -> str:
+    """Renders decode and prefill times."""
+    parts = []
+    for cell in result["cells"]:
+        what = cell["cell"]
+        kind = "one shared document" if what["shared"] else "different documents"
+        rows = []
+        for name, row in cell["arms"].items():
+            step, short = row["step_ms"], row["step_ms_at_128_tokens"]
+            rounds, prefill = row["speedup_by_round"], row["prefill_seconds"]
+            rows.append(
+                [
+                    name,
+                    _spread(step, 1),
+                    f"{short['median']:.1f}",
+                    f"{row['decode_tokens_per_second']:.1f}",
+                    f"{row['speedup']:.2f}x ({rounds['min']:.2f}-{rounds['max']:.2f})",
+                    f"{row['share_of_bound']:.0%}",
+                    f"{prefill['median']:.2f}",
+                    f"{row['prefill_overhead_percent']:+.1f} %",
+                ]
+            )
+        others = cell["cores_used_by_others"]
+        parts += [
+            f"**{what['model']}, {what['context']} tokens, batch {what['batch']}"
+            + (f", {kind}" if what["batch"] > 1 else "")
+            + f"**: bound {cell['bound']:.2f}x "
+            f"(other processes used {others['median']:.2f} cores, at most {others['max']:.2f})",
+            table(
+                [
+                    "arm",
+                    "decode step, ms (quartiles)",
+                    "at 128 tokens",
+                    "tokens/s",
+                    "speed-up (by round)",
+                    "of the bound",
+                    "prefill, s",
+                    "overhead",
+                ],
+                rows,
+            ),
+        ]
+    return "\n\n".join(parts)
+
+
+def accuracy(result: dict) -> str:
+    """Renders needles, conversations and prose."""
+    arms = result["arms"]
+    tasks = [
+        (task, context)
+        for task in ("single", "multikey")
+        for context in next(iter(arms.values())).get(task, {})
+    ]
+    header = ["arm", *(f"{task} {int(context) // 1024}K" for task, context in tasks)]
+    modes = list(next(iter(arms.values())).get("two-turn", {}))
+    header += [f"2nd turn, {mode}" for mode in modes]
+    prose = any("prose" in arm for arm in arms.values())
+    header += ["prose KL", "top-1"] if prose else []
+    rows = []
+    for name, arm in arms.items():
+        row = [name]
+        for task, context in tasks:
+            cell = arm.get(task, {}).get(context)
+            row.append(f"{cell['correct']}/{cell['questions']}" if cell else "")
+        for mode in modes:
+            cell = arm.get("two-turn", {}).get(mode)
+            row.append(f"{cell['second_turn']}/{cell['conversations']}" if cell else "")
+        if prose:
+            cell = arm.get("prose")
+            row += [f"{cell['kl']:.3f}", f"{cell['top1_agreement']:.3f}"] if cell else ["", ""]
+        rows.append(row)
+    return f"**{result['model']}**, seed {result['seed']}\n\n{table(header, rows)}"
+
+
+def capacity(result: dict) -> str:
+    """Renders how many requests a pool holds."""
+    rows = []
+    for name, arm in result["arms"].items():
+        blocks = arm["blocks_per_decoding_request"]
+        rows.append(
+            [
+                name,
+                str(arm["peak_running"]),
+                f"{arm['mean_running']:.1f}",
+                str(int(arm["preemptions"])),
+                f"{blocks:.1f}" if blocks is not None else "",
+                f"{arm['peak_usage_percent']:.0f} %",
+                f"{arm['seconds']:.0f}",
+                f"{arm['log']['maximum_concurrency']}x",
+            ]
+        )
+    header = [
+        "arm",
+        "most running at once",
+        "mean",
+        "preemptions",
+        "blocks per decoding request",
+        "peak pool usage",
+        "seconds in all",
+        "vLLM's maximum concurrency",
+    ]
+    return (
+        f"**{result['model']}**: {result['requests']} requests of {result['prompt_tokens']} + "
+        f"{result['generated_tokens']} tokens, pool of {result['pool_blocks']} blocks of "
+        f"{result['block_tokens']} tokens\n\n{table(header, rows)}"
+    )
+
+
+RENDERERS = {"speed": speed, "accuracy": accuracy, "capacity": capacity, "oracle": accuracy}
+
+
+def render(path: Path) -> str:
+    """Returns one result file as a Markdown section."""
+    result = json.loads(path.read_text())
+    env = result["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+    return "\n\n".join(
+        [
+            f"### {path.stem}",
+            f"`{env['command']}`",
+            RENDERERS[result["benchmark"]](result),
+            f"{env['cpu']}, {env['cores']} cores, {env['memory_gib']} GiB; {versions}; "
+            f"{env['date']}",
+        ]
+    )
+
+
+def _spread(values: dict, digits: int) -> str:
+    median, lower, upper = (f"{values[key]:.{digits}f}" for key in ("median", "p25", "p75"))
+    return f"{median} ({lower}-{upper})"
+
+
+def main() -> None:
+    """Command line entry point."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("files", nargs="*", type=Path)
+    options = parser.parse_args()
+    files = options.files or sorted(harness.RESULTS_DIR.glob("*.json"))
+    print("\n\n".join(render(path) for path in files))
+
+
+if __name__ == "__main__":
+    main()
