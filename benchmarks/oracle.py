@@ -11,7 +11,7 @@ ROCKETKV with a token budget of t attends to t / 2 tokens.
 from __future__ import annotations
 
 import argparse
-import os
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -75,7 +75,8 @@ class Model:
     @torch.inference_mode()
     def prefill(self, prompt: list[int]) -> None:
         """Processes a prompt densely; what it shares with the previous one is not repeated."""
-        shared = len(os.path.commonprefix([prompt[:-1], self._prompt]))
+        pairs = zip(prompt[:-1], self._prompt, strict=False)
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         self._cache.crop(shared)
         self._model.set_attn_implementation("sdpa")
         rest = torch.tensor([prompt[shared:]])

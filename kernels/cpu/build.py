@@ -76,4 +76,9 @@ def load() -> ctypes.CDLL:
             if done.returncode:
                 raise KernelBuildError(f"{compiler} failed on {_SOURCE.name}:\n{done.stderr}")
             built.replace(library)
-    return ctypes.CDLL(str(library))
+    kernels = ctypes.CDLL(str(library))
+    pointer = ctypes.c_void_p
+    kernels.vllm_sparse_rocketkv_decode.argtypes = (
+        ctypes.c_int, *([pointer] * 9), ctypes.POINTER(ctypes.c_int64), ctypes.c_float, ctypes.c_int
+    )  # fmt: skip
+    return kernels

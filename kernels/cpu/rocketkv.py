@@ -68,11 +68,9 @@ def decode_attention(
         output.stride(0),
         key.stride(0),
     )
-    pointers = (
-        ctypes.c_void_p(t.data_ptr()) for t in (cache, query, key, value, output, *integers)
-    )
+    pointers = (t.data_ptr() for t in (cache, query, key, value, output, *integers))
     status = build.load().vllm_sparse_rocketkv_decode(
-        _DTYPES.get(cache.dtype, -1), *pointers, sizes, ctypes.c_float(scale), int(read_all)
+        _DTYPES.get(cache.dtype, -1), *pointers, sizes, scale, int(read_all)
     )
     if status:
         raise ValueError(f"the CPU decode kernel does not support {cache.dtype}, head size {dim}")

@@ -158,7 +158,7 @@ class RocketKVMetadataBuilder(CPUAttentionMetadataBuilder):
 
         layers = vllm_config.compilation_config.static_forward_context
         for name in layer_names:
-            layers[name].impl.prepare(kv_cache_spec, self._pack)
+            layers[name].impl.prepare(kv_cache_spec, self._pack, extract_layer_index(name))
         counters = metrics.counters()
         if vllm_config.parallel_config.rank == 0:
             # Every rank does the same; one of them speaks.
@@ -279,13 +279,16 @@ class RocketKVImpl(CPUAttentionBackendImpl):
         self._top_k = settings.token_budget // 2
         self._cache_seen = False
 
-    def prepare(self, spec: RocketKVSpec, pack: Any) -> None:
+    def prepare(self, spec: RocketKVSpec, pack: Any, layer_index: int) -> None:
         """Called by the builder once the block size is final.
 
         Args:
             spec: The layer's KV cache spec.
             pack: The stock kernel's write; see :class:`PageCodec`.
+            layer_index: Position of the layer in the model.
         """
+        skipped = layer_index < self._settings.skip_layers
+        self._read_all = skipped or not self._settings.stage2
         if self.num_queries_per_kv != spec.rule.group_size:
             raise UnsupportedError(
                 f"layers with {self.num_queries_per_kv} and {spec.rule.group_size} query heads per "
@@ -352,7 +355,7 @@ class RocketKVImpl(CPUAttentionBackendImpl):
             for prompt in step.prompts:
                 self._end_prompt(kv_cache, query, prompt)
         for rows in step.sparse:
-            self._decode(layer, query, key, value, kv_cache, rows, output)
+            self._decode(query, key, value, kv_cache, rows, output)
         return output
 
     def _end_prompt(self, cache: Tensor, query: Tensor, prompt: PromptEnd) -> None:
@@ -376,7 +379,6 @@ class RocketKVImpl(CPUAttentionBackendImpl):
 
     def _decode(
         self,
-        layer: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -392,7 +394,6 @@ class RocketKVImpl(CPUAttentionBackendImpl):
         else:
             count = len(rows.lengths)
             query, key, value, target = query[:count], key[:count], value[:count], output[:count]
-        skipped = extract_layer_index(layer.layer_name) < self._settings.skip_layers
         self.kernel.run(
             cache,
             query,
@@ -406,7 +407,7 @@ class RocketKVImpl(CPUAttentionBackendImpl):
             layout=self._layouts[rows.page_size],
             top_k=self._top_k,
             scale=self.scale,
-            read_all=skipped or not self._settings.stage2,
+            read_all=self._read_all,
         )
         if index is not None:
             output[index] = target
