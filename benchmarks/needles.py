@@ -103,16 +103,15 @@ def single(tokenizer, num_tokens: int, count: int, seed: int = 0) -> list[Questi
         seed: Same seed, same questions.
     """
     rng = random.Random(f"single-{seed}")
-    keys = _keys(rng, count)
     questions = []
     for index in range(count):
         haystack_id, turn = divmod(index, DEPTHS_PER_HAYSTACK)
         depth = 1 - (turn + 0.5) / DEPTHS_PER_HAYSTACK
-        value = _value(rng)
+        key, value = _keys(rng, 1)[0], _value(rng)
         start = _haystack_start(seed, haystack_id)
-        placed = [(depth, _needle(keys[index], value))]
+        placed = [(depth, _needle(key, value))]
         num_sentences = _num_sentences(tokenizer, num_tokens, start, placed)
-        prompt = _prompt(tokenizer, start, num_sentences, placed, keys[index])
+        prompt = _prompt(tokenizer, start, num_sentences, placed, key)
         detail = {"depth": round(depth, 2), "haystack": haystack_id}
         questions.append(Question(haystack_id, prompt, value, detail))
     return questions
@@ -228,8 +227,9 @@ def _answer_prefix(key: str) -> str:
 
 
 def _keys(rng: random.Random, count: int) -> list[str]:
-    pairs = rng.sample(range(len(_ADJECTIVES) * len(_NOUNS)), count)
-    return [f"{_ADJECTIVES[p // len(_NOUNS)]}-{_NOUNS[p % len(_NOUNS)]}" for p in pairs]
+    """Returns keys that share no word, so that confusing two of them is no near miss."""
+    pairs = zip(rng.sample(_ADJECTIVES, count), rng.sample(_NOUNS, count), strict=True)
+    return [f"{adjective}-{noun}" for adjective, noun in pairs]
 
 
 def _value(rng: random.Random) -> str:

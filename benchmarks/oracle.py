@@ -77,7 +77,7 @@ class Model:
         """Processes a prompt densely; what it shares with the previous one is not repeated."""
         pairs = zip(prompt[:-1], self._prompt, strict=False)
         shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        self._cache.crop(shared)
+        self._rewind(shared)
         self._model.set_attn_implementation("sdpa")
         rest = torch.tensor([prompt[shared:]])
         self._first = self._model(rest, past_key_values=self._cache, logits_to_keep=1).logits[0, -1]
@@ -101,7 +101,7 @@ class Model:
 
     def _decode(self, num_tokens: int, choose, tokens: list[int]):
         """Yields the logits of each step and appends the chosen tokens to `tokens`."""
-        self._cache.crop(len(self._prompt))
+        self._rewind(len(self._prompt))
         logits = self._first
         for _ in range(num_tokens):
             tokens.append(choose(logits))
@@ -109,6 +109,11 @@ class Model:
             with torch.inference_mode():
                 step = torch.tensor([[tokens[-1]]])
                 logits = self._model(step, past_key_values=self._cache).logits[0, -1]
+
+    def _rewind(self, length: int) -> None:
+        surplus = self._cache.get_seq_length() - length
+        if surplus > 0:
+            self._cache.crop(-surplus)
 
 
 def ask(
@@ -176,12 +181,16 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=20)
     parser.add_argument("--passages", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--threads", type=int, default=1, help="more are faster, but only on a quiet machine"
+    )
     parser.add_argument("--quick", action="store_true", help="4 questions, 1 passage")
     parser.add_argument("--out", type=Path, default=harness.RESULTS_DIR / "oracle.json")
     options = parser.parse_args()
     if options.quick:
         options.questions, options.passages = 4, 1
 
+    torch.set_num_threads(options.threads)
     environment = harness.environment()
     directory = harness.resolve_model(options.model)
     tokenizer = AutoTokenizer.from_pretrained(directory)
