@@ -128,9 +128,14 @@ def text(name: str) -> str:
 
 @functools.cache
 def sentences() -> tuple[str, ...]:
-    """Returns the prose works, cut into sentences (or clauses, where those are long)."""
+    """Returns the prose works, cut into sentences (or clauses), without what the scan garbled."""
     joined = " ".join(text(name) for name in PROSE)
-    return tuple(sentence for sentence in _SENTENCE_END.split(joined) if sentence)
+    return tuple(sentence for sentence in _SENTENCE_END.split(joined) if _is_prose(sentence))
+
+
+def _is_prose(sentence: str) -> bool:
+    letters = sum(character.isalpha() or character.isspace() for character in sentence)
+    return len(sentence) >= 20 and letters >= 0.9 * len(sentence) and "TT" not in sentence
 
 
 def documents(tokenizer, count: int, num_tokens: int) -> list[list[int]]:

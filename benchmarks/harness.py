@@ -75,7 +75,7 @@ def parse_arm(name: str, settings: dict | None = None) -> Arm:
         name: ``dense`` (stock vLLM; anything may follow after a dash, to have it twice), or a kind
             and a token budget: rocket, stage1 (stage 1 only), stage2 (stage 2 only), page1, page2,
             page4 (page size), skip1, skip2 (the first layers dense).
-        settings: Further ROCKETKV settings.
+        settings: Further ROCKETKV settings; those that the name implies win.
 
     Raises:
         ValueError: The name is neither.
@@ -86,7 +86,7 @@ def parse_arm(name: str, settings: dict | None = None) -> Arm:
     if match is None:
         raise ValueError(f"unknown arm {name!r}: expected dense or {'|'.join(_KINDS)}-BUDGET")
     kind, budget = match.groups()
-    return Arm(name, {"token_budget": int(budget), **_KINDS[kind], **(settings or {})})
+    return Arm(name, {**(settings or {}), "token_budget": int(budget), **_KINDS[kind]})
 
 
 def parse_settings(pairs: Iterable[str]) -> dict:

@@ -126,9 +126,17 @@ struct Decoder {
       low[j] = INFINITY;
       high[j] = -INFINITY;
     }
+    const int64_t lanes = s.dim / kLanes * kLanes;
     for (int64_t slot = first; slot < last; ++slot) {
       const T* key = row(slot);
-      for (int64_t j = 0; j < s.dim; ++j) {
+      for (int64_t j = 0; j < lanes; j += kLanes) {
+        const vec x = load(key + j);
+        vec& least = *reinterpret_cast<vec*>(low + j);
+        vec& most = *reinterpret_cast<vec*>(high + j);
+        least = x < least ? x : least;
+        most = x > most ? x : most;
+      }
+      for (int64_t j = lanes; j < s.dim; ++j) {
         const float x = to_float(key[j]);
         low[j] = std::min(low[j], x);
         high[j] = std::max(high[j], x);
@@ -200,7 +208,7 @@ struct Decoder {
     const int64_t newest_tokens = num_tokens - newest * s.page;
 
     // Channels with the largest group magnitude; minima rows for a non-positive group sum.
-    float magnitude[1024], total[1024];
+    float magnitude[1024 + kLanes], total[1024];
     for (int64_t j = 0; j < dim; ++j) {
       float a = 0, b = 0;
       for (int64_t g = 0; g < group; ++g) {
@@ -210,13 +218,19 @@ struct Decoder {
       magnitude[j] = a;
       total[j] = b;
     }
+    // Rank by counting larger magnitudes: branch-free, and the kept channels come out ascending.
+    for (int64_t j = dim; j < dim + kLanes; ++j) magnitude[j] = -1.0f;
     int32_t order[1024];
-    for (int64_t j = 0; j < dim; ++j) order[j] = static_cast<int32_t>(j);
-    if (top_r < dim)
-      std::nth_element(order, order + top_r, order + dim, [&](int32_t x, int32_t y) {
-        return magnitude[x] != magnitude[y] ? magnitude[x] > magnitude[y] : x < y;
-      });
-    std::sort(order, order + top_r);
+    int64_t kept_channels = 0;
+    for (int64_t j = 0; j < dim && kept_channels < top_r; ++j) {
+      ivec larger = {};
+      for (int64_t i = 0; i < dim; i += kLanes) larger -= load(magnitude + i) > magnitude[j];
+      int64_t rank = 0;
+      for (int i = 0; i < kLanes; ++i) rank += larger[i];
+      if (rank >= top_r) continue;
+      for (int64_t i = 0; i < j; ++i) rank += magnitude[i] == magnitude[j];
+      if (rank < top_r) order[kept_channels++] = static_cast<int32_t>(j);
+    }
     int32_t* channels = tmp.channels.data();
     float* selected = tmp.selected.data();
     for (int64_t g = 0; g < group; ++g) {
@@ -435,6 +449,20 @@ void decode(const Shape& s, T* cache, const T* query, const T* key, const T* val
   const int64_t padded = (s.max_tokens / s.page + 2 * s.block_size + 2 * kLanes);
   const int64_t logits = std::max(s.group * padded, std::min<int64_t>(s.group, 4) *
                                                         (s.max_tokens + 2 * kLanes));
+  bool replays = false;
+  for (int64_t t = 0; t < s.tokens; ++t) replays |= lengths[t] != last_of_request[t];
+  auto append = [&](int64_t task) {
+    const int64_t t = task / s.kv_heads, h = task % s.kv_heads;
+    if (lengths[t] <= 0) return;
+    T* row = Decoder<T>{s, cache, table + t * s.table_stride, h}.row(lengths[t] - 1);
+    std::memcpy(row, key + t * s.key_stride + h * s.dim, s.dim * sizeof(T));
+    std::memcpy(row + s.dim, value + t * s.key_stride + h * s.dim, s.dim * sizeof(T));
+  };
+  auto refresh = [&](int64_t task, Scratch& tmp) {
+    const int64_t t = task / s.kv_heads, h = task % s.kv_heads, n = lengths[t];
+    if (n > 0 && (n == last_of_request[t] || n % s.page == 0))
+      Decoder<T>{s, cache, table + t * s.table_stride, h}.write_newest_page(n, tmp);
+  };
 #pragma omp parallel
   {
     Scratch tmp;
@@ -445,24 +473,19 @@ void decode(const Shape& s, T* cache, const T* query, const T* key, const T* val
     tmp.logits.resize(logits + kLanes);
     tmp.channels.resize(s.dim);
     tmp.pages.reserve(s.max_tokens / s.page + 2);
+    if (replays) {
+      // A row may read what another row of its request appends: all of them append first.
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < tasks; ++task) {
-      const int64_t t = task / s.kv_heads, h = task % s.kv_heads;
-      if (lengths[t] <= 0) continue;
-      Decoder<T> d{s, cache, table + t * s.table_stride, h};
-      T* row = d.row(lengths[t] - 1);
-      std::memcpy(row, key + t * s.key_stride + h * s.dim, s.dim * sizeof(T));
-      std::memcpy(row + s.dim, value + t * s.key_stride + h * s.dim, s.dim * sizeof(T));
-    }
+      for (int64_t task = 0; task < tasks; ++task) append(task);
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < tasks; ++task) {
-      const int64_t t = task / s.kv_heads, h = task % s.kv_heads;
-      const int64_t n = lengths[t];
-      if (n <= 0 || (n != last_of_request[t] && n % s.page != 0)) continue;
-      Decoder<T>{s, cache, table + t * s.table_stride, h}.write_newest_page(n, tmp);
+      for (int64_t task = 0; task < tasks; ++task) refresh(task, tmp);
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; ++task) {
+      if (!replays) {
+        append(task);
+        refresh(task, tmp);
+      }
       const int64_t t = task / s.kv_heads, h = task % s.kv_heads;
       T* target = out + t * s.out_stride + h * s.group * s.dim;
       const int64_t n = lengths[t];
