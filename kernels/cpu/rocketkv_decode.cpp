@@ -17,6 +17,10 @@
 #include <utility>
 #include <vector>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int kLanes = 16;
@@ -32,6 +36,10 @@ typedef _Float16 half_vec __attribute__((vector_size(kLanes * sizeof(_Float16)),
 
 inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
 inline vec load(const bf16* p) {
+#ifdef __AVX512F__  // GCC splits the generic conversion into halves
+  return (vec)_mm512_slli_epi32(
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#endif
   bf16_vec raw = *reinterpret_cast<const bf16_vec*>(p);
   return (vec)(__builtin_convertvector(raw, uvec) << 16);
 }
@@ -59,14 +67,36 @@ inline bf16 from_float<bf16>(float x) {  // round to nearest even; inputs are fi
   return bf16{static_cast<uint16_t>(bits >> 16)};
 }
 
-// Pairwise, so that the lanes are added by shuffles instead of one by one.
-inline float sum(vec v) {
-  typedef float v8 __attribute__((vector_size(32)));
-  typedef float v4 __attribute__((vector_size(16)));
-  const v8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-               __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  const v4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-  return (b[0] + b[2]) + (b[1] + b[3]);
+typedef float v8 __attribute__((vector_size(32), aligned(4)));
+typedef float v4 __attribute__((vector_size(16), aligned(4)));
+
+inline v8 halves(vec v) {
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+// Sums of four vectors, as one.
+inline v4 sum4(vec a, vec b, vec c, vec d) {
+  const v8 w = halves(a), x = halves(b), y = halves(c), z = halves(d);
+  const v8 wx = __builtin_shufflevector(w, x, 0, 2, 8, 10, 4, 6, 12, 14) +
+                __builtin_shufflevector(w, x, 1, 3, 9, 11, 5, 7, 13, 15);
+  const v8 yz = __builtin_shufflevector(y, z, 0, 2, 8, 10, 4, 6, 12, 14) +
+                __builtin_shufflevector(y, z, 1, 3, 9, 11, 5, 7, 13, 15);
+  const v8 all = __builtin_shufflevector(wx, yz, 0, 2, 8, 10, 4, 6, 12, 14) +
+                 __builtin_shufflevector(wx, yz, 1, 3, 9, 11, 5, 7, 13, 15);
+  return __builtin_shufflevector(all, all, 0, 1, 2, 3) +
+         __builtin_shufflevector(all, all, 4, 5, 6, 7);
+}
+inline float sum(vec v) { return sum4(v, v, v, v)[0]; }
+
+// One bit per lane that is true.
+inline uint32_t lane_bits(ivec truth) {
+#ifdef __AVX512F__
+  return _mm512_cmplt_epi32_mask((__m512i)truth, _mm512_setzero_si512());
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(truth[i] != 0) << i;
+  return bits;
+#endif
 }
 
 // exp for arguments <= 0: range reduction by powers of two and a degree-6 polynomial, about
@@ -100,6 +130,7 @@ struct Shape {
 struct Scratch {
   std::vector<float> query, selected, probability, logits, partial;
   std::vector<int32_t> channels, pages;
+  std::vector<const void*> row_pointers;
 };
 
 template <typename T>
@@ -162,7 +193,25 @@ struct Decoder {
                    int64_t block_index, int64_t first_head, float* out, int64_t out_stride) const {
     const int64_t stride = pages_per_block();
     const T* base = extrema(block_index);
-    for (int64_t tile = 0; tile < stride; tile += kLanes) {
+    int64_t tile = 0;
+    for (; stride - tile >= 2 * kLanes; tile += 2 * kLanes) {
+      vec low[G] = {}, high[G] = {};
+      for (int64_t j = 0; j < top_r; ++j) {
+        const T* bound = base + channels[j] * stride + tile;
+        const vec first = load(bound), second = load(bound + kLanes);
+        for (int g = 0; g < G; ++g) {
+          const float weight = selected[(first_head + g) * s.dim + j];
+          low[g] += first * weight;
+          high[g] += second * weight;
+        }
+      }
+      for (int g = 0; g < G; ++g) {
+        float* target = out + (first_head + g) * out_stride + tile;
+        *reinterpret_cast<vec*>(target) = low[g];
+        *reinterpret_cast<vec*>(target + kLanes) = high[g];
+      }
+    }
+    for (; tile < stride; tile += kLanes) {
       if (stride - tile >= kLanes) {
         vec acc[G] = {};
         for (int64_t j = 0; j < top_r; ++j) {
@@ -223,12 +272,10 @@ struct Decoder {
     int32_t order[1024];
     int64_t kept_channels = 0;
     for (int64_t j = 0; j < dim && kept_channels < top_r; ++j) {
-      ivec larger = {};
-      for (int64_t i = 0; i < dim; i += kLanes) larger -= load(magnitude + i) > magnitude[j];
       int64_t rank = 0;
-      for (int i = 0; i < kLanes; ++i) rank += larger[i];
-      if (rank >= top_r) continue;
-      for (int64_t i = 0; i < j; ++i) rank += magnitude[i] == magnitude[j];
+      for (int64_t i = 0; i < dim; i += kLanes)
+        rank += __builtin_popcount(lane_bits(load(magnitude + i) > magnitude[j]));
+      for (int64_t i = 0; i < j && rank < top_r; ++i) rank += magnitude[i] == magnitude[j];
       if (rank < top_r) order[kept_channels++] = static_cast<int32_t>(j);
     }
     int32_t* channels = tmp.channels.data();
@@ -275,8 +322,13 @@ struct Decoder {
     std::fill(probability, probability + padded, 0.0f);
     for (int64_t g = 0; g < group; ++g) {
       float* x = score + g * padded;
-      float top = -INFINITY;
-      for (int64_t p = 0; p < num_pages; ++p) top = std::max(top, x[p]);
+      vec tops = load(x);
+      for (int64_t p = kLanes; p < padded; p += kLanes) {
+        const vec next = load(x + p);
+        tops = next > tops ? next : tops;
+      }
+      float top = tops[0];
+      for (int i = 1; i < kLanes; ++i) top = std::max(top, tops[i]);
       vec mass = {};
       for (int64_t p = 0; p < padded; p += kLanes) {
         const vec e = exp_nonpositive(load(x + p) - top);
@@ -315,11 +367,10 @@ struct Decoder {
     for (int64_t p = n; p < padded; ++p) score[p] = -1.0f;
     auto bits = [&](int64_t p) { return (ivec)load(score + p); };
     auto at_least = [&](int32_t threshold) {
-      ivec total = {};
-      for (int64_t p = 0; p < padded; p += kLanes) total -= bits(p) >= threshold;
-      int64_t sum = 0;
-      for (int i = 0; i < kLanes; ++i) sum += total[i];
-      return sum;
+      int64_t found = 0;
+      for (int64_t p = 0; p < padded; p += kLanes)
+        found += __builtin_popcount(lane_bits(bits(p) >= threshold));
+      return found;
     };
     int32_t low = 0, high = 0x7f800000;  // at_least(low) >= count > at_least(high)
     while (high - low > 1) {
@@ -330,111 +381,132 @@ struct Decoder {
       if (found == count) break;
     }
     int64_t ties = count - at_least(low + 1);
-    const bool exact = at_least(low) == count;
-    for (int64_t p = 0; p < n; ++p) {
-      int32_t value;
-      std::memcpy(&value, score + p, 4);
-      if (value > low || (value == low && (exact || ties-- > 0)))
-        pages.push_back(static_cast<int32_t>(p));
+    for (int64_t p = 0; p < padded; p += kLanes) {
+      uint32_t larger = lane_bits(bits(p) > low);
+      for (uint32_t rest = larger | lane_bits(bits(p) == low); rest; rest &= rest - 1) {
+        const int lane = __builtin_ctz(rest);
+        // If more than `count` share the smallest kept value, the first ones win.
+        if ((larger >> lane & 1) || ties-- > 0) pages.push_back(static_cast<int32_t>(p + lane));
+      }
     }
   }
 
-  // Exact attention of one query head tile over the tokens of tmp.pages.
-  template <int G>
+  // Exact attention of up to four query heads over the tokens of tmp.pages. V is the number of
+  // vectors in a head (0: not known at compile time); with it, queries and sums stay in registers.
+  template <int G, int V>
   void attend_heads(const float* query, int64_t num_tokens, int64_t last_page_tokens, T* out,
                     int64_t first_head, Scratch& tmp) const {
     const int64_t dim = s.dim;
     const int64_t count = static_cast<int64_t>(tmp.pages.size());
-    const int64_t lanes = dim / kLanes * kLanes;
-    const int64_t stride = s.max_tokens + kLanes;
-    float* logits = tmp.logits.data();
+    const int64_t vectors = V ? V : dim / kLanes;
+    float* logits = tmp.logits.data();  // [token][4]
     const float* q = query + first_head * dim;
-    int64_t n = 0;
-    auto prefetch = [&](int64_t i) {
-      if (i >= count) return;
-      const char* p = reinterpret_cast<const char*>(row(tmp.pages[i] * s.page));
-      for (int64_t b = 0; b < s.page * 2 * dim * static_cast<int64_t>(sizeof(T)); b += 64)
-        __builtin_prefetch(p + b);
-    };
     auto tokens_in = [&](int64_t i) {
       const int64_t visible = std::min(s.page, num_tokens - tmp.pages[i] * s.page);
       return i + 1 == count ? std::min(visible, last_page_tokens) : visible;
     };
-    for (int64_t i = 0; i < std::min<int64_t>(4, count); ++i) prefetch(i);
+    const T** rows = reinterpret_cast<const T**>(tmp.row_pointers.data());
+    auto find = [&](int64_t i) {  // and ask for its bytes
+      if (i >= count) return;
+      rows[i] = row(tmp.pages[i] * s.page);
+      const char* p = reinterpret_cast<const char*>(rows[i]);
+      for (int64_t b = 0; b < s.page * 2 * dim * static_cast<int64_t>(sizeof(T)); b += 64)
+        __builtin_prefetch(p + b);
+    };
+    constexpr int kAhead = 4;
+    for (int64_t i = 0; i < kAhead; ++i) find(i);
+    int64_t n = 0;
+    vec top4 = vec{} - INFINITY;
     for (int64_t i = 0; i < count; ++i) {
-      prefetch(i + 4);
-      const T* key = row(tmp.pages[i] * s.page);
+      find(i + kAhead);
+      const T* key = rows[i];
       const int64_t here = tokens_in(i);
       for (int64_t t = 0; t < here; ++t, key += 2 * dim, ++n) {
-        vec acc[G] = {};
-        for (int64_t j = 0; j < lanes; j += kLanes) {
-          const vec k = load(key + j);
-          for (int g = 0; g < G; ++g) acc[g] += k * load(q + g * dim + j);
+        vec acc[4] = {};
+        for (int64_t v = 0; v < vectors; ++v) {
+          const vec k = load(key + v * kLanes);
+          for (int g = 0; g < G; ++g) acc[g] += k * load(q + g * dim + v * kLanes);
         }
-        for (int g = 0; g < G; ++g) {
-          float dot = sum(acc[g]);
-          for (int64_t j = lanes; j < dim; ++j) dot += to_float(key[j]) * q[g * dim + j];
-          logits[g * stride + n] = dot * s.scale;
-        }
+        v4 dots = sum4(acc[0], acc[1], acc[2], acc[3]);
+        for (int64_t j = vectors * kLanes; j < dim; ++j)
+          for (int g = 0; g < G; ++g) dots[g] += to_float(key[j]) * q[g * dim + j];
+        *reinterpret_cast<v4*>(logits + 4 * n) = dots * s.scale;
       }
     }
-    float inverse[G];
-    for (int g = 0; g < G; ++g) {
-      float* x = logits + g * stride;
-      float top = -INFINITY;
-      for (int64_t i = 0; i < n; ++i) top = std::max(top, x[i]);
-      for (int64_t i = n; i < n + kLanes; ++i) x[i] = -INFINITY;
-      vec mass = {};
-      for (int64_t i = 0; i < n; i += kLanes) {
-        const vec e = exp_nonpositive(load(x + i) - top);
-        *reinterpret_cast<vec*>(x + i) = e;
-        mass += e;
-      }
-      inverse[g] = 1.0f / sum(mass);
+    // Softmax of the four columns at once: a vector holds four tokens.
+    const int64_t total = 4 * n, padded = (total + kLanes - 1) / kLanes * kLanes;
+    for (int64_t i = total; i < padded; ++i) logits[i] = -INFINITY;
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      const vec x = load(logits + i);
+      top4 = x > top4 ? x : top4;
     }
+    float top[4], inverse[4];
+    for (int g = 0; g < 4; ++g)
+      top[g] = std::max(std::max(top4[g], top4[g + 4]), std::max(top4[g + 8], top4[g + 12]));
+    vec shift;
+    for (int i = 0; i < kLanes; ++i) shift[i] = top[i % 4];
+    vec mass = {};
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      const vec e = exp_nonpositive(load(logits + i) - shift);
+      *reinterpret_cast<vec*>(logits + i) = e;
+      mass += e;
+    }
+    for (int g = 0; g < 4; ++g)
+      inverse[g] = 1.0f / ((mass[g] + mass[g + 4]) + (mass[g + 8] + mass[g + 12]));
+
     float* acc = tmp.partial.data();
-    std::fill(acc, acc + G * dim, 0.0f);
-    for (int64_t base = 0; base < lanes; base += 4 * kLanes) {
-      const int64_t width = std::min<int64_t>(4, (lanes - base) / kLanes);
-      vec sums[G][4] = {};
-      n = 0;
-      for (int64_t i = 0; i < count; ++i) {
-        const T* value = row(tmp.pages[i] * s.page) + dim + base;
-        const int64_t here = tokens_in(i);
-        for (int64_t t = 0; t < here; ++t, value += 2 * dim, ++n) {
-          for (int64_t w = 0; w < width; ++w) {
-            const vec v = load(value + w * kLanes);
-            for (int g = 0; g < G; ++g) sums[g][w] += v * logits[g * stride + n];
-          }
-        }
+    int64_t v = 0;
+    for (; vectors - v >= 4; v += 4) weigh<G, 4>(rows, count, tokens_in, logits, v, acc);
+    for (; v < vectors; ++v) weigh<G, 1>(rows, count, tokens_in, logits, v, acc);
+    for (int64_t j = vectors * kLanes; j < dim; ++j)
+      for (int g = 0; g < G; ++g) {
+        float value = 0;
+        for (int64_t i = 0, m = 0; i < count; ++i)
+          for (int64_t t = 0; t < tokens_in(i); ++t, ++m)
+            value += to_float(rows[i][(2 * t + 1) * dim + j]) * logits[4 * m + g];
+        acc[g * dim + j] = value;
       }
-      for (int g = 0; g < G; ++g)
-        for (int64_t w = 0; w < width; ++w)
-          *reinterpret_cast<vec*>(acc + g * dim + base + w * kLanes) = sums[g][w];
-    }
-    if (lanes < dim) {
-      n = 0;
-      for (int64_t i = 0; i < count; ++i) {
-        const T* value = row(tmp.pages[i] * s.page) + dim;
-        const int64_t here = tokens_in(i);
-        for (int64_t t = 0; t < here; ++t, value += 2 * dim, ++n)
-          for (int g = 0; g < G; ++g)
-            for (int64_t j = lanes; j < dim; ++j)
-              acc[g * dim + j] += to_float(value[j]) * logits[g * stride + n];
-      }
-    }
     for (int g = 0; g < G; ++g)
       for (int64_t j = 0; j < dim; ++j)
         out[(first_head + g) * dim + j] = from_float<T>(acc[g * dim + j] * inverse[g]);
   }
 
+  // Weighted sum of W vectors of the values, from vector `first` of the head.
+  template <int G, int W, typename TokensIn>
+  void weigh(const T* const* rows, int64_t count, TokensIn tokens_in, const float* weights,
+             int64_t first, float* acc) const {
+    vec sums[G][W] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const T* value = rows[i] + s.dim + first * kLanes;
+      const int64_t here = tokens_in(i);
+      for (int64_t t = 0; t < here; ++t, value += 2 * s.dim, weights += 4)
+        for (int w = 0; w < W; ++w) {
+          const vec v = load(value + w * kLanes);
+          for (int g = 0; g < G; ++g) sums[g][w] += v * weights[g];
+        }
+    }
+    for (int g = 0; g < G; ++g)
+      for (int w = 0; w < W; ++w)
+        *reinterpret_cast<vec*>(acc + g * s.dim + (first + w) * kLanes) = sums[g][w];
+  }
+
+  template <int G>
+  void attend_tile(const float* query, int64_t num_tokens, int64_t last, T* out, int64_t g,
+                   Scratch& tmp) const {
+    switch (s.dim) {
+      case 64: return attend_heads<G, 4>(query, num_tokens, last, out, g, tmp);
+      case 128: return attend_heads<G, 8>(query, num_tokens, last, out, g, tmp);
+      default: return attend_heads<G, 0>(query, num_tokens, last, out, g, tmp);
+    }
+  }
+
   void attend(const float* query, int64_t num_tokens, int64_t last, T* out, Scratch& tmp) const {
     int64_t g = 0;
-    for (; s.group - g >= 4; g += 4) attend_heads<4>(query, num_tokens, last, out, g, tmp);
+    for (; s.group - g >= 4; g += 4) attend_tile<4>(query, num_tokens, last, out, g, tmp);
     switch (s.group - g) {
-      case 1: return attend_heads<1>(query, num_tokens, last, out, g, tmp);
-      case 2: return attend_heads<2>(query, num_tokens, last, out, g, tmp);
-      case 3: return attend_heads<3>(query, num_tokens, last, out, g, tmp);
+      case 1: return attend_tile<1>(query, num_tokens, last, out, g, tmp);
+      case 2: return attend_tile<2>(query, num_tokens, last, out, g, tmp);
+      case 3: return attend_tile<3>(query, num_tokens, last, out, g, tmp);
     }
   }
 };
@@ -447,8 +519,7 @@ void decode(const Shape& s, T* cache, const T* query, const T* key, const T* val
             const int32_t* top_r, int dense) {
   const int64_t tasks = s.tokens * s.kv_heads;
   const int64_t padded = (s.max_tokens / s.page + 2 * s.block_size + 2 * kLanes);
-  const int64_t logits = std::max(s.group * padded, std::min<int64_t>(s.group, 4) *
-                                                        (s.max_tokens + 2 * kLanes));
+  const int64_t logits = std::max(s.group * padded, 4 * (s.max_tokens + kLanes));
   bool replays = false;
   for (int64_t t = 0; t < s.tokens; ++t) replays |= lengths[t] != last_of_request[t];
   auto append = [&](int64_t task) {
@@ -465,13 +536,15 @@ void decode(const Shape& s, T* cache, const T* query, const T* key, const T* val
   };
 #pragma omp parallel
   {
-    Scratch tmp;
+    // Kept between calls: allocating and clearing it would cost as much as a small selection.
+    static thread_local Scratch tmp;
     tmp.query.resize(std::max<int64_t>(s.group, 2) * s.dim + kLanes);
     tmp.selected.resize(s.group * s.dim + kLanes);
     tmp.partial.resize(std::max<int64_t>(4, 2) * s.dim + kLanes);
     tmp.probability.resize(padded + kLanes);
     tmp.logits.resize(logits + kLanes);
     tmp.channels.resize(s.dim);
+    tmp.row_pointers.resize(s.max_tokens / s.page + 1);
     tmp.pages.reserve(s.max_tokens / s.page + 2);
     if (replays) {
       // A row may read what another row of its request appends: all of them append first.
