@@ -151,6 +151,15 @@ def test_replayed_tokens_give_what_they_gave_one_by_one(kernel, page_size):
     assert torch.equal(together.nan_to_num(7), one_by_one.nan_to_num(7))
 
 
+def test_nan_queries_do_not_crash():
+    """A model that overflows gives NaN tokens, as with stock kernels."""
+    batch = make_batch()
+    for sign in (1, -1):
+        query = torch.full_like(batch.query, sign * torch.nan)
+        _, output = run(fused.decode_attention, batch._replace(query=query), 37)
+        assert output.isnan().all()
+
+
 def test_strided_projections_are_read_in_place():
     """vLLM hands over slices of one fused QKV row."""
     batch = make_batch()

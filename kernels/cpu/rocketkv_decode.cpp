@@ -349,7 +349,8 @@ struct Decoder {
     const int64_t full = std::min(rest / s.page, newest);
     const int64_t remainder = full < newest ? rest - full * s.page : 0;
     take_top_pages(probability, newest, full + (remainder > 0), tmp.pages);
-    if (!remainder) return full ? s.page : newest_tokens;
+    if (tmp.pages.size() < 2) return newest_tokens;  // NaN scores rank nothing
+    if (!remainder) return s.page;
     // The lowest-ranked page is the one taken in part; it goes last.
     size_t lowest = 1;
     for (size_t i = 2; i < tmp.pages.size(); ++i)
