@@ -128,7 +128,28 @@ def capacity(result: dict) -> str:
     )
 
 
-RENDERERS = {"speed": speed, "accuracy": accuracy, "capacity": capacity, "oracle": accuracy}
+def kernels(result: dict) -> str:
+    """Renders the decode kernel's times."""
+    body = result["result"]
+    rows = [
+        [name, f"{row['us']:.0f}", f"{row['us_p10']:.0f}"] for name, row in body["variants"].items()
+    ]
+    return (
+        f"{result['threads']} threads, {body['kept_tokens']} kept tokens a request, top_k "
+        f"{body['top_k']}, top_r {body['top_r']}; floor {body['floor_us']:.0f} us a layer "
+        f"({body['bytes_read'] / 1e6:.2f} MB at {body['sequential_read_gb_per_s']:.1f} GB/s): "
+        f"fused is {body['over_floor']:.1f}x the floor\n\n"
+        + table(["variant", "us a layer", "10th percentile"], rows)
+    )
+
+
+RENDERERS = {
+    "kernels": kernels,
+    "speed": speed,
+    "accuracy": accuracy,
+    "capacity": capacity,
+    "oracle": accuracy,
+}
 
 
 def render(path: Path) -> str:
