@@ -119,11 +119,13 @@ def _complete(client, prompt, n=1):
 
 
 def test_the_start_up_line_says_what_runs(server):
-    (line,) = re.findall(r"ROCKETKV: .*", server.log.read_text())
+    log = server.log.read_text()
+    (line,) = re.findall(r"ROCKETKV: stage.*", log)
     assert "token budget 64" in line
     assert "block size 32" in line
     assert "decode kernel: cpu" in line
     assert re.search(r"a prompt of 1024 tokens keeps (\d+) of 32 blocks", line)
+    assert re.search(r"KV blocks hold [\d.]+ decoding requests of 1024 tokens", log)
 
 
 def test_concurrent_served_requests_equal_the_engine(client, prompts, sparse_run):
