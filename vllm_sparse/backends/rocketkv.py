@@ -151,6 +151,12 @@ class RocketKVMetadataBuilder(CPUAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         settings = load_settings(vllm_config.additional_config, "rocketkv")
         _check_block_size(settings, self.block_size, kv_cache_spec.rule.group_size)
+        if kv_cache_spec.rule.block_size != self.block_size:
+            raise UnsupportedError(
+                f"vLLM changed the block size from {kv_cache_spec.rule.block_size} to "
+                f"{self.block_size} to give all layers of this model pages of one size. Choose a "
+                f"--block-size that it keeps, for example {self.block_size}"
+            )
         self._planner = StepPlanner(kv_cache_spec.rule, settings.token_budget // 2)
         # Both model runners hand the builder each request's prompt length if this is set; nothing
         # else reads it for this backend.
