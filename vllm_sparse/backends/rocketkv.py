@@ -9,6 +9,7 @@ off and served by the sparse decode kernel, whatever else is in the batch.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -165,6 +166,10 @@ class RocketKVMetadataBuilder(CPUAttentionMetadataBuilder):
         layers = vllm_config.compilation_config.static_forward_context
         for name in layer_names:
             layers[name].impl.prepare(kv_cache_spec, self._pack, extract_layer_index(name))
+            if settings.huge_pages:
+                # vLLM binds the cache after this, still before it serves: the time to move it is
+                # part of the start, not of the first request.
+                layers[name].bind_kv_cache = partial(_bind_on_huge_pages, layers[name])
         counters = metrics.counters()
         if vllm_config.parallel_config.rank == 0:
             # Every rank does the same; one of them speaks.
@@ -220,6 +225,12 @@ class RocketKVMetadataBuilder(CPUAttentionMetadataBuilder):
             dense,
             metrics.counters().add,
         )
+
+
+def _bind_on_huge_pages(layer: Any, kv_cache: Tensor) -> None:
+    type(layer).bind_kv_cache(layer, kv_cache)
+    if not back_with_huge_pages(kv_cache):
+        logger.info_once("The KV cache stays on small pages; sparse decode is slower on them")
 
 
 def _start_line(
@@ -283,7 +294,6 @@ class RocketKVImpl(CPUAttentionBackendImpl):
         RocketKVBackend._max_model_len = config.model_config.max_model_len
         RocketKVBackend._instance_id = config.instance_id
         self._top_k = settings.token_budget // 2
-        self._cache_seen = False
 
     def prepare(self, spec: RocketKVSpec, pack: Any, layer_index: int) -> None:
         """Called by the builder once the block size is final.
@@ -338,11 +348,6 @@ class RocketKVImpl(CPUAttentionBackendImpl):
             ``output``.
         """
         step = attn_metadata
-        if not self._cache_seen and kv_cache.numel():
-            # In the warm-up, if vLLM does one, else in the first request.
-            self._cache_seen = True
-            if self._settings.huge_pages:
-                back_with_huge_pages(kv_cache)
         if step is None:
             return output
         if step.dense is not None:
