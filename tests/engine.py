@@ -27,6 +27,7 @@ def run_engine(
     prompts: list[list[int]],
     *,
     settings: dict[str, Any] | None = None,
+    backend: str = "rocketkv",
     waves: int = 1,
     new_tokens: int = NEW_TOKENS,
     env: dict[str, str] | None = None,
@@ -40,6 +41,7 @@ def run_engine(
         model: Checkpoint folder.
         prompts: Token ids.
         settings: ``vllm_sparse`` settings; ``None`` runs stock vLLM.
+        backend: Attention backend if there are settings.
         waves: How often to send all prompts, to one engine.
         new_tokens: Tokens to generate for each prompt.
         env: Additional environment.
@@ -60,7 +62,7 @@ def run_engine(
         **llm,
     }
     if settings is not None:
-        arguments["attention_backend"] = "rocketkv"
+        arguments["attention_backend"] = backend
         arguments["additional_config"] = {"vllm_sparse": settings}
     with tempfile.TemporaryDirectory() as folder:
         job, result = Path(folder) / "job.json", Path(folder) / "result.json"

@@ -12,7 +12,12 @@ from __future__ import annotations
 import argparse
 from importlib import import_module, metadata
 
-COMMAND_MODULES = ("vllm_sparse.demo.models", "vllm_sparse.demo.run")
+COMMAND_MODULES = (
+    "vllm_sparse.demo.models",
+    "vllm_sparse.demo.run",
+    "vllm_sparse.models.convert",
+    "vllm_sparse.training.commands",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

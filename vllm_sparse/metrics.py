@@ -31,6 +31,16 @@ COUNTERS = {
     "dense_fallbacks": "Requests served by dense attention, by reason",
     "prompts_compacted": "Prompts whose KV cache was compacted after prefill",
     "blocks_evicted": "KV blocks given back to the pool after prefill",
+    "visible_blocks": "Blocks of decode rows: what dense attention would read",
+    "selected_blocks": "Blocks that decode rows read, per KV head and layer",
+    "frame_hits": "Selected blocks of a KV head that were on the device",
+    "frame_misses": "Selected blocks of a KV head that were fetched from the host",
+    "prefetch_issued": "Fetches that were issued a layer ahead",
+    "prefetch_late": "Fetches issued ahead that were not complete when their layer needed them",
+    "prefetch_wasted": "Fetches issued ahead that no layer read",
+    "host_to_device_bytes": "KV bytes copied from the host to the device",
+    "device_to_host_bytes": "KV bytes written through to the host",
+    "exposed_wait_seconds": "Time that layers waited for KV copies",
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.plugin import BACKENDS
 
 _StockPlatform: Any = resolve_obj_by_qualname(
@@ -23,6 +24,11 @@ def _get_attn_backend_cls(
     if selected_backend is not None and selected_backend.name in BACKENDS:
         if not attn_selector_config.has_sliding_window:
             return BACKENDS[selected_backend.name]
+        if selected_backend.name == "SPARDA":
+            raise UnsupportedError(
+                "this model has sliding-window layers, but SPARDA looks from each layer to the "
+                "next and needs them all alike. Use --attention-backend ROCKETKV"
+            )
         # Sliding-window layers have nothing to evict and stay stock.
         selected_backend = None
     choose, _ = cls._vllm_sparse_stock

@@ -12,8 +12,12 @@ import os
 from typing import Any
 
 from vllm_sparse.compat import check_vllm_version
+from vllm_sparse.models.routing import register_architectures
 
-BACKENDS = {"ROCKETKV": "vllm_sparse.backends.rocketkv.RocketKVBackend"}
+BACKENDS = {
+    "ROCKETKV": "vllm_sparse.backends.rocketkv.RocketKVBackend",
+    "SPARDA": "vllm_sparse.backends.sparda.SpardaBackend",
+}
 
 
 def register() -> None:
@@ -25,6 +29,7 @@ def register() -> None:
     check_vllm_version()
     for name in BACKENDS:
         _member(name)
+    register_architectures()
     if os.environ.get("VLLM_TARGET_DEVICE") == "cpu":
         # This setting makes vLLM bypass platform plugins.
         from vllm_sparse.platform import patch_stock_platform

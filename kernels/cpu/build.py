@@ -20,7 +20,7 @@ from pathlib import Path
 
 from vllm_sparse.errors import VllmSparseError
 
-_SOURCE = Path(__file__).with_name("rocketkv_decode.cpp")
+_SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cpp")))
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared")
 
 
@@ -58,27 +58,36 @@ def load() -> ctypes.CDLL:
         raise KernelBuildError(
             "no C++ compiler found (g++ or clang++, or set CXX); vLLM's CPU build needs one too"
         )
-    source = _SOURCE.read_bytes()
-    parts = (source, compiler.encode(), " ".join(_FLAGS).encode(), _cpu_fingerprint().encode())
+    sources = b"".join(source.read_bytes() for source in _SOURCES)
+    parts = (sources, compiler.encode(), " ".join(_FLAGS).encode(), _cpu_fingerprint().encode())
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    library = cache_dir() / "kernels" / f"rocketkv-{platform.machine()}-{digest}.so"
+    library = cache_dir() / "kernels" / f"kernels-{platform.machine()}-{digest}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         # Several workers may start at once: each builds under its own name, the last rename wins.
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder) / "kernel.so"
             done = subprocess.run(
-                [compiler, *_FLAGS, str(_SOURCE), "-o", str(built)],
+                [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(built)],
                 capture_output=True,
                 text=True,
                 check=False,
             )
             if done.returncode:
-                raise KernelBuildError(f"{compiler} failed on {_SOURCE.name}:\n{done.stderr}")
+                raise KernelBuildError(f"{compiler} failed:\n{done.stderr}")
             built.replace(library)
     kernels = ctypes.CDLL(str(library))
     pointer = ctypes.c_void_p
     kernels.vllm_sparse_rocketkv_decode.argtypes = (
         ctypes.c_int, *([pointer] * 9), ctypes.POINTER(ctypes.c_int64), ctypes.c_float, ctypes.c_int
     )  # fmt: skip
+    kernels.vllm_sparse_attend_frames.argtypes = (
+        ctypes.c_int, *([pointer] * 5), ctypes.POINTER(ctypes.c_int64), ctypes.c_float
+    )  # fmt: skip
+    number = ctypes.c_int64
+    kernels.vllm_sparse_resolve.argtypes = (
+        *([pointer] * 4), number, pointer, number, pointer, number, *([pointer] * 4)
+    )  # fmt: skip
+    kernels.vllm_sparse_copy.argtypes = (*([pointer] * 4), number, number)
+    kernels.vllm_sparse_copy.restype = None
     return kernels

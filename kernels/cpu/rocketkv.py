@@ -14,7 +14,7 @@ from vllm_sparse.kernels.cpu import build
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def decode_attention(
@@ -70,7 +70,7 @@ def decode_attention(
     )
     pointers = (t.data_ptr() for t in (cache, query, key, value, output, *integers))
     status = build.load().vllm_sparse_rocketkv_decode(
-        _DTYPES.get(cache.dtype, -1), *pointers, sizes, scale, int(read_all)
+        DTYPES.get(cache.dtype, -1), *pointers, sizes, scale, int(read_all)
     )
     if status:
         raise ValueError(f"the CPU decode kernel does not support {cache.dtype}, head size {dim}")

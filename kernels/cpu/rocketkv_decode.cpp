@@ -14,7 +14,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <utility>
 #include <vector>
 
 #ifdef __AVX512F__
@@ -584,6 +583,37 @@ void decode(const Shape& s, T* cache, const T* query, const T* key, const T* val
   }
 }
 
+// Exact attention over all tokens of a block table of its own for each (token, KV head): the frames
+// that SparDA has selected and fetched. Nothing is appended.
+template <typename T>
+void attend_frames(const Shape& s, T* frames, const T* query, T* out, const int32_t* table,
+                   const int32_t* lengths) {
+  const int64_t tasks = s.tokens * s.kv_heads;
+#pragma omp parallel
+  {
+    static thread_local Scratch tmp;
+    tmp.query.resize(s.group * s.dim + kLanes);
+    tmp.partial.resize(4 * s.dim + kLanes);
+    tmp.logits.resize(4 * (s.max_tokens + kLanes) + kLanes);
+    tmp.row_pointers.resize(s.max_tokens / s.page + 1);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int64_t t = task / s.kv_heads, h = task % s.kv_heads, n = lengths[t];
+      T* target = out + t * s.out_stride + h * s.group * s.dim;
+      if (n <= 0) {
+        std::memset(static_cast<void*>(target), 0, s.group * s.dim * sizeof(T));
+        continue;
+      }
+      const T* q = query + t * s.query_stride + h * s.group * s.dim;
+      for (int64_t i = 0; i < s.group * s.dim; ++i) tmp.query[i] = to_float(q[i]);
+      tmp.pages.resize((n + s.page - 1) / s.page);
+      for (size_t p = 0; p < tmp.pages.size(); ++p) tmp.pages[p] = static_cast<int32_t>(p);
+      Decoder<T>{s, frames, table + task * s.table_stride, 0}.attend(tmp.query.data(), n, s.page,
+                                                                     target, tmp);
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -606,6 +636,30 @@ int vllm_sparse_rocketkv_decode(int dtype, void* cache, const void* query, const
   decode<T>(s, static_cast<T*>(cache), static_cast<const T*>(query), static_cast<const T*>(key), \
             static_cast<const T*>(value), static_cast<T*>(out), table, lengths,               \
             last_of_request, top_r, dense)
+  switch (dtype) {
+    case 0: VLLM_SPARSE_RUN(float); return 0;
+    case 1: VLLM_SPARSE_RUN(bf16); return 0;
+    case 2: VLLM_SPARSE_RUN(_Float16); return 0;
+  }
+#undef VLLM_SPARSE_RUN
+  return 2;
+}
+
+// Frames are contiguous pages of [block_size][2 * D]; table is [tokens][kv_heads][table_stride].
+int vllm_sparse_attend_frames(int dtype, void* frames, const void* query, void* out,
+                              const int32_t* table, const int32_t* lengths, const int64_t* sizes,
+                              float scale) {
+  Shape s = {};
+  int64_t* fields[] = {&s.tokens,       &s.kv_heads,   &s.group,     &s.dim, &s.block_size,
+                       &s.table_stride, &s.max_tokens, &s.query_stride, &s.out_stride};
+  for (size_t i = 0; i < sizeof(fields) / sizeof(*fields); ++i) *fields[i] = sizes[i];
+  s.page = s.block_size;
+  s.block_stride = s.block_size * 2 * s.dim;
+  s.scale = scale;
+  if (s.dim > 1024) return 1;
+#define VLLM_SPARSE_RUN(T)                                                             \
+  attend_frames<T>(s, static_cast<T*>(frames), static_cast<const T*>(query),           \
+                   static_cast<T*>(out), table, lengths)
   switch (dtype) {
     case 0: VLLM_SPARSE_RUN(float); return 0;
     case 1: VLLM_SPARSE_RUN(bf16); return 0;

@@ -24,13 +24,12 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.sparse.rocketkv")
 
 
-class RocketKVManager(FullAttentionManager):
-    """Full attention that gives prompt blocks back once the prompt is compacted.
+class PromptAwareManager(FullAttentionManager):
+    """Full attention that shares only what is the same whoever computes it.
 
-    A request's *tail* (its last full prompt blocks and everything after) is rewritten by the
-    worker. It stays correct with prefix caching because the tail is private: never published
-    (:meth:`cache_blocks`) and never taken from the cache (:meth:`find_longest_cache_hit`). Dropped
-    blocks keep their hash, so they stay hit-able until someone needs the memory.
+    The spec's ``publishable_tokens(prompt_len)`` says how many leading tokens of a request are;
+    blocks beyond are never published (:meth:`cache_blocks`) and never taken from the cache
+    (:meth:`find_longest_cache_hit`).
     """
 
     # A preempted request looks its prompt and its output up in one go, so its prompt length cannot
@@ -42,6 +41,55 @@ class RocketKVManager(FullAttentionManager):
         super().__init__(kv_cache_spec, *args, **kwargs)
         if kv_cache_spec.instance_id:
             metrics.counters().publish_to(metrics.folder(kv_cache_spec.instance_id))
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Publish full blocks, but only the publishable ones."""
+        self._requests[id(request.block_hashes)] = request
+        limit = self.kv_cache_spec.publishable_tokens(request.num_prompt_tokens)
+        if limit is not None:
+            num_tokens = min(num_tokens, limit)
+        super().cache_blocks(
+            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
+        )
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls, block_hashes: Any, max_length: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Longest hit that leaves everything else to be computed by the request itself."""
+        spec = kwargs["kv_cache_spec"] if "kv_cache_spec" in kwargs else args[2]
+        request = cls._requests.get(id(block_hashes))
+        known = request is not None and request.block_hashes is block_hashes
+        # vLLM looks up at most all tokens but the last.
+        prompt_len = request.num_prompt_tokens if known else max_length + 1
+        limit = spec.publishable_tokens(prompt_len)
+        if limit is not None:
+            max_length = min(max_length, limit)
+        return super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
+
+
+class SpardaManager(PromptAwareManager):
+    """Manages the blocks of the host pool."""
+
+
+class RocketKVManager(PromptAwareManager):
+    """Full attention that gives prompt blocks back once the prompt is compacted.
+
+    A request's *tail* (its last full prompt blocks and everything after) is rewritten by the
+    worker. It stays correct with prefix caching because the tail is private. Dropped blocks keep
+    their hash, so they stay hit-able until someone needs the memory.
+    """
+
+    def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, *args, **kwargs)
+        if kv_cache_spec.instance_id:
             logger.info_once(self._capacity_line())
 
     def _capacity_line(self) -> str:
@@ -60,38 +108,6 @@ class RocketKVManager(FullAttentionManager):
     def rule(self) -> RetentionRule:
         """The retention rule shared with the worker."""
         return self.kv_cache_spec.rule
-
-    def cache_blocks(
-        self,
-        request: Request,
-        num_tokens: int,
-        retention_interval: int | None = None,
-        *,
-        replay_boundaries: Sequence[int],
-    ) -> None:
-        """Publish full blocks, but never those of a compressed request's tail."""
-        self._requests[id(request.block_hashes)] = request
-        limit = self.rule.publishable_blocks(request.num_prompt_tokens)
-        if limit is not None:
-            num_tokens = min(num_tokens, limit * self.block_size)
-        super().cache_blocks(
-            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
-        )
-
-    @classmethod
-    def find_longest_cache_hit(
-        cls, block_hashes: Any, max_length: int, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Longest hit that leaves the tail to be computed by the request itself."""
-        spec = kwargs["kv_cache_spec"] if "kv_cache_spec" in kwargs else args[2]
-        request = cls._requests.get(id(block_hashes))
-        known = request is not None and request.block_hashes is block_hashes
-        # vLLM looks up at most all tokens but the last.
-        prompt_len = request.num_prompt_tokens if known else max_length + 1
-        limit = spec.rule.publishable_blocks(prompt_len)
-        if limit is not None:
-            max_length = min(max_length, limit * spec.block_size)
-        return super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
 
     def remove_skipped_blocks(
         self,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""What vLLM allocates for a ROCKETKV layer."""
+"""What vLLM allocates for a layer of our backends."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_sparse.kernels.layout import PageLayout
-from vllm_sparse.kv.manager import RocketKVManager
+from vllm_sparse.kv.manager import RocketKVManager, SpardaManager
 
 if TYPE_CHECKING:
+    from vllm_sparse.config import SpardaSettings
     from vllm_sparse.kv.retention import RetentionRule
 
 
@@ -56,6 +57,64 @@ class RocketKVSpec(FullAttentionSpec):
         """Page geometry for requests with pages of ``page_size`` tokens."""
         return PageLayout(self.block_size, self.head_size, page_size)
 
+    def publishable_tokens(self, prompt_len: int) -> int | None:
+        """Leading tokens of a request that others may share; ``None``: all."""
+        blocks = self.rule.publishable_blocks(prompt_len)
+        return None if blocks is None else blocks * self.block_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpardaSpec(FullAttentionSpec):
+    """The compressed keys of a layer whose keys and values live in the host pool.
+
+    A block holds the windows that end in it, one mean key each.
+
+    Attributes:
+        dense_len: Tokens that see at most this many are attended densely.
+        sparse_prefill: Prompts are attended sparsely too.
+        instance_id: vLLM's instance, under whose name the counters are published.
+    """
+
+    dense_len: int = 0
+    sparse_prefill: bool = False
+    instance_id: str = ""
+
+    @classmethod
+    def wrap(
+        cls, spec: FullAttentionSpec, settings: SpardaSettings, instance_id: str = ""
+    ) -> SpardaSpec:
+        """A stock spec with compressed keys in place of keys and values."""
+        windows = max(1, spec.block_size // settings.kernel_stride)
+        return replace_as(
+            spec,
+            cls,
+            dense_len=settings.dense_len,
+            sparse_prefill=settings.sparse_prefill,
+            instance_id=instance_id,
+            tokens_per_state=spec.block_size,
+            state_content_bytes=windows * spec.head_size * spec.dtype.itemsize,
+        )
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """One spec for layers that share a block table; they share the settings too."""
+        first = specs[0]
+        return replace_as(
+            super().merge(specs),
+            cls,
+            dense_len=first.dense_len,
+            sparse_prefill=first.sparse_prefill,
+            instance_id=first.instance_id,
+        )
+
+    def publishable_tokens(self, prompt_len: int) -> int | None:
+        """Leading tokens of a request that others may share; ``None``: all.
+
+        If only outputs are sparse, the same token has other keys and values as another request's
+        prompt.
+        """
+        return None if self.sparse_prefill else max(prompt_len, self.dense_len)
+
 
 # At import, because the scheduler's process first meets the spec when it unpickles one, and an
 # unregistered subclass would silently get the stock manager. Registering before the built-in specs
@@ -64,3 +123,4 @@ KVCacheSpecRegistry._ensure_registered()
 KVCacheSpecRegistry.register(
     RocketKVSpec, RocketKVManager, uniform_type_base_spec=FullAttentionSpec
 )
+KVCacheSpecRegistry.register(SpardaSpec, SpardaManager, uniform_type_base_spec=FullAttentionSpec)

@@ -4,7 +4,8 @@
 
 Notation: H query heads, G KV heads, D head size, T query tokens, n tokens. Keys are compressed to
 one mean per *window* of ``kernel_size`` tokens, every ``kernel_stride`` tokens; a *block* of
-``block_size`` tokens is scored by the windows that overlap it.
+``block_size`` tokens is scored by the windows that overlap it. All functions but
+:func:`compress_keys` accept leading batch dimensions, the same for all arguments.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def forecast_scores(forecast: Tensor, compressed_keys: Tensor) -> Tensor:
         float32 ``[G, T, windows]``. Future windows are not masked: they cannot reach a block that
         is not forced (:func:`select_blocks`), and future blocks are never selected.
     """
-    return forecast.float() @ compressed_keys.float().transpose(1, 2)
+    return forecast.float() @ compressed_keys.float().transpose(-1, -2)
 
 
 def query_scores(
@@ -79,17 +80,16 @@ def query_scores(
     Returns:
         float32 ``[G, T, windows]``; zero where a token sees no complete window.
     """
-    heads, tokens, dim = query.shape
-    kv_heads, windows, _ = compressed_keys.shape
-    grouped = query.float().view(kv_heads, heads // kv_heads, tokens, dim)
-    logits = grouped @ compressed_keys.float().transpose(1, 2).unsqueeze(1)
+    kv_heads, windows, dim = compressed_keys.shape[-3:]
+    grouped = query.float().unflatten(-3, (kv_heads, -1))
+    logits = grouped @ compressed_keys.float().transpose(-1, -2).unsqueeze(-3)
     logits = logits * (dim**-0.5 if scale is None else scale)
     ends = torch.arange(windows, device=query.device) * kernel_stride + kernel_size - 1
-    hidden = ends > positions.unsqueeze(-1)
+    hidden = (ends > positions.unsqueeze(-1)).unsqueeze(-3).unsqueeze(-3)
     logits = logits.masked_fill(hidden, float("-inf"))
     # A row without a visible window is all -inf, whose softmax is NaN.
     probabilities = torch.softmax(logits, -1).masked_fill(hidden, 0.0)
-    return probabilities.sum(1)
+    return probabilities.sum(-3)
 
 
 def block_scores(scores: Tensor, num_blocks: int, windows_per_block: int = 4) -> Tensor:
@@ -108,7 +108,9 @@ def block_scores(scores: Tensor, num_blocks: int, windows_per_block: int = 4) ->
     wanted = num_blocks * windows_per_block
     missing = max(0, wanted - scores.shape[-1])
     scores = functional.pad(scores[..., :wanted], (1, missing), value=lowest)
-    return functional.max_pool1d(scores, windows_per_block + 1, windows_per_block)
+    flat = scores.flatten(0, -2).unsqueeze(1)
+    pooled = functional.max_pool1d(flat, windows_per_block + 1, windows_per_block)
+    return pooled.view(*scores.shape[:-1], num_blocks)
 
 
 def select_blocks(
@@ -149,8 +151,10 @@ def select_blocks(
             f"top_k={top_k} is less than the {init_blocks + local_blocks + 1} blocks that are "
             "always read"
         )
-    own = (positions // block_size).unsqueeze(-1)
-    num_blocks = int(own.max()) + 1 if own.numel() else 0
+    if not positions.numel():
+        return scores.new_empty(*scores.shape[:-1], top_k, dtype=torch.int64)
+    own = (positions // block_size).unsqueeze(-2).unsqueeze(-1)
+    num_blocks = int(own.max()) + 1
     pooled = block_scores(scores, num_blocks, block_size // kernel_stride)
     block = torch.arange(num_blocks, device=scores.device)
     forced = (block < init_blocks) | (block >= own - local_blocks)

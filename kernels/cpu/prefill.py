@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Partial attention through PyTorch's CPU flash attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def attend_part(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Same contract as :func:`vllm_sparse.kernels.reference.prefill.attend_part`."""
+    kv_heads, group, tokens, _ = query.shape
+    if causal:
+        # One query head after the other: the kernel wants as many key heads as query heads.
+        wide = (x.unsqueeze(1).expand(-1, group, -1, -1).flatten(0, 1) for x in (keys, values))
+        output, lse = _flash(
+            query.flatten(0, 1)[None], *(x[None] for x in wide), 0.0, True, scale=scale
+        )
+    elif mask is None:
+        flat = query.reshape(1, kv_heads, group * tokens, -1)
+        output, lse = _flash(flat, keys[None], values[None], 0.0, False, scale=scale)
+    else:
+        blind = torch.where(mask, 0.0, float("-inf")).to(query.dtype)[None]
+        parts = [
+            _flash(
+                query[None, :, member],
+                keys[None],
+                values[None],
+                0.0,
+                False,
+                attn_mask=blind,
+                scale=scale,
+            )
+            for member in range(group)
+        ]
+        output = torch.stack([part[0][0] for part in parts], 1)
+        lse = torch.stack([part[1][0] for part in parts], 1)
+        # The kernel reports a sum of one where nothing was visible.
+        lse = lse.masked_fill(~mask.any(-1).unsqueeze(1), float("-inf"))
+    shape = (kv_heads, group, tokens)
+    return output.reshape(*shape, -1).float(), lse.reshape(shape)

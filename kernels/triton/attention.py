@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Exact attention over a list of slots: split over programs, then merged by log-sum-exp."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from vllm_sparse.kernels.triton.launch import dim_block, launch, row_block, splits
+from vllm_sparse.kernels.triton.ops import dot
+
+if TYPE_CHECKING:
+    from vllm_sparse.kernels.layout import PageLayout
+
+
+@triton.jit
+def _attend_kernel(
+    cache,
+    query,
+    slots,
+    table,
+    lengths,
+    output,
+    lse_out,
+    top_k,
+    capacity,
+    scale_log2,
+    stride_block,
+    stride_head,
+    stride_query_row,
+    stride_query_head,
+    stride_output_row,
+    stride_output_head,
+    stride_output_split,
+    stride_table,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    READ_ALL: tl.constexpr,
+):
+    """All query heads of one KV head against one share of its tokens."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    length = tl.load(lengths + row)
+    member = tl.arange(0, BLOCK_M)
+    dim = tl.arange(0, BLOCK_D)
+    dim_inside = dim < DIM
+    mask = (member < GROUP)[:, None] & dim_inside[None, :]
+    query_head = head * GROUP + member
+    target = (
+        output
+        + row * stride_output_row
+        + query_head[:, None].to(tl.int64) * stride_output_head
+        + split * stride_output_split
+        + dim[None, :]
+    )
+    if length <= 0:
+        if SPLITS == 1:
+            tl.store(target, tl.zeros([BLOCK_M, BLOCK_D], output.dtype.element_ty), mask=mask)
+        return
+    count = length if READ_ALL else tl.minimum(length, top_k)
+    share = tl.cdiv(tl.cdiv(count, SPLITS), BLOCK_N) * BLOCK_N
+    begin = split * share
+    end = tl.minimum(begin + share, count)
+    b_q = tl.load(
+        query + row * stride_query_row + query_head[:, None] * stride_query_head + dim[None, :],
+        mask=mask,
+        other=0.0,
+    )
+    base = cache + head.to(tl.int64) * stride_head
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    b_o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        rank = start + tl.arange(0, BLOCK_N)
+        inside = rank < end
+        if READ_ALL:
+            block = tl.load(table + row * stride_table + rank // BLOCK_SIZE, mask=inside, other=0)
+            slot = rank % BLOCK_SIZE
+        else:
+            physical = tl.load(slots + (row * HEADS + head) * capacity + rank, mask=inside, other=0)
+            block = physical // BLOCK_SIZE
+            slot = physical % BLOCK_SIZE
+        source = base + block.to(tl.int64) * stride_block + slot * (2 * DIM)
+        source = source[:, None] + dim[None, :]
+        loaded = inside[:, None] & dim_inside[None, :]
+        b_k = tl.load(source, mask=loaded, other=0.0)  # [BLOCK_N, BLOCK_D]
+        b_v = tl.load(source + DIM, mask=loaded, other=0.0)
+        logit = dot(b_q, tl.trans(b_k)) * scale_log2
+        logit = tl.where(inside[None, :], logit, float("-inf"))
+        highest = tl.maximum(peak, tl.max(logit, 1))
+        weight = tl.exp2(logit - highest[:, None])
+        shrink = tl.exp2(peak - highest)
+        mass = mass * shrink + tl.sum(weight, 1)
+        b_o = b_o * shrink[:, None]
+        b_o += dot(weight.to(b_v.dtype), b_v)
+        peak = highest
+    if SPLITS == 1:
+        tl.store(target, (b_o / mass[:, None]).to(output.dtype.element_ty), mask=mask)
+    else:
+        empty = begin >= end
+        lse = tl.where(empty, float("-inf"), peak + tl.log2(tl.where(empty, 1.0, mass)))
+        index = (row * (HEADS * GROUP) + query_head) * SPLITS + split
+        tl.store(lse_out + index, lse, mask=member < GROUP)
+        if begin < end:
+            tl.store(target, b_o / mass[:, None], mask=mask)
+
+
+@triton.jit
+def _combine_kernel(
+    partial,
+    lse,
+    lengths,
+    output,
+    stride_output_row,
+    stride_output_head,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Merges the shares of one query head; padding rows become zero."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    dim = tl.arange(0, BLOCK_D)
+    inside = dim < DIM
+    target = output + row * stride_output_row + head * stride_output_head + dim
+    if tl.load(lengths + row) <= 0:
+        tl.store(target, tl.zeros([BLOCK_D], output.dtype.element_ty), mask=inside)
+        return
+    index = (row * HEADS + head) * SPLITS + tl.arange(0, SPLITS)
+    b_lse = tl.load(lse + index)
+    used = b_lse != float("-inf")  # true for NaN, which must show
+    weight = tl.exp2(b_lse - tl.max(b_lse, 0))
+    b_o = tl.load(
+        partial + index[:, None] * DIM + dim[None, :],
+        mask=used[:, None] & inside[None, :],
+        other=0.0,
+    )
+    merged = tl.sum(weight[:, None] * b_o, 0) / tl.sum(weight, 0)
+    tl.store(target, merged.to(output.dtype.element_ty), mask=inside)
+
+
+def attend_slots(
+    cache: Tensor,
+    query: Tensor,
+    output: Tensor,
+    slots: Tensor | None,
+    block_table: Tensor,
+    lengths: Tensor,
+    *,
+    layout: PageLayout,
+    top_k: int,
+    scale: float,
+) -> None:
+    """Same contract as :func:`vllm_sparse.kernels.reference.stage2.attend_slots`."""
+    rows, heads, dim = query.shape
+    kv_heads, device = cache.shape[1], cache.device
+    assert query.stride(-1) == output.stride(-1) == block_table.stride(-1) == 1
+    assert cache.stride(-1) == 1
+    assert cache.stride(-2) == cache.shape[-1], "a page must be one contiguous run"
+    if not rows:
+        return
+    read_all = slots is None
+    capacity = block_table.shape[1] * layout.block_size
+    if slots is not None:
+        assert slots.is_contiguous()
+        capacity = slots.shape[-1]
+    block, warps, stages = launch("attend", device, dim)
+    shares = splits(rows * kv_heads, -(-capacity // block), device)
+    query = query.to(cache.dtype)
+    partial, lse = output, lengths  # unused
+    strides = (output.stride(0), output.stride(1), 0)
+    if shares > 1:
+        partial = torch.empty(rows, heads, shares, dim, dtype=torch.float32, device=device)
+        lse = torch.empty(rows, heads, shares, dtype=torch.float32, device=device)
+        strides = partial.stride()[:3]
+    _attend_kernel[(rows, kv_heads, shares)](
+        cache,
+        query,
+        lengths if slots is None else slots,
+        block_table,
+        lengths,
+        partial,
+        lse,
+        top_k,
+        capacity,
+        scale * 1.4426950408889634,
+        cache.stride(0),
+        cache.stride(1),
+        query.stride(0),
+        query.stride(1),
+        *strides,
+        block_table.stride(0),
+        HEADS=kv_heads,
+        GROUP=heads // kv_heads,
+        DIM=dim,
+        BLOCK_SIZE=layout.block_size,
+        BLOCK_M=row_block(heads // kv_heads),
+        BLOCK_N=block,
+        BLOCK_D=dim_block(dim),
+        SPLITS=shares,
+        READ_ALL=read_all,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    if shares > 1:
+        _combine_kernel[(rows, heads)](
+            partial,
+            lse,
+            lengths,
+            output,
+            output.stride(0),
+            output.stride(1),
+            HEADS=heads,
+            DIM=dim,
+            BLOCK_D=dim_block(dim),
+            SPLITS=shares,
+            num_warps=1 if dim <= 128 else 2,
+            num_stages=1,
+        )

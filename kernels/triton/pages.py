@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Stage 2: page scores from channel-major extrema, then the tokens to attend to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from vllm_sparse.kernels.reference.stage2 import PageScores
+from vllm_sparse.kernels.triton.launch import dim_block, launch, row_block, splits
+from vllm_sparse.kernels.triton.ops import dot
+from vllm_sparse.kernels.triton.topk import choose, radix_threshold
+
+if TYPE_CHECKING:
+    from vllm_sparse.kernels.layout import PageLayout
+
+
+@triton.jit
+def _score_pages_kernel(
+    cache,
+    query,
+    table,
+    lengths,
+    top_r,
+    logits,
+    peak_out,
+    mass_out,
+    top_k,
+    width,
+    stride_block,
+    stride_head,
+    stride_query_row,
+    stride_query_head,
+    stride_table,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    PAGES: tl.constexpr = BLOCK_SIZE // PAGE
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    length = tl.load(lengths + row)
+    if (length <= 0) | (length <= top_k):
+        return
+    newest = (length - 1) // PAGE
+    member = tl.arange(0, BLOCK_M)
+    member_inside = member < GROUP
+    dim = tl.arange(0, BLOCK_D)
+    dim_inside = dim < DIM
+    first_head = row * (HEADS * GROUP) + head * GROUP
+    b_q = tl.load(
+        query
+        + row * stride_query_row
+        + (head * GROUP + member)[:, None] * stride_query_head
+        + dim[None, :],
+        mask=member_inside[:, None] & dim_inside[None, :],
+        other=0.0,
+    )
+    q = b_q.to(tl.float32)
+
+    # The channels with the largest group magnitude, ties to the lower channel.
+    magnitude = tl.where(dim_inside, tl.sum(tl.abs(q), 0), -1.0)
+    larger = magnitude[:, None] > magnitude[None, :]
+    tied_before = (magnitude[:, None] == magnitude[None, :]) & (dim[:, None] < dim[None, :])
+    rank = tl.sum((larger | tied_before).to(tl.int32), 0)
+    kept = (rank < tl.load(top_r + row)) & dim_inside
+    upper = tl.sum(q, 0) > 0
+    channel = tl.where(upper, dim + DIM, dim)
+    selected = tl.where(kept[None, :], q, 0.0)
+    norm = tl.sum(tl.abs(q), 1)
+    ratio = tl.sum(tl.abs(selected), 1) / tl.where(norm > 0, norm, 1.0)
+    temperature = tl.where(norm > 0, tl.sqrt(DIM * ratio), 1.0)
+    b_selected = tl.where(kept[None, :], b_q, 0.0).to(b_q.dtype)
+
+    base = cache + head.to(tl.int64) * stride_head
+    table += row * stride_table
+    # The stored extrema of the newest page may already hold tokens that come later.
+    block = tl.load(table + newest // PAGES).to(tl.int64)
+    low = tl.full([BLOCK_D], float("inf"), tl.float32)
+    high = tl.full([BLOCK_D], float("-inf"), tl.float32)
+    end = tl.where(dim_inside, length, 0)
+    for offset in tl.static_range(PAGE):
+        slot = newest * PAGE + offset
+        source = base + block * stride_block + slot % BLOCK_SIZE * (2 * DIM) + dim
+        b_k = tl.load(source, mask=slot < end, other=0.0).to(tl.float32)
+        low = tl.where(slot < end, tl.minimum(low, b_k), low)
+        high = tl.where(slot < end, tl.maximum(high, b_k), high)
+    bound = tl.where(dim_inside, tl.where(upper, high, low), 0.0)
+    newest_logit = tl.sum(selected * bound[None, :], 1)
+
+    share = tl.cdiv(tl.cdiv(newest + 1, SPLITS), BLOCK_P) * BLOCK_P
+    begin = split * share
+    last = tl.minimum(begin + share, newest + 1)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(begin, last, BLOCK_P):
+        page = start + tl.arange(0, BLOCK_P)
+        older = page < newest
+        inside = page < last
+        block = tl.load(table + page // PAGES, mask=older, other=0).to(tl.int64)
+        source = block * stride_block + BLOCK_SIZE * 2 * DIM + page % PAGES
+        # Channels that are not kept are masked: their bytes stay where they are.
+        b_bound = tl.load(
+            base + channel[:, None] * PAGES + source[None, :],
+            mask=kept[:, None] & older[None, :],
+            other=0.0,
+        )  # [BLOCK_D, BLOCK_P]
+        logit = dot(b_selected, b_bound)
+        logit = tl.where((page == newest)[None, :], newest_logit[:, None], logit)
+        logit = logit / temperature[:, None]
+        target = (first_head + member)[:, None] * width + page[None, :]
+        tl.store(logits + target, logit, mask=member_inside[:, None] & inside[None, :])
+        logit = tl.where(inside[None, :], logit, float("-inf"))
+        highest = tl.maximum(peak, tl.max(logit, 1))
+        tokens = tl.where(page == newest, length - newest * PAGE, PAGE).to(tl.float32)
+        mass = mass * tl.exp(peak - highest)
+        mass += tl.sum(tl.exp(logit - highest[:, None]) * tokens[None, :], 1)
+        peak = highest
+    target = (first_head + member) * SPLITS + split
+    tl.store(peak_out + target, peak, mask=member_inside)
+    tl.store(mass_out + target, mass, mask=member_inside)
+
+
+def score_pages(
+    cache: Tensor,
+    query: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    top_r: Tensor,
+    *,
+    layout: PageLayout,
+    top_k: int,
+) -> PageScores:
+    """Same contract as :func:`vllm_sparse.kernels.reference.stage2.score_pages`."""
+    rows, heads, dim = query.shape
+    kv_heads, device = cache.shape[1], cache.device
+    assert query.stride(-1) == block_table.stride(-1) == cache.stride(-1) == 1
+    assert cache.stride(-2) == cache.shape[-1], "a page must be one contiguous run"
+    width = block_table.shape[1] * layout.pages_per_block
+    block, warps, stages = launch("score_pages", device, dim)
+    shares = splits(rows * kv_heads, -(-width // block), device)
+    query = query.to(cache.dtype)
+    logits = torch.empty(rows, heads, width, dtype=torch.float32, device=device)
+    peak, mass = (
+        torch.empty(rows, heads, shares, dtype=torch.float32, device=device) for _ in range(2)
+    )
+    if rows:
+        _score_pages_kernel[(rows, kv_heads, shares)](
+            cache,
+            query,
+            block_table,
+            lengths,
+            top_r,
+            logits,
+            peak,
+            mass,
+            top_k,
+            width,
+            cache.stride(0),
+            cache.stride(1),
+            query.stride(0),
+            query.stride(1),
+            block_table.stride(0),
+            HEADS=kv_heads,
+            GROUP=heads // kv_heads,
+            DIM=dim,
+            BLOCK_SIZE=layout.block_size,
+            PAGE=layout.page_size,
+            BLOCK_M=row_block(heads // kv_heads),
+            BLOCK_P=block,
+            BLOCK_D=dim_block(dim),
+            SPLITS=shares,
+            num_warps=warps,
+            num_stages=stages,
+        )
+    return PageScores(logits, peak, mass)
+
+
+@triton.jit
+def _select_slots_kernel(
+    logits,
+    peaks,
+    masses,
+    table,
+    lengths,
+    probability,
+    slots,
+    top_k,
+    width,
+    capacity,
+    stride_table,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    PAGES: tl.constexpr = BLOCK_SIZE // PAGE
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    length = tl.load(lengths + row)
+    pair = row * HEADS + head
+    table += row * stride_table
+    slots += pair * capacity
+    if length <= 0:
+        return
+    if length <= top_k:
+        for start in range(0, length, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            inside = token < length
+            block = tl.load(table + token // BLOCK_SIZE, mask=inside, other=0)
+            tl.store(slots + token, block * BLOCK_SIZE + token % BLOCK_SIZE, mask=inside)
+        return
+
+    newest = (length - 1) // PAGE
+    from_newest = tl.minimum(length - newest * PAGE, top_k)
+    rest = top_k - from_newest
+    written = 0
+    if rest > 0:
+        # Softmax over tokens per query head, summed over the group.
+        member = tl.arange(0, BLOCK_G)
+        member_inside = member < GROUP
+        share = tl.arange(0, SPLITS)
+        source = (pair * GROUP + member)[:, None] * SPLITS + share[None, :]
+        peak = tl.load(peaks + source, mask=member_inside[:, None], other=0.0)
+        mass = tl.load(masses + source, mask=member_inside[:, None], other=1.0)
+        highest = tl.max(peak, 1)
+        total = tl.sum(mass * tl.exp(peak - highest[:, None]), 1)
+        logits += pair * GROUP * width
+        probability += pair * width
+        for start in range(0, newest, BLOCK):
+            page = start + tl.arange(0, BLOCK)
+            inside = page < newest
+            logit = tl.load(
+                logits + member[:, None].to(tl.int64) * width + page[None, :],
+                mask=member_inside[:, None] & inside[None, :],
+                other=float("-inf"),
+            )
+            weight = tl.exp(logit - highest[:, None]) / total[:, None]
+            tl.store(probability + page, tl.sum(weight, 0), mask=inside)
+        tl.debug_barrier()  # other threads of this program read them
+
+        count = tl.cdiv(rest, PAGE)
+        last = rest - (count - 1) * PAGE  # tokens of the lowest-ranked page
+        threshold, room = radix_threshold(probability, newest, count, BLOCK)
+        tied = 0
+        for start in range(0, newest, BLOCK):
+            page = start + tl.arange(0, BLOCK)
+            inside = page < newest
+            tile = tl.load(probability + page, mask=inside, other=0.0)
+            chosen, lowest, tied = choose(tile, inside, threshold, room, tied)
+            tokens = tl.where(chosen, tl.where(lowest, last, PAGE), 0)
+            position = written + tl.cumsum(tokens, 0) - tokens
+            block = tl.load(table + page // PAGES, mask=chosen, other=0)
+            slot = block * BLOCK_SIZE + page % PAGES * PAGE
+            for offset in tl.static_range(PAGE):
+                tl.store(slots + position + offset, slot + offset, mask=offset < tokens)
+            written += tl.sum(tokens, 0)
+    block = tl.load(table + newest // PAGES)
+    offset = tl.arange(0, PAGE)
+    slot = block * BLOCK_SIZE + newest % PAGES * PAGE + offset
+    tl.store(slots + written + offset, slot, mask=offset < from_newest)
+
+
+def select_slots(
+    scores: PageScores,
+    block_table: Tensor,
+    lengths: Tensor,
+    *,
+    layout: PageLayout,
+    top_k: int,
+    kv_heads: int,
+) -> Tensor:
+    """Same contract as :func:`vllm_sparse.kernels.reference.stage2.select_slots`.
+
+    One program per row and KV head. Pages with equal probability: the lower one is taken first,
+    see :mod:`vllm_sparse.kernels.triton.topk`.
+    """
+    rows, heads, width = scores.logits.shape
+    device = scores.logits.device
+    capacity = min(top_k, block_table.shape[1] * layout.block_size)
+    slots = torch.empty(rows, kv_heads, capacity, dtype=torch.int32, device=device)
+    probability = torch.empty(rows, kv_heads, width, dtype=torch.float32, device=device)
+    block, warps, stages = launch("select_slots", device)
+    if rows:
+        _select_slots_kernel[(rows, kv_heads)](
+            *(t.contiguous() for t in scores),
+            block_table,
+            lengths,
+            probability,
+            slots,
+            top_k,
+            width,
+            capacity,
+            block_table.stride(0),
+            HEADS=kv_heads,
+            GROUP=heads // kv_heads,
+            BLOCK_SIZE=layout.block_size,
+            PAGE=layout.page_size,
+            BLOCK_G=triton.next_power_of_2(heads // kv_heads),
+            BLOCK=min(block, triton.next_power_of_2(max(width, 32))),
+            SPLITS=scores.peak.shape[-1],
+            num_warps=warps,
+            num_stages=stages,
+        )
+    return slots

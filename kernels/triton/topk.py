@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Top-k by radix search on float bits, then compaction in order: no sort, no host, fixed shapes.
+
+Ties: entries equal to the smallest selected score are taken from the lowest index until the count
+is reached, as in ``policies.rocketkv.top_indices``. Minus zero equals zero; NaN, which the
+reference excludes, ranks by its bits and still gives exactly ``count`` entries.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from vllm_sparse.kernels.triton.launch import launch
+
+
+@triton.jit
+def sort_key(score):
+    """Unsigned integers in the order of the floats ``score``."""
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    sign = (bits >> 31).to(tl.uint32, bitcast=True)
+    return bits.to(tl.uint32, bitcast=True) ^ (sign | 0x80000000)
+
+
+@triton.jit
+def radix_threshold(score, size, count, BLOCK: tl.constexpr):
+    """Key of the ``count``-th largest of ``score[:size]`` and how many equal keys are selected.
+
+    Each of four passes counts the next eight bits of the keys that match the bits found so far.
+
+    Args:
+        score: Pointer to contiguous float32.
+        size: At least 1.
+        count: 1 to ``size``.
+        BLOCK: Entries per iteration.
+    """
+    digits = tl.arange(0, 256)
+    prefix = (count * 0).to(tl.uint32)
+    room = count
+    for step in tl.static_range(4):
+        histogram = tl.zeros([256], tl.int32)
+        for start in range(0, size, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            counted = index < size
+            key = sort_key(tl.load(score + index, mask=counted, other=0.0))
+            if step > 0:
+                counted &= (key >> (32 - 8 * step)) == prefix
+            digit = ((key >> (24 - 8 * step)) & 255).to(tl.int32)
+            histogram += tl.histogram(digit, 256, mask=counted)
+        at_least = tl.cumsum(histogram, 0, reverse=True)
+        above = at_least - histogram
+        found = (at_least >= room) & (above < room)
+        prefix = (prefix << 8) | tl.sum(tl.where(found, digits, 0), 0).to(tl.uint32)
+        room -= tl.sum(tl.where(found, above, 0), 0)
+    return prefix, room
+
+
+@triton.jit
+def choose(score, inside, threshold, room, tied_before):
+    """Which entries of a tile are selected.
+
+    Args:
+        score: float32 ``[BLOCK]``.
+        inside: Entries that exist, ``[BLOCK]``.
+        threshold: See :func:`radix_threshold`.
+        room: Likewise.
+        tied_before: Entries of earlier tiles that equal the threshold.
+
+    Returns:
+        ``chosen [BLOCK]``, ``lowest [BLOCK]`` (the lowest-ranked selected entry), ``tied_after``.
+    """
+    key = sort_key(score)
+    tied = inside & (key == threshold)
+    ones = tied.to(tl.int32)
+    rank = tied_before + tl.cumsum(ones, 0) - ones
+    chosen = (inside & (key > threshold)) | (tied & (rank < room))
+    return chosen, tied & (rank == room - 1), tied_before + tl.sum(ones, 0)
+
+
+@triton.jit
+def _top_indices_kernel(
+    score,
+    sizes,
+    counts,
+    index_out,
+    stride_row,
+    stride_head,
+    heads,
+    width,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    size = tl.load(sizes + row)
+    count = tl.minimum(tl.minimum(tl.load(counts + row), size), width)
+    score += row * stride_row + head.to(tl.int64) * stride_head
+    index_out += (row * heads + head) * width
+    if count > 0:
+        threshold, room = radix_threshold(score, size, count, BLOCK)
+        taken = 0
+        tied = 0
+        for start in range(0, size, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            inside = index < size
+            tile = tl.load(score + index, mask=inside, other=0.0)
+            chosen, _, tied = choose(tile, inside, threshold, room, tied)
+            ones = chosen.to(tl.int32)
+            tl.store(index_out + taken + tl.cumsum(ones, 0) - ones, index, mask=chosen)
+            taken += tl.sum(ones, 0)
+    for start in range(tl.maximum(count, 0), width, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        tl.store(index_out + index, tl.full([BLOCK], -1, tl.int32), mask=index < width)
+
+
+def top_indices(score: Tensor, sizes: Tensor, counts: Tensor, max_count: int) -> Tensor:
+    """Same contract as :func:`vllm_sparse.kernels.reference.prompt.top_indices`."""
+    rows, heads, width = score.shape
+    assert score.dtype == torch.float32
+    assert score.stride(-1) == 1
+    index = torch.empty(rows, heads, max_count, dtype=torch.int32, device=score.device)
+    if not index.numel():
+        return index
+    block, warps, stages = launch("top_indices", score.device)
+    _top_indices_kernel[(rows, heads)](
+        score,
+        sizes,
+        counts,
+        index,
+        score.stride(0),
+        score.stride(1),
+        heads,
+        max_count,
+        BLOCK=min(block, triton.next_power_of_2(max(width, 32))),
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return index

@@ -1,0 +1,613 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Greedy generation with SparDA semantics by a Hugging Face model under an explicit mask.
+
+The model's own attention does all the arithmetic: nothing is ever removed from its cache, the mask
+just hides, per layer, KV head and query token, what is not selected. Independent of the library
+under test.
+
+A token at position ``i`` of a request with a prompt of ``P`` tokens is sparse iff
+``i + 1 > dense_len`` and (``i >= P`` or ``sparse_prefill``). Windows are counted where they are
+complete at the token that scores them. Selectors, for layer ``l`` with input ``x_l`` (after its
+input_layernorm):
+
+- ``forecast``: ``RoPE_i(W_future[l - 1] x_{l - 1})``, layer 0 ``RoPE_i(W_curr x_0)``; raw dot
+  product with the compressed keys of layer ``l``.
+- ``lookahead-query``: the same with layer ``l``'s own query projection (and bias), averaged over
+  the query heads of each KV head; layer 0 projects ``x_0``. A query norm is left out.
+- ``query``: the layer's queries, a softmax per head (InfLLM-v2).
+- ``previous``: the same with the queries of token ``i - 1`` and the windows complete there; forced
+  blocks are those of token ``i``.
+
+MiniCPM checkpoints (:func:`save_random_minicpm`) run here as Granite, which has the same scalings.
+
+How vLLM 0.32 loads such a folder offline: ``architectures: ["MiniCPMForCausalLM"]`` picks its own
+``minicpm.py``, but transformers has no config class for ``model_type: "minicpm"``. Either
+
+- ``trust_remote_code=True``: ``auto_map`` points at the ``configuration_minicpm.py`` in the folder,
+  as in the published checkpoints. Only the config class is run, from a copy under HF_MODULES_CACHE,
+  which must be writable; the model is vLLM's; or
+- ``model_type: "llama"`` in config.json (``save_random_minicpm(..., model_type="llama")``): the
+  Llama config class keeps the additional attributes. Nothing needs to be trusted; or
+- ``AutoConfig.register("minicpm", cls)`` in each process before the model config is built. A vLLM
+  plugin is early enough: vLLM calls it when the engine arguments are created. With transformers 5
+  ``cls`` must declare ``max_position_embeddings: int`` (see CONFIGURATION_MINICPM below).
+
+Without one of them vLLM fails with an error about custom code or an unknown model type.
+
+What vLLM's model reads from the config: vocab_size, hidden_size, intermediate_size, hidden_act,
+num_hidden_layers, num_attention_heads, num_key_value_heads (the head size is hidden_size /
+num_attention_heads), max_position_embeddings, rms_norm_eps, rope_parameters, tie_word_embeddings,
+scale_emb, scale_depth, dim_model_base, and num_experts and hidden_act_param if present.
+"""
+
+import json
+import math
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from .hf_rocketkv import save_random_llama
+
+ATTENTION_NAME = "sparda_reference"
+SELECTORS = ("forecast", "lookahead-query", "query", "previous")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "minicpm")
+
+
+class Settings(NamedTuple):
+    selector: str = "lookahead-query"
+    block_size: int = 64
+    kernel_stride: int = 16  # a window is twice as long
+    init_blocks: int = 1
+    local_blocks: int = 32
+    top_k: int = 96  # the total, with the forced blocks
+    dense_len: int = 8192
+    sparse_prefill: bool = False
+
+
+class Generation(NamedTuple):
+    """What a run produced, and how close it came to producing something else."""
+
+    tokens: list[int]
+    logits: torch.Tensor  # [num_tokens, vocab]
+    margins: list[float]  # per step: the best logit minus the second best
+    gaps: list[float]  # per step: smallest relative gap at the top-k cut, see `cut_gap`
+    # [step][layer]: [G, T, top_k] ascending, padded with -1; a dense token has -1 only. T is the
+    # prompt's length in step 0, one later.
+    blocks: list[list[torch.Tensor]]
+
+    @property
+    def min_margin(self) -> float:
+        return min(self.margins, default=math.inf)
+
+    @property
+    def min_gap(self) -> float:
+        return min(self.gaps, default=math.inf)
+
+    def reliable_steps(self, margin: float, gap: float) -> int:
+        """Leading steps whose tokens another implementation must agree on.
+
+        A near tie of the selection, or of two tokens, may change everything after it.
+        """
+        for step, pair in enumerate(zip(self.margins, self.gaps, strict=True)):
+            if pair[0] < margin or pair[1] < gap:
+                return step
+        return len(self.tokens)
+
+
+# ---- selection -----------------------------------------------------------------------------------
+
+
+def compressed_keys(keys, stride):
+    """Mean of every complete window of keys [G, n, D]: [G, C, D]."""
+    count = max(0, keys.shape[1] // stride - 1)
+    halves = keys[:, : (count + 1) * stride].float().unflatten(1, (-1, stride)).mean(2)
+    return (halves[:, :-1] + halves[:, 1:]) / 2 if count else halves[:, :0]
+
+
+def window_probabilities(query, compressed, positions, stride):
+    """The query selector's window scores of queries [H, T, D]: [G, T, C]."""
+    num_groups, num_windows, head_dim = compressed.shape
+    logits = torch.einsum("ghtd,gcd->ghtc", query.unflatten(0, (num_groups, -1)), compressed)
+    ends = torch.arange(num_windows) * stride + 2 * stride - 1
+    visible = ends <= positions[:, None]  # [T, C]
+    weights = torch.where(visible, logits / math.sqrt(head_dim), -math.inf)
+    weights = torch.exp(weights - weights.amax(-1, keepdim=True).clamp(min=-1e30))
+    total = weights.sum(-1, keepdim=True)
+    return (weights / torch.where(total > 0, total, 1)).sum(1)
+
+
+def select(scores, positions, settings):
+    """Window scores [G, T, C] to chosen blocks (bool [G, T, M]) and block scores [G, T, M]."""
+    own = positions[:, None] // settings.block_size
+    num_blocks = int(own.max()) + 1
+    per_block = settings.block_size // settings.kernel_stride
+    num_windows = scores.shape[-1]
+    pooled = torch.full((*scores.shape[:2], num_blocks), -math.inf)
+    for m in range(num_blocks):
+        first, end = max(0, m * per_block - 1), min(num_windows, (m + 1) * per_block)
+        if first < end:
+            pooled[..., m] = scores[..., first:end].amax(-1)
+    block = torch.arange(num_blocks)
+    future = block > own  # [T, M]
+    forced = ((block < settings.init_blocks) | (block >= own - settings.local_blocks)) & ~future
+    rank = pooled.masked_fill(forced, math.inf).masked_fill(future, -math.inf)
+    # Stable: of equal scores the lower block; future blocks come after all visible ones.
+    order = rank.sort(dim=-1, descending=True, stable=True).indices
+    count = (own + 1).clamp(max=settings.top_k)
+    taken = (torch.arange(num_blocks) < count).expand_as(order)
+    chosen = torch.zeros(order.shape, dtype=torch.bool).scatter(-1, order, taken)
+    return chosen, pooled.masked_fill(forced | future, math.nan)
+
+
+def cut_gap(candidates, num_free, logarithmic):
+    """Distance of the cut to another choice, for the scores of a row's blocks that are not forced.
+
+    The last taken score minus the first one left out: relative to the former for probabilities
+    (``logarithmic``), whose error is relative, else to the largest magnitude of the row. Adjacent
+    blocks share a window, so equal scores are one value: then the distance to the nearest other.
+    """
+    ranked = sorted(candidates, reverse=True)
+    if not 0 < num_free < len(ranked):
+        return math.inf
+    last, first_out = ranked[num_free - 1], ranked[num_free]
+    others = [first_out] if last > first_out else [x for x in ranked if x != last]
+    scale = max(abs(x) for x in ranked)
+    gaps = []
+    for x in others:
+        unit = max(last, x) if logarithmic else scale
+        gaps.append(abs(last - x) / unit if unit > 0 else 0.0)
+    return min(gaps, default=math.inf)
+
+
+def block_lists(chosen, sparse, top_k):
+    """Bool [G, T, M] to ascending block numbers [G, T, top_k]; -1 for dense tokens and padding."""
+    lists = torch.full((*chosen.shape[:2], top_k), -1)
+    for g, t in torch.cartesian_prod(torch.arange(chosen.shape[0]), sparse.nonzero().flatten()):
+        found = chosen[g, t].nonzero().flatten()
+        lists[g, t, : len(found)] = found
+    return lists
+
+
+# ---- the attention function ----------------------------------------------------------------------
+
+
+class _Run:
+    """What the attention function needs to know of the generation in progress."""
+
+    def __init__(self, settings, prompt_len, projections):
+        self.settings = settings
+        self.prompt_len = prompt_len
+        self.projections = projections  # per layer: weight [G * D, hidden] and bias or None
+        self.position = 0  # of the first token of the current forward
+        self.inputs = {}  # layer -> input of its attention in the current forward [T, hidden]
+        self.rope = None  # cos and sin of the current forward
+        self.last_query = {}  # layer -> query of the token before the current forward [H, 1, D]
+        self.gap = math.inf
+        self.blocks = {}
+
+    def scores(self, module, query, compressed, positions):
+        """Window scores [G, T, C] of this layer's tokens."""
+        layer, s = module.layer_idx, self.settings
+        if s.selector == "query":
+            return window_probabilities(query, compressed, positions, s.kernel_stride)
+        if s.selector == "previous":
+            before = self.last_query.get(layer, torch.zeros_like(query[:, :1]))
+            before = torch.cat([before, query[:, :-1]], dim=1)
+            return window_probabilities(before, compressed, positions - 1, s.kernel_stride)
+        weight, bias = self.projections[layer]
+        x = self.inputs[max(layer - 1, 0)]
+        f = functional.linear(x, weight, bias).unflatten(-1, (-1, module.head_dim))
+        f = f.transpose(0, 1)[None]  # [1, G, T, D]
+        rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
+        f = rotate(f, f, *self.rope)[0][0]
+        scores = torch.einsum("gtd,gcd->gtc", f, compressed)
+        ends = torch.arange(compressed.shape[1]) * s.kernel_stride + 2 * s.kernel_stride - 1
+        return scores.masked_fill(ends > positions[:, None], -math.inf)
+
+    def keep(self, module, query, keys):
+        """Which tokens each query may see: bool [1, H or 1, T, n]."""
+        s, n, num_tokens = self.settings, keys.shape[1], query.shape[1]
+        positions = torch.arange(n - num_tokens, n)
+        assert positions[0] == self.position
+        causal = torch.arange(n) <= positions[:, None]
+        sparse = positions + 1 > s.dense_len
+        if not s.sparse_prefill:
+            sparse &= positions >= self.prompt_len
+        num_groups = keys.shape[0]
+        if not sparse.any():
+            self.last_query[module.layer_idx] = query[:, -1:]
+            self.blocks[module.layer_idx] = torch.full((num_groups, num_tokens, s.top_k), -1)
+            return causal[None, None]
+        compressed = compressed_keys(keys, s.kernel_stride)
+        scores = self.scores(module, query, compressed, positions)
+        self.last_query[module.layer_idx] = query[:, -1:]
+        chosen, pooled = select(scores, positions, s)
+        self._note_gap(chosen[:, sparse], pooled[:, sparse])
+        self.blocks[module.layer_idx] = block_lists(chosen, sparse, s.top_k)
+        seen = chosen.repeat_interleave(s.block_size, dim=-1)[..., :n] | ~sparse[:, None]
+        seen = (seen & causal).repeat_interleave(query.shape[0] // num_groups, dim=0)
+        return seen[None]
+
+    def _note_gap(self, chosen, pooled):
+        probabilities = self.settings.selector in ("query", "previous")
+        for taken, row in zip(chosen.flatten(0, 1), pooled.flatten(0, 1), strict=True):
+            free = ~row.isnan()
+            gap = cut_gap(row[free].tolist(), int((taken & free).sum()), probabilities)
+            self.gap = min(self.gap, gap)
+
+
+def _attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    run = kwargs.pop("sparda_run")
+    assert query.shape[0] == 1, "one request at a time"
+    keep = run.keep(module, query[0], key[0])
+    mask = torch.zeros(keep.shape, dtype=query.dtype).masked_fill(~keep, -math.inf)
+    own_attention = sys.modules[type(module).__module__].eager_attention_forward
+    return own_attention(module, query, key, value, mask, scaling=scaling, dropout=dropout)
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)
+
+
+@contextmanager
+def _instrumented(model, run):
+    """Run ``model`` with our attention and note what its layers see."""
+
+    def note_input(layer):
+        def hook(module, args, output):
+            run.inputs[layer] = output[0]
+
+        return hook
+
+    def note_rope(module, args, output):
+        run.rope = output
+
+    handles = [model.model.rotary_emb.register_forward_hook(note_rope)]
+    for number, layer in enumerate(model.model.layers):
+        handles.append(layer.input_layernorm.register_forward_hook(note_input(number)))
+    before = model.config._attn_implementation
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny operations: on a busy machine, waiting costs more than working
+    model.set_attn_implementation(ATTENTION_NAME)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        model.set_attn_implementation(before)
+        for handle in handles:
+            handle.remove()
+
+
+# ---- generation ----------------------------------------------------------------------------------
+
+
+def load_model(path):
+    """The float32 Hugging Face model of a checkpoint folder; MiniCPM becomes Granite."""
+    config = json.loads((Path(path) / "config.json").read_text())
+    if config["architectures"] != ["MiniCPMForCausalLM"]:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = GraniteForCausalLM(_granite_config(config))
+    model.load_state_dict(load_file(Path(path) / "model.safetensors"))
+    return model.to(torch.float32).eval()
+
+
+def load_forecast(path):
+    """(W_future of each layer, W_curr of layer 0) of a safetensors file."""
+    weights = load_file(path)
+    future = []
+    while (name := f"model.layers.{len(future)}.self_attn.q_future_proj.weight") in weights:
+        future.append(weights[name].float())
+    return future, weights["model.layers.0.self_attn.q_curr_proj.weight"].float()
+
+
+def _projections(model, settings, forecast):
+    """Per layer, what maps the input of the layer before (layer 0: its own) to the Forecast."""
+    if settings.selector == "forecast":
+        if forecast is None:
+            raise ValueError("selector forecast needs a forecast file")
+        future, current = forecast if isinstance(forecast, tuple) else load_forecast(forecast)
+        weights = [current, *future[:-1]]
+        assert len(weights) == len(model.model.layers)
+        return [(weight, None) for weight in weights]
+    num_groups = model.config.num_key_value_heads
+    projections = []
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        grouped = (num_groups, -1, attention.head_dim)
+        weight = attention.q_proj.weight.unflatten(0, grouped).mean(1).flatten(0, 1)
+        bias = attention.q_proj.bias
+        if bias is not None:
+            bias = bias.unflatten(0, grouped).mean(1).flatten(0, 1)
+        projections.append((weight, bias))
+    return projections
+
+
+def _start(model, prompt_len, forecast, settings):
+    settings = Settings(**settings)
+    if settings.selector not in SELECTORS:
+        raise ValueError(f"unknown selector {settings.selector!r}")
+    if settings.block_size % (2 * settings.kernel_stride):
+        raise ValueError("block_size must be a multiple of the window")
+    if settings.top_k < settings.init_blocks + settings.local_blocks + 1:
+        raise ValueError(f"top_k={settings.top_k} does not hold the forced blocks")
+    if not hasattr(model, "config"):
+        model = load_model(model)
+    return model, _Run(settings, prompt_len, _projections(model, settings, forecast))
+
+
+def _forward(model, run, cache, ids):
+    """Logits [len(ids), vocab], gap and per-layer blocks of the next tokens."""
+    run.gap, run.blocks, run.inputs = math.inf, {}, {}
+    out = model(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.arange(run.position, run.position + len(ids))[None],
+        past_key_values=cache,
+        use_cache=True,
+        sparda_run=run,
+    )
+    run.position += len(ids)
+    blocks = [run.blocks[layer] for layer in sorted(run.blocks)]
+    return out.logits[0].float(), run.gap, blocks
+
+
+@torch.inference_mode()
+def generate(model, prompt, num_tokens, *, forecast=None, continuation=None, **settings):
+    """Greedy :class:`Generation` of ``num_tokens`` tokens.
+
+    Args:
+        model: Checkpoint folder, or a model that :func:`load_model` returned.
+        prompt: Token ids.
+        num_tokens: Tokens to generate.
+        forecast: safetensors file of :func:`save_random_forecast`, for selector ``forecast``.
+        continuation: Tokens to feed instead of the greedy ones (at least ``num_tokens - 1``), to
+            follow another implementation past a near tie. ``tokens`` stays what would be greedy.
+        **settings: Fields of :class:`Settings`.
+    """
+    model, run = _start(model, len(prompt), forecast, settings)
+    cache = DynamicCache(config=model.config)
+    tokens, logits, gaps, blocks = [], [], [], []
+    with _instrumented(model, run):
+        ids = list(prompt)
+        for step in range(num_tokens):
+            rows, gap, of_layers = _forward(model, run, cache, ids)
+            logits.append(rows[-1])
+            gaps.append(gap)
+            blocks.append(of_layers)
+            tokens.append(int(rows[-1].argmax()))
+            if step + 1 < num_tokens:
+                ids = [(tokens if continuation is None else continuation)[step]]
+    best = [row.topk(2).values.tolist() for row in logits]
+    margins = [first - second for first, second in best]
+    stacked = torch.stack(logits) if logits else torch.empty(0, model.config.vocab_size)
+    return Generation(tokens, stacked, margins, gaps, blocks)
+
+
+@torch.inference_mode()
+def evaluate(model, tokens, prompt_len, *, forecast=None, **settings):
+    """All of ``tokens`` in one forward: logits [n, vocab], gap, blocks [layer] of [G, n, top_k].
+
+    The first ``prompt_len`` tokens count as the prompt, so a row must equal the decode step of
+    :func:`generate` for the same token.
+    """
+    model, run = _start(model, prompt_len, forecast, settings)
+    with _instrumented(model, run):
+        return _forward(model, run, DynamicCache(config=model.config), list(tokens))
+
+
+# ---- random checkpoints --------------------------------------------------------------------------
+
+
+def save_random_model(
+    path,
+    arch="llama",
+    *,
+    layers=4,
+    hidden=None,
+    heads=8,
+    kv_heads=2,
+    head_dim=32,
+    vocab=1024,
+    seed=0,
+    std=0.1,
+    max_position_embeddings=4096,
+):
+    """Write a random float32 checkpoint of one of ``ARCHITECTURES``; returns ``path``.
+
+    ``hidden`` defaults to 128, for qwen2 and minicpm to ``heads * head_dim``: vLLM derives their
+    head size from it.
+    """
+    common = {
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab": vocab,
+        "seed": seed,
+        "std": std,
+        "max_position_embeddings": max_position_embeddings,
+    }
+    if arch in ("llama", "qwen2"):
+        return save_random_llama(path, arch=arch, hidden=hidden, **common)
+    if arch == "minicpm":
+        if hidden not in (None, heads * head_dim):
+            raise ValueError("minicpm needs hidden == heads * head_dim")
+        return save_random_minicpm(path, **common)
+    hidden = 128 if hidden is None else hidden
+    options = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": max_position_embeddings,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if arch == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**options))
+    elif arch == "mistral":
+        model = MistralForCausalLM(MistralConfig(sliding_window=None, **options))
+    else:
+        raise ValueError(f"unknown arch {arch!r}")
+    _randomise(model, seed, std)
+    model.to(torch.float32).save_pretrained(path)
+    return path
+
+
+def _randomise(model, seed, std):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            parameter.copy_(1.0 + noise if "norm" in name else noise)
+
+
+# Like the published class: the attributes come before the call of the base class, which reads
+# max_position_embeddings when it converts rope_theta and rope_scaling to rope_parameters.
+CONFIGURATION_MINICPM = """\
+from transformers.configuration_utils import PretrainedConfig
+
+
+class MiniCPMConfig(PretrainedConfig):
+    model_type = "minicpm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self, max_position_embeddings=65536, rope_theta=10000.0, rope_scaling=None, **kwargs
+    ):
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_theta = rope_theta
+        self.rope_scaling = rope_scaling
+        super().__init__(**kwargs)
+"""
+
+
+def save_random_minicpm(
+    path,
+    *,
+    layers=4,
+    heads=8,
+    kv_heads=2,
+    head_dim=32,
+    vocab=1024,
+    seed=0,
+    std=0.1,
+    max_position_embeddings=4096,
+    model_type="minicpm",
+    scale_emb=12.0,
+    scale_depth=1.4,
+    dim_model_base=None,
+):
+    """Write a random checkpoint like MiniCPM4.1; returns ``path``. See the module's docstring.
+
+    ``model_type="llama"`` makes a folder that vLLM loads without ``trust_remote_code``.
+    ``dim_model_base`` defaults to a quarter of the hidden size.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    hidden = heads * head_dim
+    # Rises from about 1 like the published factors, which end near 126 for 64 frequencies.
+    factors = [round(126.0 ** (k / (head_dim // 2)) * 0.9982, 6) for k in range(head_dim // 2)]
+    config = {
+        "architectures": ["MiniCPMForCausalLM"],
+        "model_type": model_type,
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "hidden_act": "silu",
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": max_position_embeddings,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": factors,
+            "long_factor": factors,
+            "original_max_position_embeddings": max_position_embeddings,
+        },
+        "scale_emb": scale_emb,
+        "scale_depth": scale_depth,
+        "dim_model_base": hidden // 4 if dim_model_base is None else dim_model_base,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "use_cache": True,
+        "dtype": "float32",
+    }
+    if model_type == "minicpm":
+        config["auto_map"] = {"AutoConfig": "configuration_minicpm.MiniCPMConfig"}
+        (path / "configuration_minicpm.py").write_text(CONFIGURATION_MINICPM)
+    (path / "config.json").write_text(json.dumps(config, indent=1))
+    model = GraniteForCausalLM(_granite_config(config)).to(torch.float32)
+    _randomise(model, seed, std)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def _granite_config(config):
+    """The Granite with the arithmetic of a MiniCPM ``config``."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "hidden_act",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+    )
+    return GraniteConfig(
+        **{name: config[name] for name in names},
+        rope_parameters={"rope_theta": config["rope_theta"], **config["rope_scaling"]},
+        embedding_multiplier=config["scale_emb"],
+        residual_multiplier=config["scale_depth"] / math.sqrt(config["num_hidden_layers"]),
+        logits_scaling=hidden / config["dim_model_base"],
+        attention_multiplier=(hidden // heads) ** -0.5,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+
+
+def save_random_forecast(path, model_dir, seed=0, std=0.1):
+    """Write random Forecast weights for the checkpoint in ``model_dir``; returns ``path``."""
+    config = json.loads((Path(model_dir) / "config.json").read_text())
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    shape = (config["num_key_value_heads"] * head_dim, hidden)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {"model.layers.0.self_attn.q_curr_proj.weight": None}
+    for layer in range(config["num_hidden_layers"]):
+        weights[f"model.layers.{layer}.self_attn.q_future_proj.weight"] = None
+    for name in weights:
+        weights[name] = torch.randn(shape, generator=generator) * std
+    save_file(weights, path, metadata={"format": "pt"})
+    return path

@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Forecast files: what is read, refused and converted, and that nothing in them is executed."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from vllm_sparse.cli import main
+from vllm_sparse.config import SpardaSettings
+from vllm_sparse.errors import ConfigError
+from vllm_sparse.models.weights import (
+    canonical_name,
+    check_metadata,
+    convert_official,
+    export_official,
+    inspect_forecast,
+    load_forecast,
+    lookahead_weights,
+    shard_heads,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LAYERS, HEADS, DIM, HIDDEN = 4, 2, 8, 24
+MODEL = (LAYERS, HEADS, DIM, HIDDEN)
+SPARSE_CONFIG = {
+    "kernel_size": 32,
+    "kernel_stride": 16,
+    "init_blocks": 1,
+    "block_size": 64,
+    "window_size": 2048,
+    "topk": 64,
+    "use_nope": False,
+}
+
+
+def tensors(prefix: str = "model.", layers: int = LAYERS) -> dict[str, torch.Tensor]:
+    """Distinct weights under official names, including the last layer's unused one."""
+    generator = torch.Generator().manual_seed(0)
+    names = [f"layers.{layer}.self_attn.q_future_proj.weight" for layer in range(layers)]
+    names.append("layers.0.self_attn.q_curr_proj.weight")
+    return {
+        prefix + name: torch.randn(HEADS * DIM, HIDDEN, generator=generator).bfloat16()
+        for name in names
+    }
+
+
+def checkpoint() -> dict:
+    """An official training checkpoint, optimiser and random states included."""
+    weights = tensors()
+    parameters = [torch.nn.Parameter(weight.clone()) for weight in weights.values()]
+    optimiser = torch.optim.AdamW(parameters)
+    sum(parameter.float().sum() for parameter in parameters).backward()
+    optimiser.step()
+    rng_state = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": [torch.get_rng_state()],
+    }
+    return {
+        "step": 500,
+        "model_state_dict": weights,
+        "optimizer_state_dict": optimiser.state_dict(),
+        "sparse_config": dict(SPARSE_CONFIG),
+        "base_model_path": "openbmb/MiniCPM4.1-8B",
+        "rng_state": rng_state,
+        "rng_state_by_rank": [rng_state],
+        "accuracy": np.float64(0.5),
+    }
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+# ---- loading -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "model.model.", "_orig_mod.module.model."])
+def test_loads_any_prefix(tmp_path, prefix):
+    weights = tensors(prefix)
+    save_file(weights, tmp_path / "f.safetensors", {"block_size": "64", "unrelated": "x"})
+    loaded = load_forecast(tmp_path / "f.safetensors", *MODEL)
+    assert len(loaded.future) == LAYERS - 1
+    for layer, weight in enumerate(loaded.future):
+        name = f"{prefix}layers.{layer}.self_attn.q_future_proj.weight"
+        assert torch.equal(weight, weights[name])
+    assert torch.equal(loaded.current, weights[f"{prefix}layers.0.self_attn.q_curr_proj.weight"])
+    assert loaded.metadata == {"block_size": "64"}
+
+
+def test_loads_a_directory_and_needs_no_last_layer(tmp_path):
+    weights = tensors()
+    del weights[canonical_name(LAYERS - 1, "q_future_proj")]
+    for number, (name, weight) in enumerate(weights.items()):
+        save_file({name: weight}, tmp_path / f"part-{number}.safetensors")
+    loaded = load_forecast(tmp_path, *MODEL)
+    assert torch.equal(loaded.future[2], weights[canonical_name(2, "q_future_proj")])
+
+
+def test_a_misshapen_last_layer_is_ignored(tmp_path):
+    weights = tensors()
+    weights[canonical_name(LAYERS - 1, "q_future_proj")] = torch.zeros(1, 1)
+    save_file(weights, tmp_path / "f.safetensors")
+    assert len(load_forecast(tmp_path, *MODEL).future) == LAYERS - 1
+
+
+def test_every_problem_is_named(tmp_path):
+    weights = tensors(layers=LAYERS + 1)
+    del weights[canonical_name(1, "q_future_proj")]
+    del weights[canonical_name(0, "q_curr_proj")]
+    weights[canonical_name(2, "q_future_proj")] = torch.zeros(HEADS * DIM, HIDDEN + 1)
+    weights[canonical_name(0, "q_future_proj")] = torch.zeros(HEADS * DIM, HIDDEN, dtype=torch.int8)
+    save_file(weights, tmp_path / "f.safetensors")
+    for read in (load_forecast, inspect_forecast):
+        with pytest.raises(ConfigError) as failure:
+            read(tmp_path / "f.safetensors", *MODEL)
+        text = str(failure.value)
+        assert "model.layers.1.self_attn.q_future_proj.weight is missing" in text
+        assert "model.layers.0.self_attn.q_curr_proj.weight is missing (expected [16, 24])" in text
+        assert "layers.2.self_attn.q_future_proj.weight: expected [16, 24], got [16, 25]" in text
+        assert (
+            "layers.0.self_attn.q_future_proj.weight: expected [16, 24], got [16, 24], not" in text
+        )
+        assert "layers.4.self_attn.q_future_proj.weight: the model has 4 layers" in text
+        assert "selector lookahead-query" in text
+
+
+def test_what_cannot_be_opened_says_so(tmp_path):
+    with pytest.raises(ConfigError, match="there is no file"):
+        load_forecast(tmp_path / "absent.safetensors", *MODEL)
+    with pytest.raises(ConfigError, match="holds no"):
+        load_forecast(tmp_path, *MODEL)
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    with pytest.raises(ConfigError, match="not a readable safetensors file"):
+        load_forecast(tmp_path / "broken.safetensors", *MODEL)
+    torch.save(tensors(), tmp_path / "f.pt")
+    with pytest.raises(ConfigError, match="vllm-sparse convert-forecast"):
+        load_forecast(tmp_path / "f.pt", *MODEL)
+    save_file({**tensors(), **tensors("module.")}, tmp_path / "twice.safetensors")
+    with pytest.raises(ConfigError, match="two tensors are for the same layer"):
+        load_forecast(tmp_path / "twice.safetensors", *MODEL)
+
+
+def test_metadata_against_settings():
+    settings = SpardaSettings(forecast="f")
+    trained = {
+        "base_model": "any",
+        "block_size": "64",
+        "kernel_size": "32",
+        "kernel_stride": "16",
+        "local_blocks": "32",
+        "init_blocks": "1",
+        "top_k": "96",
+    }
+    assert check_metadata(trained, settings) is None
+    assert check_metadata({}, settings) is None
+    warning = check_metadata({**trained, "top_k": "48", "local_blocks": "16"}, settings)
+    assert "top_k 48 (here 96)" in warning
+    assert "local_blocks 16 (here 32)" in warning
+    for key in ("block_size", "kernel_stride", "kernel_size"):
+        with pytest.raises(ConfigError, match=f"{key} 8 "):
+            check_metadata({**trained, key: "8"}, settings)
+    with pytest.raises(ConfigError, match="top_k should be a whole number"):
+        check_metadata({"top_k": "many"}, settings)
+
+
+# ---- without training, and sharding --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_lookahead_weights_give_the_mean_query(has_bias):
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(6 * DIM, HIDDEN, generator=generator)
+    bias = torch.randn(6 * DIM, generator=generator) if has_bias else None
+    mean, mean_bias = lookahead_weights(weight, bias, 6, HEADS, DIM)
+    x = torch.randn(5, HIDDEN, generator=generator)
+    queries = torch.nn.functional.linear(x, weight, bias).view(5, HEADS, 3, DIM)
+    got = torch.nn.functional.linear(x, mean, mean_bias).view(5, HEADS, DIM)
+    torch.testing.assert_close(got, queries.mean(2))
+    assert (mean_bias is None) is not has_bias
+    assert lookahead_weights(weight.bfloat16(), None, 6, HEADS, DIM)[0].dtype == torch.bfloat16
+
+
+def test_ranks_own_disjoint_kv_heads():
+    heads, dim = 8, 4
+    weight = torch.arange(heads).repeat_interleave(dim)[:, None].expand(-1, 3)
+    for world in (1, 2, 4, 8):
+        parts = [shard_heads(weight, heads, rank, world) for rank in range(world)]
+        assert torch.equal(torch.cat(parts), weight)
+        for rank, part in enumerate(parts):
+            own = range(rank * heads // world, (rank + 1) * heads // world)
+            assert sorted(set(part[:, 0].tolist())) == list(own)
+    with pytest.raises(ValueError, match="8 KV heads cannot be split over 3 ranks"):
+        shard_heads(weight, heads, 0, 3)
+
+
+def test_sharding_commutes_with_averaging():
+    """A rank averages its own query heads; that must be its shard of the whole average."""
+    generator = torch.Generator().manual_seed(2)
+    weight, bias = torch.randn(8 * DIM, HIDDEN, generator=generator), torch.randn(8 * DIM)
+    whole, whole_bias = lookahead_weights(weight, bias, 8, 4, DIM)
+    for world in (1, 2, 4):
+        for rank in range(world):
+            rows = slice(rank * 8 * DIM // world, (rank + 1) * 8 * DIM // world)
+            own, own_bias = lookahead_weights(weight[rows], bias[rows], 8 // world, 4 // world, DIM)
+            assert torch.equal(own, shard_heads(whole, 4, rank, world))
+            assert torch.equal(own_bias, shard_heads(whole_bias, 4, rank, world))
+
+
+# ---- conversion ----------------------------------------------------------------------------------
+
+
+def test_converts_a_training_checkpoint(tmp_path):
+    content = checkpoint()
+    torch.save(content, tmp_path / "ckpt-500.pt")
+    convert_official(tmp_path / "ckpt-500.pt", tmp_path / "f.safetensors")
+    loaded = load_forecast(tmp_path / "f.safetensors", *MODEL)
+    for layer, weight in enumerate(loaded.future):
+        name = canonical_name(layer, "q_future_proj")
+        assert torch.equal(weight, content["model_state_dict"][name])
+    assert loaded.metadata == {
+        "base_model": "openbmb/MiniCPM4.1-8B",
+        "block_size": "64",
+        "kernel_size": "32",
+        "kernel_stride": "16",
+        "local_blocks": "32",
+        "init_blocks": "1",
+        "top_k": "96",  # 64 beside the 32 local ones
+        "version": "1",
+    }
+    assert check_metadata(loaded.metadata, SpardaSettings(forecast="f")) is None
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "net", "weights", None])
+@pytest.mark.parametrize("prefix", ["module.model.", "base_model.model.model.", "_orig_mod."])
+def test_wrappers_and_prefixes(tmp_path, wrapper, prefix):
+    weights = tensors(prefix)
+    torch.save({wrapper: weights} if wrapper else weights, tmp_path / "f.bin")
+    convert_official(tmp_path / "f.bin", tmp_path / "f.safetensors", base_model="mine")
+    assert metadata_of(tmp_path / "f.safetensors") == {"base_model": "mine", "version": "1"}
+    with safe_open(tmp_path / "f.safetensors", framework="pt") as file:
+        assert set(file.keys()) == set(tensors())
+
+
+def test_directories_and_safetensors(tmp_path):
+    for folder, write in (
+        ("torch", lambda weights, name: torch.save(weights, name.with_suffix(".bin"))),
+        ("safe", lambda weights, name: save_file(weights, name.with_suffix(".safetensors"))),
+    ):
+        source = tmp_path / folder
+        source.mkdir()
+        weights = list(tensors().items())
+        write(dict(weights[:2]), source / "a")
+        write(dict(weights[2:]), source / "b")
+        convert_official(source, tmp_path / f"{folder}.safetensors")
+        loaded = load_forecast(tmp_path / f"{folder}.safetensors", *MODEL)
+        assert torch.equal(loaded.current, tensors()[canonical_name(0, "q_curr_proj")])
+    torch.save(tensors(), tmp_path / "torch" / "c.bin")
+    with pytest.raises(ConfigError, match="Name the one file to use"):
+        convert_official(tmp_path / "torch", tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_numpy_1_names_are_known(tmp_path, monkeypatch):
+    """Checkpoints written with numpy 1 name numpy.core instead of numpy._core."""
+    monkeypatch.setattr(np._core.multiarray._reconstruct, "__module__", "numpy.core.multiarray")
+    torch.save(checkpoint(), tmp_path / "f.pt")
+    monkeypatch.undo()
+    assert b"numpy.core.multiarray" in (tmp_path / "f.pt").read_bytes()
+    convert_official(tmp_path / "f.pt", tmp_path / "f.safetensors")
+
+
+class Malicious:
+    """Writes a file when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.path)!r}, 'w').close()",)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
+def test_code_is_never_executed(tmp_path, kind):
+    proof, source = tmp_path / "executed", tmp_path / "evil.pt"
+    content = {**checkpoint(), "rng_state": Malicious(proof)}
+    if kind == "pickle":
+        source.write_bytes(pickle.dumps({"rng_state": Malicious(proof)}, protocol=2))
+    else:
+        torch.save(content, source, _use_new_zipfile_serialization=kind == "zip")
+    with pytest.raises(ConfigError) as failure:
+        convert_official(source, tmp_path / "f.safetensors")
+    if kind != "pickle":
+        assert "exec" in str(failure.value)
+    assert "evil.pt" in str(failure.value)
+    assert not proof.exists()
+    assert not (tmp_path / "f.safetensors").exists()
+    torch.load(source, weights_only=False) if kind != "pickle" else pickle.loads(
+        source.read_bytes()
+    )
+    assert proof.exists(), "the file should have been dangerous"
+
+
+def test_the_allow_list_does_not_leak(tmp_path):
+    torch.save({"state": np.random.get_state()}, tmp_path / "f.pt")
+    with pytest.raises(ConfigError, match="holds no Forecast"):
+        convert_official(tmp_path / "f.pt", tmp_path / "f.safetensors")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "f.pt", weights_only=True)
+
+
+def test_unusable_checkpoints(tmp_path):
+    target = tmp_path / "f.safetensors"
+    with pytest.raises(ConfigError, match="there is no file"):
+        convert_official(tmp_path / "absent.pt", target)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no"):
+        convert_official(tmp_path / "empty", target)
+    (tmp_path / "broken.pt").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"broken\.pt"):
+        convert_official(tmp_path / "broken.pt", target)
+    torch.save({"model": {"w": torch.zeros(1)}}, tmp_path / "other.pt")
+    with pytest.raises(ConfigError, match="holds no Forecast"):
+        convert_official(tmp_path / "other.pt", target)
+    gap = tensors()
+    del gap[canonical_name(1, "q_future_proj")]
+    torch.save(gap, tmp_path / "gap.pt")
+    with pytest.raises(ConfigError, match=r"missing: model\.layers\.1\.self_attn\.q_future_proj"):
+        convert_official(tmp_path / "gap.pt", target)
+    mixed = tensors()
+    mixed[canonical_name(1, "q_future_proj")] = torch.zeros(3, 3)
+    torch.save(mixed, tmp_path / "mixed.pt")
+    with pytest.raises(ConfigError, match="matrices of one shape"):
+        convert_official(tmp_path / "mixed.pt", target)
+    uneven = {**checkpoint(), "sparse_config": {**SPARSE_CONFIG, "window_size": 100}}
+    torch.save(uneven, tmp_path / "uneven.pt")
+    with pytest.raises(ConfigError, match="window_size 100 is not a multiple of block_size 64"):
+        convert_official(tmp_path / "uneven.pt", target)
+
+
+def test_there_and_back(tmp_path, capsys):
+    """The command, both ways, and both meanings of top-k."""
+    source, ours, back = (tmp_path / name for name in ("a.pt", "b.safetensors", "c.pt"))
+    torch.save(checkpoint(), source)
+    assert main(["convert-forecast", str(source), str(ours), "--base-model", "x/y"]) == 0
+    assert main(["convert-forecast", str(ours), str(back)]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(ours), str(back)]
+    content = torch.load(back, weights_only=True)
+    assert content["base_model_path"] == "x/y"
+    assert content["sparse_config"] == {
+        key: value for key, value in SPARSE_CONFIG.items() if key != "use_nope"
+    }
+    assert content["model_state_dict"].keys() == tensors().keys()
+    for name, weight in tensors().items():
+        assert torch.equal(content["model_state_dict"][name], weight)
+    again = tmp_path / "d.safetensors"
+    convert_official(back, again)
+    assert metadata_of(again) == metadata_of(ours)
+
+
+def test_command_reports_errors(tmp_path, capsys):
+    source = tmp_path / "a.safetensors"
+    save_file(tensors(), source)
+    assert main(["convert-forecast", str(source), str(tmp_path / "b.pt")]) == 1
+    assert "does not say block_size" in capsys.readouterr().err
+    assert main(["convert-forecast", str(source), str(tmp_path / "b.txt")]) == 2
+    assert "should end in" in capsys.readouterr().err
+    assert main(["convert-forecast", str(tmp_path / "no"), str(tmp_path / "b.safetensors")]) == 1
+    save_file(dict(list(tensors().items())[:2]), tmp_path / "p.safetensors")
+    with pytest.raises(ConfigError, match="incomplete"):
+        export_official(tmp_path / "p.safetensors", tmp_path / "p.pt")

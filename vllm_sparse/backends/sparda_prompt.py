@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Attention of prompt rows: over streamed tiles of earlier tokens, then over the row's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_sparse.kernels.reference.prefill import merge_parts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from vllm_sparse.prefetch.stream import Tile
+
+
+class _Sum(NamedTuple):
+    output: Tensor
+    lse: Tensor
+
+    def add(self, part: tuple[Tensor, Tensor]) -> _Sum:
+        return _Sum(*merge_parts(self.output, self.lse, *part))
+
+
+def attend_prompt(
+    query: Tensor,
+    rows: Tensor,
+    tiles: Iterable[tuple[Tile, Tensor]],
+    start: int,
+    sparse_from: int,
+    chosen: Tensor | None,
+    *,
+    block_size: int,
+    tile_tokens: int,
+    attend_part: Callable[..., tuple[Tensor, Tensor]],
+    scale: float,
+) -> Tensor:
+    """Exact attention of one row's tokens over what each may see.
+
+    Memory is bounded by the chunk and the tile, not by the context: parts are merged by their
+    log-sum-exp.
+
+    Args:
+        query: ``[T, H, D]``.
+        rows: The row's own keys and values, ``[T, G, 2 * D]``.
+        tiles: Earlier tokens in order, each tile with its rows ``[G, tile tokens, 2 * D]``, which
+            may be overwritten once the next one is asked for.
+        start: Position of the first token.
+        sparse_from: Tokens before the first sparse one.
+        chosen: Blocks that each sparse token reads, bool ``[G, T - sparse_from, blocks]``;
+            ``None`` if there are no sparse tokens.
+        block_size: Tokens per block.
+        tile_tokens: Own tokens per part for sparse tokens.
+        attend_part: See ``kernels.reference.prefill``.
+        scale: Logit scale.
+
+    Returns:
+        ``[T, H, D]``.
+    """
+    tokens, heads, dim = query.shape
+    kv_heads = rows.shape[1]
+    grouped = query.view(tokens, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
+    own = rows.transpose(0, 1)
+    keys, values = own[..., :dim], own[..., dim:]
+    dense, sparse = grouped[:, :, :sparse_from], grouped[:, :, sparse_from:]
+
+    dense_sum = None
+    if sparse_from:
+        dense_sum = _Sum(
+            *attend_part(dense, keys[:, :sparse_from], values[:, :sparse_from], None, True, scale)
+        )
+    sparse_sum = _Sum(
+        torch.zeros(sparse.shape, device=query.device),
+        torch.full(sparse.shape[:3], -torch.inf, device=query.device),
+    )
+
+    def read(first: int, count: int) -> Tensor:
+        """Which of ``count`` tokens from position ``first`` the sparse tokens have chosen."""
+        assert chosen is not None
+        block = torch.arange(first, first + count) // block_size
+        return chosen[:, :, block]
+
+    for tile, staged in tiles:
+        first = tile.first_block * block_size
+        tile_keys, tile_values = staged[:, : tile.tokens].split(dim, -1)
+        if dense_sum is not None:
+            dense_sum = dense_sum.add(
+                attend_part(dense, tile_keys, tile_values, None, False, scale)
+            )
+        if chosen is not None:
+            mask = read(first, tile.tokens)
+            sparse_sum = sparse_sum.add(
+                attend_part(sparse, tile_keys, tile_values, mask, False, scale)
+            )
+    if chosen is not None:
+        for begin in range(0, tokens, tile_tokens):
+            end = min(begin + tile_tokens, tokens)
+            past = torch.arange(begin, end) <= torch.arange(sparse_from, tokens)[:, None]
+            mask = read(start + begin, end - begin) & past
+            part = attend_part(sparse, keys[:, begin:end], values[:, begin:end], mask, False, scale)
+            sparse_sum = sparse_sum.add(part)
+    parts = [part.output for part in (dense_sum, sparse_sum) if part is not None]
+    return torch.cat(parts, 2).permute(2, 0, 1, 3).reshape(tokens, heads, dim).to(query.dtype)

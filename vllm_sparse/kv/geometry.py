@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Sizes of a SPARDA cache: how many blocks the host holds and how many frames the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm_sparse.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vllm_sparse.config import SpardaSettings
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One rank's cache. A piece is one block of one KV head in one layer, keys and values.
+
+    Attributes:
+        num_layers: Attention layers.
+        num_blocks: Blocks per layer, vLLM's null block included.
+        num_kv_heads: G of this rank.
+        block_size: Tokens per block.
+        head_dim: D.
+        itemsize: Bytes per element.
+        frames: Frames of each layer, one piece each.
+    """
+
+    num_layers: int
+    num_blocks: int
+    num_kv_heads: int
+    block_size: int
+    head_dim: int
+    itemsize: int
+    frames: tuple[int, ...]
+
+    @property
+    def num_pieces(self) -> int:
+        """Pieces of one layer."""
+        return self.num_blocks * self.num_kv_heads
+
+    @property
+    def piece_bytes(self) -> int:
+        """Bytes of a piece."""
+        return self.block_size * 2 * self.head_dim * self.itemsize
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the host pool."""
+        return self.num_layers * self.num_pieces * self.piece_bytes
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes of all frames."""
+        return sum(self.frames) * self.piece_bytes
+
+    def is_resident(self, layer: int) -> bool:
+        """Whether a layer has a frame for every piece, so that nothing is ever fetched."""
+        return self.frames[layer] == self.num_pieces
+
+
+def block_bytes(
+    num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, itemsize: int
+) -> int:
+    """Host bytes of one block in all layers."""
+    return num_layers * num_kv_heads * block_size * 2 * head_dim * itemsize
+
+
+def host_blocks(settings: SpardaSettings, bytes_per_block: int, max_model_len: int) -> int:
+    """Blocks that fit the host pool.
+
+    Args:
+        settings: For ``host_gib``.
+        bytes_per_block: Host bytes of one block in all layers.
+        max_model_len: Longest request, in tokens.
+
+    Returns:
+        Number of blocks, vLLM's null block included.
+
+    Raises:
+        ConfigError: Not even one request of ``max_model_len`` fits.
+    """
+    blocks = int(settings.host_gib * GIB) // bytes_per_block
+    needed = -(-max_model_len // settings.block_size) + 1
+    if blocks < needed:
+        raise ConfigError(
+            f"vllm_sparse.host_gib: {settings.host_gib} GiB hold {blocks} blocks of "
+            f"{settings.block_size} tokens ({bytes_per_block / 1024:.0f} KiB each over all "
+            f"layers), but one request of --max-model-len {max_model_len} needs {needed}. Set "
+            f"host_gib to at least {needed * bytes_per_block / GIB:.2f} or lower --max-model-len"
+        )
+    return blocks
+
+
+def blocks_per_row(settings: SpardaSettings, max_model_len: int) -> int:
+    """Most blocks that one decode token reads per KV head."""
+    dense = -(-settings.dense_len // settings.block_size)
+    longest = -(-max_model_len // settings.block_size)
+    return min(max(settings.blocks_read, dense), longest)
+
+
+def plan_frames(
+    settings: SpardaSettings,
+    *,
+    num_layers: int,
+    num_pieces: int,
+    num_kv_heads: int,
+    piece_bytes: int,
+    max_num_seqs: int,
+    max_model_len: int,
+) -> tuple[int, ...]:
+    """How many frames each layer gets.
+
+    Args:
+        settings: For ``slab_gib``, ``resident``, ``resident_first_layer`` and what a token reads.
+        num_layers: Attention layers.
+        num_pieces: Pieces of one layer in the host pool.
+        num_kv_heads: G of this rank.
+        piece_bytes: Bytes of a piece.
+        max_num_seqs: Most requests in a step.
+        max_model_len: Longest request, in tokens.
+
+    Returns:
+        Frames of each layer, at most ``num_pieces``.
+
+    Raises:
+        ConfigError: The slab cannot hold what one step may read, with the arithmetic.
+    """
+    if settings.resident:
+        return (num_pieces,) * num_layers
+    per_row = blocks_per_row(settings, max_model_len)
+    needed = min(max_num_seqs * num_kv_heads * per_row, num_pieces)
+    first = num_pieces if settings.resident_first_layer else 0
+    paged = num_layers - bool(first)
+    if settings.slab_gib is None:
+        each = min(2 * needed, num_pieces)
+    else:
+        available = int(settings.slab_gib * GIB) - first * piece_bytes
+        each = min(available // (paged * piece_bytes) if paged else 0, num_pieces)
+        if paged and each < needed:
+            least = (needed * paged + first) * piece_bytes
+            resident = f" + {first} of the resident layer 0" if first else ""
+            raise ConfigError(
+                f"vllm_sparse.slab_gib: {settings.slab_gib} GiB are too small for one step: "
+                f"--max-num-seqs {max_num_seqs} x {num_kv_heads} KV heads x {per_row} blocks = "
+                f"{needed} frames in each of {paged} layers{resident}, {piece_bytes / 1024:.0f} "
+                f"KiB each, are {least / GIB:.3f} GiB. Raise slab_gib, or lower --max-num-seqs, "
+                "top_k or dense_len"
+            )
+    return (*([first] if first else []), *([each] * paged))

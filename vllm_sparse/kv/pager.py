@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Every KV block lives in host memory; device frames cache the ones that decode reads.
+
+Blocks keep the ids that vLLM gave them, so its scheduler, prefix cache and preemption manage host
+memory without knowing it. The host copy is write-through and always complete: dropping a frame
+never writes anything, and a frame always equals its piece on the host.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vllm_sparse.errors import IntegrityError
+from vllm_sparse.kernels.reference.paging import PageTable
+
+if TYPE_CHECKING:
+    from vllm_sparse.kernels.dispatch import PagingKernels
+    from vllm_sparse.kernels.reference.paging import Resolved
+    from vllm_sparse.kv.geometry import Geometry
+
+
+class LayerPager:
+    """One layer's host blocks, frames and page table.
+
+    Args:
+        host: The layer's part of the host pool, ``[blocks, G, block_size, 2 * D]``.
+        num_frames: Frames of this layer; as many as pieces makes the layer resident.
+        kernels: What looks up.
+        poison: Fill memory that must not be read with NaN.
+    """
+
+    def __init__(self, host: Tensor, num_frames: int, kernels: PagingKernels, poison: bool) -> None:
+        self.host = host
+        self.num_blocks, self.num_kv_heads, self.block_size, self.width = host.shape
+        self.slab = torch.empty(num_frames, self.block_size, self.width, dtype=host.dtype)
+        self.resident = num_frames == self.num_blocks * self.num_kv_heads
+        self._kernels = kernels
+        self._poison = poison
+        self._step = 0
+        if poison:
+            self.slab.fill_(torch.nan)
+            self.host.fill_(torch.nan)
+        pieces = self.num_blocks * self.num_kv_heads
+        self.table = PageTable(
+            torch.full((pieces,), -1, dtype=torch.int32),
+            torch.full((num_frames,), -1, dtype=torch.int64),
+            torch.zeros(num_frames, dtype=torch.int64),
+            torch.zeros(num_frames, dtype=torch.bool),
+            torch.zeros(1, dtype=torch.int64),
+        )
+        if self.resident:  # for good: piece p is in frame p
+            torch.arange(pieces, out=self.table.frame_of)
+            torch.arange(pieces, out=self.table.piece_of)
+
+    @property
+    def pieces(self) -> Tensor:
+        """The host blocks as pieces, ``[blocks * G, block_size, 2 * D]``."""
+        return self.host.flatten(0, 1)
+
+    @property
+    def source(self) -> Tensor:
+        """Where a prompt is streamed from: the frames if they hold everything, else the host."""
+        return self.slab if self.resident else self.pieces
+
+    def write_host(self, slots: Tensor, rows: Tensor) -> None:
+        """Store tokens in host memory.
+
+        Args:
+            slots: ``block * block_size + offset`` of each token, int64 ``[T]``.
+            rows: Keys and values, ``[T, G, 2 * D]``.
+        """
+        block, offset = slots // self.block_size, slots % self.block_size
+        if self._poison:
+            self.host[block[offset == 0]] = torch.nan
+        self.host[block, :, offset] = rows
+
+    def write_frames(self, slots: Tensor, rows: Tensor) -> None:
+        """Store tokens in those frames that hold their blocks; arguments as in `write_host`."""
+        block, offset = slots // self.block_size, slots % self.block_size
+        head = torch.arange(self.num_kv_heads)
+        frame = self.table.frame_of[block[:, None] * self.num_kv_heads + head].long()
+        there = frame >= 0
+        if self._poison:
+            fresh = (offset == 0)[:, None] & there
+            self.slab[frame[fresh]] = torch.nan
+        at = offset[:, None].expand_as(frame)[there]
+        self.slab[frame[there], at] = rows[there]
+
+    def drop(self, blocks: Tensor) -> None:
+        """Forget the frames of blocks that are about to be rewritten as a whole.
+
+        Args:
+            blocks: Block ids, int64, repetitions allowed.
+        """
+        head = torch.arange(self.num_kv_heads)
+        pieces = (blocks[:, None] * self.num_kv_heads + head).flatten()
+        frames = self.table.frame_of[pieces]
+        frames = frames[frames >= 0].long()
+        self.table.frame_of[pieces] = -1
+        self.table.piece_of[frames] = -1
+        if self._poison:
+            self.slab[frames] = torch.nan
+
+    def resolve(self, blocks: Tensor) -> Resolved:
+        """Give the blocks that one step reads their frames; once per step.
+
+        Args:
+            blocks: Block ids for each token and KV head, -1 for none, int64 ``[T, G, K]``.
+
+        Returns:
+            Frames ``[T, G, K]`` and the copies that must happen before they are read.
+
+        Raises:
+            SlabFullError: More blocks than frames; start-up rules that out.
+        """
+        head = torch.arange(self.num_kv_heads)[:, None]
+        pieces = torch.where(blocks >= 0, blocks * self.num_kv_heads + head, -1)
+        self._step += 1
+        resolved = self._kernels.resolve(self.table, pieces, self._step)
+        if self._poison:
+            self.slab[resolved.targets] = torch.nan
+        return resolved
+
+    def check_integrity(self) -> None:
+        """Compare the two directions of the page table and every frame with its host piece.
+
+        Call it between steps.
+
+        Raises:
+            IntegrityError: They differ.
+        """
+        held = (self.table.frame_of >= 0).nonzero()[:, 0]
+        frames = self.table.frame_of[held].long()
+        if len(frames.unique()) != len(frames) or not self.table.piece_of[frames].equal(held):
+            raise IntegrityError("two pieces share a frame of the device slab")
+        if int((self.table.piece_of >= 0).sum()) != len(held):
+            raise IntegrityError("a frame of the device slab names a piece that is elsewhere")
+        frame_bits, piece_bits = (
+            part.contiguous().view(torch.uint8) for part in (self.slab[frames], self.pieces[held])
+        )
+        if not frame_bits.equal(piece_bits):
+            raise IntegrityError("a frame of the device slab differs from its block on the host")
+
+
+class Pager:
+    """The caches of all layers.
+
+    Args:
+        geometry: Sizes.
+        dtype: Of keys and values.
+        kernels: What looks up and copies.
+        poison: Fill memory that must not be read with NaN, for tests and debugging.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        dtype: torch.dtype,
+        kernels: PagingKernels,
+        poison: bool = False,
+    ) -> None:
+        self.geometry = geometry
+        shape = (
+            geometry.num_layers,
+            geometry.num_blocks,
+            geometry.num_kv_heads,
+            geometry.block_size,
+            2 * geometry.head_dim,
+        )
+        # One allocation: pinned memory is rounded up to a power of two per tensor.
+        self.host = torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+        self.layers = [
+            LayerPager(part, frames, kernels, poison)
+            for part, frames in zip(self.host, geometry.frames, strict=True)
+        ]
+
+    def check_integrity(self) -> None:
+        """Check every layer; see :meth:`LayerPager.check_integrity`."""
+        for layer in self.layers:
+            layer.check_integrity()
+
+    def frames_in_use(self) -> int:
+        """Frames that hold a piece."""
+        return sum(int((layer.table.piece_of >= 0).sum()) for layer in self.layers)

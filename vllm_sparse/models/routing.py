@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""How a model that must look ahead becomes its tapped class, with every other model untouched.
+
+vLLM resolves the class of a model in the worker, from the names in ``hf_config.architectures``;
+everything that it derives from the architecture otherwise was settled before, under the real name.
+So putting our name there when SPARDA is chosen changes which class is built and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_sparse.config import load_settings
+from vllm_sparse.errors import UnsupportedError
+
+PREFIX = "Sparda"
+LOOKAHEAD_SELECTORS = ("forecast", "lookahead-query")
+
+ARCHITECTURES = (
+    "ApertusForCausalLM",
+    "Ernie4_5ForCausalLM",
+    "GemmaForCausalLM",
+    "Glm4ForCausalLM",
+    "GraniteForCausalLM",
+    "GraniteMoeForCausalLM",
+    "GraniteMoeSharedForCausalLM",
+    "IQuestCoderForCausalLM",
+    "InternLM3ForCausalLM",
+    "LLaMAForCausalLM",
+    "LlamaForCausalLM",
+    "MiMoForCausalLM",
+    "MiniCPMForCausalLM",
+    "Ministral3ForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Phi3ForCausalLM",
+    "PhiMoEForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "SolarForCausalLM",
+    "TeleChat2ForCausalLM",
+    "TeleChat3ForCausalLM",
+)
+"""Those whose attention modules hold qkv_proj, rotary_emb and attn."""
+
+
+def register_architectures() -> None:
+    """Tell vLLM's registry where the tapped classes are; nothing is built or imported yet."""
+    from vllm.model_executor.models import ModelRegistry
+
+    for name in ARCHITECTURES:
+        if name in ModelRegistry.models and PREFIX + name not in ModelRegistry.models:
+            target = f"vllm_sparse.models.tapped:{PREFIX}{name}"
+            ModelRegistry.register_model(PREFIX + name, target)
+
+
+def route_model(vllm_config: Any) -> None:
+    """Let workers build the tapped class if the chosen selector looks ahead.
+
+    Args:
+        vllm_config: vLLM's configuration, for the SPARDA backend.
+
+    Raises:
+        ConfigError: The settings are wrong or the Forecast file is not this model's.
+        UnsupportedError: This configuration cannot look ahead; says why and what can be done.
+    """
+    settings = load_settings(vllm_config.additional_config, "sparda")
+    if settings.chosen_selector not in LOOKAHEAD_SELECTORS:
+        return
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    name = model.architecture.removeprefix(PREFIX)
+    heads = model.get_total_num_kv_heads()
+    reasons = []
+    if name not in ARCHITECTURES:
+        reasons.append(
+            f"the architecture {name} is not among those whose layers can be tapped "
+            f"({', '.join(ARCHITECTURES)})"
+        )
+    if parallel.pipeline_parallel_size > 1:
+        reasons.append("with pipeline parallelism the next layer may be on another rank")
+    if parallel.tensor_parallel_size > heads:
+        reasons.append(
+            f"--tensor-parallel-size {parallel.tensor_parallel_size} exceeds the {heads} KV heads"
+        )
+    if vllm_config.lora_config is not None:
+        reasons.append("LoRA replaces the projections that are tapped")
+    if reasons:
+        raise UnsupportedError(
+            f"selector {settings.chosen_selector} looks a layer ahead, which is impossible here: "
+            f"{'; '.join(reasons)}. Remove that, or set vllm_sparse.selector to query or previous"
+        )
+    if settings.forecast:
+        # Here as well as in the workers: a wrong file should not cost a model load.
+        from vllm_sparse.models.weights import check_metadata, inspect_forecast
+
+        metadata = inspect_forecast(
+            settings.forecast,
+            model.get_total_num_hidden_layers(),
+            heads,
+            model.get_head_size(),
+            model.get_hidden_size(),
+        )
+        check_metadata(metadata, settings)
+    register_architectures()
+    model.hf_config.architectures = [PREFIX + name]

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Streams the earlier chunks of prompts back from host memory, one tile ahead of the computation.
+
+The order is known, so no selection is needed: tile after tile, layer after layer, through the two
+halves of a staging area of fixed size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from vllm_sparse.kv.pager import Pager
+    from vllm_sparse.prefetch.engine import CopyEngine, Ticket
+
+
+class Tile(NamedTuple):
+    """Consecutive blocks of one prompt that are staged together.
+
+    Attributes:
+        blocks: Physical blocks, int64 ``[n]``.
+        first_block: Logical index of the first one.
+        tokens: Tokens of this prompt in them that were computed in earlier steps.
+        late: Another request writes one of the blocks in this very step (vLLM shares a block as
+            soon as it is scheduled), so it can be read only after the layer has written it.
+    """
+
+    blocks: Tensor
+    first_block: int
+    tokens: int
+    late: bool
+
+
+class PromptStream:
+    """The staging area and what is on its way into it.
+
+    Args:
+        pager: Blocks and frames.
+        engine: Copies.
+        tile_blocks: Blocks per half of the staging area.
+        count: Receives counter names and amounts.
+        prefetch: Off: every tile is copied when it is read.
+    """
+
+    def __init__(
+        self,
+        pager: Pager,
+        engine: CopyEngine,
+        tile_blocks: int,
+        count: Callable[..., None],
+        prefetch: bool = True,
+    ) -> None:
+        geometry = pager.geometry
+        self.tile_blocks = tile_blocks
+        self._pager = pager
+        self._engine = engine
+        self._count = count
+        self._prefetch = prefetch
+        self._heads = torch.arange(geometry.num_kv_heads)
+        self.staging = torch.empty(
+            2,
+            tile_blocks * geometry.num_kv_heads,
+            geometry.block_size,
+            2 * geometry.head_dim,
+            dtype=pager.host.dtype,
+        )
+        self._tiles: Sequence[Tile] = ()
+        self._tickets: dict[int, Ticket] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes of the staging area."""
+        return self.staging.nbytes
+
+    def begin_step(self, tiles: Sequence[Tile]) -> None:
+        """Set the tiles that every layer of this step reads, in order."""
+        for ticket in self._tickets.values():
+            ticket.wait()
+        self._tickets.clear()
+        self._tiles = tiles
+
+    def read(self, layer: int, index: int) -> Tensor:
+        """Wait for a tile; start the copy of the one after it.
+
+        Args:
+            layer: The layer, whose new tokens are written.
+            index: Position in the order given to :meth:`begin_step`; to be read in that order.
+
+        Returns:
+            Head-major rows ``[G, tile tokens, 2 * D]``, a view that the next but one read
+            overwrites. Rows beyond ``tile.tokens`` are garbage.
+        """
+        number = layer * len(self._tiles) + index
+        if number not in self._tickets:
+            self._submit(number)
+        self._count("exposed_wait_seconds", self._tickets.pop(number).wait())
+        following = number + 1
+        if self._prefetch and following < self._pager.geometry.num_layers * len(self._tiles):
+            another_layer = index + 1 == len(self._tiles)
+            if not (another_layer and self._tiles[0].late):
+                self._submit(following)
+        blocks = self._tiles[index].blocks
+        rows = self.staging[number % 2, : len(blocks) * len(self._heads)]
+        return rows.unflatten(0, (len(self._heads), len(blocks))).flatten(1, 2)
+
+    def _submit(self, number: int) -> None:
+        layer, index = divmod(number, len(self._tiles))
+        blocks = self._tiles[index].blocks
+        pager = self._pager.layers[layer]
+        pieces = (blocks * len(self._heads) + self._heads[:, None]).flatten()
+        self._tickets[number] = self._engine.submit(
+            self.staging[number % 2], torch.arange(len(pieces)), pager.source, pieces
+        )
+        if not pager.resident:
+            self._count("host_to_device_bytes", len(pieces) * self._pager.geometry.piece_bytes)

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The commands ``train-forecast``, ``eval-forecast`` and ``inspect``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from vllm_sparse.errors import ConfigError, VllmSparseError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm_sparse.training.settings import TrainSettings
+    from vllm_sparse.training.trainer import StepLog, Trainer
+
+_INTERRUPTED = 130
+
+
+def add_command(subparsers: Any) -> None:
+    """Adds the parsers."""
+    _add_train(subparsers)
+    _add_eval(subparsers)
+    inspect = subparsers.add_parser(
+        "inspect", help="show what a Forecast file holds", description=_inspect.__doc__
+    )
+    inspect.add_argument("file", type=Path)
+    inspect.set_defaults(run=_guarded(_inspect))
+
+
+def _add_train(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "train-forecast",
+        help="train a Forecast for the SPARDA backend",
+        description="Train a Forecast on a frozen Hugging Face model. Settings come from --recipe "
+        "and from the options, which win.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="Hugging Face directory or hub name")
+    parser.add_argument(
+        "--data", required=True, nargs="+", help=".txt, .jsonl, folders, or datasets (NAME:split)"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the Forecast, .safetensors")
+    parser.add_argument(
+        "--folder", type=Path, help="for checkpoints and the log (default: beside --out)"
+    )
+    parser.add_argument("--recipe", help="name of a recipe, or a YAML file")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint, if any"
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        help="keep what the model computes here, so that only the first epoch runs it (about "
+        "layers * queries * hidden * 2 bytes per sequence)",
+    )
+    parser.add_argument("--base-model", help="name to record instead of --model's")
+    for name, value in _setting_fields().items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", metavar="VALUE", help=value, dest=f"set_{name}"
+        )
+    parser.set_defaults(run=_guarded(_train))
+
+
+def _add_eval(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "eval-forecast",
+        help="measure how well selectors find the blocks a model attends to",
+        description="Recall of the exact best blocks and attention mass captured, per layer.",
+    )
+    parser.add_argument("--model", required=True, help="Hugging Face directory or hub name")
+    parser.add_argument("--forecast", type=Path, help="Forecast to judge beside the others")
+    parser.add_argument("--data", required=True, nargs="+", help="as for train-forecast")
+    parser.add_argument("--seq-len", type=int, default=4096, help="tokens per sequence")
+    parser.add_argument("--sequences", type=int, default=4, help="how many, spread over the data")
+    parser.add_argument(
+        "--queries", type=int, default=256, help="query tokens per sequence; 0: all"
+    )
+    parser.add_argument("--tail-queries", type=int, default=0, help="how many of them are the last")
+    parser.add_argument("--packing", choices=("concat", "documents"), default="concat")
+    parser.add_argument("--text-key", default="text", help="key of the text in JSON lines")
+    for name in ("block-size", "kernel-stride", "init-blocks", "local-blocks", "top-k"):
+        parser.add_argument(f"--{name}", type=int, help="default: the Forecast's")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument("--plot", type=Path, help="draw recall per layer (needs matplotlib)")
+    parser.set_defaults(run=_guarded(_evaluate))
+
+
+def _setting_fields() -> dict[str, str]:
+    """Names of the training settings with their help, without importing heavy packages."""
+    from vllm_sparse.training.settings import TrainSettings
+
+    result = {}
+    for name, field in TrainSettings.model_fields.items():
+        choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
+        listed = f" ({', '.join(choices)})" if choices else ""
+        text = f"{field.description}{listed} [{field.default}]"
+        result[name] = text.replace("%", "%%")
+    return result
+
+
+def _guarded(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """Prints expected errors without a traceback."""
+
+    def run(arguments: argparse.Namespace) -> int:
+        try:
+            return command(arguments)
+        except VllmSparseError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except ModuleNotFoundError as error:
+            print(
+                f"error: the package {error.name} is missing; "
+                "install it with: pip install 'vllm-sparse[train]'",
+                file=sys.stderr,
+            )
+            return 1
+
+    return run
+
+
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load the tokenizer of {model!r}: {error}") from error
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    """Trains, and exports at the end and on Ctrl-C."""
+    from vllm_sparse.training.files import export_forecast
+    from vllm_sparse.training.settings import load_train_settings
+    from vllm_sparse.training.trainer import Interrupted
+
+    overrides = {
+        name.removeprefix("set_"): value
+        for name, value in vars(arguments).items()
+        if name.startswith("set_") and value is not None
+    }
+    settings = load_train_settings(arguments.recipe, overrides)
+    folder = arguments.folder or arguments.out.with_suffix(".run")
+    trainer, name = _prepare(arguments, settings, folder)
+    status = 0
+    try:
+        _report_progress(trainer, folder)
+    except Interrupted:
+        print(f"\nstopped at step {trainer.step}; --resume goes on from there", file=sys.stderr)
+        status = _INTERRUPTED
+    if trainer.is_main:
+        base = arguments.base_model or name
+        export_forecast(arguments.out, trainer.forecast, settings.geometry, base)
+        print(f"wrote {arguments.out} (step {trainer.step} of {settings.steps})")
+    return status
+
+
+def _prepare(
+    arguments: argparse.Namespace, settings: TrainSettings, folder: Path
+) -> tuple[Trainer, str]:
+    from accelerate import Accelerator
+
+    from vllm_sparse.training.backbone import Backbone
+    from vllm_sparse.training.data import pack, read_documents
+    from vllm_sparse.training.forecast import Forecast
+    from vllm_sparse.training.samples import CachedSource, SampleSource
+    from vllm_sparse.training.trainer import Trainer, checkpoints
+
+    accelerator = Accelerator()
+    documents = read_documents(arguments.data, settings.text_key)
+    sequences = pack(
+        documents,
+        _tokenizer(arguments.model),
+        settings.seq_len,
+        settings.packing,
+        settings.max_sequences,
+    )
+    backbone = Backbone.load(arguments.model, settings.dtype, accelerator.device)
+    backbone.check_rope()
+    accelerator.print(
+        f"{backbone.name}: {backbone.num_layers} layers, {backbone.num_heads} query and "
+        f"{backbone.num_kv_heads} KV heads; {len(sequences)} sequences of {settings.seq_len} tokens"
+    )
+    source: Any = SampleSource(
+        backbone,
+        settings.geometry,
+        settings.teacher,
+        settings.queries,
+        settings.tail_queries,
+        settings.sparse_forward,
+        settings.chunk,
+        settings.seed,
+    )
+    if arguments.cache:
+        source = CachedSource(source, arguments.cache)
+    forecast = Forecast(
+        backbone.num_layers,
+        backbone.hidden_size,
+        backbone.num_kv_heads,
+        backbone.head_dim,
+        settings.bias,
+    )
+    forecast.initialise(settings.init, backbone, settings.seed)
+    trainer = Trainer(settings, backbone, forecast, source, sequences, folder, accelerator)
+    existing = checkpoints(folder)
+    if existing and not arguments.resume:
+        raise ConfigError(
+            f"{folder} holds checkpoints of an earlier run; add --resume to continue it, or choose "
+            "another --folder"
+        )
+    if existing:
+        trainer.resume(existing[-1])
+        accelerator.print(f"resumed from {existing[-1].name}")
+    return trainer, backbone.name
+
+
+def _report_progress(trainer: Trainer, folder: Path) -> None:
+    """Trains with a progress bar, and with TensorBoard if it is installed."""
+    from tqdm import tqdm
+
+    board = _tensorboard(folder) if trainer.is_main else None
+    steps = trainer.settings.steps
+    options = {"initial": trainer.step, "total": steps, "disable": not trainer.is_main}
+    with tqdm(unit="step", **options) as bar:
+        entry: StepLog
+        for entry in trainer.train():
+            bar.update()
+            bar.set_postfix(loss=f"{entry.loss:.4f}", norm=f"{entry.gradient_norm:.2f}")
+            if board is not None:
+                board.add_scalar("loss", entry.loss, entry.step)
+                board.add_scalar("gradient norm", entry.gradient_norm, entry.step)
+                board.add_scalar("learning rate", entry.lr, entry.step)
+    if board is not None:
+        board.close()
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    """Prints the table; writes JSON and a plot if asked to."""
+    import dataclasses
+
+    from accelerate import Accelerator
+
+    from vllm_sparse.training.backbone import Backbone
+    from vllm_sparse.training.data import pack, read_documents
+    from vllm_sparse.training.evaluate import Evaluation, plot
+    from vllm_sparse.training.files import load_forecast
+    from vllm_sparse.training.geometry import Geometry
+
+    backbone = Backbone.load(arguments.model, arguments.dtype, Accelerator().device)
+    forecast, geometry = None, Geometry()
+    if arguments.forecast:
+        forecast, geometry, metadata = load_forecast(arguments.forecast, backbone.head_dim)
+        _check_fits(forecast, backbone, arguments.forecast, metadata["base_model"])
+    given = {
+        field.name: getattr(arguments, field.name)
+        for field in dataclasses.fields(Geometry)
+        if getattr(arguments, field.name) is not None
+    }
+    geometry = dataclasses.replace(geometry, **given)
+    geometry.require_length(arguments.seq_len)
+    documents = read_documents(arguments.data, arguments.text_key)
+    sequences = pack(documents, _tokenizer(arguments.model), arguments.seq_len, arguments.packing)
+    count = min(arguments.sequences, len(sequences))
+    spread = [len(sequences) * index // count for index in range(count)]
+    evaluation = Evaluation(
+        backbone,
+        geometry,
+        forecast,
+        arguments.queries,
+        arguments.tail_queries,
+        seed=arguments.seed,
+    )
+    report = evaluation.run(sequences[spread])
+    print(report.table())
+    if arguments.json:
+        settings = {
+            "model": backbone.name,
+            "forecast": arguments.forecast.name if arguments.forecast else None,
+            "data": [Path(source).name for source in arguments.data],
+            "seq_len": arguments.seq_len,
+            "sequences": count,
+            **dataclasses.asdict(geometry),
+        }
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps({**settings, **report.as_dict()}, indent=1) + "\n")
+    if arguments.plot and not plot(report, arguments.plot):
+        print("no plot: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+    return 0
+
+
+def _check_fits(forecast: Any, backbone: Any, path: Path, base_model: str) -> None:
+    projection = forecast.projections[0]
+    found = (len(forecast.projections), forecast.kv_heads, projection.in_features)
+    expected = (backbone.num_layers, backbone.num_kv_heads, backbone.hidden_size)
+    if found != expected:
+        raise ConfigError(
+            f"{path}: was trained for {base_model} (layers, KV heads, width {found}), but "
+            f"{backbone.name} has {expected}; give the base model it was trained for"
+        )
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    """Prints the metadata and the tensors of a Forecast file."""
+    from vllm_sparse.training.files import load_tensors
+
+    tensors, metadata = load_tensors(arguments.file)
+    for name, value in sorted(metadata.items()):
+        print(f"{name}: {value}")
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    print(f"parameters: {parameters:,} in {len(tensors)} tensors")
+    for name, tensor in tensors.items():
+        norm = float(tensor.float().norm())
+        print(f"  {name}  {list(tensor.shape)}  {str(tensor.dtype)[6:]}  norm {norm:.3f}")
+    return 0

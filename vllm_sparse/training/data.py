@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Text to sequences of equal length: read, tokenised, packed, and ordered by a seed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_sparse.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from vllm_sparse.training.settings import Packing
+
+_TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
+
+
+def read_documents(sources: Iterable[str], text_key: str = "text") -> Iterator[str]:
+    """The documents of all sources, in a fixed order.
+
+    Args:
+        sources: Each a text file (one document), a ``.jsonl`` file (one per line), a folder of
+            those, or the name of a dataset for the package ``datasets``, with its split after a
+            colon (``NAME:train``).
+        text_key: Where the text is in a JSON line or a dataset's row.
+
+    Raises:
+        ConfigError: A source does not exist or cannot be read.
+    """
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            files = sorted(item for item in path.rglob("*") if item.suffix in _TEXT_SUFFIXES)
+            if not files:
+                raise ConfigError(
+                    f"data: {source} holds no file that ends in {', '.join(_TEXT_SUFFIXES)}"
+                )
+            for file in files:
+                yield from _read_file(file, text_key)
+        elif path.is_file():
+            yield from _read_file(path, text_key)
+        else:
+            yield from _read_dataset(source, text_key)
+
+
+def _read_file(path: Path, text_key: str) -> Iterator[str]:
+    if path.suffix != ".jsonl":
+        yield path.read_text(encoding="utf-8", errors="replace")
+        return
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield str(json.loads(line)[text_key])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"data: {path}, line {number}: no JSON object with a key {text_key!r} "
+                    f"({error!r}); set --text-key to the key that holds the text"
+                ) from error
+
+
+def _read_dataset(source: str, text_key: str) -> Iterator[str]:
+    name, _, split = source.partition(":")
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(
+            f"data: {source!r} is no file or folder. If it is the name of a dataset, install the "
+            "package datasets (pip install 'vllm-sparse[train]')"
+        ) from None
+    try:
+        rows: Any = datasets.load_dataset(name, split=split or "train", streaming=True)
+        for row in rows:
+            yield str(row[text_key])
+    except Exception as error:  # the package raises many kinds
+        raise ConfigError(
+            f"data: {source!r} is no file or folder, and the package datasets cannot read it: "
+            f"{error}"
+        ) from error
+
+
+def pack(
+    documents: Iterable[str],
+    tokenizer: Any,
+    seq_len: int,
+    packing: Packing = "concat",
+    limit: int | None = None,
+) -> Tensor:
+    """Sequences of equal length.
+
+    Args:
+        documents: Texts.
+        tokenizer: A Hugging Face tokenizer.
+        seq_len: Tokens per sequence.
+        packing: ``concat``: one stream, cut everywhere, with the end-of-text token between
+            documents. ``documents``: a sequence begins where its document or its last piece does;
+            what is left at a document's end is dropped.
+        limit: Stop after so many sequences.
+
+    Returns:
+        int32 ``[sequences, seq_len]``.
+
+    Raises:
+        ConfigError: There is less text than one sequence.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pieces: list[np.ndarray] = []
+    rest = np.empty(0, np.int32)
+    longest = 0
+    for document in documents:
+        tokens = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        longest = max(longest, len(tokens))
+        if packing == "concat":
+            rest = np.concatenate((rest, np.array(tokens + end, np.int32)))
+        else:
+            rest = np.array(tokens, np.int32)
+        whole = len(rest) // seq_len
+        pieces.extend(rest[: whole * seq_len].reshape(whole, seq_len))
+        rest = rest[whole * seq_len :]
+        if limit and len(pieces) >= limit:
+            break
+    if not pieces:
+        raise ConfigError(
+            f"data: the text is shorter than one sequence of seq_len={seq_len} tokens (longest "
+            f"document: {longest}). Give more text or a smaller --seq-len, or use --packing concat"
+        )
+    return torch.from_numpy(np.stack(pieces[:limit]))
+
+
+def sequence_index(number: int, count: int, seed: int) -> int:
+    """The sequence that is trained on as the ``number``-th, each epoch in an order of its own.
+
+    It depends on nothing but its arguments, so a resumed run goes on where it stopped.
+    """
+    epoch, place = divmod(number, count)
+    return int(np.random.default_rng((seed, epoch)).permutation(count)[place])
