@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -14,6 +16,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # GPU kernels are tested in Triton's interpreter, which Triton and the kernels choose when they
+    # are first imported (transformers imports Triton). Engines that tests start do not inherit it.
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ModuleNotFoundError):
+        patch.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("vllm_sparse.kernels.triton.rocketkv")
+
 from engine import BLOCK_SIZE, SETTINGS, run_engine
 from reference import hf_rocketkv
 

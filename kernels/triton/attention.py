@@ -226,6 +226,6 @@ def attend_slots(
             DIM=dim,
             BLOCK_D=dim_block(dim),
             SPLITS=shares,
-            num_warps=1 if dim <= 128 else 2,
+            num_warps=4,
             num_stages=1,
         )

@@ -31,7 +31,7 @@ _SM80 = {
     "prompt": (Launch(64, 8, 2), Launch(32, 8, 2)),
     "pool": (Launch(512, 4, 1), Launch(512, 4, 1)),
     "top_indices": (Launch(2048, 8, 1), Launch(2048, 8, 1)),
-    "gather": (Launch(16, 4, 1), Launch(16, 4, 1)),
+    "compact": (Launch(16, 4, 1), Launch(16, 8, 1)),
     "score_pages": (Launch(64, 4, 2), Launch(32, 4, 2)),
     "select_slots": (Launch(1024, 4, 1), Launch(1024, 4, 1)),
     "attend": (Launch(64, 4, 2), Launch(32, 4, 2)),

@@ -86,14 +86,14 @@ def _score_pages_kernel(
     base = cache + head.to(tl.int64) * stride_head
     table += row * stride_table
     # The stored extrema of the newest page may already hold tokens that come later.
-    block = tl.load(table + newest // PAGES).to(tl.int64)
+    newest_base = base + tl.load(table + newest // PAGES).to(tl.int64) * stride_block
     low = tl.full([BLOCK_D], float("inf"), tl.float32)
     high = tl.full([BLOCK_D], float("-inf"), tl.float32)
     end = tl.where(dim_inside, length, 0)
     for offset in tl.static_range(PAGE):
         slot = newest * PAGE + offset
-        source = base + block * stride_block + slot % BLOCK_SIZE * (2 * DIM) + dim
-        b_k = tl.load(source, mask=slot < end, other=0.0).to(tl.float32)
+        key = newest_base + slot % BLOCK_SIZE * (2 * DIM) + dim
+        b_k = tl.load(key, mask=slot < end, other=0.0).to(tl.float32)
         low = tl.where(slot < end, tl.minimum(low, b_k), low)
         high = tl.where(slot < end, tl.maximum(high, b_k), high)
     bound = tl.where(dim_inside, tl.where(upper, high, low), 0.0)

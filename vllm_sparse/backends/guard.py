@@ -43,8 +43,7 @@ def check_config(vllm_config: Any) -> None:
         )
     if isinstance(settings, SpardaSettings):
         _size_cache(vllm_config, settings)
-        if settings.chosen_selector in ("forecast", "lookahead-query"):
-            route_model(vllm_config)
+        route_model(vllm_config)
 
 
 def _unsupported(config: Any) -> Iterator[str]:

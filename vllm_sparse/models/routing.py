@@ -65,32 +65,18 @@ def route_model(vllm_config: Any) -> None:
 
     Raises:
         ConfigError: The settings are wrong or the Forecast file is not this model's.
-        UnsupportedError: This configuration cannot look ahead; says why and what can be done.
+        UnsupportedError: It is unknown how to tap this architecture.
     """
     settings = load_settings(vllm_config.additional_config, "sparda")
     if settings.chosen_selector not in LOOKAHEAD_SELECTORS:
         return
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    model = vllm_config.model_config
     name = model.architecture.removeprefix(PREFIX)
-    heads = model.get_total_num_kv_heads()
-    reasons = []
     if name not in ARCHITECTURES:
-        reasons.append(
-            f"the architecture {name} is not among those whose layers can be tapped "
-            f"({', '.join(ARCHITECTURES)})"
-        )
-    if parallel.pipeline_parallel_size > 1:
-        reasons.append("with pipeline parallelism the next layer may be on another rank")
-    if parallel.tensor_parallel_size > heads:
-        reasons.append(
-            f"--tensor-parallel-size {parallel.tensor_parallel_size} exceeds the {heads} KV heads"
-        )
-    if vllm_config.lora_config is not None:
-        reasons.append("LoRA replaces the projections that are tapped")
-    if reasons:
         raise UnsupportedError(
-            f"selector {settings.chosen_selector} looks a layer ahead, which is impossible here: "
-            f"{'; '.join(reasons)}. Remove that, or set vllm_sparse.selector to query or previous"
+            f"selector {settings.chosen_selector} needs the input of each layer's query projection,"
+            f" and {name} is not among the architectures where that is known: "
+            f"{', '.join(ARCHITECTURES)}. Set vllm_sparse.selector to query or previous"
         )
     if settings.forecast:
         # Here as well as in the workers: a wrong file should not cost a model load.
@@ -99,7 +85,7 @@ def route_model(vllm_config: Any) -> None:
         metadata = inspect_forecast(
             settings.forecast,
             model.get_total_num_hidden_layers(),
-            heads,
+            model.get_total_num_kv_heads(),
             model.get_head_size(),
             model.get_hidden_size(),
         )

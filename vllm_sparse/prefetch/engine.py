@@ -100,7 +100,8 @@ class ThreadCopyEngine:
             target=_work, args=(self._jobs, copy, gb_per_s), name="sparda-copy", daemon=True
         )
         self._thread.start()
-        self._closer = weakref.finalize(self, self._jobs.put, None)
+        # Also runs at exit: a thread that Python kills inside C++ would abort the process.
+        self._closer = weakref.finalize(self, _close, self._jobs, self._thread)
 
     def submit(
         self, target: Tensor, target_index: Tensor, source: Tensor, source_index: Tensor
@@ -118,7 +119,11 @@ class ThreadCopyEngine:
     def close(self) -> None:
         """Finish what was submitted and end the thread."""
         self._closer()
-        self._thread.join()
+
+
+def _close(jobs: queue.SimpleQueue[_Job | None], thread: threading.Thread) -> None:
+    jobs.put(None)
+    thread.join()
 
 
 def _work(

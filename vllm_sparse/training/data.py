@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 
 
-def read_documents(sources: Iterable[str], text_key: str = "text") -> Iterator[str]:
+def read_documents(sources: Iterable[str], text_key: str = "text") -> Iterator[str | list[int]]:
     """The documents of all sources, in a fixed order.
 
     Args:
         sources: Each a text file (one document), a ``.jsonl`` file (one per line), a folder of
             those, or the name of a dataset for the package ``datasets``, with its split after a
             colon (``NAME:train``).
-        text_key: Where the text is in a JSON line or a dataset's row.
+        text_key: Where the text is in a JSON line or a dataset's row. A list of token ids may
+            stand there too.
 
     Raises:
         ConfigError: A source does not exist or cannot be read.
@@ -50,7 +51,7 @@ def read_documents(sources: Iterable[str], text_key: str = "text") -> Iterator[s
             yield from _read_dataset(source, text_key)
 
 
-def _read_file(path: Path, text_key: str) -> Iterator[str]:
+def _read_file(path: Path, text_key: str) -> Iterator[str | list[int]]:
     if path.suffix != ".jsonl":
         yield path.read_text(encoding="utf-8", errors="replace")
         return
@@ -59,15 +60,16 @@ def _read_file(path: Path, text_key: str) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                yield str(json.loads(line)[text_key])
+                document = json.loads(line)[text_key]
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
                     f"data: {path}, line {number}: no JSON object with a key {text_key!r} "
                     f"({error!r}); set --text-key to the key that holds the text"
                 ) from error
+            yield document if isinstance(document, list) else str(document)
 
 
-def _read_dataset(source: str, text_key: str) -> Iterator[str]:
+def _read_dataset(source: str, text_key: str) -> Iterator[str | list[int]]:
     name, _, split = source.partition(":")
     try:
         import datasets
@@ -79,7 +81,8 @@ def _read_dataset(source: str, text_key: str) -> Iterator[str]:
     try:
         rows: Any = datasets.load_dataset(name, split=split or "train", streaming=True)
         for row in rows:
-            yield str(row[text_key])
+            document = row[text_key]
+            yield document if isinstance(document, list) else str(document)
     except Exception as error:  # the package raises many kinds
         raise ConfigError(
             f"data: {source!r} is no file or folder, and the package datasets cannot read it: "
@@ -88,7 +91,7 @@ def _read_dataset(source: str, text_key: str) -> Iterator[str]:
 
 
 def pack(
-    documents: Iterable[str],
+    documents: Iterable[str | list[int]],
     tokenizer: Any,
     seq_len: int,
     packing: Packing = "concat",
@@ -97,7 +100,7 @@ def pack(
     """Sequences of equal length.
 
     Args:
-        documents: Texts.
+        documents: Texts, or token ids.
         tokenizer: A Hugging Face tokenizer.
         seq_len: Tokens per sequence.
         packing: ``concat``: one stream, cut everywhere, with the end-of-text token between
@@ -116,7 +119,9 @@ def pack(
     rest = np.empty(0, np.int32)
     longest = 0
     for document in documents:
-        tokens = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = document
+        if isinstance(document, str):
+            tokens = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         longest = max(longest, len(tokens))
         if packing == "concat":
             rest = np.concatenate((rest, np.array(tokens + end, np.int32)))

@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +19,7 @@ from vllm_sparse.training.objective import LiveTeacher, StoredTeacher, best_free
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from vllm_sparse.training.backbone import Backbone, LayerView
     from vllm_sparse.training.geometry import Geometry

@@ -1,0 +1,487 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The Triton kernels against their references: on a GPU if there is one, else interpreted.
+
+``conftest.py`` chooses the interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from test_kernels import make_batch
+from vllm_sparse.kernels import dispatch
+from vllm_sparse.kernels.layout import PageLayout
+from vllm_sparse.kernels.reference import prompt as ref_prompt
+from vllm_sparse.kernels.reference import rocketkv as reference
+from vllm_sparse.kernels.reference import stage2
+from vllm_sparse.kernels.triton import append, attention, launch, pages, prompt, rocketkv, topk
+
+from vllm_sparse.kv.codec import PageCodec
+from vllm_sparse.kv.compaction import compact_prompt
+from vllm_sparse.policies import rocketkv as policy
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(monkeypatch):
+    """Parts of the interpreter are imported by the first launch."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_integers(monkeypatch):
+    """Uninitialised lists of slots point far outside any cache."""
+    original = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = original(*args, **kwargs)
+        return tensor.fill_(1 << 30) if tensor.dtype == torch.int32 else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(params=[1, 64], ids=["whole", "split"])
+def _splitting(request, monkeypatch):
+    """One program per row and KV head, or as many as there are tiles."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: request.param)
+
+
+def with_gaps(tensor: torch.Tensor, axes: int) -> torch.Tensor:
+    """The same values with NaN between the entries of the first axes."""
+    shape = [size + 1 if axis < axes else size for axis, size in enumerate(tensor.shape)]
+    out = torch.full(shape, torch.nan, dtype=tensor.dtype, device=tensor.device)
+    out = out[tuple(slice(0, size) for size in tensor.shape)]
+    return out.copy_(tensor)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+def close(actual, expected, dtype):
+    tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def batch_on_device(**shape):
+    batch = make_batch(**shape)
+    cache = with_gaps(batch.cache.to(DEVICE), 2)
+    # vLLM hands over slices of one fused QKV row.
+    dim, kv_heads = batch.layout.head_dim, cache.shape[1]
+    fused = torch.cat((batch.query, batch.key, batch.value), 1).flatten(1).to(DEVICE)
+    heads = batch.query.shape[1]
+    query, key, value = (
+        part.unflatten(1, (-1, dim))
+        for part in fused.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
+    )
+    return batch._replace(
+        cache=cache, query=query, key=key, value=value, table=batch.table.to(DEVICE),
+        lengths=batch.lengths.to(DEVICE), top_r=batch.top_r.to(DEVICE),
+    )  # fmt: skip
+
+
+def decode(kernel, batch, top_k, *, final=None, cache=None, **options):
+    cache = with_gaps(batch.cache, 2) if cache is None else cache
+    output = with_gaps(torch.empty_like(batch.query.contiguous()), 2)
+    final = batch.lengths if final is None else final
+    kernel(cache, batch.query, batch.key, batch.value, output, batch.table, batch.lengths,
+           final, batch.top_r, layout=batch.layout, top_k=top_k, scale=0.11, **options)  # fmt: skip
+    return cache, output
+
+
+SHAPES = [
+    {"rows": 3, "kv_heads": 3, "group": 3, "block_size": 128, "longest": 700},
+    {"rows": 3, "group": 7, "page_size": 2, "dtype": torch.bfloat16},
+    {"rows": 2, "group": 1, "dim": 80, "page_size": 1, "longest": 150},
+    {"rows": 2, "kv_heads": 1, "group": 16, "dim": 128, "block_size": 64, "dtype": torch.bfloat16},
+    {"rows": 2, "group": 4, "dim": 40, "block_size": 16, "longest": 90},
+    {"rows": 2, "group": 5, "dim": 96, "dtype": torch.float16},
+    {"rows": 2, "group": 12, "dim": 256, "block_size": 128},
+]
+
+
+@pytest.mark.usefixtures("_splitting")
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(f"{k}{v}" for k, v in s.items()))
+@pytest.mark.parametrize(("top_k", "read_all"), [(37, False), (5000, False), (8, True)])
+def test_decode_step_equals_reference(shape, top_k, read_all):
+    batch = batch_on_device(**shape)
+    expected_cache, expected = decode(reference.decode_attention, batch, top_k, read_all=read_all)
+    cache, output = decode(
+        rocketkv.decode_attention, batch, top_k, read_all=read_all, replays=top_k == 37
+    )
+    close(output, expected, batch.cache.dtype)
+    assert same(cache, expected_cache)
+
+
+@pytest.mark.usefixtures("_splitting")
+@pytest.mark.parametrize("top_k", [1, 2, 3, 5, 64])
+def test_any_number_of_tokens_is_selected(top_k):
+    """Budgets below one page, rows at the budget, just above it, and of one token."""
+    batch = batch_on_device(rows=5, longest=160)
+    lengths = torch.tensor([top_k, top_k + 1, 1, 160, 66], dtype=torch.int32, device=DEVICE)
+    batch = batch._replace(lengths=lengths, cache=batch.cache.nan_to_num(0.3))
+    _, expected = decode(reference.decode_attention, batch, top_k)
+    _, output = decode(rocketkv.decode_attention, batch, top_k)
+    close(output, expected, torch.float32)
+
+
+@pytest.mark.usefixtures("_splitting")
+@pytest.mark.parametrize("read_all", [False, True])
+def test_padding_rows_are_zero_and_write_nothing(read_all):
+    batch = batch_on_device()
+    _, whole = decode(rocketkv.decode_attention, batch, 32, read_all=read_all)
+    lengths = batch.lengths.clone()
+    lengths[2] = 0
+    table = batch.table.clone()
+    table[2] = -1  # whatever a captured graph left there
+    padded = batch._replace(lengths=lengths, table=table)
+    cache, output = decode(rocketkv.decode_attention, padded, 32, read_all=read_all)
+    assert not output[2].any()
+    assert torch.equal(output[[0, 1, 3, 4]], whole[[0, 1, 3, 4]])
+    untouched = batch.table[2].long()
+    assert same(cache[untouched], batch.cache[untouched])
+
+
+def test_a_batch_may_be_all_padding_or_empty():
+    batch = batch_on_device(rows=2, longest=40)
+    padded = batch._replace(lengths=torch.zeros_like(batch.lengths))
+    cache, output = decode(rocketkv.decode_attention, padded, 32)
+    assert not output.any()
+    assert same(cache, batch.cache)
+    names = ("query", "key", "value", "table", "lengths", "top_r")
+    empty = batch._replace(**{name: getattr(batch, name)[:0] for name in names})
+    decode(rocketkv.decode_attention, empty, 32)
+
+
+@pytest.mark.parametrize("page_size", [2, 4])
+def test_replayed_tokens_give_what_they_gave_one_by_one(page_size):
+    steps = 7
+    batch = batch_on_device(rows=steps, page_size=page_size, longest=100)
+    first = int(batch.lengths[0])
+    lengths = torch.arange(first, first + steps, dtype=torch.int32, device=DEVICE)
+    batch = batch._replace(table=batch.table[:1].expand(steps, -1), lengths=lengths)
+    final = torch.full_like(lengths, first + steps - 1)
+    cache, output = decode(rocketkv.decode_attention, batch, 24, final=final)
+    expected_cache, expected = decode(reference.decode_attention, batch, 24, final=final)
+    close(output, expected, torch.float32)
+    assert same(cache, expected_cache)
+
+
+@pytest.mark.parametrize("replays", [True, False])
+@pytest.mark.parametrize("page_size", [1, 2, 4, 16])
+def test_append_equals_reference(page_size, replays):
+    batch = batch_on_device(rows=6, dim=40, longest=60, page_size=page_size, block_size=16)
+    lengths = torch.tensor([60, 1, 0, 16, 17, 35], dtype=torch.int32, device=DEVICE)
+    caches = [with_gaps(batch.cache, 2) for _ in range(2)]
+    arguments = batch.key, batch.value, batch.table, lengths, lengths, batch.layout
+    reference.append_tokens(caches[0], *arguments)
+    append.append_tokens(caches[1], *arguments, replays=replays)
+    assert same(*caches)
+
+
+@pytest.mark.usefixtures("_splitting")
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_page_scores_equal_reference(page_size):
+    batch = batch_on_device(rows=4, group=3, page_size=page_size, longest=200)
+    batch.query[1] = 0.0  # no magnitude: every channel ties, no temperature
+    lengths = batch.lengths - 1  # without an append
+    lengths[3] = 0
+    options = {"layout": batch.layout, "top_k": 20}
+    inputs = batch.cache, batch.query, batch.table, lengths, batch.top_r
+    expected, actual = (kernel.score_pages(*inputs, **options) for kernel in (stage2, pages))
+    for row, length in enumerate(lengths.tolist()[:3]):
+        used = -(-length // page_size)
+        close(actual.logits[row, :, :used], expected.logits[row, :, :used], torch.float32)
+    for scores in (actual, expected):
+        probability = []
+        for row, length in enumerate(lengths.tolist()[:3]):
+            peak = scores.peak[row].amax(-1, keepdim=True)
+            mass = (scores.mass[row] * (scores.peak[row] - peak).exp()).sum(-1, keepdim=True)
+            used = -(-length // page_size)
+            weight = (scores.logits[row, :, :used] - peak).exp() / mass
+            probability.append(weight.unflatten(0, (2, -1)).sum(1))
+            low, high = policy.page_extrema(batch.history[row][:, :length, :64], page_size)
+            true = policy.page_probabilities(
+                batch.query[row].cpu().view(2, -1, 64), low, high, lengths[row].cpu(), page_size,
+                batch.top_r[row].cpu(),
+            )  # fmt: skip
+            close(probability[-1].cpu(), true, torch.float32)
+
+
+def make_scores(lengths, kv_heads, group, width, page_size, shares=1, levels=None):
+    """Random page scores; with few levels most pages tie."""
+    generator = torch.Generator().manual_seed(width)
+    logits = torch.randn(len(lengths), kv_heads * group, width, generator=generator)
+    if levels:
+        logits = (logits * levels).round() / levels
+    peak = torch.zeros(len(lengths), kv_heads * group, shares)
+    mass = torch.full_like(peak, 16.0 / shares)  # powers of two: both sides divide alike
+    return stage2.PageScores(*(part.to(DEVICE) for part in (logits, peak, mass)))
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 4])
+@pytest.mark.parametrize("top_k", [3, 64, 131])
+@pytest.mark.parametrize("levels", [None, 1])
+def test_selected_slots_equal_reference(page_size, top_k, levels):
+    """Also when pages tie: the lower page is taken first, the last one in part."""
+    layout = PageLayout(32, 64, page_size)
+    lengths = torch.tensor([131, 5000, 0, 1043, 132, 7], dtype=torch.int32, device=DEVICE)
+    blocks = -(-5000 // 32)
+    table = torch.randperm(6 * blocks, generator=torch.Generator().manual_seed(0)).view(6, -1)
+    table = table.int().to(DEVICE)
+    group = 1 if levels else 3  # sums in another order would break exact ties
+    scores = make_scores(lengths, 2, group, blocks * layout.pages_per_block, page_size, 2, levels)
+    options = {"layout": layout, "top_k": top_k, "kv_heads": 2}
+    expected, actual = (
+        kernel.select_slots(scores, table, lengths, **options) for kernel in (stage2, pages)
+    )
+    for row, length in enumerate(lengths.tolist()):
+        count = min(length, top_k)
+        assert torch.equal(actual[row, :, :count], expected[row, :, :count]), (row, length)
+
+
+@pytest.mark.usefixtures("_splitting")
+@pytest.mark.parametrize("listed", [True, False])
+def test_attention_over_slots_equals_reference(listed):
+    batch = batch_on_device(rows=3, group=3, dim=80, longest=190)
+    lengths = batch.lengths - 1
+    lengths[1] = 0
+    top_k = 133
+    slots = None
+    if listed:
+        generator = torch.Generator().manual_seed(0)
+        slots = torch.full((3, 2, top_k), 1 << 30, dtype=torch.int32)
+        for row in range(3):
+            count = min(int(lengths[row]), top_k)
+            for head in range(2):
+                token = torch.randperm(int(lengths[row]), generator=generator)[:count]
+                block = batch.table[row].cpu().long()[token // 32]
+                slots[row, head, :count] = block * 32 + token % 32
+        slots = slots.to(DEVICE)
+    outputs = [with_gaps(torch.empty_like(batch.query.contiguous()), 2) for _ in range(2)]
+    for kernel, output in zip((stage2, attention), outputs, strict=True):
+        kernel.attend_slots(batch.cache, batch.query, output, slots, batch.table, lengths,
+                            layout=batch.layout, top_k=top_k, scale=0.2)  # fmt: skip
+    close(outputs[1], outputs[0], torch.float32)
+    assert not outputs[1][1].any()
+
+
+def test_the_parts_of_the_reference_make_up_its_whole():
+    batch = batch_on_device(rows=3, longest=120)
+    _, expected = decode(reference.decode_attention, batch, 37)
+    cache = with_gaps(batch.cache, 2)
+    reference.append_tokens(cache, batch.key, batch.value, batch.table, batch.lengths,
+                            batch.lengths, batch.layout)  # fmt: skip
+    options = {"layout": batch.layout, "top_k": 37}
+    scores = stage2.score_pages(
+        cache, batch.query, batch.table, batch.lengths, batch.top_r, **options
+    )
+    slots = stage2.select_slots(scores, batch.table, batch.lengths, **options, kv_heads=2)
+    output = torch.empty_like(batch.query)
+    stage2.attend_slots(
+        cache, batch.query, output, slots, batch.table, batch.lengths, **options, scale=0.11
+    )
+    close(output, expected, torch.float32)
+
+
+@pytest.mark.usefixtures("_splitting")
+def test_nan_queries_show():
+    batch = batch_on_device(rows=2, longest=100)
+    for sign in (1, -1):
+        query = torch.full_like(batch.query, sign * torch.nan)
+        _, output = decode(rocketkv.decode_attention, batch._replace(query=query), 37)
+        assert output.isnan().all()
+
+
+@pytest.mark.parametrize("size", [1, 31, 2049, 131072])
+@pytest.mark.parametrize("kind", ["random", "plateaus", "zeros", "equal"])
+def test_top_indices_equal_reference(size, kind):
+    generator = torch.Generator().manual_seed(size)
+    score = torch.randn(3, 2, size, generator=generator)
+    if kind == "plateaus":
+        score = torch.nn.functional.max_pool1d(score.clamp(max=1.0), 63, stride=1, padding=31)
+    elif kind == "zeros":
+        score = torch.where(score > 0.5, 0.0, -0.0)
+    elif kind == "equal":
+        score = torch.full_like(score, 0.25)
+    score[0, 0, size // 2] = torch.inf
+    score[1, 1, size // 3] = -torch.inf
+    score = with_gaps(score.to(DEVICE), 3)
+    counts = torch.tensor([max(size // 3, 1), 0, size], dtype=torch.int32, device=DEVICE)
+    sizes = torch.tensor([size, size, max(size - 1, 1)], dtype=torch.int32, device=DEVICE)
+    counts = counts.minimum(sizes)
+    expected = ref_prompt.top_indices(score, sizes, counts, size)
+    assert torch.equal(topk.top_indices(score, sizes, counts, size), expected)
+
+
+def test_top_indices_of_padding_rows_are_empty():
+    score = torch.full((2, 2, 40), torch.nan, device=DEVICE)
+    nothing = torch.tensor([-8, 0], dtype=torch.int32, device=DEVICE)
+    index = topk.top_indices(score, nothing, nothing - 64, 10)
+    assert torch.equal(index, torch.full_like(index, -1))
+    assert topk.top_indices(score, nothing, nothing, 0).shape == (2, 2, 0)
+
+
+PROMPTS = [
+    {"dim": 40, "group": 3, "dtype": torch.float32, "page_size": 4, "block_size": 16},
+    {"dim": 80, "group": 1, "dtype": torch.float16, "page_size": 2, "block_size": 32},
+    {"dim": 128, "group": 16, "dtype": torch.bfloat16, "page_size": 1, "block_size": 64},
+    {"dim": 256, "group": 7, "dtype": torch.float32, "page_size": 4, "block_size": 128},
+]
+
+
+def make_prompts(lengths, *, dim, group, dtype, page_size, block_size, window=8, kv_heads=2):
+    """Prompts in scattered blocks, packed as a GPU kernel would: keys, then values."""
+    generator = torch.Generator().manual_seed(dim)
+    width = max(-(-max(lengths) // block_size), 1) + 1
+    table = torch.randperm(len(lengths) * width, generator=generator).view(-1, width).int()
+    cache = torch.full(
+        (len(lengths) * width, kv_heads, block_size, 2 * dim + 2 * dim // page_size), torch.nan
+    )
+    cache = with_gaps(cache.to(dtype), 2)
+    halves = PageLayout(block_size, dim, page_size).tokens(cache).flatten(2)
+    halves = halves.unflatten(2, (2, block_size, dim))
+    for row, length in enumerate(lengths):
+        slot = torch.arange(length)
+        block = table[row].long()[slot // block_size]
+        tokens = torch.randn(length, kv_heads, 2, dim, generator=generator)
+        halves[block, :, :, slot % block_size] = tokens.to(dtype)
+    query = torch.randn(len(lengths), window, kv_heads * group, dim, generator=generator)
+    query = query.to(DEVICE, dtype).transpose(1, 2)
+    lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    return cache.to(DEVICE), table.to(DEVICE), lens, query
+
+
+def packed_views(cache, layout):
+    """Keys and values of stock pages, ``[blocks, G, block_size, D]`` each, as views."""
+    halves = layout.tokens(cache).flatten(2).unflatten(2, (2, layout.block_size, layout.head_dim))
+    return halves[:, :, 0], halves[:, :, 1]
+
+
+@pytest.mark.usefixtures("_splitting")
+@pytest.mark.parametrize("shape", PROMPTS, ids=lambda s: f"{s['dim']}-{s['group']}-{s['dtype']}")
+def test_prompt_scores_equal_reference(shape):
+    cache, table, lens, query = make_prompts([351, 0, 130, 9], **shape)
+    layout = PageLayout(shape["block_size"], shape["dim"], shape["page_size"])
+    keys, _ = packed_views(cache, layout)
+    expected, actual = (
+        kernel.score_prompt(query, keys, table, lens, pool_kernel=63)
+        for kernel in (ref_prompt, prompt)
+    )
+    for row in (0, 2, 3):
+        torch.testing.assert_close(actual[row], expected[row], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("_splitting")
+@pytest.mark.parametrize("budget", [8, 9, 100, 300])
+def test_gathered_keys_select_what_the_policy_selects(budget):
+    """Keys that lie together are one block of as many tokens."""
+    generator = torch.Generator().manual_seed(budget)
+    keys = torch.randn(2, 301, 64, generator=generator).to(DEVICE)
+    query = torch.randn(6, 8, 64, generator=generator).to(DEVICE)
+    table = torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
+    lens = torch.tensor([301], dtype=torch.int32, device=DEVICE)
+    score = prompt.score_prompt(query[None], keys[None], table, lens, pool_kernel=7)
+    index = topk.top_indices(score, lens - 8, lens - 301 + budget - 8, max(budget - 8, 1))
+    expected = policy.select_prompt_tokens(query, keys, budget, 7)
+    assert torch.equal(index[0, :, : budget - 8].long(), expected[:, : budget - 8])
+
+
+@pytest.mark.parametrize("shape", PROMPTS, ids=lambda s: f"{s['dim']}-{s['group']}-{s['dtype']}")
+def test_compaction_equals_reference_and_the_cpu_path(shape):
+    block_size, dim = shape["block_size"], shape["dim"]
+    lengths = [7 * block_size + 3, 0, 4 * block_size, 3 * block_size - 1]
+    gone = [4, 0, 1, 0]
+    cache, table, lens, query = make_prompts(lengths, **shape)
+    layout = PageLayout(block_size, dim, shape["page_size"])
+    dropped = torch.tensor(gone, dtype=torch.int32, device=DEVICE)
+    max_kept = max(n - d * block_size for n, d in zip(lengths, gone, strict=True)) + 5
+    caches = [with_gaps(cache, 2) for _ in range(2)]
+    for kernel, result in zip((ref_prompt, rocketkv), caches, strict=True):
+        kernel.compact_prompts(result, *packed_views(result, layout), query, table, lens, dropped,
+                               layout=layout, pool_kernel=5, max_kept=max_kept)  # fmt: skip
+    assert same(*caches)
+
+    def pack(key, value, pages):
+        key_pages, value_pages = pages.chunk(2, 2)
+        key_pages[0], value_pages[0] = key.transpose(0, 1), value.transpose(0, 1)
+
+    codec = PageCodec(pack, block_size, dim, shape["dtype"], DEVICE)
+    for row in (0, 2, 3):
+        blocks = table[row, : -(-lengths[row] // block_size)]
+        compact_prompt(cache, blocks, lengths[row], gone[row], query[row], codec=codec,
+                       layout=layout, pool_kernel=5)  # fmt: skip
+    assert same(caches[1], cache)
+
+
+def test_dispatch_returns_triton_where_it_runs():
+    assert dispatch.rocketkv_triton_decode("cuda").name == "triton"
+    with pytest.raises(ValueError, match="CUDA"):
+        dispatch.rocketkv_triton_decode("cpu")
+    kernel = dispatch.rocketkv_triton_decode("cpu", interpret=True)
+    assert kernel.run is rocketkv.decode_attention
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_without_a_gpu(capability, tmp_path):
+    """The interpreter accepts what the compiler does not."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    result = subprocess.run(
+        [sys.executable, __file__, str(capability)],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(result.stdout.split()) >= 12
+
+
+def compile_everything(capability: int) -> None:
+    """Compile what the launchers launch down to machine code; prints each kernel's name."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver, jit
+
+    class NoGPU:
+        """Stands in for the CUDA driver."""
+
+        def get_current_target(self):
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        assert run(self, *args, grid=grid, warmup=True, **kwargs).asm["cubin"]
+        print(self.__name__, flush=True)
+
+    driver.set_active(NoGPU())
+    run, jit.JITFunction.run = jit.JITFunction.run, compile_only
+    launch.multiprocessors = lambda device: 132
+    launch._SM80 = launch._SM90 if capability >= 90 else launch._SM80
+    layout = PageLayout(64, 128, 4)
+    cache = torch.zeros(9, 2, 64, 2 * 128 + 2 * 32, dtype=torch.bfloat16)
+    query, key = torch.zeros(3, 8, 128).bfloat16(), torch.zeros(3, 2, 128).bfloat16()
+    table, lengths = torch.zeros(3, 8, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    for options in ({}, {"replays": False, "read_all": True}):
+        rocketkv.decode_attention(cache, query, key, key, query, table, lengths, lengths, lengths,
+                                  layout=layout, top_k=128, scale=0.1, **options)  # fmt: skip
+    window = torch.zeros(3, 8, 32, 128).bfloat16()
+    rocketkv.compact_prompts(cache, *packed_views(cache, layout), window, table, lengths, lengths,
+                             layout=layout, pool_kernel=63, max_kept=300)  # fmt: skip
+
+
+if __name__ == "__main__":
+    compile_everything(int(sys.argv[1]))
