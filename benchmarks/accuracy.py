@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Accuracy of ROCKETKV against dense attention: needles, two-turn conversations, prose.
+"""Accuracy of the backends against dense attention: needles, two-turn conversations, prose.
 
 Every arm is an engine of its own that answers the same questions. Tasks:
 
@@ -29,6 +29,7 @@ FULL_ARMS = (
 MIN_CONTEXT = 1024  # below every prompt, so that the arms are sparse at 2048 tokens too
 PROSE_CONTEXT = 4096
 PROSE_TOKENS = 192
+POOL_CONTEXTS = 12  # KV pool of the other tests, in contexts of the greatest length
 PRESSURE_POOL = 2.25  # KV pool of the two-turn test under pressure, in contexts
 WARM, COLD, PRESSURE = "warm", "cold", "pressure"
 
@@ -170,11 +171,14 @@ def run_arm(arm: harness.Arm, options: argparse.Namespace, tokenizer, scratch: P
     model = harness.resolve_model(options.model)
     longest = max([*options.contexts, *([PROSE_CONTEXT + 256] if "prose" in options.tasks else [])])
     # Compilation is cached per setting, so compiling every arm would take longer than it saves.
-    common = {"enforce_eager": not options.compiled}
-    arguments = harness.engine_args(model, longest, pool_tokens=12 * longest, **common)
+    # More requests than fit the pool never run; without the limit SPARDA would plan its device
+    # memory for so many that everything stayed on the device.
+    common = {"enforce_eager": not options.compiled, "max_num_seqs": POOL_CONTEXTS}
+    pool_tokens = POOL_CONTEXTS * longest
+    arguments = harness.engine_args(model, longest, pool_tokens=pool_tokens, **common)
     if "prose" in options.tasks:
         arguments["logits_processors"] = ["benchmarks.teacher:ForcedTokens"]
-    result: dict = {"settings": arm.settings}
+    result: dict = {"backend": arm.settings and arm.backend, "settings": arm.settings}
     with Worker("benchmarks.accuracy", arm, arguments, served=True) as worker:
         for task, context in itertools.product(options.tasks, options.contexts):
             if task in ("single", "multikey"):
@@ -256,14 +260,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     parser.add_argument("--model", default="qwen", help="name, alias (smollm2, qwen) or path")
     parser.add_argument("--contexts", nargs="+", type=int, default=[2048, 4096, 8192])
-    parser.add_argument("--arms", default=FULL_ARMS, help="comma-separated; the first one is dense")
+    harness.add_arm_options(parser, FULL_ARMS, "; the first one is dense")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--questions", type=int, default=20, help="per needle cell")
     parser.add_argument("--conversations", type=int, default=8)
     parser.add_argument("--two-turn-context", type=int, default=4096)
     parser.add_argument("--passages", type=int, default=4, help="of prose")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--setting", nargs="+", default=[], metavar="KEY=JSON", help="of ROCKETKV")
     parser.add_argument("--compiled", action="store_true", help="torch.compile instead of eager")
     parser.add_argument("--quick", action="store_true", help="4 questions, 2 conversations, 1 text")
     parser.add_argument("--out", type=Path, default=harness.RESULTS_DIR / "accuracy.json")
@@ -273,8 +276,7 @@ def main() -> None:
 
     harness.exit_cleanly()
     environment = harness.environment()
-    settings = {"min_context": MIN_CONTEXT, **harness.parse_settings(options.setting)}
-    arms = [harness.parse_arm(name, settings) for name in options.arms.split(",")]
+    arms = harness.parse_arms(parser, options, {"min_context": MIN_CONTEXT})
     if arms[0].settings is not None:
         parser.error("the first arm must be dense: the others are compared with it")
 

@@ -26,7 +26,7 @@ _POOL = re.compile(r"KV cache size: ([\d,]+) tokens")
 
 
 def serve_all(llm, prompts: list[list[int]], max_tokens: int) -> dict:
-    """Serves all requests and returns what the engine reported after each step."""
+    """Serves all requests; returns what the engine reported after each step, and all outputs."""
     from vllm import SamplingParams
 
     from benchmarks.counters import metrics
@@ -36,9 +36,12 @@ def serve_all(llm, prompts: list[list[int]], max_tokens: int) -> dict:
     started = time.perf_counter()
     for prompt in prompts:
         engine.add_request(str(next(llm.request_counter)), {"prompt_token_ids": prompt}, params)
-    steps = []
+    steps, finished = [], {}
     while engine.has_unfinished_requests():
         outputs = engine.step()
+        for output in outputs:
+            if output.finished:
+                finished[output.request_id] = list(output.outputs[0].token_ids)
         gauges = metrics(llm)
         running = int(gauges["vllm:num_requests_running"])
         steps.append(
@@ -51,6 +54,7 @@ def serve_all(llm, prompts: list[list[int]], max_tokens: int) -> dict:
         )
     return {
         "steps": steps,
+        "outputs": finished,
         "seconds": time.perf_counter() - started,
         "metrics": metrics(llm),
     }
@@ -107,8 +111,7 @@ def main() -> None:
         type=int,
         help="size of the KV pool; by default it holds half of the prompts",
     )
-    parser.add_argument("--arms", default="dense,rocket-512")
-    parser.add_argument("--setting", nargs="+", default=[], metavar="KEY=JSON", help="of ROCKETKV")
+    harness.add_arm_options(parser, "dense,rocket-512")
     parser.add_argument("--eager", action="store_true", help="no torch.compile: faster start")
     parser.add_argument("--quick", action="store_true", help="4096 tokens, 6 requests, eager")
     parser.add_argument("--out", type=Path, default=harness.RESULTS_DIR / "capacity.json")
@@ -125,16 +128,18 @@ def main() -> None:
 
     harness.exit_cleanly()
     environment = harness.environment()
-    settings = harness.parse_settings(options.setting)
+    arms = harness.parse_arms(parser, options)
+    if any(arm.settings and arm.backend == "SPARDA" for arm in arms):
+        parser.error("SPARDA's pool is in host memory; use benchmarks.offload serve")
 
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(harness.resolve_model(options.model))
     prompts = corpus.documents(tokenizer, options.requests, prompt_tokens)
     results: dict[str, dict] = {}
-    for name in options.arms.split(","):
-        results[name] = measure(harness.parse_arm(name, settings), options, prompts)
-        harness.progress(f"{name}: {json.dumps({**results[name], 'metrics': None})}")
+    for arm in arms:
+        results[arm.name] = measure(arm, options, prompts)
+        harness.progress(f"{arm.name}: {json.dumps({**results[arm.name], 'metrics': None})}")
         body = {
             "model": options.model,
             "requests": options.requests,

@@ -53,7 +53,7 @@ class Worker:
         handle, log_name = tempfile.mkstemp(prefix=f"vllm-sparse-{arm.name}-", suffix=".log")
         self._log_path = Path(log_name)
         read_end, write_end = os.pipe()
-        arguments = {**engine_args, **arm.engine_args()}
+        arguments = {**engine_args, **arm.engine_args(engine_args)}
         if not served:
             # Only in a process that vLLM starts does it bind the threads to cores.
             arguments.setdefault("distributed_executor_backend", "mp")

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: The vllm-sparse authors
 """What every benchmark shares: arms, models, result files.
 
-An *arm* is one side of a comparison: stock vLLM, or ROCKETKV with certain settings.
+An *arm* is one side of a comparison: stock vLLM, or one of our backends with certain settings.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterable
 
 RESULTS_DIR = Path(__file__).parent / "results"
@@ -33,25 +34,38 @@ MODEL_ALIASES = {
 BLOCK_TOKENS = 128  # vLLM's default block size on CPU
 
 
+GIB = 1 << 30
+
+
 @dataclass(frozen=True)
 class Arm:
     """One side of a comparison.
 
     Attributes:
         name: As given on the command line.
-        settings: ROCKETKV's settings; None for stock vLLM.
+        settings: The backend's settings; None for stock vLLM.
+        backend: Its name; of no meaning without settings.
     """
 
     name: str
     settings: dict | None = None
+    backend: str = "ROCKETKV"
 
-    def engine_args(self) -> dict:
-        """Returns the arguments of `LLM` that switch the backend on; none for stock vLLM."""
+    def engine_args(self, shared: dict) -> dict:
+        """Returns the arguments of `LLM` that switch the backend on; none for stock vLLM.
+
+        Args:
+            shared: What all arms have in common. SPARDA's host pool gets as many bytes as stock
+                vLLM's KV pool, unless the settings say otherwise.
+        """
         if self.settings is None:
             return {}
+        settings = self.settings
+        if self.backend == "SPARDA" and "kv_cache_memory_bytes" in shared:
+            settings = {"host_gib": shared["kv_cache_memory_bytes"] / GIB, **settings}
         return {
-            "attention_backend": "ROCKETKV",
-            "additional_config": {"vllm_sparse": self.settings},
+            "attention_backend": self.backend,
+            "additional_config": {"vllm_sparse": settings},
         }
 
 
@@ -65,28 +79,105 @@ _KINDS = {
     "skip1": {"skip_layers": 1},
     "skip2": {"skip_layers": 2},
 }
-_ARM_NAME = re.compile(rf"({'|'.join(_KINDS)})-(\d+)")
+_SELECTORS = {
+    "query": "query",
+    "lookahead": "lookahead-query",
+    "previous": "previous",
+    "forecast": "forecast",
+}
+# As few forced blocks as the backend allows, so that the selection has to find what is asked for.
+_BLOCKS = {"init_blocks": 1, "local_blocks": 2, "dense_len": 0}
+_ARM_NAME = re.compile(rf"({'|'.join([*_KINDS, *_SELECTORS])})-(\d+)")
 
 
-def parse_arm(name: str, settings: dict | None = None) -> Arm:
-    """Returns the arm of a name such as ``dense``, ``rocket-512`` or ``stage1-256``.
+def parse_arm(name: str, settings: dict | None = None, forecast: str | None = None) -> Arm:
+    """Returns the arm of a name such as ``dense``, ``rocket-512`` or ``query-16``.
 
     Args:
-        name: ``dense`` (stock vLLM; anything may follow after a dash, to have it twice), or a kind
-            and a token budget: rocket, stage1 (stage 1 only), stage2 (stage 2 only), page1, page2,
-            page4 (page size), skip1, skip2 (the first layers dense).
-        settings: Further ROCKETKV settings; those that the name implies win.
+        name: ``dense`` (stock vLLM; anything may follow after a dash, to have it twice); or a kind
+            of ROCKETKV and a token budget: rocket, stage1 (stage 1 only), stage2 (stage 2 only),
+            page1, page2, page4 (page size), skip1, skip2 (the first layers dense); or a selector
+            of SPARDA and how many blocks of 64 tokens are read in total: query, lookahead,
+            previous, forecast; or ``sparse-dense``, SPARDA reading every block.
+        settings: Further settings; an arm takes those that its backend has, and those that its
+            name implies win. SPARDA's defaults here are 1 first and 2 local blocks, never dense.
+        forecast: Forecast weights, for the selector of that name.
 
     Raises:
-        ValueError: The name is neither.
+        ValueError: The name is none of these, or forecast weights are missing.
     """
+    given = settings or {}
     if name == "dense" or name.startswith("dense-"):
         return Arm(name)
+    if name == "sparse-dense":
+        everything = {"selector": "query", "top_k": 8, "dense_len": 1 << 30}
+        return Arm(name, {**_BLOCKS, **_known("sparda", given), **everything}, "SPARDA")
     match = _ARM_NAME.fullmatch(name)
     if match is None:
-        raise ValueError(f"unknown arm {name!r}: expected dense or {'|'.join(_KINDS)}-BUDGET")
-    kind, budget = match.groups()
-    return Arm(name, {**(settings or {}), "token_budget": int(budget), **_KINDS[kind]})
+        raise ValueError(
+            f"unknown arm {name!r}: expected dense, {'|'.join(_KINDS)}-BUDGET, "
+            f"{'|'.join(_SELECTORS)}-BLOCKS or sparse-dense"
+        )
+    kind, number = match.group(1), int(match.group(2))
+    if kind in _KINDS:
+        return Arm(name, {**_known("rocketkv", given), "token_budget": number, **_KINDS[kind]})
+    implied = {"selector": _SELECTORS[kind], "top_k": number}
+    if kind == "forecast":
+        if forecast is None:
+            raise ValueError(f"arm {name} needs --forecast FILE")
+        implied["forecast"] = str(Path(forecast).resolve())
+    return Arm(name, {**_BLOCKS, **_known("sparda", given), **implied}, "SPARDA")
+
+
+def _known(algorithm: str, settings: dict) -> dict:
+    """Returns the settings that a backend has.
+
+    Raises:
+        ValueError: Some setting belongs to no backend.
+    """
+    from vllm_sparse.config import SETTINGS
+
+    fields = {name: set(model.model_fields) for name, model in SETTINGS.items()}
+    strange = set(settings) - set.union(*fields.values())
+    if strange:
+        raise ValueError(f"no backend has a setting {sorted(strange)[0]!r}")
+    return {key: value for key, value in settings.items() if key in fields[algorithm]}
+
+
+def add_arm_options(parser: argparse.ArgumentParser, default: str, note: str = "") -> None:
+    """Adds the options that say which arms to run: --arms, --setting, --forecast.
+
+    Args:
+        parser: A benchmark's parser.
+        default: Comma-separated names of arms.
+        note: Appended to the help of --arms.
+    """
+    parser.add_argument("--arms", default=default, help=f"comma-separated{note}")
+    parser.add_argument(
+        "--setting",
+        nargs="+",
+        default=[],
+        metavar="KEY=JSON",
+        help="of ROCKETKV or SPARDA, for every arm that has it",
+    )
+    parser.add_argument("--forecast", metavar="FILE", help="weights for forecast arms")
+
+
+def parse_arms(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, defaults: dict | None = None
+) -> list[Arm]:
+    """Returns the arms that the options of :func:`add_arm_options` name.
+
+    Args:
+        parser: Reports what is wrong.
+        options: Parsed.
+        defaults: Settings that --setting may override.
+    """
+    try:
+        settings = {**(defaults or {}), **parse_settings(options.setting)}
+        return [parse_arm(name, settings, options.forecast) for name in options.arms.split(",")]
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def parse_settings(pairs: Iterable[str]) -> dict:

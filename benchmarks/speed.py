@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Decode step and prefill time: stock vLLM against ROCKETKV, measured in turns.
+"""Decode step and prefill time: stock vLLM against our backends, measured in turns.
 
 Both engines are alive at once; one is stopped (SIGSTOP) while the other is measured, a few steps or
 one prompt at a time, so that whatever else the machine does meets both alike. A step's time is that
@@ -333,8 +333,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=8192, help="of a custom cell")
     parser.add_argument("--batch", type=int, default=8, help="of a custom cell")
     parser.add_argument("--shared", action="store_true", help="custom cell: one document for all")
-    parser.add_argument("--arms", default="dense,rocket-512", help="the first one is the baseline")
-    parser.add_argument("--setting", nargs="+", default=[], metavar="KEY=JSON", help="of ROCKETKV")
+    harness.add_arm_options(parser, "dense,rocket-512", "; the first one is the baseline")
     parser.add_argument("--engine-arg", nargs="+", default=[], metavar="KEY=JSON")
     parser.add_argument("--prefills", type=int, default=8, help="prompts whose prefill is timed")
     parser.add_argument("--rounds", type=int, help="turns of each engine")
@@ -347,8 +346,7 @@ def main() -> None:
 
     harness.exit_cleanly()
     environment = harness.environment()
-    settings = harness.parse_settings(options.setting)
-    arms = [harness.parse_arm(name, settings) for name in options.arms.split(",")]
+    arms = harness.parse_arms(parser, options)
     custom = Cell(options.model, options.context, options.batch, options.shared)
     results = []
     for name in options.cells:

@@ -28,10 +28,25 @@ from benchmarks import corpus, needles
 TAIL_TOKENS = 320
 _HELD_OUT_MODULES = ("argparse", "asyncio", "datetime", "logging", "statistics", "zipfile")
 
-_NAMES = ["Abernathy", "Bellweather", "Corrigan", "Dunmore", "Ellsworth", "Farquhar", "Grimaldi", "Hathersage", "Ibarra", "Jessop", "Kowalczyk", "Lachlan", "Mirzoyan", "Novak", "Ostrander", "Pettigrew", "Quillfeather", "Ravenscroft", "Sandoval", "Thibault", "Underhill", "Valdimar", "Wexford", "Ximenes", "Yardley", "Zablocki"]
-_THINGS = ["turbine", "ledger", "parcel", "locker", "shipment", "archive", "telescope", "vineyard", "ferry", "clinic", "reactor", "orchestra", "glacier", "printer", "satellite", "barn", "tram", "foundry", "aquarium", "warehouse"]
-_COLOURS = ["crimson", "teal", "ochre", "indigo", "beige", "maroon", "turquoise", "magenta", "khaki", "lilac"]
-_PLACES = ["Tromso", "Cartagena", "Leipzig", "Mombasa", "Osaka", "Valparaiso", "Winnipeg", "Tbilisi", "Porto", "Hobart", "Aleppo", "Bergen", "Cusco", "Davao", "Edmonton", "Fukuoka", "Gdansk", "Haifa", "Izmir", "Jaipur"]
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+_NAMES = _words(
+    "Abernathy Bellweather Corrigan Dunmore Ellsworth Farquhar Grimaldi Hathersage Ibarra Jessop "
+    "Kowalczyk Lachlan Mirzoyan Novak Ostrander Pettigrew Quillfeather Ravenscroft Sandoval "
+    "Thibault Underhill Valdimar Wexford Ximenes Yardley Zablocki"
+)
+_THINGS = _words(
+    "turbine ledger parcel locker shipment archive telescope vineyard ferry clinic reactor "
+    "orchestra glacier printer satellite barn tram foundry aquarium warehouse"
+)
+_COLOURS = _words("crimson teal ochre indigo beige maroon turquoise magenta khaki lilac")
+_PLACES = _words(
+    "Tromso Cartagena Leipzig Mombasa Osaka Valparaiso Winnipeg Tbilisi Porto Hobart Aleppo "
+    "Bergen Cusco Davao Edmonton Fukuoka Gdansk Haifa Izmir Jaipur"
+)
 # What the text says, what is asked, how the answer begins. The answer ends with the value.
 _FACTS = (
     (

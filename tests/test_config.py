@@ -53,8 +53,14 @@ def test_page_sizes_are_sorted_and_unique():
 def test_every_preset_is_valid_and_keys_beside_it_win():
     assert "llama-3.1-8b" in preset_names()
     assert "smollm2-135m" in preset_names()
+    algorithms = {
+        "minicpm4.1-8b": "sparda",
+        "qwen2.5-sparda": "sparda",
+    }
     for name in preset_names():
-        assert load({"config": name}).algorithm == "rocketkv"
+        algorithm = algorithms.get(name, "rocketkv")
+        chosen = load_settings({"vllm_sparse": {"config": name}}, algorithm)
+        assert chosen.algorithm == algorithm
     assert load({"config": "smollm2-135m", "token_budget": 77}).token_budget == 77
 
 

@@ -95,7 +95,7 @@ def test_version_is_the_same_everywhere():
 
 
 def test_presets_are_valid_and_complete():
-    from vllm_sparse.config import RocketKVSettings
+    from vllm_sparse.config import SETTINGS
 
     yaml = pytest.importorskip("yaml")
     presets = [
@@ -105,14 +105,17 @@ def test_presets_are_valid_and_complete():
     ]
     assert {preset.name.removesuffix(".yaml") for preset in presets} == {
         "llama-3.1-8b",
+        "minicpm4.1-8b",
         "mistral-7b",
         "qwen2.5-7b",
         "qwen2.5-coder-0.5b",
+        "qwen2.5-sparda",
         "qwen3-8b",
         "smollm2-135m",
     }
     for preset in presets:
-        RocketKVSettings.model_validate(yaml.safe_load(preset.read_text()))
+        values = yaml.safe_load(preset.read_text())
+        SETTINGS[values["algorithm"]].model_validate(values)
 
 
 @pytest.mark.slow

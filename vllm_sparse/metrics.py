@@ -38,9 +38,17 @@ COUNTERS = {
     "prefetch_issued": "Fetches that were issued a layer ahead",
     "prefetch_late": "Fetches issued ahead that were not complete when their layer needed them",
     "prefetch_wasted": "Fetches issued ahead that no layer read",
-    "host_to_device_bytes": "KV bytes copied from the host to the device",
+    "host_to_device_bytes": "KV bytes fetched for decode, from the host to the device",
+    "streamed_bytes": "KV bytes streamed back for prompts, from the host to the device",
     "device_to_host_bytes": "KV bytes written through to the host",
     "exposed_wait_seconds": "Time that layers waited for KV copies",
+}
+
+GAUGES = {
+    "host_pool_bytes": "Host memory for keys and values",
+    "slab_bytes": "Device memory for frames",
+    "slab_frames": "Frames of the device slab",
+    "slab_frames_in_use": "Frames that hold a block, of all layers",
 }
 
 
@@ -54,7 +62,9 @@ class Counters:
 
     def __init__(self) -> None:
         self._values: defaultdict[tuple[str, str], float] = defaultdict(float)
-        self._file: MmapedDict | None = None
+        self._gauges: dict[str, float] = {}
+        self._files: dict[str, MmapedDict] = {}
+        self._target: Path | None = None
 
     def add(self, name: str, amount: float, reason: str = "") -> None:
         """Increase a counter.
@@ -66,8 +76,16 @@ class Counters:
         """
         key = (name, reason)
         self._values[key] += amount
-        if self._file is not None:
+        if self._files:
             self._write(key)
+
+    def set_gauge(self, name: str, value: float) -> None:
+        """Set a key of :data:`GAUGES`; the API server adds the ranks up."""
+        self._gauges[name] = value
+        if self._files:
+            metric = f"vllm:sparse_{name}"
+            key = mmap_key(metric, metric, [], [], GAUGES[name])
+            self._files["gauge_livesum"].write_value(key, value, 0.0)
 
     def value(self, name: str, reason: str = "") -> float:
         """What this process has counted."""
@@ -76,26 +94,28 @@ class Counters:
     def publish_to(self, target: Path) -> None:
         """Mirror the counters to a file in ``target`` from now on."""
         target.mkdir(mode=0o700, exist_ok=True)
-        path = target / f"counter_{os.getpid()}.db"
-        if self._file is not None and self._path == path:
+        if self._target == target:
             return
-        self._path = path
-        self._file = MmapedDict(str(path))
+        self._target = target
+        for kind in ("counter", "gauge_livesum"):
+            path = target / f"{kind}_{os.getpid()}.db"
+            self._files[kind] = MmapedDict(str(path))
+            atexit.register(_remove, path)
         for name in COUNTERS:
             if name != "dense_fallbacks":
                 self._values.setdefault((name, ""), 0.0)
         for key in self._values:
             self._write(key)
-        atexit.register(_remove, path)
+        for name, value in self._gauges.items():
+            self.set_gauge(name, value)
 
     def _write(self, key: tuple[str, str]) -> None:
-        assert self._file is not None
         name, reason = key
         metric = f"vllm:sparse_{name}"
         labels = {"reason": reason} if reason else {}
         names, values = list(labels), list(labels.values())
         encoded = mmap_key(metric, f"{metric}_total", names, values, COUNTERS[name])
-        self._file.write_value(encoded, self._values[key], 0.0)
+        self._files["counter"].write_value(encoded, self._values[key], 0.0)
 
 
 def _remove(path: Path) -> None:

@@ -311,7 +311,7 @@ def select_slots(
             BLOCK_SIZE=layout.block_size,
             PAGE=layout.page_size,
             BLOCK_G=triton.next_power_of_2(heads // kv_heads),
-            BLOCK=min(block, triton.next_power_of_2(max(width, 32))),
+            BLOCK=min(block, triton.next_power_of_2(max(width, 32 * warps))),
             SPLITS=scores.peak.shape[-1],
             num_warps=warps,
             num_stages=stages,

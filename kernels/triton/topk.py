@@ -132,7 +132,7 @@ def top_indices(score: Tensor, sizes: Tensor, counts: Tensor, max_count: int) ->
         score.stride(1),
         heads,
         max_count,
-        BLOCK=min(block, triton.next_power_of_2(max(width, 32))),
+        BLOCK=min(block, triton.next_power_of_2(max(width, 32 * warps))),
         num_warps=warps,
         num_stages=stages,
     )

@@ -52,6 +52,7 @@ logger = init_logger("vllm.sparse.sparda")
 
 # Query tokens whose window scores exist at the same time.
 _SCORED_AT_ONCE = 128
+_STEPS_PER_GAUGE = 32
 
 
 class SpardaBackend(CPUAttentionBackend):
@@ -186,6 +187,10 @@ class SpardaMetadataBuilder(AttentionMetadataBuilder[SpardaStep]):
         # else reads it for this backend.
         vllm_config.model_config.model_arch_config.rswa_window = 1 << 30
         counters.publish_to(metrics.folder(vllm_config.instance_id))
+        counters.set_gauge("host_pool_bytes", geometry.host_bytes)
+        counters.set_gauge("slab_bytes", geometry.slab_bytes)
+        counters.set_gauge("slab_frames", sum(geometry.frames))
+        self._steps = 0
         if vllm_config.parallel_config.rank == 0:
             logger.info_once(_start_line(self.runtime, vllm_config))
 
@@ -198,6 +203,10 @@ class SpardaMetadataBuilder(AttentionMetadataBuilder[SpardaStep]):
         """Plan one step."""
         common = common_attn_metadata
         rows = common.num_reqs
+        if self._steps % _STEPS_PER_GAUGE == 0:
+            in_use = self.runtime.pager.frames_in_use()
+            metrics.counters().set_gauge("slab_frames_in_use", in_use)
+        self._steps += 1
         prompt_lens = common.rswa_prefix_lens
         if prompt_lens is None:  # a dummy run before the runner knows that we need them
             prompt_lens = torch.zeros(rows, dtype=torch.int32)

@@ -118,4 +118,4 @@ class PromptStream:
             self.staging[number % 2], torch.arange(len(pieces)), pager.source, pieces
         )
         if not pager.resident:
-            self._count("host_to_device_bytes", len(pieces) * self._pager.geometry.piece_bytes)
+            self._count("streamed_bytes", len(pieces) * self._pager.geometry.piece_bytes)

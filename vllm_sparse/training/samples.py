@@ -169,11 +169,18 @@ class SampleSource:
         return output.view(heads, count, dim)
 
 
+def _never() -> None:
+    """Lets work go on."""
+
+
 class CachedSource:
     """Keeps the samples of every sequence on disk, so that only the first epoch runs the model.
 
     One safetensors file per sequence. Values are stored as they are computed, so training with and
     without the cache is the same.
+
+    Attributes:
+        check: Called between layers while the model runs; may raise, and nothing is stored then.
     """
 
     def __init__(self, source: SampleSource, folder: Path) -> None:
@@ -184,6 +191,7 @@ class CachedSource:
             folder: Parent of one folder per combination of settings.
         """
         self._source = source
+        self.check: Callable[[], None] = _never
         described = {
             "model": source.backbone.fingerprint(),
             "geometry": repr(source.geometry),
@@ -224,6 +232,7 @@ class CachedSource:
         tensors: dict[str, Tensor] = {}
 
         def keep(sample: LayerSample) -> None:
+            self.check()
             layer = sample.layer
             if layer != 1:  # its input is layer 0's
                 tensors[f"{input_layer(layer)}.inputs"] = sample.inputs

@@ -119,7 +119,7 @@ class TrainSettings(BaseModel):
 
 def recipe_names() -> list[str]:
     """Names of the recipes shipped with the package."""
-    folder = resources.files("vllm_sparse.training").joinpath("recipes")
+    folder = resources.files("vllm_sparse.training.recipes")
     return sorted(
         item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")
     )
@@ -138,7 +138,7 @@ def load_train_settings(recipe: str | None, overrides: dict[str, Any]) -> TrainS
     values: dict[str, Any] = {}
     if recipe is not None:
         if recipe in recipe_names():
-            folder = resources.files("vllm_sparse.training").joinpath("recipes")
+            folder = resources.files("vllm_sparse.training.recipes")
             text = folder.joinpath(f"{recipe}.yaml").read_text()
         elif Path(recipe).is_file():
             text = Path(recipe).read_text()

@@ -23,6 +23,7 @@ from vllm_sparse.errors import ConfigError, VllmSparseError
 from vllm_sparse.training.data import sequence_index
 from vllm_sparse.training.files import atomic_path
 from vllm_sparse.training.objective import forecast_loss
+from vllm_sparse.training.samples import CachedSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from vllm_sparse.training.backbone import Backbone
     from vllm_sparse.training.forecast import Forecast
-    from vllm_sparse.training.samples import CachedSource, LayerSample, SampleSource
+    from vllm_sparse.training.samples import LayerSample, SampleSource
     from vllm_sparse.training.settings import TrainSettings
 
 # What may differ between a run and its continuation without changing what is computed before.
@@ -135,6 +136,8 @@ class Trainer:
         self.interrupt = InterruptFlag()
         self._backbone, self._source, self._sequences = backbone, source, sequences
         self._folder, self._accelerator = folder, accelerator
+        if isinstance(source, CachedSource):
+            source.check = self.interrupt.raise_if_set
         self._rank = accelerator.process_index if accelerator else 0
         self._world = accelerator.num_processes if accelerator else 1
         if settings.batch_size % self._world:

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Reads and steers a live SPARDA runtime: functions that run in the model's worker.
+
+They are called through `LLM.collective_rpc`, so they get vLLM's worker first.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vllm_sparse.config import SpardaSettings
+    from vllm_sparse.prefetch.engine import CopyEngine, Ticket
+    from vllm_sparse.prefetch.selectors import Tokens
+
+COUNTED = (
+    "frame_hits",
+    "frame_misses",
+    "prefetch_issued",
+    "prefetch_late",
+    "prefetch_wasted",
+    "host_to_device_bytes",
+    "exposed_wait_seconds",
+)
+
+
+def sparda_runtime(worker: Any) -> Any:
+    """What all layers of the worker share."""
+    return worker.model_runner.attn_groups[0][0].get_metadata_builder().runtime
+
+
+def cache_bytes(worker: Any) -> int:
+    """Bytes of the KV cache that vLLM allocated: keys and values, or SPARDA's compressed keys."""
+    storages = {
+        storage.data_ptr(): storage.nbytes()
+        for storage in (cache.untyped_storage() for cache in worker.model_runner.kv_caches)
+    }
+    return sum(storages.values())
+
+
+def sparda_memory(worker: Any) -> dict:
+    """Bytes of SPARDA's live objects.
+
+    Returns:
+        ``working_set``: frames that the last step read; ``slab``: all frames; ``staging``;
+        ``page_table``; ``host``: the host pool.
+    """
+    runtime = sparda_runtime(worker)
+    pager = runtime.pager
+    read = sum(int((layer.table.last_use == layer._step).sum()) for layer in pager.layers)
+    return {
+        "working_set": read * pager.geometry.piece_bytes,
+        "slab": sum(layer.slab.nbytes for layer in pager.layers),
+        "staging": runtime.stream.staging.nbytes,
+        "page_table": sum(part.nbytes for layer in pager.layers for part in layer.table),
+        "host": pager.host.nbytes,
+    }
+
+
+def check_integrity(worker: Any) -> None:
+    """Raises if a page table or a frame is wrong."""
+    sparda_runtime(worker).pager.check_integrity()
+
+
+class ForcedSelector:
+    """Chooses blocks such that a fixed share of the free picks is new in every step.
+
+    For a fixed batch of decoding requests, whose order does not change. Each step replaces the
+    oldest ``round(rate * free picks)`` free picks by blocks that the request did not read in the
+    step before. If the slab is exactly as large as the working set, all of those are misses, and so
+    is each block that a request begins; nothing else is.
+
+    Attributes:
+        ahead: As if the choice were known a layer ahead.
+        rate: Share of the free picks to replace.
+        new_blocks: Blocks of a request that its previous step did not read, summed over requests
+            and steps, for one KV head of one layer.
+        free_picks: Free picks, summed likewise.
+    """
+
+    ahead = True
+
+    def __init__(self, settings: SpardaSettings) -> None:
+        """Starts without a history, so the first step replaces everything."""
+        self.rate = 0.0
+        self.new_blocks = self.free_picks = 0
+        self._settings = settings
+        self._free: dict[int, deque[int]] = {}
+        self._last: dict[int, set[int]] = {}
+        self._cursor: dict[int, int] = {}
+        self._rows: list[int] = []
+        self._layer = 0
+
+    def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
+        """See `vllm_sparse.prefetch.selectors.Selector`; only notes what is asked for."""
+        self._layer, self._rows = layer, tokens.index.tolist()
+        return torch.zeros(len(self._rows), 1, 1)
+
+    def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
+        """Scores 1 in one window of each wanted block, 0 elsewhere; the same for all layers."""
+        if self._layer == 0:  # a new step
+            per_block = self._settings.block_size // self._settings.kernel_stride
+            self._scores = torch.zeros(len(self._rows), 1, 1, keys.shape[-2])
+            for index, row in enumerate(self._rows):
+                wanted = torch.tensor(self._advance(row, int(positions[index, 0])))
+                # No other block overlaps a block's second window.
+                self._scores[index, 0, 0, wanted * per_block + 1] = 1.0
+        return self._scores.expand(-1, keys.shape[-3], -1, -1)
+
+    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
+        """Nothing to keep."""
+
+    def _advance(self, row: int, position: int) -> list[int]:
+        """Returns a request's free picks in the next step."""
+        settings = self._settings
+        own = position // settings.block_size
+        first, end = settings.init_blocks, own - settings.local_blocks
+        forced = {*range(first), *range(end, own + 1)}
+        count = settings.blocks_read - len(forced)
+        last = self._last.get(row)
+        if last is None:
+            free = self._free[row] = deque(range(first, first + count))
+            self._cursor[row] = first
+        else:
+            free = self._free[row]
+            replaced = round(self.rate * count)
+            if replaced + len(last | forced) > own + 1:
+                raise RuntimeError(f"{own + 1} blocks are too few to replace {replaced}")
+            for _ in range(replaced):
+                free.popleft()
+            while len(free) < count:
+                block = first + (self._cursor[row] - first) % (end - first)
+                self._cursor[row] = block + 1
+                if block not in last and block not in free:
+                    free.append(block)
+            self.new_blocks += len({*forced, *free} - last)
+            self.free_picks += count
+        self._last[row] = {*forced, *free}
+        return list(free)
+
+
+class CountingEngine:
+    """Counts the bytes that pass through a copy engine.
+
+    Attributes:
+        nbytes: Bytes submitted so far.
+    """
+
+    def __init__(self, engine: CopyEngine) -> None:
+        """Wraps an engine."""
+        self.nbytes = 0
+        self._engine = engine
+
+    def submit(
+        self, target: Tensor, target_index: Tensor, source: Tensor, source_index: Tensor
+    ) -> Ticket:
+        """See `vllm_sparse.prefetch.engine.CopyEngine`."""
+        self.nbytes += len(source_index) * source[0].nbytes
+        return self._engine.submit(target, target_index, source, source_index)
+
+    def close(self) -> None:
+        """Closes the wrapped engine."""
+        self._engine.close()
+
+
+def force_selection(worker: Any) -> None:
+    """Installs a `ForcedSelector` and a `CountingEngine` for decode."""
+    runtime = sparda_runtime(worker)
+    runtime.selector = ForcedSelector(runtime.settings)
+    runtime.scheduler._engine = CountingEngine(runtime.scheduler._engine)
+
+
+def set_rate(worker: Any, rate: float) -> None:
+    """Sets the share of the free picks that each step replaces."""
+    sparda_runtime(worker).selector.rate = rate
+
+
+def forced_counts(worker: Any) -> dict[str, float]:
+    """Returns the plugin's counters, and what they have to be.
+
+    ``engine_bytes`` passed through the copy engine; ``expected_misses`` follow from the block sets
+    that were forced, and ``piece_bytes`` is the size of each.
+    """
+    from vllm_sparse import metrics
+
+    runtime = sparda_runtime(worker)
+    geometry, selector = runtime.pager.geometry, runtime.selector
+    paged = sum(not geometry.is_resident(layer) for layer in range(geometry.num_layers))
+    return {
+        **{name: metrics.counters().value(name) for name in COUNTED},
+        "engine_bytes": runtime.scheduler._engine.nbytes,
+        "expected_misses": selector.new_blocks * geometry.num_kv_heads * paged,
+        "free_picks": selector.free_picks * geometry.num_kv_heads * paged,
+    }
+
+
+def shape(worker: Any) -> dict[str, int]:
+    """Returns what the arithmetic of a result needs."""
+    geometry = sparda_runtime(worker).pager.geometry
+    return {
+        "layers": geometry.num_layers,
+        "kv_heads": geometry.num_kv_heads,
+        "piece_bytes": geometry.piece_bytes,
+        "frames": list(geometry.frames),
+    }

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Peak memory and speed of Forecast training against the length of the sequence.
+
+    python -m benchmarks.train_memory --json benchmarks/results/train-memory.json
+
+One optimiser step of one sequence on a random two-layer model (8 query and 2 KV heads of size 64),
+every token a query, with SparDA's teacher; in chunks of query rows and all rows at once. Each point
+runs in a process of its own. Points that would take more than ``--limit-gib`` are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HEADS, KV_HEADS, HEAD_DIM, LAYERS = 8, 2, 64, 2
+CHUNK = 256
+# Tensors of [heads, rows, tokens] in float32 that are alive together at the peak.
+_COPIES = 4
+
+
+def point(tokens: int, chunk: int, teacher: str) -> dict:
+    """Trains one step in this process."""
+    import torch
+    from transformers import LlamaConfig, LlamaModel
+
+    from vllm_sparse.training.backbone import Backbone
+    from vllm_sparse.training.forecast import Forecast
+    from vllm_sparse.training.samples import SampleSource
+    from vllm_sparse.training.settings import TrainSettings
+    from vllm_sparse.training.trainer import Trainer
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=HEADS * HEAD_DIM,
+        intermediate_size=1024,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=tokens,
+    )
+    backbone = Backbone(LlamaModel(config).bfloat16(), "random")
+    settings = TrainSettings(
+        seq_len=tokens,
+        local_blocks=4,
+        top_k=16,
+        teacher=teacher,
+        sparse_forward=False,
+        batch_size=1,
+        steps=1,
+        chunk=chunk,
+    )
+    forecast = Forecast(LAYERS, HEADS * HEAD_DIM, KV_HEADS, HEAD_DIM)
+    forecast.initialise("lookahead", backbone, 0)
+    source = SampleSource(backbone, settings.geometry, teacher, chunk=chunk)
+    data = torch.randint(0, 256, (1, tokens))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(settings, backbone, forecast, source, data, Path(folder))
+        started = time.monotonic()
+        (entry,) = trainer.train()
+        seconds = time.monotonic() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "tokens": tokens,
+        "chunk": chunk,
+        "teacher": teacher,
+        "peak_mib": round(peak / 1024),
+        "peak_beyond_start_mib": round((peak - before) / 1024),
+        "tokens_per_s": round(tokens / seconds, 1),
+        "loss": entry.loss,
+    }
+
+
+def main() -> None:
+    """Runs all points, or one of them in this process."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
+    parser.add_argument("--teacher", default="fine", choices=("fine", "query", "block-mass"))
+    parser.add_argument("--limit-gib", type=float, default=8.0)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--point", type=int, nargs=2, metavar=("TOKENS", "CHUNK"))
+    arguments = parser.parse_args()
+    if arguments.point:
+        print(json.dumps(point(*arguments.point, arguments.teacher)))
+        return
+    results = []
+    for tokens in arguments.lengths:
+        for chunk in (CHUNK, tokens):
+            expected_gib = _COPIES * HEADS * chunk * tokens * 4 / 2**30
+            if expected_gib > arguments.limit_gib:
+                print(f"{tokens} tokens, chunk {chunk}: left out, needs {expected_gib:.0f} GiB")
+                results.append({"tokens": tokens, "chunk": chunk, "left_out_gib": expected_gib})
+                continue
+            command = [sys.executable, "-m", "benchmarks.train_memory"]
+            command += ["--teacher", arguments.teacher, "--point", str(tokens), str(chunk)]
+            finished = subprocess.run(command, capture_output=True, text=True, check=False)
+            if finished.returncode:
+                raise SystemExit(finished.stderr)
+            result = json.loads(finished.stdout.splitlines()[-1])
+            results.append(result)
+            print(
+                f"{tokens} tokens, chunk {chunk}: {result['peak_beyond_start_mib']} MiB beyond the "
+                f"model, {result['tokens_per_s']} tokens/s, loss {result['loss']:.6f}",
+                flush=True,
+            )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Whole vLLM engines with SPARDA: against stock vLLM, against Hugging Face with the block mask,
+against each other.
+
+Memory that must not be read is NaN throughout (``poison``), and the slab is as small as start-up
+allows, so that blocks really leave and come back.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from engine import BLOCK_SIZE, NEW_TOKENS, run_engine
+from reference import hf_sparda
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+SELECTION = {
+    "selector": "lookahead-query", "block_size": BLOCK_SIZE, "kernel_stride": 16, "init_blocks": 1,
+    "local_blocks": 1, "top_k": 6, "dense_len": 0, "sparse_prefill": False,
+}  # fmt: skip
+# Six requests x 2 KV heads x 6 blocks of 32 x 2 x 32 float32 in 3 layers are 1.7 MiB.
+MEMORY = {"host_gib": 0.06, "slab_gib": 1.7 / 1024, "staging_blocks": 4, "poison": True}
+SETTINGS = {**SELECTION, **MEMORY}
+
+
+def run_sparda(model: Path, prompts: list[list[int]], /, **changes: Any) -> dict[str, Any]:
+    """Run with some settings or some arguments of :func:`run_engine` changed."""
+    settings = {k: v for k, v in changes.items() if k in SETTINGS or k in _OTHER_SETTINGS}
+    arguments = {k: v for k, v in changes.items() if k not in settings}
+    if settings.get("resident"):
+        settings["slab_gib"] = None
+    return run_engine(
+        model,
+        prompts,
+        settings={**SETTINGS, **settings},
+        backend="sparda",
+        **{"max_num_seqs": 6, **arguments},
+    )
+
+
+_OTHER_SETTINGS = {"forecast", "prefetch", "resident", "resident_first_layer"}
+
+
+@cache
+def _hf_model(path: Path):
+    return hf_sparda.load_model(path)
+
+
+def assert_tokens_of_hugging_face(model: Path, prompts, tokens, forecast=None, **changes) -> None:
+    """Every request's tokens equal the masked Hugging Face run's, up to genuine near-ties."""
+    agreed = 0
+    for prompt, got in zip(prompts, tokens, strict=True):
+        expected = hf_sparda.generate(
+            _hf_model(model), prompt, len(got), forecast=forecast, **{**SELECTION, **changes}
+        )
+        same = [a == b for a, b in zip(got, expected.tokens, strict=True)]
+        first = same.index(False) if False in same else len(same)
+        agreed += first
+        if first < len(same):
+            margin, gap = expected.margins[first], min(expected.gaps[: first + 1])
+            assert margin < 3e-4 or gap < 1e-5, f"diverges at {first}: {margin}, {gap}"
+    assert agreed > 0.9 * sum(map(len, tokens)), "near-ties may excuse few tokens only"
+
+
+@pytest.fixture(scope="session")
+def sparda_run(llama: Path, prompts: list[list[int]]) -> dict[str, Any]:
+    """The undisturbed run that others are compared with; itself compared with Hugging Face."""
+    return run_sparda(llama, prompts)
+
+
+def test_lookahead_query_equals_hugging_face(llama, prompts, sparda_run):
+    assert len(sparda_run["tokens"][0][0]) == NEW_TOKENS
+    assert_tokens_of_hugging_face(llama, prompts, sparda_run["tokens"][0])
+
+
+def test_the_selection_changes_the_tokens(sparda_run, stock_run):
+    """Otherwise the comparison above would prove nothing."""
+    for sparse, dense in zip(sparda_run["tokens"][0], stock_run["tokens"][0], strict=True):
+        assert sparse[0] == dense[0]  # the first token comes from the dense prompt pass
+        assert sum(a == b for a, b in zip(sparse, dense, strict=True)) < NEW_TOKENS // 2
+
+
+def test_blocks_leave_the_slab_and_come_back(sparda_run):
+    counters = sparda_run["counters"]
+    cold = 6 * 2 * 6 * 3  # requests x heads x blocks x layers
+    assert counters["frame_misses"] > 2 * cold
+    piece = BLOCK_SIZE * 2 * 32 * 4
+    assert counters["host_to_device_bytes"] == counters["frame_misses"] * piece
+    assert counters["prefetch_issued"] > counters["frame_misses"] / 2
+    assert counters["prefetch_wasted"] == 0
+    assert counters["selected_blocks"] < counters["visible_blocks"] / 2
+    assert sparda_run["free_blocks"][0] == sparda_run["free_blocks"][1]
+
+
+@pytest.mark.parametrize("selector", ["query", "previous", "forecast"])
+def test_selectors_equal_hugging_face(qwen2, prompts, tmp_path, selector):
+    changes: dict[str, Any] = {"selector": selector}
+    if selector == "forecast":
+        changes["forecast"] = str(tmp_path / "forecast.safetensors")
+        hf_sparda.save_random_forecast(changes["forecast"], qwen2)
+    run = run_sparda(qwen2, prompts, **changes)
+    assert_tokens_of_hugging_face(qwen2, prompts, run["tokens"][0], **changes)
+
+
+@pytest.mark.parametrize("selector", ["lookahead-query", "query"])
+def test_sparse_prompts_in_chunks_equal_hugging_face(llama, prompts, selector):
+    changes = {"selector": selector, "sparse_prefill": True, "dense_len": 150}
+    run = run_sparda(llama, prompts[:3], max_num_batched_tokens=100, new_tokens=60, **changes)
+    assert_tokens_of_hugging_face(llama, prompts[:3], run["tokens"][0], **changes)
+
+
+def test_crossing_dense_len_while_decoding_equals_hugging_face(llama, prompts):
+    dense_len = len(prompts[0]) + 30
+    run = run_sparda(llama, prompts[:2], dense_len=dense_len, slab_gib=0.01)
+    assert_tokens_of_hugging_face(llama, prompts[:2], run["tokens"][0], dense_len=dense_len)
+    assert run["counters"]["dense_fallbacks/shorter_than_dense_len"] == 2
+
+
+@pytest.mark.parametrize(("arch", "extra"), [("qwen3", {}), ("minicpm", {"model_type": "llama"})])
+def test_other_architectures_equal_hugging_face(tmp_path, prompts, arch, extra):
+    model = tmp_path / arch
+    if arch == "minicpm":
+        hf_sparda.save_random_minicpm(model, **extra)
+    else:
+        hf_sparda.save_random_model(model, arch)
+    run = run_sparda(model, prompts[:3], slab_gib=0.01, new_tokens=60)
+    assert_tokens_of_hugging_face(model, prompts[:3], run["tokens"][0])
+
+
+def test_as_many_blocks_as_there_are_equal_stock(llama, prompts, stock_run):
+    run = run_sparda(llama, prompts, top_k=64, slab_gib=0.02)
+    assert run["tokens"] == stock_run["tokens"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"resident": True},
+        {"resident_first_layer": True, "slab_gib": 0.03},
+        {"prefetch": False},
+        {"max_num_batched_tokens": 256},
+        {"max_num_batched_tokens": 33},
+        {"enable_prefix_caching": False},
+        {"in_process": False, "tensor_parallel_size": 2},
+        {"env": {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_nothing_changes_with(llama, prompts, sparda_run, changes):
+    changes = dict(changes)
+    if "tensor_parallel_size" in changes:
+        changes["env"] = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    if changes.get("max_num_batched_tokens") == 33:
+        changes["max_num_seqs"] = 6
+    run = run_sparda(llama, prompts, **changes)
+    assert run["tokens"] == sparda_run["tokens"]
+    if changes.get("resident"):
+        assert run["counters"]["frame_misses"] == run["counters"]["host_to_device_bytes"] == 0
+    if changes.get("prefetch") is False:
+        assert run["counters"]["prefetch_issued"] == 0
+
+
+def test_prefix_caching_changes_nothing(llama, prompts, sparda_run):
+    run = run_sparda(llama, prompts, waves=2)
+    assert run["tokens"][0] == run["tokens"][1] == sparda_run["tokens"][0]
+    assert sum(run["cached"][1]) > 0.8 * sum(map(len, prompts))
+
+
+@pytest.mark.parametrize(("selector", "chunk"), [("lookahead-query", 2048), ("previous", 100)])
+def test_preemption_changes_nothing(llama, prompts, sparda_run, selector, chunk):
+    calm = sparda_run
+    if selector != "lookahead-query":
+        calm = run_sparda(llama, prompts, selector=selector, max_num_batched_tokens=chunk)
+    run = run_sparda(
+        llama,
+        prompts,
+        selector=selector,
+        num_gpu_blocks_override=90,
+        max_num_batched_tokens=chunk,
+    )
+    assert run["preemptions"] > 0
+    assert run["tokens"] == calm["tokens"]
+    assert run["free_blocks"] == [89, 89]
