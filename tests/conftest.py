@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
         patch.setenv("TRITON_INTERPRET", "1")
         importlib.import_module("vllm_sparse.kernels.triton.rocketkv")
 
-from engine import BLOCK_SIZE, SETTINGS, run_engine
+from engine import BLOCK_SIZE, SETTINGS, SPARDA_SETTINGS, run_engine
 from reference import hf_rocketkv
 
 torch.set_num_threads(1)
@@ -80,3 +80,9 @@ def sparse_run(llama: Path, prompts: list[list[int]]) -> dict:
 def stock_run(llama: Path, prompts: list[list[int]]) -> dict:
     """Stock vLLM on the same prompts."""
     return run_engine(llama, prompts, block_size=BLOCK_SIZE)
+
+
+@pytest.fixture(scope="session")
+def sparda_run(llama: Path, prompts: list[list[int]]) -> dict:
+    """SPARDA's undisturbed run; itself compared with Hugging Face."""
+    return run_engine(llama, prompts, settings=SPARDA_SETTINGS, backend="sparda", max_num_seqs=6)

@@ -20,6 +20,25 @@ SETTINGS = {
     "generation_reserve": 100,
     "page_sizes": [4],
 }
+# The slab is as small as start-up allows for six requests (x 2 KV heads x 6 blocks of 32 x 2 x 32
+# float32 in 3 layers), so that blocks really leave and come back.
+SPARDA_SELECTION = {
+    "selector": "lookahead-query",
+    "block_size": BLOCK_SIZE,
+    "kernel_stride": 16,
+    "init_blocks": 1,
+    "local_blocks": 1,
+    "top_k": 6,
+    "dense_len": 0,
+    "sparse_prefill": False,
+}
+SPARDA_SETTINGS = {
+    **SPARDA_SELECTION,
+    "host_gib": 0.06,
+    "slab_gib": 1.7 / 1024,
+    "staging_blocks": 4,
+    "poison": True,
+}
 
 
 def run_engine(

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS
+from engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS, SPARDA_SETTINGS
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("vllm")
@@ -87,21 +87,34 @@ class Server:
             self.process.kill()
 
 
-@pytest.fixture(scope="module")
-def server(llama: Path, tmp_path_factory: pytest.TempPathFactory):
+BACKENDS = {"rocketkv": SETTINGS, "sparda": {**SPARDA_SETTINGS, "slab_gib": None}}
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def server(request, llama: Path, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("served")
     model = folder / "model"
     shutil.copytree(llama, model)
     _add_tokenizer(model)
     running = Server(
-        model, folder / "log", "--attention-backend", "rocketkv", "--additional-config",
-        json.dumps({"vllm_sparse": SETTINGS}),
+        model, folder / "log", "--attention-backend", request.param, "--additional-config",
+        json.dumps({"vllm_sparse": BACKENDS[request.param]}),
     )  # fmt: skip
+    running.backend = request.param
     try:
         running.wait()
         yield running
     finally:
         running.stop()
+
+
+@pytest.fixture(scope="module")
+def expected(server, request):
+    """What the same requests gave in the engine."""
+    run = request.getfixturevalue(
+        {"rocketkv": "sparse_run", "sparda": "sparda_run"}[server.backend]
+    )
+    return run["tokens"][0]
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +133,13 @@ def _complete(client, prompt, n=1):
 
 def test_the_start_up_line_says_what_runs(server):
     log = server.log.read_text()
+    if server.backend == "sparda":
+        (line,) = re.findall(r"SPARDA: selector.*", log)
+        assert "lookahead-query, 6 blocks of 32 tokens" in line
+        assert re.search(r"host pool 0.06 GiB for \d+ blocks", line)
+        assert re.search(r"device slab 0.00\d GiB, 192 frames a layer", line)
+        assert "fetched a layer ahead" in line
+        return
     (line,) = re.findall(r"ROCKETKV: stage.*", log)
     assert "token budget 64" in line
     assert "block size 32" in line
@@ -128,16 +148,16 @@ def test_the_start_up_line_says_what_runs(server):
     assert re.search(r"KV blocks hold [\d.]+ decoding requests of 1024 tokens", log)
 
 
-def test_concurrent_served_requests_equal_the_engine(client, prompts, sparse_run):
+def test_concurrent_served_requests_equal_the_engine(client, prompts, expected):
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda prompt: _complete(client, prompt), prompts))
-    assert [answer.choices[0].token_ids for answer in answers] == sparse_run["tokens"][0]
+    assert [answer.choices[0].token_ids for answer in answers] == expected
 
 
-def test_several_samples_of_one_prompt_share_it(client, prompts, sparse_run):
+def test_several_samples_of_one_prompt_share_it(client, prompts, expected):
     answer = _complete(client, prompts[0], n=3)
     for choice in answer.choices:
-        assert choice.token_ids == sparse_run["tokens"][0][0]
+        assert choice.token_ids == expected[0]
 
 
 def test_metrics_reach_the_api_server(client, server, prompts):
@@ -150,6 +170,14 @@ def test_metrics_reach_the_api_server(client, server, prompts):
         return after[name] - before.get(name, 0.0)
 
     rows = NEW_TOKENS - 1
+    if server.backend == "sparda":
+        assert grown("vllm:sparse_decode_rows_total") == 2 * rows
+        pieces = grown("vllm:sparse_frame_hits_total") + grown("vllm:sparse_frame_misses_total")
+        assert pieces == grown("vllm:sparse_selected_blocks_total") * 2 * 3  # KV heads, layers
+        assert grown("vllm:sparse_device_to_host_bytes_total") > 0
+        assert after["vllm:sparse_host_pool_bytes"] > 0.05 * 2**30
+        assert 0 < after["vllm:sparse_slab_frames_in_use"] <= after["vllm:sparse_slab_frames"]
+        return
     assert grown("vllm:sparse_decode_rows_total") == rows
     assert grown("vllm:sparse_selected_tokens_total") == rows * SETTINGS["token_budget"] // 2
     assert grown("vllm:sparse_visible_tokens_total") == sum(

@@ -13,7 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from engine import BLOCK_SIZE, NEW_TOKENS, run_engine
+from engine import BLOCK_SIZE, NEW_TOKENS, SPARDA_SELECTION, SPARDA_SETTINGS, run_engine
 from reference import hf_sparda
 
 if TYPE_CHECKING:
@@ -22,31 +22,22 @@ if TYPE_CHECKING:
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
-SELECTION = {
-    "selector": "lookahead-query", "block_size": BLOCK_SIZE, "kernel_stride": 16, "init_blocks": 1,
-    "local_blocks": 1, "top_k": 6, "dense_len": 0, "sparse_prefill": False,
-}  # fmt: skip
-# Six requests x 2 KV heads x 6 blocks of 32 x 2 x 32 float32 in 3 layers are 1.7 MiB.
-MEMORY = {"host_gib": 0.06, "slab_gib": 1.7 / 1024, "staging_blocks": 4, "poison": True}
-SETTINGS = {**SELECTION, **MEMORY}
+_OTHER_SETTINGS = {"forecast", "prefetch", "resident", "resident_first_layer"}
 
 
 def run_sparda(model: Path, prompts: list[list[int]], /, **changes: Any) -> dict[str, Any]:
     """Run with some settings or some arguments of :func:`run_engine` changed."""
-    settings = {k: v for k, v in changes.items() if k in SETTINGS or k in _OTHER_SETTINGS}
+    settings = {k: v for k, v in changes.items() if k in SPARDA_SETTINGS or k in _OTHER_SETTINGS}
     arguments = {k: v for k, v in changes.items() if k not in settings}
     if settings.get("resident"):
         settings["slab_gib"] = None
     return run_engine(
         model,
         prompts,
-        settings={**SETTINGS, **settings},
+        settings={**SPARDA_SETTINGS, **settings},
         backend="sparda",
         **{"max_num_seqs": 6, **arguments},
     )
-
-
-_OTHER_SETTINGS = {"forecast", "prefetch", "resident", "resident_first_layer"}
 
 
 @cache
@@ -59,7 +50,7 @@ def assert_tokens_of_hugging_face(model: Path, prompts, tokens, forecast=None, *
     agreed = 0
     for prompt, got in zip(prompts, tokens, strict=True):
         expected = hf_sparda.generate(
-            _hf_model(model), prompt, len(got), forecast=forecast, **{**SELECTION, **changes}
+            _hf_model(model), prompt, len(got), forecast=forecast, **{**SPARDA_SELECTION, **changes}
         )
         same = [a == b for a, b in zip(got, expected.tokens, strict=True)]
         first = same.index(False) if False in same else len(same)
@@ -68,12 +59,6 @@ def assert_tokens_of_hugging_face(model: Path, prompts, tokens, forecast=None, *
             margin, gap = expected.margins[first], min(expected.gaps[: first + 1])
             assert margin < 3e-4 or gap < 1e-5, f"diverges at {first}: {margin}, {gap}"
     assert agreed > 0.9 * sum(map(len, tokens)), "near-ties may excuse few tokens only"
-
-
-@pytest.fixture(scope="session")
-def sparda_run(llama: Path, prompts: list[list[int]]) -> dict[str, Any]:
-    """The undisturbed run that others are compared with; itself compared with Hugging Face."""
-    return run_sparda(llama, prompts)
 
 
 def test_lookahead_query_equals_hugging_face(llama, prompts, sparda_run):

@@ -14,7 +14,8 @@ input_layernorm):
 - ``forecast``: ``RoPE_i(W_future[l - 1] x_{l - 1})``, layer 0 ``RoPE_i(W_curr x_0)``; raw dot
   product with the compressed keys of layer ``l``.
 - ``lookahead-query``: the same with layer ``l``'s own query projection (and bias), averaged over
-  the query heads of each KV head; layer 0 projects ``x_0``. A query norm is left out.
+  the query heads of each KV head; layer 0 projects ``x_0``. Of a query norm only the
+  weight counts: its scale by token and head is positive and changes no ranking within a head.
 - ``query``: the layer's queries, a softmax per head (InfLLM-v2).
 - ``previous``: the same with the queries of token ``i - 1`` and the windows complete there; forced
   blocks are those of token ``i``.
@@ -334,6 +335,8 @@ def _projections(model, settings, forecast):
         bias = attention.q_proj.bias
         if bias is not None:
             bias = bias.unflatten(0, grouped).mean(1).flatten(0, 1)
+        if hasattr(attention, "q_norm"):
+            weight = weight * attention.q_norm.weight.repeat(num_groups)[:, None]
         projections.append((weight, bias))
     return projections
 

@@ -90,7 +90,8 @@ def host_blocks(settings: SpardaSettings, bytes_per_block: int, max_model_len: i
             f"vllm_sparse.host_gib: {settings.host_gib} GiB hold {blocks} blocks of "
             f"{settings.block_size} tokens ({bytes_per_block / 1024:.0f} KiB each over all "
             f"layers), but one request of --max-model-len {max_model_len} needs {needed}. Set "
-            f"host_gib to at least {needed * bytes_per_block / GIB:.2f} or lower --max-model-len"
+            f"host_gib to at least {-(-needed * bytes_per_block * 100 // GIB) / 100:.2f} or lower "
+            "--max-model-len"
         )
     return blocks
 
@@ -147,7 +148,7 @@ def plan_frames(
                 f"vllm_sparse.slab_gib: {settings.slab_gib} GiB are too small for one step: "
                 f"--max-num-seqs {max_num_seqs} x {num_kv_heads} KV heads x {per_row} blocks = "
                 f"{needed} frames in each of {paged} layers{resident}, {piece_bytes / 1024:.0f} "
-                f"KiB each, are {least / GIB:.3f} GiB. Raise slab_gib, or lower --max-num-seqs, "
-                "top_k or dense_len"
+                f"KiB each, are {-(-least * 1000 // GIB) / 1000:.3f} GiB. Raise slab_gib, or "
+                "lower --max-num-seqs, top_k or dense_len"
             )
     return (*([first] if first else []), *([each] * paged))

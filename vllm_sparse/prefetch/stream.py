@@ -93,8 +93,8 @@ class PromptStream:
             index: Position in the order given to :meth:`begin_step`; to be read in that order.
 
         Returns:
-            Head-major rows ``[G, tile tokens, 2 * D]``, a view that the next but one read
-            overwrites. Rows beyond ``tile.tokens`` are garbage.
+            Head-major rows ``[G, tile tokens, 2 * D]``, a view that the next read may overwrite.
+            Rows beyond ``tile.tokens`` are garbage.
         """
         number = layer * len(self._tiles) + index
         if number not in self._tickets:

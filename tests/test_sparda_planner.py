@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Plans of SPARDA steps against a token-by-token definition; prompt attention against softmax."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm_sparse.kernels.cpu import prefill as flash
+from vllm_sparse.kernels.reference import prefill
+
+from vllm_sparse.backends.sparda_metadata import SpardaPlanner, SpardaStep
+from vllm_sparse.backends.sparda_prompt import attend_prompt
+from vllm_sparse.config import SpardaSettings
+from vllm_sparse.policies.sparda import num_windows
+from vllm_sparse.prefetch.stream import Tile
+
+NUM_BLOCKS = 200
+
+
+class Row(NamedTuple):
+    """One request's part of a step."""
+
+    start: int
+    count: int
+    prompt_len: int
+    blocks: list[int]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+
+def plan(
+    options: SpardaSettings, rows: list[Row], garbage: list[int] | None = None
+) -> tuple[SpardaStep, Counter]:
+    """The step and what was counted.
+
+    Args:
+        options: Settings.
+        rows: The batch.
+        garbage: What stands in the block table beyond each row's blocks.
+    """
+    counts: Counter = Counter()
+
+    def count(name: str, amount: float, reason: str = "") -> None:
+        counts[name, reason] += amount
+
+    width = max(len(row.blocks) for row in rows) + 2
+    filler = itertools.cycle(garbage or [0])
+    table = [row.blocks + [next(filler) for _ in range(width - len(row.blocks))] for row in rows]
+    starts = list(itertools.accumulate((row.count for row in rows), initial=0))
+    step = SpardaPlanner(options, NUM_BLOCKS, count).plan(
+        torch.tensor(starts).int(),
+        torch.tensor([row.end for row in rows]).int(),
+        torch.tensor([row.prompt_len for row in rows]).int(),
+        torch.tensor(table).int(),
+    )
+    return step, counts
+
+
+def simple(**changes) -> SpardaSettings:
+    return SpardaSettings(
+        **{
+            "selector": "query",
+            "block_size": 8,
+            "kernel_stride": 2,
+            "local_blocks": 1,
+            "top_k": 4,
+            "dense_len": 0,
+            "staging_blocks": 2,
+            **changes,
+        }
+    )
+
+
+@st.composite
+def batches(draw) -> tuple[SpardaSettings, list[Row], list[int]]:
+    """Rows that may share the full blocks of others, also ones that those write in this step."""
+    options = simple(
+        kernel_stride=draw(st.sampled_from([1, 2, 4])),
+        top_k=draw(st.integers(3, 6)),
+        dense_len=draw(st.sampled_from([0, 7, 16, 33])),
+        staging_blocks=draw(st.integers(1, 4)),
+        sparse_prefill=draw(st.booleans()),
+    )
+    size, unused = 8, iter(draw(st.permutations(range(1, NUM_BLOCKS))))
+    rows: list[Row] = []
+    for _ in range(draw(st.integers(1, 5))):
+        start, count = draw(st.integers(0, 60)), draw(st.sampled_from([0, 1, 1, 1, 2, 5, 8, 30]))
+        prompt_len = draw(st.sampled_from([start, start // 2 + 1, start + 1, start + count, 12]))
+        shared: list[int] = []
+        if rows and draw(st.booleans()):
+            other = rows[draw(st.integers(0, len(rows) - 1))]
+            shared = other.blocks[: min(start, other.end) // size]
+        own = -(-(start + count) // size) - len(shared)
+        rows.append(
+            Row(start, count, max(prompt_len, 1), shared + [next(unused) for _ in range(own)])
+        )
+    if not any(row.count for row in rows):
+        rows.append(Row(0, 3, 3, [next(unused)]))
+    rows = draw(st.permutations(rows))
+    used = sorted({block for row in rows for block in row.blocks})
+    return options, rows, draw(st.lists(st.sampled_from(used), min_size=1, max_size=7))
+
+
+@given(batches())
+@settings(max_examples=250, deadline=None)
+def test_a_plan_is_what_its_tokens_say(batch) -> None:
+    options, rows, garbage = batch
+    step, counts = plan(options, rows, garbage)
+    size, stride = options.block_size, options.kernel_stride
+
+    tokens = [(r, p) for r, row in enumerate(rows) for p in range(row.start, row.end)]
+    slot = {(r, p): row.blocks[p // size] * size + p % size for r, row in enumerate(rows)
+            for p in range(row.end)}  # fmt: skip
+    assert step.num_tokens == len(tokens)
+    assert step.slots.tolist() == [slot[token] for token in tokens]
+
+    written_by: dict[int, set[int]] = {}
+    for r, p in tokens:
+        written_by.setdefault(rows[r].blocks[p // size], set()).add(r)
+    last = {rows[r].blocks[p // size]: index for index, (r, p) in enumerate(tokens)}
+    assert step.last_in_block.tolist() == sorted(last.values())
+
+    windows = {}
+    for r, p in tokens:
+        if p + 1 >= 2 * stride and (p + 1) % stride == 0:  # the last token of a window
+            number = (p + 1) // stride - 2
+            place = rows[r].blocks[p // size] * (size // stride) + (number + 1) % (size // stride)
+            windows[place] = [slot[r, q] for q in range(p + 1 - 2 * stride, p + 1)]
+    assert (
+        dict(zip(step.window_slots.tolist(), step.window_tokens.tolist(), strict=True)) == windows
+    )
+    assert len(step.window_slots) == len(windows)
+
+    tiles, prompt_blocks, prompts, decodes = [], set(), [], []
+    for r, row in enumerate(rows):
+        borrowed = [
+            bool(written_by.get(block, set()) - {r}) and (b + 1) * size <= row.start
+            for b, block in enumerate(row.blocks)
+        ]
+        if row.count == 1 and row.start >= row.prompt_len and not any(borrowed):
+            decodes.append(r)
+        elif row.count:
+            prompts.append(r)
+            prompt_blocks |= {row.blocks[p // size] for p in range(row.start, row.end)}
+            needed = [b for b in range(len(row.blocks)) if b * size < row.start]
+            for at in range(0, len(needed), options.staging_blocks):
+                part = needed[at : at + options.staging_blocks]
+                covered = sum(
+                    b * size <= p < (b + 1) * size for b in part for p in range(row.start)
+                )
+                late = any(borrowed[b] for b in part)
+                tiles.append((r, [row.blocks[b] for b in part], part[0], covered, late))
+    assert step.prompt_blocks.tolist() == sorted(prompt_blocks)
+    assert [(t.blocks.tolist(), t.first_block, t.tokens, t.late) for t in step.tiles] == [
+        tile[1:] for tile in tiles
+    ]
+
+    begins = list(itertools.accumulate((row.count for row in rows), initial=0))
+    assert len(step.prompts) == len(prompts)
+    for prompt, r in zip(step.prompts, prompts, strict=True):
+        row = rows[r]
+        assert (prompt.begin, prompt.end, prompt.start) == (begins[r], begins[r + 1], row.start)
+        assert prompt.blocks.tolist() == row.blocks[: -(-row.end // size)]
+        assert [tiles[i][0] for i in range(*prompt.tiles)] == [r] * sum(t[0] == r for t in tiles)
+        sees_all = [
+            p + 1 <= options.dense_len or (not options.sparse_prefill and p < row.prompt_len)
+            for p in range(row.start, row.end)
+        ]
+        assert sees_all == sorted(sees_all, reverse=True)
+        assert prompt.sparse_from == sum(sees_all)
+        assert_tokens(prompt.tokens, [t for t in tokens if t[0] == r], tokens, rows, size)
+
+    if step.decode is None:
+        assert not decodes
+    else:
+        check_decode(step, options, decodes, tokens, rows)
+    blocks = [-(-rows[r].end // size) for r in decodes]
+    reads = [b if rows[r].end <= options.dense_len else min(b, options.blocks_read)
+             for b, r in zip(blocks, decodes, strict=True)]  # fmt: skip
+    dense = [row for row in rows if row.start < row.prompt_len <= row.end]
+    expected = {
+        ("decode_rows", ""): len(decodes),
+        ("visible_blocks", ""): sum(blocks),
+        ("selected_blocks", ""): sum(reads),
+        ("dense_fallbacks", "shorter_than_dense_len"): sum(
+            row.prompt_len < options.dense_len for row in dense
+        ),
+    }
+    assert counts == Counter({key: value for key, value in expected.items() if value})
+
+
+def assert_tokens(found, mine, tokens, rows, size) -> None:
+    """Tokens and the ones before them."""
+    assert found.index.tolist() == [tokens.index(token) for token in mine]
+    assert found.positions.tolist() == [p for _, p in mine]
+    for at, (r, p) in enumerate(mine):
+        before = tokens.index((r, p - 1)) if (r, p - 1) in tokens else -1
+        assert found.previous_index[at] == before
+        if p:
+            assert found.previous_blocks[at] == rows[r].blocks[(p - 1) // size]
+
+
+def check_decode(step, options, decodes, tokens, rows) -> None:
+    size, found = options.block_size, step.decode
+    assert_tokens(found.tokens, [(r, rows[r].start) for r in decodes], tokens, rows, size)
+    widths = []
+    for at, r in enumerate(decodes):
+        own = rows[r].start // size
+        assert found.block_table[at, : own + 1].tolist() == rows[r].blocks
+        everything = rows[r].end <= options.dense_len or own + 1 <= options.blocks_read
+        assert bool(found.everything[at]) == everything
+        count = own + 1 if everything else options.blocks_read
+        # Any blocks may be chosen, but the last one is always the token's own.
+        chosen = [*range(count - 1), own]
+        visible = [p for b in chosen for p in range(b * size, (b + 1) * size) if p < rows[r].end]
+        assert int(found.lengths[at]) == len(visible)
+        widths.append(count)
+    assert found.lengths.dtype == torch.int32
+    assert found.width == max(widths)
+    assert found.scored == (not all(found.everything.tolist()))
+
+
+@pytest.mark.parametrize(("size", "stride"), [(64, 16), (64, 32), (32, 16), (16, 2)])
+def test_windows_lie_with_their_last_token_for_any_chunks(size: int, stride: int) -> None:
+    options = simple(block_size=size, kernel_stride=stride)
+    blocks = list(range(20, 60))
+    total = 5 * size + 3
+    expected = {}
+    for j in range(num_windows(total, 2 * stride, stride)):
+        last = stride * j + 2 * stride - 1
+        place = blocks[last // size] * (size // stride) + last % size // stride
+        assert place not in expected
+        expected[place] = [blocks[p // size] * size + p % size for p in range(stride * j, last + 1)]
+    for chunk in (1, 7, stride, size - 1, size, size + 1, total):
+        found = {}
+        for start in range(0, total, chunk):
+            step, _ = plan(options, [Row(start, min(chunk, total - start), total, blocks)])
+            for place, tokens in zip(step.window_slots, step.window_tokens, strict=True):
+                assert int(place) not in found, "a window is completed once"
+                found[int(place)] = tokens.tolist()
+        assert found == expected, chunk
+    # Block m of 4 windows holds windows 4m - 1 to 4m + 2.
+    if (size, stride) == (64, 16):
+        assert list(expected).index(blocks[1] * 4) == 3
+
+
+def test_which_tokens_of_a_prompt_row_are_sparse() -> None:
+    for dense_len, sparse_prefill, prompt_len, start, count in itertools.product(
+        (0, 10, 16, 20, 40), (False, True), (1, 12, 16, 18, 40), (0, 9, 16, 17), (2, 8)
+    ):
+        options = simple(dense_len=dense_len, sparse_prefill=sparse_prefill)
+        step, _ = plan(options, [Row(start, count, prompt_len, list(range(1, 8)))])
+        dense = [
+            p < dense_len or (p < prompt_len and not sparse_prefill)
+            for p in range(start, start + count)
+        ]
+        (prompt,) = step.prompts
+        assert prompt.sparse_from == sum(dense)
+
+
+@pytest.mark.parametrize("first_writes", [True, False])
+def test_a_decode_that_borrows_from_this_step_goes_the_prompt_way(first_writes: bool) -> None:
+    """A preempted request comes back to blocks that another one is about to compute."""
+    start = 8 if first_writes else 16
+    writer = Row(start, 9, 30, [1, 2, 3, 4])
+    reader = Row(16, 1, 10, [1, 2, 9])
+    for rows in ([writer, reader], [reader, writer]):
+        step, _ = plan(simple(staging_blocks=1), rows)
+        if first_writes:
+            assert step.decode is None
+            assert len(step.prompts) == 2
+            late = [tile.late for tile in step.tiles if tile.blocks.tolist() in ([1], [2])]
+            # The writer streams block 1; the reader blocks 1 and 2, of which 2 is being written.
+            assert sorted(late) == [False, False, True]
+            assert step.prompt_blocks.tolist() == [2, 3, 9]
+        else:
+            assert step.decode.tokens.positions.tolist() == [16]
+            assert not any(tile.late for tile in step.tiles)
+
+
+SIZE, DIM = 4, 8
+
+
+@given(
+    total=st.integers(1, 45),
+    cuts=st.lists(st.integers(1, 44), max_size=4),
+    heads=st.sampled_from([(1, 1), (2, 1), (2, 3)]),
+    tile_blocks=st.integers(1, 4),
+    tile_tokens=st.integers(1, 20),
+    sparse_at=st.integers(0, 45),
+    density=st.sampled_from([0.0, 0.3, 1.0]),
+    module=st.sampled_from([flash, prefill]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=200, deadline=None)
+def test_prompt_attention_is_exact_for_any_chunks_and_tiles(
+    total, cuts, heads, tile_blocks, tile_tokens, sparse_at, density, module, seed
+) -> None:
+    kv_heads, group = heads
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(total, kv_heads * group, DIM, generator=generator)
+    rows = torch.randn(total, kv_heads, 2 * DIM, generator=generator)
+    num_blocks = -(-total // SIZE)
+    position, block = torch.arange(total), torch.arange(total) // SIZE
+    chosen = torch.rand(kv_heads, total, num_blocks, generator=generator) < density
+    chosen[:, position, block] = True  # a token sees at least itself
+    visible = chosen[:, :, block] | (position < sparse_at)[:, None]
+    visible &= position <= position[:, None]
+    keys, values = rows.transpose(0, 1).split(DIM, -1)
+    logits = torch.einsum("tghd,gnd->gthn", query.unflatten(1, heads), keys) * 0.4
+    weights = torch.softmax(logits.masked_fill(~visible.unsqueeze(2), -torch.inf), -1)
+    expected = torch.einsum("gthn,gnd->tghd", weights, values).flatten(1, 2)
+
+    bounds = sorted({0, total, *(cut for cut in cuts if cut < total)})
+    for start, end in itertools.pairwise(bounds):
+        sparse_from = min(max(sparse_at - start, 0), end - start)
+        here = None
+        if sparse_from < end - start:
+            here = chosen[:, start + sparse_from : end, : -(-end // SIZE)]
+        output = attend_prompt(
+            query[start:end],
+            rows[start:end],
+            staged_tiles(rows, start, tile_blocks),
+            start,
+            sparse_from,
+            here,
+            block_size=SIZE,
+            tile_tokens=tile_tokens,
+            attend_part=module.attend_part,
+            scale=0.4,
+        )
+        torch.testing.assert_close(output, expected[start:end], atol=2e-6, rtol=1e-5)
+
+
+def staged_tiles(rows: torch.Tensor, start: int, tile_blocks: int):
+    """Earlier tokens as the stream hands them over: a tile lives until the next is asked for."""
+    for first in range(0, start, tile_blocks * SIZE):
+        blocks = torch.arange(first // SIZE, min(-(-start // SIZE), first // SIZE + tile_blocks))
+        tokens = min(start, first + tile_blocks * SIZE) - first
+        staged = torch.full((rows.shape[1], len(blocks) * SIZE, rows.shape[2]), torch.nan)
+        staged[:, :tokens] = rows[first : first + tokens].transpose(0, 1)
+        yield Tile(blocks, first // SIZE, tokens, False), staged
+        staged.fill_(torch.nan)
+
+
+def test_prompt_attention_keeps_the_dtype() -> None:
+    query, rows = torch.randn(3, 2, DIM).bfloat16(), torch.randn(3, 1, 2 * DIM).bfloat16()
+    arguments = {"block_size": 4, "tile_tokens": 8, "attend_part": flash.attend_part, "scale": 0.4}
+    output = attend_prompt(query, rows, (), 0, 3, None, **arguments)
+    assert output.dtype == torch.bfloat16
+    assert output[0, 0].equal(rows[0, 0, DIM:])
