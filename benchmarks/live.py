@@ -199,7 +199,7 @@ def forced_counts(worker: Any) -> dict[str, float]:
     }
 
 
-def shape(worker: Any) -> dict[str, int]:
+def shape(worker: Any) -> dict:
     """Returns what the arithmetic of a result needs."""
     geometry = sparda_runtime(worker).pager.geometry
     return {

@@ -20,11 +20,15 @@ import random
 import re
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks import corpus, harness, live, speed
 from benchmarks.capacity import serve_all as serve_all  # a command of this module's workers too
 from benchmarks.engine import Worker
 from benchmarks.harness import GIB, Arm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 BLOCK = 64
 TINY = "tiny"
@@ -131,9 +135,8 @@ def measure_memory(cell: str, options: argparse.Namespace, arms: list[Arm]) -> d
     dense = results[arms[0].name]["device_bytes"]
     for row in results.values():
         row["times_less_than_dense"] = dense / row["device_bytes"]
-    return {"model": name, "context": context, "tokens": context - generated + options.steps + 1} | {
-        "arms": results
-    }
+    tokens = context - generated + options.steps + 1
+    return {"model": name, "context": context, "tokens": tokens, "arms": results}
 
 
 def _per_request(found: dict, requests: int) -> dict:
@@ -173,7 +176,7 @@ def _documents(model: Path, count: int, num_tokens: int) -> list[list[int]]:
     return corpus.documents(AutoTokenizer.from_pretrained(model), count, num_tokens)
 
 
-def run_memory(options: argparse.Namespace, settings: dict) -> dict:
+def run_memory(options: argparse.Namespace, settings: dict) -> Iterator[dict]:
     """Runs ``memory``, writing what is there after each cell."""
     arms = [memory_arm(name, settings) for name in options.arms.split(",")]
     if arms[0].settings is not None:
@@ -205,12 +208,12 @@ def overlap_arms(options: argparse.Namespace, settings: dict) -> dict[str, dict]
     }
 
 
-def run_overlap(options: argparse.Namespace, settings: dict) -> dict:
+def run_overlap(options: argparse.Namespace, settings: dict) -> Iterator[dict]:
     """Runs ``overlap``: all arms are alive at once and measured in turns."""
     model = harness.resolve_model(options.model)
-    # Every arm generates as many tokens as the slowest one of a batch needs to begin, and all turns.
     turns = options.rounds * len(options.rates)
-    generated = turns * (options.steps + SETTLING_STEPS) + 64
+    generated = turns * (options.steps + SETTLING_STEPS) + options.link_steps + SETTLING_STEPS
+    generated += 64  # what the first request generates before the last one begins
     prompts = _documents(model, options.batch, options.context - generated)
     arguments = harness.engine_args(
         model,
@@ -221,6 +224,7 @@ def run_overlap(options: argparse.Namespace, settings: dict) -> dict:
     )
     sizes = _sizes(model, options)
     link = options.link_gb_per_s
+    frames: dict[str, list[int]] = {}
     rows: dict[tuple[str, float], list[dict]] = {}
     with contextlib.ExitStack() as stack:
         workers = []
@@ -233,7 +237,8 @@ def run_overlap(options: argparse.Namespace, settings: dict) -> dict:
             arm = Arm(name, own, "SPARDA")
             worker = stack.enter_context(Worker("benchmarks.offload", arm, arguments))
             shape = worker.call("begin_forced", prompts=prompts, max_tokens=generated)
-            harness.progress(f"{name}: {shape['frames'][-1]} frames in a paged layer")
+            frames[name] = shape.pop("frames")
+            harness.progress(f"{name}: frames in each layer {frames[name]}")
             if name == "resident" and link is None:
                 link = _link(worker, options, shape)
                 harness.progress(f"link: {link:.3f} GB/s")
@@ -258,6 +263,7 @@ def run_overlap(options: argparse.Namespace, settings: dict) -> dict:
         "top_k": options.top_k,
         "link_gb_per_s": link,
         "shape": shape,
+        "frames": frames,
         "settings": settings_of,
         "rows": cells,
     }
@@ -265,11 +271,9 @@ def run_overlap(options: argparse.Namespace, settings: dict) -> dict:
 
 def _sizes(model: Path, options: argparse.Namespace) -> dict[str, float]:
     """Host and slab GiB; the slab is exactly the working set of one step."""
-    from vllm_sparse.kv.geometry import block_bytes
-
     config = json.loads((model / "config.json").read_text())
     layers, kv_heads = config["num_hidden_layers"], config["num_key_value_heads"]
-    piece = block_bytes(1, 1, BLOCK, harness.kv_bytes_per_token(model) // (4 * layers * kv_heads), 2)
+    piece = BLOCK * harness.kv_bytes_per_token(model) // (layers * kv_heads)
     blocks = options.batch * -(-options.context // BLOCK) + 2
     working_set = options.batch * kv_heads * options.top_k
     half = 0.5 * piece  # against rounding
@@ -327,7 +331,7 @@ def _overlap_row(name: str, rate: float, turns: list[dict]) -> dict:
 # Serve.
 
 
-def run_serve(options: argparse.Namespace, settings: dict) -> dict:
+def run_serve(options: argparse.Namespace, settings: dict) -> Iterator[dict]:
     """Runs ``serve``: stock vLLM with memory for all requests, then SPARDA."""
     model = harness.resolve_model(options.model)
     prompts = _documents(model, options.requests, options.context - options.generate)

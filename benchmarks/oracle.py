@@ -6,6 +6,9 @@ The model runs in transformers. The prompt is processed densely; every decode st
 attention weights, sums them over the query heads of a KV head, and attends to the k tokens with
 the largest sums. No method that reads k tokens per KV head and step can be expected to do better.
 ROCKETKV with a token budget of t attends to t / 2 tokens.
+
+With ``--blocks``, also to the blocks of 64 tokens with the largest sums, beside the first and the
+last blocks that are always read: what SPARDA would do if its selector knew the attention weights.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import argparse
 import itertools
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +27,73 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks import corpus, harness, needles
 from benchmarks.accuracy import PROSE_CONTEXT, PROSE_TOKENS
+from vllm_sparse.policies.sparda import select_blocks
 
 NAME = "exact_topk"
 DENSE = "dense (transformers)"
+BLOCK, STRIDE = 64, 16
+INIT_BLOCKS, LOCAL_BLOCKS = 1, 2
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one decode step may read per KV head.
+
+    Attributes:
+        k: Tokens, or blocks in total.
+        blocks: Whether `k` counts blocks.
+    """
+
+    k: int
+    blocks: bool = False
+
+    def tokens(self) -> int:
+        """Tokens that it reads at most."""
+        return self.k * BLOCK if self.blocks else self.k
+
+
+def block_mass(weights: torch.Tensor) -> torch.Tensor:
+    """Sums token weights [G, n] over blocks: [G, blocks]."""
+    missing = -weights.shape[-1] % BLOCK
+    return torch.nn.functional.pad(weights, (0, missing)).unflatten(-1, (-1, BLOCK)).sum(-1)
+
+
+def heaviest_blocks(mass: torch.Tensor, position: int, top_k: int) -> torch.Tensor:
+    """The blocks with the largest mass [G, blocks] beside the forced ones: [G, top_k], -1 at the end."""
+    per_block = BLOCK // STRIDE
+    scores = mass.new_zeros(*mass.shape, per_block)
+    scores[..., 1] = mass  # of a window that overlaps no other block
+    return choose_blocks(scores.flatten(-2), position, top_k)
+
+
+def choose_blocks(scores: torch.Tensor, position: int, top_k: int) -> torch.Tensor:
+    """SPARDA's choice for one token from window scores [G, windows]: [G, top_k]."""
+    chosen = select_blocks(
+        scores.unsqueeze(1),
+        torch.tensor([position]),
+        block_size=BLOCK,
+        init_blocks=INIT_BLOCKS,
+        local_blocks=LOCAL_BLOCKS,
+        top_k=top_k,
+        kernel_stride=STRIDE,
+    )
+    return chosen.squeeze(1)
+
+
+def as_mask(blocks: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """Chosen blocks [G, K], -1 for none, as bool [G, num_blocks]."""
+    mask = torch.zeros(len(blocks), num_blocks + 1, dtype=torch.bool)
+    return mask.scatter(1, blocks % (num_blocks + 1), True)[:, :-1]
 
 
 class ExactTopK:
-    """Attention function for transformers; `k` may be changed between calls, None is dense."""
+    """Attention function for transformers; `budget` may be changed between calls, None is dense."""
 
     def __init__(self) -> None:
-        self.k: int | None = None
+        self.budget: Budget | None = None
 
     def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
-        """Attends to the best `k` tokens per KV head in decode steps, densely otherwise.
+        """Attends to the best tokens or blocks per KV head in decode steps, densely otherwise.
 
         Args:
             module: The attention layer.
@@ -46,8 +104,8 @@ class ExactTopK:
             scaling: Factor of the scores.
             **kwargs: For the dense function.
         """
-        num_tokens, context = query.shape[2], key.shape[2]
-        if num_tokens > 1 or self.k is None or self.k >= context:
+        num_tokens, context, budget = query.shape[2], key.shape[2], self.budget
+        if num_tokens > 1 or budget is None or budget.tokens() >= context:
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, scaling=scaling, **kwargs
             )
@@ -55,7 +113,15 @@ class ExactTopK:
         scale = head_dim**-0.5 if scaling is None else scaling
         grouped = query[0, :, 0].view(kv_heads, -1, head_dim).float()  # [G, heads per group, D]
         scores = grouped @ key[0].float().transpose(1, 2) * scale  # [G, heads per group, n]
-        best = scores.softmax(-1).sum(1).topk(self.k).indices  # [G, k]
+        weights = scores.softmax(-1).sum(1)  # [G, n]
+        if budget.blocks:
+            mass = block_mass(weights)
+            blocks = heaviest_blocks(mass, context - 1, budget.k)
+            read = as_mask(blocks, mass.shape[1]).repeat_interleave(BLOCK, 1)[:, None, :context]
+            kept = scores.masked_fill(~read, float("-inf")).softmax(-1)
+            output = (kept @ value[0].float()).to(query.dtype)
+            return output.reshape(1, 1, -1, head_dim), None
+        best = weights.topk(budget.k).indices  # [G, k]
         kept = scores.gather(2, best[:, None].expand(-1, scores.shape[1], -1)).softmax(-1)
         values = value[0].float().gather(1, best[..., None].expand(-1, -1, head_dim))
         output = (kept @ values).to(query.dtype)  # [G, heads per group, D]
@@ -63,10 +129,14 @@ class ExactTopK:
 
 
 class Model:
-    """A model with a cached prompt from which generation can start again and again."""
+    """A model with a cached prompt from which generation can start again and again.
 
-    def __init__(self, directory: Path) -> None:
-        self.attention = ExactTopK()
+    Attributes:
+        attention: The attention function of decode steps.
+    """
+
+    def __init__(self, directory: Path, attention=None) -> None:
+        self.attention = attention or ExactTopK()
         AttentionInterface.register(NAME, self.attention)
         self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
         self._prompt: list[int] = []
@@ -117,15 +187,15 @@ class Model:
 
 
 def ask(
-    model: Model, tokenizer, questions: list[needles.Question], arms: dict[str, int | None]
+    model: Model, tokenizer, questions: list[needles.Question], arms: dict[str, Budget | None]
 ) -> dict[str, dict]:
     """Returns every arm's accuracy on the questions."""
     eos = {tokenizer.eos_token_id}
     wrong: dict[str, list[dict]] = {name: [] for name in arms}
     for question in questions:
         model.prefill(question.prompt)
-        for name, k in arms.items():
-            model.attention.k = k
+        for name, budget in arms.items():
+            model.attention.budget = budget
             text = tokenizer.decode(model.generate(needles.ANSWER_TOKENS, eos))
             if not needles.is_correct(text, question.answer):
                 wrong[name].append({**question.detail, "expected": question.answer, "got": text})
@@ -142,7 +212,7 @@ def ask(
 
 
 def prose(
-    model: Model, passages: list[list[int]], prompt_tokens: int, arms: dict[str, int | None]
+    model: Model, passages: list[list[int]], prompt_tokens: int, arms: dict[str, Budget | None]
 ) -> dict[str, dict]:
     """Returns every arm's divergence from the first arm, teacher-forced through the passages."""
     from benchmarks import teacher
@@ -153,8 +223,8 @@ def prose(
         for passage in passages:
             forced = passage[prompt_tokens:]
             model.prefill(passage[:prompt_tokens])
-            for index, (name, k) in enumerate(arms.items()):
-                model.attention.k = k
+            for index, (name, budget) in enumerate(arms.items()):
+                model.attention.budget = budget
                 path = other if index else reference
                 np.save(path, model.force(forced))
                 compared[name].append(teacher.compare(reference, path, forced))
@@ -176,7 +246,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.oracle", description=__doc__)
     parser.add_argument("--model", default="qwen", help="name, alias (smollm2, qwen) or path")
     parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--k", nargs="+", type=int, default=[64, 128, 256, 512])
+    parser.add_argument("--k", nargs="*", type=int, default=[64, 128, 256, 512])
+    parser.add_argument("--blocks", nargs="*", type=int, default=[8, 16, 32], help="of 64 tokens")
     parser.add_argument("--tasks", nargs="+", default=["single", "multikey", "prose"])
     parser.add_argument("--questions", type=int, default=20)
     parser.add_argument("--passages", type=int, default=4)
@@ -195,9 +266,13 @@ def main() -> None:
     directory = harness.resolve_model(options.model)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = Model(directory)
-    arms: dict[str, int | None] = {DENSE: None, **{f"exact-topk-{k}": k for k in options.k}}
+    arms: dict[str, Budget | None] = {
+        DENSE: None,
+        **{f"exact-topk-{k}": Budget(k) for k in options.k},
+        **{f"exact-blocks-{k}": Budget(k, blocks=True) for k in options.blocks},
+    }
     results: dict[str, dict] = {
-        name: {"settings": {"k": k} if k else None} for name, k in arms.items()
+        name: {"settings": asdict(budget) if budget else None} for name, budget in arms.items()
     }
     for task in options.tasks:
         started = time.perf_counter()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_sparse.kernels.reference import paging as paging_reference
 from vllm_sparse.kernels.reference import rocketkv as reference
+from vllm_sparse.kernels.reference import selection as selection_reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,8 +50,9 @@ def rocketkv_decode(device: str, dtype: torch.dtype) -> DecodeKernel:
 
 
 class PagingKernels(NamedTuple):
-    """What SparDA's pager runs: page table, copies, attention over frames."""
+    """What SparDA's decode runs: block selection, page table, copies, attention over frames."""
 
+    select_blocks: Callable[..., torch.Tensor]
     resolve: Callable[..., paging_reference.Resolved]
     copy_pieces: Callable[..., None]
     attend_frames: Callable[..., None]
@@ -69,17 +71,25 @@ def sparda_paging(device: str) -> PagingKernels:
         The kernels; on a CPU the C++ ones, elsewhere (and on a CPU without a compiler) the PyTorch
         reference.
     """
-    module, name, note = paging_reference, "reference", ""
+    paging, selection, name, note = paging_reference, selection_reference, "reference", ""
     if device == "cpu":
         from vllm_sparse.kernels.cpu import build
-        from vllm_sparse.kernels.cpu import paging as fused
+        from vllm_sparse.kernels.cpu import paging as fused_paging
+        from vllm_sparse.kernels.cpu import selection as fused_selection
 
         try:
             build.load()
-            module, name = fused, "cpu"
+            paging, selection, name = fused_paging, fused_selection, "cpu"
         except build.KernelBuildError as error:
             note = str(error)
-    return PagingKernels(module.resolve, module.copy_pieces, module.attend_frames, name, note)
+    return PagingKernels(
+        selection.select_blocks,
+        paging.resolve,
+        paging.copy_pieces,
+        paging.attend_frames,
+        name,
+        note,
+    )
 
 
 def attend_part(device: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:

@@ -264,18 +264,40 @@ class PagingMachine(RuleBasedStateMachine):
     )
     def steps(self, chunk, picks, times, seed, failure, failing_layer, retry) -> None:
         for time_ in range(times):
+            if not self.running + self.waiting:
+                return
             self.choice = random.Random(seed + time_)
-            rows = self._schedule(picks, chunk)
+            requests = self.running + self.waiting
+            rows = self._schedule([requests[pick % len(requests)] for pick in picks], chunk)
             if not rows:
                 return
             self._step(rows, (failing_layer, failure) if time_ + 1 == times else None, retry)
 
+    @precondition(lambda self: self.running)
+    @rule(index=st.integers(0, 9), chunk=st.integers(20, MAX_LEN), seed=st.integers(0, 1 << 16))
+    def overtake(self, index: int, chunk: int, seed: int) -> None:
+        """A preempted request comes back in the very step that another one computes its prefix."""
+        back = self.running[index % len(self.running)]
+        if len(back.tokens) > MAX_LEN - 2:
+            return
+        self.running.remove(back)
+        for block in back.blocks:  # as if others had used them in between
+            if self.allocator.references[block] == 1:
+                self.allocator.forget(block)
+        self._release(back)
+        ahead = Request(back.tokens)
+        self._extend(ahead, 0)
+        ahead.prompt_len = len(ahead.tokens)
+        self.waiting += [ahead, back]
+        self.choice = random.Random(seed)
+        if rows := self._schedule([ahead, back], chunk):
+            self._step(rows, None, False)
+
     # vLLM's scheduler.
 
-    def _schedule(self, picks: list[int], chunk: int) -> list[Row]:
+    def _schedule(self, requests: list[Request], chunk: int) -> list[Row]:
         rows: list[Row] = []
-        requests = self.running + self.waiting
-        for request in dict.fromkeys(requests[pick % len(requests)] for pick in picks):
+        for request in dict.fromkeys(requests):
             if len(rows) == MAX_ROWS:
                 break
             if request.computed == len(request.tokens):
@@ -498,6 +520,7 @@ def test_random_lives() -> None:
     )
     PagingMachine.TestCase().runTest()
     seen = PagingMachine.seen
+    print(seen)
     assert seen["steps"] > 1000
     for event in (
         *("late tiles", "decodes that borrow", "replays", "failed steps"),

@@ -193,7 +193,8 @@ def test_append_equals_reference(page_size, replays):
 @pytest.mark.parametrize("page_size", [1, 4])
 def test_page_scores_equal_reference(page_size):
     batch = batch_on_device(rows=4, group=3, page_size=page_size, longest=200)
-    batch.query[1] = 0.0  # no magnitude: every channel ties, no temperature
+    batch.query[1] = 0.0  # no temperature
+    batch.query[2] = batch.query[2].sign()  # every channel ties
     lengths = batch.lengths - 1  # without an append
     lengths[3] = 0
     options = {"layout": batch.layout, "top_k": 20}

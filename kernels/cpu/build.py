@@ -58,7 +58,8 @@ def load() -> ctypes.CDLL:
         raise KernelBuildError(
             "no C++ compiler found (g++ or clang++, or set CXX); vLLM's CPU build needs one too"
         )
-    sources = b"".join(source.read_bytes() for source in _SOURCES)
+    headers = sorted(Path(__file__).parent.glob("*.h"))
+    sources = b"".join(source.read_bytes() for source in (*_SOURCES, *headers))
     parts = (sources, compiler.encode(), " ".join(_FLAGS).encode(), _cpu_fingerprint().encode())
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     library = cache_dir() / "kernels" / f"kernels-{platform.machine()}-{digest}.so"
@@ -82,6 +83,9 @@ def load() -> ctypes.CDLL:
         ctypes.c_int, *([pointer] * 9), ctypes.POINTER(ctypes.c_int64), ctypes.c_float, ctypes.c_int
     )  # fmt: skip
     kernels.vllm_sparse_attend_frames.argtypes = (
+        ctypes.c_int, *([pointer] * 5), ctypes.POINTER(ctypes.c_int64), ctypes.c_float
+    )  # fmt: skip
+    kernels.vllm_sparse_select_blocks.argtypes = (
         ctypes.c_int, *([pointer] * 5), ctypes.POINTER(ctypes.c_int64), ctypes.c_float
     )  # fmt: skip
     number = ctypes.c_int64

@@ -29,6 +29,7 @@ from vllm_sparse.backends.sparda_prompt import attend_prompt
 from vllm_sparse.config import SpardaSettings, load_settings
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.dispatch import PagingKernels, attend_part, sparda_paging
+from vllm_sparse.kernels.reference.selection import Blocks, gather_windows
 from vllm_sparse.kv.geometry import GIB, Geometry, plan_frames
 from vllm_sparse.kv.pager import Pager
 from vllm_sparse.kv.spec import SpardaSpec
@@ -319,6 +320,14 @@ class SpardaImpl(AttentionImpl[SpardaStep]):
         self._layer = layer
         self._pager = runtime.pager.layers[layer]
         self._last = layer + 1 == len(runtime.layers)
+        settings = runtime.settings
+        self._blocks = Blocks(
+            settings.block_size,
+            settings.kernel_stride,
+            settings.init_blocks,
+            settings.local_blocks,
+            settings.blocks_read,
+        )
         self._attend_part = attend_part(runtime.pager.host.device.type)
 
     def forward(
@@ -414,20 +423,18 @@ class SpardaImpl(AttentionImpl[SpardaStep]):
         everything = torch.where(everything <= own[:, None], everything, -1)
         logical = everything.unsqueeze(1).expand(-1, self.num_kv_heads, -1)
         if decode.scored:
-            settings, selector = self._runtime.settings, self._runtime.selector
+            selector = self._runtime.selector
             vectors = selector.vectors(layer, decode.tokens, query)
-            positions = decode.tokens.positions[:, None]
-            keys = self._windows(layer, table)
-            scores = selector.scores(vectors.unsqueeze(2), keys, positions)
-            chosen = select_blocks(
-                scores,
-                positions,
-                block_size=settings.block_size,
-                init_blocks=settings.init_blocks,
-                local_blocks=settings.local_blocks,
-                top_k=settings.blocks_read,
-                kernel_stride=settings.kernel_stride,
-            ).squeeze(2)
+            positions = decode.tokens.positions
+            compressed = self._runtime.compressed(layer)
+            if selector.ranking is not None:
+                chosen = self._runtime.kernels.select_blocks(
+                    compressed, vectors, table, positions, selector.ranking, self._blocks
+                )
+            else:
+                keys = gather_windows(compressed, table)
+                scores = selector.scores(vectors.unsqueeze(2), keys, positions[:, None])
+                chosen = self._best(scores, positions[:, None]).squeeze(2)
             missing = decode.width - chosen.shape[-1]
             chosen = torch.nn.functional.pad(chosen, (0, max(missing, 0)), value=-1)
             chosen = chosen[..., : decode.width]
@@ -435,11 +442,8 @@ class SpardaImpl(AttentionImpl[SpardaStep]):
         physical = table.unsqueeze(1).expand(-1, self.num_kv_heads, -1)
         return torch.where(logical < 0, -1, physical.gather(2, logical.clamp(min=0)))
 
-    def _windows(self, layer: int, table: Tensor) -> Tensor:
-        """Compressed keys of requests, ``[..., G, windows, D]``, for blocks ``[..., blocks]``."""
-        keys = self._runtime.compressed(layer)[table].transpose(-3, -4).flatten(-3, -2)
-        # The first block's first slot would hold a window that starts before the sequence.
-        return keys[..., 1:, :]
+    def _best(self, scores: Tensor, positions: Tensor) -> Tensor:
+        return select_blocks(scores, positions, **self._blocks._asdict())
 
     def _prompt(
         self, query: Tensor, rows: Tensor, step: SpardaStep, prompt: PromptRow, output: Tensor
@@ -464,24 +468,16 @@ class SpardaImpl(AttentionImpl[SpardaStep]):
 
     def _choose_prompt(self, query: Tensor, prompt: PromptRow) -> Tensor:
         """Blocks that the sparse tokens of a row read, bool ``[G, T, blocks]``."""
-        settings, selector = self._runtime.settings, self._runtime.selector
+        selector = self._runtime.selector
         tokens = prompt.tokens[slice(prompt.sparse_from, None)]
-        keys = self._windows(self._layer, prompt.blocks)
+        keys = gather_windows(self._runtime.compressed(self._layer), prompt.blocks)
         count = len(tokens.positions)
         chosen = torch.zeros(self.num_kv_heads, count, len(prompt.blocks) + 1, dtype=torch.bool)
         for first in range(0, count, _SCORED_AT_ONCE):
             part: Tokens = tokens[slice(first, first + _SCORED_AT_ONCE)]
             vectors = selector.vectors(self._layer, part, query).transpose(0, 1)
             scores = selector.scores(vectors, keys, part.positions)
-            blocks = select_blocks(
-                scores,
-                part.positions,
-                block_size=settings.block_size,
-                init_blocks=settings.init_blocks,
-                local_blocks=settings.local_blocks,
-                top_k=settings.blocks_read,
-                kernel_stride=settings.kernel_stride,
-            )
+            blocks = self._best(scores, part.positions)
             # -1 marks the column beyond the last block, which is cut off.
             chosen[:, first : first + _SCORED_AT_ONCE].scatter_(2, blocks % chosen.shape[2], True)
         return chosen[..., :-1]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from vllm_sparse.kernels.reference.selection import Ranking
 from vllm_sparse.policies import sparda
 
 if TYPE_CHECKING:
@@ -46,9 +47,12 @@ class Selector(Protocol):
 
     Attributes:
         ahead: The scores are available while the layer before is computed.
+        ranking: The scores in the words of the fused decode kernel; ``None`` has it computed by
+            :meth:`scores`.
     """
 
     ahead: bool
+    ranking: Ranking | None
 
     def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
         """What to compare a layer's compressed keys with.
@@ -99,6 +103,7 @@ class ForecastSelector:
     """
 
     ahead = True
+    ranking = Ranking(softmax=False)
 
     def __init__(self, taps: Sequence[Any]) -> None:
         self._taps = taps
@@ -129,8 +134,8 @@ class QuerySelector:
     ahead = False
 
     def __init__(self, kernel_stride: int, scale: float) -> None:
+        self.ranking = Ranking(softmax=True, scale=scale)
         self._stride = kernel_stride
-        self._scale = scale
 
     def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
         """See :class:`Selector`."""
@@ -145,7 +150,7 @@ class QuerySelector:
             positions,
             kernel_size=2 * self._stride,
             kernel_stride=self._stride,
-            scale=self._scale,
+            scale=self.ranking.scale,
         )
 
     def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
@@ -177,6 +182,7 @@ class PreviousSelector(QuerySelector):
         block_size: int,
     ) -> None:
         super().__init__(kernel_stride, scale)
+        self.ranking = Ranking(softmax=True, scale=scale, lag=1)
         self._kept = torch.empty(shape, dtype=dtype)
         self._block_size = block_size
 

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: The vllm-sparse authors
+//
+// Vectors of sixteen floats, and the three cache dtypes.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int kLanes = 16;
+typedef float vec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
+typedef uint32_t uvec __attribute__((vector_size(kLanes * sizeof(uint32_t)), aligned(4)));
+typedef int32_t ivec __attribute__((vector_size(kLanes * sizeof(int32_t)), aligned(4)));
+
+struct bf16 {
+  uint16_t bits;
+};
+typedef uint16_t bf16_vec __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2)));
+typedef _Float16 half_vec __attribute__((vector_size(kLanes * sizeof(_Float16)), aligned(2)));
+
+inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
+inline vec load(const bf16* p) {
+#ifdef __AVX512F__  // GCC splits the generic conversion into halves
+  return (vec)_mm512_slli_epi32(
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#endif
+  bf16_vec raw = *reinterpret_cast<const bf16_vec*>(p);
+  return (vec)(__builtin_convertvector(raw, uvec) << 16);
+}
+inline vec load(const _Float16* p) {
+  return __builtin_convertvector(*reinterpret_cast<const half_vec*>(p), vec);
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(_Float16 x) { return static_cast<float>(x); }
+inline float to_float(bf16 x) {
+  uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+template <typename T>
+inline T from_float(float x) {
+  return static_cast<T>(x);
+}
+template <>
+inline bf16 from_float<bf16>(float x) {  // round to nearest even; inputs are finite
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits += 0x7fff + ((bits >> 16) & 1);
+  return bf16{static_cast<uint16_t>(bits >> 16)};
+}
+
+typedef float v8 __attribute__((vector_size(32), aligned(4)));
+typedef float v4 __attribute__((vector_size(16), aligned(4)));
+
+inline v8 halves(vec v) {
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+// Sums of four vectors, as one.
+inline v4 sum4(vec a, vec b, vec c, vec d) {
+  const v8 w = halves(a), x = halves(b), y = halves(c), z = halves(d);
+  const v8 wx = __builtin_shufflevector(w, x, 0, 2, 8, 10, 4, 6, 12, 14) +
+                __builtin_shufflevector(w, x, 1, 3, 9, 11, 5, 7, 13, 15);
+  const v8 yz = __builtin_shufflevector(y, z, 0, 2, 8, 10, 4, 6, 12, 14) +
+                __builtin_shufflevector(y, z, 1, 3, 9, 11, 5, 7, 13, 15);
+  const v8 all = __builtin_shufflevector(wx, yz, 0, 2, 8, 10, 4, 6, 12, 14) +
+                 __builtin_shufflevector(wx, yz, 1, 3, 9, 11, 5, 7, 13, 15);
+  return __builtin_shufflevector(all, all, 0, 1, 2, 3) +
+         __builtin_shufflevector(all, all, 4, 5, 6, 7);
+}
+inline float sum(vec v) { return sum4(v, v, v, v)[0]; }
+
+// One bit per lane that is true.
+inline uint32_t lane_bits(ivec truth) {
+#ifdef __AVX512F__
+  return _mm512_cmplt_epi32_mask((__m512i)truth, _mm512_setzero_si512());
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(truth[i] != 0) << i;
+  return bits;
+#endif
+}
+
+// exp for arguments <= 0: range reduction by powers of two and a degree-6 polynomial, about
+// 1 ulp; flushes to zero below -87.
+inline vec exp_nonpositive(vec x) {
+  const vec scaled = x * 1.44269504088896341f;
+  ivec n = __builtin_convertvector(scaled - 0.5f, ivec);
+  n = n < -126 ? (ivec{} - 126) : n;
+  const vec nf = __builtin_convertvector(n, vec);
+  vec r = x - nf * 0.693359375f;
+  r = r - nf * -2.12194440e-4f;
+  vec p = vec{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const vec power = (vec)((n + 127) << 23);
+  const vec value = p * power;
+  return x < -87.0f ? vec{} : value;
+}
+
+}  // namespace
