@@ -34,6 +34,7 @@ from vllm_sparse.policies import sparda
 
 KERNEL = 2 * oracle.STRIDE
 FORECAST = "forecast"
+TASKS = ("multikey", "prose")
 
 
 class Probe:
@@ -51,13 +52,17 @@ class Probe:
     def __init__(self, tops: list[int]) -> None:
         """Needs `attach` before it is used."""
         self.tops = tops
+        self._projections: dict[str, list] = {}
+        self._inputs: dict[int, torch.Tensor] = {}
+        self._rope = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Counts from zero."""
         self.mass = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
         self.captured = defaultdict(float)
         self.picks = defaultdict(lambda: torch.zeros(2, dtype=torch.int64))
         self.rows = 0
-        self._projections: dict[str, list] = {}
-        self._inputs: dict[int, torch.Tensor] = {}
-        self._rope = None
         self.begin()
 
     def begin(self) -> None:
@@ -197,17 +202,81 @@ class Probe:
         }
 
 
-def measure(
-    model: oracle.Model, tokenizer, task: str, context: int, options: argparse.Namespace
-) -> dict:
-    """Decodes all sequences of one task and context."""
-    probe = model.attention = options.probe
-    probe.__init__(options.top)  # counts from zero; the hooks and projections are attached again
-    return {}
+def measure(model: oracle.Model, tokenizer, task: str, context: int, options) -> dict:
+    """Decodes all sequences of one task and context and returns what the probe measured.
+
+    Args:
+        model: With the probe as its attention.
+        tokenizer: The model's tokenizer.
+        task: ``prose`` (given continuations) or ``multikey`` (the model's answers to questions).
+        context: Tokens of the prompts.
+        options: From the command line.
+    """
+    probe = model.attention
+    probe.reset()
+    if task == "prose":
+        # The first decode step has no step before it.
+        length = context + options.tokens + 1
+        for passage in corpus.prose_tokens(tokenizer, options.passages, length):
+            model.prefill(passage[:context])
+            probe.begin()
+            model.force(passage[context:])
+    else:
+        limit = context - needles.ANSWER_TOKENS
+        for question in needles.multikey(tokenizer, limit, options.questions, options.seed):
+            model.prefill(question.prompt)
+            probe.begin()
+            model.generate(needles.ANSWER_TOKENS, {tokenizer.eos_token_id})
+    return {
+        "task": task,
+        "context": context,
+        **probe.result(model.network.config.num_hidden_layers),
+    }
 
 
 def main() -> None:
     """Command line entry point."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.blocks", description=__doc__)
+    parser.add_argument("--model", default="qwen", help="name, alias (smollm2, qwen) or path")
+    parser.add_argument("--contexts", nargs="+", type=int, default=[4096, 8192])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--top", nargs="+", type=int, default=[8, 16, 32], help="blocks in total")
+    parser.add_argument("--forecast", type=Path, metavar="FILE", help="trained weights to compare")
+    parser.add_argument("--questions", type=int, default=12)
+    parser.add_argument("--passages", type=int, default=3, help="of prose")
+    parser.add_argument("--tokens", type=int, default=64, help="steps per passage")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--threads", type=int, default=1, help="more are faster, but only on a quiet machine"
+    )
+    parser.add_argument("--quick", action="store_true", help="1024 tokens, 2 questions, 1 passage")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS_DIR / "blocks.json")
+    options = parser.parse_args()
+    if options.quick:
+        options.contexts, options.questions, options.passages, options.tokens = [1024], 2, 1, 8
+        options.top = [6, 8]
+
+    torch.set_num_threads(options.threads)
+    environment = harness.environment()
+    directory = harness.resolve_model(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = oracle.Model(directory, Probe(options.top))
+    model.attention.attach(model.network, options.forecast)
+    cells = []
+    for task, context in itertools.product(options.tasks, options.contexts):
+        started = time.perf_counter()
+        cells.append(measure(model, tokenizer, task, context, options))
+        harness.progress(f"{task} {context}: {time.perf_counter() - started:.0f} s")
+        body = {
+            "model": options.model,
+            "seed": options.seed,
+            "forecast": options.forecast.name if options.forecast else None,
+            "block_tokens": oracle.BLOCK,
+            "init_blocks": oracle.INIT_BLOCKS,
+            "local_blocks": oracle.LOCAL_BLOCKS,
+            "cells": cells,
+        }
+        harness.write_result(options.out, "blocks", environment, body)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def block_mass(weights: torch.Tensor) -> torch.Tensor:
 
 
 def heaviest_blocks(mass: torch.Tensor, position: int, top_k: int) -> torch.Tensor:
-    """The blocks with the largest mass [G, blocks] beside the forced ones: [G, top_k], -1 at the end."""
+    """The blocks with the largest mass [G, blocks] beside the forced ones: [G, top_k], or -1."""
     per_block = BLOCK // STRIDE
     scores = mass.new_zeros(*mass.shape, per_block)
     scores[..., 1] = mass  # of a window that overlaps no other block
@@ -133,14 +133,15 @@ class Model:
 
     Attributes:
         attention: The attention function of decode steps.
+        network: The model in transformers.
     """
 
     def __init__(self, directory: Path, attention=None) -> None:
         self.attention = attention or ExactTopK()
         AttentionInterface.register(NAME, self.attention)
-        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+        self.network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
         self._prompt: list[int] = []
-        self._cache = DynamicCache(config=self._model.config)
+        self._cache = DynamicCache(config=self.network.config)
 
     @torch.inference_mode()
     def prefill(self, prompt: list[int]) -> None:
@@ -148,11 +149,13 @@ class Model:
         pairs = zip(prompt[:-1], self._prompt, strict=False)
         shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         self._rewind(shared)
-        self._model.set_attn_implementation("sdpa")
+        self.network.set_attn_implementation("sdpa")
         rest = torch.tensor([prompt[shared:]])
-        self._first = self._model(rest, past_key_values=self._cache, logits_to_keep=1).logits[0, -1]
+        self._first = self.network(rest, past_key_values=self._cache, logits_to_keep=1).logits[
+            0, -1
+        ]
         self._prompt = prompt
-        self._model.set_attn_implementation(NAME)
+        self.network.set_attn_implementation(NAME)
 
     def generate(self, num_tokens: int, eos: set[int]) -> list[int]:
         """Returns the greedy continuation of the prompt."""
@@ -178,7 +181,7 @@ class Model:
             yield logits
             with torch.inference_mode():
                 step = torch.tensor([[tokens[-1]]])
-                logits = self._model(step, past_key_values=self._cache).logits[0, -1]
+                logits = self.network(step, past_key_values=self._cache).logits[0, -1]
 
     def _rewind(self, length: int) -> None:
         surplus = self._cache.get_seq_length() - length

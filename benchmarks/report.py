@@ -143,12 +143,157 @@ def kernels(result: dict) -> str:
     )
 
 
+def blocks(result: dict) -> str:
+    """Renders how much attention each selector finds, on average and by layer."""
+    parts = [
+        f"**{result['model']}**, blocks of {result['block_tokens']} tokens, "
+        f"{result['init_blocks']} first and {result['local_blocks']} + 1 last ones forced"
+    ]
+    for cell in result["cells"]:
+        selectors = cell["selectors"]
+        tops = list(next(iter(selectors.values())))
+        header = ["selector"]
+        for what in ("mass beyond the forced blocks", "misses"):
+            header += [f"{what}, top {top}" for top in tops]
+        rows = []
+        for name, found in selectors.items():
+            shares = [found[top][key] for key in ("captured", "miss_rate") for top in tops]
+            rows.append([name, *(f"{share:.2f}" for share in shares)])
+        top = tops[len(tops) // 2]
+        by_layer = [
+            [
+                str(layer),
+                f"{share:.2f}",
+                *(f"{found[top]['captured_by_layer'][layer]:.2f}" for found in selectors.values()),
+                *(f"{found[top]['miss_rate_by_layer'][layer]:.2f}" for found in selectors.values()),
+            ]
+            for layer, share in enumerate(cell["forced_share_by_layer"])
+        ]
+        columns = [*selectors, *(f"misses of {name}" for name in selectors)]
+        parts += [
+            f"{cell['task']}, {cell['context']} tokens, {cell['steps']} steps; the forced blocks "
+            f"hold {cell['forced_share']:.2f} of all mass",
+            table(header, rows),
+            f"By layer, top {top}:",
+            table(["layer", "forced blocks", *columns], by_layer),
+        ]
+    return "\n\n".join(parts)
+
+
+def memory(result: dict) -> str:
+    """Renders device memory per request."""
+    keys = ("kv_cache", "frames", "compressed_keys", "staging", "page_table")
+    rows = []
+    for cell in result["cells"]:
+        for name, arm in cell["arms"].items():
+            parts = arm["parts"]
+            rows.append(
+                [
+                    f"{cell['model']}, {cell['tokens']}",
+                    name,
+                    *(_mib(parts[key]) if key in parts else "" for key in keys),
+                    _mib(arm["device_bytes"]),
+                    f"{arm['times_less_than_dense']:.2f}x",
+                    _mib(arm["host_bytes"]) if arm["host_bytes"] else "",
+                ]
+            )
+    header = [
+        "model, tokens",
+        "arm",
+        "KV cache",
+        "frames",
+        "compressed keys",
+        "staging",
+        "page table",
+        "device, MiB a request",
+        "less than dense",
+        "host, MiB",
+    ]
+    return f"{result['requests']} request(s) decoding\n\n{table(header, rows)}"
+
+
+def overlap(result: dict) -> str:
+    """Renders waiting times at forced miss rates."""
+    rows = []
+    for row in sorted(result["rows"], key=lambda row: row["rate"]):
+        late = row["late_share"]
+        rows.append(
+            [
+                f"{row['rate']:.0%} ({row['miss_share_of_free_picks']:.1%})",
+                row["arm"],
+                _spread(row["step_ms"], 1),
+                f"{row['exposed_wait_ms_per_step']:.2f}",
+                f"{late:.0%}" if late is not None else "",
+                f"{row['hits_per_step']:.1f}",
+                f"{row['misses_per_step']:.1f}",
+                f"{row['bytes_per_step'] / 1e6:.3f}",
+            ]
+        )
+    header = [
+        "misses forced (and counted)",
+        "arm",
+        "step, ms (quartiles)",
+        "exposed wait, ms a step",
+        "late",
+        "hits a step",
+        "misses a step",
+        "MB a step",
+    ]
+    return (
+        f"**{result['model']}**, {result['context']} tokens, batch {result['batch']}, "
+        f"{result['top_k']} blocks, copy engine at {result['link_gb_per_s']:.3f} GB/s; bytes moved "
+        f"equal misses x {result['shape']['piece_bytes']} bytes in every turn\n\n"
+        + table(header, rows)
+    )
+
+
+def serve(result: dict) -> str:
+    """Renders requests whose KV exceeds the device."""
+    rows = []
+    for name, arm in result["arms"].items():
+        over, same = arm["kv_over_slab"], arm["tokens_before_difference"]
+        rows.append(
+            [
+                name,
+                f"{arm['finished']}",
+                f"{arm['lost']}",
+                f"{arm['complete']}",
+                f"{arm['preemptions']:.0f}",
+                f"{arm['peak_running']}",
+                f"{over:.2f}x" if over is not None else "",
+                _mib(arm["pools"]["slab"]) if arm["pools"] else "",
+                f"{arm['seconds']:.0f}",
+                f"{same['median']:.0f} ({same['min']:.0f}-{same['max']:.0f})",
+            ]
+        )
+    header = [
+        "arm",
+        "finished",
+        "lost",
+        "of full length",
+        "preemptions",
+        "most running at once",
+        "KV over slab",
+        "slab, MiB",
+        "seconds in all",
+        "tokens as stock's",
+    ]
+    return (
+        f"**{result['model']}**: {result['requests']} requests of {result['prompt_tokens']} + "
+        f"{result['generated_tokens']} tokens at once\n\n{table(header, rows)}"
+    )
+
+
 RENDERERS = {
     "kernels": kernels,
     "speed": speed,
     "accuracy": accuracy,
     "capacity": capacity,
     "oracle": accuracy,
+    "blocks": blocks,
+    "memory": memory,
+    "overlap": overlap,
+    "serve": serve,
 }
 
 
@@ -166,6 +311,10 @@ def render(path: Path) -> str:
             f"{env['date']}",
         ]
     )
+
+
+def _mib(nbytes: float) -> str:
+    return f"{nbytes / 2**20:.2f}"
 
 
 def _spread(values: dict, digits: int) -> str:

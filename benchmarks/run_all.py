@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: The vllm-sparse authors
 """Runs every benchmark, one after the other, and prints the report.
 
-``python -m benchmarks.run_all`` takes hours on two cores; ``--quick`` takes about half an hour and
+``python -m benchmarks.run_all`` takes hours on two cores; ``--quick`` takes about an hour and
 writes to ``benchmarks/results/quick``.
 """
 
@@ -14,6 +14,14 @@ import sys
 from pathlib import Path
 
 from benchmarks import harness, report
+
+OFFLOAD = ("memory", "overlap", "serve")
+SPARDA_ARMS = ",".join(
+    [
+        "dense,sparse-dense",
+        *(f"{kind}-{top}" for kind in ("query", "lookahead", "previous") for top in (8, 16, 32)),
+    ]
+)
 
 
 def commands(quick: bool) -> dict[str, list[str]]:
@@ -27,13 +35,25 @@ def commands(quick: bool) -> dict[str, list[str]]:
                 *("--contexts", "2048", "--two-turn-context", "2048"),
                 *("--arms", "dense,rocket-256,rocket-512"),
             ],
+            "accuracy-sparda": [
+                *("benchmarks.accuracy", "--quick", "--model", "smollm2", "--contexts", "2048"),
+                *("--tasks", "multikey", "--arms", "dense,query-8,lookahead-8,previous-8"),
+            ],
             "oracle": ["benchmarks.oracle", "--quick", "--model", "smollm2", "--context", "2048"],
+            "blocks": ["benchmarks.blocks", "--quick", "--model", "smollm2"],
+            **{kind: ["benchmarks.offload", kind, "--quick"] for kind in OFFLOAD},
         }
     return {
         "speed": ["benchmarks.speed"],
         "capacity": ["benchmarks.capacity"],
         "accuracy": ["benchmarks.accuracy"],
+        "accuracy-sparda": [
+            *("benchmarks.accuracy", "--arms", SPARDA_ARMS, "--contexts", "4096", "8192"),
+            *("--tasks", "single", "multikey", "prose"),
+        ],
         "oracle": ["benchmarks.oracle"],
+        "blocks": ["benchmarks.blocks"],
+        **{kind: ["benchmarks.offload", kind] for kind in OFFLOAD},
     }
 
 

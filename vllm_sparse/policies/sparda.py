@@ -81,7 +81,7 @@ def query_scores(
         float32 ``[G, T, windows]``; zero where a token sees no complete window.
     """
     kv_heads, windows, dim = compressed_keys.shape[-3:]
-    grouped = query.float().unflatten(-3, (kv_heads, -1))
+    grouped = query.float().reshape(*query.shape[:-3], kv_heads, -1, *query.shape[-2:])
     logits = grouped @ compressed_keys.float().transpose(-1, -2).unsqueeze(-3)
     logits = logits * (dim**-0.5 if scale is None else scale)
     ends = torch.arange(windows, device=query.device) * kernel_stride + kernel_size - 1
