@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm_sparse.kernels.dispatch import PagingKernels
+from vllm_sparse.kernels.dispatch import sparda_paging
 from vllm_sparse.kernels.reference import paging
 
 from vllm_sparse.kv.geometry import Geometry
@@ -25,7 +25,7 @@ from vllm_sparse.prefetch.engine import ThreadCopyEngine
 from vllm_sparse.prefetch.scheduler import PrefetchScheduler
 from vllm_sparse.prefetch.stream import PromptStream, Tile
 
-KERNELS = PagingKernels(paging.resolve, paging.copy_pieces, paging.attend_frames, "reference")
+KERNELS = sparda_paging("cpu")._replace(resolve=paging.resolve, copy_pieces=paging.copy_pieces)
 ONE = torch.tensor([0])
 
 

@@ -38,9 +38,8 @@ SETTINGS = SpardaSettings(
     dense_len=6,
     staging_blocks=2,
 )
-REFERENCE = dispatch.PagingKernels(
-    reference.resolve, reference.copy_pieces, reference.attend_frames, "reference"
-)
+FUSED = dispatch.sparda_paging("cpu")
+REFERENCE = FUSED._replace(resolve=reference.resolve, copy_pieces=reference.copy_pieces)
 
 
 def make_pager(frames: tuple[int, ...], kernels=REFERENCE, poison: bool = True) -> Pager:
@@ -170,7 +169,7 @@ class PagingMachine(RuleBasedStateMachine):
         engine=st.sampled_from(["thread", "slow thread", "late"]),
     )
     def start(self, ahead: bool, prefetch: bool, resident: str, fused: bool, engine: str) -> None:
-        kernels = dispatch.sparda_paging("cpu") if fused else REFERENCE
+        kernels = FUSED if fused else REFERENCE
         per_step = MAX_ROWS * HEADS * blocks_per_row(SETTINGS, MAX_LEN)
         whole = BLOCKS * HEADS
         assert per_step < whole, "otherwise nothing would ever be evicted"
