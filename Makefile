@@ -24,10 +24,10 @@ serve: setup ## Serve the demo model with ROCKETKV on port 8000
 		--additional-config '{"vllm_sparse": {"config": "$(CONFIG)"}}'
 
 test: setup ## Run all tests that this machine can run
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-fast: setup ## Run the tests that need no engine, no model and little time
-	@$(BIN)/python -m pytest -q -m "not slow and not vllm and not model"
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not vllm and not model"
 
 lint: setup ## Check style and types
 	@$(BIN)/ruff check .

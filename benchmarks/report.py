@@ -214,8 +214,8 @@ def memory(result: dict) -> str:
 
 def overlap(result: dict) -> str:
     """Renders waiting times at forced miss rates."""
-    rows = []
-    for row in sorted(result["rows"], key=lambda row: row["rate"]):
+    rows, arms = [], list(result["settings"])
+    for row in sorted(result["rows"], key=lambda row: (row["rate"], arms.index(row["arm"]))):
         late = row["late_share"]
         rows.append(
             [

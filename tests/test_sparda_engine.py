@@ -13,6 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from engine import BLOCK_SIZE, NEW_TOKENS, SPARDA_SELECTION, SPARDA_SETTINGS, run_engine
 from reference import hf_sparda
 
@@ -174,3 +175,33 @@ def test_preemption_changes_nothing(llama, prompts, sparda_run, selector, chunk)
     assert run["preemptions"] > 0
     assert run["tokens"] == calm["tokens"]
     assert run["free_blocks"] == [89, 89]
+
+
+@pytest.mark.slow
+def test_ten_thousand_generated_tokens_equal_hugging_face(tmp_path):
+    """Over hundreds of block borders and the dense border, with every frame in constant use."""
+    model, count = tmp_path / "llama", 10_240
+    hf_sparda.save_random_model(
+        model, "llama", layers=2, heads=2, kv_heads=1, hidden=64, max_position_embeddings=16_384
+    )
+    prompt = torch.randint(1024, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    changes = {"block_size": 64, "local_blocks": 2, "top_k": 8, "dense_len": 1000}
+    run = run_sparda(
+        model,
+        [prompt],
+        **changes,
+        slab_gib=0.0008,  # 26 frames of 16 KiB a layer; a dense row may need 16
+        new_tokens=count,
+        max_model_len=12_000,
+        max_num_seqs=1,
+        timeout=1500,
+    )
+    (tokens,) = run["tokens"][0]
+    logits, _, _ = hf_sparda.evaluate(
+        _hf_model(model), prompt + tokens[:-1], len(prompt), **{**SPARDA_SELECTION, **changes}
+    )
+    logits = logits[len(prompt) - 1 :]
+    chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    assert float((logits.amax(1) - chosen).max()) < 1e-3, "a token is not the best, not even nearly"
+    assert run["counters"]["frame_misses"] > count
+    assert run["counters"]["dense_fallbacks/shorter_than_dense_len"] == 1
