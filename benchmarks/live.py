@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from vllm_sparse.kernels.reference.selection import Ranking
 
 if TYPE_CHECKING:
     from vllm_sparse.config import SpardaSettings
@@ -84,39 +85,51 @@ class ForcedSelector:
     """
 
     ahead = True
+    ranking = Ranking(softmax=False)
 
-    def __init__(self, settings: SpardaSettings) -> None:
-        """Starts without a history, so the first step replaces everything."""
+    def __init__(self, settings: SpardaSettings, shape: tuple[int, int], kernel: Any) -> None:
+        """Starts without a history.
+
+        Args:
+            settings: Which blocks are forced and how many are read.
+            shape: KV heads and head size.
+            kernel: The selection kernel; it still runs, so that selecting costs what it costs.
+        """
         self.rate = 0.0
         self.new_blocks = self.free_picks = 0
         self._settings = settings
+        self._shape = shape
+        self._kernel = kernel
         self._free: dict[int, deque[int]] = {}
         self._last: dict[int, set[int]] = {}
         self._cursor: dict[int, int] = {}
-        self._rows: list[int] = []
         self._layer = 0
 
     def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
         """See `vllm_sparse.prefetch.selectors.Selector`; only notes what is asked for."""
         self._layer, self._rows = layer, tokens.index.tolist()
-        return torch.zeros(len(self._rows), 1, 1)
+        return torch.zeros(len(self._rows), *self._shape)
+
+    def select_blocks(
+        self, compressed: Tensor, vectors: Tensor, table: Tensor, positions: Tensor, *rest: Any
+    ) -> Tensor:
+        """Takes the place of the selection kernel; the same blocks for all layers and heads."""
+        vectors = vectors.to(compressed.dtype)
+        self._kernel(compressed, vectors, table, positions, *rest)
+        if self._layer == 0:  # a new step
+            rows = zip(self._rows, positions.tolist(), strict=True)
+            self._wanted = torch.tensor([self._advance(row, at) for row, at in rows])
+        return self._wanted[:, None].expand(-1, compressed.shape[1], -1)
 
     def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
-        """Scores 1 in one window of each wanted block, 0 elsewhere; the same for all layers."""
-        if self._layer == 0:  # a new step
-            per_block = self._settings.block_size // self._settings.kernel_stride
-            self._scores = torch.zeros(len(self._rows), 1, 1, keys.shape[-2])
-            for index, row in enumerate(self._rows):
-                wanted = torch.tensor(self._advance(row, int(positions[index, 0])))
-                # No other block overlaps a block's second window.
-                self._scores[index, 0, 0, wanted * per_block + 1] = 1.0
-        return self._scores.expand(-1, keys.shape[-3], -1, -1)
+        """Not used: prompts are dense, and decode has a ranking."""
+        raise NotImplementedError
 
     def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
         """Nothing to keep."""
 
     def _advance(self, row: int, position: int) -> list[int]:
-        """Returns a request's free picks in the next step."""
+        """Returns the blocks that a request reads in its next step."""
         settings = self._settings
         own = position // settings.block_size
         first, end = settings.init_blocks, own - settings.local_blocks
@@ -141,7 +154,7 @@ class ForcedSelector:
             self.new_blocks += len({*forced, *free} - last)
             self.free_picks += count
         self._last[row] = {*forced, *free}
-        return list(free)
+        return sorted(self._last[row])
 
 
 class CountingEngine:
@@ -171,7 +184,10 @@ class CountingEngine:
 def force_selection(worker: Any) -> None:
     """Installs a `ForcedSelector` and a `CountingEngine` for decode."""
     runtime = sparda_runtime(worker)
-    runtime.selector = ForcedSelector(runtime.settings)
+    geometry, kernels = runtime.pager.geometry, runtime.kernels
+    shape = geometry.num_kv_heads, geometry.head_dim
+    runtime.selector = ForcedSelector(runtime.settings, shape, kernels.select_blocks)
+    runtime.kernels = kernels._replace(select_blocks=runtime.selector.select_blocks)
     runtime.scheduler._engine = CountingEngine(runtime.scheduler._engine)
 
 

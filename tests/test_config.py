@@ -56,6 +56,7 @@ def test_every_preset_is_valid_and_keys_beside_it_win():
     algorithms = {
         "minicpm4.1-8b": "sparda",
         "qwen2.5-sparda": "sparda",
+        "smollm2-135m-sparda": "sparda",
     }
     for name in preset_names():
         algorithm = algorithms.get(name, "rocketkv")

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from vllm_sparse.demo import document
-from vllm_sparse.demo.run import VISIBLE_TOKENS, Outcome, find_problems, report, sparse_options
+from vllm_sparse.demo.run import DECODE_ROWS, Outcome, find_problems, report, sparse_options
 from vllm_sparse.demo.server import Server, ServerError
 
 ANSWERS = [f"It is {fact.answer}." for fact in document.FACTS]
@@ -24,7 +24,7 @@ def outcome(**changes) -> Outcome:
         "ttft_seconds": 5.0,
         "decode_tokens_per_second": 20.0,
         "kv_blocks": 50,
-        "counters": {VISIBLE_TOKENS: 123.0},
+        "counters": {DECODE_ROWS: 123.0},
     }
     return Outcome(**(values | changes))
 
@@ -49,7 +49,7 @@ def test_report_compares_both_servers():
     rows = {line.split("  ")[0]: line.split() for line in text.splitlines()}
     assert rows["KV blocks held while decoding"][-3:] == ["400", "50", "0.12"]
     assert rows["decode tokens/s"][-3:] == ["16.0", "20.0", "1.25"]
-    assert f"{VISIBLE_TOKENS} 123" in text
+    assert f"{DECODE_ROWS} 123" in text
 
 
 def test_good_run_has_no_problems():
@@ -61,14 +61,14 @@ def test_wrong_answer_is_a_problem():
     assert "I do not know." in problem
 
 
-@pytest.mark.parametrize("counters", [{}, {VISIBLE_TOKENS: 0.0}])
+@pytest.mark.parametrize("counters", [{}, {DECODE_ROWS: 0.0}])
 def test_unused_backend_is_a_problem(counters):
     (problem,) = find_problems(outcome(counters=counters))
-    assert VISIBLE_TOKENS in problem
+    assert DECODE_ROWS in problem
 
 
 def test_options_select_backend_and_preset():
-    assert sparse_options("smollm2-135m") == [
+    assert sparse_options("ROCKETKV", "smollm2-135m") == [
         "--attention-backend",
         "ROCKETKV",
         "--additional-config",

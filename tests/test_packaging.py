@@ -112,6 +112,7 @@ def test_presets_are_valid_and_complete():
         "qwen2.5-sparda",
         "qwen3-8b",
         "smollm2-135m",
+        "smollm2-135m-sparda",
     }
     for preset in presets:
         values = yaml.safe_load(preset.read_text())

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""The demo: one question about a long document, asked of stock vLLM and of ROCKETKV."""
+"""The demo: one question about a long document, asked of stock vLLM and of one of our backends."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-DEFAULT_CONFIG = "smollm2-135m"
+DEFAULT_CONFIGS = {"ROCKETKV": "smollm2-135m", "SPARDA": "smollm2-135m-sparda"}
 DECODE_TOKENS = 64
 # Decode steps after which the KV cache is looked at; by then RocketKV has freed its blocks.
 SAMPLED_STEPS = (16, 32, 48)
-VISIBLE_TOKENS = "vllm:sparse_visible_tokens_total"
+DECODE_ROWS = "vllm:sparse_decode_rows_total"
+POOL_MIB = 1024
 
 Message = dict[str, str]
 
@@ -39,7 +40,9 @@ class Outcome:
     Attributes:
         answers: One per fact, in the order of `document.FACTS`.
         ttft_seconds: Time to the first token of the first, uncached question.
-        kv_blocks: Most blocks of the KV cache seen in use while decoding.
+        kv_blocks: Most blocks of vLLM's pool seen in use while decoding.
+        device_kv_mib: The memory of these blocks; with SPARDA, whose blocks are on the host, that
+            of the frames and compressed keys in use.
         counters: The plugin's metrics at the end.
     """
 
@@ -49,6 +52,7 @@ class Outcome:
     ttft_seconds: float = 0.0
     decode_tokens_per_second: float = 0.0
     kv_blocks: int = 0
+    device_kv_mib: float = 0.0
     counters: dict[str, float] = field(default_factory=dict)
 
 
@@ -56,8 +60,15 @@ def add_command(subparsers: Any) -> None:
     """Adds ``vllm-sparse demo``."""
     parser = subparsers.add_parser(
         "demo",
-        help="compare stock vLLM and ROCKETKV on a long document",
-        description="Serves a small model twice, stock and with ROCKETKV, and compares the two.",
+        help="compare stock vLLM and a sparse backend on a long document",
+        description="Serves a small model twice, stock and sparse, and compares the two.",
+    )
+    parser.add_argument(
+        "--backend",
+        type=str.upper,
+        choices=list(DEFAULT_CONFIGS),
+        default="ROCKETKV",
+        help="the sparse backend (default: %(default)s)",
     )
     parser.add_argument(
         "--model", metavar="PATH", help=f"model directory (default: download {DEFAULT_MODEL})"
@@ -65,8 +76,7 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument(
         "--config",
         metavar="NAME",
-        default=DEFAULT_CONFIG,
-        help="vllm-sparse preset, or path of a YAML file (default: %(default)s)",
+        help="vllm-sparse preset, or path of a YAML file (default: the demo model's)",
     )
     parser.add_argument(
         "--keep-logs", metavar="DIR", type=Path, help="write the servers' logs to DIR"
@@ -84,9 +94,9 @@ def run(arguments: argparse.Namespace) -> int:
             log_dir = arguments.keep_logs or Path(scratch)
             log_dir.mkdir(parents=True, exist_ok=True)
             stock = measure("stock vLLM", model, [], log_dir / "stock.log")
-            sparse = measure(
-                "ROCKETKV", model, sparse_options(arguments.config), log_dir / "rocketkv.log"
-            )
+            name = arguments.backend
+            options = sparse_options(name, arguments.config or DEFAULT_CONFIGS[name])
+            sparse = measure(name, model, options, log_dir / f"{name.lower()}.log")
     except (ModelUnavailableError, ServerError) as error:
         print(f"\nThe demo failed: {error}", file=sys.stderr)
         return 1
@@ -97,10 +107,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def sparse_options(config: str) -> list[str]:
-    """Returns the options of ``vllm serve`` that select ROCKETKV."""
+def sparse_options(backend: str, config: str) -> list[str]:
+    """Returns the options of ``vllm serve`` that select a backend and its settings."""
     settings = json.dumps({"vllm_sparse": {"config": config}})
-    return ["--attention-backend", "ROCKETKV", "--additional-config", settings]
+    return ["--attention-backend", backend, "--additional-config", settings]
 
 
 def measure(name: str, model: str, options: list[str], log_path: Path) -> Outcome:
@@ -109,7 +119,8 @@ def measure(name: str, model: str, options: list[str], log_path: Path) -> Outcom
 
     common = [
         *(model, "--served-model-name", "demo", "--dtype", "bfloat16"),
-        *("--max-model-len", "8192", "--max-num-seqs", "4", "--kv-cache-memory-bytes", "1G"),
+        *("--max-model-len", "8192", "--max-num-seqs", "4"),
+        *("--kv-cache-memory-bytes", str(POOL_MIB << 20)),
         # Compiling takes longer than these few requests.
         "--enforce-eager",
     ]
@@ -145,8 +156,10 @@ def _interview(name: str, server: Server, client: OpenAI) -> Outcome:
     num_blocks = server.num_blocks()
     for step, _ in enumerate(timed):
         if step in SAMPLED_STEPS:
-            used = server.metrics()["vllm:kv_cache_usage_perc"] * num_blocks
-            outcome.kv_blocks = max(outcome.kv_blocks, round(used))
+            metrics = server.metrics()
+            used = metrics["vllm:kv_cache_usage_perc"]
+            outcome.kv_blocks = max(outcome.kv_blocks, round(used * num_blocks))
+            outcome.device_kv_mib = max(outcome.device_kv_mib, device_kv_mib(metrics, used))
     outcome.decode_tokens_per_second = timed.decode_tokens_per_second
     print(f"{name}: decoded {outcome.decode_tokens_per_second:.1f} tokens/s", flush=True)
     outcome.counters = {
@@ -155,6 +168,22 @@ def _interview(name: str, server: Server, client: OpenAI) -> Outcome:
         if metric.startswith("vllm:sparse_") and not metric.endswith("_created")
     }
     return outcome
+
+
+def device_kv_mib(metrics: dict[str, float], used: float) -> float:
+    """KV memory in use on the device.
+
+    Args:
+        metrics: Of the server.
+        used: Share of vLLM's pool in use.
+    """
+    frames = metrics.get("vllm:sparse_slab_frames")
+    if frames is None:
+        return used * POOL_MIB
+    slab = metrics["vllm:sparse_slab_bytes"] * metrics["vllm:sparse_slab_frames_in_use"] / frames
+    # One key for every sixteen tokens' keys and values.
+    compressed = used * metrics["vllm:sparse_host_pool_bytes"] / 32
+    return (slab + compressed) / 2**20
 
 
 class Stream:
@@ -210,6 +239,7 @@ def report(stock: Outcome, sparse: Outcome) -> str:
     rows += [
         _row("time to first token, s", stock.ttft_seconds, sparse.ttft_seconds, ".1f"),
         _row("KV blocks held while decoding", stock.kv_blocks, sparse.kv_blocks, "d"),
+        _row("their memory on the device, MiB", stock.device_kv_mib, sparse.device_kv_mib, ".0f"),
         _row(
             "decode tokens/s",
             stock.decode_tokens_per_second,
@@ -241,6 +271,6 @@ def find_problems(sparse: Outcome) -> Iterator[str]:
     """Yields what would make the demo a failure."""
     fact = document.FACTS[0]
     if fact.answer not in sparse.answers[0]:
-        yield f"ROCKETKV answered {sparse.answers[0]!r}, which lacks {fact.answer!r}"
-    if not sparse.counters.get(VISIBLE_TOKENS):
-        yield f"the server did not use the backend: {VISIBLE_TOKENS} is absent or zero"
+        yield f"{sparse.name} answered {sparse.answers[0]!r}, which lacks {fact.answer!r}"
+    if not sparse.counters.get(DECODE_ROWS):
+        yield f"the server did not use the backend: {DECODE_ROWS} is absent or zero"
