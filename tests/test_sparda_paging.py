@@ -519,7 +519,6 @@ def test_random_lives() -> None:
     )
     PagingMachine.TestCase().runTest()
     seen = PagingMachine.seen
-    print(seen)
     assert seen["steps"] > 1000
     for event in (
         *("late tiles", "decodes that borrow", "replays", "failed steps"),
