@@ -382,3 +382,25 @@ def test_command_reports_errors(tmp_path, capsys):
     save_file(dict(list(tensors().items())[:2]), tmp_path / "p.safetensors")
     with pytest.raises(ConfigError, match="incomplete"):
         export_official(tmp_path / "p.safetensors", tmp_path / "p.pt")
+
+
+def test_biases_are_read_all_or_none_and_never_exported(tmp_path):
+    weights = tensors()
+    biases = {
+        name.replace(".weight", ".bias"): torch.full((HEADS * DIM,), float(i))
+        for i, name in enumerate(weights)
+    }
+    path = tmp_path / "f.safetensors"
+    save_file({**weights, **biases}, path)
+    loaded = load_forecast(path, *MODEL)
+    assert [float(bias[0]) for bias in loaded.future_bias] == [0.0, 1.0, 2.0]
+    assert float(loaded.current_bias[0]) == LAYERS
+    with pytest.raises(ConfigError, match="has biases"):
+        export_official(path, tmp_path / "f.pt")
+    save_file(weights, path)
+    assert load_forecast(path, *MODEL).future_bias is None
+    name = canonical_name(1, "q_future_proj.bias")
+    del biases[name]
+    save_file({**weights, **biases}, path)
+    with pytest.raises(ConfigError, match=f"{name} is missing"):
+        load_forecast(path, *MODEL)

@@ -36,6 +36,7 @@ from vllm_sparse.models.weights import (
 
 if TYPE_CHECKING:
     from vllm_sparse.config import SpardaSettings
+    from vllm_sparse.models.weights import ForecastWeights
 
 logger = init_logger("vllm.sparse.sparda")
 
@@ -234,7 +235,11 @@ def install_taps(model: nn.Module, vllm_config: Any) -> Taps:
 
     shared = [recording(1) if last > least else None for least in (2, 1)]  # layers 2, 4..; 1, 3..
     learned = settings.chosen_selector == "forecast"
-    has_bias = not learned and any(layer.linear.bias is not None for layer in layers)
+    weights = _load_learned(settings, first, last + 1) if learned else None
+    if weights is not None:
+        has_bias = weights.current_bias is not None
+    else:
+        has_bias = any(layer.linear.bias is not None for layer in layers)
     for layer in layers:
         values = recording(1 + (last > 0)) if layer.index == 0 else shared[layer.index % 2]
         if values is None or layer.index == last > 0:
@@ -246,29 +251,38 @@ def install_taps(model: nn.Module, vllm_config: Any) -> Taps:
         layer.linear.__class__ = _tapped_class(type(layer.linear))
         layer.linear.forecast_tap = tap
         taps._taps.append(tap)
-    if learned:
-        _fill_learned(taps, settings, first, last + 1)
+    if weights is not None:
+        _fill_learned(taps, weights, first)
     else:
         _fill_from_queries(taps, layers)
     return taps
 
 
-def _fill_learned(taps: Taps, settings: SpardaSettings, linear: Any, num_layers: int) -> None:
+def _load_learned(settings: SpardaSettings, linear: Any, num_layers: int) -> ForecastWeights:
     assert settings.forecast is not None
-    heads = linear.total_num_kv_heads
     weights = load_forecast(
-        settings.forecast, num_layers, heads, linear.head_size, linear.input_size
+        settings.forecast,
+        num_layers,
+        linear.total_num_kv_heads,
+        linear.head_size,
+        linear.input_size,
     )
     warning = check_metadata(weights.metadata, settings)
     if warning:
         logger.warning("%s: %s", settings.forecast, warning)
+    return weights
 
-    def own(weight: Tensor) -> Tensor:
-        return shard_heads(weight, heads, linear.tp_rank, linear.tp_size)
 
-    taps._taps[0].fill(0, own(weights.current))
+def _fill_learned(taps: Taps, weights: ForecastWeights, linear: Any) -> None:
+    def own(rows: Tensor | None) -> Any:
+        if rows is None:
+            return None
+        return shard_heads(rows, linear.total_num_kv_heads, linear.tp_rank, linear.tp_size)
+
+    taps._taps[0].fill(0, own(weights.current), own(weights.current_bias))
     for layer, weight in enumerate(weights.future):
-        taps._taps[layer].fill(-1, own(weight))
+        bias = weights.future_bias[layer] if weights.future_bias else None
+        taps._taps[layer].fill(-1, own(weight), own(bias))
 
 
 def _fill_from_queries(taps: Taps, layers: list[_Layer]) -> None:

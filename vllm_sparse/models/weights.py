@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vllm_sparse.config import SpardaSettings
 
 FUTURE, CURRENT = "q_future_proj", "q_curr_proj"
+BIAS = ".bias"  # of a kind; the official format has none, ours may
 FORMAT_VERSION = "1"
 METADATA_KEYS = (
     "base_model",
@@ -42,12 +43,12 @@ METADATA_KEYS = (
     "version",
 )
 
-_KEY = re.compile(rf"(?:^|\.)layers\.(\d+)\.self_attn\.({FUTURE}|{CURRENT})\.weight$")
+_KEY = re.compile(rf"(?:^|\.)layers\.(\d+)\.self_attn\.({FUTURE}|{CURRENT})\.(weight|bias)$")
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 _SAFETENSORS_SUFFIX = ".safetensors"
 
-TensorId = tuple[int, str]  # layer, FUTURE or CURRENT
+TensorId = tuple[int, str]  # layer, FUTURE or CURRENT, with or without BIAS
 
 
 class ForecastWeights(NamedTuple):
@@ -59,6 +60,10 @@ class ForecastWeights(NamedTuple):
     """Of layer 0, for itself, ``[G * D, hidden]``."""
     metadata: dict[str, str]
     """What the file says of its training; any of ``METADATA_KEYS``."""
+    future_bias: list[Tensor] | None = None
+    """For each of ``future``, ``[G * D]``."""
+    current_bias: Tensor | None = None
+    """For ``current``, ``[G * D]``."""
 
 
 class _Entry(NamedTuple):
@@ -70,7 +75,7 @@ class _Entry(NamedTuple):
 
 def canonical_name(layer: int, kind: str) -> str:
     """Returns the name that a tensor has in our files."""
-    return f"model.layers.{layer}.self_attn.{kind}.weight"
+    return f"model.layers.{layer}.self_attn.{kind}{'' if kind.endswith(BIAS) else '.weight'}"
 
 
 def inspect_forecast(
@@ -114,10 +119,16 @@ def load_forecast(
         ConfigError: No such file, or it is not this model's; every offending tensor is named.
     """
     index, metadata = _checked_index(path, num_layers, num_kv_heads, head_size, hidden_size)
-    wanted = _wanted(num_layers)
+    wanted = [*_wanted(num_layers), *_wanted(num_layers, BIAS)]
     tensors = _read({name: entry for name, entry in index.items() if name in wanted})
+    layers = range(num_layers - 1)
+    has_bias = (0, CURRENT + BIAS) in tensors
     return ForecastWeights(
-        [tensors[layer, FUTURE] for layer in range(num_layers - 1)], tensors[0, CURRENT], metadata
+        [tensors[layer, FUTURE] for layer in layers],
+        tensors[0, CURRENT],
+        metadata,
+        [tensors[layer, FUTURE + BIAS] for layer in layers] if has_bias else None,
+        tensors[0, CURRENT + BIAS] if has_bias else None,
     )
 
 
@@ -206,17 +217,19 @@ def shard_heads(weight: Tensor, num_kv_heads: int, rank: int, world_size: int) -
 # ---- reading safetensors -------------------------------------------------------------------------
 
 
-def _wanted(num_layers: int) -> list[TensorId]:
-    return [(0, CURRENT), *((layer, FUTURE) for layer in range(num_layers - 1))]
+def _wanted(num_layers: int, suffix: str = "") -> list[TensorId]:
+    return [(0, CURRENT + suffix), *((layer, FUTURE + suffix) for layer in range(num_layers - 1))]
 
 
 def _checked_index(
     path: str | Path, num_layers: int, num_kv_heads: int, head_size: int, hidden_size: int
 ) -> tuple[dict[TensorId, _Entry], dict[str, str]]:
     index, metadata = _index(_safetensors_files(Path(path)))
-    expected = (num_kv_heads * head_size, hidden_size)
     problems = []
-    for layer, kind in _wanted(num_layers):
+    biases = _wanted(num_layers, BIAS) if any(kind.endswith(BIAS) for _, kind in index) else []
+    for layer, kind in [*_wanted(num_layers), *biases]:
+        rows = num_kv_heads * head_size
+        expected = (rows,) if kind.endswith(BIAS) else (rows, hidden_size)
         entry = index.get((layer, kind))
         if entry is None:
             problems.append(f"{canonical_name(layer, kind)} is missing (expected {list(expected)})")
@@ -291,7 +304,7 @@ def _index(files: list[Path]) -> tuple[dict[TensorId, _Entry], dict[str, str]]:
 
 def _tensor_id(key: str) -> TensorId | None:
     found = _KEY.search(key)
-    return (int(found[1]), found[2]) if found else None
+    return (int(found[1]), found[2] + (BIAS if found[3] == "bias" else "")) if found else None
 
 
 def _refuse_second(first: _Entry | None, second: _Entry) -> None:
@@ -372,6 +385,11 @@ def export_official(source: str | Path, target: str | Path) -> None:
         ConfigError: Tensors or metadata are missing.
     """
     index, metadata = _index(_safetensors_files(Path(source)))
+    if any(kind.endswith(BIAS) for _, kind in index):
+        raise ConfigError(
+            f"{source} has biases, for which the official format has no place; train with "
+            "--bias false to export"
+        )
     tensors = _read(index)
     _check_complete(tensors, source)
     missing = [
