@@ -91,7 +91,7 @@ def test_selectors_equal_hugging_face(qwen2, prompts, tmp_path, selector):
     changes: dict[str, Any] = {"selector": selector}
     if selector == "forecast":
         changes["forecast"] = str(tmp_path / "forecast.safetensors")
-        hf_sparda.save_random_forecast(changes["forecast"], qwen2)
+        hf_sparda.save_random_forecast(changes["forecast"], qwen2, bias=True)
     run = run_sparda(qwen2, prompts, **changes)
     assert_tokens_of_hugging_face(qwen2, prompts, run["tokens"][0], **changes)
 

@@ -309,12 +309,17 @@ def load_model(path):
 
 
 def load_forecast(path):
-    """(W_future of each layer, W_curr of layer 0) of a safetensors file."""
-    weights = load_file(path)
+    """(weight, bias or None) of each layer's Forecast and of layer 0's own, from safetensors."""
+    tensors = load_file(path)
+
+    def pair(name):
+        bias = tensors.get(f"{name}.bias")
+        return tensors[f"{name}.weight"].float(), None if bias is None else bias.float()
+
     future = []
-    while (name := f"model.layers.{len(future)}.self_attn.q_future_proj.weight") in weights:
-        future.append(weights[name].float())
-    return future, weights["model.layers.0.self_attn.q_curr_proj.weight"].float()
+    while (name := f"model.layers.{len(future)}.self_attn.q_future_proj") + ".weight" in tensors:
+        future.append(pair(name))
+    return future, pair("model.layers.0.self_attn.q_curr_proj")
 
 
 def _projections(model, settings, forecast):
@@ -323,9 +328,8 @@ def _projections(model, settings, forecast):
         if forecast is None:
             raise ValueError("selector forecast needs a forecast file")
         future, current = forecast if isinstance(forecast, tuple) else load_forecast(forecast)
-        weights = [current, *future[:-1]]
-        assert len(weights) == len(model.model.layers)
-        return [(weight, None) for weight in weights]
+        assert len(future) == len(model.model.layers)
+        return [current, *future[:-1]]
     num_groups = model.config.num_key_value_heads
     projections = []
     for layer in model.model.layers:
@@ -600,7 +604,7 @@ def _granite_config(config):
     )
 
 
-def save_random_forecast(path, model_dir, seed=0, std=0.1):
+def save_random_forecast(path, model_dir, seed=0, std=0.1, bias=False):
     """Write random Forecast weights for the checkpoint in ``model_dir``; returns ``path``."""
     config = json.loads((Path(model_dir) / "config.json").read_text())
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
@@ -612,5 +616,9 @@ def save_random_forecast(path, model_dir, seed=0, std=0.1):
         weights[f"model.layers.{layer}.self_attn.q_future_proj.weight"] = None
     for name in weights:
         weights[name] = torch.randn(shape, generator=generator) * std
+    if bias:
+        for name in list(weights):
+            noise = torch.randn(shape[0], generator=generator)
+            weights[name.replace("weight", "bias")] = noise
     save_file(weights, path, metadata={"format": "pt"})
     return path

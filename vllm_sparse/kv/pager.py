@@ -139,6 +139,8 @@ class LayerPager:
             raise IntegrityError("two pieces share a frame of the device slab")
         if int((self.table.piece_of >= 0).sum()) != len(held):
             raise IntegrityError("a frame of the device slab names a piece that is elsewhere")
+        if self.resident and not self._poison:
+            return  # pieces that were never written hold anything
         frame_bits, piece_bits = (
             part.contiguous().view(torch.uint8) for part in (self.slab[frames], self.pieces[held])
         )

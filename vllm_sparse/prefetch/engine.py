@@ -64,6 +64,7 @@ class CopyEngine(Protocol):
 class _Job:
     def __init__(self, *arguments: Tensor) -> None:
         self.arguments = arguments
+        self.submitted = time.perf_counter()
         self.error: BaseException | None = None
         self._event = threading.Event()
 
@@ -123,17 +124,20 @@ class ThreadCopyEngine:
 
 def _close(jobs: queue.SimpleQueue[_Job | None], thread: threading.Thread) -> None:
     jobs.put(None)
-    thread.join()
+    if thread is not threading.current_thread():  # where a garbage collection may run this
+        thread.join()
 
 
 def _work(
     jobs: queue.SimpleQueue[_Job | None], copy: Callable[..., None], gb_per_s: float | None
 ) -> None:
     # vLLM pins its threads; a copy on the core that computes would overlap with nothing.
-    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
     free_at = 0.0
     while (job := jobs.get()) is not None:
-        start = max(time.perf_counter(), free_at)
+        # A queued copy starts when the link is free, however late this thread wakes up.
+        start = max(job.submitted, free_at)
         try:
             copy(*job.arguments)
         except BaseException as error:

@@ -48,10 +48,11 @@ class PrefetchScheduler:
     def begin_step(self) -> None:
         """Forget what a step that failed half-way has left."""
         self._announced.clear()
-        for fetch in self._fetches.values():
-            self._count("prefetch_wasted", fetch.copies)
+        left, self._fetches = self._fetches, {}
+        for fetch in left.values():
+            if fetch.ahead:
+                self._count("prefetch_wasted", fetch.copies)
             fetch.ticket.wait()
-        self._fetches.clear()
 
     def announce(self, layer: int, blocks: Tensor, *, ahead: bool) -> None:
         """Say what a layer will read.
