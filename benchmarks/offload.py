@@ -268,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
         "--link-gb-per-s",
         type=float,
         help="rate of the copy engine; by default the misses of a layer take as long as the layer "
-        f"at {overlap.LINK_MISS_RATE:.0%} misses",
+        f"at {overlap.LINK_MISS_RATE:.0%}% misses",
     )
     waits.add_argument("--link-steps", type=int, default=32, help="to find that rate")
     serve.add_argument("--model", default="smollm2", help="name, alias (smollm2, qwen) or path")
