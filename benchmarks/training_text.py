@@ -25,7 +25,6 @@ from typing import Any
 
 from benchmarks import corpus, needles
 
-TAIL_TOKENS = 320
 _HELD_OUT_MODULES = ("argparse", "asyncio", "datetime", "logging", "statistics", "zipfile")
 
 
@@ -145,6 +144,7 @@ class Writer:
     def __init__(self, tokenizer: Any, num_tokens: int) -> None:
         """Keeps the tokenizer."""
         self._tokenizer, self._num_tokens = tokenizer, num_tokens
+        self._tail = num_tokens * 5 // 64  # of questions or repetition, at the end
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -167,14 +167,14 @@ class Writer:
     def repeating(self, rng: random.Random, texts: list[str]) -> list[int]:
         """Text whose end repeats one of its earlier passages."""
         ids = self.ids(self.passage(rng, texts))
-        room = self._num_tokens - TAIL_TOKENS
-        start = rng.randrange(room - TAIL_TOKENS)
+        room = self._num_tokens - self._tail
+        start = rng.randrange(room - self._tail)
         lead = self.ids("\n\nAs we read before:\n\n")
-        return (ids[:room] + lead + ids[start : start + TAIL_TOKENS])[: self._num_tokens]
+        return (ids[:room] + lead + ids[start : start + self._tail])[: self._num_tokens]
 
     def questions(self, rng: random.Random, texts: list[str]) -> list[int]:
         """Text with hidden facts, and a conversation about them at the end."""
-        facts = _facts(rng, 12)
+        facts = _facts(rng, min(len(_THINGS), self._num_tokens // 340))
         lines = self.passage(rng, texts).splitlines(keepends=True)
         asked = rng.sample(facts, len(facts))
         rendered = self._tokenizer.apply_chat_template(
@@ -187,7 +187,7 @@ class Writer:
         for number, (_, question, answer) in enumerate(asked):
             before = f"{end}\n{turn}" if number else ""
             talk += f"{before}{question}{answer_head}{answer}."
-        tail = self.ids(f"\n\n{talk}")[: rng.randrange(TAIL_TOKENS - 60, TAIL_TOKENS)]
+        tail = self.ids(f"\n\n{talk}")[: rng.randrange(self._tail - 60, self._tail)]
         room = self._num_tokens - len(tail)
         begin = head + "Read the text; questions follow.\n\n"
         spread = sorted(rng.random() for _ in facts)

@@ -206,7 +206,7 @@ def _prepare(
         backbone.head_dim,
         settings.bias,
     )
-    forecast.initialise(settings.init, backbone, settings.seed)
+    forecast.initialise(settings.init, backbone, settings.seed, sequences[0])
     trainer = Trainer(settings, backbone, forecast, source, sequences, folder, accelerator)
     existing = checkpoints(folder)
     if existing and not arguments.resume:

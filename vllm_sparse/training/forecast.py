@@ -75,7 +75,9 @@ class Forecast(nn.Module):
         return projection
 
     @torch.no_grad()
-    def initialise(self, init: Init, backbone: Backbone, seed: int) -> None:
+    def initialise(
+        self, init: Init, backbone: Backbone, seed: int, text: Tensor | None = None
+    ) -> None:
         """Sets the first weights.
 
         Args:
@@ -85,11 +87,17 @@ class Forecast(nn.Module):
                 ``uniform``: SparDA's, between plus and minus one over the root of the width.
             backbone: The frozen model.
             seed: For ``uniform``.
+            text: Token ids, ``[n]``, for ``lookahead`` without a bias on a model whose queries
+                have one: it is folded into the weights along the direction in which the layer's
+                inputs are nearly constant on this text.
 
         Raises:
             UnsupportedError: The model has no query projections to start from.
         """
         generator = torch.Generator().manual_seed(seed)
+        constants: list[Tensor] = []
+        if init == "lookahead" and text is not None and not self.has_bias:
+            backbone.run(text, lambda view: constants.append(constant_direction(view.inputs)))
         for layer in range(len(self.projections)):
             target = self._projection(layer)
             if init == "uniform":
@@ -107,10 +115,15 @@ class Forecast(nn.Module):
                 )
             norm = backbone.query_norm(layer)
             target.weight.copy_(self._group_mean(query.weight, norm))
+            if query.bias is None:
+                if target.bias is not None:
+                    target.bias.zero_()
+                continue
+            bias = self._group_mean(query.bias, norm)
             if target.bias is not None:
-                target.bias.zero_()
-                if query.bias is not None:
-                    target.bias.copy_(self._group_mean(query.bias, norm))
+                target.bias.copy_(bias)
+            elif constants:
+                target.weight.add_(torch.outer(bias, constants[input_layer(layer)]).cpu())
 
     def _group_mean(self, rows: Tensor, norm: Tensor | None) -> Tensor:
         """``[H * D, ...]`` to ``[G * D, ...]``."""
@@ -118,6 +131,25 @@ class Forecast(nn.Module):
         if norm is not None:
             grouped = grouped * norm.float().view(-1, *(1,) * (rows.dim() - 1))
         return grouped.flatten(0, 1)
+
+
+def constant_direction(inputs: Tensor, ridge: float = 1e-3) -> Tensor:
+    """The vector whose product with every input is as near to one as possible.
+
+    The inputs of an attention layer have a large component in common, so this comes within a few
+    percent. With it, weights alone can do what a bias does.
+
+    Args:
+        inputs: ``[n, hidden]``.
+        ridge: Damping, relative to the mean square of the inputs.
+
+    Returns:
+        float32 ``[hidden]``.
+    """
+    inputs = inputs.float()
+    square = inputs.T @ inputs / len(inputs)
+    square.diagonal().add_(ridge * square.diagonal().mean())
+    return torch.linalg.solve(square, inputs.mean(0))
 
 
 def input_layer(layer: int) -> int:

@@ -63,7 +63,7 @@ class TrainSettings(BaseModel):
     init: Init = Field(
         "lookahead",
         description="First weights. lookahead: the next layer's query projection, averaged over "
-        "a group. uniform: SparDA's.",
+        "a group, its bias folded in. uniform: SparDA's.",
     )
     bias: bool = Field(
         False, description="Train a bias too. Not in SparDA's format; for models like Qwen2."
