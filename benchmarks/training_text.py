@@ -2,12 +2,16 @@
 # SPDX-FileCopyrightText: The vllm-sparse authors
 """Text to train a Forecast on, without a network, and text that it never sees.
 
-    python -m benchmarks.training_text --model MODEL --out FOLDER --documents 120
+    python -m benchmarks.training_text --model MODEL --out TEXT --documents 32
+    vllm-sparse train-forecast --model MODEL --data TEXT/train.jsonl --text-key tokens \\
+        --recipe dense-small --cache CACHE --out forecast.safetensors
+    vllm-sparse eval-forecast --model MODEL --forecast forecast.safetensors --text-key tokens \\
+        --packing documents --data TEXT/held-out-needles.jsonl --queries 12 --tail-queries 12
 
-writes ``train.jsonl`` and three held-out sets. Training documents are cut from the plays and poems
-that `benchmarks.corpus` does not use and from Python's standard library; in most of them facts are
-hidden that a conversation at the end asks for, or a passage is repeated at the end. Facts,
-questions, keys and values have nothing in common with those of `benchmarks.needles`.
+The first command writes ``train.jsonl`` and three held-out sets. Training documents are cut from
+the plays and poems that `benchmarks.corpus` does not use and from Python's standard library; in
+most of them facts are hidden that a conversation at the end asks for, or a passage is repeated at
+the end. Facts, questions and keys have nothing in common with those of `benchmarks.needles`.
 
 The held-out sets are the prose of `benchmarks.corpus`, other modules of the standard library, and
 questions of `benchmarks.needles` with their answers. All documents have the same number of tokens.

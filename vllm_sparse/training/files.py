@@ -32,6 +32,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield scratch
         with scratch.open("rb+") as file:
             os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        scratch.chmod(0o666 & ~mask)  # safetensors lets only the owner read
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
