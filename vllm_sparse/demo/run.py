@@ -254,7 +254,8 @@ def report(stock: Outcome, sparse: Outcome) -> str:
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells).rstrip())
     lines += ["", "Counters of the plugin:"]
-    lines += [f"  {name} {value:.0f}" for name, value in sorted(sparse.counters.items())]
+    counted = sorted((name, value) for name, value in sparse.counters.items() if value)
+    lines += [f"  {name} {value:.0f}" for name, value in counted]
     return "\n".join(lines)
 
 
