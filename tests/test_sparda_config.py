@@ -52,7 +52,8 @@ class TestSettings:
         assert load(top_k_extra=40, local_blocks=4).blocks_read == 44
 
     def test_the_selector_follows_the_forecast_file(self):
-        assert load().chosen_selector == "lookahead-query"
+        assert load().chosen_selector == "previous"
+        assert load(sparse_prefill=True).chosen_selector == "lookahead-query"
         assert load(forecast="weights.safetensors").chosen_selector == "forecast"
         assert load(selector="previous").chosen_selector == "previous"
 

@@ -107,7 +107,8 @@ class SpardaSettings(BaseModel):
         description="What chooses the blocks of a layer. forecast: trained weights, a layer ahead. "
         "lookahead-query: the layer's query projection on the input of the layer before. query: "
         "its own queries (InfLLM-v2, nothing is fetched ahead). previous: the last token's "
-        "queries. Unset: forecast with a forecast file, else lookahead-query.",
+        "queries. Unset: forecast with a forecast file, else previous (with sparse_prefill, "
+        "lookahead-query).",
     )
     forecast: str | None = Field(None, description="safetensors file with Forecast weights.")
     block_size: PositiveInt = Field(64, description="Tokens per block; becomes vLLM's block size.")
@@ -166,7 +167,9 @@ class SpardaSettings(BaseModel):
     @property
     def chosen_selector(self) -> str:
         """The selector in force."""
-        return self.selector or ("forecast" if self.forecast else "lookahead-query")
+        if self.selector or self.forecast:
+            return self.selector or "forecast"
+        return "lookahead-query" if self.sparse_prefill else "previous"
 
     @model_validator(mode="after")
     def _consistent(self) -> SpardaSettings:
