@@ -125,7 +125,7 @@ def parse_arm(name: str, settings: dict | None = None, forecast: str | None = No
     if kind == "forecast":
         if forecast is None:
             raise ValueError(f"arm {name} needs --forecast FILE")
-        implied["forecast"] = str(Path(forecast).resolve())
+        implied["forecast"] = str(forecast)
     return Arm(name, {**_BLOCKS, **_known("sparda", given), **implied}, "SPARDA")
 
 
