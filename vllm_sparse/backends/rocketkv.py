@@ -17,15 +17,14 @@ from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import (
-    CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadataBuilder,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_sparse import metrics
+from vllm_sparse.backends.base import SparseBackend, ask_for_prompt_lengths, prompt_lengths
 from vllm_sparse.backends.guard import check_layer
 from vllm_sparse.backends.metadata import PromptEnd, SparseRows, StepMetadata, StepPlanner
 from vllm_sparse.config import RocketKVSettings, load_settings
@@ -46,12 +45,10 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.sparse.rocketkv")
 
 
-class RocketKVBackend(CPUAttentionBackend):
+class RocketKVBackend(SparseBackend):
     """Entry point that vLLM resolves ``--attention-backend ROCKETKV`` to."""
 
-    # The impl writes the cache itself: a replayed token may only be written after compaction.
-    forward_includes_kv_cache_update: bool = True
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "bfloat16", "float16"]
+    _missing_on_gpus: ClassVar[str] = "kernels"
 
     # Set by the first layer that is built: customize_spec gets nothing but the spec, and is called
     # outside vLLM's config context.
@@ -74,22 +71,6 @@ class RocketKVBackend(CPUAttentionBackend):
     def get_builder_cls() -> type[RocketKVMetadataBuilder]:
         """The metadata builder."""
         return RocketKVMetadataBuilder
-
-    @classmethod
-    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
-        """Reasons against using this backend; asked by GPU platforms, and always one there."""
-        reasons = super().validate_configuration(*args, **kwargs)
-        if not current_platform.is_cpu():
-            reasons.append(
-                "this release of vllm-sparse serves ROCKETKV on CPUs only; its GPU kernels are "
-                "not written yet"
-            )
-        return reasons
-
-    @classmethod
-    def supports_attn_type(cls, attn_type: str) -> bool:
-        """Decoder layers only."""
-        return attn_type == "decoder"
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
@@ -159,9 +140,7 @@ class RocketKVMetadataBuilder(CPUAttentionMetadataBuilder):
                 f"--block-size that it keeps, for example {self.block_size}"
             )
         self._planner = StepPlanner(kv_cache_spec.rule, settings.token_budget // 2)
-        # Both model runners hand the builder each request's prompt length if this is set; nothing
-        # else reads it for this backend.
-        vllm_config.model_config.model_arch_config.rswa_window = 1 << 30
+        ask_for_prompt_lengths(vllm_config)
 
         layers = vllm_config.compilation_config.static_forward_context
         for name in layer_names:
@@ -194,9 +173,6 @@ class RocketKVMetadataBuilder(CPUAttentionMetadataBuilder):
         """Split the batch into dense tokens, ending prompts and sparse decode tokens."""
         common = common_attn_metadata
         rows = common.num_reqs
-        prompt_lens = common.rswa_prefix_lens
-        if prompt_lens is None:  # a dummy run before the runner knows that we need them
-            prompt_lens = torch.zeros(rows, dtype=torch.int32)
 
         def dense(rows: Tensor | None, tokens: Tensor | None, lens: Tensor | None) -> Any:
             if rows is None:
@@ -220,7 +196,7 @@ class RocketKVMetadataBuilder(CPUAttentionMetadataBuilder):
         return self._planner.split(
             common.query_start_loc_cpu[: rows + 1],
             common.seq_lens[:rows].cpu(),
-            prompt_lens[:rows].cpu(),
+            prompt_lengths(common),
             common.block_table_tensor[:rows],
             dense,
             metrics.counters().add,

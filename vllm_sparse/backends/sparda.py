@@ -17,12 +17,11 @@ from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, MultipleOf
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_sparse import metrics
+from vllm_sparse.backends.base import SparseBackend, ask_for_prompt_lengths, prompt_lengths
 from vllm_sparse.backends.guard import check_layer
 from vllm_sparse.backends.sparda_metadata import DecodeRows, PromptRow, SpardaPlanner, SpardaStep
 from vllm_sparse.backends.sparda_prompt import attend_prompt
@@ -56,12 +55,10 @@ _SCORED_AT_ONCE = 128
 _STEPS_PER_GAUGE = 32
 
 
-class SpardaBackend(CPUAttentionBackend):
+class SpardaBackend(SparseBackend):
     """Entry point that vLLM resolves ``--attention-backend SPARDA`` to."""
 
-    # A layer's tokens are written while it attends, in the order that its copies allow.
-    forward_includes_kv_cache_update: bool = True
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "bfloat16", "float16"]
+    _missing_on_gpus: ClassVar[str] = "copy engine and kernels"
 
     # Set by the first layer that is built: customize_spec gets nothing but the spec, and is called
     # outside vLLM's config context.
@@ -87,22 +84,6 @@ class SpardaBackend(CPUAttentionBackend):
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         """Any: start-up makes vLLM use the block size of the settings."""
         return [MultipleOf(1)]
-
-    @classmethod
-    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
-        """Reasons against using this backend; asked by GPU platforms, and always one there."""
-        reasons = super().validate_configuration(*args, **kwargs)
-        if not current_platform.is_cpu():
-            reasons.append(
-                "this release of vllm-sparse serves SPARDA on CPUs only; its GPU copy engine and "
-                "kernels are not written yet"
-            )
-        return reasons
-
-    @classmethod
-    def supports_attn_type(cls, attn_type: str) -> bool:
-        """Decoder layers only."""
-        return attn_type == "decoder"
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
@@ -184,9 +165,7 @@ class SpardaMetadataBuilder(AttentionMetadataBuilder[SpardaStep]):
         )
         for number, layer in enumerate(layers):
             layer.impl.prepare(self.runtime, number)
-        # Both model runners hand the builder each request's prompt length if this is set; nothing
-        # else reads it for this backend.
-        vllm_config.model_config.model_arch_config.rswa_window = 1 << 30
+        ask_for_prompt_lengths(vllm_config)
         counters.publish_to(metrics.folder(vllm_config.instance_id))
         counters.set_gauge("host_pool_bytes", geometry.host_bytes)
         counters.set_gauge("slab_bytes", geometry.slab_bytes)
@@ -208,13 +187,10 @@ class SpardaMetadataBuilder(AttentionMetadataBuilder[SpardaStep]):
             in_use = self.runtime.pager.frames_in_use()
             metrics.counters().set_gauge("slab_frames_in_use", in_use)
         self._steps += 1
-        prompt_lens = common.rswa_prefix_lens
-        if prompt_lens is None:  # a dummy run before the runner knows that we need them
-            prompt_lens = torch.zeros(rows, dtype=torch.int32)
         return self._planner.plan(
             common.query_start_loc_cpu[: rows + 1],
             common.seq_lens[:rows].cpu(),
-            prompt_lens[:rows].cpu(),
+            prompt_lengths(common),
             common.block_table_tensor[:rows].cpu(),
         )
 
