@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
+    from vllm_sparse.kernels.reference.sparda_steps import Resolution, Selected
 
 
 class DecodeKernel(NamedTuple):
@@ -27,7 +28,7 @@ class DecodeKernel(NamedTuple):
 
 @cache
 def rocketkv_decode(device: str, dtype: torch.dtype) -> DecodeKernel:
-    """The decode kernel for a device type and cache dtype.
+    """RocketKV's decode kernel where it does not run on a GPU.
 
     Args:
         device: ``torch.device.type``.
@@ -92,31 +93,87 @@ def sparda_paging(device: str) -> PagingKernels:
     )
 
 
-def attend_part(device: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Attention over a part of the keys for a device type, as in ``kernels.reference.prefill``."""
-    if device == "cpu":
-        from vllm_sparse.kernels.cpu import prefill as flash
+def attend_part(device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Attention over a part of a prompt's keys, as in ``kernels.reference.sparda_steps``."""
+    if device.type == "cuda":
+        from vllm_sparse.kernels.triton import sparda_prefill
 
-        return flash.attend_part
-    from vllm_sparse.kernels.reference import prefill
+        return sparda_prefill.attend_part
+    from vllm_sparse.kernels.cpu import prefill
 
     return prefill.attend_part
 
 
+class RocketKVGpuKernels(NamedTuple):
+    """What RocketKV runs on a GPU."""
+
+    decode: DecodeKernel
+    plan_rows: Callable[..., None]
+    compact_prompts: Callable[..., None]
+
+
 @cache
-def rocketkv_triton_decode(device: str, *, interpret: bool = False) -> DecodeKernel:
-    """The Triton decode kernels, for GPUs.
+def rocketkv_gpu(device: torch.device) -> RocketKVGpuKernels:
+    """The Triton kernels.
 
     Args:
-        device: ``torch.device.type``.
-        interpret: Allow a CPU, where Triton's interpreter must have been chosen before Triton was
-            imported (``TRITON_INTERPRET=1``).
+        device: A GPU; or a CPU where Triton's interpreter was chosen before Triton was imported.
 
     Raises:
         ValueError: The device cannot run them.
     """
-    if device != "cuda" and not interpret:
-        raise ValueError(f"Triton kernels need a CUDA device, not {device!r}")
-    from vllm_sparse.kernels.triton import rocketkv as gpu
+    _check_triton(device)
+    from vllm_sparse.kernels.triton import rocketkv, rows
 
-    return DecodeKernel(gpu.decode_attention, "triton")
+    return RocketKVGpuKernels(
+        DecodeKernel(rocketkv.decode_attention, "triton"), rows.plan_rows, rocketkv.compact_prompts
+    )
+
+
+class SpardaGpuKernels(NamedTuple):
+    """What SparDA runs on a GPU; contracts in ``kernels.reference.sparda_steps`` and ``paging``."""
+
+    select_blocks: Callable[..., Selected]
+    resolve: Callable[..., Resolution]
+    copy_pieces: Callable[..., None]
+    write_tokens: Callable[..., None]
+    update_windows: Callable[..., None]
+    attend_frames: Callable[..., None]
+
+
+@cache
+def sparda_gpu(device: torch.device) -> SpardaGpuKernels:
+    """The Triton kernels.
+
+    Args:
+        device: See :func:`rocketkv_gpu`.
+
+    Raises:
+        ValueError: The device cannot run them.
+    """
+    _check_triton(device)
+    from vllm_sparse.kernels.triton import (
+        sparda_attention,
+        sparda_paging,
+        sparda_select,
+        sparda_tokens,
+    )
+
+    return SpardaGpuKernels(
+        sparda_select.select_blocks,
+        sparda_paging.resolve,
+        sparda_paging.copy_pieces,
+        sparda_tokens.write_tokens,
+        sparda_tokens.update_windows,
+        sparda_attention.attend_frames,
+    )
+
+
+def _check_triton(device: torch.device) -> None:
+    import triton
+
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        raise ValueError(
+            f"Triton kernels need a CUDA device, not {device.type!r}; on a CPU they run in Triton's"
+            " interpreter, with TRITON_INTERPRET=1 in the environment"
+        )

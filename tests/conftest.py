@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import pkgutil
 import sys
 from pathlib import Path
 
@@ -22,7 +23,9 @@ if not torch.cuda.is_available():
     # are first imported (transformers imports Triton). Engines that tests start do not inherit it.
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ModuleNotFoundError):
         patch.setenv("TRITON_INTERPRET", "1")
-        importlib.import_module("vllm_sparse.kernels.triton.rocketkv")
+        package = importlib.import_module("vllm_sparse.kernels.triton")
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
 
 from engine import BLOCK_SIZE, SETTINGS, SPARDA_SETTINGS, run_engine
 from reference import hf_rocketkv

@@ -50,6 +50,7 @@ def run_engine(
     waves: int = 1,
     new_tokens: int = NEW_TOKENS,
     env: dict[str, str] | None = None,
+    stand_ins: tuple[str, ...] = (),
     in_process: bool = True,
     timeout: float = 300,
     **llm: Any,
@@ -64,6 +65,7 @@ def run_engine(
         waves: How often to send all prompts, to one engine.
         new_tokens: Tokens to generate for each prompt.
         env: Additional environment.
+        stand_ins: Functions of :mod:`stand_ins` to call before vLLM starts.
         in_process: Engine, scheduler and worker in one process.
         timeout: Seconds.
         **llm: Arguments of ``LLM``.
@@ -93,12 +95,15 @@ def run_engine(
                     "waves": waves,
                     "new_tokens": new_tokens,
                     "llm": arguments,
+                    "stand_ins": [name for name in stand_ins if name],
                     "result": str(result),
                 }
             )
         )
+        on_gpu_path = (settings or {}).get("kernels") == "triton"
         environment = {
             **os.environ,
+            **({"TRITON_INTERPRET": "1"} if on_gpu_path else {}),
             "VLLM_CPU_CI_ENV": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -122,6 +127,10 @@ def _main(path: str) -> None:
     job = json.loads(Path(path).read_text())
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
         _interpret_triton()
+    import stand_ins
+
+    for name in job["stand_ins"]:
+        getattr(stand_ins, name)()
     from vllm import LLM, SamplingParams
 
     llm = LLM(

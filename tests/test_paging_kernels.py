@@ -9,7 +9,7 @@ import torch
 from vllm_sparse.kernels.cpu import paging as fused
 from vllm_sparse.kernels.cpu import prefill as flash
 from vllm_sparse.kernels.reference import paging as reference
-from vllm_sparse.kernels.reference import prefill
+from vllm_sparse.kernels.reference import prefill, sparda_steps
 
 from vllm_sparse.policies.attention import attend
 
@@ -99,7 +99,7 @@ def test_attend_frames(dtype: torch.dtype, dim: int, group: int) -> None:
     torch.testing.assert_close(outputs[0][2], expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("module", [flash, prefill])
+@pytest.mark.parametrize("module", [flash, sparda_steps])
 @pytest.mark.parametrize("group", [1, 3])
 def test_parts_of_attention_merge_to_the_whole(module, group: int) -> None:
     generator = torch.Generator().manual_seed(group)
@@ -115,7 +115,9 @@ def test_parts_of_attention_merge_to_the_whole(module, group: int) -> None:
     expected = torch.softmax(logits.masked_fill(hidden, -torch.inf), -1) @ values.unsqueeze(1)
 
     parts = [
-        module.attend_part(query, keys[:, a:b], values[:, a:b], mask[..., a:b], False, 0.3)
+        module.attend_part(
+            query, keys[:, a:b], values[:, a:b], mask, False, 0.3, first_position=a, block_size=1
+        )
         for a, b in ((0, 20), (20, past))
     ]
     own = module.attend_part(query, keys[:, past:], values[:, past:], None, True, 0.3)

@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vllm_sparse import compat
 from vllm_sparse.errors import ConfigError, UnsupportedError
@@ -76,9 +78,37 @@ def test_the_cpu_platform_honours_the_backend(env):
         **env,
     )
     ours, windowed, unselected = done.stdout.split()[-3:]
-    assert ours.endswith("RocketKVBackend"), done.stderr
+    assert ours.endswith("backends.ROCKETKV"), done.stderr
     assert windowed.endswith("CPUAttentionBackend")
     assert unselected.endswith("CPUAttentionBackend")
+
+
+@pytest.mark.parametrize("name", ["rocketkv", "sparda"])
+def test_gpu_platforms_accept_what_we_serve(monkeypatch, name):
+    """What CUDA platforms ask a backend before they use it."""
+    from vllm.platforms.interface import DeviceCapability
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    module = importlib.import_module(f"vllm_sparse.backends.{name}_gpu")
+    backend = getattr(module, {"rocketkv": "RocketKV", "sparda": "Sparda"}[name] + "GpuBackend")
+    config = _config()
+    monkeypatch.setattr(module, "get_current_vllm_config", lambda: config)
+
+    def reasons(major=9, **changes):
+        asked = AttentionSelectorConfig(
+            **{"head_size": 128, "dtype": torch.bfloat16, "kv_cache_dtype": "auto",
+               "block_size": None, **changes}
+        )  # fmt: skip
+        return backend.validate_configuration(
+            device_capability=DeviceCapability(major, 0), **asked._asdict()
+        )
+
+    assert reasons() == reasons(block_size=64) == []
+    for changes in ({"has_sliding_window": True}, {"kv_cache_dtype": "fp8"}, {"major": 7},
+                    {"use_mla": True}, {"use_batch_invariant": True}):  # fmt: skip
+        assert reasons(**changes), changes
+    config.kv_transfer_config = object()
+    assert "KV connectors" in reasons()[0]
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0"])

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm_sparse.kernels.cpu import prefill as flash
-from vllm_sparse.kernels.reference import prefill
+from vllm_sparse.kernels.reference import sparda_steps
 
 from vllm_sparse.backends.sparda_metadata import SpardaPlanner, SpardaStep
 from vllm_sparse.backends.sparda_prompt import attend_prompt
@@ -298,7 +298,7 @@ SIZE, DIM = 4, 8
     tile_tokens=st.integers(1, 20),
     sparse_at=st.integers(0, 45),
     density=st.sampled_from([0.0, 0.3, 1.0]),
-    module=st.sampled_from([flash, prefill]),
+    module=st.sampled_from([flash, sparda_steps]),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=200, deadline=None)

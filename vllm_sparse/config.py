@@ -29,10 +29,18 @@ from vllm_sparse.errors import ConfigError
 NAMESPACE = "vllm_sparse"
 
 
-class RocketKVSettings(BaseModel):
-    """Settings of the ROCKETKV backend; defaults follow the paper where it has a value."""
-
+class _CommonSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kernels: Literal["auto", "triton"] = Field(
+        "auto",
+        description="auto: C++ on a CPU, Triton on a GPU. triton on a CPU takes the GPU's path in "
+        "Triton's interpreter, for tests.",
+    )
+
+
+class RocketKVSettings(_CommonSettings):
+    """Settings of the ROCKETKV backend; defaults follow the paper where it has a value."""
 
     algorithm: Literal["rocketkv"] = "rocketkv"
     token_budget: int = Field(
@@ -96,10 +104,8 @@ class RocketKVSettings(BaseModel):
         return self
 
 
-class SpardaSettings(BaseModel):
+class SpardaSettings(_CommonSettings):
     """Settings of the SPARDA backend; defaults are those of MiniCPM4.1."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     algorithm: Literal["sparda"] = "sparda"
     selector: Literal["forecast", "query", "lookahead-query", "previous"] | None = Field(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""The CPU platform, with ``--attention-backend`` honoured for our backends."""
+"""The platforms: ``--attention-backend`` honoured on CPUs, configurations checked everywhere."""
 
 from __future__ import annotations
 
@@ -53,11 +53,18 @@ class SparseCpuPlatform(_StockPlatform):  # type: ignore[misc]
 
 
 def patch_stock_platform() -> None:
-    """Give an active stock CPU platform our two overrides, where vLLM did not ask for ours."""
+    """Give an active stock platform our overrides, where vLLM cannot be asked to use ours.
+
+    A CPU platform chooses our backends and checks the configuration; a GPU platform does the former
+    by itself, and its check is all that SPARDA needs to size its cache before vLLM does.
+    """
     from vllm.platforms import current_platform
 
     active = type(current_platform)
-    if current_platform.is_cpu() and not hasattr(active, "_vllm_sparse_stock"):
+    if hasattr(active, "_vllm_sparse_stock"):
+        return
+    if current_platform.is_cpu() or current_platform.is_cuda():
         active._vllm_sparse_stock = active.get_attn_backend_cls, active.check_and_update_config
-        active.get_attn_backend_cls = classmethod(_get_attn_backend_cls)
         active.check_and_update_config = classmethod(_check_and_update_config)
+        if current_platform.is_cpu():
+            active.get_attn_backend_cls = classmethod(_get_attn_backend_cls)

@@ -9,15 +9,14 @@ first needs to know the platform. Nothing here imports torch.
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 from vllm_sparse.compat import check_vllm_version
 from vllm_sparse.models.routing import register_architectures
 
-BACKENDS = {
-    "ROCKETKV": "vllm_sparse.backends.rocketkv.RocketKVBackend",
-    "SPARDA": "vllm_sparse.backends.sparda.SpardaBackend",
-}
+# Which class a name stands for depends on the platform: see vllm_sparse.backends.
+BACKENDS = {name: f"vllm_sparse.backends.{name}" for name in ("ROCKETKV", "SPARDA")}
 
 
 def register() -> None:
@@ -30,8 +29,9 @@ def register() -> None:
     for name in BACKENDS:
         _member(name)
     register_architectures()
-    if os.environ.get("VLLM_TARGET_DEVICE") == "cpu":
-        # This setting makes vLLM bypass platform plugins.
+    # Where vLLM has a platform of its own by now: on a GPU, or on a CPU if this setting made it
+    # bypass platform plugins.
+    if "vllm.platforms" in sys.modules or os.environ.get("VLLM_TARGET_DEVICE") == "cpu":
         from vllm_sparse.platform import patch_stock_platform
 
         patch_stock_platform()

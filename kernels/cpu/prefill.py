@@ -6,14 +6,27 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from vllm_sparse.kernels.reference.sparda_steps import visible
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def attend_part(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool, scale: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    chosen: Tensor | None,
+    causal: bool,
+    scale: float,
+    *,
+    first_position: int = 0,
+    block_size: int = 0,
+    past_from: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as :func:`vllm_sparse.kernels.reference.prefill.attend_part`."""
+    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_steps.attend_part`."""
+    mask = None
+    if not causal:
+        mask = visible(query.shape[2], keys.shape[1], chosen, first_position, block_size, past_from)
     kv_heads, group, tokens, _ = query.shape
     if causal:
         # One query head after the other: the kernel wants as many key heads as query heads.

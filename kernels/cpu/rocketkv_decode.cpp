@@ -432,7 +432,7 @@ void decode(const Shape& s, T* cache, const T* query, const T* key, const T* val
   };
   auto refresh = [&](int64_t task, Scratch& tmp) {
     const int64_t t = task / s.kv_heads, h = task % s.kv_heads, n = lengths[t];
-    if (n > 0 && (n == last_of_request[t] || n % s.page == 0))
+    if (n > 0 && top_r[t] > 0 && (n == last_of_request[t] || n % s.page == 0))
       Decoder<T>{s, cache, table + t * s.table_stride, h}.write_newest_page(n, tmp);
   };
 #pragma omp parallel
@@ -471,7 +471,7 @@ void decode(const Shape& s, T* cache, const T* query, const T* key, const T* val
       const T* q = query + t * s.query_stride + h * s.group * s.dim;
       for (int64_t i = 0; i < s.group * s.dim; ++i) tmp.query[i] = to_float(q[i]);
       int64_t last;
-      if (dense || n <= s.top_k) {
+      if (dense || top_r[t] <= 0 || n <= s.top_k) {
         const int64_t pages = (n + s.page - 1) / s.page;
         tmp.pages.resize(pages);
         for (int64_t p = 0; p < pages; ++p) tmp.pages[p] = static_cast<int32_t>(p);

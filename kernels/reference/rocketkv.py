@@ -25,6 +25,7 @@ def append_tokens(
     block_table: Tensor,
     lengths: Tensor,
     final_lengths: Tensor,
+    top_r: Tensor,
     layout: PageLayout,
 ) -> None:
     """Write each row's newest token and refresh the extrema of the page it falls into.
@@ -36,6 +37,7 @@ def append_tokens(
         block_table: Physical blocks of each row, ``[T, max_blocks]``.
         lengths: Tokens of each row including its own, ``[T]``; 0 marks a padding row.
         final_lengths: Length of the row's request after this step, ``[T]``.
+        top_r: ``[T]``; rows with 0 read everything, so that nobody needs their extrema.
         layout: Page geometry.
     """
     tokens, extrema = layout.tokens(cache), layout.extrema(cache)
@@ -48,6 +50,7 @@ def append_tokens(
     # Only the last token that this step writes to a page stores the page's extrema, so that no
     # two rows write different values to one place.
     closes = (lengths == final_lengths)[active] | ((slot + 1) % layout.page_size == 0)
+    closes &= top_r[active] > 0
     block, slot = block[closes], slot[closes]
     in_block = slot % layout.block_size
     page = in_block // layout.page_size
@@ -87,13 +90,13 @@ def decode_attention(
         lengths: Physical tokens of each row including its own, ``[T]``; 0 marks a padding row.
         final_lengths: Physical tokens of the row's request after this step, ``[T]``; larger than
             ``lengths`` when a preempted request replays several tokens at once.
-        top_r: Channels to read for each row, ``[T]``.
+        top_r: Channels to read for each row, ``[T]``; 0 attends to every token of the row.
         layout: Page geometry.
         top_k: Tokens to attend to per KV head.
         scale: Logit scale.
         read_all: Attend to every token (stage 2 off).
     """
-    append_tokens(cache, key, value, block_table, lengths, final_lengths, layout)
+    append_tokens(cache, key, value, block_table, lengths, final_lengths, top_r, layout)
     rows, heads, dim = query.shape
     kv_heads = cache.shape[1]
     page_size, per_block = layout.page_size, layout.pages_per_block
@@ -134,7 +137,8 @@ def decode_attention(
         index = (pages.unsqueeze(-1) * page_size + offset).flatten(2)
         chosen = (offset < taken.unsqueeze(-1)).flatten(2)
         mask = torch.zeros(rows, kv_heads, held, dtype=torch.bool, device=cache.device)
-        selected = selected & mask.scatter_(2, index, chosen)
+        mask = mask.scatter_(2, index, chosen) | (top_r <= 0)[:, None, None]
+        selected = selected & mask
     logits = grouped.float() @ keys.transpose(-1, -2) * scale
     weights = logits.masked_fill(~selected.unsqueeze(2), -torch.inf).softmax(-1)
     attended = weights @ values.masked_fill(~selected.unsqueeze(-1), 0.0)

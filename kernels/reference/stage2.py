@@ -53,12 +53,13 @@ def score_pages(
         query: ``[T, H, D]``.
         block_table: ``[T, max_blocks]``.
         lengths: ``[T]``; 0 marks a padding row.
-        top_r: ``[T]``.
+        top_r: ``[T]``; rows with 0 read everything.
         layout: Page geometry.
         top_k: Rows of at most this many tokens need no scores and may be left out.
 
     Returns:
-        The scores, in one share; undefined for rows of at most ``top_k`` tokens.
+        The scores, in one share; undefined for rows of at most ``top_k`` tokens and for those that
+        read everything.
     """
     rows, heads, dim = query.shape
     kv_heads, page_size = cache.shape[1], layout.page_size
@@ -67,7 +68,7 @@ def score_pages(
     peak = torch.zeros(rows, heads, 1, device=cache.device)
     mass = torch.ones(rows, heads, 1, device=cache.device)
     for row, length in enumerate(lengths.tolist()):
-        if length <= max(top_k, 0):
+        if length <= max(top_k, 0) or top_r[row] <= 0:
             continue
         pages = -(-length // page_size)
         table = block_table[row].long()
@@ -99,6 +100,7 @@ def select_slots(
     scores: PageScores,
     block_table: Tensor,
     lengths: Tensor,
+    top_r: Tensor,
     *,
     layout: PageLayout,
     top_k: int,
@@ -113,6 +115,7 @@ def select_slots(
         scores: :func:`score_pages`.
         block_table: ``[T, max_blocks]``.
         lengths: ``[T]``; 0 marks a padding row.
+        top_r: ``[T]``; rows with 0 read everything.
         layout: Page geometry.
         top_k: Tokens to select.
         kv_heads: G.
@@ -120,12 +123,14 @@ def select_slots(
     Returns:
         ``block * block_size + slot`` in ascending token order, int32
         ``[T, G, min(top_k, max_blocks * block_size)]``, of which the first ``min(top_k, length)``
-        count.
+        count; undefined for rows that read everything.
     """
     rows = len(lengths)
     capacity = min(top_k, block_table.shape[1] * layout.block_size)
     slots = torch.zeros(rows, kv_heads, capacity, dtype=torch.int32, device=lengths.device)
     for row, length in enumerate(lengths.tolist()):
+        if top_r[row] <= 0:
+            continue
         count = min(length, top_k)
         if length <= top_k:
             token = torch.arange(max(length, 0), device=lengths.device).expand(kv_heads, -1)
@@ -152,6 +157,7 @@ def attend_slots(
     slots: Tensor | None,
     block_table: Tensor,
     lengths: Tensor,
+    top_r: Tensor,
     *,
     layout: PageLayout,
     top_k: int,
@@ -166,6 +172,7 @@ def attend_slots(
         slots: :func:`select_slots`; ``None`` attends to every token.
         block_table: ``[T, max_blocks]``.
         lengths: ``[T]``; 0 marks a padding row.
+        top_r: ``[T]``; rows with 0 read everything.
         layout: Page geometry.
         top_k: Tokens selected.
         scale: Logit scale.
@@ -177,7 +184,7 @@ def attend_slots(
     for row, length in enumerate(lengths.tolist()):
         if length <= 0:
             continue
-        if slots is None:
+        if slots is None or top_r[row] <= 0:
             token = torch.arange(length, device=cache.device)
             slot = block_table[row].long()[token // size] * size + token % size
             slot = slot.expand(kv_heads, -1)

@@ -24,6 +24,7 @@ def _attend_kernel(
     slots,
     table,
     lengths,
+    top_r,
     output,
     lse_out,
     top_k,
@@ -68,7 +69,8 @@ def _attend_kernel(
         if SPLITS == 1:
             tl.store(target, tl.zeros([BLOCK_M, BLOCK_D], output.dtype.element_ty), mask=mask)
         return
-    count = length if READ_ALL else tl.minimum(length, top_k)
+    everything = READ_ALL | (tl.load(top_r + row) <= 0)
+    count = tl.where(everything, length, tl.minimum(length, top_k))
     share = tl.cdiv(tl.cdiv(count, SPLITS), BLOCK_N) * BLOCK_N
     begin = split * share
     end = tl.minimum(begin + share, count)
@@ -84,13 +86,16 @@ def _attend_kernel(
     for start in range(begin, end, BLOCK_N):
         rank = start + tl.arange(0, BLOCK_N)
         inside = rank < end
-        if READ_ALL:
-            block = tl.load(table + row * stride_table + rank // BLOCK_SIZE, mask=inside, other=0)
-            slot = rank % BLOCK_SIZE
-        else:
-            physical = tl.load(slots + (row * HEADS + head) * capacity + rank, mask=inside, other=0)
-            block = physical // BLOCK_SIZE
-            slot = physical % BLOCK_SIZE
+        # Both loads, one of them masked off: a branch would keep the loop from being pipelined.
+        direct = inside & everything
+        block = tl.load(table + row * stride_table + rank // BLOCK_SIZE, mask=direct, other=0)
+        slot = rank % BLOCK_SIZE
+        if not READ_ALL:
+            physical = tl.load(
+                slots + (row * HEADS + head) * capacity + rank, mask=inside & ~direct, other=0
+            )
+            block = tl.where(everything, block, physical // BLOCK_SIZE)
+            slot = tl.where(everything, slot, physical % BLOCK_SIZE)
         source = base + block.to(tl.int64) * stride_block + slot * (2 * DIM)
         source = source[:, None] + dim[None, :]
         loaded = inside[:, None] & dim_inside[None, :]
@@ -158,6 +163,7 @@ def attend_slots(
     slots: Tensor | None,
     block_table: Tensor,
     lengths: Tensor,
+    top_r: Tensor,
     *,
     layout: PageLayout,
     top_k: int,
@@ -171,13 +177,11 @@ def attend_slots(
     assert cache.stride(-2) == cache.shape[-1], "a page must be one contiguous run"
     if not rows:
         return
-    read_all = slots is None
-    capacity = block_table.shape[1] * layout.block_size
-    if slots is not None:
-        assert slots.is_contiguous()
-        capacity = slots.shape[-1]
+    assert slots is None or slots.is_contiguous()
     block, warps, stages = launch("attend", device, dim)
-    shares = splits(rows * kv_heads, -(-capacity // block), device)
+    # Some rows may read everything. Programs that find nothing to read end at once.
+    most = block_table.shape[1] * layout.block_size
+    shares = splits(rows * kv_heads, -(-most // block), device)
     query = query.to(cache.dtype)
     partial, lse = output, lengths  # unused
     strides = (output.stride(0), output.stride(1), 0)
@@ -191,10 +195,11 @@ def attend_slots(
         lengths if slots is None else slots,
         block_table,
         lengths,
+        top_r,
         partial,
         lse,
         top_k,
-        capacity,
+        0 if slots is None else slots.shape[-1],
         scale * 1.4426950408889634,
         cache.stride(0),
         cache.stride(1),
@@ -210,7 +215,7 @@ def attend_slots(
         BLOCK_N=block,
         BLOCK_D=dim_block(dim),
         SPLITS=shares,
-        READ_ALL=read_all,
+        READ_ALL=slots is None,
         num_warps=warps,
         num_stages=stages,
     )

@@ -35,6 +35,13 @@ _SM80 = {
     "score_pages": (Launch(64, 4, 2), Launch(32, 4, 2)),
     "select_slots": (Launch(1024, 4, 1), Launch(1024, 4, 1)),
     "attend": (Launch(64, 4, 2), Launch(32, 4, 2)),
+    "score_blocks": (Launch(64, 4, 2), Launch(32, 4, 2)),
+    "choose_blocks": (Launch(1024, 4, 1), Launch(1024, 4, 1)),
+    "wanted": (Launch(256, 4, 1), Launch(256, 4, 1)),
+    "replace": (Launch(2048, 8, 1), Launch(2048, 8, 1)),
+    "copy_pieces": (Launch(4096, 8, 1), Launch(4096, 8, 1)),
+    "attend_part": (Launch(64, 8, 2), Launch(32, 8, 2)),
+    "list_blocks": (Launch(64, 4, 1), Launch(64, 4, 1)),
 }
 _SM90 = {
     **_SM80,

@@ -51,7 +51,8 @@ def _score_pages_kernel(
     head = tl.program_id(1)
     split = tl.program_id(2)
     length = tl.load(lengths + row)
-    if (length <= 0) | (length <= top_k):
+    channels = tl.load(top_r + row)
+    if (length <= 0) | (length <= top_k) | (channels <= 0):
         return
     newest = (length - 1) // PAGE
     member = tl.arange(0, BLOCK_M)
@@ -74,7 +75,7 @@ def _score_pages_kernel(
     larger = magnitude[:, None] > magnitude[None, :]
     tied_before = (magnitude[:, None] == magnitude[None, :]) & (dim[:, None] < dim[None, :])
     rank = tl.sum((larger | tied_before).to(tl.int32), 0)
-    kept = (rank < tl.load(top_r + row)) & dim_inside
+    kept = (rank < channels) & dim_inside
     upper = tl.sum(q, 0) > 0
     channel = tl.where(upper, dim + DIM, dim)
     selected = tl.where(kept[None, :], q, 0.0)
@@ -194,6 +195,7 @@ def _select_slots_kernel(
     masses,
     table,
     lengths,
+    top_r,
     probability,
     slots,
     top_k,
@@ -215,7 +217,7 @@ def _select_slots_kernel(
     pair = row * HEADS + head
     table += row * stride_table
     slots += pair * capacity
-    if length <= 0:
+    if (length <= 0) | (tl.load(top_r + row) <= 0):
         return
     if length <= top_k:
         for start in range(0, length, BLOCK):
@@ -279,6 +281,7 @@ def select_slots(
     scores: PageScores,
     block_table: Tensor,
     lengths: Tensor,
+    top_r: Tensor,
     *,
     layout: PageLayout,
     top_k: int,
@@ -300,6 +303,7 @@ def select_slots(
             *(t.contiguous() for t in scores),
             block_table,
             lengths,
+            top_r,
             probability,
             slots,
             top_k,

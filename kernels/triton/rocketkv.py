@@ -34,6 +34,8 @@ def decode_attention(
     scale: float,
     read_all: bool = False,
     replays: bool = True,
+    parked: Tensor | None = None,
+    per_block: int = 0,
 ) -> None:
     """Same contract as :func:`vllm_sparse.kernels.reference.rocketkv.decode_attention`.
 
@@ -57,13 +59,34 @@ def decode_attention(
         scale: Logit scale.
         read_all: Attend to every token.
         replays: See :func:`.append.append_tokens`; false saves a launch.
+        parked: See :func:`.append.append_tokens`.
+        per_block: Likewise.
     """
-    append_tokens(cache, key, value, block_table, lengths, final_lengths, layout, replays=replays)
+    append_tokens(
+        cache,
+        key,
+        value,
+        block_table,
+        lengths,
+        final_lengths,
+        top_r,
+        layout,
+        replays=replays,
+        query=query,
+        parked=parked,
+        per_block=per_block,
+    )
     slots = None
     if not read_all:
         scores = score_pages(cache, query, block_table, lengths, top_r, layout=layout, top_k=top_k)
         slots = select_slots(
-            scores, block_table, lengths, layout=layout, top_k=top_k, kv_heads=cache.shape[1]
+            scores,
+            block_table,
+            lengths,
+            top_r,
+            layout=layout,
+            top_k=top_k,
+            kv_heads=cache.shape[1],
         )
     attend_slots(
         cache,
@@ -72,6 +95,7 @@ def decode_attention(
         slots,
         block_table,
         lengths,
+        top_r,
         layout=layout,
         top_k=top_k,
         scale=scale,

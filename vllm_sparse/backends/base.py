@@ -7,41 +7,49 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from vllm.platforms import current_platform
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
+# A child of vLLM's logger: others have no handler in its processes.
+logger = init_logger("vllm.sparse")
 
-class SparseBackend(CPUAttentionBackend):
-    """Decoder layers on a CPU, which write the KV cache themselves."""
+
+class SparseBackend:
+    """Goes before a stock backend: decoder layers that write the KV cache themselves."""
 
     # ROCKETKV may write a replayed token only after compaction; SPARDA writes in the order that its
     # copies allow.
     forward_includes_kv_cache_update: bool = True
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "bfloat16", "float16"]
 
-    # What is not written yet for GPUs.
-    _missing_on_gpus: ClassVar[str]
-
-    @classmethod
-    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
-        """Reasons against using this backend; asked by GPU platforms, and always one there."""
-        reasons = super().validate_configuration(*args, **kwargs)
-        if not current_platform.is_cpu():
-            reasons.append(
-                f"this release of vllm-sparse serves {cls.get_name()} on CPUs only; its GPU "
-                f"{cls._missing_on_gpus} are not written yet"
-            )
-        return reasons
-
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         """Decoder layers only."""
         return attn_type == "decoder"
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """How often a row's work is split depends on the batch."""
+        return False
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Head-major, so that a page of one KV head is one run of memory."""
+        return (KVCacheLayout.LBHNC,)
+
+
+def warn_of_gpus(name: str) -> None:
+    """Say at start-up what has not been seen yet."""
+    logger.warning_once(
+        "%s has been tested on GPUs' code path with interpreted kernels only, not on a GPU. "
+        "Run `make gpu-check` of vllm-sparse on this machine before you rely on it",
+        name,
+    )
 
 
 def ask_for_prompt_lengths(vllm_config: VllmConfig) -> None:
@@ -53,7 +61,25 @@ def ask_for_prompt_lengths(vllm_config: VllmConfig) -> None:
 
 
 def prompt_lengths(common: CommonAttentionMetadata) -> Tensor:
-    """Prompt tokens of each row's request, on the host, ``[R]``."""
-    if common.rswa_prefix_lens is None:  # a dummy run before the runner knows that we need them
+    """Prompt tokens of each row's request, int32 ``[R]``, zero for padding rows.
+
+    On the device where the runner keeps them there (Model Runner V2), else on the host.
+    """
+    lengths = common.rswa_prefix_lens
+    if lengths is None:  # a dummy run before the runner knows that we need them
         return torch.zeros(common.num_reqs, dtype=torch.int32)
-    return common.rswa_prefix_lens[: common.num_reqs].cpu()
+    padding = common.num_reqs - len(lengths)
+    if padding > 0:
+        lengths = torch.nn.functional.pad(lengths, (0, padding))
+    return lengths[: common.num_reqs].int()
+
+
+def sequence_lengths(common: CommonAttentionMetadata) -> Tensor:
+    """Tokens of each row after the step, on the host, ``[R]``.
+
+    The runner's upper bound is exact: only speculative decoding, which is refused, makes it loose.
+    """
+    bound = common.seq_lens_cpu_upper_bound
+    if bound is None:  # some dummy runs
+        bound = common.seq_lens.cpu()
+    return bound[: common.num_reqs]

@@ -34,7 +34,7 @@ def check_config(vllm_config: Any) -> None:
     if backend is None or backend.name not in BACKENDS or vllm_config.model_config is None:
         return
     settings = load_settings(vllm_config.additional_config, backend.name.lower())
-    reasons = list(_unsupported(vllm_config))
+    reasons = list(unsupported(vllm_config))
     if isinstance(settings, SpardaSettings):
         reasons += _unsupported_by_sparda(vllm_config)
     if reasons:
@@ -46,7 +46,15 @@ def check_config(vllm_config: Any) -> None:
         route_model(vllm_config)
 
 
-def _unsupported(config: Any) -> Iterator[str]:
+def unsupported(config: Any) -> Iterator[str]:
+    """What neither backend can serve.
+
+    Args:
+        config: vLLM's configuration.
+
+    Yields:
+        A reason and what to do.
+    """
     model = config.model_config
     if model.use_mla:
         yield "MLA models have one latent vector per token and no KV heads; use a GQA model"

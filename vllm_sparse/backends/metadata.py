@@ -14,6 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vllm_sparse.kernels.reference.rows import Rows
     from vllm_sparse.kv.retention import RetentionRule
 
 
@@ -51,6 +52,7 @@ class PromptEnd:
         last_token: Batch position after the last one.
         parked: Window queries that came in earlier steps.
         complete: The prompt ends in this step; otherwise its window queries are parked.
+        sizes: ``prompt_len`` and ``dropped_blocks`` on the device, int32 ``[2]``.
     """
 
     blocks: Tensor
@@ -61,6 +63,7 @@ class PromptEnd:
     last_token: int
     parked: int
     complete: bool
+    sizes: Tensor
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class StepMetadata:
         dense_index: Their batch positions; ``None`` if they are the whole batch.
         prompts: Prompts to compact or whose window queries to park.
         sparse: Sparse decode tokens by page size.
+        rows: Set on a GPU if every row of the batch is one token; then there is nothing else.
     """
 
     num_tokens: int
@@ -80,6 +84,7 @@ class StepMetadata:
     dense_index: Tensor | None = None
     prompts: tuple[PromptEnd, ...] = ()
     sparse: tuple[SparseRows, ...] = ()
+    rows: Rows | None = None
 
 
 @dataclass
@@ -107,6 +112,16 @@ class StepPlanner:
         self._top_r = torch.tensor([row.top_r for row in rows], dtype=torch.int32)
         self._reasons = [row.reason for row in rows]
 
+    @property
+    def rules(self) -> Tensor:
+        """By prompt length: dropped blocks, and channels to read or 0 if the request stays dense.
+
+        Returns:
+            int32 ``[lengths, 2]``, for :func:`vllm_sparse.kernels.reference.rows.plan_rows`.
+        """
+        top_r = torch.where(self._sparse, self._top_r.clamp(min=1), 0)
+        return torch.stack((self._dropped, top_r.int()), 1)
+
     def split(
         self,
         query_start: Tensor,
@@ -133,9 +148,9 @@ class StepPlanner:
         num_tokens = int(query_start[-1])
         query_lens = query_start.diff()
         known = prompt_lens.clamp(max=len(self._sparse) - 1).long()
-        sparse_row = self._sparse[known]
+        sparse_row = self._is_sparse(prompt_lens)
         if not bool(sparse_row.any()):
-            self._count_fallbacks(query_start, seq_lens, prompt_lens, sparse_row, count)
+            self.count_fallbacks(query_start, seq_lens, prompt_lens, count)
             return StepMetadata(num_tokens, dense_metadata(None, None, None))
 
         device = block_table.device
@@ -150,10 +165,8 @@ class StepPlanner:
         prompts: tuple[PromptEnd, ...] = ()
         all_sparse = bool(sparse_token.all())
         if not all_sparse:
-            self._count_fallbacks(query_start, seq_lens, prompt_lens, sparse_row, count)
-            prompts = self._ending_prompts(
-                query_start, start, seq_lens, prompt_lens, sparse_row, block_table, count
-            )
+            self.count_fallbacks(query_start, seq_lens, prompt_lens, count)
+            prompts = self.ending_prompts(query_start, seq_lens, prompt_lens, block_table, count)
             if bool(sparse_token.any()):
                 dense_index = (~sparse_token).nonzero()[:, 0]
                 rows = torch.unique_consecutive(row[dense_index])
@@ -193,18 +206,18 @@ class StepPlanner:
             count("selected_tokens", int(read.sum()))
         return StepMetadata(num_tokens, dense, dense_index, prompts, tuple(groups))
 
-    def _ending_prompts(
+    def ending_prompts(
         self,
         query_start: Tensor,
-        start: Tensor,
         seq_lens: Tensor,
         prompt_lens: Tensor,
-        sparse_row: Tensor,
         block_table: Tensor,
         count: Callable[..., None],
     ) -> tuple[PromptEnd, ...]:
+        """The prompts that are inside or past their window in this step; see :meth:`split`."""
+        start = seq_lens - query_start.diff()
         window_start = prompt_lens - self.rule.window
-        ending = sparse_row & (start < prompt_lens) & (seq_lens > window_start)
+        ending = self._is_sparse(prompt_lens) & (start < prompt_lens) & (seq_lens > window_start)
         prompts = []
         for r in ending.nonzero()[:, 0].tolist():
             prompt_len, first = int(prompt_lens[r]), int(start[r])
@@ -214,34 +227,40 @@ class StepPlanner:
                 continue
             shift = int(query_start[r]) - first
             begin = max(int(window_start[r]), first)
+            dropped = int(self._dropped[prompt_len])
             prompts.append(
                 PromptEnd(
                     blocks=block_table[r, : -(-prompt_len // self.rule.block_size)],
                     prompt_len=prompt_len,
-                    dropped_blocks=int(self._dropped[prompt_len]),
+                    dropped_blocks=dropped,
                     page_size=int(self._page_size[prompt_len]),
                     first_token=begin + shift,
                     last_token=end + shift,
                     parked=begin - int(window_start[r]) if self.rule.stage1 else 0,
                     complete=complete,
+                    sizes=torch.tensor([prompt_len, dropped], dtype=torch.int32).to(
+                        block_table.device
+                    ),
                 )
             )
             if complete:
                 count("prompts_compacted", 1)
         return tuple(prompts)
 
-    def _count_fallbacks(
+    def count_fallbacks(
         self,
         query_start: Tensor,
         seq_lens: Tensor,
         prompt_lens: Tensor,
-        sparse_row: Tensor,
         count: Callable[..., None],
     ) -> None:
         """Count each dense request once, in the step that completes its prompt."""
         first = seq_lens - query_start.diff()
-        finished = ~sparse_row & (first < prompt_lens) & (seq_lens >= prompt_lens)
+        finished = ~self._is_sparse(prompt_lens) & (first < prompt_lens) & (seq_lens >= prompt_lens)
         if bool(finished.any()):
             lengths = prompt_lens[finished].clamp(max=len(self._reasons) - 1).tolist()
             for reason, amount in Counter(self._reasons[n] for n in lengths).items():
                 count("dense_fallbacks", amount, reason)
+
+    def _is_sparse(self, prompt_lens: Tensor) -> Tensor:
+        return self._sparse[prompt_lens.clamp(max=len(self._sparse) - 1).long()]

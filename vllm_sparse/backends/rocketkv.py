@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""The ROCKETKV attention backend on top of vLLM's CPU backend.
+"""ROCKETKV on top of a stock attention backend: what CPUs and GPUs have in common.
 
 Prompts run through the stock kernels, exactly and densely. In the step that completes a prompt,
 each layer compacts it into the request's private tail; from then on the request's rows are split
@@ -9,7 +9,6 @@ off and served by the sparse decode kernel, whatever else is in the batch.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,28 +16,22 @@ from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backends.cpu_attn import (
-    CPUAttentionBackendImpl,
-    CPUAttentionMetadataBuilder,
-)
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_sparse import metrics
-from vllm_sparse.backends.base import SparseBackend, ask_for_prompt_lengths, prompt_lengths
+from vllm_sparse.backends.base import SparseBackend, ask_for_prompt_lengths
 from vllm_sparse.backends.guard import check_layer
 from vllm_sparse.backends.metadata import PromptEnd, SparseRows, StepMetadata, StepPlanner
 from vllm_sparse.config import RocketKVSettings, load_settings
 from vllm_sparse.errors import UnsupportedError
-from vllm_sparse.kernels.cpu.memory import back_with_huge_pages
-from vllm_sparse.kernels.dispatch import DecodeKernel, rocketkv_decode
-from vllm_sparse.kv.codec import PageCodec
-from vllm_sparse.kv.compaction import QueryParking, compact_prompt
+from vllm_sparse.kv.compaction import QueryParking
 from vllm_sparse.kv.retention import RetentionRule
 from vllm_sparse.kv.spec import RocketKVSpec
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
+    from vllm_sparse.kernels.dispatch import DecodeKernel
     from vllm_sparse.kernels.layout import PageLayout
 
 # A child of vLLM's logger: others have no handler in its processes.
@@ -46,9 +39,7 @@ logger = init_logger("vllm.sparse.rocketkv")
 
 
 class RocketKVBackend(SparseBackend):
-    """Entry point that vLLM resolves ``--attention-backend ROCKETKV`` to."""
-
-    _missing_on_gpus: ClassVar[str] = "kernels"
+    """Goes before the stock backend that serves dense tokens."""
 
     # Set by the first layer that is built: customize_spec gets nothing but the spec, and is called
     # outside vLLM's config context.
@@ -62,15 +53,23 @@ class RocketKVBackend(SparseBackend):
         """The registered name."""
         return "ROCKETKV"
 
-    @staticmethod
-    def get_impl_cls() -> type[RocketKVImpl]:
-        """The attention implementation."""
-        return RocketKVImpl
+    @classmethod
+    def remember(cls, config: VllmConfig, group_size: int) -> RocketKVSettings:
+        """Keep what :meth:`customize_spec` will need.
 
-    @staticmethod
-    def get_builder_cls() -> type[RocketKVMetadataBuilder]:
-        """The metadata builder."""
-        return RocketKVMetadataBuilder
+        Args:
+            config: vLLM's configuration.
+            group_size: Query heads per KV head.
+
+        Returns:
+            The settings.
+        """
+        settings = load_settings(config.additional_config, "rocketkv")
+        RocketKVBackend._settings = settings
+        RocketKVBackend._group_size = group_size
+        RocketKVBackend._max_model_len = config.model_config.max_model_len
+        RocketKVBackend._instance_id = config.instance_id
+        return settings
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
@@ -120,8 +119,11 @@ def _check_block_size(settings: RocketKVSettings, block_size: int, group_size: i
         )
 
 
-class RocketKVMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Plans every step once for all layers of the group."""
+class RocketKVPlanning:
+    """Goes before the stock metadata builder: plans every step once for all layers of the group."""
+
+    block_size: int
+    device: torch.device
 
     def __init__(
         self,
@@ -130,83 +132,72 @@ class RocketKVMetadataBuilder(CPUAttentionMetadataBuilder):
         vllm_config: VllmConfig,
         device: torch.device,
     ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        settings = load_settings(vllm_config.additional_config, "rocketkv")
-        _check_block_size(settings, self.block_size, kv_cache_spec.rule.group_size)
-        if kv_cache_spec.rule.block_size != self.block_size:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        self.settings = load_settings(vllm_config.additional_config, "rocketkv")
+        self.rule = kv_cache_spec.rule
+        _check_block_size(self.settings, self.block_size, self.rule.group_size)
+        if self.rule.block_size != self.block_size:
             raise UnsupportedError(
-                f"vLLM changed the block size from {kv_cache_spec.rule.block_size} to "
+                f"vLLM changed the block size from {self.rule.block_size} to "
                 f"{self.block_size} to give all layers of this model pages of one size. Choose a "
                 f"--block-size that it keeps, for example {self.block_size}"
             )
-        self._planner = StepPlanner(kv_cache_spec.rule, settings.token_budget // 2)
+        self.planner = StepPlanner(self.rule, self.settings.token_budget // 2)
+        # After the stock builder has looked: it would take this for a model with such a window.
         ask_for_prompt_lengths(vllm_config)
 
-        layers = vllm_config.compilation_config.static_forward_context
-        for name in layer_names:
-            layers[name].impl.prepare(kv_cache_spec, self._pack, extract_layer_index(name))
-            if settings.huge_pages:
-                # vLLM binds the cache after this, still before it serves: the time to move it is
-                # part of the start, not of the first request.
-                layers[name].bind_kv_cache = partial(_bind_on_huge_pages, layers[name])
+        context = vllm_config.compilation_config.static_forward_context
+        self.layers = [context[name] for name in layer_names]
+        for name, layer in zip(layer_names, self.layers, strict=True):
+            layer.impl.prepare(layer, kv_cache_spec, extract_layer_index(name), device)
         counters = metrics.counters()
         if vllm_config.parallel_config.rank == 0:
             # Every rank does the same; one of them speaks.
             counters.publish_to(metrics.folder(vllm_config.instance_id))
-            kernel = layers[layer_names[0]].impl.kernel
-            logger.info_once(_start_line(settings, kv_cache_spec, vllm_config, kernel))
+            kernel = self.layers[0].impl.kernel
+            logger.info_once(_start_line(self.settings, kv_cache_spec, vllm_config, kernel))
 
-    def _pack(self, key: Tensor, value: Tensor, pages: Tensor) -> None:
-        """The stock kernel's write, into one page; lets the codec find out how it packs."""
-        from vllm import _custom_ops as ops
-
-        key_pages, value_pages = pages.chunk(2, 2)
-        slots = torch.arange(key.shape[0])
-        ops.cpu_attn_reshape_and_cache(key, value, key_pages, value_pages, slots, self.isa)
-
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
+    def split(
+        self, common: CommonAttentionMetadata, seq_lens: Tensor, prompt_lens: Tensor
     ) -> StepMetadata:
-        """Split the batch into dense tokens, ending prompts and sparse decode tokens."""
-        common = common_attn_metadata
+        """Split the batch into dense tokens, ending prompts and sparse decode tokens.
+
+        Args:
+            common: The batch.
+            seq_lens: Tokens of each row after the step, on the host, ``[R]``.
+            prompt_lens: Prompt tokens of each row's request, on the host, ``[R]``.
+        """
         rows = common.num_reqs
+        device = common.block_table_tensor.device
 
         def dense(rows: Tensor | None, tokens: Tensor | None, lens: Tensor | None) -> Any:
-            if rows is None:
-                part = common
-            else:
+            part = common
+            if rows is not None:
+                assert tokens is not None
+                assert lens is not None
                 start = torch.searchsorted(tokens, common.query_start_loc_cpu[:-1].long()[rows])
                 start = torch.cat((start, torch.tensor([len(tokens)]))).int()
                 part = common.replace(
-                    query_start_loc=start,
+                    query_start_loc=start.to(device),
                     query_start_loc_cpu=start,
-                    seq_lens=lens,
+                    seq_lens=lens.to(device),
                     num_reqs=len(rows),
                     num_actual_tokens=len(tokens),
                     max_query_len=int(start.diff().max()),
                     max_seq_len=int(lens.max()),
-                    block_table_tensor=common.block_table_tensor[rows],
-                    slot_mapping=common.slot_mapping[tokens],
+                    block_table_tensor=common.block_table_tensor[rows.to(device)],
+                    slot_mapping=common.slot_mapping[tokens.to(device)],
                 )
-            return super(RocketKVMetadataBuilder, self).build(0, part, fast_build)
+            return super(RocketKVPlanning, self).build(0, part)  # type: ignore[misc]
 
-        return self._planner.split(
+        return self.planner.split(
             common.query_start_loc_cpu[: rows + 1],
-            common.seq_lens[:rows].cpu(),
-            prompt_lengths(common),
+            seq_lens,
+            prompt_lens,
             common.block_table_tensor[:rows],
             dense,
             metrics.counters().add,
         )
-
-
-def _bind_on_huge_pages(layer: Any, kv_cache: Tensor) -> None:
-    type(layer).bind_kv_cache(layer, kv_cache)
-    if not back_with_huge_pages(kv_cache):
-        logger.info_once("The KV cache stays on small pages; sparse decode is slower on them")
 
 
 def _start_line(
@@ -226,8 +217,15 @@ def _start_line(
     )
 
 
-class RocketKVImpl(CPUAttentionBackendImpl):
-    """One layer: stock attention for dense tokens, compaction, sparse decode."""
+class RocketKVLayer:
+    """Goes before a stock implementation: one layer's dense attention, compaction, sparse decode.
+
+    Attributes:
+        kernel: The sparse decode kernel.
+    """
+
+    kernel: DecodeKernel
+    scale: float
 
     def __init__(
         self,
@@ -262,38 +260,44 @@ class RocketKVImpl(CPUAttentionBackendImpl):
             attn_type,
             kv_sharing_target_layer_name,
             sinks,
-        )
-        config = get_current_vllm_config()
-        settings = load_settings(config.additional_config, "rocketkv")
-        RocketKVBackend._settings = self._settings = settings
-        RocketKVBackend._group_size = num_heads // num_kv_heads
-        RocketKVBackend._max_model_len = config.model_config.max_model_len
-        RocketKVBackend._instance_id = config.instance_id
-        self._top_k = settings.token_budget // 2
+        )  # type: ignore[call-arg]
+        self._group_size = num_heads // num_kv_heads
+        self.settings = RocketKVBackend.remember(get_current_vllm_config(), self._group_size)
+        self.top_k = self.settings.token_budget // 2
 
-    def prepare(self, spec: RocketKVSpec, pack: Any, layer_index: int) -> None:
+    def prepare(
+        self, layer: Any, spec: RocketKVSpec, layer_index: int, device: torch.device
+    ) -> None:
         """Called by the builder once the block size is final.
 
         Args:
+            layer: The attention layer.
             spec: The layer's KV cache spec.
-            pack: The stock kernel's write; see :class:`PageCodec`.
             layer_index: Position of the layer in the model.
+            device: Where the layer computes.
         """
-        skipped = layer_index < self._settings.skip_layers
-        self._read_all = skipped or not self._settings.stage2
-        if self.num_queries_per_kv != spec.rule.group_size:
+        skipped = layer_index < self.settings.skip_layers
+        self.read_all = skipped or not self.settings.stage2
+        if self._group_size != spec.rule.group_size:
             raise UnsupportedError(
-                f"layers with {self.num_queries_per_kv} and {spec.rule.group_size} query heads per "
+                f"layers with {self._group_size} and {spec.rule.group_size} query heads per "
                 "KV head share a cache layout; ROCKETKV needs one ratio for the whole model"
             )
-        device = torch.device("cpu")
-        self._stock_layout = spec.layout(min(spec.rule.page_sizes))
-        self._layouts: dict[int, PageLayout] = {
+        self.layouts: dict[int, PageLayout] = {
             size: spec.layout(size) for size in spec.rule.page_sizes
         }
-        self._codec = PageCodec(pack, spec.block_size, spec.head_size, spec.dtype, device)
-        self._parking = QueryParking(self._stock_layout, spec.rule.group_size)
-        self.kernel = rocketkv_decode(device.type, spec.dtype)
+        self.stock_layout = self.layouts[min(self.layouts)]
+        self.parking = QueryParking(self.stock_layout, spec.rule.group_size)
+
+    def compact(self, cache: Tensor, prompt: PromptEnd, window: Tensor) -> None:
+        """Stage 1 for one prompt.
+
+        Args:
+            cache: ``[blocks, G, block_size, C]``.
+            prompt: The prompt.
+            window: Post-RoPE queries of its last tokens, ``[w, H, D]``.
+        """
+        raise NotImplementedError
 
     def forward(
         self,
@@ -327,14 +331,15 @@ class RocketKVImpl(CPUAttentionBackendImpl):
         if step is None:
             return output
         if step.dense is not None:
-            pages = self._stock_layout.tokens(kv_cache)
+            pages = self.stock_layout.tokens(kv_cache)
             index = step.dense_index
             if index is None:
                 parts = query, key, value, output
             else:
                 parts = query[index], key[index], value[index], torch.empty_like(query[index])
-            self.do_kv_cache_update(layer, parts[1], parts[2], pages, step.dense.slot_mapping)
-            super().forward(
+            stock: Any = super()
+            stock.do_kv_cache_update(layer, parts[1], parts[2], pages, step.dense.slot_mapping)
+            stock.forward(
                 layer, *parts[:3], pages, step.dense, parts[3], output_scale, output_block_scale
             )
             if index is not None:
@@ -349,20 +354,11 @@ class RocketKVImpl(CPUAttentionBackendImpl):
         tail = prompt.blocks[prompt.dropped_blocks :]
         window = query[prompt.first_token : prompt.last_token]
         if not prompt.complete:
-            self._parking.store(cache, tail, prompt.parked, window)
+            self.parking.store(cache, tail, prompt.parked, window)
             return
         if prompt.parked:
-            window = torch.cat((self._parking.load(cache, tail, prompt.parked), window))
-        compact_prompt(
-            cache,
-            prompt.blocks,
-            prompt.prompt_len,
-            prompt.dropped_blocks,
-            window.transpose(0, 1),
-            codec=self._codec,
-            layout=self._layouts[prompt.page_size],
-            pool_kernel=self._settings.pool_kernel,
-        )
+            window = torch.cat((self.parking.load(cache, tail, prompt.parked), window))
+        self.compact(cache, prompt, window)
 
     def _decode(
         self,
@@ -391,10 +387,10 @@ class RocketKVImpl(CPUAttentionBackendImpl):
             rows.lengths,
             rows.final_lengths,
             rows.top_r,
-            layout=self._layouts[rows.page_size],
-            top_k=self._top_k,
+            layout=self.layouts[rows.page_size],
+            top_k=self.top_k,
             scale=self.scale,
-            read_all=self._read_all,
+            read_all=self.read_all,
         )
         if index is not None:
             output[index] = target

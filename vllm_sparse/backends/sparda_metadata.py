@@ -195,14 +195,9 @@ class SpardaPlanner:
         rows = decoding.nonzero()[:, 0]
         if not len(rows):
             return None
-        settings, size = self._settings, self._settings.block_size
-        lens = seq_lens[rows]
-        blocks = (lens + size - 1) // size
-        everything = (lens <= settings.dense_len) | (blocks <= settings.blocks_read)
-        reads = torch.where(everything, blocks, settings.blocks_read)
-        self._count("decode_rows", len(rows))
-        self._count("visible_blocks", int(blocks.sum()))
-        self._count("selected_blocks", int(reads.sum()))
+        size, lens = self._settings.block_size, seq_lens[rows]
+        blocks, everything, reads = self._reads(lens)
+        self.count_rows(lens)
         return DecodeRows(
             tokens[query_start[:-1][rows]],
             table[rows, : int(blocks.max())],
@@ -211,6 +206,24 @@ class SpardaPlanner:
             int(reads.max()),
             ((reads - 1) * size + (lens - 1) % size + 1).int(),
         )
+
+    def count_rows(self, seq_lens: Tensor) -> None:
+        """Count what rows that decode one token read.
+
+        Args:
+            seq_lens: Host ``[R]``: tokens of each row after the step, 0 for padding rows.
+        """
+        blocks, _, reads = self._reads(seq_lens.long())
+        self._count("decode_rows", int((seq_lens > 0).sum()))
+        self._count("visible_blocks", int(blocks.sum()))
+        self._count("selected_blocks", int(reads.sum()))
+
+    def _reads(self, lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Blocks of each row, whether it reads them all, and how many it reads."""
+        settings = self._settings
+        blocks = (lens + settings.block_size - 1) // settings.block_size
+        everything = (lens <= settings.dense_len) | (blocks <= settings.blocks_read)
+        return blocks, everything, torch.where(everything, blocks, settings.blocks_read)
 
     def _prompts(
         self,

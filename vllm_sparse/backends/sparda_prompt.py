@@ -54,7 +54,7 @@ def attend_prompt(
             ``None`` if there are no sparse tokens.
         block_size: Tokens per block.
         tile_tokens: Own tokens per part for sparse tokens.
-        attend_part: See ``kernels.reference.prefill``.
+        attend_part: See :func:`vllm_sparse.kernels.reference.sparda_steps.attend_part`.
         scale: Logit scale.
 
     Returns:
@@ -77,30 +77,40 @@ def attend_prompt(
         torch.full(sparse.shape[:3], -torch.inf, device=query.device),
     )
 
-    def read(first: int, count: int) -> Tensor:
-        """Which of ``count`` tokens from position ``first`` the sparse tokens have chosen."""
-        assert chosen is not None
-        block = torch.arange(first, first + count) // block_size
-        return chosen[:, :, block]
-
     for tile, staged in tiles:
-        first = tile.first_block * block_size
         tile_keys, tile_values = staged[:, : tile.tokens].split(dim, -1)
         if dense_sum is not None:
             dense_sum = dense_sum.add(
                 attend_part(dense, tile_keys, tile_values, None, False, scale)
             )
         if chosen is not None:
-            mask = read(first, tile.tokens)
             sparse_sum = sparse_sum.add(
-                attend_part(sparse, tile_keys, tile_values, mask, False, scale)
+                attend_part(
+                    sparse,
+                    tile_keys,
+                    tile_values,
+                    chosen,
+                    False,
+                    scale,
+                    first_position=tile.first_block * block_size,
+                    block_size=block_size,
+                )
             )
     if chosen is not None:
         for begin in range(0, tokens, tile_tokens):
-            end = min(begin + tile_tokens, tokens)
-            past = torch.arange(begin, end) <= torch.arange(sparse_from, tokens)[:, None]
-            mask = read(start + begin, end - begin) & past
-            part = attend_part(sparse, keys[:, begin:end], values[:, begin:end], mask, False, scale)
-            sparse_sum = sparse_sum.add(part)
+            own_tile = slice(begin, begin + tile_tokens)
+            sparse_sum = sparse_sum.add(
+                attend_part(
+                    sparse,
+                    keys[:, own_tile],
+                    values[:, own_tile],
+                    chosen,
+                    False,
+                    scale,
+                    first_position=start + begin,
+                    block_size=block_size,
+                    past_from=start + sparse_from,
+                )
+            )
     parts = [part.output for part in (dense_sum, sparse_sum) if part is not None]
     return torch.cat(parts, 2).permute(2, 0, 1, 3).reshape(tokens, heads, dim).to(query.dtype)

@@ -18,6 +18,8 @@ from vllm_sparse.errors import IntegrityError
 from vllm_sparse.kernels.reference.paging import PageTable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vllm_sparse.kernels.dispatch import PagingKernels
     from vllm_sparse.kernels.reference.paging import Resolved
     from vllm_sparse.kv.geometry import Geometry
@@ -27,7 +29,8 @@ class LayerPager:
     """One layer's host blocks, frames and page table.
 
     Args:
-        host: The layer's part of the host pool, ``[blocks, G, block_size, 2 * D]``.
+        host: The layer's part of the host pool, ``[blocks, G, block_size, 2 * D]``, as the device
+            sees it.
         num_frames: Frames of this layer; as many as pieces makes the layer resident.
         kernels: What looks up.
         poison: Fill memory that must not be read with NaN.
@@ -35,8 +38,11 @@ class LayerPager:
 
     def __init__(self, host: Tensor, num_frames: int, kernels: PagingKernels, poison: bool) -> None:
         self.host = host
+        device = host.device
         self.num_blocks, self.num_kv_heads, self.block_size, self.width = host.shape
-        self.slab = torch.empty(num_frames, self.block_size, self.width, dtype=host.dtype)
+        self.slab = torch.empty(
+            num_frames, self.block_size, self.width, dtype=host.dtype, device=device
+        )
         self.resident = num_frames == self.num_blocks * self.num_kv_heads
         self._kernels = kernels
         self._poison = poison
@@ -46,11 +52,11 @@ class LayerPager:
             self.host.fill_(torch.nan)
         pieces = self.num_blocks * self.num_kv_heads
         self.table = PageTable(
-            torch.full((pieces,), -1, dtype=torch.int32),
-            torch.full((num_frames,), -1, dtype=torch.int64),
-            torch.zeros(num_frames, dtype=torch.int64),
-            torch.zeros(num_frames, dtype=torch.bool),
-            torch.zeros(1, dtype=torch.int64),
+            torch.full((pieces,), -1, dtype=torch.int32, device=device),
+            torch.full((num_frames,), -1, dtype=torch.int64, device=device),
+            torch.zeros(num_frames, dtype=torch.int64, device=device),
+            torch.zeros(num_frames, dtype=torch.bool, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
         )
         if self.resident:  # for good: piece p is in frame p
             torch.arange(pieces, out=self.table.frame_of)
@@ -156,6 +162,8 @@ class Pager:
         dtype: Of keys and values.
         kernels: What looks up and copies.
         poison: Fill memory that must not be read with NaN, for tests and debugging.
+        view: Pins the host pool and returns it as a GPU sees it; ``None`` where host and
+            device are one memory.
     """
 
     def __init__(
@@ -164,6 +172,7 @@ class Pager:
         dtype: torch.dtype,
         kernels: PagingKernels,
         poison: bool = False,
+        view: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.geometry = geometry
         shape = (
@@ -173,11 +182,11 @@ class Pager:
             geometry.block_size,
             2 * geometry.head_dim,
         )
-        # One allocation: pinned memory is rounded up to a power of two per tensor.
-        self.host = torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+        self.host = torch.empty(shape, dtype=dtype, device="cpu")
+        seen = self.host if view is None else view(self.host)
         self.layers = [
             LayerPager(part, frames, kernels, poison)
-            for part, frames in zip(self.host, geometry.frames, strict=True)
+            for part, frames in zip(seen, geometry.frames, strict=True)
         ]
 
     def check_integrity(self) -> None:

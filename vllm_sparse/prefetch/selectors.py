@@ -169,6 +169,7 @@ class PreviousSelector(QuerySelector):
         shape: ``(layers, blocks, H, D)``; only blocks in use take memory.
         dtype: Of the queries.
         block_size: Tokens per block.
+        device: Where they are kept.
     """
 
     ahead = True
@@ -180,10 +181,11 @@ class PreviousSelector(QuerySelector):
         shape: tuple[int, int, int, int],
         dtype: torch.dtype,
         block_size: int,
+        device: torch.device,
     ) -> None:
         super().__init__(kernel_stride, scale)
         self.ranking = Ranking(softmax=True, scale=scale, lag=1)
-        self._kept = torch.empty(shape, dtype=dtype)
+        self._kept = torch.empty(shape, dtype=dtype, device=device)
         self._block_size = block_size
 
     def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
@@ -200,4 +202,5 @@ class PreviousSelector(QuerySelector):
 
     def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
         """See :class:`Selector`."""
-        self._kept[layer, slots[last] // self._block_size] = query[last]
+        # Padding rows have no slot; nobody reads the null block.
+        self._kept[layer, slots[last].clamp(min=0) // self._block_size] = query[last]

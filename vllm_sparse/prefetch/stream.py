@@ -69,6 +69,7 @@ class PromptStream:
             geometry.block_size,
             2 * geometry.head_dim,
             dtype=pager.host.dtype,
+            device=pager.layers[0].slab.device,
         )
         self._tiles: Sequence[Tile] = ()
         self._tickets: dict[int, Ticket] = {}

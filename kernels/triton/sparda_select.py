@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""SparDA's block selection for decode rows: window scores, pooling to blocks, top-k."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from vllm_sparse.kernels.reference.sparda_steps import Selected
+from vllm_sparse.kernels.triton.launch import dim_block, launch, row_block, splits
+from vllm_sparse.kernels.triton.ops import dot
+from vllm_sparse.kernels.triton.topk import choose, radix_threshold
+
+if TYPE_CHECKING:
+    from vllm_sparse.kernels.reference.selection import Blocks, Ranking
+
+# Large enough that one row with one KV head fills a GPU.
+_MOST_SHARES = 128
+
+
+@triton.jit
+def _reads_everything(position, top_k, dense_len, BLOCK_SIZE: tl.constexpr):
+    return (position // BLOCK_SIZE < top_k) | (position < dense_len)
+
+
+@triton.jit
+def _load_windows(
+    compressed, table, window, inside, dim, dim_inside,
+    stride_block, stride_slot, WINDOWS: tl.constexpr,
+):  # fmt: skip
+    """Compressed keys at slots ``window`` of a row, counted through its blocks."""
+    block = tl.load(table + window // WINDOWS, mask=inside, other=0)
+    source = compressed + block.to(tl.int64) * stride_block + (window % WINDOWS) * stride_slot
+    return tl.load(
+        source[:, None] + dim[None, :], mask=inside[:, None] & dim_inside[None, :], other=0.0
+    )
+
+
+@triton.jit
+def _normaliser_kernel(
+    compressed,
+    vectors,
+    table,
+    positions,
+    peaks,
+    masses,
+    scale_log2,
+    lag,
+    top_k,
+    dense_len,
+    stride_block,
+    stride_head,
+    stride_slot,
+    stride_vector_row,
+    stride_vector_head,
+    stride_table,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Largest logit and softmax mass of one share of a row's windows, per query head."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    position = tl.load(positions + row).to(tl.int32)
+    if _reads_everything(position, top_k, dense_len, BLOCK_SIZE):
+        return
+    complete = (position - lag + 1) // STRIDE
+    member = tl.arange(0, BLOCK_M)
+    member_inside = member < GROUP
+    dim = tl.arange(0, BLOCK_D)
+    dim_inside = dim < DIM
+    b_q = tl.load(
+        vectors
+        + row * stride_vector_row
+        + (head * GROUP + member)[:, None] * stride_vector_head
+        + dim[None, :],
+        mask=member_inside[:, None] & dim_inside[None, :],
+        other=0.0,
+    )
+    compressed += head.to(tl.int64) * stride_head
+    table += row * stride_table
+    share = tl.cdiv(tl.cdiv(complete, SPLITS), BLOCK_N) * BLOCK_N
+    begin = split * share
+    end = tl.minimum(begin + share, complete)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        window = start + tl.arange(0, BLOCK_N)
+        inside = (window > 0) & (window < end)  # the first slot is no window
+        b_k = _load_windows(
+            compressed, table, window, inside, dim, dim_inside,
+            stride_block, stride_slot, BLOCK_SIZE // STRIDE,
+        )  # fmt: skip
+        logit = dot(b_q, tl.trans(b_k)) * scale_log2
+        logit = tl.where(inside[None, :], logit, float("-inf"))
+        highest = tl.maximum(peak, tl.max(logit, 1))
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        mass = mass * tl.exp2(peak - base) + tl.sum(tl.exp2(logit - base[:, None]), 1)
+        peak = highest
+    index = ((row * HEADS + head) * GROUP + member) * SPLITS + split
+    tl.store(peaks + index, peak, mask=member_inside)
+    tl.store(masses + index, mass, mask=member_inside)
+
+
+@triton.jit
+def _score_kernel(
+    compressed,
+    vectors,
+    table,
+    positions,
+    peaks,
+    masses,
+    best,
+    first,
+    scale_log2,
+    lag,
+    top_k,
+    dense_len,
+    local_blocks,
+    width,
+    stride_block,
+    stride_head,
+    stride_slot,
+    stride_vector_row,
+    stride_vector_head,
+    stride_table,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+):
+    """The best score of the windows stored with each block, and that of the first of them.
+
+    The first one also overlaps the block before, where the top-k kernel adds it.
+    """
+    WINDOWS: tl.constexpr = BLOCK_SIZE // STRIDE
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    position = tl.load(positions + row).to(tl.int32)
+    if _reads_everything(position, top_k, dense_len, BLOCK_SIZE):
+        return
+    complete = (position - lag + 1) // STRIDE
+    dim = tl.arange(0, BLOCK_D)
+    dim_inside = dim < DIM
+    pair = row * HEADS + head
+    vectors += row * stride_vector_row + head.to(tl.int64) * GROUP * stride_vector_head
+    if SOFTMAX:
+        member = tl.arange(0, BLOCK_M)
+        member_inside = member < GROUP
+        b_q = tl.load(
+            vectors + member[:, None] * stride_vector_head + dim[None, :],
+            mask=member_inside[:, None] & dim_inside[None, :],
+            other=0.0,
+        )
+        part = (pair * GROUP + member)[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
+        peak = tl.load(peaks + part, mask=member_inside[:, None], other=0.0)
+        mass = tl.load(masses + part, mask=member_inside[:, None], other=1.0)
+        highest = tl.max(peak, 1)
+        highest = tl.where(highest == float("-inf"), 0.0, highest)
+        total = tl.sum(mass * tl.exp2(peak - highest[:, None]), 1)
+    else:
+        b_f = tl.load(vectors + dim, mask=dim_inside, other=0.0).to(tl.float32)
+    compressed += head.to(tl.int64) * stride_head
+    table += row * stride_table
+    best += pair * width
+    first += pair * width
+    # Later blocks are always read; of the first of them, one window reaches back.
+    blocks = position // BLOCK_SIZE - local_blocks + 1
+    share = tl.cdiv(tl.cdiv(blocks * WINDOWS, SPLITS), BLOCK_N) * BLOCK_N
+    begin = split * share
+    end = tl.minimum(begin + share, blocks * WINDOWS)
+    for start in range(begin, end, BLOCK_N):
+        window = start + tl.arange(0, BLOCK_N)
+        inside = (window > 0) & (window < tl.minimum(end, complete))
+        b_k = _load_windows(
+            compressed, table, window, inside, dim, dim_inside,
+            stride_block, stride_slot, WINDOWS,
+        )  # fmt: skip
+        if SOFTMAX:
+            logit = dot(b_q, tl.trans(b_k)) * scale_log2
+            weight = tl.exp2(logit - highest[:, None]) / total[:, None]
+            score = tl.sum(tl.where(member_inside[:, None], weight, 0.0), 0)
+        else:
+            score = tl.sum(b_k.to(tl.float32) * b_f[None, :], 1)
+        score = tl.where(inside, score, float("-inf"))
+        tl.store(first + window // WINDOWS, score, mask=(window % WINDOWS == 0) & (window < end))
+        block = start // WINDOWS + tl.arange(0, BLOCK_N // WINDOWS)
+        highest_of_block = tl.max(tl.reshape(score, [BLOCK_N // WINDOWS, WINDOWS]), 1)
+        tl.store(best + block, highest_of_block, mask=block < end // WINDOWS)
+
+
+@triton.jit
+def _store_blocks(blocks, pieces, table, at, block, mask, head, HEADS: tl.constexpr):
+    physical = tl.load(table + block, mask=mask, other=0)
+    tl.store(blocks + at, block, mask=mask)
+    tl.store(pieces + at, physical * HEADS + head, mask=mask)
+
+
+@triton.jit
+def _choose_kernel(
+    best,
+    first,
+    table,
+    positions,
+    blocks,
+    pieces,
+    lengths,
+    init_blocks,
+    local_blocks,
+    top_k,
+    dense_len,
+    width,
+    capacity,
+    stride_table,
+    HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    lane = tl.arange(0, BLOCK)
+    position = tl.load(positions + row).to(tl.int32)
+    own = position // BLOCK_SIZE
+    everything = _reads_everything(position, top_k, dense_len, BLOCK_SIZE)
+    count = tl.where(everything, own + 1, top_k)
+    length = (count - 1) * BLOCK_SIZE + position % BLOCK_SIZE + 1
+    count = tl.where(position < 0, 0, count)
+    if head == 0:
+        tl.store(lengths + row, tl.where(position < 0, 0, length))
+    pair = row * HEADS + head
+    table += row * stride_table
+    blocks += pair * capacity
+    pieces += pair * capacity
+    for start in range(count, capacity, BLOCK):
+        nothing = tl.full([BLOCK], -1, tl.int32)
+        tl.store(blocks + start + lane, nothing, mask=start + lane < capacity)
+        tl.store(pieces + start + lane, nothing, mask=start + lane < capacity)
+    if everything:  # padding rows as well
+        for start in range(0, count, BLOCK):
+            block = start + lane
+            _store_blocks(blocks, pieces, table, block, block, block < count, head, HEADS)
+        return
+
+    best += pair * width
+    first += pair * width
+    for start in range(0, own + 1, BLOCK):
+        block = start + lane
+        forced = (block < init_blocks) | (block >= own - local_blocks)
+        scored = (block <= own) & ~forced
+        score = tl.load(best + block, mask=scored, other=0.0)
+        score = tl.maximum(score, tl.load(first + block + 1, mask=scored, other=0.0))
+        # A visible block without a window ranks last, but like any other.
+        score = tl.maximum(score, -3.4028234663852886e38)
+        tl.store(best + block, tl.where(forced, float("inf"), score), mask=block <= own)
+    tl.debug_barrier()  # other threads of this program read them
+    threshold, room = radix_threshold(best, own + 1, count, BLOCK)
+    taken = 0
+    tied = 0
+    for start in range(0, own + 1, BLOCK):
+        block = start + lane
+        inside = block <= own
+        score = tl.load(best + block, mask=inside, other=0.0)
+        chosen, _, tied = choose(score, inside, threshold, room, tied)
+        ones = chosen.to(tl.int32)
+        at = taken + tl.cumsum(ones, 0) - ones
+        _store_blocks(blocks, pieces, table, at, block, chosen, head, HEADS)
+        taken += tl.sum(ones, 0)
+
+
+def select_blocks(
+    compressed: Tensor,
+    vectors: Tensor,
+    block_table: Tensor,
+    positions: Tensor,
+    ranking: Ranking,
+    blocks: Blocks,
+    *,
+    dense_len: int = 0,
+    capacity: int | None = None,
+) -> Selected:
+    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_steps.select_blocks`.
+
+    Three launches for a softmax, two for a Forecast, one if the table is so narrow that every row
+    reads all its blocks. Queries are rounded to the dtype of the compressed keys, a Forecast is
+    not. Scratch: ``8 * R * G * blocks`` bytes.
+
+    Args:
+        compressed: ``[blocks, G, windows per block, D]``; windows per block is a power of two.
+        vectors: ``[R, H, D]`` for a softmax, else ``[R, G, D]``; channels contiguous.
+        block_table: int32 ``[R, blocks]``, entries contiguous.
+        positions: int32 or int64 ``[R]``; negative for padding rows.
+        ranking: How to score.
+        blocks: What to take.
+        dense_len: Rows of at most so many tokens read all their blocks.
+        capacity: Width of the result.
+    """
+    rows, width = block_table.shape
+    kv_heads, windows, dim = compressed.shape[1:]
+    group = vectors.shape[1] // kv_heads
+    size, device = blocks.block_size, compressed.device
+    whole = max(blocks.top_k, -(-dense_len // size))
+    capacity = min(whole, width) if capacity is None else capacity
+    assert capacity >= min(whole, width)
+    assert blocks.top_k > blocks.init_blocks + blocks.local_blocks
+    assert windows * blocks.kernel_stride == size
+    assert compressed.stride(-1) == vectors.stride(-1) == block_table.stride(-1) == 1
+    assert positions.is_contiguous()
+    logical, pieces = (
+        torch.empty(rows, kv_heads, capacity, dtype=torch.int32, device=device) for _ in range(2)
+    )
+    lengths = torch.empty(rows, dtype=torch.int32, device=device)
+    if not rows:
+        return Selected(logical, pieces, lengths)
+    best, first = (
+        torch.empty(rows, kv_heads, width, dtype=torch.float32, device=device) for _ in range(2)
+    )
+    if width > whole:
+        block, warps, stages = launch("score_blocks", device, dim)
+        shares = splits(rows * kv_heads, -(-width * windows // block), device, _MOST_SHARES)
+        shape = {
+            "HEADS": kv_heads,
+            "GROUP": group,
+            "DIM": dim,
+            "BLOCK_SIZE": size,
+            "STRIDE": blocks.kernel_stride,
+            "BLOCK_M": row_block(group),
+            "BLOCK_N": block,
+            "BLOCK_D": dim_block(dim),
+            "SPLITS": shares,
+            "num_warps": warps,
+            "num_stages": stages,
+        }
+        peaks, masses = best, first  # unused
+        if ranking.softmax:
+            vectors = vectors.to(compressed.dtype)
+            peaks, masses = (
+                torch.empty(rows, vectors.shape[1], shares, dtype=torch.float32, device=device)
+                for _ in range(2)
+            )
+        strides = (
+            *compressed.stride()[:3],
+            vectors.stride(0),
+            vectors.stride(1),
+            block_table.stride(0),
+        )
+        numbers = (ranking.scale * 1.4426950408889634, ranking.lag, blocks.top_k, dense_len)
+        grid = (rows, kv_heads, shares)
+        inputs = (compressed, vectors, block_table, positions, peaks, masses)
+        if ranking.softmax:
+            _normaliser_kernel[grid](*inputs, *numbers, *strides, **shape)
+        _score_kernel[grid](
+            *inputs,
+            best,
+            first,
+            *numbers,
+            blocks.local_blocks,
+            width,
+            *strides,
+            **shape,
+            SOFTMAX=ranking.softmax,
+        )
+    block, warps, stages = launch("choose_blocks", device)
+    _choose_kernel[(rows, kv_heads)](
+        best,
+        first,
+        block_table,
+        positions,
+        logical,
+        pieces,
+        lengths,
+        blocks.init_blocks,
+        blocks.local_blocks,
+        blocks.top_k,
+        dense_len,
+        width,
+        capacity,
+        block_table.stride(0),
+        HEADS=kv_heads,
+        BLOCK_SIZE=size,
+        BLOCK=min(block, triton.next_power_of_2(max(width, 32 * warps))),
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return Selected(logical, pieces, lengths)

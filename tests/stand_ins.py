@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""What a GPU would bring, in plain PyTorch, so that engines can walk the GPU's path on a CPU."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+
+
+def flash_attention() -> None:
+    """FlashAttention and its cache write, float32 and on any device."""
+    from vllm.v1.attention.backends import flash_attn
+
+    flash_attn.get_flash_attn_version = lambda **_: 2
+    flash_attn.flash_attn_varlen_func = _attend
+    flash_attn.reshape_and_cache_flash = _write
+
+
+def _attend(
+    *,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    cu_seqlens_q: Any,
+    seqused_k: Any,
+    block_table: Any,
+    softmax_scale: float,
+    causal: bool,
+    **_: Any,
+) -> None:
+    assert causal
+    assert q.shape[0] >= int(cu_seqlens_q[-1])
+    for row, (begin, end) in enumerate(itertools.pairwise(cu_seqlens_q)):
+        length, count = int(seqused_k[row]), int(end - begin)
+        if not count:
+            continue
+        blocks = block_table[row, : -(-length // k.shape[1])].long()
+        keys, values = (
+            part[blocks].flatten(0, 1)[:length].repeat_interleave(q.shape[1] // k.shape[2], 1)
+            for part in (k, v)
+        )
+        mask = torch.ones(count, length, dtype=torch.bool).tril(length - count)
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            q[begin:end].transpose(0, 1),
+            keys.transpose(0, 1),
+            values.transpose(0, 1),
+            mask,
+            scale=softmax_scale,
+        )
+        out[begin:end] = attended.transpose(0, 1)
+
+
+def _write(key: Any, value: Any, key_cache: Any, value_cache: Any, slots: Any, *_: Any) -> None:
+    slots = slots[slots >= 0].long()
+    block, offset = slots // key_cache.shape[1], slots % key_cache.shape[1]
+    key_cache[block, offset] = key[: len(slots)]
+    value_cache[block, offset] = value[: len(slots)]
+
+
+def captured_graphs() -> None:
+    """Run batches of single tokens as a captured CUDA graph would: with the first metadata.
+
+    A graph keeps the addresses and the Python numbers of the step that it was captured in. So the
+    builder still plans every step, but layers see what it returned for the first batch of that
+    size.
+    """
+    from vllm_sparse.backends.rocketkv_gpu import RocketKVGpuBuilder
+    from vllm_sparse.backends.sparda_gpu import SpardaGpuBuilder
+
+    for builder in (RocketKVGpuBuilder, SpardaGpuBuilder):
+        builder._plan_rows = _replayed(builder._plan_rows)  # type: ignore[method-assign]
+
+
+def _replayed(plan: Any) -> Any:
+    captured: dict[tuple[int, int], Any] = {}
+
+    def replay(self: Any, common: Any, *args: Any) -> Any:
+        step = plan(self, common, *args)
+        return captured.setdefault((id(self), step.num_tokens), step)
+
+    return replay

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The GPU path of both backends in whole engines on a CPU: all of it but the driver.
+
+Triton is interpreted, FlashAttention is PyTorch, and SPARDA's copies run as late as they may, over
+memory full of NaN. ``captured_graphs`` lets layers see the metadata of the first batch of a size
+only, as a CUDA graph does. The runs that they are compared with are compared with Hugging Face and
+stock vLLM in ``test_engine`` and ``test_sparda_engine``.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from engine import BLOCK_SIZE, SETTINGS, SPARDA_SETTINGS, run_engine
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+NEW_TOKENS = 8
+
+
+def run_gpu_path(model, prompts, *, v2=True, graphs=True, settings=SETTINGS, **options):
+    return run_engine(
+        model,
+        prompts,
+        settings={**settings, "kernels": "triton"},
+        stand_ins=("flash_attention", "captured_graphs" if graphs else ""),
+        env=V2 if v2 else {},
+        **{
+            "block_size": BLOCK_SIZE,
+            "new_tokens": NEW_TOKENS,
+            # The interpreter copies every tensor that a kernel gets.
+            "kv_cache_memory_bytes": 6 << 20,
+            "timeout": 900,
+            **options,
+        },
+    )
+
+
+def first_tokens(run, requests):
+    return [run["tokens"][0][i][:NEW_TOKENS] for i in requests]
+
+
+@pytest.mark.parametrize("v2", [True, False], ids=["v2", "v1"])
+def test_gpu_path_gives_the_cpu_path_s_tokens(llama, prompts, sparse_run, v2):
+    """One prompt after the other arrives in chunks, so that steps are pure and mixed."""
+    run = run_gpu_path(llama, prompts[:2], v2=v2, max_num_batched_tokens=320)
+    assert run["tokens"][0] == first_tokens(sparse_run, range(2))
+    assert run["counters"]["prompts_compacted"] == 2
+    assert run["free_blocks"][0] == run["free_blocks"][1]
+
+
+@pytest.mark.parametrize("chunk", [101, 303])
+def test_a_last_prompt_token_that_comes_alone(llama, prompts, sparse_run, chunk):
+    """607 tokens in chunks of 101: the last is a batch of one token, which a graph would run."""
+    assert len(prompts[1]) % chunk == 1
+    run = run_gpu_path(llama, prompts[1:2], max_num_batched_tokens=chunk)
+    assert run["tokens"][0] == first_tokens(sparse_run, [1])
+    assert run["counters"]["prompts_compacted"] == 1
+
+
+def test_a_window_that_comes_token_by_token(llama, prompts, sparse_run):
+    """The cached part of a prompt may end anywhere; here its window is decoded, so to say."""
+    options = {"max_num_batched_tokens": 8, "max_num_seqs": 8, "new_tokens": 2}
+    run = run_gpu_path(llama, prompts[:1], settings={**SETTINGS, "window": 8}, **options)
+    reference = run_engine(
+        llama, prompts[:1], settings={**SETTINGS, "window": 8}, block_size=BLOCK_SIZE, new_tokens=2
+    )
+    assert run["tokens"] == reference["tokens"]
+
+
+def test_dense_requests_share_the_batch(llama, prompts, sparse_run):
+    mixed = [prompts[0], prompts[3][:60]]
+    run = run_gpu_path(llama, mixed)
+    stock = run_engine(llama, mixed[1:], block_size=BLOCK_SIZE, new_tokens=NEW_TOKENS)
+    assert run["tokens"][0][0] == first_tokens(sparse_run, [0])[0]
+    assert run["tokens"][0][1] == stock["tokens"][0][0]
+    assert run["counters"]["dense_fallbacks/short_prompt"] == 1
+
+
+def test_a_budget_of_the_whole_context_equals_stock(llama, prompts, stock_run):
+    everything = {**SETTINGS, "token_budget": 4096, "stage1": False}
+    run = run_gpu_path(llama, prompts[:2], settings=everything)
+    assert run["tokens"][0] == first_tokens(stock_run, range(2))
+
+
+def test_preempted_and_cached_requests(llama, prompts, sparse_run):
+    run = run_gpu_path(
+        llama, prompts[:3], num_gpu_blocks_override=34, max_num_batched_tokens=100,
+        scheduler_reserve_full_isl=False, waves=2,
+    )  # fmt: skip
+    assert run["preemptions"] > 0
+    assert max(run["cached"][1]) > 0
+    expected = first_tokens(sparse_run, range(3))
+    assert run["tokens"] == [expected, expected]
+
+
+SPARDA_CASES = {
+    "lookahead-v2": ({}, {}),
+    "query-v1": ({"selector": "query"}, {"v2": False}),
+    "previous-chunked": ({"selector": "previous"}, {"max_num_batched_tokens": 320}),
+    "sparse-prompts-in-graphs": ({"sparse_prefill": True}, {"max_num_batched_tokens": 303}),
+    "crossing-dense-len": ({"dense_len": 612, "slab_gib": 0.02}, {}),
+    "no-prefetch": ({"prefetch": False}, {}),
+    "resident": ({"resident": True, "slab_gib": None}, {}),
+}
+
+
+@pytest.mark.parametrize("case", SPARDA_CASES)
+def test_sparda_gives_the_cpu_path_s_tokens(llama, prompts, case):
+    changes, options = SPARDA_CASES[case]
+    settings = {**SPARDA_SETTINGS, **changes}
+    shared = {"backend": "sparda", "max_num_seqs": 6, "new_tokens": NEW_TOKENS}
+    options = {"v2": True, "max_num_batched_tokens": 2048, **options}
+    v2 = options.pop("v2")
+    run = run_engine(
+        llama, prompts[:2], settings={**settings, "kernels": "triton"},
+        stand_ins=("flash_attention", "captured_graphs" if "graphs" in case else ""),
+        env=V2 if v2 else {}, timeout=900, **shared, **options,
+    )  # fmt: skip
+    reference = run_engine(llama, prompts[:2], settings=settings, **shared)
+    assert run["tokens"] == reference["tokens"]
+    names = ["decode_rows", "visible_blocks", "selected_blocks", "device_to_host_bytes"]
+    assert [run["counters"][k] for k in names] == [reference["counters"][k] for k in names]
+    assert (run["counters"]["frame_misses"] > 0) == (case != "resident")
+
+
+def test_the_start_line_and_what_a_cpu_lacks(llama, prompts):
+    with pytest.raises(RuntimeError, match=r"leave vllm_sparse\.kernels at auto"):
+        run_engine(
+            llama, prompts[:1], settings={**SETTINGS, "kernels": "triton"}, block_size=BLOCK_SIZE
+        )
+
+
+def test_the_class_follows_the_platform():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import vllm_sparse.backends as b\n"
+            "from vllm.platforms import current_platform\n"
+            "print(b.ROCKETKV.__name__)\n"
+            "type(current_platform).is_cpu = lambda self: False\n"
+            "print(b.ROCKETKV.__name__)\n",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split()[-2:] == ["RocketKVCpuBackend", "RocketKVGpuBackend"], done.stderr

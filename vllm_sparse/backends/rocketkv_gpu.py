@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""ROCKETKV on top of FlashAttention.
+
+A batch in which every row is one token is planned on the device, into buffers that never move: a
+captured CUDA graph reads them, and nothing waits for the host. Any other batch is split on the host
+as on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+
+from vllm_sparse import metrics
+from vllm_sparse.backends.base import prompt_lengths, sequence_lengths, warn_of_gpus
+from vllm_sparse.backends.device_counters import DeviceCounters
+from vllm_sparse.backends.guard import unsupported
+from vllm_sparse.backends.metadata import PromptEnd, StepMetadata
+from vllm_sparse.backends.rocketkv import RocketKVBackend, RocketKVLayer, RocketKVPlanning
+from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.kernels.dispatch import rocketkv_gpu
+from vllm_sparse.kernels.reference.rows import Rows
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from vllm_sparse.kv.spec import RocketKVSpec
+
+# A 32-byte sector holds a channel's extrema of 16 pages, 64 tokens with the default page size.
+_PREFERRED_BLOCK_SIZE = 64
+
+
+class RocketKVGpuBackend(RocketKVBackend, FlashAttentionBackend):
+    """ROCKETKV on NVIDIA GPUs."""
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        """Reasons against using this backend; vLLM lists them and stops."""
+        return [
+            *super().validate_configuration(*args, **kwargs),
+            *unsupported(get_current_vllm_config()),
+        ]
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """There is nothing to evict in such layers."""
+        return False
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Where the user leaves the choice: reading few channels should move few sectors."""
+        return max(default_block_size, _PREFERRED_BLOCK_SIZE)
+
+    @staticmethod
+    def get_impl_cls() -> type[RocketKVGpuImpl]:
+        """The attention implementation."""
+        return RocketKVGpuImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[RocketKVGpuBuilder]:
+        """The metadata builder."""
+        return RocketKVGpuBuilder
+
+
+class RocketKVGpuBuilder(RocketKVPlanning, FlashAttentionMetadataBuilder):
+    """Plans steps; finishes prompts whose last token came alone."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
+    supports_update_block_table: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        kv_cache_spec: RocketKVSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        warn_of_gpus("ROCKETKV")
+        if len(self.rule.page_sizes) > 1:
+            raise UnsupportedError(
+                f"page_sizes={list(self.rule.page_sizes)}: on GPUs one page size serves all "
+                "requests, because a captured graph has one shape. Give one of them"
+            )
+        self._kernels = rocketkv_gpu(device)
+        self._rules = self.planner.rules.to(device)
+        self._counters = DeviceCounters(
+            ("decode_rows", "visible_tokens", "selected_tokens"), device, metrics.counters().add
+        )
+        # Reads are counted up to this many tokens per row.
+        self._read = self.planner.top_k if self.rule.stage2 else self.rule.max_model_len
+        self._per_block = self.layers[0].impl.parking.per_block
+        self._rows: Rows | None = None
+        self._late: list[PromptEnd] = []
+        sizes = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        self._max_rows = max(vllm_config.scheduler_config.max_num_seqs, sizes)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> StepMetadata:
+        """Plan one step."""
+        common = common_attn_metadata
+        self._compact_late()
+        prompt_lens = prompt_lengths(common)
+        if common.max_query_len == 1:
+            return self._plan_rows(common, prompt_lens)
+        return self.split(common, sequence_lengths(common), prompt_lens.cpu())
+
+    def _plan_rows(self, common: CommonAttentionMetadata, prompt_lens: Tensor) -> StepMetadata:
+        count = common.num_reqs
+        table = common.block_table_tensor[:count]
+        rows = Rows(*(buffer[:count] for buffer in self._buffers(table.shape[1])))
+        self._kernels.plan_rows(
+            rows,
+            common.seq_lens[:count],
+            prompt_lens.to(self.device, non_blocking=True),
+            table,
+            self._rules,
+            self._counters.values,
+            block_size=self.block_size,
+            window=self.rule.window if self.rule.stage1 else 0,
+            per_block=self._per_block,
+            top_k=self._read,
+        )
+        self._counters.publish()
+        prefilling = common.is_prefilling
+        if prefilling is not None and bool(prefilling.any()):
+            self._note_late(common, prompt_lens.cpu())
+        return StepMetadata(count, None, rows=rows)
+
+    def _buffers(self, width: int) -> Rows:
+        if self._rows is None or self._rows.block_table.shape[1] != width:
+            one = torch.zeros(3, self._max_rows, dtype=torch.int32, device=self.device)
+            table = torch.zeros(self._max_rows, width, dtype=torch.int32, device=self.device)
+            self._rows = Rows(table, *one)
+        return self._rows
+
+    def _note_late(self, common: CommonAttentionMetadata, prompt_lens: Tensor) -> None:
+        """Remember prompts whose last token is a row of this step.
+
+        A captured graph may run the step, and compaction is not part of it. The queries are parked
+        there; the next step starts by compacting. Blocks that it gives up cannot be written before:
+        the scheduler frees them once this step is processed.
+        """
+        start = common.query_start_loc_cpu[: common.num_reqs + 1]
+        lens = sequence_lengths(common)
+        count = metrics.counters().add
+        self.planner.count_fallbacks(start, lens, prompt_lens, count)
+        table = common.block_table_tensor
+        for prompt in self.planner.ending_prompts(start, lens, prompt_lens, table, count):
+            if prompt.complete:
+                parked = self.rule.window if self.rule.stage1 else 0
+                self._late.append(replace(prompt, blocks=prompt.blocks.clone(), parked=parked))
+
+    def _compact_late(self) -> None:
+        late, self._late = self._late, []
+        for prompt in late:
+            for layer in self.layers:
+                layer.impl.compact_parked(layer.kv_cache, prompt)
+
+
+class RocketKVGpuImpl(RocketKVLayer, FlashAttentionImpl):
+    """One layer on a GPU, whose pages hold plain rows."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.vllm_flash_attn_version is None:
+            raise UnsupportedError(
+                "ROCKETKV runs prompts through FlashAttention, which this installation of vLLM "
+                "lacks for this device. On a CPU leave vllm_sparse.kernels at auto"
+            )
+
+    def prepare(
+        self, layer: Any, spec: RocketKVSpec, layer_index: int, device: torch.device
+    ) -> None:
+        """See :class:`RocketKVLayer`."""
+        super().prepare(layer, spec, layer_index, device)
+        self._kernels = rocketkv_gpu(device)
+        self.kernel = self._kernels.decode
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: StepMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """See :class:`RocketKVLayer`."""
+        step = attn_metadata
+        if step is None or step.rows is None:
+            return super().forward(
+                layer, query, key, value, kv_cache, step, output, output_scale, output_block_scale
+            )
+        rows, count = step.rows, step.num_tokens
+        self.kernel.run(
+            kv_cache,
+            query[:count],
+            key[:count],
+            value[:count],
+            output[:count],
+            rows.block_table,
+            rows.lengths,
+            rows.lengths,
+            rows.top_r,
+            layout=self.stock_layout,
+            top_k=self.top_k,
+            scale=self.scale,
+            read_all=self.read_all,
+            replays=False,
+            parked=rows.parked,
+            per_block=self.parking.per_block,
+        )
+        return output
+
+    def compact(self, cache: Tensor, prompt: PromptEnd, window: Tensor) -> None:
+        """See :class:`RocketKVLayer`."""
+        layout = self.layouts[prompt.page_size]
+        keys, values = layout.tokens(cache).split(layout.head_dim, -1)
+        length, dropped = prompt.sizes.split(1)
+        self._kernels.compact_prompts(
+            cache,
+            keys,
+            values,
+            window.transpose(0, 1)[None],
+            prompt.blocks[None],
+            length,
+            dropped,
+            layout=layout,
+            pool_kernel=self.settings.pool_kernel,
+            max_kept=prompt.prompt_len - prompt.dropped_blocks * layout.block_size,
+        )
+
+    def compact_parked(self, cache: Tensor, prompt: PromptEnd) -> None:
+        """Stage 1 for a prompt all of whose window queries are parked."""
+        tail = prompt.blocks[prompt.dropped_blocks :]
+        if prompt.parked:
+            window = self.parking.load(cache, tail, prompt.parked)
+        else:  # everything is kept, so that nothing is scored
+            window = torch.zeros(
+                1, self.num_heads, self.head_size, dtype=cache.dtype, device=cache.device
+            )
+        self.compact(cache, prompt, window)

@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""SPARDA on GPUs: the host pool is pinned memory, and a side stream fetches a layer ahead.
+
+A batch in which every row decodes one token is planned on the device, into buffers that never move,
+so that a CUDA graph can be captured where the settings allow it. Steps with prompts are planned on
+the host; their decode rows take the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+from vllm.v1.simple_kv_offload.cuda_mem_ops import pin_tensor
+
+from vllm_sparse import metrics
+from vllm_sparse.backends.base import prompt_lengths, sequence_lengths, warn_of_gpus
+from vllm_sparse.backends.device_counters import DeviceCounters
+from vllm_sparse.backends.guard import unsupported
+from vllm_sparse.backends.sparda import (
+    Runtime,
+    SpardaBackend,
+    SpardaBuilder,
+    SpardaLayer,
+    make_selector,
+)
+from vllm_sparse.backends.sparda_metadata import SpardaStep
+from vllm_sparse.kernels.dispatch import SpardaGpuKernels, sparda_gpu, sparda_paging
+from vllm_sparse.kv.geometry import blocks_per_row
+from vllm_sparse.kv.pager import Pager
+from vllm_sparse.prefetch.lanes import Lane, LaneCopyEngine, LateLane, StreamLane
+from vllm_sparse.prefetch.selectors import Tokens
+from vllm_sparse.prefetch.stream import PromptStream
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+    from vllm_sparse.config import SpardaSettings
+    from vllm_sparse.kernels.reference.sparda_steps import Selected
+    from vllm_sparse.kv.geometry import Geometry
+    from vllm_sparse.prefetch.engine import Ticket
+
+
+class SpardaGpuBackend(SpardaBackend, FlashAttentionBackend):
+    """SPARDA on NVIDIA GPUs; FlashAttention only says what the device can do."""
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        """Reasons against using this backend; vLLM lists them and stops."""
+        return [
+            *super().validate_configuration(*args, **kwargs),
+            *unsupported(get_current_vllm_config()),
+        ]
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """SPARDA looks from each layer to the next and needs them all alike."""
+        return False
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Start-up has made this vLLM's block size; workers ask again once the model is loaded."""
+        return cls._settings.block_size if cls._settings else default_block_size
+
+    @staticmethod
+    def get_impl_cls() -> type[SpardaGpuImpl]:
+        """The attention implementation."""
+        return SpardaGpuImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SpardaGpuBuilder]:
+        """The metadata builder."""
+        return SpardaGpuBuilder
+
+
+class _Fetch(NamedTuple):
+    selected: Selected
+    frames: Tensor
+    ticket: Ticket | None
+
+
+@dataclass
+class GpuRuntime(Runtime):
+    """See :class:`Runtime`.
+
+    Attributes:
+        kernels: What decode runs.
+        lane: Where fetches run.
+        counters: Hits and misses, and whether the slab was ever too small.
+        step: Number of the step, int64 ``[1]``.
+        capacity: Most blocks that a row reads.
+        fetches: Under way, by layer.
+        chosen: Selections whose fetch waits for their layer, by layer.
+    """
+
+    kernels: SpardaGpuKernels
+    lane: Lane
+    counters: DeviceCounters
+    step: Tensor
+    capacity: int
+    fetches: dict[int, _Fetch] = field(default_factory=dict)
+    chosen: dict[int, Selected] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows that decode one token each.
+
+    Attributes:
+        tokens: Their tokens; positions of padding rows are zero.
+        positions: Position of each row's token, int64 ``[R]``; -1 for padding rows.
+        table: Physical blocks, int32 ``[R, blocks]``.
+        whole: They are the first rows of the batch, in order.
+    """
+
+    tokens: Tokens
+    positions: Tensor
+    table: Tensor
+    whole: bool
+
+
+@dataclass(frozen=True)
+class GpuStep(SpardaStep):
+    """See :class:`SpardaStep`; ``decode`` is replaced by ``rows``.
+
+    Attributes:
+        rows: Rows served from frames.
+    """
+
+    rows: Rows | None = None
+
+
+class SpardaGpuBuilder(SpardaBuilder):
+    """Plans a batch of single tokens on the device, any other on the host."""
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> AttentionCGSupport:
+        """Whole decode steps if prompts are sparse too.
+
+        Otherwise a prompt's token that comes alone is dense, for which no frames are set aside, but
+        vLLM would run it in a captured graph of decode.
+        """
+        if kv_cache_spec.sparse_prefill:  # type: ignore[attr-defined]
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.NEVER
+
+    def set_up(
+        self,
+        settings: SpardaSettings,
+        geometry: Geometry,
+        dtype: torch.dtype,
+        layers: list[Any],
+        device: torch.device,
+    ) -> GpuRuntime:
+        """See :class:`SpardaBuilder`."""
+        warn_of_gpus("SPARDA")
+        on_gpu = device.type == "cuda"
+        view = _pinned_view if on_gpu else None
+        kernels, count = sparda_gpu(device), metrics.counters().add
+        pager = Pager(geometry, dtype, sparda_paging(device.type), settings.poison, view)
+        lane: Lane = StreamLane(device) if on_gpu else LateLane()
+        engine = LaneCopyEngine(lane, kernels.copy_pieces)
+        config = self.vllm_config
+        graphs = config.compilation_config.max_cudagraph_capture_size or 0
+        self._max_rows = max(config.scheduler_config.max_num_seqs, graphs)
+        self._buffers: tuple[Tensor, ...] = ()
+        self._bytes_per_token = geometry.host_bytes // (geometry.num_blocks * geometry.block_size)
+        return GpuRuntime(
+            settings,
+            pager,
+            PromptStream(pager, engine, settings.staging_blocks, count, settings.prefetch),
+            make_selector(settings, geometry, dtype, layers, device),
+            layers,
+            "triton",
+            "",
+            kernels,
+            lane,
+            DeviceCounters(("frame_hits", "frame_misses", "slab_full"), device, self._count),
+            torch.zeros(1, dtype=torch.int64, device=device),
+            blocks_per_row(settings, config.model_config.max_model_len),
+        )
+
+    def _count(self, name: str, amount: int) -> None:
+        count = metrics.counters().add
+        if name == "slab_full":
+            raise RuntimeError(
+                "the device slab was too small for a step, which start-up should have ruled out; "
+                "raise vllm_sparse.slab_gib and report this"
+            )
+        count(name, amount)
+        if name == "frame_misses":
+            count("host_to_device_bytes", amount * self.runtime.pager.geometry.piece_bytes)
+            runtime = self.runtime
+            if runtime.selector.ahead and runtime.settings.prefetch:
+                count("prefetch_issued", amount)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> SpardaStep:
+        """Plan one step."""
+        common, count = common_attn_metadata, common_attn_metadata.num_reqs
+        self.runtime.counters.publish()
+        tokens = int(common.query_start_loc_cpu[count])
+        metrics.counters().add("device_to_host_bytes", tokens * self._bytes_per_token)
+        prefilling = common.is_prefilling
+        if common.max_query_len == 1 and (
+            self.runtime.settings.sparse_prefill or prefilling is None or not bool(prefilling.any())
+        ):
+            return self._plan_rows(common)
+        step = self.planner.plan(
+            common.query_start_loc_cpu[: count + 1],
+            sequence_lengths(common),
+            prompt_lengths(common).cpu(),
+            common.block_table_tensor[:count].cpu(),
+        )
+        return _on_device(step, self.device)
+
+    def _plan_rows(self, common: CommonAttentionMetadata) -> GpuStep:
+        count, size = common.num_reqs, self.runtime.settings.block_size
+        table = common.block_table_tensor[:count]
+        if not self._buffers or self._buffers[0].shape[1] != table.shape[1]:
+            shape = (self._max_rows, table.shape[1])
+            self._buffers = (
+                torch.zeros(shape, dtype=torch.int32, device=self.device),
+                *torch.zeros(4, self._max_rows, dtype=torch.int64, device=self.device),
+            )
+        own_table, positions, clamped, slots, previous = (part[:count] for part in self._buffers)
+        own_table.copy_(table)
+        torch.sub(common.seq_lens[:count].long(), 1, out=positions)
+        torch.clamp(positions, min=0, out=clamped)
+        here = own_table.gather(1, (clamped // size)[:, None])[:, 0].long()
+        slots.copy_(torch.where(positions < 0, -1, here * size + positions % size))
+        before = (clamped - 1).clamp(min=0) // size
+        previous.copy_(own_table.gather(1, before[:, None])[:, 0])
+        self.planner.count_rows(sequence_lengths(common))
+
+        index = torch.arange(count, device=self.device)
+        tokens = Tokens(index, clamped, previous, torch.full_like(index, -1))
+        none = torch.empty(0, dtype=torch.int64, device=self.device)
+        return GpuStep(
+            num_tokens=count,
+            slots=slots,
+            last_in_block=index,
+            window_slots=none,
+            window_tokens=none,
+            decode=None,
+            prompts=(),
+            prompt_blocks=none,
+            tiles=(),
+            rows=Rows(tokens, positions, own_table, True),
+        )
+
+
+def _pinned_view(host: Tensor) -> Tensor:
+    """Pin host memory for good, and return it as the GPU sees it.
+
+    Not with PyTorch's allocator for pinned memory, which rounds sizes up to a power of two.
+    """
+    pin_tensor(host)
+    view: Tensor = get_accelerator_view_from_cpu_tensor(host)
+    return view
+
+
+def _on_device(step: SpardaStep, device: torch.device) -> GpuStep:
+    rows = None
+    if step.decode is not None:
+        tokens = step.decode.tokens
+        table = step.decode.block_table.to(device, torch.int32)
+        rows = Rows(_moved(tokens, device), tokens.positions.to(device), table, False)
+    values = {item.name: getattr(step, item.name) for item in dataclasses.fields(step)}
+    # The prompts' tiles stay: the stream makes indices of them on the host.
+    return GpuStep(
+        **{
+            **_moved_values(values, device),
+            "decode": None,
+            "prompts": tuple(_moved(prompt, device) for prompt in step.prompts),
+            "rows": rows,
+        }
+    )
+
+
+def _moved_values(values: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in values.items()
+    }
+
+
+def _moved(item: Any, device: torch.device) -> Any:
+    values = {part.name: getattr(item, part.name) for part in dataclasses.fields(item)}
+    moved = _moved_values(values, device)
+    if isinstance(values.get("tokens"), Tokens):
+        moved["tokens"] = _moved(values["tokens"], device)
+    return dataclasses.replace(item, **moved)
+
+
+class SpardaGpuImpl(SpardaLayer):
+    """One layer on a GPU."""
+
+    runtime: GpuRuntime
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: SpardaStep | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend one step.
+
+        Args:
+            layer: The attention layer.
+            query: Post-RoPE queries, ``[tokens, H, D]``.
+            key: ``[tokens, G, D]``.
+            value: ``[tokens, G, D]``.
+            kv_cache: Compressed keys, ``[blocks, G, 1, windows per block * D]``.
+            attn_metadata: The step; ``None`` while vLLM profiles.
+            output: Written, ``[tokens, H, D]``.
+            output_scale: Not supported.
+            output_block_scale: Not supported.
+
+        Returns:
+            ``output``.
+        """
+        if attn_metadata is None:
+            return output
+        assert isinstance(attn_metadata, GpuStep)
+        step, runtime, pager = attn_metadata, self.runtime, self.pager
+        if self.layer == 0:
+            runtime.fetches.clear()
+            runtime.chosen.clear()
+            runtime.step.add_(1)
+            runtime.stream.begin_step(step.tiles)
+        # A fetch that is under way would overwrite this step's token in a frame.
+        fetch = runtime.fetches.pop(self.layer, None)
+        if fetch is not None and fetch.ticket is not None:
+            fetch.ticket.wait()
+        count = step.num_tokens
+        query, key, value = query[:count], key[:count], value[:count]
+        if runtime.settings.poison:
+            self._poison_fresh(step.slots)
+        runtime.kernels.write_tokens(
+            pager.host, pager.slab, pager.table.frame_of, step.slots, key, value
+        )
+        self.compress(step)
+        if step.rows is not None:
+            self._decode(query, step.rows, fetch, output)
+        if step.prompts:
+            self.attend_prompts(query, torch.cat((key, value), -1), step, output)
+        runtime.selector.record(self.layer, query, step.slots, step.last_in_block)
+        return output
+
+    def _decode(self, query: Tensor, rows: Rows, fetch: _Fetch | None, output: Tensor) -> None:
+        runtime, pager, kernels = self.runtime, self.pager, self.runtime.kernels
+        if rows.whole:  # in other steps the planner lists the windows
+            stride = runtime.settings.kernel_stride
+            compressed = runtime.compressed(self.layer)
+            kernels.update_windows(compressed, pager.host, rows.positions, rows.table, stride)
+        if fetch is None:
+            chosen = runtime.chosen.pop(self.layer, None)
+            if chosen is None:
+                chosen = self._choose(self.layer, rows, query)
+            fetch = self._fetch(self.layer, chosen)
+            if fetch.ticket is not None:
+                fetch.ticket.wait()
+        if runtime.selector.ahead and not self.last:
+            chosen = self._choose(self.layer + 1, rows, None)
+            if runtime.settings.prefetch:
+                runtime.fetches[self.layer + 1] = self._fetch(self.layer + 1, chosen)
+            else:
+                runtime.chosen[self.layer + 1] = chosen
+        index = None if rows.whole else rows.tokens.index
+        target = output[: len(query)] if index is None else torch.empty_like(query[index])
+        kernels.attend_frames(
+            pager.slab,
+            query if index is None else query[index],
+            target,
+            fetch.frames,
+            fetch.selected.lengths,
+            self.scale,
+        )
+        if index is not None:
+            output[index] = target
+
+    def _choose(self, layer: int, rows: Rows, query: Tensor | None) -> Selected:
+        runtime = self.runtime
+        ranking = runtime.selector.ranking
+        assert ranking is not None
+        return runtime.kernels.select_blocks(
+            runtime.compressed(layer),
+            runtime.selector.vectors(layer, rows.tokens, query),
+            rows.table,
+            rows.positions,
+            ranking,
+            self.blocks,
+            dense_len=runtime.settings.dense_len,
+            capacity=runtime.capacity,
+        )
+
+    def _fetch(self, layer: int, selected: Selected) -> _Fetch:
+        """Give the selected blocks of a layer frames; fill them beside the computation."""
+        runtime = self.runtime
+        pager, kernels = runtime.pager.layers[layer], runtime.kernels
+        if pager.resident:
+            return _Fetch(selected, selected.pieces, None)
+        values = runtime.counters.values
+        found = kernels.resolve(pager.table, selected.pieces, runtime.step, values[2:])
+        values[:2] += torch.cat((found.hits, found.misses))
+        if runtime.settings.poison:
+            pager.slab[found.targets[: int(found.misses)].long()] = torch.nan
+
+        def work() -> object:
+            kernels.copy_pieces(
+                pager.slab, found.targets, pager.pieces, found.missing, found.misses
+            )
+            return found
+
+        return _Fetch(selected, found.frames, runtime.lane.fork(work))
+
+    def _poison_fresh(self, slots: Tensor) -> None:
+        pager = self.pager
+        block = slots[(slots >= 0) & (slots % pager.block_size == 0)] // pager.block_size
+        pager.host[block] = torch.nan
+        head = torch.arange(pager.num_kv_heads, device=slots.device)
+        frame = pager.table.frame_of[block[:, None] * pager.num_kv_heads + head].long()
+        pager.slab[frame[frame >= 0]] = torch.nan
