@@ -4,9 +4,11 @@
 BIN := .venv/bin
 MODEL := smollm2-135m-instruct
 CONFIG := smollm2-135m
+# A GPU host need not have .venv: see benchmarks/gpu.
+PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast lint format bench clean
+.PHONY: help setup demo serve test test-fast lint format bench gpu-check gpu-bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +42,12 @@ format: setup ## Format the code and fix what can be fixed
 
 bench: setup ## Run the benchmarks
 	@$(BIN)/python -m benchmarks.run_all
+
+gpu-check: ## Check installation, kernels and engines on a GPU (options: ARGS="...")
+	@$(PYTHON) -m benchmarks.gpu.check $(ARGS)
+
+gpu-bench: ## Measure kernels and engines on a GPU against stock vLLM (options: ARGS="...")
+	@$(PYTHON) -m benchmarks.gpu.bench $(ARGS)
 
 clean: ## Remove builds and caches, but not .venv
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

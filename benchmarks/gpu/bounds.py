@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The fewest bytes that each kernel and step must move, and the speed-up that follows from them.
+
+Every input is counted once, every output once, intermediate results not at all. Times follow with
+the bandwidth of a copy, measured in the same run.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from benchmarks.gpu.models import ITEM_BYTES
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.models import Shape
+
+
+class Split(NamedTuple):
+    """What ROCKETKV holds and reads of one request.
+
+    Attributes:
+        held: Tokens held after stage 1.
+        page_size: Tokens per page of extrema.
+        top_r: Channels that stage 2 reads.
+        top_k: Tokens that are attended to.
+        stage2: Whether it selects; otherwise all held tokens are read.
+    """
+
+    held: int
+    page_size: int
+    top_r: int
+    top_k: int
+    stage2: bool = True
+
+
+def split_of(shape: Shape, context: int, settings: dict, block_size: int = 16) -> Split:
+    """The split of a prompt of `context` tokens, by the rule that the engine follows."""
+    from vllm_sparse.config import RocketKVSettings
+    from vllm_sparse.kv.retention import RetentionRule
+
+    own = RocketKVSettings.model_validate(settings)
+    fields = RetentionRule.__dataclass_fields__.keys() & RocketKVSettings.model_fields.keys()
+    rule = RetentionRule(
+        **own.model_dump(include=set(fields)),
+        head_dim=shape.head_dim,
+        group_size=shape.heads // shape.kv_heads,
+        block_size=block_size,
+        max_model_len=2 * context,
+    )
+    found = rule(context)
+    held = context - found.dropped_blocks * block_size
+    stage2 = own.stage2 and found.sparse
+    return Split(held, found.page_size, found.top_r, own.token_budget // 2, stage2)
+
+
+def append_bytes(shape: Shape, rows: int, page_size: int) -> int:
+    """New keys and values in and out, the open page's keys, its extrema."""
+    head = 2 * 2 * shape.head_dim + page_size * shape.head_dim + 2 * shape.head_dim
+    return ITEM_BYTES * rows * shape.kv_heads * head
+
+
+def score_bytes(shape: Shape, rows: int, split: Split) -> int:
+    """The selected channels of all pages; queries."""
+    pages = -(-split.held // split.page_size)
+    channels = shape.kv_heads * split.top_r * pages
+    return ITEM_BYTES * rows * (channels + shape.heads * shape.head_dim)
+
+
+def select_bytes(shape: Shape, rows: int, split: Split) -> int:
+    """A float32 score per page and head in, an int32 slot per token and KV head out."""
+    pages = -(-split.held // split.page_size)
+    return 4 * rows * (shape.heads * pages + shape.kv_heads * split.top_k)
+
+
+def attend_bytes(shape: Shape, rows: int, tokens: int) -> int:
+    """Keys and values of the tokens; queries and outputs."""
+    heads = 2 * shape.kv_heads * tokens + 2 * shape.heads
+    return ITEM_BYTES * rows * heads * shape.head_dim
+
+
+def prompt_score_bytes(shape: Shape, context: int, window: int) -> int:
+    """All keys once and the window's queries in, a float32 score per token out."""
+    read = ITEM_BYTES * shape.head_dim * (shape.kv_heads * context + shape.heads * window)
+    return read + 4 * shape.kv_heads * context
+
+
+def compact_bytes(shape: Shape, kept: int, page_size: int) -> int:
+    """Kept keys and values in and out, extrema out."""
+    rows = 2 * 2 * kept + 2 * -(-kept // page_size)
+    return ITEM_BYTES * shape.kv_heads * shape.head_dim * rows
+
+
+def layer_bytes(shape: Shape, rows: int, context: int, split: Split | None) -> int:
+    """What the attention of one layer reads in a decode step; dense without a split."""
+    if split is None:
+        return attend_bytes(shape, rows, context)
+    if not split.stage2:
+        return attend_bytes(shape, rows, split.held)
+    read = min(split.top_k, split.held)
+    return score_bytes(shape, rows, split) + attend_bytes(shape, rows, read)
+
+
+def step_bytes(shape: Shape, rows: int, context: int, split: Split | None = None) -> int:
+    """What a decode step of the whole model reads."""
+    return shape.step_weight_bytes + shape.layers * layer_bytes(shape, rows, context, split)
+
+
+def speedup(shape: Shape, rows: int, context: int, split: Split) -> float:
+    """The most that a decode step can gain at equal batch."""
+    return step_bytes(shape, rows, context) / step_bytes(shape, rows, context, split)
+
+
+def most_rows(pool_tokens: int, tokens_per_row: int, once: int = 0) -> int:
+    """Requests that fit a KV pool.
+
+    Args:
+        pool_tokens: Size of the pool.
+        tokens_per_row: What each request holds.
+        once: Room that is needed only once, as for the prompt that is being prefilled.
+    """
+    return max(0, (pool_tokens - once) // tokens_per_row)
+
+
+class PagedStep(NamedTuple):
+    """A decode step of SPARDA, with the blocks of each request that are read and fetched.
+
+    Attributes:
+        compute_ms: Weights and selected blocks over the device's bandwidth.
+        transfer_ms: Fetched blocks over the link's bandwidth.
+    """
+
+    compute_ms: float
+    transfer_ms: float
+
+    @property
+    def blocking_ms(self) -> float:
+        """One after the other."""
+        return self.compute_ms + self.transfer_ms
+
+    @property
+    def prefetched_ms(self) -> float:
+        """Both at once."""
+        return max(self.compute_ms, self.transfer_ms)
+
+
+def paged_step(
+    shape: Shape,
+    rows: int,
+    tokens_read: int,
+    bytes_fetched: float,
+    device_bytes_per_s: float,
+    link_bytes_per_s: float,
+) -> PagedStep:
+    """Bounds of a decode step with `bytes_fetched` over the link."""
+    read = shape.step_weight_bytes + shape.layers * attend_bytes(shape, rows, tokens_read)
+    return PagedStep(1e3 * read / device_bytes_per_s, 1e3 * bytes_fetched / link_bytes_per_s)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Whether the plugin is right on this GPU: installation, kernels, whole engines, memory accesses.
+
+``make gpu-check``, or ``python -m benchmarks.gpu.check``. Prints one table last and writes
+``gpu-check.json`` and ``gpu-check.log`` to the folder given by ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import re
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.gpu import host, stages, tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benchmarks.gpu.stages import Report
+
+MODULE, NAME = "benchmarks.gpu.check", "gpu-check"
+GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
+SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
+
+
+def smoke(report: Report, options: argparse.Namespace) -> None:
+    """Is there a GPU, a vLLM, and is the plugin installed as it is in this checkout?
+
+    Raises:
+        CheckFailedError: No; says what to run.
+    """
+    import torch
+
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            raise stages.CheckFailedError("torch finds no CUDA device")
+        properties = torch.cuda.get_device_properties(0)
+        report.note(
+            device=properties.name,
+            memory_gib=round(properties.total_memory / 2**30, 1),
+            multiprocessors=properties.multi_processor_count,
+            capability=f"{properties.major}.{properties.minor}",
+            cuda=torch.version.cuda,
+        )
+        doubled = torch.randn(1 << 20, device="cuda").mul(2).sum()
+        if not bool(torch.isfinite(doubled)):
+            raise stages.CheckFailedError("the GPU does not compute")
+    install = host.install_command(options.site)
+    vllm = importlib.util.find_spec("vllm")
+    if vllm is None or vllm.origin is None:
+        raise stages.CheckFailedError(
+            f"no vLLM on PYTHONPATH; it is expected at {options.site}, for example "
+            f"PYTHONPATH=$PWD:{options.site}"
+        )
+    plugin = importlib.util.find_spec("vllm_sparse")
+    if plugin is None or plugin.origin is None:
+        raise stages.CheckFailedError(f"the plugin is not installed; run: {install}")
+    package = Path(plugin.origin).parent
+    report.note(vllm=str(Path(vllm.origin).parent), plugin=str(package))
+    for group in GROUPS:
+        if not importlib.metadata.entry_points(group=group, name="vllm_sparse"):
+            raise stages.CheckFailedError(
+                f"vLLM will not find the plugin: no entry point in {group}; run: {install}"
+            )
+    stale = host.stale_files(package)
+    if stale:
+        raise stages.CheckFailedError(
+            f"{package} is not this checkout ({len(stale)} files differ, {stale[0]} first); "
+            f"run: {install}"
+        )
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm_sparse.kernels.triton import rocketkv as _kernels  # noqa: F401
+
+    import vllm_sparse
+    from vllm_sparse.plugin import BACKENDS, register
+
+    register()
+    found = [name for name in BACKENDS if name in AttentionBackendEnum.__members__]
+    report.note(
+        backends=found, platform=type(current_platform).__name__, version=vllm_sparse.__version__
+    )
+    if sorted(found) != sorted(BACKENDS):
+        raise stages.CheckFailedError(f"only {found} are registered with vLLM")
+
+
+def kernels(report: Report, options: argparse.Namespace) -> None:
+    """Kernel parity."""
+    from benchmarks.gpu import parity
+
+    parity.check(report, options)
+
+
+def sanitized(report: Report, options: argparse.Namespace) -> None:
+    """One decode step and one compaction of a small shape, for a memory checker to watch."""
+    from benchmarks.gpu import parity
+
+    parity.check(report, options, parity.SANITIZED, graphs=False)
+
+
+def sanitizer() -> str | None:
+    """Where compute-sanitizer is, if it is."""
+    return next(filter(None, map(shutil.which, SANITIZERS)), None)
+
+
+def no_sanitizer(report: Report, options: argparse.Namespace) -> None:
+    """Says that there is none."""
+    raise stages.NotAvailableError("compute-sanitizer is not on PATH")
+
+
+def plan(options: argparse.Namespace) -> list[stages.Stage]:
+    """All stages, the most valuable first."""
+    interpreted = {"TRITON_INTERPRET": "1"} if options.device == "cpu" else {}
+    checker = sanitizer()
+    prefix: tuple[str, ...] = ()
+    if checker:
+        prefix = (checker, "--tool=memcheck", "--report-api-errors=no", "--error-exitcode=9")
+    # Freed blocks of PyTorch's allocator would look valid.
+    watched = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **interpreted}
+    engines = tokens.stages(options)
+    return [
+        stages.Stage("smoke", smoke, 60, about="GPU, vLLM, installed plugin"),
+        stages.Stage("kernels", kernels, 150, env=interpreted, about="Triton kernels = references"),
+        *engines[:-2],
+        stages.Stage(
+            "sanitizer",
+            sanitized if checker else no_sanitizer,
+            100,
+            needs=("kernels",),
+            prefix=prefix,
+            env=watched,
+            about="one step under memcheck",
+        ),
+        *engines[-2:],
+    ]
+
+
+def summary(results: dict[str, dict], log: Path | None = None) -> tuple[str, dict]:
+    """Returns the tables to print last, and a verdict for the result file."""
+    parts, errors = [], None
+    rows = results.get("kernels", {}).get("rows", [])
+    worst: dict[str, dict] = {}
+    for row in rows:
+        if row["error"] >= worst.get(row["kernel"], row)["error"]:
+            worst[row["kernel"]] = row
+    if worst:
+        parts.append(
+            stages.table(
+                ("kernel", "largest error", "limit", "ok", "in"),
+                [
+                    (name, r["error"], r["limit"], "yes" if r["ok"] else "NO", r["case"])
+                    for name, r in worst.items()
+                ],
+            )
+        )
+    engines = [
+        (
+            name,
+            f"{facts['same']}/{facts['requests']}",
+            len(result["rows"]),
+            max((row["gap"] for row in result["rows"]), default=None),
+            facts.get("graphs", "").removeprefix("CUDAGraphMode."),
+        )
+        for name, result in results.items()
+        if "same" in (facts := result["facts"])
+    ]
+    if engines:
+        header = ("engine", "same", "parted", "largest gap", "graphs")
+        parts.append(stages.table(header, engines))
+    if log is not None and log.exists():
+        found = re.findall(r"ERROR SUMMARY: (\d+) error", log.read_text(errors="replace"))
+        errors = int(found[-1]) if found else None
+        if errors is not None:
+            parts.append(f"compute-sanitizer: {errors} errors")
+    passed = all(result["status"] in stages.PASSED for result in results.values())
+    return "\n\n".join(parts), {"passed": passed, "sanitizer_errors": errors}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
+    stages.add_options(parser, NAME)
+    parser.add_argument("--dtype", choices=tokens.NEAR_TIE, default="bfloat16", help="of engines")
+    known = parser.parse_args(arguments)
+    finish = partial(summary, log=known.out / f"{NAME}.log")
+    return stages.main(MODULE, NAME, parser, plan, finish, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Decode steps and prefills of one engine, batch after batch, each next to its bound.
+
+A batch grows while it decodes: what was prefilled for eight requests serves for the largest batch
+too. Requests of stock vLLM have prompts of their own, so that nothing is read twice from a cache.
+Those of an arm that evicts share their prompt but for the end: what they decode from, their tails,
+is private anyway, and only the tails have to be prefilled.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from benchmarks import counters, harness, speed
+from benchmarks.gpu import bounds, engines, models, timing
+from benchmarks.gpu.stages import NotAvailableError, report_of
+
+if TYPE_CHECKING:
+    import argparse
+
+    from benchmarks.gpu.stages import Report
+    from benchmarks.harness import Arm
+
+DENSE = "dense"
+MOST, AS_DENSE = "most", "most of dense"  # batches known only when the engines are up
+MAX_SEQS = 256
+GROWTH = 768  # tokens that a request may generate while the batch grows
+STEPS, DROPPED_STEPS = 24, 4
+PROFILED_STEPS = 5
+RESERVE_S = 8.0
+CAPTURED = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256]
+TAIL = 64  # tokens at the end of a shared prompt that differ
+
+
+class Cell(NamedTuple):
+    """Batches of one context, in ascending order.
+
+    Attributes:
+        context: Prompt tokens of each request.
+        batches: Numbers, `AS_DENSE` (as many as fit stock vLLM), `MOST` (as many as fit here).
+        prefills: Cold prompts whose prefill is timed.
+    """
+
+    context: int
+    batches: tuple[int | str, ...]
+    prefills: int = 3
+
+
+K = 1024
+# The most wanted first, in case time runs out.
+CELLS: dict[str, tuple[Cell, ...]] = {
+    DENSE: (
+        Cell(32 * K, (1, 8, MOST)),
+        Cell(128 * K, (1,), 1),
+        Cell(16 * K, (1,)),
+        Cell(8 * K, (1, 8)),
+    ),
+    "rocket-1024": (
+        Cell(32 * K, (1, 8, AS_DENSE, MOST)),
+        Cell(128 * K, (1,), 1),
+        Cell(16 * K, (1,)),
+        Cell(8 * K, (1, 8)),
+    ),
+    "rocket-256": (
+        Cell(32 * K, (1, 8, AS_DENSE), 1),
+        Cell(128 * K, (1,), 1),
+        Cell(16 * K, (1,), 1),
+        Cell(8 * K, (1, 8), 1),
+        Cell(32 * K, (MOST,), 0),
+    ),
+    "stage1-1024": (Cell(32 * K, (1, 8, AS_DENSE), 1),),
+    "stage2-1024": (Cell(32 * K, (1, 8), 1),),
+    # Many or long prompts: minutes of prefill.
+    "dense-more": (Cell(8 * K, (1, MOST), 0), Cell(128 * K, (1, MOST), 0)),
+    "rocket-1024-more": (Cell(8 * K, (1, AS_DENSE, MOST), 0), Cell(128 * K, (1, AS_DENSE), 0)),
+}
+TINY_CELLS = (Cell(512, (1, 2), 1),)
+
+
+def arm_of(name: str, options: argparse.Namespace) -> Arm:
+    """The arm of a stage."""
+    name = name.removesuffix("-more")
+    if name == DENSE:
+        return engines.stock_arm(options)
+    if options.tiny:
+        name = f"{name.rpartition('-')[0]}-64"
+    own = {"min_context": 64, "generation_reserve": 32} if options.tiny else None
+    return harness.parse_arm(name, own)
+
+
+def measure(name: str, report: Report, options: argparse.Namespace) -> None:
+    """Measures all cells of an arm, as long as there is time."""
+    shape = models.TINY if options.tiny else models.LLAMA
+    cells = TINY_CELLS if options.tiny else CELLS[name]
+    device = torch.device(options.device)
+    copy = timing.copy_bytes_per_s(device, 0.01 if options.tiny else 2.0)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    longest = max(cell.context for cell in cells) + 2 * GROWTH
+    model = models.write_config(options.work / "shape", shape, longest)
+    arm = arm_of(name, options)
+    started = time.perf_counter()
+    llm = engines.build(arm, options, model, **_arguments(longest, options))
+    report.note(
+        **engines.facts(llm, started),
+        arm=arm.name,
+        settings=arm.settings,
+        shape=shape.name,
+        copy_gb_per_s=round(copy / 1e9, 1),
+        seed=options.seed,
+    )
+    suffix = "-more" if name.endswith("-more") else ""
+    subject = _Subject(llm, arm, shape, copy, report, options, suffix)
+    subject.warm_up(min(cell.context for cell in cells))
+    report.note(
+        largest={str(cell.context): subject.most(cell.context) for cell in cells},
+        held={str(cell.context): subject.held(cell.context) for cell in cells},
+    )
+    for cell in cells:
+        subject.measure(cell)
+    if device.type == "cuda":
+        subject.profile(cells[0].context)
+
+
+def _arguments(longest: int, options: argparse.Namespace) -> dict[str, Any]:
+    if options.tiny:
+        return {
+            "load_format": "dummy", "max_model_len": longest, "max_num_seqs": 4,
+            "kv_cache_memory_bytes": 64 << 20, "max_num_batched_tokens": 1024,
+            **(engines.EAGER if options.device == "cpu" else engines.GRAPHS),
+            **({"block_size": 32} if options.device == "cpu" else {}),
+        }  # fmt: skip
+    mode = engines.COMPILED if options.compile else engines.GRAPHS
+    return {
+        "load_format": "dummy",
+        "max_model_len": longest,
+        "max_num_seqs": MAX_SEQS,
+        "max_num_batched_tokens": 16 * K,
+        "gpu_memory_utilization": 0.9,
+        "cudagraph_capture_sizes": CAPTURED,
+        **mode,
+    }
+
+
+class _Subject:
+    """An engine under measurement."""
+
+    def __init__(
+        self,
+        llm: Any,
+        arm: Arm,
+        shape: models.Shape,
+        copy: float,
+        report: Report,
+        options: argparse.Namespace,
+        suffix: str,
+    ) -> None:
+        self._suffix = suffix  # of the stage, and of that of stock vLLM
+        self._llm, self._arm, self._shape, self._copy = llm, arm, shape, copy
+        self._report, self._options = report, options
+        self._block_size = report.facts["block_size"]
+        self._steps = 5 if options.tiny else STEPS
+        self._max_seqs = llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+        settings = arm.settings or {}
+        self._shares_prompts = arm.settings is not None and settings.get("stage1", True)
+
+    def split(self, context: int) -> bounds.Split | None:
+        """What this arm holds and reads; None if it is dense."""
+        if self._arm.settings is None:
+            return None
+        return bounds.split_of(self._shape, context, self._arm.settings, self._block_size)
+
+    def held(self, context: int) -> int:
+        """Tokens that a request holds once it decodes."""
+        split = self.split(context)
+        return context if split is None else split.held
+
+    def most(self, context: int) -> int:
+        """Requests that fit the pool while they decode."""
+        held, pool = self.held(context), self._report.facts["pool_tokens"]
+        return bounds.most_rows(pool, held + GROWTH, once=context - held)
+
+    def warm_up(self, context: int) -> None:
+        """Compiles what a prompt and a step need."""
+        prompt = self._prompt(context, 10**6)
+        speed.begin(self._llm, [prompt], self._steps + 2 * DROPPED_STEPS)
+        speed.decode(self._llm, 2, 1)
+        speed.finish(self._llm)
+
+    def measure(self, cell: Cell) -> None:
+        """Times the prefills of a cell, then its batches."""
+        expected = self._prefill(cell)
+        running = 0
+        for wanted in cell.batches:
+            batch = min(self._batch(wanted, cell.context), self._max_seqs)
+            if batch <= running:
+                continue
+            patience = self._report.left_s - RESERVE_S
+            if (batch - running) * expected > patience:
+                self._skip(cell, wanted, batch, f"would take {(batch - running) * expected:.0f} s")
+                break
+            prompts = [self._request(cell.context, index) for index in range(running, batch)]
+            try:
+                seconds = speed.begin(self._llm, prompts, GROWTH * 2)
+                steps = speed.decode(self._llm, self._steps, batch, DROPPED_STEPS)
+            except RuntimeError as error:
+                self._skip(cell, wanted, batch, str(error))
+                break
+            if len(prompts) > 1:
+                expected = seconds / len(prompts)
+            running = batch
+            self._add(cell.context, wanted, batch, steps, seconds)
+        speed.finish(self._llm)
+
+    def profile(self, context: int) -> None:
+        """Notes the device time of a step at batch 1, by kernel; last, as it slows what follows."""
+        from torch.profiler import ProfilerActivity, profile
+
+        if self._report.left_s < 3 * RESERVE_S:
+            return
+        try:
+            speed.begin(self._llm, [self._request(context, 0)], GROWTH)
+            speed.decode(self._llm, 1, 1, DROPPED_STEPS)
+            with profile(activities=[ProfilerActivity.CUDA]) as found:
+                speed.decode(self._llm, PROFILED_STEPS, 1)
+                torch.cuda.synchronize()
+            total: dict[str, list[float]] = {}
+            for event in found.key_averages():
+                entry = total.setdefault(event.key[:100], [0.0, 0])
+                entry[0] += event.self_device_time_total / 1e3 / PROFILED_STEPS
+                entry[1] += event.count / PROFILED_STEPS
+            ordered = sorted(total.items(), key=lambda item: -item[1][0])
+            self._report.note(
+                profile={
+                    "context": context,
+                    "device_ms_per_step": round(sum(ms for _, (ms, _) in ordered), 3),
+                    "kernels": [[key, round(ms, 4), n] for key, (ms, n) in ordered[:25]],
+                }
+            )
+            speed.finish(self._llm)
+        except Exception as error:  # a missing profiler must not cost the measurements
+            self._report.note(profile_error=str(error)[:300])
+
+    def _prefill(self, cell: Cell) -> float:
+        """Times cold prompts; returns the seconds that a further request is expected to take."""
+        known = [row["prefill_s"] for row in self._report.rows if _is_prefill(row, cell.context)]
+        for index in range(cell.prefills):
+            if known and known[-1] > self._report.left_s - RESERVE_S:
+                break
+            seconds = speed.prefill(self._llm, self._prompt(cell.context, 1000 + index))
+            known.append(seconds)
+            self._report.add(context=cell.context, prefill_s=seconds)
+        if not known:  # a guess: half of it is attention at 128K, next to nothing at 8K
+            known = [40e-6 * cell.context * (1 + cell.context / (128 * K))]
+        share = self.held(cell.context) / cell.context if self._shares_prompts else 1.0
+        return min(known) * min(1.0, 1.5 * share)
+
+    def _batch(self, wanted: int | str, context: int) -> int:
+        if isinstance(wanted, int):
+            return wanted
+        if wanted == MOST:
+            return self.most(context)
+        try:
+            dense = report_of(self._options, DENSE + self._suffix)
+            return dense["facts"]["largest"][str(context)]
+        except (NotAvailableError, KeyError):
+            return bounds.most_rows(self._report.facts["pool_tokens"], context + GROWTH)
+
+    def _add(
+        self, context: int, wanted: int | str, batch: int, steps: list[float], seconds: float
+    ) -> None:
+        step = harness.summary([1e3 * second for second in steps])
+        read = bounds.step_bytes(self._shape, batch, context, self.split(context))
+        least = 1e3 * read / self._copy
+        self._report.add(
+            context=context,
+            wanted=wanted,
+            batch=batch,
+            step_ms=step,
+            tokens_per_s=1e3 * batch / step["median"],
+            least_bytes=read,
+            bound_ms=least,
+            share_of_bound=least / step["median"],
+            grown_in_s=round(seconds, 2),
+            preemptions=counters.sparse(self._llm).get("vllm:num_preemptions", 0),
+        )
+
+    def _skip(self, cell: Cell, wanted: int | str, batch: int, reason: str) -> None:
+        self._report.add(context=cell.context, wanted=wanted, batch=batch, skipped=reason)
+
+    def _request(self, context: int, index: int) -> list[int]:
+        """Prompt of a request of the batch; the first one's prefill has been timed."""
+        if not self._shares_prompts:
+            return self._prompt(context, 1000 + index)
+        shared = self._prompt(context, 1000)
+        return shared[:-TAIL] + models.random_prompt(index, TAIL, self._shape.vocab)
+
+    def _prompt(self, context: int, number: int) -> list[int]:
+        seed = self._options.seed * 10**8 + number
+        return models.random_prompt(seed + context * 10**9, context, self._shape.vocab)
+
+
+def _is_prefill(row: dict, context: int) -> bool:
+    return "prefill_s" in row and row["context"] == context

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""vLLM engines in this process: how the stages build them, and what they turned out to be."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import harness
+
+if TYPE_CHECKING:
+    import argparse
+    from pathlib import Path
+
+    from benchmarks.harness import Arm
+
+# Graphs of whole decode steps, nothing compiled: starts are short, and both sides have the same.
+GRAPHS = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+EAGER = {"enforce_eager": True}
+COMPILED: dict[str, Any] = {}  # as vLLM does it by default
+
+
+def stock_arm(options: argparse.Namespace) -> Arm:
+    """Stock vLLM: FlashAttention on a GPU, whatever it uses on a CPU."""
+    return harness.Arm("dense", None, "FLASH_ATTN" if options.device == "cuda" else "")
+
+
+def build(arm: Arm, options: argparse.Namespace, model: Path, **arguments: Any) -> Any:
+    """Starts an engine.
+
+    Args:
+        arm: The side of the comparison; its backend is set for stock vLLM, too.
+        options: For ``--engine-arg``, ``--seed`` and ``--tiny``.
+        model: Model folder.
+        **arguments: Of `LLM`.
+    """
+    from vllm import LLM
+
+    shared = {
+        "model": str(model),
+        "dtype": "bfloat16",
+        "seed": options.seed,
+        "skip_tokenizer_init": True,
+        "disable_log_stats": False,
+        # Requests of one prompt would be attended together, which no server can count on.
+        "disable_cascade_attn": True,
+        **arguments,
+        **harness.parse_settings(options.engine_arg),
+    }
+    own = arm.engine_args(shared)
+    if arm.settings is None and arm.backend:
+        own = {"attention_backend": arm.backend}
+    return LLM(**shared, **own)
+
+
+def facts(llm: Any, started: float) -> dict[str, Any]:
+    """What a reader of a result wants to know of an engine.
+
+    Args:
+        llm: The engine.
+        started: When its start began, as of `time.perf_counter`.
+    """
+    config = llm.llm_engine.vllm_config
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    pool = core.scheduler.kv_cache_manager.block_pool if core else None
+    size = core.scheduler.block_size if core else config.cache_config.block_size
+    blocks = pool.num_gpu_blocks - 1 if pool else config.cache_config.num_gpu_blocks
+    return {
+        "start_s": round(time.perf_counter() - started, 1),
+        "block_size": size,
+        "pool_tokens": blocks * size,
+        "graphs": str(config.compilation_config.cudagraph_mode),
+        "compilation": str(config.compilation_config.mode),
+        "async_scheduling": bool(config.scheduler_config.async_scheduling),
+        "model_runner": "V2" if getattr(config, "use_v2_model_runner", False) else "V1",
+        "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+    }

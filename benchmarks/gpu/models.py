@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Models that need no download: published shapes with random weights, and a small checkpoint."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from benchmarks.gpu import host
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ITEM_BYTES = 2  # bfloat16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder-only model with grouped query attention and a gated MLP.
+
+    Attributes:
+        name: Of the model whose shape it is.
+        layers: Attention layers.
+        hidden: Width.
+        intermediate: Width of the MLP.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        head_dim: D.
+        vocab: Tokens.
+        rope_theta: Base of the rotary embedding.
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    rope_theta: float
+
+    @property
+    def step_weight_bytes(self) -> int:
+        """Bytes of weights that a decode step reads: all but the embedding."""
+        attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
+        layer = attention + 3 * self.hidden * self.intermediate
+        return ITEM_BYTES * (self.layers * layer + self.hidden * self.vocab)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token in all layers."""
+        return ITEM_BYTES * self.layers * self.kv_heads * 2 * self.head_dim
+
+    def config(self, positions: int) -> dict:
+        """``config.json`` of a Llama of this shape.
+
+        Only sizes matter for time, so that scaled embeddings or residuals are left out.
+        """
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab,
+            "max_position_embeddings": positions,
+            "rope_theta": self.rope_theta,
+            "rms_norm_eps": 1e-5,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "torch_dtype": "bfloat16",
+        }
+
+
+LLAMA = Shape("Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128, 128256, 500000.0)
+MINICPM = Shape("MiniCPM4.1-8B", 32, 4096, 16384, 32, 2, 128, 73448, 10000.0)
+TINY = Shape("tiny", 2, 128, 256, 4, 2, 64, 1024, 10000.0)
+
+
+def write_config(folder: Path, shape: Shape, positions: int) -> Path:
+    """Writes a model folder without weights, for ``load_format="dummy"``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(shape.config(positions), indent=1))
+    return folder
+
+
+def write_checkpoint(folder: Path, seed: int) -> Path:
+    """Writes a small checkpoint whose attention decides its tokens.
+
+    Dummy weights are so small that attention has no say, and any two backends agree.
+    """
+    if not (folder / "config.json").exists():
+        # Not as tests.reference: some other package's "tests" may be installed.
+        sys.path.insert(0, str(host.ROOT / "tests"))
+        from reference.hf_rocketkv import save_random_llama
+
+        folder.mkdir(parents=True, exist_ok=True)
+        sizes = {"layers": 3, "hidden": 256, "heads": 8, "kv_heads": 2, "head_dim": 64}
+        save_random_llama(folder, vocab=2048, seed=seed, max_position_embeddings=8192, **sizes)
+    return folder
+
+
+def random_prompt(seed: int, length: int, vocab: int) -> list[int]:
+    """Random tokens, the same for the same seed."""
+    return random.Random(seed).choices(range(3, vocab), k=length)
+
+
+def parity_prompts(seed: int, *, tiny: bool = False) -> list[list[int]]:
+    """Six prompts of unlike lengths, pairs of which share most of their tokens."""
+    common, tail = (320, 80) if tiny else (1200, 300)
+    prompts = []
+    for index in range(6):
+        shared = random_prompt(seed + 100 + index // 2, common, 1024)
+        prompts.append(shared + random_prompt(seed + index, tail + 7 * index, 1024))
+    return prompts

@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Stages: subprocesses with time limits, whose results are on disk whatever becomes of them.
+
+A stage writes its report after every row. So a stage that crashes, hangs or is killed costs what
+it has not measured yet, and a run that is killed keeps everything up to that moment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import harness
+from benchmarks.gpu import host
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+PASSED = ("ok", "not available")
+TAIL_LINES = 15
+
+
+class NotAvailableError(Exception):
+    """A stage cannot be run here; the message says why. No failure."""
+
+
+class CheckFailedError(Exception):
+    """Something that a stage checks does not hold."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One subprocess of a run.
+
+    Attributes:
+        name: Unique, short.
+        run: What the subprocess does.
+        limit_s: Longest time it may take. Not started with less than a third of it.
+        needs: Stages without whose success this one is pointless.
+        beside: Stages whose results this one is compared with.
+        prefix: Command to run Python under.
+        env: Further environment variables.
+        about: What it is for, in a few words.
+    """
+
+    name: str
+    run: Callable[[Report, argparse.Namespace], None]
+    limit_s: float
+    needs: tuple[str, ...] = ()
+    prefix: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    beside: tuple[str, ...] = ()
+    about: str = ""
+
+
+class Report:
+    """What a stage has found so far; every change is written at once.
+
+    Attributes:
+        rows: Measurements or checks, in order.
+        facts: What holds for all of them.
+    """
+
+    def __init__(self, path: Path, deadline: float = float("inf")) -> None:
+        """Starts a report.
+
+        Args:
+            path: File to write.
+            deadline: When the stage will be stopped, as of `time.time`.
+        """
+        self.rows: list[dict] = []
+        self.facts: dict[str, Any] = {}
+        self._path = path
+        self._deadline = deadline
+        self.save("running")
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the stage will be stopped."""
+        return self._deadline - time.time()
+
+    def add(self, **row: Any) -> dict:
+        """Adds a row, prints and returns it."""
+        self.rows.append(row)
+        print(row, flush=True)
+        self.save("running")
+        return row
+
+    def note(self, **facts: Any) -> None:
+        """Adds facts."""
+        self.facts |= facts
+        print({key: value for key, value in facts.items() if len(str(value)) < 1000}, flush=True)
+        self.save("running")
+
+    def save(self, status: str, reason: str = "") -> None:
+        """Writes the report."""
+        content = {"status": status, "reason": reason, "facts": self.facts, "rows": self.rows}
+        scratch = self._path.with_suffix(".partial")
+        scratch.write_text(json.dumps(content, default=str))
+        scratch.replace(self._path)
+
+
+def add_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """Adds the options that both programs have.
+
+    Args:
+        parser: The program's.
+        name: Of the result file, without suffix.
+    """
+    parser.add_argument("--out", type=Path, default=Path("build") / name, help="folder")
+    parser.add_argument("--budget-s", type=float, default=460, help="for all stages together")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="STAGE", help="not these stages")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="shapes for a try-out on a CPU")
+    parser.add_argument("--dry-run", action="store_true", help="only show what would be run")
+    parser.add_argument("--list", action="store_true", help="only name the stages")
+    parser.add_argument(
+        "--site", type=Path, default=host.default_site(), help="where vLLM is unpacked"
+    )
+    parser.add_argument(
+        "--engine-arg", nargs="+", default=[], metavar="KEY=JSON", help="of `LLM`, for every engine"
+    )
+    parser.add_argument("--stage", help=argparse.SUPPRESS)  # what follows is for the subprocess
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, default=float("inf"), help=argparse.SUPPRESS)
+
+
+def report_of(options: argparse.Namespace, stage: str) -> dict:
+    """Returns the report of an earlier stage of this run.
+
+    Raises:
+        NotAvailableError: It has none.
+    """
+    path = options.work / f"{stage}.json"
+    if not path.exists():
+        raise NotAvailableError(f"stage {stage} has not run")
+    return json.loads(path.read_text())
+
+
+def run_stage(stages: Iterable[Stage], options: argparse.Namespace) -> int:
+    """Runs the one stage that the options name, in this process, and returns the exit status."""
+    (stage,) = (stage for stage in stages if stage.name == options.stage)
+    report = Report(options.work / f"{stage.name}.json", options.deadline)
+    status, reason = "ok", ""
+    try:
+        stage.run(report, options)
+    except NotAvailableError as error:
+        status, reason = "not available", str(error)
+    except CheckFailedError as error:
+        status, reason = "failed", str(error)
+    except BaseException as error:
+        traceback.print_exc()
+        status, reason = "failed", _one_line(error)
+    report.save(status, reason)
+    print(f"{stage.name}: {status} {reason}", flush=True)
+    return 0 if status in PASSED else 1
+
+
+class Run:
+    """Runs stages one after the other within a budget.
+
+    Attributes:
+        results: Report of each stage by name, with ``status``, ``reason`` and ``seconds``.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        name: str,
+        options: argparse.Namespace,
+        arguments: Sequence[str],
+        environment: dict,
+    ) -> None:
+        """Prepares a run.
+
+        Args:
+            module: The program, as for ``python -m``.
+            name: Of the result.
+            options: Parsed.
+            arguments: What they were parsed from, handed on to the stages.
+            environment: Of the result file.
+        """
+        self.results: dict[str, dict] = {}
+        self._module, self._name = module, name
+        self._options, self._arguments = options, list(arguments)
+        self._environment = environment
+        self._started = time.monotonic()
+        self._process: subprocess.Popen | None = None
+
+    def run(self, stages: Iterable[Stage]) -> dict[str, dict]:
+        """Runs the stages; what is found is written after each one."""
+        self._options.out.mkdir(parents=True, exist_ok=True)
+        log = self._options.out / f"{self._name}.log"
+        log.write_text("")
+        with tempfile.TemporaryDirectory(prefix="vllm-sparse-gpu-") as scratch:
+            work = Path(scratch)
+            paths = host.child_paths(work)
+            for stage in stages:
+                result = self._skipped(stage)
+                if result is None:
+                    try:
+                        result = self._run(stage, work, paths, log)
+                    except BaseException:
+                        found = _read(work / f"{stage.name}.json")
+                        found |= {"status": "interrupted", "seconds": 0.0}
+                        self.results[stage.name] = found
+                        self.write()
+                        raise
+                self.results[stage.name] = result
+                self.write()
+                line = f"{stage.name}: {result['status']}, {result['seconds']:.0f} s"
+                harness.progress(f"{line} {result['reason']}".rstrip())
+        return self.results
+
+    def write(self, **further: Any) -> None:
+        """Writes the result file."""
+        body = {"stages": self.results, **further}
+        path = self._options.out / f"{self._name}.json"
+        harness.write_result(path, self._name, self._environment, body)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds of the budget that are left."""
+        return self._options.budget_s - (time.monotonic() - self._started)
+
+    def _skipped(self, stage: Stage) -> dict | None:
+        reason = ""
+        lost = [name for name in stage.needs if self._status(name) not in (None, "ok")]
+        if lost:
+            reason = f"needs {', '.join(lost)}"
+        elif self.left_s < stage.limit_s / 3:
+            left = f"{max(0.0, self.left_s):.0f} s are left"
+            reason = f"of the budget of {self._options.budget_s:.0f} s {left}"
+        if not reason:
+            return None
+        return {"status": "skipped", "reason": reason, "seconds": 0.0, "facts": {}, "rows": []}
+
+    def _status(self, name: str) -> str | None:
+        return self.results[name]["status"] if name in self.results else None
+
+    def _run(self, stage: Stage, work: Path, paths: str, log: Path) -> dict:
+        limit = min(stage.limit_s, self.left_s)
+        started = time.monotonic()
+        harness.progress(f"{stage.name} (at most {limit:.0f} s) {stage.about}")
+        command = [
+            *stage.prefix,
+            *(sys.executable, "-P", "-m", self._module, *self._arguments),
+            *("--stage", stage.name, "--work", str(work)),
+            *("--deadline", str(time.time() + limit)),
+        ]
+        environment = {**host.ENVIRONMENT, **os.environ, **stage.env, "PYTHONPATH": paths}
+        offset = log.stat().st_size
+        timed_out = False
+        with log.open("a") as handle:
+            handle.write(f"== {stage.name}\n")
+            handle.flush()
+            self._process = subprocess.Popen(
+                command,
+                stdout=handle,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
+            )
+            try:
+                self._process.wait(timeout=limit)
+            except subprocess.TimeoutExpired:
+                timed_out = True
+            finally:
+                code = self._end()
+        result = _read(work / f"{stage.name}.json")
+        if timed_out:
+            result |= {"status": "timed out", "reason": f"stopped after {limit:.0f} s"}
+        elif result["status"] == "running":
+            result |= {"status": "crashed", "reason": f"exit status {code}"}
+        elif result["status"] in PASSED and code:  # a checker that it ran under found something
+            result |= {"status": "failed", "reason": f"exit status {code}"}
+        result["seconds"] = round(time.monotonic() - started, 1)
+        if result["status"] not in PASSED:
+            with log.open() as handle:
+                handle.seek(offset)
+                result["log_tail"] = handle.read().splitlines()[-TAIL_LINES:]
+            print("\n".join(f"    {line[:300]}" for line in result["log_tail"]), flush=True)
+        return result
+
+    def _end(self) -> int:
+        """Ends the stage's process and everything that it has started."""
+        process = self._process
+        assert process is not None
+        for number, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=patience)
+        self._process = None
+        return process.wait()
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {"status": "running", "reason": "", "facts": {}, "rows": []}
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    # vLLM's and pydantic's messages are paragraphs; the log has all of it.
+    return " ".join(text.split())[:400]
+
+
+def chosen(stages: Iterable[Stage], options: argparse.Namespace) -> list[Stage]:
+    """Returns the stages that the options ask for, in order."""
+    return [
+        stage
+        for stage in stages
+        if (options.only is None or stage.name in options.only) and stage.name not in options.skip
+    ]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Returns an aligned table; numbers are right-aligned."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    columns = list(zip(header, *cells, strict=True))
+    widths = [max(len(text) for text in column) for column in columns]
+    numeric = [
+        all(text[:1].isdigit() or text[:1] in "-+" for text in column[1:]) for column in columns
+    ]
+
+    def line(row: Sequence[str]) -> str:
+        parts = zip(row, widths, numeric, strict=True)
+        return "  ".join(
+            text.rjust(width) if right else text.ljust(width) for text, width, right in parts
+        ).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, cells)])
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)
+
+
+def stage_table(results: dict[str, dict]) -> str:
+    """Returns which stage ended how."""
+    return table(
+        ("stage", "result", "seconds"),
+        [(name, result["status"], result["seconds"]) for name, result in results.items()],
+    )
+
+
+def main(
+    module: str,
+    name: str,
+    parser: argparse.ArgumentParser,
+    plan: Callable[[argparse.Namespace], list[Stage]],
+    summary: Callable[[dict[str, dict]], tuple[str, dict]],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Runs a program and returns its exit status.
+
+    Args:
+        module: Its name, as for ``python -m``.
+        name: Of its result.
+        parser: With the options of `add_options`.
+        plan: Returns all stages, the most valuable first.
+        summary: Returns the tables to print last, and what to write beside the stages.
+        arguments: The command line's unless given.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(arguments)
+    every = plan(options)
+    if options.stage:
+        return run_stage(every, options)
+    unknown = {*(options.only or []), *options.skip} - {stage.name for stage in every}
+    if unknown:
+        parser.error(f"no such stage: {', '.join(sorted(unknown))}; see --list")
+    stages = chosen(every, options)
+    if options.list or options.dry_run:
+        rows = [(s.name, s.limit_s, ", ".join(s.needs), s.about) for s in stages]
+        print(table(("stage", "limit s", "needs", "about"), rows))
+        return 0
+    harness.exit_cleanly()
+    environment = {**harness.environment(), **host.facts(), "seed": options.seed}
+    run = Run(module, name, options, arguments, environment)
+    results = run.run(stages)
+    text, further = summary(results)
+    run.write(**further)
+    gpu = environment["gpu"] or {"name": "no GPU"}
+    wrong = [f"{stage}: {r['reason']}" for stage, r in results.items() if r["status"] != "ok"]
+    print("\n\n".join(filter(None, ("", stage_table(results), "\n".join(wrong), text))))
+    print(f"\n{name} on {gpu['name']}; full result: {options.out / f'{name}.json'}")
+    missed = [stage for stage in stages if results[stage.name]["status"] == "skipped"]
+    if missed:
+        again = {stage.name for stage in missed}
+        again |= {name for stage in missed for name in (*stage.needs, *stage.beside)}
+        names = " ".join(stage.name for stage in every if stage.name in again)
+        print(f"not run: {' '.join(s.name for s in missed)}; for these use --only {names}")
+    return int(any(result["status"] not in (*PASSED, "skipped") for result in results.values()))

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Times device work: graphs replayed between events, on inputs that no cache can hold."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+REPLAYS = 15
+
+
+def seconds_each(runs: Sequence[Callable[[], object]], device: torch.device) -> float:
+    """Median seconds of one of the runs, which are alike but have inputs of their own.
+
+    They are captured one after the other in one graph, as the layers of a model are, so that
+    neither launches nor what the run before left in the cache count.
+
+    Args:
+        runs: Launch work on the device; do not wait for it.
+        device: A CPU is timed too, for try-outs.
+    """
+    if device.type != "cuda":
+        runs[0]()
+        started = time.perf_counter()
+        for run in runs:
+            run()
+        return (time.perf_counter() - started) / len(runs)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        runs[0]()  # compiles, allocates
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+    return median_ms(graph.replay) / 1e3 / len(runs)
+
+
+def median_ms(run: Callable[[], object], repeats: int = REPLAYS) -> float:
+    """Median milliseconds between events around a run."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def copy_bytes_per_s(device: torch.device, gib: float = 2.0) -> float:
+    """Bytes read plus bytes written per second by a large copy on the device."""
+    source = torch.randint(1 << 30, (int(gib * 2**30) // 4,), dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
+
+
+def link_bytes_per_s(device: torch.device, gib: float = 1.0) -> dict[str, float]:
+    """Bytes per second of large copies from pinned host memory, and back to it."""
+    host = torch.randint(
+        1 << 30, (int(gib * 2**30) // 4,), dtype=torch.int32, pin_memory=device.type == "cuda"
+    )
+    there = torch.empty_like(host, device=device)
+    return {
+        "host_to_device": host.nbytes / _seconds(lambda: there.copy_(host, True), device),
+        "device_to_host": host.nbytes / _seconds(lambda: host.copy_(there, True), device),
+    }
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        return median_ms(run) / 1e3
+    return seconds_each([run], device)

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Whole engines against each other: the same tokens, up to near-ties of the logits.
+
+In bfloat16 two correct engines round differently, and a tie within rounding may fall either way;
+from there on they write different texts. So only the first difference of each request is judged:
+there, the other token must be one of the baseline's most likely ones, and almost as likely.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from benchmarks import harness
+from benchmarks.gpu import engines, models
+from benchmarks.gpu.stages import CheckFailedError, Stage, report_of
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+    from benchmarks.gpu.stages import Report
+
+NEW_TOKENS = 80  # kernels count on the device, and that is read every few dozen steps
+# Log-probability by which the baseline's token may lead the other one where two engines part.
+NEAR_TIE = {"bfloat16": 0.15, "float16": 0.03}
+LIKELY = 5
+UNLIKELY = 99.0  # stands for the gap of a token that is not among those
+STOCK, SPARSE = "stock", "sparse"
+
+# Every token passes through compaction's layout and the sparse kernel, and all of them are read.
+WHOLE = {"token_budget": 1 << 16, "stage1": False, "min_context": 64}
+# Evicts and selects, but not so little that the last page to be chosen carries much weight: where
+# two are equal within rounding, either may be, and it must not decide the next token.
+LITTLE = {"token_budget": 512, "min_context": 64, "generation_reserve": 64}
+TINY_LITTLE = {**LITTLE, "token_budget": 160}
+
+
+class Divergence(NamedTuple):
+    """Where a request first differs from the baseline.
+
+    Attributes:
+        request: Its number.
+        position: Of the token, in the output.
+        gap: By how much the baseline's token leads the other one there, in log-probability.
+    """
+
+    request: int
+    position: int
+    gap: float
+
+
+def divergences(
+    tokens: Sequence[Sequence[int]], baseline: Sequence[Sequence[dict]]
+) -> list[Divergence]:
+    """Returns the first difference of each request that has one.
+
+    Args:
+        tokens: Output of each request.
+        baseline: Steps of each request; see `step_of`.
+    """
+    found = []
+    for request, (ours, steps) in enumerate(zip(tokens, baseline, strict=True)):
+        for position, (token, step) in enumerate(zip(ours, steps, strict=True)):
+            if token != step["token"]:
+                gap = step["behind"].get(str(token), UNLIKELY)
+                found.append(Divergence(request, position, gap))
+                break
+    return found
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the prompts.
+
+    Attributes:
+        settings: ROCKETKV's; None for stock vLLM.
+        mode: Arguments of `LLM`: graphs, eager or compiled.
+        dtype: Of weights and cache; None is what the command line says. Engines that choose are
+            compared in float16, whose rounding is finer.
+        baseline: Stage whose tokens must come out; None makes a baseline.
+        differs_from: Stage whose tokens must not come out, near-ties apart.
+        arguments: Further arguments of `LLM`.
+        waves: How often the prompts are sent.
+        pool_tokens: Size of the KV pool, to force preemption.
+        expect: Counter that must have grown, of the plugin's or ``preemptions``, ``cached``.
+    """
+
+    settings: dict[str, Any] | None
+    mode: dict[str, Any] = field(default_factory=lambda: engines.GRAPHS)
+    dtype: str | None = None
+    baseline: str | None = None
+    differs_from: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    waves: int = 1
+    pool_tokens: int | None = None
+    expect: str | None = None
+
+
+def variants(*, tiny: bool = False) -> dict[str, Variant]:
+    """All ways to run the prompts, by stage name."""
+    little = TINY_LITTLE if tiny else LITTLE
+    chunk = {"max_num_batched_tokens": 96 if tiny else 256}
+    tight = 1100 if tiny else 3600
+
+    def evicting(baseline: str | None = SPARSE, **changes: Any) -> Variant:
+        return Variant(little, dtype="float16", baseline=baseline, **changes)
+
+    return {
+        STOCK: Variant(None),
+        "whole-graphs": Variant(WHOLE, baseline=STOCK, expect="decode_rows"),
+        SPARSE: evicting(None, differs_from=STOCK, expect="prompts_compacted"),
+        "whole-eager": Variant(WHOLE, engines.EAGER, baseline=STOCK, expect="decode_rows"),
+        "sparse-eager": evicting(mode=engines.EAGER, expect="blocks_evicted"),
+        "chunked": evicting(arguments=chunk, expect="prompts_compacted"),
+        "prefix-cache": evicting(waves=2, expect="cached"),
+        # A prompt that is begun without room for all of it runs out of blocks on the way.
+        "preemption": evicting(
+            arguments={**chunk, "scheduler_reserve_full_isl": False},
+            pool_tokens=tight,
+            expect="preemptions",
+        ),
+        "whole-compiled": Variant(WHOLE, engines.COMPILED, baseline=STOCK, expect="decode_rows"),
+        "stock-eager": Variant(None, engines.EAGER, baseline=STOCK),
+    }
+
+
+ABOUT = {
+    STOCK: "baseline: stock vLLM, graphs",
+    SPARSE: "baseline: a small budget, graphs",
+    "whole-graphs": "budget of the whole context = stock, graphs",
+    "whole-eager": "budget of the whole context = stock, eager",
+    "whole-compiled": "the same as vLLM compiles it by default",
+    "stock-eager": "how far stock vLLM is from itself",
+}
+
+
+def stages(options: argparse.Namespace) -> list[Stage]:
+    """One stage for each variant."""
+    every = variants(tiny=options.tiny)
+    return [
+        Stage(
+            name,
+            partial(run, name),
+            limit_s=110 if variant.mode is engines.COMPILED else 75,
+            needs=("smoke", *filter(None, (variant.baseline, variant.differs_from))),
+            about=ABOUT.get(name, f"= {variant.baseline}"),
+        )
+        for name, variant in every.items()
+    ]
+
+
+def run(name: str, report: Report, options: argparse.Namespace) -> None:
+    """Generates in one variant and compares.
+
+    Raises:
+        CheckFailedError: Other tokens without a near-tie, or what should happen did not.
+    """
+    from benchmarks import counters
+
+    variant = variants(tiny=options.tiny)[name]
+    model = models.write_checkpoint(options.work / "checkpoint", options.seed)
+    prompts = models.parity_prompts(options.seed, tiny=options.tiny)
+    dtype = variant.dtype or options.dtype
+    arguments: dict[str, Any] = {
+        "dtype": dtype,
+        "max_model_len": 1024 if options.tiny else 4096,
+        "kv_cache_memory_bytes": (64 << 20) if options.tiny else (256 << 20),
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 1024 if options.tiny else 4096,
+        **(engines.EAGER if options.device == "cpu" else variant.mode),
+        **variant.arguments,
+    }
+    if options.device == "cpu":
+        arguments["block_size"] = 32
+    if variant.pool_tokens:
+        block_size = report_of(options, SPARSE)["facts"]["block_size"]
+        arguments["num_gpu_blocks_override"] = variant.pool_tokens // block_size
+    arm = engines.stock_arm(options)
+    if variant.settings is not None:
+        arm = harness.Arm(name, variant.settings)
+    started = time.perf_counter()
+    llm = engines.build(arm, options, model, **arguments)
+    report.note(**engines.facts(llm, started), settings=variant.settings, dtype=dtype)
+    new_tokens = 24 if options.tiny else NEW_TOKENS
+    outputs = generate(llm, prompts, new_tokens, variant.waves)
+    counted = {
+        key.removeprefix("vllm:").removeprefix("sparse_").removesuffix("_total"): value
+        for key, value in counters.sparse(llm).items()
+    }
+    counted["preemptions"] = counted.pop("num_preemptions", 0)
+    counted["cached"] = sum(output["cached"] for output in outputs[len(prompts) :])
+    report.note(counted=counted)
+    report.note(outputs=outputs)
+    problems = []
+    if variant.expect and not counted.get(variant.expect):
+        problems.append(f"{variant.expect} is 0, so this proves nothing")
+    if variant.differs_from:
+        theirs = report_of(options, variant.differs_from)["facts"]["outputs"]
+        gaps = [divergence.gap for divergence in _differences(outputs, theirs)]
+        if max(gaps, default=0.0) <= max(NEAR_TIE.values()):
+            problems.append(f"same tokens as {variant.differs_from}, so this proves nothing")
+    if variant.baseline:
+        theirs = report_of(options, variant.baseline)["facts"]["outputs"]
+        for divergence in _differences(outputs, theirs):
+            report.add(**divergence._asdict(), ok=divergence.gap <= NEAR_TIE[dtype])
+        wrong = [row for row in report.rows if not row["ok"]]
+        if wrong:
+            problems.append(f"{len(wrong)} of {len(outputs)} requests differ without a near-tie")
+    report.note(requests=len(outputs), same=len(outputs) - len(report.rows))
+    if problems:
+        raise CheckFailedError("; ".join(problems))
+
+
+def _differences(outputs: list[dict], baseline: list[dict]) -> list[Divergence]:
+    steps = [request["steps"] for request in baseline]
+    tokens = [[step["token"] for step in request["steps"]] for request in outputs]
+    return divergences(tokens, steps * (len(outputs) // len(steps)))
+
+
+def generate(llm: Any, prompts: list[list[int]], new_tokens: int, waves: int) -> list[dict]:
+    """Greedy outputs of all requests, wave by wave, with what else was likely in each step.
+
+    Returns:
+        ``steps`` (see `step_of`) and ``cached`` tokens of each request.
+    """
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, logprobs=LIKELY
+    )
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = []
+    for _ in range(waves):
+        for found in llm.generate(requests, sampling, use_tqdm=False):
+            completion = found.outputs[0]
+            steps = [
+                step_of(token, {key: entry.logprob for key, entry in likely.items()})
+                for token, likely in zip(completion.token_ids, completion.logprobs, strict=True)
+            ]
+            outputs.append({"steps": steps, "cached": found.num_cached_tokens or 0})
+    return outputs
+
+
+def step_of(token: int, likely: dict[int, float]) -> dict:
+    """One step: its token, and by how much other likely ones are behind it.
+
+    Args:
+        token: What was generated.
+        likely: Log-probabilities, its own among them.
+    """
+    behind = {str(key): round(likely[token] - value, 5) for key, value in likely.items()}
+    return {
+        "token": token,
+        "behind": {key: gap for key, gap in behind.items() if key != str(token)},
+    }

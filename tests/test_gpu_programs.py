@@ -1,0 +1,476 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The programs for a GPU host, without a GPU: planning, budgets, byte formulas, tables, parity."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import bench, bounds, check, host, models, stages, tokens
+
+ROOT = Path(__file__).resolve().parents[1]
+LLAMA, MINICPM = models.LLAMA, models.MINICPM
+
+
+def options_of(tmp_path, *arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    stages.add_options(parser, "tried")
+    return parser.parse_args(["--out", str(tmp_path), *arguments])
+
+
+# Stages whose subprocess is this file.
+
+
+def succeeds(report, options):
+    report.note(seed=options.seed)
+    report.add(value=1.5)
+
+
+def hangs(report, options):
+    report.add(value="before")
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    report.note(child=child.pid)
+    time.sleep(600)
+
+
+def crashes(report, options):
+    report.add(value="before")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def raises(report, options):
+    report.add(value="before")
+    raise ValueError("out of\n  luck")
+
+
+def checks(report, options):
+    raise stages.CheckFailedError("3 is not 4")
+
+
+def refuses(report, options):
+    raise stages.NotAvailableError("no such thing here")
+
+
+def plan(options):
+    every = [
+        stages.Stage("succeeds", succeeds, 60),
+        stages.Stage("hangs", hangs, 5),
+        stages.Stage("crashes", crashes, 60),
+        stages.Stage("raises", raises, 60, needs=("succeeds",)),
+        stages.Stage("checks", checks, 60),
+        stages.Stage("refuses", refuses, 60),
+        stages.Stage("watched", succeeds, 60, prefix=("sh", "-c", '"$@"; exit 9', "sh")),
+        stages.Stage("dependent", succeeds, 60, needs=("crashes",)),
+    ]
+    return every
+
+
+def run(tmp_path, *arguments: str) -> dict:
+    """Runs the stages above and returns the result file."""
+    arguments = ("--out", str(tmp_path), *arguments)
+    parser = argparse.ArgumentParser()
+    stages.add_options(parser, "tried")
+    stages.main(
+        "tests.test_gpu_programs", "tried", parser, plan,
+        lambda results: ("a table", {"extra": len(results)}), arguments,
+    )  # fmt: skip
+    return json.loads((tmp_path / "tried.json").read_text())
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or only waits for its parent to notice."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_every_ending_of_a_stage_is_told_apart_and_keeps_its_rows(tmp_path, capsys):
+    result = run(tmp_path, "--seed", "7")
+    found = result["stages"]
+    assert {name: stage["status"] for name, stage in found.items()} == {
+        "succeeds": "ok",
+        "hangs": "timed out",
+        "crashes": "crashed",
+        "raises": "failed",
+        "checks": "failed",
+        "refuses": "not available",
+        "watched": "failed",
+        "dependent": "skipped",
+    }
+    assert found["succeeds"]["rows"] == [{"value": 1.5}]
+    assert found["succeeds"]["facts"] == {"seed": 7}
+    for name in ("hangs", "crashes", "raises"):
+        assert found[name]["rows"] == [{"value": "before"}]
+        assert found[name]["log_tail"]
+    assert found["raises"]["reason"] == "out of luck"
+    assert found["checks"]["reason"] == "3 is not 4"
+    assert found["refuses"]["reason"] == "no such thing here"
+    assert found["dependent"]["reason"] == "needs crashes"
+    assert result["environment"]["seed"] == 7
+    assert "torch" in result["environment"]["versions"]
+    assert "gpu" in result["environment"]
+    assert result["extra"] == 8
+    assert has_ended(found["hangs"]["facts"]["child"])
+    printed = capsys.readouterr().out
+    assert printed.index("stage ") < printed.index("a table") < printed.index("full result")
+    assert "not run: dependent; for these use --only crashes dependent" in printed
+
+
+def test_a_used_up_budget_skips_the_rest_and_says_so(tmp_path, capsys):
+    result = run(tmp_path, "--budget-s", "2", "--only", "refuses", "hangs")
+    assert list(result["stages"]) == ["hangs", "refuses"]  # by value, as in the plan
+    assert result["stages"]["hangs"]["status"] == "timed out"
+    assert result["stages"]["refuses"]["status"] == "skipped"
+    assert "budget of 2 s" in result["stages"]["refuses"]["reason"]
+    assert "not run: refuses" in capsys.readouterr().out
+
+
+def test_a_killed_run_keeps_what_it_has(tmp_path):
+    """And leaves no process behind."""
+    command = [sys.executable, "-m", "tests.test_gpu_programs", "--out", str(tmp_path)]
+    command += ["--only", "succeeds", "hangs"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "hangs (at most" in line:
+                break
+        deadline = time.monotonic() + 20
+        log = tmp_path / "tried.log"
+        while "child" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.terminate()
+        process.wait(timeout=20)
+    result = json.loads((tmp_path / "tried.json").read_text())
+    assert result["stages"]["succeeds"]["status"] == "ok"
+    assert result["stages"]["hangs"]["status"] == "interrupted"
+    assert result["stages"]["hangs"]["rows"] == [{"value": "before"}]
+    assert has_ended(int(re.search(r"'child': (\d+)", log.read_text())[1]))
+
+
+def test_an_unknown_stage_is_refused(tmp_path):
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--only", "nothing")
+
+
+@pytest.mark.parametrize("program", [check, bench])
+def test_plans_are_consistent(program, capsys, tmp_path):
+    every = program.plan(options_of(tmp_path))
+    names = [stage.name for stage in every]
+    assert len(set(names)) == len(names)
+    assert names[0] == "smoke"
+    for index, stage in enumerate(every):
+        assert set(stage.needs) <= set(names[:index]), stage.name
+        assert set(stage.beside) <= set(names[:index]), stage.name
+        assert 0 < stage.limit_s <= 200
+    assert program.main(["--dry-run", "--out", str(tmp_path)]) == 0
+    assert all(name in capsys.readouterr().out for name in names[:1])
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_planning_process_imports_neither_torch_nor_vllm():
+    code = (
+        "import sys; from benchmarks.gpu import bench, check; "
+        "print([m for m in ('torch', 'vllm', 'vllm_sparse', 'triton') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_make_targets_run_the_programs():
+    text = (ROOT / "Makefile").read_text()
+    for name in ("check", "bench"):
+        assert re.search(rf"^gpu-{name}:.*##", text, re.M)
+        assert f"-m benchmarks.gpu.{name}" in text
+
+
+def test_tables_are_aligned():
+    lines = stages.table(("name", "n"), [("a", 1), ("long", 12345.6), ("c", None)]).splitlines()
+    assert lines[0] == "name      n"
+    assert [line.split() for line in lines[2:]] == [["a", "1"], ["long", "12346"], ["c", "-"]]
+    assert stages.table(("x",), []).splitlines()[0] == "x"
+
+
+# Paths of the subprocesses, installed copies.
+
+
+def test_stages_see_the_checkout_only_through_links(tmp_path, monkeypatch):
+    site = tmp_path / "site"
+    (site / "vllm").mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(site)]))
+    assert host.default_site() == site
+    assert str(site) in host.install_command(site)
+    entries = host.child_paths(tmp_path).split(os.pathsep)
+    assert entries[1:] == [str(site)]
+    names = sorted(path.name for path in Path(entries[0]).iterdir())
+    assert names == ["benchmarks", "tests"]
+    monkeypatch.delenv("PYTHONPATH")
+    assert host.default_site() == host.SITE
+
+
+def test_stale_installed_files_are_found(tmp_path):
+    import shutil
+
+    for folder, target in host.INSTALLED_AS.items():
+        shutil.copytree(ROOT / folder, tmp_path / target, dirs_exist_ok=True)
+    package = tmp_path / "vllm_sparse"
+    assert host.stale_files(package) == []
+    (package / "kernels" / "layout.py").write_text("old")
+    (package / "plugin.py").unlink()
+    assert host.stale_files(package) == ["vllm_sparse/plugin.py", "kernels/layout.py"]
+    assert host.stale_files(ROOT / "vllm_sparse") == []  # an editable install
+
+
+# Models and bytes.
+
+
+def test_model_folders_have_the_published_sizes(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = models.write_config(tmp_path / "m", MINICPM, 4096)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    assert (config.num_key_value_heads, config.head_dim, config.vocab_size) == (2, 128, 73448)
+    assert config.max_position_embeddings == 4096
+    assert LLAMA.kv_bytes_per_token == 131072
+    assert MINICPM.kv_bytes_per_token == 32768
+    assert LLAMA.step_weight_bytes == pytest.approx(15.01e9, rel=1e-3)
+
+
+def test_prompts_are_reproducible_and_share_what_they_should():
+    prompts = models.parity_prompts(3)
+    assert prompts == models.parity_prompts(3) != models.parity_prompts(4)
+    assert len({len(prompt) for prompt in prompts}) == 6
+    assert prompts[0][:1200] == prompts[1][:1200] != prompts[2][:1200]
+
+
+@pytest.mark.parametrize(
+    ("context", "budget", "expected"),
+    [(16384, 256, 1.14), (32768, 256, 1.28), (32768, 1024, 1.27), (131072, 256, 2.14)],
+)
+def test_bounds_at_batch_one_follow_from_bytes(context, budget, expected):
+    """A plan of the paper's arithmetic, in which the budget is what a step reads."""
+    page, held = 4, 4 * budget
+    split = bounds.Split(held, page, LLAMA.head_dim * budget * page // held, budget // 2)
+    assert bounds.speedup(LLAMA, 1, context, split) == pytest.approx(expected, abs=0.02)
+
+
+def test_bytes_of_each_kernel():
+    split = bounds.Split(held=4096, page_size=4, top_r=64, top_k=512)
+    queries = 2 * 32 * 128
+    assert bounds.score_bytes(LLAMA, 3, split) == 3 * (8 * 64 * 1024 * 2 + queries)
+    assert bounds.attend_bytes(LLAMA, 3, 512) == 3 * (8 * 512 * 2 * 128 * 2 + 2 * queries)
+    assert bounds.select_bytes(LLAMA, 1, split) == 4 * (32 * 1024 + 8 * 512)
+    dense = bounds.layer_bytes(LLAMA, 1, 4096, None)
+    assert dense * 32 == pytest.approx(4096 * LLAMA.kv_bytes_per_token, rel=1e-2)
+    stage1_only = bounds.layer_bytes(LLAMA, 1, 32768, split._replace(stage2=False))
+    assert stage1_only == dense
+    assert bounds.compact_bytes(LLAMA, 64, 4) == 2 * 8 * 128 * (4 * 64 + 2 * 16)
+    assert bounds.prompt_score_bytes(LLAMA, 1000, 32) > 2 * 8 * 128 * 1000
+    assert bounds.append_bytes(LLAMA, 1, 4) == 2 * 8 * 128 * (4 + 4 + 2)
+
+
+def test_splits_follow_the_rule_of_the_engine():
+    split = bounds.split_of(LLAMA, 32768, {"token_budget": 1024})
+    assert 5000 < split.held < 7000
+    assert split.stage2
+    all_kept = bounds.split_of(LLAMA, 32768, {"token_budget": 1024, "stage1": False})
+    assert all_kept.held == 32768
+    assert not bounds.split_of(LLAMA, 32768, {"token_budget": 1024, "stage2": False}).stage2
+
+
+@pytest.mark.parametrize(
+    ("context", "budget", "batch", "expected"),
+    [(32768, 1024, 27, 7.0), (32768, 256, 27, 8.2), (131072, 256, 1, 2.14), (32768, 1024, 1, 1.27)],
+)
+def test_bounds_of_the_real_split(context, budget, batch, expected):
+    split = bounds.split_of(LLAMA, context, {"token_budget": budget}, block_size=64)
+    assert bounds.speedup(LLAMA, batch, context, split) == pytest.approx(expected, abs=0.05)
+
+
+def test_batches_that_fit():
+    assert bounds.most_rows(1000, 100) == 10
+    assert bounds.most_rows(1000, 100, once=150) == 8
+    assert bounds.most_rows(10, 100, once=50) == 0
+    step = bounds.PagedStep(3.0, 4.0)
+    assert (step.blocking_ms, step.prefetched_ms) == (7.0, 4.0)
+
+
+def test_offload_arms_have_the_same_device_memory():
+    from benchmarks.gpu import offload
+
+    sizes = {"context": 32768, "top_k": 96, "device_kv_gib": 4.0, "generated": 400}
+    found = {arm: offload.plan(MINICPM, arm, most_host_gib=64, **sizes) for arm in offload.ARMS}
+    assert found["blocking"] == found["prefetch"]
+    assert found["resident"].batch == 3
+    assert 16 <= found["prefetch"].batch <= 18
+    assert found["prefetch"].slab_gib == pytest.approx(found["prefetch"].batch * 0.1875, rel=1e-4)
+    for sized in found.values():
+        assert 2.5 < sized.device_gib <= 4.0
+    little = offload.plan(MINICPM, "prefetch", most_host_gib=5, **sizes)
+    assert little.batch == 5
+    with pytest.raises(stages.NotAvailableError, match="hold no request"):
+        offload.plan(MINICPM, "resident", most_host_gib=64, **{**sizes, "device_kv_gib": 0.5})
+
+
+# Verdicts.
+
+
+def test_the_first_difference_of_each_request_is_found_with_its_gap():
+    likely = [{1: -0.5, 2: -3.5}, {5: -1.0, 6: -1.01, 4: -1.02}, {7: -0.1, 8: -2.1}]
+    baseline = [[tokens.step_of(max(row, key=row.get), row) for row in likely]] * 5
+    outputs = [[1, 5, 7], [1, 6, 9], [1, 4, 7], [2, 5, 7], [1, 5, 3]]
+    found = tokens.divergences(outputs, baseline)
+    assert [(d.request, d.position) for d in found] == [(1, 1), (2, 1), (3, 0), (4, 2)]
+    # What follows a near-tie is another text, and is not judged.
+    assert [d.gap for d in found] == pytest.approx([0.01, 0.02, 3.0, tokens.UNLIKELY])
+
+
+def test_variants_cover_what_is_asked_for():
+    every = tokens.variants()
+    assert {"whole-graphs", "whole-eager", "chunked", "prefix-cache", "preemption"} <= set(every)
+    for name, variant in every.items():
+        assert variant.baseline or variant.differs_from or name == tokens.STOCK
+        if variant.settings:
+            assert variant.expect  # or it could pass without having done anything
+
+
+def measured(step_ms: float, bound_ms: float, **row) -> dict:
+    summary = {"median": step_ms}
+    rate = 1e3 * row["batch"] / step_ms
+    least = {"bound_ms": bound_ms, "least_bytes": bound_ms * 4.3e9}
+    return {"step_ms": summary, "tokens_per_s": rate, **least, **row}
+
+
+def results_of_a_bench() -> dict[str, dict]:
+    thousand = 1024
+    dense = [
+        measured(4.0, 3.6, context=16 * thousand, batch=1),
+        measured(5.0, 4.5, context=32 * thousand, batch=1),
+        measured(30.0, 27.0, context=32 * thousand, batch=27),
+        {"context": 32 * thousand, "prefill_s": 1.0},
+        {"context": 8 * thousand, "wanted": "most", "batch": 99, "skipped": "no time"},
+    ]
+    ours = [
+        measured(4.0, 3.1, context=16 * thousand, batch=1),
+        measured(4.0, 3.5, context=32 * thousand, batch=1),
+        measured(6.0, 4.0, context=32 * thousand, batch=27),
+        {"context": 32 * thousand, "prefill_s": 1.02},
+    ]
+    paged = measured(9.0, 7.0, rate=0.1, batch=17, exposed_wait_ms=1.0, fetched_mib=200.0)
+    paged |= {"link_gb_per_s": 23.0, "as_forced": True}
+    kernel = {"kernel": "append", "context": 8192, "budget": 256, "batch": 1, "block_size": 64}
+    kernel |= {"us": 4.0, "gb_per_s": 12.0, "share_of_copy": 0.003}
+    failed = {"kernel": "select slots", "error": "no kernel image"}
+    status = {"status": "ok", "reason": "", "seconds": 1.0}
+    return {
+        "kernels": {**status, "rows": [kernel, failed], "facts": {"copy_gb_per_s": 4300.0}},
+        "sparda-prefetch": {**status, "rows": [paged, {"skipped": "no time"}], "facts": {}},
+        "dense": {**status, "rows": dense, "facts": {"largest": {"32768": 27, "16384": 50}}},
+        "rocket-1024": {**status, "rows": ours, "facts": {"largest": {"32768": 108}}},
+    }
+
+
+def test_targets_are_judged_next_to_their_bounds():
+    results = results_of_a_bench()
+    found = bench.targets(results)
+    assert [target.verdict for target in found] == [
+        "yes", "yes", "not measured", "yes", "yes", "yes",
+    ]  # fmt: skip
+    assert found[3].found == pytest.approx(5.0)
+    assert found[3].bound == pytest.approx(27 / 4)
+    assert found[4].found == 4.0
+    assert found[5].found == pytest.approx(2.0)
+    results["rocket-1024"]["rows"][1]["step_ms"]["median"] = 5.0
+    assert bench.targets(results)[1].verdict == "no"
+    text, further = bench.summary(results)
+    assert "not measured" in text
+    assert re.search(r"append +8192 +256 +1 +64 +4 +12 +0\.003", text)
+    assert re.search(r"sparda-prefetch +9 +0\.1 +17", text)
+    assert re.search(r"rocket-1024 +32768 +27 +108 +6 ", text)
+    assert [verdict["reached"] for verdict in further["targets"]][1] == "no"
+    assert bench.summary({})[1]["targets"][0]["reached"] == "not measured"
+
+
+def test_the_check_prints_its_worst_errors():
+    def row(kernel, error, case):
+        return {"kernel": kernel, "error": error, "limit": 0.01, "ok": error <= 0.01, "case": case}
+
+    rows = [row("append", 0.0, "a"), row("append", 0.5, "b"), row("top", 1e9, "c")]
+    status = {"status": "failed", "reason": "", "seconds": 1.0}
+    engine = {"same": 5, "requests": 6, "graphs": "CUDAGraphMode.FULL_DECODE_ONLY"}
+    text, further = check.summary(
+        {
+            "kernels": {**status, "rows": rows, "facts": {}},
+            "chunked": {**status, "rows": [{"gap": 0.02}], "facts": engine},
+        }
+    )
+    assert re.search(r"append +0\.5 +0\.01 +NO +b", text)
+    assert re.search(r"top +1000000000 +0\.01 +NO +c", text)
+    assert re.search(r"chunked +5/6 +1 +0\.02 +FULL_DECODE_ONLY", text)
+    assert not further["passed"]
+
+
+# The kernels, interpreted.
+
+
+def test_kernel_parity_runs_in_the_interpreter(tmp_path):
+    """As the program runs it; the same arguments without --tiny and --device are the real thing."""
+    pytest.importorskip("triton")
+    arguments = ["--tiny", "--device", "cpu", "--only", "kernels", "--out", str(tmp_path)]
+    assert check.main(arguments) == 0
+    result = json.loads((tmp_path / "gpu-check.json").read_text())
+    rows = result["stages"]["kernels"]["rows"]
+    assert {row["kernel"] for row in rows} >= {
+        "append",
+        "select slots",
+        "whole step",
+        "whole stage 1",
+    }
+    assert all(row["ok"] for row in rows)
+    assert result["passed"]
+    assert result["sanitizer_errors"] is None
+
+
+def test_kernel_parity_notices_a_wrong_kernel(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from vllm_sparse.kernels.triton import attention
+
+    from benchmarks.gpu import parity
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    right = attention.attend_slots
+
+    def wrong(cache, query, output, **arguments):
+        right(cache, query, output, **arguments)
+        output[-1, -1] *= 0.5
+
+    wrong.__signature__ = inspect.signature(right)
+    monkeypatch.setattr(attention, "attend_slots", wrong)
+    options = options_of(tmp_path, "--tiny", "--device", "cpu")
+    report = stages.Report(tmp_path / "kernels.json")
+    with pytest.raises(stages.CheckFailedError, match="attend slots"):
+        parity.check(report, options)
+    failed = {row["kernel"] for row in report.rows if not row["ok"]}
+    assert failed == {"attend slots", "attend all"}
+
+
+if __name__ == "__main__":
+    chosen = argparse.ArgumentParser()
+    stages.add_options(chosen, "tried")
+    sys.exit(
+        stages.main("tests.test_gpu_programs", "tried", chosen, plan, lambda results: ("", {}))
+    )
