@@ -38,16 +38,25 @@ def rocketkv_decode(device: str, dtype: torch.dtype) -> DecodeKernel:
         The kernel; on a CPU the fused C++ one, elsewhere (and on a CPU without a compiler) the
         PyTorch reference.
     """
+    fused, note = _fused(device)
+    if not fused:
+        return DecodeKernel(reference.decode_attention, "reference", note)
+    from vllm_sparse.kernels.cpu import rocketkv
+
+    return DecodeKernel(rocketkv.decode_attention, "cpu")
+
+
+def _fused(device: str) -> tuple[bool, str]:
+    """Whether the C++ kernels can be had, and if not on a CPU, why."""
     if device != "cpu":
-        return DecodeKernel(reference.decode_attention, "reference")
+        return False, ""
     from vllm_sparse.kernels.cpu import build
-    from vllm_sparse.kernels.cpu import rocketkv as fused
 
     try:
         build.load()
     except build.KernelBuildError as error:
-        return DecodeKernel(reference.decode_attention, "reference", str(error))
-    return DecodeKernel(fused.decode_attention, "cpu")
+        return False, str(error)
+    return True, ""
 
 
 class PagingKernels(NamedTuple):
@@ -72,17 +81,13 @@ def sparda_paging(device: str) -> PagingKernels:
         The kernels; on a CPU the C++ ones, elsewhere (and on a CPU without a compiler) the PyTorch
         reference.
     """
-    paging, selection, name, note = paging_reference, selection_reference, "reference", ""
-    if device == "cpu":
-        from vllm_sparse.kernels.cpu import build
+    paging, selection, name = paging_reference, selection_reference, "reference"
+    fused, note = _fused(device)
+    if fused:
         from vllm_sparse.kernels.cpu import paging as fused_paging
         from vllm_sparse.kernels.cpu import selection as fused_selection
 
-        try:
-            build.load()
-            paging, selection, name = fused_paging, fused_selection, "cpu"
-        except build.KernelBuildError as error:
-            note = str(error)
+        paging, selection, name = fused_paging, fused_selection, "cpu"
     return PagingKernels(
         selection.select_blocks,
         paging.resolve,

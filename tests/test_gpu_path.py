@@ -54,11 +54,10 @@ def test_gpu_path_gives_the_cpu_path_s_tokens(llama, prompts, sparse_run, v2):
     assert run["free_blocks"][0] == run["free_blocks"][1]
 
 
-@pytest.mark.parametrize("chunk", [101, 303])
-def test_a_last_prompt_token_that_comes_alone(llama, prompts, sparse_run, chunk):
+def test_a_last_prompt_token_that_comes_alone(llama, prompts, sparse_run):
     """607 tokens in chunks of 101: the last is a batch of one token, which a graph would run."""
-    assert len(prompts[1]) % chunk == 1
-    run = run_gpu_path(llama, prompts[1:2], max_num_batched_tokens=chunk)
+    assert len(prompts[1]) % 101 == 1
+    run = run_gpu_path(llama, prompts[1:2], max_num_batched_tokens=101)
     assert run["tokens"][0] == first_tokens(sparse_run, [1])
     assert run["counters"]["prompts_compacted"] == 1
 
@@ -100,11 +99,12 @@ def test_preempted_and_cached_requests(llama, prompts, sparse_run):
 
 
 SPARDA_CASES = {
-    "lookahead-v2": ({}, {}),
     "query-v1": ({"selector": "query"}, {"v2": False}),
-    "previous-chunked": ({"selector": "previous"}, {"max_num_batched_tokens": 320}),
+    "previous-chunked-crossing-dense-len": (
+        {"selector": "previous", "dense_len": 612, "slab_gib": 0.02},
+        {"max_num_batched_tokens": 320},
+    ),
     "sparse-prompts-in-graphs": ({"sparse_prefill": True}, {"max_num_batched_tokens": 303}),
-    "crossing-dense-len": ({"dense_len": 612, "slab_gib": 0.02}, {}),
     "no-prefetch": ({"prefetch": False}, {}),
     "resident": ({"resident": True, "slab_gib": None}, {}),
 }

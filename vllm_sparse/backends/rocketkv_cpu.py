@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,8 +89,8 @@ class RocketKVCpuImpl(RocketKVLayer, CPUAttentionBackendImpl):
     ) -> None:
         """See :class:`RocketKVLayer`."""
         super().prepare(layer, spec, layer_index, device)
-        pack = partial(_pack, layer.isa)  # the stock builder has set it
-        self._codec = PageCodec(pack, spec.block_size, spec.head_size, spec.dtype, device)
+        # The stock builder has set the instruction set.
+        self._codec = _codec(layer.isa, spec.block_size, spec.head_size, spec.dtype)
         self.kernel = rocketkv_decode(device.type, spec.dtype)
 
     def compact(self, cache: Tensor, prompt: PromptEnd, window: Tensor) -> None:
@@ -105,6 +105,11 @@ class RocketKVCpuImpl(RocketKVLayer, CPUAttentionBackendImpl):
             layout=self.layouts[prompt.page_size],
             pool_kernel=self.settings.pool_kernel,
         )
+
+
+@cache
+def _codec(isa: str, block_size: int, dim: int, dtype: torch.dtype) -> PageCodec:
+    return PageCodec(partial(_pack, isa), block_size, dim, dtype, torch.device("cpu"))
 
 
 def _pack(isa: str, key: Tensor, value: Tensor, pages: Tensor) -> None:
