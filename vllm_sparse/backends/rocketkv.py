@@ -329,7 +329,7 @@ class RocketKVLayer:
         """
         step = attn_metadata
         if step is None:
-            return output
+            return output.fill_(0)  # what follows may not take NaN
         if step.dense is not None:
             pages = self.stock_layout.tokens(kv_cache)
             index = step.dense_index

@@ -142,7 +142,7 @@ class SpardaCpuImpl(SpardaLayer):
         """
         step = attn_metadata
         if step is None:
-            return output
+            return output.fill_(0)  # what follows may not take NaN
         runtime, pager = self.runtime, self.pager
         if self.layer == 0:
             runtime.scheduler.begin_step()

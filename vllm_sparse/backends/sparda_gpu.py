@@ -342,7 +342,7 @@ class SpardaGpuImpl(SpardaLayer):
             ``output``.
         """
         if attn_metadata is None:
-            return output
+            return output.fill_(0)  # what follows may not take NaN
         assert isinstance(attn_metadata, GpuStep)
         step, runtime, pager = attn_metadata, self.runtime, self.pager
         if self.layer == 0:
