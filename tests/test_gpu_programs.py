@@ -283,6 +283,27 @@ def test_bytes_of_each_kernel():
     assert bounds.append_bytes(LLAMA, 1, 4) == 2 * 8 * 128 * (4 + 4 + 2)
 
 
+def test_bytes_of_each_sparda_kernel():
+    keys = 2 * 3 * 2 * 128 * (32768 // 16 + 1)
+    assert bounds.select_blocks_bytes(MINICPM, 3, 32768, 16, 96) == keys + 8 * 3 * 2 * 96
+    assert bounds.resolve_bytes(wanted=192, misses=20) == 4 * (3 * 192 + 40)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_every_step_of_a_cycle_misses_the_same_share(rows):
+    import torch
+
+    from benchmarks.gpu import kernels_sparda
+
+    generator = torch.Generator().manual_seed(0)
+    steps = kernels_sparda.cycle(rows, 2, 30, rows * 2 * 100, generator)
+    held = [set(step.flatten().tolist()) for step in steps]
+    assert all(len(pieces) == rows * 60 for pieces in held)
+    assert all(step.shape == (rows, 2, 30) for step in steps)
+    for before, after in zip([held[-1], *held], held, strict=False):
+        assert len(after - before) == rows * 6
+
+
 def test_splits_follow_the_rule_of_the_engine():
     split = bounds.split_of(LLAMA, 32768, {"token_budget": 1024})
     assert 5000 < split.held < 7000
@@ -342,10 +363,62 @@ def test_the_first_difference_of_each_request_is_found_with_its_gap():
 def test_variants_cover_what_is_asked_for():
     every = tokens.variants()
     assert {"whole-graphs", "whole-eager", "chunked", "prefix-cache", "preemption"} <= set(every)
+    assert {"sparda-whole", "sparda-offload", "sparda-blocking", "sparda-graphs"} <= set(every)
     for name, variant in every.items():
         assert variant.baseline or variant.differs_from or name == tokens.STOCK
         if variant.settings:
             assert variant.expect  # or it could pass without having done anything
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_the_slabs_of_sparda_are_as_small_as_start_up_allows(tiny):
+    from vllm_sparse.config import load_settings
+    from vllm_sparse.errors import ConfigError
+    from vllm_sparse.kv.geometry import GIB, block_bytes, host_blocks, plan_frames
+
+    longest = max(map(len, models.parity_prompts(0, tiny=tiny))) + (24 if tiny else 80)
+    max_model_len = 1024 if tiny else 4096
+    seen = []
+    for name, variant in tokens.variants(tiny=tiny).items():
+        if variant.backend != "SPARDA":
+            continue
+        settings = load_settings({"vllm_sparse": variant.settings}, "sparda")
+        shape = {"num_layers": 3, "num_kv_heads": 2}
+        block = block_bytes(**shape, block_size=settings.block_size, head_dim=64, itemsize=2)
+        blocks = host_blocks(settings, block, max_model_len)
+        each = -(-longest // settings.block_size)
+        assert blocks > tokens.REQUESTS * each  # none is preempted
+        sizes = {
+            **shape,
+            "num_pieces": blocks * 2,
+            "piece_bytes": block // 6,
+            "max_num_seqs": variant.arguments["max_num_seqs"],
+            "max_model_len": max_model_len,
+        }
+        frames = plan_frames(settings, **sizes)
+        seen.append(name)
+        if settings.resident:
+            continue
+        assert frames == (tokens.REQUESTS * 2 * settings.blocks_read,) * 3
+        assert frames[0] < sizes["num_pieces"]
+        assert settings.blocks_read >= each if name == "sparda-whole" else settings.top_k < each
+        little = variant.settings | {"slab_gib": variant.settings["slab_gib"] - 1 / GIB}
+        with pytest.raises(ConfigError, match="slab_gib"):
+            plan_frames(load_settings({"vllm_sparse": little}, "sparda"), **sizes)
+    assert len(seen) == 6
+
+
+def test_graphs_need_sparse_prompts():
+    """Otherwise vLLM runs eagerly, and a stage that says graphs would say nothing of them."""
+    from benchmarks.gpu import engines
+
+    every = [v for v in tokens.variants().values() if v.backend == "SPARDA"]
+    graphs = [variant for variant in every if variant.mode == engines.GRAPHS]
+    assert len(graphs) == 1
+    assert graphs[0].settings["sparse_prefill"]
+    baseline = tokens.variants()[graphs[0].baseline]
+    assert baseline.settings == graphs[0].settings
+    assert baseline.mode == engines.EAGER
 
 
 def measured(step_ms: float, bound_ms: float, **row) -> dict:
@@ -375,8 +448,11 @@ def results_of_a_bench() -> dict[str, dict]:
     kernel = {"kernel": "append", "context": 8192, "budget": 256, "batch": 1, "block_size": 64}
     kernel |= {"us": 4.0, "gb_per_s": 12.0, "share_of_copy": 0.003}
     failed = {"kernel": "select slots", "error": "no kernel image"}
+    fetched = {"kernel": "copy pieces", "programs": 32, "context": 32768, "batch": 16}
+    fetched |= {"misses": 307, "us": 200.0, "gb_per_s": 50.0, "share_of_link": 0.9}
     status = {"status": "ok", "reason": "", "seconds": 1.0}
     return {
+        "kernels-sparda": {**status, "rows": [fetched, failed], "facts": {"link_gb_per_s": 55.0}},
         "kernels": {**status, "rows": [kernel, failed], "facts": {"copy_gb_per_s": 4300.0}},
         "sparda-prefetch": {**status, "rows": [paged, {"skipped": "no time"}], "facts": {}},
         "dense": {**status, "rows": dense, "facts": {"largest": {"32768": 27, "16384": 50}}},
@@ -399,6 +475,7 @@ def test_targets_are_judged_next_to_their_bounds():
     text, further = bench.summary(results)
     assert "not measured" in text
     assert re.search(r"append +8192 +256 +1 +64 +4 +12 +0\.003", text)
+    assert re.search(r"copy pieces +32 +32768 +16 +307 +200 +50 +- +0\.9", text)
     assert re.search(r"sparda-prefetch +9 +0\.1 +17", text)
     assert re.search(r"rocket-1024 +32768 +27 +108 +6 ", text)
     assert [verdict["reached"] for verdict in further["targets"]][1] == "no"
@@ -439,6 +516,16 @@ def test_kernel_parity_runs_in_the_interpreter(tmp_path):
         "select slots",
         "whole step",
         "whole stage 1",
+        "select blocks, Forecast",
+        "select blocks, softmax",
+        "resolve",
+        "copy pieces",
+        "paged steps",
+        "attend frames",
+        "attend part, causal",
+        "attend part, chosen",
+        "write tokens",
+        "update windows",
     }
     assert all(row["ok"] for row in rows)
     assert result["passed"]
@@ -449,9 +536,10 @@ def test_kernel_parity_notices_a_wrong_kernel(tmp_path, monkeypatch):
     pytest.importorskip("triton")
     from vllm_sparse.kernels.triton import attention
 
-    from benchmarks.gpu import parity
+    from benchmarks.gpu import parity, parity_sparda
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(parity_sparda, "TINY", ())
     right = attention.attend_slots
 
     def wrong(cache, query, output, **arguments):
@@ -466,6 +554,66 @@ def test_kernel_parity_notices_a_wrong_kernel(tmp_path, monkeypatch):
         parity.check(report, options)
     failed = {row["kernel"] for row in report.rows if not row["ok"]}
     assert failed == {"attend slots", "attend all"}
+
+
+def sparda_failures(monkeypatch) -> set[str]:
+    """Kernels that differ in a tiny case."""
+    import torch
+
+    from benchmarks.gpu import parity_sparda
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    device = torch.device("cpu")
+    generator = torch.Generator(device).manual_seed(0)
+    found = parity_sparda.differences(parity_sparda.TINY[0], device, generator, graphs=True)
+    return {name for name, error, limit in found if error > limit}
+
+
+def test_sparda_parity_notices_a_piece_that_is_not_copied(monkeypatch):
+    pytest.importorskip("triton")
+    from vllm_sparse.kernels.triton import sparda_paging
+
+    right = sparda_paging.copy_pieces
+
+    def wrong(target, target_index, source, source_index, count):
+        right(target, target_index, source, source_index, (count - 1).clamp(min=0))
+
+    monkeypatch.setattr(sparda_paging, "copy_pieces", wrong)
+    assert sparda_failures(monkeypatch) == {"copy pieces", "paged steps"}
+
+
+def test_sparda_parity_notices_wrong_choices_and_tables(monkeypatch):
+    pytest.importorskip("triton")
+    from vllm_sparse.kernels.triton import sparda_paging, sparda_select, sparda_tokens
+
+    def marked(table, wanted, step, error, right=sparda_paging.resolve):
+        result = right(table, wanted, step, error)
+        table.recent[-1] = False
+        return result
+
+    def unlike(compressed, vectors, *rest, right=sparda_select.select_blocks, **options):
+        return right(compressed, vectors.flip(0), *rest, **options)
+
+    def host_only(host, slab, frame_of, *rest, right=sparda_tokens.write_tokens):
+        right(host, slab, frame_of.fill_(-1), *rest)
+
+    monkeypatch.setattr(sparda_paging, "resolve", marked)
+    monkeypatch.setattr(sparda_select, "select_blocks", unlike)
+    monkeypatch.setattr(sparda_tokens, "write_tokens", host_only)
+    expected = {"resolve", "select blocks, Forecast", "select blocks, softmax", "write tokens"}
+    assert sparda_failures(monkeypatch) == expected
+
+
+def test_sparda_kernels_are_timed_in_the_interpreter(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from benchmarks.gpu import kernels_sparda
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    report = stages.Report(tmp_path / "kernels-sparda.json")
+    kernels_sparda.measure(report, options_of(tmp_path, "--tiny", "--device", "cpu"))
+    assert not any("error" in row for row in report.rows)
+    assert len(report.rows) == 3 + len(kernels_sparda.PROGRAMS)
+    assert {row["misses"] for row in report.rows if "misses" in row} == {4}
 
 
 if __name__ == "__main__":

@@ -62,6 +62,13 @@ def kernels(report: Report, options: argparse.Namespace) -> None:
     measured.measure(report, options)
 
 
+def kernels_sparda(report: Report, options: argparse.Namespace) -> None:
+    """SPARDA's kernels alone."""
+    from benchmarks.gpu import kernels_sparda as measured
+
+    measured.measure(report, options)
+
+
 def decode(report: Report, options: argparse.Namespace) -> None:
     """One arm's decode steps and prefills."""
     from benchmarks.gpu import decode as measured
@@ -92,6 +99,14 @@ def plan(options: argparse.Namespace) -> list[stages.Stage]:
         stages.Stage("kernels", kernels, 60, ("smoke",), env=interpreted, about="(a) alone"),
         arm(DENSE, 130, "(b, c) FLASH_ATTN"),
         arm("rocket-1024", 120, "(b, c) ROCKETKV, t = 1024"),
+        stages.Stage(
+            "kernels-sparda",
+            kernels_sparda,
+            60,
+            ("smoke",),
+            env=interpreted,
+            about="(a) SPARDA's, alone",
+        ),
         paged("prefetch", 90, "(d) SPARDA, offloaded, fetched ahead"),
         paged("blocking", 90, "(d) SPARDA, offloaded, fetched when needed"),
         arm("rocket-256", 100, "(b, c) ROCKETKV, t = 256"),
@@ -186,7 +201,12 @@ def _bound(best: dict, thousands: int) -> tuple[float | None]:
 def summary(results: dict[str, dict]) -> tuple[str, dict]:
     """Returns the tables to print last, and what to write beside the stages."""
     found = targets(results)
-    parts = [*_kernel_table(results), *_step_table(results), *_sparda_table(results)]
+    parts = [
+        *_kernel_table(results),
+        *_sparda_kernel_table(results),
+        *_step_table(results),
+        *_sparda_table(results),
+    ]
     parts.append(
         stages.table(
             ("target", "found", "wanted", "bound", "reached"),
@@ -222,6 +242,27 @@ def _kernel_table(results: dict[str, dict]) -> Iterator[str]:
         yield f"copy: {result['facts'].get('copy_gb_per_s')} GB/s\n" + stages.table(
             header, [(*(row[key] for key in keys), row["share_of_copy"]) for row in rows]
         )
+
+
+def _sparda_kernel_table(results: dict[str, dict]) -> Iterator[str]:
+    result = results.get("kernels-sparda", {"rows": [], "facts": {}})
+    keys = ("kernel", "programs", "context", "batch", "misses", "us", "gb_per_s")
+    lines = [
+        (
+            *(row.get(key) for key in keys),
+            row.get("share_of_copy"),
+            row.get("share_of_link"),
+        )
+        for row in result["rows"]
+        if "us" in row
+    ]
+    if lines:
+        facts = result["facts"]
+        header = ("kernel", "programs", "context", "batch", "misses", "us", "GB/s")
+        yield (
+            f"{facts.get('shape')}; copy: {facts.get('copy_gb_per_s')} GB/s, "
+            f"link: {facts.get('link_gb_per_s')} GB/s\n"
+        ) + stages.table((*header, "of a copy", "of the link"), lines)
 
 
 def _step_table(results: dict[str, dict]) -> Iterator[str]:

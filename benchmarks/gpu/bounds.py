@@ -91,6 +91,20 @@ def compact_bytes(shape: Shape, kept: int, page_size: int) -> int:
     return ITEM_BYTES * shape.kv_heads * shape.head_dim * rows
 
 
+def select_blocks_bytes(shape: Shape, rows: int, context: int, stride: int, top_k: int) -> int:
+    """SPARDA: compressed keys and a Forecast in, a block and a piece per choice out."""
+    read = ITEM_BYTES * rows * shape.kv_heads * shape.head_dim * (context // stride + 1)
+    return read + 2 * 4 * rows * shape.kv_heads * top_k
+
+
+def resolve_bytes(wanted: int, misses: int) -> int:
+    """SPARDA: pieces in, their frames looked up and out, two lists of the misses out.
+
+    What the clock looks at depends on where it stands, and is not counted.
+    """
+    return 4 * (3 * wanted + 2 * misses)
+
+
 def layer_bytes(shape: Shape, rows: int, context: int, split: Split | None) -> int:
     """What the attention of one layer reads in a decode step; dense without a split."""
     if split is None:

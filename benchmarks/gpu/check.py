@@ -99,10 +99,10 @@ def kernels(report: Report, options: argparse.Namespace) -> None:
 
 
 def sanitized(report: Report, options: argparse.Namespace) -> None:
-    """One decode step and one compaction of a small shape, for a memory checker to watch."""
-    from benchmarks.gpu import parity
+    """Every kernel once with a small shape, for a memory checker to watch."""
+    from benchmarks.gpu import parity, parity_sparda
 
-    parity.check(report, options, parity.SANITIZED, graphs=False)
+    parity.check(report, options, parity.SANITIZED, parity_sparda.SANITIZED, graphs=False)
 
 
 def sanitizer() -> str | None:
@@ -127,7 +127,7 @@ def plan(options: argparse.Namespace) -> list[stages.Stage]:
     engines = tokens.stages(options)
     return [
         stages.Stage("smoke", smoke, 60, about="GPU, vLLM, installed plugin"),
-        stages.Stage("kernels", kernels, 150, env=interpreted, about="Triton kernels = references"),
+        stages.Stage("kernels", kernels, 190, env=interpreted, about="Triton kernels = references"),
         *engines[:-2],
         stages.Stage(
             "sanitizer",
@@ -136,7 +136,7 @@ def plan(options: argparse.Namespace) -> list[stages.Stage]:
             needs=("kernels",),
             prefix=prefix,
             env=watched,
-            about="one step under memcheck",
+            about="small steps under memcheck",
         ),
         *engines[-2:],
     ]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""The Triton kernels of ROCKETKV against their references, on the device at hand.
+"""The Triton kernels against their references, on the device at hand; SPARDA's: `parity_sparda`.
 
 Kernels that choose are compared on the same scores, and must choose the same; kernels that compute
 are compared by relative error, outputs poisoned first. The interpreter that CI runs accepts more
@@ -9,12 +9,13 @@ than a compiler, adds up in another order and knows no races, so this is not a r
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.gpu import parity_sparda
 from benchmarks.gpu.batches import Case, call, make_decode, make_prompts
+from benchmarks.gpu.compare import COMPUTED, error, same, unless
 from benchmarks.gpu.stages import CheckFailedError
 
 if TYPE_CHECKING:
@@ -23,14 +24,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from benchmarks.gpu.batches_sparda import PagedCase
     from benchmarks.gpu.stages import Report
 
-# Largest ||ours - reference|| / ||reference||. A whole step may choose other pages where the
-# estimates of two are closer than rounding, which changes little of what is attended to.
-COMPUTED = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 1e-2}
+# A whole step may choose other pages where the estimates of two are closer than rounding, which
+# changes little of what is attended to.
 WHOLE_STEP = 5e-2
 SAME_CHOICE = 0.999
-WRONG = 1e9  # NaN, or not the same where it must be
 WINDOW = 32
 
 CASES = (
@@ -49,6 +49,7 @@ def check(
     report: Report,
     options: argparse.Namespace,
     cases: tuple[Case, ...] = CASES,
+    paged: tuple[PagedCase, ...] = parity_sparda.CASES,
     *,
     graphs: bool = True,
 ) -> None:
@@ -57,19 +58,24 @@ def check(
     Args:
         report: Gets a row for each kernel and case.
         options: For the device and the seed.
-        cases: Sizes.
+        cases: Sizes for ROCKETKV.
+        paged: Sizes for SPARDA.
         graphs: Also replay a captured step; needs PyTorch's caching allocator.
 
     Raises:
         CheckFailedError: Some kernel differs from its reference.
     """
     device = torch.device(options.device)
-    cases = TINY if options.tiny else cases
+    if options.tiny:
+        cases, paged = TINY, parity_sparda.TINY
     generator = torch.Generator(device).manual_seed(options.seed)
     report.note(seed=options.seed, device=str(device), torch=torch.__version__)
-    for case in cases:
-        for kernel, error, limit in _differences(case, device, generator, graphs):
-            report.add(case=case.name, kernel=kernel, error=error, limit=limit, ok=error <= limit)
+    for case, differences in (
+        *((case, _differences) for case in cases),
+        *((case, parity_sparda.differences) for case in paged),
+    ):
+        for kernel, found, limit in differences(case, device, generator, graphs):
+            report.add(case=case.name, kernel=kernel, error=found, limit=limit, ok=found <= limit)
         if device.type == "cuda":
             torch.cuda.synchronize()
     wrong = [f"{row['kernel']} ({row['case']})" for row in report.rows if not row["ok"]]
@@ -92,38 +98,38 @@ def _differences(
     caches = [before.clone() for _ in range(2)]
     for kernel, cache in zip((ref_step, append), caches, strict=True):
         call(kernel.append_tokens, {**step, "cache": cache})
-    yield "append", 0.0 if _same(*caches) else WRONG, 0.0
+    yield "append", unless(same(*caches)), 0.0
     filled = {**step, "cache": caches[0]}
 
     # From the newest page on, which is always chosen, the scores may be anything.
     expected, actual = (call(kernel.score_pages, filled) for kernel in (ref, pages))
     used = _mask((step["lengths"] - 1) // case.page_size, expected.logits.shape[-1])
     used = used[:, None].expand_as(expected.logits)
-    yield "score pages", _error(actual.logits[used], expected.logits[used]), computed
+    yield "score pages", error(actual.logits[used], expected.logits[used]), computed
 
     chosen = [call(kernel.select_slots, {**filled, "scores": expected}) for kernel in (ref, pages)]
-    same = [
+    shares = [
         len(set(ours) & set(theirs)) / len(theirs)
         for ours, theirs in zip(*(_lists(slots, filled) for slots in chosen), strict=True)
     ]
-    yield "select slots", 1.0 - min(same), 1.0 - SAME_CHOICE
+    yield "select slots", 1.0 - min(shares), 1.0 - SAME_CHOICE
 
     for name, slots in (("attend slots", chosen[0]), ("attend all", None)):
         outputs = [torch.full_like(step["output"], torch.nan) for _ in range(2)]
         for kernel, output in zip((ref, attention), outputs, strict=True):
             call(kernel.attend_slots, {**filled, "slots": slots, "output": output})
-        yield name, _error(outputs[1], outputs[0]), computed
+        yield name, error(outputs[1], outputs[0]), computed
 
     results = []
     for kernel in (ref_step, rocketkv):
         cache, output = before.clone(), torch.full_like(step["output"], torch.nan)
         call(kernel.decode_attention, {**step, "cache": cache, "output": output})
         results.append(output)
-    yield "whole step", _error(results[1], results[0]), WHOLE_STEP
+    yield "whole step", error(results[1], results[0]), WHOLE_STEP
     if graphs and device.type == "cuda":
         replayed = _replayed(step, before)
-        yield "whole step, graph", _error(replayed, results[1]), 0.0
-    yield "plan rows", 0.0 if _rows_agree(case, device, generator) else WRONG, 0.0
+        yield "whole step, graph", error(replayed, results[1]), 0.0
+    yield "plan rows", unless(_rows_agree(case, device, generator)), 0.0
     yield from _stage1(case, device, generator, computed)
 
 
@@ -136,10 +142,10 @@ def _stage1(
     window = min(WINDOW, case.longest // 8)
     arguments = make_prompts(case, device, generator, window=window, kept=case.longest // 3)
     expected, actual = (call(kernel.score_prompt, arguments) for kernel in (ref, prompt))
-    yield "score prompt", _error(actual, expected), computed
+    yield "score prompt", error(actual, expected), computed
     arguments |= {"score": expected, "max_count": arguments["max_kept"] - window}
     indices = [call(kernel.top_indices, arguments) for kernel in (ref, topk)]
-    yield "top indices", 0.0 if torch.equal(*indices) else WRONG, 0.0
+    yield "top indices", unless(torch.equal(*indices)), 0.0
 
     before = arguments["cache"]
     tails = []
@@ -147,14 +153,14 @@ def _stage1(
         cache = before.clone()
         call(kernel.compact_tokens, {**arguments, **_views(case, cache), "chosen": indices[0]})
         tails.append(cache)
-    yield "compact tokens", 0.0 if _same(*tails) else WRONG, 0.0
+    yield "compact tokens", unless(same(*tails)), 0.0
     # All in one must be the parts, whatever the reference says.
     score = call(prompt.score_prompt, arguments)
     chosen = call(topk.top_indices, {**arguments, "score": score})
     whole, parts = before.clone(), before.clone()
     call(rocketkv.compact_prompts, {**arguments, **_views(case, whole)})
     call(compaction.compact_tokens, {**arguments, **_views(case, parts), "chosen": chosen})
-    yield "whole stage 1", 0.0 if _same(whole, parts) else WRONG, 0.0
+    yield "whole stage 1", unless(same(whole, parts)), 0.0
 
 
 def _rows_agree(case: Case, device: torch.device, generator: torch.Generator) -> bool:
@@ -241,16 +247,3 @@ def _lists(slots: Tensor, step: dict[str, Any]) -> list[list[int]]:
 
 def _mask(counts: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=counts.device) < counts[:, None]
-
-
-def _error(actual: Tensor, expected: Tensor) -> float:
-    """Relative error; `WRONG` if it is not a number."""
-    actual, expected = actual.double(), expected.double()
-    error = float((actual - expected).norm() / expected.norm())
-    return error if math.isfinite(error) else WRONG
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Bit by bit, NaN included."""
-    kind = {2: torch.int16, 4: torch.int32}[a.element_size()]
-    return torch.equal(a.view(kind), b.view(kind))

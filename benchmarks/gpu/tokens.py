@@ -30,6 +30,7 @@ NEAR_TIE = {"bfloat16": 0.15, "float16": 0.03}
 LIKELY = 5
 UNLIKELY = 99.0  # stands for the gap of a token that is not among those
 STOCK, SPARSE = "stock", "sparse"
+SPARDA, SPARDA_AHEAD = "sparda-resident", "sparda-sparse-prompts"
 
 # Every token passes through compaction's layout and the sparse kernel, and all of them are read.
 WHOLE = {"token_budget": 1 << 16, "stage1": False, "min_context": 64}
@@ -37,6 +38,37 @@ WHOLE = {"token_budget": 1 << 16, "stage1": False, "min_context": 64}
 # two are equal within rounding, either may be, and it must not decide the next token.
 LITTLE = {"token_budget": 512, "min_context": 64, "generation_reserve": 64}
 TINY_LITTLE = {**LITTLE, "token_budget": 160}
+
+# SPARDA's, as many tokens as above. Host memory for all requests and little more; frames for no
+# more than a step may read, so that every block which is chosen anew drives another one out.
+REQUESTS = 6
+PAGED = {
+    "block_size": 64,
+    "kernel_stride": 16,
+    "init_blocks": 1,
+    "local_blocks": 1,
+    "top_k": 8,
+    "dense_len": 0,
+    "staging_blocks": 8,
+    "selector": "previous",
+    "host_gib": 24 / 1024,
+}
+TINY_PAGED = {**PAGED, "block_size": 32, "top_k": 6, "staging_blocks": 4, "host_gib": 8 / 1024}
+BYTES_PER_TOKEN = 256  # of the checkpoint's keys and values in one layer and KV head, in 16 bit
+LAYERS, KV_HEADS = 3, 2
+
+
+def paged(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """SPARDA's settings with the smallest slab that start-up accepts.
+
+    Args:
+        settings: `PAGED` or `TINY_PAGED`.
+        **changes: Other settings.
+    """
+    settings = {**settings, **changes}
+    piece = settings["block_size"] * BYTES_PER_TOKEN
+    slab = REQUESTS * KV_HEADS * settings["top_k"] * LAYERS * piece
+    return {**settings, "slab_gib": slab / harness.GIB}
 
 
 class Divergence(NamedTuple):
@@ -77,7 +109,7 @@ class Variant:
     """One way to run the prompts.
 
     Attributes:
-        settings: ROCKETKV's; None for stock vLLM.
+        settings: The backend's; None for stock vLLM.
         mode: Arguments of `LLM`: graphs, eager or compiled.
         dtype: Of weights and cache; None is what the command line says. Engines that choose are
             compared in float16, whose rounding is finer.
@@ -87,6 +119,8 @@ class Variant:
         waves: How often the prompts are sent.
         pool_tokens: Size of the KV pool, to force preemption.
         expect: Counter that must have grown, of the plugin's or ``preemptions``, ``cached``.
+        beyond: Counter or gauge that it must have outgrown.
+        backend: Whose settings these are.
     """
 
     settings: dict[str, Any] | None
@@ -98,6 +132,8 @@ class Variant:
     waves: int = 1
     pool_tokens: int | None = None
     expect: str | None = None
+    beyond: str | None = None
+    backend: str = "ROCKETKV"
 
 
 def variants(*, tiny: bool = False) -> dict[str, Variant]:
@@ -109,11 +145,37 @@ def variants(*, tiny: bool = False) -> dict[str, Variant]:
     def evicting(baseline: str | None = SPARSE, **changes: Any) -> Variant:
         return Variant(little, dtype="float16", baseline=baseline, **changes)
 
+    choosing = TINY_PAGED if tiny else PAGED
+    # Every block of the longest prompt, and not those that --max-model-len would allow.
+    everything = {"top_k": 16 if tiny else 28}
+
+    def sparda(baseline: str | None, settings: dict[str, Any], **changes: Any) -> Variant:
+        expected: dict[str, Any] = {"expect": "decode_rows"}
+        if "slab_gib" in settings:  # with fewer misses, frames may only have been filled once
+            expected = {"expect": "frame_misses", "beyond": "slab_frames"}
+        common = {"mode": engines.EAGER, "dtype": "float16", **expected, **changes}
+        return Variant(
+            settings,
+            baseline=baseline,
+            arguments={"max_num_seqs": REQUESTS},
+            backend="SPARDA",
+            **common,
+        )
+
+    ahead = {"sparse_prefill": True, "selector": "lookahead-query"}
+
     return {
         STOCK: Variant(None),
         "whole-graphs": Variant(WHOLE, baseline=STOCK, expect="decode_rows"),
         SPARSE: evicting(None, differs_from=STOCK, expect="prompts_compacted"),
         "whole-eager": Variant(WHOLE, engines.EAGER, baseline=STOCK, expect="decode_rows"),
+        # Without sparse prompts there are no graphs.
+        "sparda-whole": sparda(STOCK, paged(choosing, **everything), dtype=None, beyond=None),
+        SPARDA: sparda(None, {**choosing, "resident": True}, differs_from=STOCK),
+        "sparda-offload": sparda(SPARDA, paged(choosing)),
+        SPARDA_AHEAD: sparda(None, paged(choosing, **ahead), differs_from=STOCK),
+        "sparda-graphs": sparda(SPARDA_AHEAD, paged(choosing, **ahead), mode=engines.GRAPHS),
+        "sparda-blocking": sparda(SPARDA, paged(choosing, prefetch=False)),
         "sparse-eager": evicting(mode=engines.EAGER, expect="blocks_evicted"),
         "chunked": evicting(arguments=chunk, expect="prompts_compacted"),
         "prefix-cache": evicting(waves=2, expect="cached"),
@@ -133,6 +195,12 @@ ABOUT = {
     SPARSE: "baseline: a small budget, graphs",
     "whole-graphs": "budget of the whole context = stock, graphs",
     "whole-eager": "budget of the whole context = stock, eager",
+    "sparda-whole": "SPARDA, top_k of the whole context, offloaded = stock",
+    SPARDA: "baseline: SPARDA, few blocks, all on the device",
+    "sparda-offload": "the same blocks, fetched ahead",
+    "sparda-blocking": "the same blocks, fetched when needed",
+    SPARDA_AHEAD: "baseline: SPARDA, sparse prompts, offloaded, eager",
+    "sparda-graphs": "the same in graphs, fetches on a side stream",
     "whole-compiled": "the same as vLLM compiles it by default",
     "stock-eager": "how far stock vLLM is from itself",
 }
@@ -174,14 +242,14 @@ def run(name: str, report: Report, options: argparse.Namespace) -> None:
         **(engines.EAGER if options.device == "cpu" else variant.mode),
         **variant.arguments,
     }
-    if options.device == "cpu":
+    if options.device == "cpu" and variant.backend != "SPARDA":  # which has it in its settings
         arguments["block_size"] = 32
     if variant.pool_tokens:
         block_size = report_of(options, SPARSE)["facts"]["block_size"]
         arguments["num_gpu_blocks_override"] = variant.pool_tokens // block_size
     arm = engines.stock_arm(options)
     if variant.settings is not None:
-        arm = harness.Arm(name, variant.settings)
+        arm = harness.Arm(name, variant.settings, variant.backend)
     started = time.perf_counter()
     llm = engines.build(arm, options, model, **arguments)
     report.note(**engines.facts(llm, started), settings=variant.settings, dtype=dtype)
@@ -196,8 +264,13 @@ def run(name: str, report: Report, options: argparse.Namespace) -> None:
     report.note(counted=counted)
     report.note(outputs=outputs)
     problems = []
+    wanted = options.device == "cuda" and variant.mode == engines.GRAPHS
+    if wanted and report.facts["graphs"].endswith("NONE"):  # vLLM only warns
+        problems.append("vLLM has turned graphs off, so this proves nothing of them")
     if variant.expect and not counted.get(variant.expect):
         problems.append(f"{variant.expect} is 0, so this proves nothing")
+    elif variant.beyond and counted[variant.expect] <= counted[variant.beyond]:
+        problems.append(f"{variant.expect} is not beyond {variant.beyond}: nothing had to leave")
     if variant.differs_from:
         theirs = report_of(options, variant.differs_from)["facts"]["outputs"]
         gaps = [divergence.gap for divergence in _differences(outputs, theirs)]
