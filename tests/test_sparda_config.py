@@ -425,3 +425,20 @@ class TestGuard:
     def test_wrong_settings_stop_the_start(self):
         with pytest.raises(ConfigError, match="top_k=2"):
             guard.check_config(config({"top_k": 2}))
+
+
+@pytest.mark.vllm
+def test_a_slab_that_the_gpu_cannot_hold_is_refused(monkeypatch):
+    pytest.importorskip("vllm")
+    from vllm_sparse.backends import sparda_gpu
+
+    geometry = Geometry(2, 65, 2, 64, 128, 2, frames=(64, 130))  # 32 KiB a frame: 6.06 MiB
+    options = SpardaSettings(selector="query", staging_blocks=16)  # 2 MiB
+    needed = geometry.slab_bytes + 2 * 16 * 2 * geometry.piece_bytes
+    for free, fits in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, GIB))
+        if fits:
+            sparda_gpu._check_memory(geometry, options, torch.device("cuda"))
+        else:
+            with pytest.raises(ConfigError, match=r"slab_gib: 0\.01 GiB of frames"):
+                sparda_gpu._check_memory(geometry, options, torch.device("cuda"))

@@ -49,7 +49,6 @@ logger = init_logger("vllm.sparse.sparda")
 
 # Query tokens whose window scores exist at the same time.
 _SCORED_AT_ONCE = 128
-_STEPS_PER_GAUGE = 32
 
 
 class SpardaBackend(SparseBackend):
@@ -153,7 +152,6 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         counters.set_gauge("host_pool_bytes", geometry.host_bytes)
         counters.set_gauge("slab_bytes", geometry.slab_bytes)
         counters.set_gauge("slab_frames", sum(geometry.frames))
-        self._steps = 0
         if vllm_config.parallel_config.rank == 0:
             logger.info_once(_start_line(self.runtime, vllm_config))
 
@@ -167,13 +165,6 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
     ) -> Runtime:
         """Allocate the host pool and the slab, and start what copies between them."""
         raise NotImplementedError
-
-    def watch_frames(self) -> None:
-        """Now and then, publish how many frames are in use; called once per step."""
-        if self._steps % _STEPS_PER_GAUGE == 0:
-            in_use = self.runtime.pager.frames_in_use()
-            metrics.counters().set_gauge("slab_frames_in_use", in_use)
-        self._steps += 1
 
 
 def _check_layers(

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from vllm_sparse.kv.geometry import Geometry
 
 
+_STEPS_PER_GAUGE = 32
+
+
 class SpardaCpuBackend(SpardaBackend, CPUAttentionBackend):
     """SPARDA on CPUs."""
 
@@ -64,6 +67,8 @@ class CpuRuntime(Runtime):
 
 class SpardaCpuBuilder(SpardaBuilder):
     """Plans every step on the host."""
+
+    _steps = 0
 
     def set_up(
         self,
@@ -98,7 +103,10 @@ class SpardaCpuBuilder(SpardaBuilder):
         """Plan one step."""
         common = common_attn_metadata
         rows = common.num_reqs
-        self.watch_frames()
+        if self._steps % _STEPS_PER_GAUGE == 0:
+            in_use = self.runtime.pager.frames_in_use()
+            metrics.counters().set_gauge("slab_frames_in_use", in_use)
+        self._steps += 1
         return self.planner.plan(
             common.query_start_loc_cpu[: rows + 1],
             common.seq_lens[:rows],

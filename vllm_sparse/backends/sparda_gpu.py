@@ -33,8 +33,9 @@ from vllm_sparse.backends.sparda import (
     make_selector,
 )
 from vllm_sparse.backends.sparda_metadata import SpardaStep
+from vllm_sparse.errors import ConfigError
 from vllm_sparse.kernels.dispatch import SpardaGpuKernels, sparda_gpu, sparda_paging
-from vllm_sparse.kv.geometry import blocks_per_row
+from vllm_sparse.kv.geometry import GIB, blocks_per_row
 from vllm_sparse.kv.pager import Pager
 from vllm_sparse.prefetch.lanes import Lane, LaneCopyEngine, LateLane, StreamLane
 from vllm_sparse.prefetch.selectors import Tokens
@@ -167,6 +168,8 @@ class SpardaGpuBuilder(SpardaBuilder):
         warn_of_gpus("SPARDA")
         on_gpu = device.type == "cuda"
         view = _pinned_view if on_gpu else None
+        if on_gpu:
+            _check_memory(geometry, settings, device)
         kernels, count = sparda_gpu(device), metrics.counters().add
         pager = Pager(geometry, dtype, sparda_paging(device.type), settings.poison, view)
         lane: Lane = StreamLane(device) if on_gpu else LateLane()
@@ -262,6 +265,24 @@ class SpardaGpuBuilder(SpardaBuilder):
             prompt_blocks=none,
             tiles=(),
             rows=Rows(tokens, positions, own_table, True),
+        )
+
+
+def _check_memory(geometry: Geometry, settings: SpardaSettings, device: torch.device) -> None:
+    """Refuse a slab that the GPU has no room for; vLLM does not know of it.
+
+    Raises:
+        ConfigError: With the arithmetic.
+    """
+    pieces = 2 * settings.staging_blocks * geometry.num_kv_heads
+    needed = geometry.slab_bytes + pieces * geometry.piece_bytes
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed > free:
+        raise ConfigError(
+            f"vllm_sparse.slab_gib: {geometry.slab_bytes / GIB:.2f} GiB of frames and "
+            f"{(needed - geometry.slab_bytes) / GIB:.2f} GiB of staging do not fit the "
+            f"{free / GIB:.2f} GiB that are free on this GPU. Lower slab_gib, --max-num-seqs, "
+            "top_k or dense_len"
         )
 
 
