@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""The GPU path of both backends in whole engines on a CPU: all of it but the driver.
+"""ROCKETKV's GPU path in whole engines on a CPU: all of it but the driver.
 
-Triton is interpreted, FlashAttention is PyTorch, and SPARDA's copies run as late as they may, over
-memory full of NaN. ``captured_graphs`` lets layers see the metadata of the first batch of a size
-only, as a CUDA graph does. The runs that they are compared with are compared with Hugging Face and
-stock vLLM in ``test_engine`` and ``test_sparda_engine``.
+Triton is interpreted and FlashAttention is PyTorch. ``captured_graphs`` lets layers see the
+metadata of the first batch of a size only, as a CUDA graph does. The runs that they are compared
+with are compared with Hugging Face and stock vLLM in ``test_engine``.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import subprocess
 import sys
 
 import pytest
-from engine import BLOCK_SIZE, SETTINGS, SPARDA_SETTINGS, run_engine
+from engine import BLOCK_SIZE, SETTINGS, run_engine
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -96,37 +95,6 @@ def test_preempted_and_cached_requests(llama, prompts, sparse_run):
     assert max(run["cached"][1]) > 0
     expected = first_tokens(sparse_run, range(3))
     assert run["tokens"] == [expected, expected]
-
-
-SPARDA_CASES = {
-    "query-v1": ({"selector": "query"}, {"v2": False}),
-    "previous-chunked-crossing-dense-len": (
-        {"selector": "previous", "dense_len": 612, "slab_gib": 0.02},
-        {"max_num_batched_tokens": 320},
-    ),
-    "sparse-prompts-in-graphs": ({"sparse_prefill": True}, {"max_num_batched_tokens": 303}),
-    "no-prefetch": ({"prefetch": False}, {}),
-    "resident": ({"resident": True, "slab_gib": None}, {}),
-}
-
-
-@pytest.mark.parametrize("case", SPARDA_CASES)
-def test_sparda_gives_the_cpu_path_s_tokens(llama, prompts, case):
-    changes, options = SPARDA_CASES[case]
-    settings = {**SPARDA_SETTINGS, **changes}
-    shared = {"backend": "sparda", "max_num_seqs": 6, "new_tokens": NEW_TOKENS}
-    options = {"v2": True, "max_num_batched_tokens": 2048, **options}
-    v2 = options.pop("v2")
-    run = run_engine(
-        llama, prompts[:2], settings={**settings, "kernels": "triton"},
-        stand_ins=("flash_attention", "captured_graphs" if "graphs" in case else ""),
-        env=V2 if v2 else {}, timeout=900, **shared, **options,
-    )  # fmt: skip
-    reference = run_engine(llama, prompts[:2], settings=settings, **shared)
-    assert run["tokens"] == reference["tokens"]
-    names = ["decode_rows", "visible_blocks", "selected_blocks", "device_to_host_bytes"]
-    assert [run["counters"][k] for k in names] == [reference["counters"][k] for k in names]
-    assert (run["counters"]["frame_misses"] > 0) == (case != "resident")
 
 
 def test_the_start_line_and_what_a_cpu_lacks(llama, prompts):

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""SPARDA's GPU path in whole engines on a CPU; see ``test_gpu_path``.
+
+Copies run as late as they may, over memory full of NaN. The runs that they are compared with are
+compared with Hugging Face in ``test_sparda_engine``.
+"""
+
+from __future__ import annotations
+
+import pytest
+from engine import SPARDA_SETTINGS, run_engine
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+NEW_TOKENS = 8
+SHARED = {"backend": "sparda", "max_num_seqs": 6, "new_tokens": NEW_TOKENS}
+
+
+def run_gpu_path(model, prompts, changes, *, v2=True, graphs=False, **options):
+    return run_engine(
+        model,
+        prompts,
+        settings={**SPARDA_SETTINGS, **changes, "kernels": "triton"},
+        stand_ins=("flash_attention", "captured_graphs" if graphs else ""),
+        env={"VLLM_USE_V2_MODEL_RUNNER": "1"} if v2 else {},
+        timeout=900,
+        **SHARED,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"prefetch": False}, {"resident": True, "slab_gib": None}],
+    ids=lambda c: next(iter(c)),
+)
+def test_how_blocks_come_changes_nothing(llama, prompts, sparda_run, changes):
+    """With the look-ahead, of which the tests below have the usual way."""
+    run = run_gpu_path(llama, prompts[:2], changes)
+    assert run["tokens"][0] == [tokens[:NEW_TOKENS] for tokens in sparda_run["tokens"][0][:2]]
+    assert (run["counters"]["frame_misses"] > 0) == ("prefetch" in changes)
+
+
+CASES = {
+    "query-v1": ({"selector": "query"}, {"v2": False}),
+    "previous-chunked-crossing-dense-len": (
+        {"selector": "previous", "dense_len": 612, "slab_gib": 0.02},
+        {"max_num_batched_tokens": 320},
+    ),
+    "sparse-prompts-in-graphs": (
+        {"sparse_prefill": True},
+        {"max_num_batched_tokens": 303, "graphs": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gpu_path_gives_the_cpu_path_s_tokens(llama, prompts, case):
+    changes, options = CASES[case]
+    run = run_gpu_path(llama, prompts[:2], changes, **options)
+    reference = run_engine(llama, prompts[:2], settings={**SPARDA_SETTINGS, **changes}, **SHARED)
+    assert run["tokens"] == reference["tokens"]
+    names = ["decode_rows", "visible_blocks", "selected_blocks", "device_to_host_bytes"]
+    assert [run["counters"][k] for k in names] == [reference["counters"][k] for k in names]
+    assert run["counters"]["frame_misses"] > 0
