@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -80,6 +81,21 @@ def _replayed(plan: Any) -> Any:
 
     def replay(self: Any, common: Any, *args: Any) -> Any:
         step = plan(self, common, *args)
-        return captured.setdefault((id(self), step.num_tokens), step)
+        first = captured.setdefault((id(self), step.num_tokens), step)
+        # What moves is not what a graph reads; and nobody keeps the metadata that it was captured
+        # with, so that its other tensors would be freed under it.
+        assert _addresses(step) == _addresses(first), "a captured graph reads freed memory"
+        return first
 
     return replay
+
+
+def _addresses(item: Any) -> list[int]:
+    """Where the tensors of a step are, those without elements apart."""
+    if isinstance(item, torch.Tensor):
+        return [item.data_ptr()] if item.numel() else []
+    if dataclasses.is_dataclass(item):
+        item = [getattr(item, field.name) for field in dataclasses.fields(item)]
+    return (
+        [at for part in item for at in _addresses(part)] if isinstance(item, list | tuple) else []
+    )

@@ -237,11 +237,15 @@ class SpardaGpuBuilder(SpardaBuilder):
         table = common.block_table_tensor[:count]
         if not self._buffers or self._buffers[0].shape[1] != table.shape[1]:
             shape = (self._max_rows, table.shape[1])
+            index = torch.arange(self._max_rows, device=self.device)
             self._buffers = (
                 torch.zeros(shape, dtype=torch.int32, device=self.device),
                 *torch.zeros(4, self._max_rows, dtype=torch.int64, device=self.device),
+                index,
+                torch.full_like(index, -1),
             )
-        own_table, positions, clamped, slots, previous = (part[:count] for part in self._buffers)
+        buffers = (part[:count] for part in self._buffers)
+        own_table, positions, clamped, slots, previous, index, nowhere = buffers
         own_table.copy_(table)
         torch.sub(common.seq_lens[:count].long(), 1, out=positions)
         torch.clamp(positions, min=0, out=clamped)
@@ -251,8 +255,7 @@ class SpardaGpuBuilder(SpardaBuilder):
         previous.copy_(own_table.gather(1, before[:, None])[:, 0])
         self.planner.count_rows(sequence_lengths(common))
 
-        index = torch.arange(count, device=self.device)
-        tokens = Tokens(index, clamped, previous, torch.full_like(index, -1))
+        tokens = Tokens(index, clamped, previous, nowhere)
         none = torch.empty(0, dtype=torch.int64, device=self.device)
         return GpuStep(
             num_tokens=count,
