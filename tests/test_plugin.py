@@ -92,7 +92,7 @@ def test_gpu_platforms_accept_what_we_serve(monkeypatch, name):
     module = importlib.import_module(f"vllm_sparse.backends.{name}_gpu")
     backend = getattr(module, {"rocketkv": "RocketKV", "sparda": "Sparda"}[name] + "GpuBackend")
     config = _config()
-    monkeypatch.setattr(module, "get_current_vllm_config", lambda: config)
+    monkeypatch.setattr("vllm_sparse.backends.gpu.get_current_vllm_config", lambda: config)
 
     def reasons(major=9, **changes):
         asked = AttentionSelectorConfig(

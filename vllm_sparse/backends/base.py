@@ -7,16 +7,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from vllm.logger import init_logger
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
-
-# A child of vLLM's logger: others have no handler in its processes.
-logger = init_logger("vllm.sparse")
 
 
 class SparseBackend:
@@ -43,15 +39,6 @@ class SparseBackend:
         return (KVCacheLayout.LBHNC,)
 
 
-def warn_of_gpus(name: str) -> None:
-    """Say at start-up what has not been seen yet."""
-    logger.warning_once(
-        "%s has been tested on GPUs' code path with interpreted kernels only, not on a GPU. "
-        "Run `make gpu-check` of vllm-sparse on this machine before you rely on it",
-        name,
-    )
-
-
 def ask_for_prompt_lengths(vllm_config: VllmConfig) -> None:
     """Make the model runner hand each request's prompt length to the metadata builder.
 
@@ -72,14 +59,3 @@ def prompt_lengths(common: CommonAttentionMetadata) -> Tensor:
     if padding > 0:
         lengths = torch.nn.functional.pad(lengths, (0, padding))
     return lengths[: common.num_reqs].int()
-
-
-def sequence_lengths(common: CommonAttentionMetadata) -> Tensor:
-    """Tokens of each row after the step, on the host, ``[R]``.
-
-    The runner's upper bound is exact: only speculative decoding, which is refused, makes it loose.
-    """
-    bound = common.seq_lens_cpu_upper_bound
-    if bound is None:  # some dummy runs
-        bound = common.seq_lens.cpu()
-    return bound[: common.num_reqs]

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from vllm_sparse.kernels.dispatch import DecodeKernel
     from vllm_sparse.kernels.layout import PageLayout
+    from vllm_sparse.kernels.reference.rows import Rows
 
 # A child of vLLM's logger: others have no handler in its processes.
 logger = init_logger("vllm.sparse.rocketkv")
@@ -299,6 +300,27 @@ class RocketKVLayer:
         """
         raise NotImplementedError
 
+    def attend_rows(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        rows: Rows,
+        output: Tensor,
+    ) -> None:
+        """Attend a batch of single tokens that was planned on the device; only GPUs have such.
+
+        Args:
+            query: ``[tokens, H, D]``; as for the others, padding may follow the rows.
+            key: ``[tokens, G, D]``.
+            value: ``[tokens, G, D]``.
+            kv_cache: ``[blocks, G, block_size, C]``.
+            rows: The rows.
+            output: Written, ``[tokens, H, D]``.
+        """
+        raise NotImplementedError
+
     def forward(
         self,
         layer: Any,
@@ -330,6 +352,9 @@ class RocketKVLayer:
         step = attn_metadata
         if step is None:
             return output.fill_(0)  # what follows may not take NaN
+        if step.rows is not None:
+            self.attend_rows(query, key, value, kv_cache, step.rows, output)
+            return output
         if step.dense is not None:
             pages = self.stock_layout.tokens(kv_cache)
             index = step.dense_index

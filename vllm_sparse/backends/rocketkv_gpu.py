@@ -14,18 +14,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import (
-    FlashAttentionBackend,
     FlashAttentionImpl,
     FlashAttentionMetadataBuilder,
 )
 
 from vllm_sparse import metrics
-from vllm_sparse.backends.base import prompt_lengths, sequence_lengths, warn_of_gpus
+from vllm_sparse.backends.base import prompt_lengths
 from vllm_sparse.backends.device_counters import DeviceCounters
-from vllm_sparse.backends.guard import unsupported
+from vllm_sparse.backends.gpu import GpuBackend, most_rows, sequence_lengths, warn_of_gpus
 from vllm_sparse.backends.metadata import PromptEnd, StepMetadata
 from vllm_sparse.backends.rocketkv import RocketKVBackend, RocketKVLayer, RocketKVPlanning
 from vllm_sparse.errors import UnsupportedError
@@ -33,6 +31,7 @@ from vllm_sparse.kernels.dispatch import rocketkv_gpu
 from vllm_sparse.kernels.reference.rows import Rows
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     from vllm_sparse.kv.spec import RocketKVSpec
@@ -41,21 +40,8 @@ if TYPE_CHECKING:
 _PREFERRED_BLOCK_SIZE = 64
 
 
-class RocketKVGpuBackend(RocketKVBackend, FlashAttentionBackend):
+class RocketKVGpuBackend(RocketKVBackend, GpuBackend):
     """ROCKETKV on NVIDIA GPUs."""
-
-    @classmethod
-    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
-        """Reasons against using this backend; vLLM lists them and stops."""
-        return [
-            *super().validate_configuration(*args, **kwargs),
-            *unsupported(get_current_vllm_config()),
-        ]
-
-    @classmethod
-    def supports_sliding_window(cls) -> bool:
-        """There is nothing to evict in such layers."""
-        return False
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
@@ -105,8 +91,7 @@ class RocketKVGpuBuilder(RocketKVPlanning, FlashAttentionMetadataBuilder):
         self._per_block = self.layers[0].impl.parking.per_block
         self._rows: Rows | None = None
         self._late: list[PromptEnd] = []
-        sizes = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        self._max_rows = max(vllm_config.scheduler_config.max_num_seqs, sizes)
+        self._max_rows = most_rows(vllm_config)
 
     def build(
         self,
@@ -194,25 +179,17 @@ class RocketKVGpuImpl(RocketKVLayer, FlashAttentionImpl):
         self._kernels = rocketkv_gpu(device)
         self.kernel = self._kernels.decode
 
-    def forward(
+    def attend_rows(
         self,
-        layer: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: StepMetadata | None,
+        rows: Rows,
         output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
+    ) -> None:
         """See :class:`RocketKVLayer`."""
-        step = attn_metadata
-        if step is None or step.rows is None:
-            return super().forward(
-                layer, query, key, value, kv_cache, step, output, output_scale, output_block_scale
-            )
-        rows, count = step.rows, step.num_tokens
+        count = len(rows.lengths)
         self.kernel.run(
             kv_cache,
             query[:count],
@@ -231,7 +208,6 @@ class RocketKVGpuImpl(RocketKVLayer, FlashAttentionImpl):
             parked=rows.parked,
             per_block=self.parking.per_block,
         )
-        return output
 
     def compact(self, cache: Tensor, prompt: PromptEnd, window: Tensor) -> None:
         """See :class:`RocketKVLayer`."""

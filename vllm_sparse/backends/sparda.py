@@ -287,6 +287,46 @@ class SpardaLayer(AttentionImpl[SpardaStep]):
         )
         self._attend_part = attend_part(self.pager.slab.device)
 
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: SpardaStep | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend one step.
+
+        Args:
+            layer: The attention layer.
+            query: Post-RoPE queries, ``[tokens, H, D]``.
+            key: ``[tokens, G, D]``.
+            value: ``[tokens, G, D]``.
+            kv_cache: Compressed keys, ``[blocks, G, 1, windows per block * D]``.
+            attn_metadata: The step; ``None`` while vLLM profiles.
+            output: Written, ``[tokens, H, D]``.
+            output_scale: Not supported.
+            output_block_scale: Not supported.
+
+        Returns:
+            ``output``.
+        """
+        if attn_metadata is None:
+            return output.fill_(0)  # what follows may not take NaN
+        count = attn_metadata.num_tokens
+        self.attend(query[:count], key[:count], value[:count], attn_metadata, output)
+        return output
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, step: SpardaStep, output: Tensor
+    ) -> None:
+        """Attend one step, without its padding; arguments as in :meth:`forward`."""
+        raise NotImplementedError
+
     def compress(self, step: SpardaStep) -> None:
         """Add the windows that this step completes; they may reach into earlier blocks."""
         if not len(step.window_slots):

@@ -120,43 +120,15 @@ class SpardaCpuImpl(SpardaLayer):
 
     runtime: CpuRuntime
 
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: SpardaStep | None,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
-        """Attend one step.
-
-        Args:
-            layer: The attention layer.
-            query: Post-RoPE queries, ``[tokens, H, D]``.
-            key: ``[tokens, G, D]``.
-            value: ``[tokens, G, D]``.
-            kv_cache: Compressed keys, ``[blocks, G, 1, windows per block * D]``.
-            attn_metadata: The step; ``None`` while vLLM profiles.
-            output: Written, ``[tokens, H, D]``.
-            output_scale: Not supported.
-            output_block_scale: Not supported.
-
-        Returns:
-            ``output``.
-        """
-        step = attn_metadata
-        if step is None:
-            return output.fill_(0)  # what follows may not take NaN
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, step: SpardaStep, output: Tensor
+    ) -> None:
+        """See :class:`SpardaLayer`."""
         runtime, pager = self.runtime, self.pager
         if self.layer == 0:
             runtime.scheduler.begin_step()
             runtime.stream.begin_step(step.tiles)
-        query = query[: step.num_tokens]
-        rows = torch.cat((key, value), -1)[: step.num_tokens]
+        rows = torch.cat((key, value), -1)
         pager.write_host(step.slots, rows)
         metrics.counters().add("device_to_host_bytes", rows.nbytes)
         self.compress(step)
@@ -168,7 +140,6 @@ class SpardaCpuImpl(SpardaLayer):
             self._decode(query, rows, step, step.decode, output)
         self.attend_prompts(query, rows, step, output)
         runtime.selector.record(self.layer, query, step.slots, step.last_in_block)
-        return output
 
     def _decode(
         self, query: Tensor, rows: Tensor, step: SpardaStep, decode: DecodeRows, output: Tensor

@@ -15,16 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 from vllm.v1.attention.backend import AttentionCGSupport
-from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.simple_kv_offload.cuda_mem_ops import pin_tensor
 
 from vllm_sparse import metrics
-from vllm_sparse.backends.base import prompt_lengths, sequence_lengths, warn_of_gpus
+from vllm_sparse.backends.base import prompt_lengths
 from vllm_sparse.backends.device_counters import DeviceCounters
-from vllm_sparse.backends.guard import unsupported
+from vllm_sparse.backends.gpu import GpuBackend, most_rows, sequence_lengths, warn_of_gpus
 from vllm_sparse.backends.sparda import (
     Runtime,
     SpardaBackend,
@@ -42,6 +40,7 @@ from vllm_sparse.prefetch.selectors import Tokens
 from vllm_sparse.prefetch.stream import PromptStream
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
@@ -51,21 +50,8 @@ if TYPE_CHECKING:
     from vllm_sparse.prefetch.engine import Ticket
 
 
-class SpardaGpuBackend(SpardaBackend, FlashAttentionBackend):
+class SpardaGpuBackend(SpardaBackend, GpuBackend):
     """SPARDA on NVIDIA GPUs; FlashAttention only says what the device can do."""
-
-    @classmethod
-    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
-        """Reasons against using this backend; vLLM lists them and stops."""
-        return [
-            *super().validate_configuration(*args, **kwargs),
-            *unsupported(get_current_vllm_config()),
-        ]
-
-    @classmethod
-    def supports_sliding_window(cls) -> bool:
-        """SPARDA looks from each layer to the next and needs them all alike."""
-        return False
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
@@ -175,8 +161,7 @@ class SpardaGpuBuilder(SpardaBuilder):
         lane: Lane = StreamLane(device) if on_gpu else LateLane()
         engine = LaneCopyEngine(lane, kernels.copy_pieces)
         config = self.vllm_config
-        graphs = config.compilation_config.max_cudagraph_capture_size or 0
-        self._max_rows = max(config.scheduler_config.max_num_seqs, graphs)
+        self._max_rows = most_rows(config)
         self._buffers: tuple[Tensor, ...] = ()
         self._bytes_per_token = geometry.host_bytes // (geometry.num_blocks * geometry.block_size)
         return GpuRuntime(
@@ -337,38 +322,12 @@ class SpardaGpuImpl(SpardaLayer):
 
     runtime: GpuRuntime
 
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: SpardaStep | None,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
-        """Attend one step.
-
-        Args:
-            layer: The attention layer.
-            query: Post-RoPE queries, ``[tokens, H, D]``.
-            key: ``[tokens, G, D]``.
-            value: ``[tokens, G, D]``.
-            kv_cache: Compressed keys, ``[blocks, G, 1, windows per block * D]``.
-            attn_metadata: The step; ``None`` while vLLM profiles.
-            output: Written, ``[tokens, H, D]``.
-            output_scale: Not supported.
-            output_block_scale: Not supported.
-
-        Returns:
-            ``output``.
-        """
-        if attn_metadata is None:
-            return output.fill_(0)  # what follows may not take NaN
-        assert isinstance(attn_metadata, GpuStep)
-        step, runtime, pager = attn_metadata, self.runtime, self.pager
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, step: SpardaStep, output: Tensor
+    ) -> None:
+        """See :class:`SpardaLayer`."""
+        assert isinstance(step, GpuStep)
+        runtime, pager = self.runtime, self.pager
         if self.layer == 0:
             runtime.fetches.clear()
             runtime.chosen.clear()
@@ -378,8 +337,6 @@ class SpardaGpuImpl(SpardaLayer):
         fetch = runtime.fetches.pop(self.layer, None)
         if fetch is not None and fetch.ticket is not None:
             fetch.ticket.wait()
-        count = step.num_tokens
-        query, key, value = query[:count], key[:count], value[:count]
         if runtime.settings.poison:
             self._poison_fresh(step.slots)
         runtime.kernels.write_tokens(
@@ -391,7 +348,6 @@ class SpardaGpuImpl(SpardaLayer):
         if step.prompts:
             self.attend_prompts(query, torch.cat((key, value), -1), step, output)
         runtime.selector.record(self.layer, query, step.slots, step.last_in_block)
-        return output
 
     def _decode(self, query: Tensor, rows: Rows, fetch: _Fetch | None, output: Tensor) -> None:
         runtime, pager, kernels = self.runtime, self.pager, self.runtime.kernels

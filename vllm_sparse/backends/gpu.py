@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""What both backends have in common on GPUs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+from vllm_sparse.backends.guard import unsupported
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+# A child of vLLM's logger: others have no handler in its processes.
+logger = init_logger("vllm.sparse")
+
+
+class GpuBackend(FlashAttentionBackend):
+    """FlashAttention says what the device can do, the guard what we cannot."""
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        """Reasons against using this backend; vLLM lists them and stops."""
+        return [
+            *super().validate_configuration(*args, **kwargs),
+            *unsupported(get_current_vllm_config()),
+        ]
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """ROCKETKV has nothing to evict in such layers, SPARDA needs all layers alike."""
+        return False
+
+
+def warn_of_gpus(name: str) -> None:
+    """Say at start-up what has not been seen yet."""
+    logger.warning_once(
+        "%s has been tested on GPUs' code path with interpreted kernels only, not on a GPU. "
+        "Run `make gpu-check` of vllm-sparse on this machine before you rely on it",
+        name,
+    )
+
+
+def most_rows(vllm_config: VllmConfig) -> int:
+    """Rows that a batch of single tokens may have, the padding of captured graphs included."""
+    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return max(vllm_config.scheduler_config.max_num_seqs, captured)
+
+
+def sequence_lengths(common: CommonAttentionMetadata) -> Tensor:
+    """Tokens of each row after the step, on the host, ``[R]``.
+
+    The runner's upper bound is exact: only speculative decoding, which is refused, makes it loose.
+    """
+    bound = common.seq_lens_cpu_upper_bound
+    if bound is None:  # some dummy runs
+        bound = common.seq_lens.cpu()
+    return bound[: common.num_reqs]
