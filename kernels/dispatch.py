@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vllm_sparse.kernels.reference import paging as paging_reference
 from vllm_sparse.kernels.reference import rocketkv as reference
 from vllm_sparse.kernels.reference import selection as selection_reference
+from vllm_sparse.kernels.reference import sparda_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,12 +61,13 @@ def _fused(device: str) -> tuple[bool, str]:
 
 
 class PagingKernels(NamedTuple):
-    """What SparDA's decode runs: block selection, page table, copies, attention over frames."""
+    """What SparDA runs: selection, page table, copies, attention over frames and for prompts."""
 
     select_blocks: Callable[..., torch.Tensor]
     resolve: Callable[..., paging_reference.Resolved]
     copy_pieces: Callable[..., None]
     attend_frames: Callable[..., None]
+    attend_part: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     name: str
     note: str = ""
 
@@ -82,6 +84,11 @@ def sparda_paging(device: str) -> PagingKernels:
         reference.
     """
     paging, selection, name = paging_reference, selection_reference, "reference"
+    attend_part = sparda_steps.attend_part
+    if device == "cpu":
+        from vllm_sparse.kernels.cpu import prefill
+
+        attend_part = prefill.attend_part
     fused, note = _fused(device)
     if fused:
         from vllm_sparse.kernels.cpu import paging as fused_paging
@@ -93,20 +100,10 @@ def sparda_paging(device: str) -> PagingKernels:
         paging.resolve,
         paging.copy_pieces,
         paging.attend_frames,
+        attend_part,
         name,
         note,
     )
-
-
-def attend_part(device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Attention over a part of a prompt's keys, as in ``kernels.reference.sparda_steps``."""
-    if device.type == "cuda":
-        from vllm_sparse.kernels.triton import sparda_prefill
-
-        return sparda_prefill.attend_part
-    from vllm_sparse.kernels.cpu import prefill
-
-    return prefill.attend_part
 
 
 class RocketKVGpuKernels(NamedTuple):
@@ -128,15 +125,20 @@ def rocketkv_gpu(device: torch.device) -> RocketKVGpuKernels:
         ValueError: The device cannot run them.
     """
     _check_triton(device)
-    from vllm_sparse.kernels.triton import rocketkv, rows
+    from vllm_sparse.kernels.triton import launch, rocketkv, rows
 
+    name = f"triton, launches {launch.launches(device).origin}"
     return RocketKVGpuKernels(
-        DecodeKernel(rocketkv.decode_attention, "triton"), rows.plan_rows, rocketkv.compact_prompts
+        DecodeKernel(rocketkv.decode_attention, name), rows.plan_rows, rocketkv.compact_prompts
     )
 
 
 class SpardaGpuKernels(NamedTuple):
-    """What SparDA runs on a GPU; contracts in ``kernels.reference.sparda_steps`` and ``paging``."""
+    """What SparDA runs on a GPU; contracts in ``kernels.reference.sparda_steps`` and ``paging``.
+
+    Attributes:
+        name: For the start-up line.
+    """
 
     select_blocks: Callable[..., Selected]
     resolve: Callable[..., Resolution]
@@ -144,6 +146,8 @@ class SpardaGpuKernels(NamedTuple):
     write_tokens: Callable[..., None]
     update_windows: Callable[..., None]
     attend_frames: Callable[..., None]
+    attend_part: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    name: str
 
 
 @cache
@@ -158,8 +162,10 @@ def sparda_gpu(device: torch.device) -> SpardaGpuKernels:
     """
     _check_triton(device)
     from vllm_sparse.kernels.triton import (
+        launch,
         sparda_attention,
         sparda_paging,
+        sparda_prefill,
         sparda_select,
         sparda_tokens,
     )
@@ -171,6 +177,8 @@ def sparda_gpu(device: torch.device) -> SpardaGpuKernels:
         sparda_tokens.write_tokens,
         sparda_tokens.update_windows,
         sparda_attention.attend_frames,
+        sparda_prefill.attend_part,
+        f"triton, launches {launch.launches(device).origin}",
     )
 
 

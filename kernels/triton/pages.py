@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm_sparse.kernels.reference.stage2 import PageScores
 from vllm_sparse.kernels.triton.launch import dim_block, launch, row_block, splits
 from vllm_sparse.kernels.triton.ops import dot
-from vllm_sparse.kernels.triton.topk import choose, radix_threshold
+from vllm_sparse.kernels.triton.topk import choose, radix_threshold, tile_threshold
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
@@ -189,6 +189,81 @@ def score_pages(
 
 
 @triton.jit
+def _probabilities(
+    logits, peaks, masses, page, inside, width,
+    GROUP: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Softmax over tokens per query head, summed over the group."""
+    share = tl.arange(0, SPLITS)
+    probability = tl.zeros(page.shape, tl.float32)
+    for member in tl.static_range(GROUP):
+        peak = tl.load(peaks + member * SPLITS + share)
+        mass = tl.load(masses + member * SPLITS + share)
+        highest = tl.max(peak, 0)
+        part = 1.0 / tl.sum(mass * tl.exp(peak - highest), 0)
+        logit = tl.load(logits + member * width + page, mask=inside, other=float("-inf"))
+        probability += tl.exp(logit - highest) * part
+    return probability
+
+
+@triton.jit
+def _store_pages(
+    slots, table, page, tokens, written,
+    BLOCK_SIZE: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Appends the first ``tokens`` slots of each page; returns how many are written by then."""
+    PAGES: tl.constexpr = BLOCK_SIZE // PAGE
+    position = written + tl.cumsum(tokens, 0) - tokens
+    block = tl.load(table + page // PAGES, mask=tokens > 0, other=0)
+    slot = block * BLOCK_SIZE + page % PAGES * PAGE
+    for offset in tl.static_range(PAGE):
+        tl.store(slots + position + offset, slot + offset, mask=offset < tokens)
+    return written + tl.sum(tokens, 0)
+
+
+@triton.jit
+def _take_at_once(
+    logits, peaks, masses, slots, table, pages, count, last, width,
+    GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Up to ``TILE`` pages: their probabilities never leave the registers."""
+    page = tl.arange(0, TILE)
+    inside = page < pages
+    probability = _probabilities(logits, peaks, masses, page, inside, width, GROUP, SPLITS)
+    threshold, room = tile_threshold(probability, inside, pages, count)
+    chosen, lowest, _ = choose(probability, inside, threshold, room, 0)
+    tokens = tl.where(chosen, tl.where(lowest, last, PAGE), 0)
+    return _store_pages(slots, table, page, tokens, 0, BLOCK_SIZE, PAGE)
+
+
+@triton.jit
+def _take_in_passes(
+    logits, peaks, masses, probability, slots, table, pages, count, last, width,
+    GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Any number of pages."""
+    for start in range(0, pages, TILE):
+        page = start + tl.arange(0, TILE)
+        inside = page < pages
+        tile = _probabilities(logits, peaks, masses, page, inside, width, GROUP, SPLITS)
+        tl.store(probability + page, tile, mask=inside)
+    tl.debug_barrier()  # other threads of this program read them
+    threshold, room = radix_threshold(probability, pages, count, TILE)
+    tied = 0
+    written = 0
+    for start in range(0, pages, TILE):
+        page = start + tl.arange(0, TILE)
+        inside = page < pages
+        tile = tl.load(probability + page, mask=inside, other=0.0)
+        chosen, lowest, tied = choose(tile, inside, threshold, room, tied)
+        tokens = tl.where(chosen, tl.where(lowest, last, PAGE), 0)
+        written = _store_pages(slots, table, page, tokens, written, BLOCK_SIZE, PAGE)
+    return written
+
+
+@triton.jit
 def _select_slots_kernel(
     logits,
     peaks,
@@ -206,11 +281,11 @@ def _select_slots_kernel(
     GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     PAGE: tl.constexpr,
-    BLOCK_G: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     PAGES: tl.constexpr = BLOCK_SIZE // PAGE
+    SMALL: tl.constexpr = BLOCK // 4
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     length = tl.load(lengths + row)
@@ -232,45 +307,26 @@ def _select_slots_kernel(
     rest = top_k - from_newest
     written = 0
     if rest > 0:
-        # Softmax over tokens per query head, summed over the group.
-        member = tl.arange(0, BLOCK_G)
-        member_inside = member < GROUP
-        share = tl.arange(0, SPLITS)
-        source = (pair * GROUP + member)[:, None] * SPLITS + share[None, :]
-        peak = tl.load(peaks + source, mask=member_inside[:, None], other=0.0)
-        mass = tl.load(masses + source, mask=member_inside[:, None], other=1.0)
-        highest = tl.max(peak, 1)
-        total = tl.sum(mass * tl.exp(peak - highest[:, None]), 1)
+        peaks += pair * GROUP * SPLITS
+        masses += pair * GROUP * SPLITS
         logits += pair * GROUP * width
-        probability += pair * width
-        for start in range(0, newest, BLOCK):
-            page = start + tl.arange(0, BLOCK)
-            inside = page < newest
-            logit = tl.load(
-                logits + member[:, None].to(tl.int64) * width + page[None, :],
-                mask=member_inside[:, None] & inside[None, :],
-                other=float("-inf"),
-            )
-            weight = tl.exp(logit - highest[:, None]) / total[:, None]
-            tl.store(probability + page, tl.sum(weight, 0), mask=inside)
-        tl.debug_barrier()  # other threads of this program read them
-
         count = tl.cdiv(rest, PAGE)
         last = rest - (count - 1) * PAGE  # tokens of the lowest-ranked page
-        threshold, room = radix_threshold(probability, newest, count, BLOCK)
-        tied = 0
-        for start in range(0, newest, BLOCK):
-            page = start + tl.arange(0, BLOCK)
-            inside = page < newest
-            tile = tl.load(probability + page, mask=inside, other=0.0)
-            chosen, lowest, tied = choose(tile, inside, threshold, room, tied)
-            tokens = tl.where(chosen, tl.where(lowest, last, PAGE), 0)
-            position = written + tl.cumsum(tokens, 0) - tokens
-            block = tl.load(table + page // PAGES, mask=chosen, other=0)
-            slot = block * BLOCK_SIZE + page % PAGES * PAGE
-            for offset in tl.static_range(PAGE):
-                tl.store(slots + position + offset, slot + offset, mask=offset < tokens)
-            written += tl.sum(tokens, 0)
+        if newest <= SMALL:
+            written = _take_at_once(
+                logits, peaks, masses, slots, table, newest, count, last, width,
+                GROUP, BLOCK_SIZE, PAGE, SPLITS, SMALL,
+            )  # fmt: skip
+        elif newest <= BLOCK:
+            written = _take_at_once(
+                logits, peaks, masses, slots, table, newest, count, last, width,
+                GROUP, BLOCK_SIZE, PAGE, SPLITS, BLOCK,
+            )  # fmt: skip
+        else:
+            written = _take_in_passes(
+                logits, peaks, masses, probability + pair * width, slots, table, newest, count,
+                last, width, GROUP, BLOCK_SIZE, PAGE, SPLITS, SMALL,
+            )  # fmt: skip
     block = tl.load(table + newest // PAGES)
     offset = tl.arange(0, PAGE)
     slot = block * BLOCK_SIZE + newest % PAGES * PAGE + offset
@@ -314,8 +370,7 @@ def select_slots(
             GROUP=heads // kv_heads,
             BLOCK_SIZE=layout.block_size,
             PAGE=layout.page_size,
-            BLOCK_G=triton.next_power_of_2(heads // kv_heads),
-            BLOCK=min(block, triton.next_power_of_2(max(width, 32 * warps))),
+            BLOCK=min(block, triton.next_power_of_2(max(width, 128 * warps))),
             SPLITS=scores.peak.shape[-1],
             num_warps=warps,
             num_stages=stages,

@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm_sparse.kernels.reference.sparda_steps import Selected
 from vllm_sparse.kernels.triton.launch import dim_block, launch, row_block, splits
 from vllm_sparse.kernels.triton.ops import dot
-from vllm_sparse.kernels.triton.topk import choose, radix_threshold
+from vllm_sparse.kernels.triton.topk import choose, radix_threshold, tile_threshold
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.reference.selection import Blocks, Ranking
@@ -208,10 +208,61 @@ def _score_kernel(
 
 
 @triton.jit
+def _block_scores(best, first, block, own, init_blocks, local_blocks):
+    """Scores to rank blocks ``0`` to ``own`` by."""
+    forced = (block < init_blocks) | (block >= own - local_blocks)
+    scored = (block <= own) & ~forced
+    score = tl.load(best + block, mask=scored, other=0.0)
+    score = tl.maximum(score, tl.load(first + block + 1, mask=scored, other=0.0))
+    # A visible block without a window ranks last, but like any other.
+    score = tl.maximum(score, -3.4028234663852886e38)
+    return tl.where(forced, float("inf"), score)
+
+
+@triton.jit
 def _store_blocks(blocks, pieces, table, at, block, mask, head, HEADS: tl.constexpr):
     physical = tl.load(table + block, mask=mask, other=0)
     tl.store(blocks + at, block, mask=mask)
     tl.store(pieces + at, physical * HEADS + head, mask=mask)
+
+
+@triton.jit
+def _take_at_once(
+    best, first, blocks, pieces, table, own, count, head, init_blocks, local_blocks,
+    HEADS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Chooses among up to ``TILE`` blocks: their scores never leave the registers."""
+    block = tl.arange(0, TILE)
+    score = _block_scores(best, first, block, own, init_blocks, local_blocks)
+    threshold, room = tile_threshold(score, block <= own, own + 1, count)
+    chosen, _, _ = choose(score, block <= own, threshold, room, 0)
+    ones = chosen.to(tl.int32)
+    at = tl.cumsum(ones, 0) - ones
+    _store_blocks(blocks, pieces, table, at, block, chosen, head, HEADS)
+
+
+@triton.jit
+def _take_in_passes(
+    best, first, blocks, pieces, table, own, count, head, init_blocks, local_blocks,
+    HEADS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Chooses among any number of blocks; overwrites their best window's scores."""
+    for start in range(0, own + 1, TILE):
+        block = start + tl.arange(0, TILE)
+        score = _block_scores(best, first, block, own, init_blocks, local_blocks)
+        tl.store(best + block, score, mask=block <= own)
+    tl.debug_barrier()  # other threads of this program read them
+    threshold, room = radix_threshold(best, own + 1, count, TILE)
+    taken = 0
+    tied = 0
+    for start in range(0, own + 1, TILE):
+        block = start + tl.arange(0, TILE)
+        score = tl.load(best + block, mask=block <= own, other=0.0)
+        chosen, _, tied = choose(score, block <= own, threshold, room, tied)
+        ones = chosen.to(tl.int32)
+        at = taken + tl.cumsum(ones, 0) - ones
+        _store_blocks(blocks, pieces, table, at, block, chosen, head, HEADS)
+        taken += tl.sum(ones, 0)
 
 
 @triton.jit
@@ -261,28 +312,22 @@ def _choose_kernel(
 
     best += pair * width
     first += pair * width
-    for start in range(0, own + 1, BLOCK):
-        block = start + lane
-        forced = (block < init_blocks) | (block >= own - local_blocks)
-        scored = (block <= own) & ~forced
-        score = tl.load(best + block, mask=scored, other=0.0)
-        score = tl.maximum(score, tl.load(first + block + 1, mask=scored, other=0.0))
-        # A visible block without a window ranks last, but like any other.
-        score = tl.maximum(score, -3.4028234663852886e38)
-        tl.store(best + block, tl.where(forced, float("inf"), score), mask=block <= own)
-    tl.debug_barrier()  # other threads of this program read them
-    threshold, room = radix_threshold(best, own + 1, count, BLOCK)
-    taken = 0
-    tied = 0
-    for start in range(0, own + 1, BLOCK):
-        block = start + lane
-        inside = block <= own
-        score = tl.load(best + block, mask=inside, other=0.0)
-        chosen, _, tied = choose(score, inside, threshold, room, tied)
-        ones = chosen.to(tl.int32)
-        at = taken + tl.cumsum(ones, 0) - ones
-        _store_blocks(blocks, pieces, table, at, block, chosen, head, HEADS)
-        taken += tl.sum(ones, 0)
+    SMALL: tl.constexpr = BLOCK // 4
+    if own < SMALL:
+        _take_at_once(
+            best, first, blocks, pieces, table, own, count, head, init_blocks, local_blocks,
+            HEADS, SMALL,
+        )  # fmt: skip
+    elif own < BLOCK:
+        _take_at_once(
+            best, first, blocks, pieces, table, own, count, head, init_blocks, local_blocks,
+            HEADS, BLOCK,
+        )  # fmt: skip
+    else:
+        _take_in_passes(
+            best, first, blocks, pieces, table, own, count, head, init_blocks, local_blocks,
+            HEADS, SMALL,
+        )  # fmt: skip
 
 
 def select_blocks(
@@ -395,7 +440,7 @@ def select_blocks(
         block_table.stride(0),
         HEADS=kv_heads,
         BLOCK_SIZE=size,
-        BLOCK=min(block, triton.next_power_of_2(max(width, 32 * warps))),
+        BLOCK=min(block, triton.next_power_of_2(max(width, 128 * warps))),
         num_warps=warps,
         num_stages=stages,
     )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Top-k by radix search on float bits, then compaction in order: no sort, no host, fixed shapes.
+"""Top-k by a search on float bits, then compaction in order: no sort, no host, fixed shapes.
 
 Ties: entries equal to the smallest selected score are taken from the lowest index until the count
 is reached, as in ``policies.rocketkv.top_indices``. Minus zero equals zero; NaN, which the
@@ -55,6 +55,35 @@ def radix_threshold(score, size, count, BLOCK: tl.constexpr):
         prefix = (prefix << 8) | tl.sum(tl.where(found, digits, 0), 0).to(tl.uint32)
         room -= tl.sum(tl.where(found, above, 0), 0)
     return prefix, room
+
+
+@triton.jit
+def tile_threshold(score, inside, size, count):
+    """As :func:`radix_threshold`, of scores that are in registers.
+
+    A search bit by bit, which ends as soon as the bits found separate ``count`` keys from the rest:
+    after a dozen bits rather than 32, unless scores are equal.
+
+    Args:
+        score: float32 ``[BLOCK]``.
+        inside: Entries that exist, ``[BLOCK]``.
+        size: How many exist.
+        count: 1 to ``size``.
+    """
+    key = tl.where(inside, sort_key(score), 0)
+    one = (count * 0 + 1).to(tl.uint32)
+    prefix = one - 1
+    reached = size
+    bit = one * 32
+    while (bit > 0) & (reached != count):
+        bit -= 1
+        higher = prefix | (one << bit)
+        least = tl.sum((key >= higher).to(tl.int32), 0)
+        prefix = tl.where(least >= count, higher, prefix)
+        reached = tl.where(least >= count, least, reached)
+    # The lowest of the selected keys, of which only some may be selected.
+    threshold = tl.min(tl.where(inside & (key >= prefix), key, 0xFFFFFFFF), 0)
+    return threshold, count - tl.sum((key > threshold).to(tl.int32), 0)
 
 
 @triton.jit

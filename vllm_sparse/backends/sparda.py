@@ -27,7 +27,6 @@ from vllm_sparse.backends.sparda_metadata import PromptRow, SpardaPlanner, Spard
 from vllm_sparse.backends.sparda_prompt import attend_prompt
 from vllm_sparse.config import SpardaSettings, load_settings
 from vllm_sparse.errors import UnsupportedError
-from vllm_sparse.kernels.dispatch import attend_part
 from vllm_sparse.kernels.reference.selection import Blocks, gather_windows
 from vllm_sparse.kv.geometry import GIB, Geometry, plan_frames
 from vllm_sparse.kv.spec import SpardaSpec
@@ -41,6 +40,8 @@ from vllm_sparse.prefetch.selectors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vllm_sparse.kv.pager import Pager
     from vllm_sparse.prefetch.stream import PromptStream
 
@@ -88,6 +89,8 @@ class Runtime:
         stream: Earlier blocks of prompts, on their way back.
         selector: Chooses blocks.
         layers: vLLM's attention layers, in order.
+        attend_part: Attention of prompts; see
+            :func:`vllm_sparse.kernels.reference.sparda_steps.attend_part`.
         kernels_name: Which kernels serve decode, for the start-up line.
         kernels_note: Why they are slow, if they are.
     """
@@ -97,6 +100,7 @@ class Runtime:
     stream: PromptStream
     selector: Selector
     layers: list[Any]
+    attend_part: Callable[..., tuple[Tensor, Tensor]]
     kernels_name: str
     kernels_note: str
 
@@ -285,7 +289,6 @@ class SpardaLayer(AttentionImpl[SpardaStep]):
             settings.local_blocks,
             settings.blocks_read,
         )
-        self._attend_part = attend_part(self.pager.slab.device)
 
     def forward(
         self,
@@ -364,7 +367,7 @@ class SpardaLayer(AttentionImpl[SpardaStep]):
                 chosen,
                 block_size=settings.block_size,
                 tile_tokens=settings.staging_blocks * settings.block_size,
-                attend_part=self._attend_part,
+                attend_part=self.runtime.attend_part,
                 scale=self.scale,
             )
 

@@ -88,6 +88,7 @@ class SpardaCpuBuilder(SpardaBuilder):
             PromptStream(pager, engine, settings.staging_blocks, count, settings.prefetch),
             make_selector(settings, geometry, dtype, layers, device),
             layers,
+            kernels.attend_part,
             kernels.name,
             kernels.note,
             kernels,

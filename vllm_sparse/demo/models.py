@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CACHE_ENV = "VLLM_SPARSE_CACHE"
+from vllm_sparse import paths
+
 _PROVENANCE = "provenance.json"
 
 
@@ -96,18 +96,12 @@ _QWEN2_CODER = DemoModel(
 MODELS = {model.name: model for model in (_SMOLLM2, _QWEN2_CODER)}
 
 
-def default_cache_dir() -> Path:
-    """Returns ``$VLLM_SPARSE_CACHE``, or ``~/.cache/vllm-sparse``."""
-    configured = os.environ.get(CACHE_ENV)
-    return Path(configured) if configured else Path.home() / ".cache" / "vllm-sparse"
-
-
 def fetch(name: str, cache_dir: Path | None = None) -> Path:
     """Returns the Hugging Face directory of a demo model, obtaining it first if necessary.
 
     Args:
         name: A key of `MODELS`.
-        cache_dir: Where converted models are kept; `default_cache_dir` unless given.
+        cache_dir: Where converted models are kept; `paths.cache_dir` unless given.
 
     Raises:
         ModelUnavailableError: The name is unknown, or download, check or conversion failed.
@@ -115,7 +109,7 @@ def fetch(name: str, cache_dir: Path | None = None) -> Path:
     model = MODELS.get(name)
     if model is None:
         raise ModelUnavailableError(f"unknown model {name!r}. Known models: {', '.join(MODELS)}.")
-    cache_dir = cache_dir or default_cache_dir()
+    cache_dir = cache_dir or paths.cache_dir()
     target = cache_dir / model.name
     if _is_complete(target, model):
         return target
@@ -149,7 +143,7 @@ def add_command(subparsers: Any) -> None:
         "--cache-dir",
         metavar="DIR",
         type=Path,
-        help=f"where models are kept (default: ${CACHE_ENV} or ~/.cache/vllm-sparse)",
+        help=f"where models are kept (default: ${paths.CACHE_ENV} or ~/.cache/vllm-sparse)",
     )
     parser.set_defaults(run=_run_fetch)
 
