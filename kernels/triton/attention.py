@@ -4,17 +4,44 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from vllm_sparse.kernels.triton.launch import dim_block, launch, row_block, splits
-from vllm_sparse.kernels.triton.ops import dot
+from vllm_sparse.kernels.triton.ops import attend_tile
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
+
+
+@triton.jit
+def store_share(
+    output, target, lse_at, peak, mass, b_o, mask, member_inside, empty, SPLITS: tl.constexpr
+):
+    """Stores the attention over one share of a row's tokens: all there is, or for merging.
+
+    Args:
+        output: Pointer that ``target`` is made of.
+        target: Where the result goes, ``[M, D]``.
+        lse_at: Where its log-sum-exp goes, base 2, ``[M]``.
+        peak: See :func:`.ops.attend_tile`, as for the next two.
+        mass: See there.
+        b_o: See there.
+        mask: Entries of ``target`` that exist.
+        member_inside: Entries of ``lse_at`` that exist.
+        empty: The share has no tokens.
+        SPLITS: Shares of a row.
+    """
+    if SPLITS == 1:
+        tl.store(target, (b_o / mass[:, None]).to(output.dtype.element_ty), mask=mask)
+    else:
+        lse = tl.where(empty, float("-inf"), peak + tl.log2(tl.where(empty, 1.0, mass)))
+        tl.store(lse_at, lse, mask=member_inside)
+        if not empty:
+            tl.store(target, b_o / mass[:, None], mask=mask)
 
 
 @triton.jit
@@ -101,24 +128,11 @@ def _attend_kernel(
         loaded = inside[:, None] & dim_inside[None, :]
         b_k = tl.load(source, mask=loaded, other=0.0)  # [BLOCK_N, BLOCK_D]
         b_v = tl.load(source + DIM, mask=loaded, other=0.0)
-        logit = dot(b_q, tl.trans(b_k)) * scale_log2
-        logit = tl.where(inside[None, :], logit, float("-inf"))
-        highest = tl.maximum(peak, tl.max(logit, 1))
-        weight = tl.exp2(logit - highest[:, None])
-        shrink = tl.exp2(peak - highest)
-        mass = mass * shrink + tl.sum(weight, 1)
-        b_o = b_o * shrink[:, None]
-        b_o += dot(weight.to(b_v.dtype), b_v)
-        peak = highest
-    if SPLITS == 1:
-        tl.store(target, (b_o / mass[:, None]).to(output.dtype.element_ty), mask=mask)
-    else:
-        empty = begin >= end
-        lse = tl.where(empty, float("-inf"), peak + tl.log2(tl.where(empty, 1.0, mass)))
-        index = (row * (HEADS * GROUP) + query_head) * SPLITS + split
-        tl.store(lse_out + index, lse, mask=member < GROUP)
-        if begin < end:
-            tl.store(target, b_o / mass[:, None], mask=mask)
+        peak, mass, b_o = attend_tile(b_q, b_k, b_v, inside[None, :], peak, mass, b_o, scale_log2)
+    lse_at = lse_out + (row * (HEADS * GROUP) + query_head) * SPLITS + split
+    store_share(
+        output, target, lse_at, peak, mass, b_o, mask, member < GROUP, begin >= end, SPLITS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -156,6 +170,52 @@ def _combine_kernel(
     tl.store(target, merged.to(output.dtype.element_ty), mask=inside)
 
 
+class Shares(NamedTuple):
+    """Where the shares of each row go.
+
+    Attributes:
+        partial: Attention over each share, float32 ``[T, H, shares, D]``; the output itself if
+            there is but one.
+        lse: Their log-sum-exp, base 2, float32 ``[T, H, shares]``; anything if there is but one.
+        strides: Of ``partial``: rows, heads, shares.
+    """
+
+    partial: Tensor
+    lse: Tensor
+    strides: tuple[int, ...]
+
+
+def make_shares(output: Tensor, shares: int) -> Shares:
+    """Scratch for so many shares of each row of ``output [T, H, D]``."""
+    if shares == 1:
+        return Shares(output, output, (output.stride(0), output.stride(1), 0))
+    rows, heads, dim = output.shape
+    partial = output.new_empty((rows, heads, shares, dim), dtype=torch.float32)
+    lse = output.new_empty((rows, heads, shares), dtype=torch.float32)
+    return Shares(partial, lse, partial.stride()[:3])
+
+
+def merge_shares(scratch: Shares, lengths: Tensor, output: Tensor) -> None:
+    """Merges the shares of each row into ``output [T, H, D]``; rows of length 0 become zero."""
+    rows, heads, dim = output.shape
+    if scratch.partial is output:
+        return
+    _combine_kernel[(rows, heads)](
+        scratch.partial,
+        scratch.lse,
+        lengths,
+        output,
+        output.stride(0),
+        output.stride(1),
+        HEADS=heads,
+        DIM=dim,
+        BLOCK_D=dim_block(dim),
+        SPLITS=scratch.partial.shape[2],
+        num_warps=4,
+        num_stages=1,
+    )
+
+
 def attend_slots(
     cache: Tensor,
     query: Tensor,
@@ -183,12 +243,7 @@ def attend_slots(
     most = block_table.shape[1] * layout.block_size
     shares = splits(rows * kv_heads, -(-most // block), device)
     query = query.to(cache.dtype)
-    partial, lse = output, lengths  # unused
-    strides = (output.stride(0), output.stride(1), 0)
-    if shares > 1:
-        partial = torch.empty(rows, heads, shares, dim, dtype=torch.float32, device=device)
-        lse = torch.empty(rows, heads, shares, dtype=torch.float32, device=device)
-        strides = partial.stride()[:3]
+    scratch = make_shares(output, shares)
     _attend_kernel[(rows, kv_heads, shares)](
         cache,
         query,
@@ -196,8 +251,8 @@ def attend_slots(
         block_table,
         lengths,
         top_r,
-        partial,
-        lse,
+        scratch.partial,
+        scratch.lse,
         top_k,
         0 if slots is None else slots.shape[-1],
         scale * 1.4426950408889634,
@@ -205,7 +260,7 @@ def attend_slots(
         cache.stride(1),
         query.stride(0),
         query.stride(1),
-        *strides,
+        *scratch.strides,
         block_table.stride(0),
         HEADS=kv_heads,
         GROUP=heads // kv_heads,
@@ -219,18 +274,4 @@ def attend_slots(
         num_warps=warps,
         num_stages=stages,
     )
-    if shares > 1:
-        _combine_kernel[(rows, heads)](
-            partial,
-            lse,
-            lengths,
-            output,
-            output.stride(0),
-            output.stride(1),
-            HEADS=heads,
-            DIM=dim,
-            BLOCK_D=dim_block(dim),
-            SPLITS=shares,
-            num_warps=4,
-            num_stages=1,
-        )
+    merge_shares(scratch, lengths, output)

@@ -19,3 +19,32 @@ def dot(a, b):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def attend_tile(b_q, b_k, b_v, seen, peak, mass, b_o, scale_log2):
+    """One tile of keys and values of an online softmax (FlashAttention, arXiv 2205.14135).
+
+    Probabilities are rounded to the values' dtype.
+
+    Args:
+        b_q: ``[M, D]``.
+        b_k: ``[N, D]``.
+        b_v: ``[N, D]``.
+        seen: Which keys a query sees; broadcasts to ``[M, N]``.
+        peak: Largest logit so far, ``[M]``, minus infinity before anything was seen.
+        mass: Sum of ``exp2(logit - peak)`` so far, ``[M]``.
+        b_o: Values weighted so, ``[M, D]``.
+        scale_log2: Logit scale times ``log2(e)``.
+
+    Returns:
+        The new ``peak``, ``mass`` and ``b_o``.
+    """
+    logit = tl.where(seen, dot(b_q, tl.trans(b_k)) * scale_log2, float("-inf"))
+    highest = tl.maximum(peak, tl.max(logit, 1))
+    base = tl.where(highest == float("-inf"), 0.0, highest)  # nothing was seen yet
+    weight = tl.exp2(logit - base[:, None])
+    shrink = tl.exp2(peak - base)
+    mass = mass * shrink + tl.sum(weight, 1)
+    b_o = b_o * shrink[:, None] + dot(weight.to(b_v.dtype), b_v)
+    return highest, mass, b_o

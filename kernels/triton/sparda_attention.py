@@ -6,12 +6,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.triton.attention import _combine_kernel
+from vllm_sparse.kernels.triton.attention import make_shares, merge_shares, store_share
 from vllm_sparse.kernels.triton.launch import dim_block, launch, row_block, splits
-from vllm_sparse.kernels.triton.ops import dot
+from vllm_sparse.kernels.triton.ops import attend_tile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,24 +83,11 @@ def _attend_frames_kernel(
         loaded = inside[:, None] & dim_inside[None, :]
         b_k = tl.load(source, mask=loaded, other=0.0)  # [BLOCK_N, BLOCK_D]
         b_v = tl.load(source + DIM, mask=loaded, other=0.0)
-        logit = dot(b_q, tl.trans(b_k)) * scale_log2
-        logit = tl.where(inside[None, :], logit, float("-inf"))
-        highest = tl.maximum(peak, tl.max(logit, 1))
-        weight = tl.exp2(logit - highest[:, None])
-        shrink = tl.exp2(peak - highest)
-        mass = mass * shrink + tl.sum(weight, 1)
-        b_o = b_o * shrink[:, None]
-        b_o += dot(weight.to(b_v.dtype), b_v)
-        peak = highest
-    if SPLITS == 1:
-        tl.store(target, (b_o / mass[:, None]).to(output.dtype.element_ty), mask=mask)
-    else:
-        empty = begin >= end
-        lse = tl.where(empty, float("-inf"), peak + tl.log2(tl.where(empty, 1.0, mass)))
-        index = (row * (HEADS * GROUP) + query_head) * SPLITS + split
-        tl.store(lse_out + index, lse, mask=member < GROUP)
-        if begin < end:
-            tl.store(target, b_o / mass[:, None], mask=mask)
+        peak, mass, b_o = attend_tile(b_q, b_k, b_v, inside[None, :], peak, mass, b_o, scale_log2)
+    lse_at = lse_out + (row * (HEADS * GROUP) + query_head) * SPLITS + split
+    store_share(
+        output, target, lse_at, peak, mass, b_o, mask, member < GROUP, begin >= end, SPLITS,
+    )  # fmt: skip
 
 
 def attend_frames(
@@ -131,24 +117,19 @@ def attend_frames(
     block, warps, stages = launch("attend", device, dim)
     shares = splits(rows * kv_heads, -(-count * block_size // block), device)
     query = query.to(slab.dtype)
-    partial, lse = output, lengths  # unused
-    strides: tuple[int, ...] = (output.stride(0), output.stride(1), 0)
-    if shares > 1:
-        partial = torch.empty(rows, heads, shares, dim, dtype=torch.float32, device=device)
-        lse = torch.empty(rows, heads, shares, dtype=torch.float32, device=device)
-        strides = partial.stride()[:3]
+    scratch = make_shares(output, shares)
     _attend_frames_kernel[(rows, kv_heads, shares)](
         slab,
         query,
         frames,
         lengths,
-        partial,
-        lse,
+        scratch.partial,
+        scratch.lse,
         count,
         scale * 1.4426950408889634,
         query.stride(0),
         query.stride(1),
-        *strides,
+        *scratch.strides,
         HEADS=kv_heads,
         GROUP=heads // kv_heads,
         DIM=dim,
@@ -160,18 +141,4 @@ def attend_frames(
         num_warps=warps,
         num_stages=stages,
     )
-    if shares > 1:
-        _combine_kernel[(rows, heads)](
-            partial,
-            lse,
-            lengths,
-            output,
-            output.stride(0),
-            output.stride(1),
-            HEADS=heads,
-            DIM=dim,
-            BLOCK_D=dim_block(dim),
-            SPLITS=shares,
-            num_warps=4,
-            num_stages=1,
-        )
+    merge_shares(scratch, lengths, output)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from vllm_sparse.kernels.triton.launch import dim_block, launch, row_block
-from vllm_sparse.kernels.triton.ops import dot
+from vllm_sparse.kernels.triton.ops import attend_tile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,17 +141,7 @@ def _attend_part_kernel(
         seen = visible[:, None] & inside[None, :]
         if CAUSAL:
             seen &= first_position + column[None, :] <= past_from + token[:, None]
-        logit = dot(b_q, tl.trans(b_k)) * scale_log2  # [BLOCK_M, BLOCK_N]
-        logit = tl.where(seen, logit, float("-inf"))
-        highest = tl.maximum(peak, tl.max(logit, 1))
-        # A token may see nothing in a tile that another one reads.
-        base = tl.where(highest == float("-inf"), 0.0, highest)
-        weight = tl.exp2(logit - base[:, None])
-        shrink = tl.exp2(peak - base)
-        mass = mass * shrink + tl.sum(weight, 1)
-        b_o = b_o * shrink[:, None]
-        b_o += dot(weight.to(b_v.dtype), b_v)
-        peak = highest
+        peak, mass, b_o = attend_tile(b_q, b_k, b_v, seen, peak, mass, b_o, scale_log2)
     empty = mass == 0.0
     mass = tl.where(empty, 1.0, mass)
     lse = tl.where(empty, float("-inf"), (peak + tl.log2(mass)) * 0.6931471805599453)
