@@ -345,6 +345,39 @@ def test_attention_over_frames_equals_reference(shape):
 
 
 @pytest.mark.usefixtures("_splitting")
+@pytest.mark.parametrize("shape", ATTENTIONS[:3], ids=lambda s: "-".join(str(v) for v in s))
+def test_rows_without_frames_read_the_host_pool(shape):
+    dtype, dim, group, block_size = shape
+    generator = torch.Generator().manual_seed(dim)
+    rows, kv_heads, count = 4, 2, 3
+    slab = noise(30, block_size, 2 * dim, generator=generator, dtype=dtype)
+    host = noise(40, kv_heads, block_size, 2 * dim, generator=generator, dtype=dtype)
+    table = scattered_table(rows, 9, generator)
+    query = noise(rows, kv_heads * group, dim, generator=generator, dtype=dtype)
+    framed, whole = [2 * block_size + 5, 0, 0, 0], [0, 9 * block_size - 3, 1, 0]
+    frames = torch.full((rows, kv_heads, count), -1, dtype=torch.int32)
+    frames[0] = torch.randperm(30, generator=generator)[: kv_heads * count].view(kv_heads, count)
+    # What nobody may read: the null block, frames and blocks of no row, and beyond a row's length.
+    unread = torch.ones(30, dtype=torch.bool)
+    unread[frames[0].flatten().long()] = False
+    slab[unread] = torch.nan
+    host[table[0].long()] = host[table[3].long()] = host[table[2, 1:].long()] = torch.nan
+    host[table[1, 8].long(), :, -3:] = host[table[2, 0].long(), :, 1:] = torch.nan
+    framed, whole = (
+        torch.tensor(part, dtype=torch.int32, device=DEVICE) for part in (framed, whole)
+    )
+    outputs = [torch.full_like(query, torch.nan) for _ in range(2)]
+    for module, output in zip((sparda_steps, sparda_attention), outputs, strict=True):
+        module.attend_frames(
+            slab, query, output, frames.to(DEVICE), framed, 0.125,
+            sparda_steps.Unframed(host, table, whole),
+        )  # fmt: skip
+    close(outputs[1], outputs[0], dtype)
+    assert not outputs[1][3].any()
+    assert outputs[1][:3].any((1, 2)).all()
+
+
+@pytest.mark.usefixtures("_splitting")
 def test_attention_may_have_no_rows_or_only_padding():
     slab = torch.full((3, 32, 128), torch.nan, device=DEVICE)
     for rows in (0, 2):
@@ -636,7 +669,11 @@ def compile_everything(capability: int) -> None:
         )  # fmt: skip
         found = sparda_paging.resolve(state, chosen.pieces, step, one)
         sparda_paging.copy_pieces(slab, found.targets, slab, found.missing, found.misses)
-        sparda_attention.attend_frames(slab, query, query, found.frames, chosen.lengths, 0.1)
+        whole = sparda_steps.Unframed(host, table, chosen.lengths)
+        for unframed in (None, whole):
+            sparda_attention.attend_frames(
+                slab, query, query, found.frames, chosen.lengths, 0.1, unframed
+            )
         sparda_tokens.write_tokens(host, slab, state.frame_of, positions, key, key)
         sparda_tokens.update_windows(compressed, host, positions, table, 16)
         prompt = torch.zeros(2, 4, 300, dim, dtype=dtype)

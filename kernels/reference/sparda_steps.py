@@ -130,6 +130,53 @@ def resolve(table: paging.PageTable, wanted: Tensor, step: Tensor, error: Tensor
     return Resolution(resolved.frames, missing, targets, misses, hits)
 
 
+class Unframed(NamedTuple):
+    """Rows that read all their tokens, from the host pool.
+
+    Attributes:
+        host: The pool, ``[blocks, G, block_size, 2 * D]``.
+        table: Physical blocks, ``[T, blocks]``.
+        lengths: Tokens of each such row, 0 for all others, ``[T]``.
+    """
+
+    host: Tensor
+    table: Tensor
+    lengths: Tensor
+
+
+def attend_frames(
+    slab: Tensor,
+    query: Tensor,
+    output: Tensor,
+    frames: Tensor,
+    lengths: Tensor,
+    scale: float,
+    unframed: Unframed | None = None,
+) -> None:
+    """Exact decode attention; see :func:`.paging.attend_frames`.
+
+    Args:
+        slab: See there, as for the others.
+        query: ``[T, H, D]``.
+        output: ``[T, H, D]``.
+        frames: ``[T, G, K]``.
+        lengths: ``[T]``.
+        scale: Logit scale.
+        unframed: Rows that have no frames.
+    """
+    paging.attend_frames(slab, query, output, frames, lengths, scale)
+    if unframed is None:
+        return
+    host, table, whole = unframed
+    kv_heads = host.shape[1]
+    for row in whole.nonzero()[:, 0].tolist():
+        here, blocks = slice(row, row + 1), -(-int(whole[row]) // host.shape[2])
+        pieces = table[row, :blocks].long() * kv_heads + torch.arange(kv_heads)[:, None]
+        paging.attend_frames(
+            host.flatten(0, 1), query[here], output[here], pieces[None], whole[here], scale
+        )
+
+
 def copy_pieces(
     target: Tensor,
     target_index: Tensor,

@@ -140,6 +140,7 @@ def _combine_kernel(
     partial,
     lse,
     lengths,
+    unframed,
     output,
     stride_output_row,
     stride_output_head,
@@ -147,6 +148,7 @@ def _combine_kernel(
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr,
+    UNFRAMED: tl.constexpr,
 ):
     """Merges the shares of one query head; padding rows become zero."""
     row = tl.program_id(0).to(tl.int64)
@@ -154,7 +156,10 @@ def _combine_kernel(
     dim = tl.arange(0, BLOCK_D)
     inside = dim < DIM
     target = output + row * stride_output_row + head * stride_output_head + dim
-    if tl.load(lengths + row) <= 0:
+    length = tl.load(lengths + row)
+    if UNFRAMED:
+        length = tl.maximum(length, tl.load(unframed + row))
+    if length <= 0:
         tl.store(target, tl.zeros([BLOCK_D], output.dtype.element_ty), mask=inside)
         return
     index = (row * HEADS + head) * SPLITS + tl.arange(0, SPLITS)
@@ -195,8 +200,17 @@ def make_shares(output: Tensor, shares: int) -> Shares:
     return Shares(partial, lse, partial.stride()[:3])
 
 
-def merge_shares(scratch: Shares, lengths: Tensor, output: Tensor) -> None:
-    """Merges the shares of each row into ``output [T, H, D]``; rows of length 0 become zero."""
+def merge_shares(
+    scratch: Shares, lengths: Tensor, output: Tensor, unframed: Tensor | None = None
+) -> None:
+    """Merges the shares of each row into ``output [T, H, D]``.
+
+    Args:
+        scratch: The shares.
+        lengths: Rows of length 0 become zero, int32 ``[T]``.
+        output: Written.
+        unframed: Unless they have a length here, int32 ``[T]``.
+    """
     rows, heads, dim = output.shape
     if scratch.partial is output:
         return
@@ -204,6 +218,7 @@ def merge_shares(scratch: Shares, lengths: Tensor, output: Tensor) -> None:
         scratch.partial,
         scratch.lse,
         lengths,
+        lengths if unframed is None else unframed,
         output,
         output.stride(0),
         output.stride(1),
@@ -211,6 +226,7 @@ def merge_shares(scratch: Shares, lengths: Tensor, output: Tensor) -> None:
         DIM=dim,
         BLOCK_D=dim_block(dim),
         SPLITS=scratch.partial.shape[2],
+        UNFRAMED=unframed is not None,
         num_warps=4,
         num_stages=1,
     )

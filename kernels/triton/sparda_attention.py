@@ -14,6 +14,7 @@ from vllm_sparse.kernels.triton.ops import attend_tile
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from vllm_sparse.kernels.reference.sparda_steps import Unframed
 
 
 @triton.jit
@@ -22,6 +23,9 @@ def _attend_frames_kernel(
     query,
     frames,
     lengths,
+    host,
+    table,
+    unframed,
     output,
     lse_out,
     count,
@@ -31,6 +35,7 @@ def _attend_frames_kernel(
     stride_output_row,
     stride_output_head,
     stride_output_split,
+    stride_table,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -39,12 +44,19 @@ def _attend_frames_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr,
+    UNFRAMED: tl.constexpr,
 ):
     """All query heads of one KV head against one share of its tokens."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     split = tl.program_id(2)
     length = tl.load(lengths + row)
+    memory = slab
+    if UNFRAMED:
+        whole = tl.load(unframed + row)
+        length = tl.maximum(length, whole)
+        memory = tl.where(whole > 0, host, slab)
+        table += row * stride_table
     member = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_D)
     dim_inside = dim < DIM
@@ -76,10 +88,19 @@ def _attend_frames_kernel(
     for start in range(begin, end, BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
         inside = token < end
+        number = token // BLOCK_SIZE
+        framed = inside
+        if UNFRAMED:
+            framed = token < tl.where(whole > 0, 0, end)
         # A slab that was full left some without a frame; stay inside it all the same.
-        frame = tl.maximum(tl.load(frames + token // BLOCK_SIZE, mask=inside, other=0), 0)
-        slot = frame.to(tl.int64) * BLOCK_SIZE + token % BLOCK_SIZE
-        source = slab + (slot * (2 * DIM))[:, None] + dim[None, :]
+        piece = tl.maximum(tl.load(frames + number, mask=framed, other=0), 0).to(tl.int64)
+        if UNFRAMED:
+            block = tl.load(table + number, mask=token < tl.minimum(end, whole), other=0).to(
+                tl.int64
+            )
+            piece = tl.where(whole > 0, block * HEADS + head, piece)
+        slot = piece * BLOCK_SIZE + token % BLOCK_SIZE
+        source = memory + (slot * (2 * DIM))[:, None] + dim[None, :]
         loaded = inside[:, None] & dim_inside[None, :]
         b_k = tl.load(source, mask=loaded, other=0.0)  # [BLOCK_N, BLOCK_D]
         b_v = tl.load(source + DIM, mask=loaded, other=0.0)
@@ -91,9 +112,15 @@ def _attend_frames_kernel(
 
 
 def attend_frames(
-    slab: Tensor, query: Tensor, output: Tensor, frames: Tensor, lengths: Tensor, scale: float
+    slab: Tensor,
+    query: Tensor,
+    output: Tensor,
+    frames: Tensor,
+    lengths: Tensor,
+    scale: float,
+    unframed: Unframed | None = None,
 ) -> None:
-    """Same contract as :func:`vllm_sparse.kernels.reference.paging.attend_frames`.
+    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_steps.attend_frames`.
 
     Queries are rounded to the slab's dtype. Scratch: ``4 * T * H * D * splits`` bytes.
 
@@ -104,6 +131,7 @@ def attend_frames(
         frames: int32 ``[T, G, K]``, contiguous; -1 beyond what a row uses.
         lengths: int32 ``[T]``.
         scale: Logit scale.
+        unframed: Its pool is contiguous, and so are the entries of its table; int32.
     """
     rows, heads, dim = query.shape
     kv_heads, count = frames.shape[1:]
@@ -114,6 +142,12 @@ def attend_frames(
     assert lengths.is_contiguous()
     if not rows:
         return
+    host, table, whole = unframed or (slab, frames, lengths)
+    if unframed:
+        assert host.is_contiguous()
+        assert host.dtype == slab.dtype
+        assert table.stride(-1) == 1
+        assert whole.is_contiguous()
     block, warps, stages = launch("attend", device, dim)
     shares = splits(rows * kv_heads, -(-count * block_size // block), device)
     query = query.to(slab.dtype)
@@ -123,6 +157,9 @@ def attend_frames(
         query,
         frames,
         lengths,
+        host,
+        table,
+        whole,
         scratch.partial,
         scratch.lse,
         count,
@@ -130,6 +167,7 @@ def attend_frames(
         query.stride(0),
         query.stride(1),
         *scratch.strides,
+        table.stride(0),
         HEADS=kv_heads,
         GROUP=heads // kv_heads,
         DIM=dim,
@@ -138,7 +176,8 @@ def attend_frames(
         BLOCK_N=block,
         BLOCK_D=dim_block(dim),
         SPLITS=shares,
+        UNFRAMED=unframed is not None,
         num_warps=warps,
         num_stages=stages,
     )
-    merge_shares(scratch, lengths, output)
+    merge_shares(scratch, lengths, output, whole if unframed else None)
