@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from vllm_sparse.kernels.reference.paging import PageTable
 
-# A piece without a frame that is wanted at index i holds _CLAIM + i in place of -1, for the
-# smallest such i. So no scratch of the size of the host pool is needed, nor resetting it.
+# While pieces are given frames, frame_of of an absent one holds _CLAIM + the smallest index at which
+# it is wanted. Then it holds _RANK + TILE * the tile of that index + its number among the pieces
+# that are so claimed from this tile. So no scratch of the size of the host pool is needed, nor
+# resetting it. Indices are smaller than the distance of the two.
 _CLAIM = tl.constexpr(-(2**31))
+_RANK = tl.constexpr(-(2**30))
 
 
 # The number of rows changes from step to step, which must not compile variants.
@@ -29,8 +32,8 @@ def _look_up_kernel(
     last_use,
     recent,
     step,
-    frames,
     hits,
+    arrived,
     total,
     BLOCK: tl.constexpr,
 ):
@@ -46,12 +49,13 @@ def _look_up_kernel(
     )
     tl.store(recent + frame, tl.full([BLOCK], 1, tl.uint8), mask=hit)
     tl.atomic_min(frame_of + piece, index + _CLAIM, mask=wants & ~hit, sem="relaxed")
-    tl.store(frames + index, tl.where(hit, frame, -1), mask=index < total)
     # Of those who want the same piece, one finds the frame unused in this step.
     tl.store(hits + tl.program_id(0), tl.sum((hit & (before != now)).to(tl.int32), 0))
+    if tl.program_id(0) == 0:
+        tl.store(arrived, 0)
 
 
-@triton.jit(do_not_specialize=["total", "tiles"])
+@triton.jit(do_not_specialize=["total", "lookups"])
 def _replace_kernel(
     wanted,
     frame_of,
@@ -60,36 +64,47 @@ def _replace_kernel(
     recent,
     hand,
     step,
-    frames,
-    hits_of_tiles,
-    missing,
+    hits_of_lookups,
+    ranks,
     targets,
     counts,
+    arrived,
     error,
     total,
-    tiles,
+    lookups,
     num_frames,
-    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """One program: lists the absent pieces in order, then finds each a frame."""
-    lane = tl.arange(0, BLOCK)
+    """Counts the absent pieces, tile by tile; the last program to do so finds all of them frames.
+
+    Which piece gets which of these frames is left to the next launch.
+    """
+    lane = tl.arange(0, TILE)
+    tile = tl.program_id(0)
+    tiles = tl.num_programs(0)
+    index = tile * TILE + lane
+    piece = tl.load(wanted + index, mask=index < total, other=-1)
+    # Others may have put a rank in place of a claim, but never of this program's.
+    claim = tl.load(frame_of + piece, mask=piece >= 0, other=0)
+    first = claim == index + _CLAIM
+    ones = first.to(tl.int32)
+    rank = tile * TILE + tl.cumsum(ones, 0) - ones
+    tl.store(frame_of + piece, rank + _RANK, mask=first)
+    tl.store(ranks + tile, tl.sum(ones, 0))
+    tl.debug_barrier()
+    if tl.atomic_add(arrived, 1, sem="acq_rel") != tiles - 1:
+        return
+
     hits = 0
-    for start in range(0, tiles, BLOCK):
-        inside = start + lane < tiles
-        hits += tl.sum(tl.load(hits_of_tiles + start + lane, mask=inside, other=0), 0)
+    for start in range(0, lookups, TILE):
+        inside = start + lane < lookups
+        hits += tl.sum(tl.load(hits_of_lookups + start + lane, mask=inside, other=0), 0)
     needed = 0
-    for start in range(0, total, BLOCK):
-        index = start + lane
-        inside = index < total
-        piece = tl.load(wanted + index, mask=inside, other=-1)
-        frame = tl.load(frames + index, mask=inside, other=0)
-        absent = (piece >= 0) & (frame < 0)
-        claim = tl.load(frame_of + piece, mask=absent, other=0)
-        first = absent & (claim == index + _CLAIM)
-        ones = first.to(tl.int32)
-        tl.store(missing + needed + tl.cumsum(ones, 0) - ones, piece, mask=first)
+    for start in range(0, tiles, TILE):
+        inside = start + lane < tiles
+        ones = tl.load(ranks + start + lane, mask=inside, other=0)
+        tl.store(ranks + start + lane, needed + tl.cumsum(ones, 0) - ones, mask=inside)
         needed += tl.sum(ones, 0)
-    tl.debug_barrier()  # other threads of this program read the list
 
     # Two rounds of the clock. The first clears the marks of the frames it passes, so the second
     # takes all that are left; what was taken or cleared must be visible to it.
@@ -111,46 +126,62 @@ def _replace_kernel(
             rank = taken + tl.cumsum(ones, 0) - ones
             in_reach = rank < needed
             chosen = free & in_reach
-            piece = tl.load(missing + rank, mask=chosen, other=0)
-            tl.store(frame_of + held, tl.full([BLOCK], -1, tl.int32), mask=chosen & (held >= 0))
-            tl.store(frame_of + piece, frame, mask=chosen)
-            tl.store(piece_of + frame, piece.to(tl.int64), mask=chosen)
-            tl.store(last_use + frame, tl.full([BLOCK], 0, tl.int64) + now, mask=chosen)
+            tl.store(frame_of + held, tl.full([TILE], -1, tl.int32), mask=chosen & (held >= 0))
+            tl.store(last_use + frame, tl.full([TILE], 0, tl.int64) + now, mask=chosen)
             # The hand stops behind the last frame that it takes: later marks stay.
             tl.store(recent + frame, chosen.to(tl.uint8), mask=idle & in_reach)
             tl.store(targets + rank, frame, mask=chosen)
             last = tl.max(tl.where(chosen, passed + lane, -1), 0)
             after = tl.where(last >= 0, (begin + last + 1) % num_frames, after)
             taken = tl.minimum(taken + tl.sum(ones, 0), needed)
-            passed += BLOCK
+            passed += TILE
         tl.debug_barrier()
     tl.store(hand, after.to(tl.int64))
     tl.store(counts, hits)
     tl.store(counts + 1, taken)
     if taken < needed:
         tl.store(error, 1)
-        for start in range(taken, needed, BLOCK):  # give the claims back
-            inside = start + lane < needed
-            piece = tl.load(missing + start + lane, mask=inside, other=0)
-            tl.store(frame_of + piece, tl.full([BLOCK], -1, tl.int32), mask=inside)
 
 
 @triton.jit(do_not_specialize=["total"])
-def _fill_kernel(wanted, frame_of, frames, total, BLOCK: tl.constexpr):
-    """Frames of the pieces that were absent."""
+def _fill_kernel(
+    wanted,
+    frame_of,
+    piece_of,
+    ranks,
+    targets,
+    misses,
+    missing,
+    frames,
+    total,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gives the absent pieces their frames, and everyone theirs.
+
+    All who want an absent piece write the same, so whoever comes late may find the frame or, as
+    long as it is not there, the rank.
+    """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < total
     piece = tl.load(wanted + index, mask=inside, other=-1)
-    frame = tl.load(frames + index, mask=inside, other=0)
-    absent = (piece >= 0) & (frame < 0)
-    tl.store(frames + index, tl.load(frame_of + piece, mask=absent, other=-1), mask=absent)
+    frame = tl.load(frame_of + piece, mask=piece >= 0, other=-1)
+    absent = frame < -1
+    rank = tl.where(absent, frame - _RANK, 0)
+    rank = tl.load(ranks + rank // TILE, mask=absent, other=0) + rank % TILE
+    served = absent & (rank < tl.load(misses))  # else the slab is full
+    frame = tl.where(absent, tl.load(targets + rank, mask=served, other=-1), frame)
+    tl.store(frame_of + piece, frame, mask=absent)
+    tl.store(piece_of + frame, piece.to(tl.int64), mask=served)
+    tl.store(missing + rank, piece, mask=served)
+    tl.store(frames + index, frame, mask=inside)
 
 
 def resolve(table: PageTable, wanted: Tensor, step: Tensor, error: Tensor) -> Resolution:
     """Same contract as :func:`vllm_sparse.kernels.reference.sparda_steps.resolve`.
 
-    Three launches, whatever is missing. The second is one program that scans the frames from the
-    clock hand and stops as soon as every missing piece has one.
+    Three launches, whatever is missing. In the second, the program that is done last scans the
+    frames from the clock hand and stops as soon as every missing piece has one.
     """
     total, num_frames, device = wanted.numel(), len(table.piece_of), wanted.device
     assert wanted.is_contiguous()
@@ -164,23 +195,25 @@ def resolve(table: PageTable, wanted: Tensor, step: Tensor, error: Tensor) -> Re
         counts.zero_()
         return result
     block, warps, _ = launch("wanted", device)
-    tiles = -(-total // block)
-    hits_of_tiles = torch.empty(tiles, dtype=torch.int32, device=device)
+    tile, tile_warps, _ = launch("replace", device)
+    lookups, tiles = -(-total // block), -(-total // tile)
+    hits, ranks, arrived = (
+        torch.empty(size, dtype=torch.int32, device=device) for size in (lookups, tiles, 1)
+    )
     recent = table.recent.view(torch.uint8)
-    _look_up_kernel[(tiles,)](
+    _look_up_kernel[(lookups,)](
         wanted,
         table.frame_of,
         table.last_use,
         recent,
         step,
-        frames,
-        hits_of_tiles,
+        hits,
+        arrived,
         total,
         BLOCK=block,
         num_warps=warps,
     )
-    scan, scan_warps, _ = launch("replace", device)
-    _replace_kernel[(1,)](
+    _replace_kernel[(tiles,)](
         wanted,
         table.frame_of,
         table.piece_of,
@@ -188,19 +221,32 @@ def resolve(table: PageTable, wanted: Tensor, step: Tensor, error: Tensor) -> Re
         recent,
         table.hand,
         step,
-        frames,
-        hits_of_tiles,
-        missing,
+        hits,
+        ranks,
         targets,
         counts,
+        arrived,
         error,
         total,
-        tiles,
+        lookups,
         num_frames,
-        BLOCK=scan,
-        num_warps=scan_warps,
+        TILE=tile,
+        num_warps=tile_warps,
     )
-    _fill_kernel[(tiles,)](wanted, table.frame_of, frames, total, BLOCK=block, num_warps=warps)
+    _fill_kernel[(lookups,)](
+        wanted,
+        table.frame_of,
+        table.piece_of,
+        ranks,
+        targets,
+        counts[1:],
+        missing,
+        frames,
+        total,
+        TILE=tile,
+        BLOCK=block,
+        num_warps=warps,
+    )
     return result
 
 
