@@ -57,9 +57,17 @@ def _score_pages_kernel(
     newest = (length - 1) // PAGE
     member = tl.arange(0, BLOCK_M)
     member_inside = member < GROUP
+    first_head = row * (HEADS * GROUP) + head * GROUP
+    part = (first_head + member) * SPLITS + split
+    share = tl.cdiv(tl.cdiv(newest + 1, SPLITS), BLOCK_P) * BLOCK_P
+    begin = split * share
+    last = tl.minimum(begin + share, newest + 1)
+    if begin >= last:  # before the work that a share without pages has no use for
+        tl.store(peak_out + part, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=member_inside)
+        tl.store(mass_out + part, tl.zeros([BLOCK_M], tl.float32), mask=member_inside)
+        return
     dim = tl.arange(0, BLOCK_D)
     dim_inside = dim < DIM
-    first_head = row * (HEADS * GROUP) + head * GROUP
     b_q = tl.load(
         query
         + row * stride_query_row
@@ -100,21 +108,21 @@ def _score_pages_kernel(
     bound = tl.where(dim_inside, tl.where(upper, high, low), 0.0)
     newest_logit = tl.sum(selected * bound[None, :], 1)
 
-    share = tl.cdiv(tl.cdiv(newest + 1, SPLITS), BLOCK_P) * BLOCK_P
-    begin = split * share
-    last = tl.minimum(begin + share, newest + 1)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     for start in range(begin, last, BLOCK_P):
         page = start + tl.arange(0, BLOCK_P)
-        older = page < newest
         inside = page < last
-        block = tl.load(table + page // PAGES, mask=older, other=0).to(tl.int64)
+        # Whole blocks, or a channel's pages could not be loaded as vectors. What was loaded from
+        # the newest page on is not used.
+        there = page // PAGES <= newest // PAGES
+        block = tl.load(table + page // PAGES, mask=there, other=0).to(tl.int64)
         source = block * stride_block + BLOCK_SIZE * 2 * DIM + page % PAGES
+        source = tl.max_contiguous(tl.multiple_of(source, PAGES), PAGES)
         # Channels that are not kept are masked: their bytes stay where they are.
         b_bound = tl.load(
             base + channel[:, None] * PAGES + source[None, :],
-            mask=kept[:, None] & older[None, :],
+            mask=kept[:, None] & there[None, :],
             other=0.0,
         )  # [BLOCK_D, BLOCK_P]
         logit = dot(b_selected, b_bound)
@@ -128,9 +136,8 @@ def _score_pages_kernel(
         mass = mass * tl.exp(peak - highest)
         mass += tl.sum(tl.exp(logit - highest[:, None]) * tokens[None, :], 1)
         peak = highest
-    target = (first_head + member) * SPLITS + split
-    tl.store(peak_out + target, peak, mask=member_inside)
-    tl.store(mass_out + target, mass, mask=member_inside)
+    tl.store(peak_out + part, peak, mask=member_inside)
+    tl.store(mass_out + part, mass, mask=member_inside)
 
 
 def score_pages(
@@ -148,6 +155,7 @@ def score_pages(
     kv_heads, device = cache.shape[1], cache.device
     assert query.stride(-1) == block_table.stride(-1) == cache.stride(-1) == 1
     assert cache.stride(-2) == cache.shape[-1], "a page must be one contiguous run"
+    assert cache.stride(0) % layout.pages_per_block == 0, "extrema of a block must be aligned"
     width = block_table.shape[1] * layout.pages_per_block
     block, warps, stages = launch("score_pages", device, dim)
     shares = splits(rows * kv_heads, -(-width // block), device)
