@@ -99,3 +99,29 @@ def _addresses(item: Any) -> list[int]:
     return (
         [at for part in item for at in _addresses(part)] if isinstance(item, list | tuple) else []
     )
+
+
+def profiled_graphs() -> None:
+    """Start as vLLM does on a GPU: first with a cache of a few blocks, to measure graphs.
+
+    Builders are made for it, a batch runs, and everything is thrown away.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.worker.gpu import cudagraph_utils, model_runner
+
+    torch.accelerator.synchronize = torch.accelerator.empty_cache = lambda: None
+    real = model_runner.GPUModelRunner.initialize_kv_cache
+
+    def initialize(self: Any, config: Any, is_profiling: bool = False, **options: Any) -> None:
+        if not is_profiling:
+            blocks, self.cache_config.num_gpu_blocks = self.cache_config.num_gpu_blocks, None
+            self.compilation_config.max_cudagraph_capture_size = 4
+            with set_current_vllm_config(self.vllm_config):
+                cudagraph_utils._init_minimal_kv_cache_for_profiling(self)
+            for tokens in (1, 4):
+                self._dummy_run(tokens, skip_attn=False, uniform_decode=tokens == 1)
+            cudagraph_utils._teardown_profiling_state(self)
+            self.cache_config.num_gpu_blocks = blocks
+        real(self, config, is_profiling=is_profiling, **options)
+
+    model_runner.GPUModelRunner.initialize_kv_cache = initialize

@@ -27,7 +27,11 @@ def run_gpu_path(model, prompts, *, v2=True, graphs=True, settings=SETTINGS, **o
         model,
         prompts,
         settings={**settings, "kernels": "triton"},
-        stand_ins=("flash_attention", "captured_graphs" if graphs else ""),
+        stand_ins=(
+            "flash_attention",
+            *(("captured_graphs",) if graphs else ()),
+            *(("profiled_graphs",) if graphs and v2 else ()),
+        ),
         env=V2 if v2 else {},
         **{
             "block_size": BLOCK_SIZE,

@@ -23,7 +23,7 @@ def run_gpu_path(model, prompts, changes, *, v2=True, graphs=False, **options):
         model,
         prompts,
         settings={**SPARDA_SETTINGS, **changes, "kernels": "triton"},
-        stand_ins=("flash_attention", "captured_graphs" if graphs else ""),
+        stand_ins=("flash_attention", *(("captured_graphs", "profiled_graphs") if graphs else ())),
         env={"VLLM_USE_V2_MODEL_RUNNER": "1"} if v2 else {},
         timeout=900,
         **SHARED,
@@ -44,6 +44,12 @@ def test_how_blocks_come_changes_nothing(llama, prompts, sparda_run, changes):
 
 
 CASES = {
+    # Two prompts, of 600 and 607 tokens: the last one's last token comes alone, beside a row that
+    # decodes, which a graph of single tokens would run.
+    "lone-prompt-token-in-graphs": (
+        {"selector": "previous"},
+        {"max_num_batched_tokens": 101, "graphs": True},
+    ),
     "query-v1": ({"selector": "query"}, {"v2": False}),
     "previous-chunked-crossing-dense-len": (
         {"selector": "previous", "dense_len": 612, "slab_gib": 0.02},

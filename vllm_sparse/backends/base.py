@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from vllm_sparse.errors import IntegrityError
+
 if TYPE_CHECKING:
     from torch import Tensor
     from vllm.config import VllmConfig
@@ -39,23 +41,60 @@ class SparseBackend:
         return (KVCacheLayout.LBHNC,)
 
 
+_ASKED = 1 << 30
+
+
 def ask_for_prompt_lengths(vllm_config: VllmConfig) -> None:
     """Make the model runner hand each request's prompt length to the metadata builder.
 
-    Both runners do if this is set; nothing else reads it for our backends.
+    Both runners do if this is set; nothing else reads it for our backends. A stock builder would
+    take it for a model with such a window: see :func:`withdraw`.
     """
-    vllm_config.model_config.model_arch_config.rswa_window = 1 << 30
+    vllm_config.model_config.model_arch_config.rswa_window = _ASKED
+
+
+def withdraw(vllm_config: VllmConfig) -> None:
+    """Take back what an earlier builder asked for; vLLM builds a first one to measure graphs."""
+    model = vllm_config.model_config.model_arch_config
+    if model.rswa_window == _ASKED:
+        model.rswa_window = None
+
+
+def is_rehearsal(common: CommonAttentionMetadata) -> bool:
+    """Whether this is a dummy run, which counts for nothing."""
+    return common.rswa_prefix_lens is None
 
 
 def prompt_lengths(common: CommonAttentionMetadata) -> Tensor:
     """Prompt tokens of each row's request, int32 ``[R]``, zero for padding rows.
 
     On the device where the runner keeps them there (Model Runner V2), else on the host.
+
+    Raises:
+        IntegrityError: The runner does not say, though requests have a past.
     """
     lengths = common.rswa_prefix_lens
-    if lengths is None:  # a dummy run before the runner knows that we need them
+    if lengths is None:  # the requests of a dummy run consist of what it computes
+        past = sequence_lengths(common) - common.query_start_loc_cpu[: common.num_reqs + 1].diff()
+        if bool((past > 0).any()):
+            raise IntegrityError(
+                "vLLM's model runner no longer says how long prompts are, so that it is unknown "
+                "which blocks hold what. Was its model configuration replaced while it ran? "
+                "Restart the server"
+            )
         return torch.zeros(common.num_reqs, dtype=torch.int32)
     padding = common.num_reqs - len(lengths)
     if padding > 0:
         lengths = torch.nn.functional.pad(lengths, (0, padding))
     return lengths[: common.num_reqs].int()
+
+
+def sequence_lengths(common: CommonAttentionMetadata) -> Tensor:
+    """Tokens of each row after the step, on the host, ``[R]``.
+
+    The runner's upper bound is exact: only speculative decoding, which is refused, makes it loose.
+    """
+    bound = common.seq_lens_cpu_upper_bound
+    if bound is None:  # some dummy runs
+        bound = common.seq_lens.cpu()
+    return bound[: common.num_reqs]

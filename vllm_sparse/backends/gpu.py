@@ -4,17 +4,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
 from vllm_sparse.backends.guard import unsupported
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm_sparse.errors import UnsupportedError
 
 # A child of vLLM's logger: others have no handler in its processes.
 logger = init_logger("vllm.sparse")
@@ -46,18 +43,20 @@ def warn_of_gpus(name: str) -> None:
     )
 
 
+def check_block_size(block_size: int) -> None:
+    """Refuse blocks that the kernels have no tiles for.
+
+    Raises:
+        UnsupportedError: Not a power of two.
+    """
+    if block_size & (block_size - 1):
+        raise UnsupportedError(
+            f"blocks of {block_size} tokens: on GPUs a block must be a power of two. Choose "
+            "--block-size (SPARDA: vllm_sparse.block_size) 16, 32, 64 or 128"
+        )
+
+
 def most_rows(vllm_config: VllmConfig) -> int:
     """Rows that a batch of single tokens may have, the padding of captured graphs included."""
     captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     return max(vllm_config.scheduler_config.max_num_seqs, captured)
-
-
-def sequence_lengths(common: CommonAttentionMetadata) -> Tensor:
-    """Tokens of each row after the step, on the host, ``[R]``.
-
-    The runner's upper bound is exact: only speculative decoding, which is refused, makes it loose.
-    """
-    bound = common.seq_lens_cpu_upper_bound
-    if bound is None:  # some dummy runs
-        bound = common.seq_lens.cpu()
-    return bound[: common.num_reqs]

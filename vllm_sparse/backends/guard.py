@@ -77,6 +77,8 @@ def unsupported(config: Any) -> Iterator[str]:
     parallel = config.parallel_config
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         yield "context parallelism spreads one request's tokens over ranks; use tensor parallelism"
+    if parallel.use_ubatching:
+        yield "dual batch overlap builds the metadata of half a step; remove --enable-dbo"
     if config.attention_config.use_non_causal:
         yield "non-causal attention needs the whole context at every step"
 
@@ -91,6 +93,8 @@ def _unsupported_by_sparda(config: Any) -> Iterator[str]:
             f"--tensor-parallel-size {parallel.tensor_parallel_size} is more than the {heads} KV "
             "heads, each of which has a cache of its own"
         )
+    if config.model_config.enable_sleep_mode:
+        yield "sleep mode frees device memory that it does not know of; remove --enable-sleep-mode"
     if config.lora_config is not None:
         yield "LoRA replaces the projections that the Forecast sits beside; remove --enable-lora"
 

@@ -19,7 +19,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_sparse import metrics
-from vllm_sparse.backends.base import SparseBackend, ask_for_prompt_lengths
+from vllm_sparse.backends.base import SparseBackend, ask_for_prompt_lengths, withdraw
 from vllm_sparse.backends.guard import check_layer
 from vllm_sparse.backends.metadata import PromptEnd, SparseRows, StepMetadata, StepPlanner
 from vllm_sparse.config import RocketKVSettings, load_settings
@@ -133,6 +133,7 @@ class RocketKVPlanning:
         vllm_config: VllmConfig,
         device: torch.device,
     ) -> None:
+        withdraw(vllm_config)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         self.settings = load_settings(vllm_config.additional_config, "rocketkv")
         self.rule = kv_cache_spec.rule
@@ -144,7 +145,6 @@ class RocketKVPlanning:
                 f"--block-size that it keeps, for example {self.block_size}"
             )
         self.planner = StepPlanner(self.rule, self.settings.token_budget // 2)
-        # After the stock builder has looked: it would take this for a model with such a window.
         ask_for_prompt_lengths(vllm_config)
 
         context = vllm_config.compilation_config.static_forward_context

@@ -21,9 +21,9 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from vllm_sparse import metrics
-from vllm_sparse.backends.base import prompt_lengths
+from vllm_sparse.backends.base import prompt_lengths, sequence_lengths
 from vllm_sparse.backends.device_counters import DeviceCounters
-from vllm_sparse.backends.gpu import GpuBackend, most_rows, sequence_lengths, warn_of_gpus
+from vllm_sparse.backends.gpu import GpuBackend, check_block_size, most_rows, warn_of_gpus
 from vllm_sparse.backends.metadata import PromptEnd, StepMetadata
 from vllm_sparse.backends.rocketkv import RocketKVBackend, RocketKVLayer, RocketKVPlanning
 from vllm_sparse.errors import UnsupportedError
@@ -46,7 +46,7 @@ class RocketKVGpuBackend(RocketKVBackend, GpuBackend):
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
         """Where the user leaves the choice: reading few channels should move few sectors."""
-        return max(default_block_size, _PREFERRED_BLOCK_SIZE)
+        return max(super().get_preferred_block_size(default_block_size), _PREFERRED_BLOCK_SIZE)
 
     @staticmethod
     def get_impl_cls() -> type[RocketKVGpuImpl]:
@@ -76,6 +76,7 @@ class RocketKVGpuBuilder(RocketKVPlanning, FlashAttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         warn_of_gpus("ROCKETKV")
+        check_block_size(self.block_size)
         if len(self.rule.page_sizes) > 1:
             raise UnsupportedError(
                 f"page_sizes={list(self.rule.page_sizes)}: on GPUs one page size serves all "

@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 # A child of vLLM's logger: others have no handler in its processes.
 logger = init_logger("vllm.sparse.sparda")
 
+# The null block, and one more.
+_BLOCKS_TO_PROFILE = 2
+
 # Query tokens whose window scores exist at the same time.
 _SCORED_AT_ONCE = 128
 
@@ -108,7 +111,7 @@ class Runtime:
         """A layer's compressed keys, ``[blocks, G, windows per block, D]``, a view."""
         geometry = self.pager.geometry
         cache: Tensor = self.layers[layer].kv_cache
-        return cache.view(geometry.num_blocks, geometry.num_kv_heads, -1, geometry.head_dim)
+        return cache.view(len(cache), geometry.num_kv_heads, -1, geometry.head_dim)
 
 
 class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
@@ -124,7 +127,9 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         settings = load_settings(vllm_config.additional_config, "sparda")
         spec, context = kv_cache_spec, vllm_config.compilation_config.static_forward_context
-        num_blocks = vllm_config.cache_config.num_gpu_blocks_override
+        # Unknown while vLLM estimates the memory of CUDA graphs, with a cache that it throws away:
+        # all rows of what is captured for that have empty block tables.
+        num_blocks = vllm_config.cache_config.num_gpu_blocks or _BLOCKS_TO_PROFILE
         names = sorted(layer_names, key=extract_layer_index)
         layers = [context[name] for name in names]
         _check_layers(vllm_config, settings, spec, layers)
@@ -192,9 +197,16 @@ def make_selector(
     geometry: Geometry,
     dtype: torch.dtype,
     layers: list[Any],
-    device: torch.device,
+    view: Callable[[Tensor], Tensor] | None = None,
 ) -> Selector:
     """What chooses blocks in these layers.
+
+    Args:
+        settings: The settings.
+        geometry: Sizes.
+        dtype: Of keys and queries.
+        layers: vLLM's attention layers, in order.
+        view: Pins host memory and returns it as a GPU sees it.
 
     Raises:
         UnsupportedError: It needs a projection that the layers lack.
@@ -204,8 +216,9 @@ def make_selector(
         return QuerySelector(settings.kernel_stride, impl.scale)
     if kind == "previous":
         shape = (geometry.num_layers, geometry.num_blocks, impl.num_heads, geometry.head_dim)
+        kept = torch.empty(shape, dtype=dtype, device="cpu")
         return PreviousSelector(
-            settings.kernel_stride, impl.scale, shape, dtype, geometry.block_size, device
+            settings.kernel_stride, impl.scale, view(kept) if view else kept, geometry.block_size
         )
     missing = [layer.layer_name for layer in layers[:-1] if not hasattr(layer, "sparda_tap")]
     if missing:

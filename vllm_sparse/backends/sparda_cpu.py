@@ -86,7 +86,7 @@ class SpardaCpuBuilder(SpardaBuilder):
             settings,
             pager,
             PromptStream(pager, engine, settings.staging_blocks, count, settings.prefetch),
-            make_selector(settings, geometry, dtype, layers, device),
+            make_selector(settings, geometry, dtype, layers),
             layers,
             kernels.attend_part,
             kernels.name,

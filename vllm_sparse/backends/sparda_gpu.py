@@ -10,7 +10,9 @@ the host; their decode rows take the same way.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,9 +22,9 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.simple_kv_offload.cuda_mem_ops import pin_tensor
 
 from vllm_sparse import metrics
-from vllm_sparse.backends.base import prompt_lengths
+from vllm_sparse.backends.base import is_rehearsal, prompt_lengths, sequence_lengths
 from vllm_sparse.backends.device_counters import DeviceCounters
-from vllm_sparse.backends.gpu import GpuBackend, most_rows, sequence_lengths, warn_of_gpus
+from vllm_sparse.backends.gpu import GpuBackend, check_block_size, most_rows, warn_of_gpus
 from vllm_sparse.backends.sparda import (
     Runtime,
     SpardaBackend,
@@ -30,9 +32,11 @@ from vllm_sparse.backends.sparda import (
     SpardaLayer,
     make_selector,
 )
-from vllm_sparse.backends.sparda_metadata import SpardaStep
+from vllm_sparse.backends.sparda_metadata import SpardaPlanner, SpardaStep
+from vllm_sparse.config import load_settings
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.kernels.dispatch import SpardaGpuKernels, sparda_gpu, sparda_paging
+from vllm_sparse.kernels.reference.sparda_steps import Unframed
 from vllm_sparse.kv.geometry import GIB, blocks_per_row
 from vllm_sparse.kv.pager import Pager
 from vllm_sparse.prefetch.lanes import Lane, LaneCopyEngine, LateLane, StreamLane
@@ -106,13 +110,21 @@ class Rows:
         tokens: Their tokens; positions of padding rows are zero.
         positions: Position of each row's token, int64 ``[R]``; -1 for padding rows.
         table: Physical blocks, int32 ``[R, blocks]``.
-        whole: They are the first rows of the batch, in order.
+        framed: The same as ``positions``, but -1 also for rows that have no frames.
+        unframed: Tokens of those: they read them all from the host pool; 0 for others, int32
+            ``[R]``. ``None`` if the step has none: its rows are not all the batch has.
     """
 
     tokens: Tokens
     positions: Tensor
     table: Tensor
-    whole: bool
+    framed: Tensor
+    unframed: Tensor | None
+
+    @property
+    def whole(self) -> bool:
+        """They are the first rows of the batch, in order."""
+        return self.unframed is not None
 
 
 @dataclass(frozen=True)
@@ -133,14 +145,10 @@ class SpardaGpuBuilder(SpardaBuilder):
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
     ) -> AttentionCGSupport:
-        """Whole decode steps if prompts are sparse too.
-
-        Otherwise a prompt's token that comes alone is dense, for which no frames are set aside, but
-        vLLM would run it in a captured graph of decode.
-        """
-        if kv_cache_spec.sparse_prefill:  # type: ignore[attr-defined]
-            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-        return AttentionCGSupport.NEVER
+        """Whole decode steps, except while looking for mistakes."""
+        if load_settings(vllm_config.additional_config, "sparda").poison:
+            return AttentionCGSupport.NEVER  # poisoning waits for the device
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def set_up(
         self,
@@ -152,8 +160,10 @@ class SpardaGpuBuilder(SpardaBuilder):
     ) -> GpuRuntime:
         """See :class:`SpardaBuilder`."""
         warn_of_gpus("SPARDA")
+        check_block_size(geometry.block_size)
         on_gpu = device.type == "cuda"
-        view = _pinned_view if on_gpu else None
+        pinned: list[Tensor] = []
+        view = partial(_pinned_view, pinned) if on_gpu else None
         if on_gpu:
             _check_memory(geometry, settings, device)
         kernels, count = sparda_gpu(device), metrics.counters().add
@@ -162,13 +172,14 @@ class SpardaGpuBuilder(SpardaBuilder):
         engine = LaneCopyEngine(lane, kernels.copy_pieces)
         config = self.vllm_config
         self._max_rows = most_rows(config)
+        self._rehearsal = SpardaPlanner(settings, geometry.num_blocks, lambda *_: None)
         self._buffers: tuple[Tensor, ...] = ()
         self._bytes_per_token = geometry.host_bytes // (geometry.num_blocks * geometry.block_size)
-        return GpuRuntime(
+        runtime = GpuRuntime(
             settings,
             pager,
             PromptStream(pager, engine, settings.staging_blocks, count, settings.prefetch),
-            make_selector(settings, geometry, dtype, layers, device),
+            make_selector(settings, geometry, dtype, layers, view),
             layers,
             kernels.attend_part,
             kernels.name,
@@ -179,6 +190,9 @@ class SpardaGpuBuilder(SpardaBuilder):
             torch.zeros(1, dtype=torch.int64, device=device),
             blocks_per_row(settings, config.model_config.max_model_len),
         )
+        # When the process ends, the driver does it.
+        weakref.finalize(runtime, _unpin, pinned).atexit = False
+        return runtime
 
     def _count(self, name: str, amount: int) -> None:
         count = metrics.counters().add
@@ -203,14 +217,13 @@ class SpardaGpuBuilder(SpardaBuilder):
         """Plan one step."""
         common, count = common_attn_metadata, common_attn_metadata.num_reqs
         self.runtime.counters.publish()
-        tokens = int(common.query_start_loc_cpu[count])
-        metrics.counters().add("device_to_host_bytes", tokens * self._bytes_per_token)
-        prefilling = common.is_prefilling
-        if common.max_query_len == 1 and (
-            self.runtime.settings.sparse_prefill or prefilling is None or not bool(prefilling.any())
-        ):
-            return self._plan_rows(common)
-        step = self.planner.plan(
+        planner = self._rehearsal if is_rehearsal(common) else self.planner
+        if planner is self.planner:
+            tokens = int(common.query_start_loc_cpu[count])
+            metrics.counters().add("device_to_host_bytes", tokens * self._bytes_per_token)
+        if common.max_query_len == 1:
+            return self._plan_rows(common, planner)
+        step = planner.plan(
             common.query_start_loc_cpu[: count + 1],
             sequence_lengths(common),
             prompt_lengths(common).cpu(),
@@ -218,7 +231,13 @@ class SpardaGpuBuilder(SpardaBuilder):
         )
         return _on_device(step, self.device)
 
-    def _plan_rows(self, common: CommonAttentionMetadata) -> GpuStep:
+    def _plan_rows(self, common: CommonAttentionMetadata, planner: SpardaPlanner) -> GpuStep:
+        """Plan a batch of single tokens.
+
+        A prompt's token that comes alone is dense unless prompts are sparse. No frames are set
+        aside for all the blocks that it reads, but a captured graph may run the step: so the
+        attention over frames reads the host pool for it.
+        """
         count, size = common.num_reqs, self.runtime.settings.block_size
         table = common.block_table_tensor[:count]
         if not self._buffers or self._buffers[0].shape[1] != table.shape[1]:
@@ -226,12 +245,13 @@ class SpardaGpuBuilder(SpardaBuilder):
             index = torch.arange(self._max_rows, device=self.device)
             self._buffers = (
                 torch.zeros(shape, dtype=torch.int32, device=self.device),
-                *torch.zeros(4, self._max_rows, dtype=torch.int64, device=self.device),
+                *torch.zeros(5, self._max_rows, dtype=torch.int64, device=self.device),
+                torch.zeros(self._max_rows, dtype=torch.int32, device=self.device),
                 index,
                 torch.full_like(index, -1),
             )
         buffers = (part[:count] for part in self._buffers)
-        own_table, positions, clamped, slots, previous, index, nowhere = buffers
+        own_table, positions, clamped, slots, previous, framed, unframed, index, nowhere = buffers
         own_table.copy_(table)
         torch.sub(common.seq_lens[:count].long(), 1, out=positions)
         torch.clamp(positions, min=0, out=clamped)
@@ -239,7 +259,15 @@ class SpardaGpuBuilder(SpardaBuilder):
         slots.copy_(torch.where(positions < 0, -1, here * size + positions % size))
         before = (clamped - 1).clamp(min=0) // size
         previous.copy_(own_table.gather(1, before[:, None])[:, 0])
-        self.planner.count_rows(sequence_lengths(common))
+        lengths, prompt_lens = sequence_lengths(common), prompt_lengths(common)
+        framed.copy_(positions)
+        if not self.runtime.settings.sparse_prefill:
+            alone = positions < prompt_lens.to(self.device, non_blocking=True)
+            framed.masked_fill_(alone, -1)
+            unframed.copy_(torch.where(alone, positions + 1, 0))
+            if common.is_prefilling is not None and bool(common.is_prefilling.any()):
+                lengths = lengths.where(lengths > prompt_lens.cpu(), 0)
+        planner.count_rows(lengths)
 
         tokens = Tokens(index, clamped, previous, nowhere)
         none = torch.empty(0, dtype=torch.int64, device=self.device)
@@ -253,7 +281,7 @@ class SpardaGpuBuilder(SpardaBuilder):
             prompts=(),
             prompt_blocks=none,
             tiles=(),
-            rows=Rows(tokens, positions, own_table, True),
+            rows=Rows(tokens, positions, own_table, framed, unframed),
         )
 
 
@@ -275,14 +303,23 @@ def _check_memory(geometry: Geometry, settings: SpardaSettings, device: torch.de
         )
 
 
-def _pinned_view(host: Tensor) -> Tensor:
-    """Pin host memory for good, and return it as the GPU sees it.
+def _pinned_view(pinned: list[Tensor], host: Tensor) -> Tensor:
+    """Pin host memory, note it, and return it as the GPU sees it.
 
     Not with PyTorch's allocator for pinned memory, which rounds sizes up to a power of two.
     """
     pin_tensor(host)
+    pinned.append(host)
     view: Tensor = get_accelerator_view_from_cpu_tensor(host)
     return view
+
+
+def _unpin(pinned: list[Tensor]) -> None:
+    """Memory that was freed while it is pinned would haunt who gets its addresses next."""
+    if pinned:
+        torch.cuda.synchronize()
+    while pinned:
+        torch.cuda.cudart().cudaHostUnregister(pinned.pop().data_ptr())
 
 
 def _on_device(step: SpardaStep, device: torch.device) -> GpuStep:
@@ -290,7 +327,8 @@ def _on_device(step: SpardaStep, device: torch.device) -> GpuStep:
     if step.decode is not None:
         tokens = step.decode.tokens
         table = step.decode.block_table.to(device, torch.int32)
-        rows = Rows(_moved(tokens, device), tokens.positions.to(device), table, False)
+        positions = tokens.positions.to(device)
+        rows = Rows(_moved(tokens, device), positions, table, positions, None)
     values = {item.name: getattr(step, item.name) for item in dataclasses.fields(step)}
     # The prompts' tiles stay: the stream makes indices of them on the host.
     return GpuStep(
@@ -378,6 +416,7 @@ class SpardaGpuImpl(SpardaLayer):
             fetch.frames,
             fetch.selected.lengths,
             self.scale,
+            None if rows.unframed is None else Unframed(pager.host, rows.table, rows.unframed),
         )
         if index is not None:
             output[index] = target
@@ -390,7 +429,7 @@ class SpardaGpuImpl(SpardaLayer):
             runtime.compressed(layer),
             runtime.selector.vectors(layer, rows.tokens, query),
             rows.table,
-            rows.positions,
+            rows.framed,
             ranking,
             self.blocks,
             dense_len=runtime.settings.dense_len,

@@ -166,10 +166,9 @@ class PreviousSelector(QuerySelector):
     Args:
         kernel_stride: Tokens from one window's start to the next.
         scale: Logit scale.
-        shape: ``(layers, blocks, H, D)``; only blocks in use take memory.
-        dtype: Of the queries.
+        kept: Where they are kept, ``[layers, blocks, H, D]``: host memory, a small part of the
+            pool of keys and values, of which only blocks in use take memory unless it is pinned.
         block_size: Tokens per block.
-        device: Where they are kept.
     """
 
     ahead = True
@@ -178,14 +177,12 @@ class PreviousSelector(QuerySelector):
         self,
         kernel_stride: int,
         scale: float,
-        shape: tuple[int, int, int, int],
-        dtype: torch.dtype,
+        kept: Tensor,
         block_size: int,
-        device: torch.device,
     ) -> None:
         super().__init__(kernel_stride, scale)
         self.ranking = Ranking(softmax=True, scale=scale, lag=1)
-        self._kept = torch.empty(shape, dtype=dtype, device=device)
+        self._kept = kept
         self._block_size = block_size
 
     def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
