@@ -90,7 +90,8 @@ class Resolution(NamedTuple):
         missing: Pieces to copy, int32, as long as ``frames``; only the first ``misses`` count.
         targets: Their frames, likewise.
         misses: How many, int32 ``[1]``.
-        hits: Wanted pieces that had a frame, each counted once, int32 ``[1]``.
+        hits: Wanted pieces that had a frame, each counted once, int64 ``[1]``; only for callers
+            that count themselves, by giving ``resolve`` a flag in place of counters.
     """
 
     frames: Tensor
@@ -100,34 +101,41 @@ class Resolution(NamedTuple):
     hits: Tensor
 
 
-def resolve(table: paging.PageTable, wanted: Tensor, step: Tensor, error: Tensor) -> Resolution:
+def resolve(table: paging.PageTable, wanted: Tensor, step: Tensor, counters: Tensor) -> Resolution:
     """Give every wanted piece a frame; see :func:`.paging.resolve`.
 
     Args:
         table: Changed.
         wanted: Pieces, -1 for none, repetitions allowed, int32, any shape, contiguous.
         step: Number of this step, larger than any before, int64 ``[1]``.
-        error: Set to 1 if there are more pieces than frames, else left, int32 ``[1]``. Then the
-            pieces that found no frame have -1, and nothing else about the step can be relied on.
+        counters: Added to, int64 ``[3]``: wanted pieces that had a frame, each counted once;
+            copies to make; 1 if there are more pieces than frames. Then the pieces that found no
+            frame have -1, and nothing else about the step can be relied on.
 
     Returns:
         See :class:`Resolution`.
     """
     size = wanted.numel()
     missing, targets = (torch.zeros(size, dtype=torch.int32) for _ in range(2))
-    misses, hits = (torch.zeros(1, dtype=torch.int32) for _ in range(2))
+    misses = torch.zeros(1, dtype=torch.int32)
+    flag = counters if len(counters) == 1 else None
+    if flag is not None:
+        counters = torch.zeros(3, dtype=torch.int64)
     try:
         resolved = paging.resolve(table, wanted.long(), int(step))
     except paging.SlabFullError:
-        error.fill_(1)
+        counters[2] += 1
+        if flag is not None:
+            flag |= counters[2:]
         pieces = wanted.long()
         frames = torch.where(pieces >= 0, table.frame_of[pieces.clamp(min=0)], -1)
-        return Resolution(frames, missing, targets, misses, hits)
+        return Resolution(frames, missing, targets, misses, counters[:1])
     misses += len(resolved.missing)
-    hits += resolved.hits
+    counters[0] += resolved.hits
+    counters[1] += len(resolved.missing)
     missing[: len(resolved.missing)] = resolved.missing.int()
     targets[: len(resolved.targets)] = resolved.targets.int()
-    return Resolution(resolved.frames, missing, targets, misses, hits)
+    return Resolution(resolved.frames, missing, targets, misses, counters[:1])
 
 
 class Unframed(NamedTuple):

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from vllm_sparse.kernels.reference.paging import PageTable
 
-# While pieces are given frames, frame_of of an absent one holds _CLAIM + the smallest index at which
-# it is wanted. Then it holds _RANK + TILE * the tile of that index + its number among the pieces
-# that are so claimed from this tile. So no scratch of the size of the host pool is needed, nor
-# resetting it. Indices are smaller than the distance of the two.
+# While pieces are given frames, frame_of of an absent one holds _CLAIM + the smallest index at
+# which it is wanted. Then it holds _RANK + TILE * the tile of that index + its number among the
+# pieces that are so claimed from this tile. So no scratch of the size of the host pool is needed,
+# nor resetting it. Indices are smaller than the distance of the two.
 _CLAIM = tl.constexpr(-(2**31))
 _RANK = tl.constexpr(-(2**30))
 
@@ -32,8 +32,8 @@ def _look_up_kernel(
     last_use,
     recent,
     step,
-    hits,
     arrived,
+    counters,
     total,
     BLOCK: tl.constexpr,
 ):
@@ -50,12 +50,13 @@ def _look_up_kernel(
     tl.store(recent + frame, tl.full([BLOCK], 1, tl.uint8), mask=hit)
     tl.atomic_min(frame_of + piece, index + _CLAIM, mask=wants & ~hit, sem="relaxed")
     # Of those who want the same piece, one finds the frame unused in this step.
-    tl.store(hits + tl.program_id(0), tl.sum((hit & (before != now)).to(tl.int32), 0))
+    hits = tl.sum((hit & (before != now)).to(tl.int64), 0)
+    tl.atomic_add(counters, hits, sem="relaxed")
     if tl.program_id(0) == 0:
         tl.store(arrived, 0)
 
 
-@triton.jit(do_not_specialize=["total", "lookups"])
+@triton.jit(do_not_specialize=["total"])
 def _replace_kernel(
     wanted,
     frame_of,
@@ -64,14 +65,12 @@ def _replace_kernel(
     recent,
     hand,
     step,
-    hits_of_lookups,
     ranks,
     targets,
-    counts,
+    misses,
     arrived,
-    error,
+    counters,
     total,
-    lookups,
     num_frames,
     TILE: tl.constexpr,
 ):
@@ -95,10 +94,6 @@ def _replace_kernel(
     if tl.atomic_add(arrived, 1, sem="acq_rel") != tiles - 1:
         return
 
-    hits = 0
-    for start in range(0, lookups, TILE):
-        inside = start + lane < lookups
-        hits += tl.sum(tl.load(hits_of_lookups + start + lane, mask=inside, other=0), 0)
     needed = 0
     for start in range(0, tiles, TILE):
         inside = start + lane < tiles
@@ -137,10 +132,9 @@ def _replace_kernel(
             passed += TILE
         tl.debug_barrier()
     tl.store(hand, after.to(tl.int64))
-    tl.store(counts, hits)
-    tl.store(counts + 1, taken)
-    if taken < needed:
-        tl.store(error, 1)
+    tl.store(misses, taken)
+    tl.atomic_add(counters + 1, taken.to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + 2, (taken < needed).to(tl.int64), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -177,7 +171,7 @@ def _fill_kernel(
     tl.store(frames + index, frame, mask=inside)
 
 
-def resolve(table: PageTable, wanted: Tensor, step: Tensor, error: Tensor) -> Resolution:
+def resolve(table: PageTable, wanted: Tensor, step: Tensor, counters: Tensor) -> Resolution:
     """Same contract as :func:`vllm_sparse.kernels.reference.sparda_steps.resolve`.
 
     Three launches, whatever is missing. In the second, the program that is done last scans the
@@ -187,19 +181,21 @@ def resolve(table: PageTable, wanted: Tensor, step: Tensor, error: Tensor) -> Re
     assert wanted.is_contiguous()
     assert wanted.dtype == table.frame_of.dtype == torch.int32
     assert step.dtype == table.last_use.dtype == table.piece_of.dtype == torch.int64
+    flag = counters if len(counters) == 1 else None  # of callers that count themselves
+    if flag is not None:
+        counters = torch.zeros(3, dtype=torch.int64, device=device)
+    assert counters.dtype == torch.int64
     frames = torch.empty_like(wanted)
     missing, targets = (torch.empty(total, dtype=torch.int32, device=device) for _ in range(2))
-    counts = torch.empty(2, dtype=torch.int32, device=device)
-    result = Resolution(frames, missing, targets, misses=counts[1:], hits=counts[:1])
+    misses = torch.empty(1, dtype=torch.int32, device=device)
+    result = Resolution(frames, missing, targets, misses, counters[:1])
     if not total:
-        counts.zero_()
+        misses.zero_()
         return result
     block, warps, _ = launch("wanted", device)
     tile, tile_warps, _ = launch("replace", device)
     lookups, tiles = -(-total // block), -(-total // tile)
-    hits, ranks, arrived = (
-        torch.empty(size, dtype=torch.int32, device=device) for size in (lookups, tiles, 1)
-    )
+    ranks, arrived = (torch.empty(size, dtype=torch.int32, device=device) for size in (tiles, 1))
     recent = table.recent.view(torch.uint8)
     _look_up_kernel[(lookups,)](
         wanted,
@@ -207,8 +203,8 @@ def resolve(table: PageTable, wanted: Tensor, step: Tensor, error: Tensor) -> Re
         table.last_use,
         recent,
         step,
-        hits,
         arrived,
+        counters,
         total,
         BLOCK=block,
         num_warps=warps,
@@ -221,14 +217,12 @@ def resolve(table: PageTable, wanted: Tensor, step: Tensor, error: Tensor) -> Re
         recent,
         table.hand,
         step,
-        hits,
         ranks,
         targets,
-        counts,
+        misses,
         arrived,
-        error,
+        counters,
         total,
-        lookups,
         num_frames,
         TILE=tile,
         num_warps=tile_warps,
@@ -239,7 +233,7 @@ def resolve(table: PageTable, wanted: Tensor, step: Tensor, error: Tensor) -> Re
         table.piece_of,
         ranks,
         targets,
-        counts[1:],
+        misses,
         missing,
         frames,
         total,
@@ -247,6 +241,8 @@ def resolve(table: PageTable, wanted: Tensor, step: Tensor, error: Tensor) -> Re
         BLOCK=block,
         num_warps=warps,
     )
+    if flag is not None:
+        flag |= counters[2:]
     return result
 
 
