@@ -8,7 +8,7 @@ CONFIG := smollm2-135m
 PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast lint format bench gpu-check gpu-bench clean
+.PHONY: help setup demo serve test test-fast lint format bench gpu-check gpu-bench gpu-tune clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ gpu-check: ## Check installation, kernels and engines on a GPU (options: ARGS=".
 
 gpu-bench: ## Measure kernels and engines on a GPU against stock vLLM (options: ARGS="...")
 	@$(PYTHON) -m benchmarks.gpu.bench $(ARGS)
+
+gpu-tune: ## Find faster kernel launches for this GPU and install them (options: ARGS="...")
+	@$(PYTHON) -m benchmarks.gpu.tune $(ARGS)
 
 clean: ## Remove builds and caches, but not .venv
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

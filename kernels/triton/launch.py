@@ -80,7 +80,7 @@ def launch(kernel: str, device: torch.device, head_dim: int = 0) -> Launch:
 
     Args:
         kernel: A key of the table above.
-        device: CPUs (Triton's interpreter) use the sm_80 entry.
+        device: CPUs (Triton's interpreter) use the sm_80 entry, unless a file is given.
         head_dim: D.
 
     Raises:
@@ -97,13 +97,20 @@ def launches(device: torch.device) -> Table:
         ConfigError: A tuned table is there but is not one.
     """
     if device.type != "cuda":
-        return Table(_SM80, "not tuned")
-    newest = torch.cuda.get_device_capability(device) >= (9, 0)
-    shipped = Table(_SM90, "shipped for sm_90") if newest else Table(_SM80, "shipped for sm_80")
-    path = tuned_path(torch.cuda.get_device_name(device))
+        shipped = Table(_SM80, "not tuned")
+    elif torch.cuda.get_device_capability(device) >= (9, 0):
+        shipped = Table(_SM90, "shipped for sm_90")
+    else:
+        shipped = Table(_SM80, "shipped for sm_80")
+    path = tuned_path(gpu_name(device))
     if path is None or not path.is_file():
         return shipped
     return Table({**shipped.launches, **read_launches(path)}, f"tuned, {path}")
+
+
+def gpu_name(device: torch.device) -> str:
+    """Name of a GPU, empty for the interpreter."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def tuned_path(gpu: str) -> Path | None:
@@ -112,9 +119,9 @@ def tuned_path(gpu: str) -> Path | None:
     ``$VLLM_SPARSE_LAUNCHES``, or a file of the cache folder named after GPU and Triton.
 
     Args:
-        gpu: Name of the GPU.
+        gpu: See :func:`gpu_name`. The interpreter has no file in the cache folder.
     """
-    configured = os.environ.get(LAUNCHES_ENV)
+    configured = os.environ.get(LAUNCHES_ENV, None if gpu else "")
     if configured is not None:
         return Path(configured) if configured else None
     name = f"{gpu.replace(' ', '-')}-triton-{triton.__version__}.json"
@@ -140,6 +147,21 @@ def read_launches(path: Path) -> dict[str, tuple[Launch, Launch]]:
     return found  # type: ignore[return-value]
 
 
+def write_launches(path: Path, table: dict[str, tuple[Launch, Launch]], facts: dict) -> None:
+    """Writes what :func:`read_launches` reads.
+
+    Args:
+        path: Its folder is made if there is none.
+        table: Of any kernels; the others keep what is shipped.
+        facts: How they were found, as JSON, for whoever opens the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Whoever starts meanwhile reads the old table or the new one.
+    scratch = path.with_suffix(".partial")
+    scratch.write_text(json.dumps({"launches": table, "facts": facts}))
+    scratch.replace(path)
+
+
 _REMEDY = "Remove it, or make it again with `make gpu-tune` of vllm-sparse"
 
 
@@ -160,7 +182,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def splits(programs: int, tiles: int, device: torch.device, most: int = 64) -> int:
+# Shares of a row at most: what kernels that merge them have room for.
+MOST_SHARES = 64
+
+
+def splits(programs: int, tiles: int, device: torch.device, most: int = MOST_SHARES) -> int:
     """Into how many programs to split each row's work so that the GPU is full.
 
     Args:
