@@ -459,6 +459,24 @@ def test_windows_equal_reference(dtype, block_size, dim, stride):
     sparda_tokens.update_windows(compressed, source, positions[:0].to(DEVICE), table[:0], stride)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("heads", "dim"), [(3, 64), (12, 80), (8, 256)])
+def test_recorded_queries_equal_reference(dtype, heads, dim):
+    generator = torch.Generator().manual_seed(dim)
+    fused = noise(7, 2 * heads, dim, generator=generator, dtype=dtype)
+    query = fused[:, heads - 1 : -1]  # vLLM hands over slices of one fused row
+    slots = torch.tensor([5 * 32 + 31, 2 * 32, -1, 3 * 32 + 8, 3 * 32 + 9, -1, 0], device=DEVICE)
+    last = torch.tensor([4, 6, 2, 0, 5], device=DEVICE)  # neither 3 nor 1
+    results = []
+    for module in (sparda_tokens, sparda_steps):
+        kept = torch.full((6, heads, dim), torch.nan, dtype=dtype, device=DEVICE)
+        module.record_queries(kept, query, slots, last, 32)
+        module.record_queries(kept, query, slots, last[:0], 32)
+        results.append(kept)
+    assert same(*results)
+    assert (~results[0].isnan()).any((1, 2)).tolist() == [True, False, False, True, False, True]
+
+
 PARTS = [
     # dtype, D, heads per KV head, block size, tokens, first position, keys
     (torch.float32, 64, 1, 16, 50, 32, 75),
@@ -645,7 +663,7 @@ def test_decoding_from_the_first_token_on_equals_reference():
 def test_kernels_compile_without_a_gpu(capability, tmp_path):
     lines = compiled(__file__, capability, tmp_path)
     names = {line.split()[0] for line in lines}
-    assert len(names) == 13, names
+    assert len(names) == 14, names
     most = 166912 if capability == 80 else 232448  # shared memory that one program may have
     assert all(int(line.split()[1]) <= most for line in lines), lines
 
@@ -679,6 +697,7 @@ def compile_everything(capability: int) -> None:
             )
         sparda_tokens.write_tokens(host, slab, state.frame_of, positions, key, key)
         sparda_tokens.update_windows(compressed, host, positions, table, 16)
+        sparda_tokens.record_queries(query.clone(), query, positions, positions, 64)
         prompt = torch.zeros(2, 4, 300, dim, dtype=dtype)
         picked = torch.zeros(2, 300, 9, dtype=torch.bool)
         part = prompt, prompt[:, 0], prompt[:, 0]

@@ -258,6 +258,22 @@ def update_windows(
         compressed[block[-1], :, window] = mean.to(compressed.dtype)
 
 
+def record_queries(
+    kept: Tensor, query: Tensor, slots: Tensor, last: Tensor, block_size: int
+) -> None:
+    """Store the queries of the last token of each block under that block's id.
+
+    Args:
+        kept: ``[blocks, H, D]``, changed.
+        query: ``[T, H, D]``.
+        slots: ``block * block_size + offset`` of each token, negative for padding, ``[T]``.
+        last: The last token that this step writes to each block, ``[n]``.
+        block_size: Tokens per block.
+    """
+    real = last[slots[last] >= 0]
+    kept[slots[real] // block_size] = query[real].to(kept.dtype)
+
+
 def attend_part(
     query: Tensor,
     keys: Tensor,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Stores a step's new tokens, and the windows of compressed keys that they complete."""
+"""Stores a step's new tokens, the windows of compressed keys that they complete, and queries."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 from vllm_sparse.kernels.triton.launch import dim_block
+
+# Heads whose queries one program stores.
+_HEADS = 8
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,6 +171,69 @@ def update_windows(
         BLOCK_SIZE=block_size,
         STRIDE=stride,
         BLOCK_N=triton.next_power_of_2(2 * stride),
+        BLOCK_D=dim_block(dim),
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _record_queries_kernel(
+    kept,
+    query,
+    slots,
+    last,
+    stride_query_row,
+    stride_query_head,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.load(last + tl.program_id(0))
+    slot = tl.load(slots + row)
+    if slot < 0:
+        return
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    dim = tl.arange(0, BLOCK_D)
+    mask = (head < HEADS)[:, None] & (dim < DIM)[None, :]
+    source = row * stride_query_row + (head * stride_query_head)[:, None] + dim[None, :]
+    target = slot // BLOCK_SIZE * (HEADS * DIM) + (head * DIM)[:, None] + dim[None, :]
+    b_q = tl.load(query + source, mask=mask)
+    tl.store(kept + target, b_q.to(kept.dtype.element_ty), mask=mask)
+
+
+def record_queries(
+    kept: Tensor, query: Tensor, slots: Tensor, last: Tensor, block_size: int
+) -> None:
+    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_steps.record_queries`.
+
+    Args:
+        kept: Contiguous ``[blocks, H, D]``; may be a device view of pinned memory.
+        query: ``[T, H, D]``, channels contiguous.
+        slots: int64 ``[T]``.
+        last: int64 ``[n]``.
+        block_size: Tokens per block.
+    """
+    heads, dim = query.shape[1:]
+    assert kept.is_contiguous()
+    assert kept.shape[1:] == query.shape[1:]
+    assert slots.is_contiguous()
+    assert last.is_contiguous()
+    assert query.stride(-1) == 1
+    if not len(last):
+        return
+    _record_queries_kernel[(len(last), triton.cdiv(heads, _HEADS))](
+        kept,
+        query,
+        slots,
+        last,
+        query.stride(0),
+        query.stride(1),
+        HEADS=heads,
+        DIM=dim,
+        BLOCK_SIZE=block_size,
+        BLOCK_H=_HEADS,
         BLOCK_D=dim_block(dim),
         num_warps=4,
     )
