@@ -135,9 +135,9 @@ def test_a_plan_is_what_its_tokens_say(batch) -> None:
             number = (p + 1) // stride - 2
             place = rows[r].blocks[p // size] * (size // stride) + (number + 1) % (size // stride)
             windows[place] = [slot[r, q] for q in range(p + 1 - 2 * stride, p + 1)]
-    assert (
-        dict(zip(step.window_slots.tolist(), step.window_tokens.tolist(), strict=True)) == windows
-    )
+    read = slots_of_windows(step).tolist()
+    assert dict(zip(step.window_slots.tolist(), read, strict=True)) == windows
+    assert all(s not in step.slots for s in step.older_slots.tolist()), "this step has them"
     assert len(step.window_slots) == len(windows)
 
     tiles, prompt_blocks, prompts, decodes = [], set(), [], []
@@ -198,6 +198,10 @@ def test_a_plan_is_what_its_tokens_say(batch) -> None:
     assert counts == Counter({key: value for key, value in expected.items() if value})
 
 
+def slots_of_windows(step) -> torch.Tensor:
+    return torch.cat((step.slots, step.older_slots))[step.window_tokens]
+
+
 def assert_tokens(found, mine, tokens, rows, size) -> None:
     """Tokens and the ones before them."""
     assert found.index.tolist() == [tokens.index(token) for token in mine]
@@ -244,7 +248,7 @@ def test_windows_lie_with_their_last_token_for_any_chunks(size: int, stride: int
         found = {}
         for start in range(0, total, chunk):
             step, _ = plan(options, [Row(start, min(chunk, total - start), total, blocks)])
-            for place, tokens in zip(step.window_slots, step.window_tokens, strict=True):
+            for place, tokens in zip(step.window_slots, slots_of_windows(step), strict=True):
                 assert int(place) not in found, "a window is completed once"
                 found[int(place)] = tokens.tolist()
         assert found == expected, chunk

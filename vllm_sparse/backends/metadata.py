@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vllm_sparse.upload import upload
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -172,7 +174,7 @@ class StepPlanner:
                 rows = torch.unique_consecutive(row[dense_index])
                 lens = torch.where(sparse_row, torch.minimum(seq_lens, prompt_lens), seq_lens)
                 dense = dense_metadata(rows, dense_index, lens[rows])
-                dense_index = dense_index.to(device)
+                dense_index = upload(dense_index, device)
             else:
                 dense = dense_metadata(None, None, None)
 
@@ -192,11 +194,11 @@ class StepPlanner:
             columns = (dropped[:, None] + torch.arange(width)).clamp_(max=block_table.shape[1] - 1)
             groups.append(
                 SparseRows(
-                    None if whole else index.to(device),
-                    block_table[rows.to(device)[:, None], columns.to(device)],
-                    lengths.to(device),
-                    (seq_lens[rows] - gone).int().to(device),
-                    self._top_r[known][rows].to(device),
+                    None if whole else upload(index, device),
+                    block_table[upload(rows, device)[:, None], upload(columns, device)],
+                    upload(lengths, device),
+                    upload((seq_lens[rows] - gone).int(), device),
+                    upload(self._top_r[known][rows], device),
                     page_size,
                 )
             )

@@ -27,6 +27,7 @@ from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kv.compaction import QueryParking
 from vllm_sparse.kv.retention import RetentionRule
 from vllm_sparse.kv.spec import RocketKVSpec
+from vllm_sparse.upload import upload
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -179,15 +180,15 @@ class RocketKVPlanning:
                 start = torch.searchsorted(tokens, common.query_start_loc_cpu[:-1].long()[rows])
                 start = torch.cat((start, torch.tensor([len(tokens)]))).int()
                 part = common.replace(
-                    query_start_loc=start.to(device),
+                    query_start_loc=upload(start, device),
                     query_start_loc_cpu=start,
-                    seq_lens=lens.to(device),
+                    seq_lens=upload(lens, device),
                     num_reqs=len(rows),
                     num_actual_tokens=len(tokens),
                     max_query_len=int(start.diff().max()),
                     max_seq_len=int(lens.max()),
-                    block_table_tensor=common.block_table_tensor[rows.to(device)],
-                    slot_mapping=common.slot_mapping[tokens.to(device)],
+                    block_table_tensor=common.block_table_tensor[upload(rows, device)],
+                    slot_mapping=common.slot_mapping[upload(tokens, device)],
                 )
             return super(RocketKVPlanning, self).build(0, part)  # type: ignore[misc]
 

@@ -343,13 +343,19 @@ class SpardaLayer(AttentionImpl[SpardaStep]):
         """Attend one step, without its padding; arguments as in :meth:`forward`."""
         raise NotImplementedError
 
-    def compress(self, step: SpardaStep) -> None:
-        """Add the windows that this step completes; they may reach into earlier blocks."""
+    def compress(self, key: Tensor, step: SpardaStep) -> None:
+        """Add the windows that this step completes; they may reach into earlier blocks.
+
+        Args:
+            key: Of this step's tokens, ``[tokens, G, D]``.
+            step: The step.
+        """
         if not len(step.window_slots):
             return
         size = self.pager.block_size
-        block, offset = step.window_tokens // size, step.window_tokens % size
-        keys = self.pager.host[block, :, offset, : self.head_size]
+        block, offset = step.older_slots // size, step.older_slots % size
+        older = self.pager.host[block, :, offset, : self.head_size]
+        keys = torch.cat((key.to(older.dtype), older))[step.window_tokens]
         compressed = self.runtime.compressed(self.layer)
         per_block = compressed.shape[2]
         compressed[step.window_slots // per_block, :, step.window_slots % per_block] = (

@@ -132,7 +132,7 @@ class SpardaCpuImpl(SpardaLayer):
         rows = torch.cat((key, value), -1)
         pager.write_host(step.slots, rows)
         metrics.counters().add("device_to_host_bytes", rows.nbytes)
-        self.compress(step)
+        self.compress(key, step)
         if pager.resident:
             pager.write_frames(step.slots, rows)
         elif len(step.prompt_blocks):

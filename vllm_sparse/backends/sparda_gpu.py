@@ -42,6 +42,7 @@ from vllm_sparse.kv.pager import Pager
 from vllm_sparse.prefetch.lanes import Lane, LaneCopyEngine, LateLane, StreamLane
 from vllm_sparse.prefetch.selectors import Tokens
 from vllm_sparse.prefetch.stream import PromptStream
+from vllm_sparse.upload import upload
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -277,6 +278,7 @@ class SpardaGpuBuilder(SpardaBuilder):
             last_in_block=index,
             window_slots=none,
             window_tokens=none,
+            older_slots=none,
             decode=None,
             prompts=(),
             prompt_blocks=none,
@@ -326,9 +328,9 @@ def _on_device(step: SpardaStep, device: torch.device) -> GpuStep:
     rows = None
     if step.decode is not None:
         tokens = step.decode.tokens
-        table = step.decode.block_table.to(device, torch.int32)
-        positions = tokens.positions.to(device)
-        rows = Rows(_moved(tokens, device), positions, table, positions, None)
+        table = upload(step.decode.block_table, device, torch.int32)
+        moved = _moved(tokens, device)
+        rows = Rows(moved, moved.positions, table, moved.positions, None)
     values = {item.name: getattr(step, item.name) for item in dataclasses.fields(step)}
     # The prompts' tiles stay: the stream makes indices of them on the host.
     return GpuStep(
@@ -343,7 +345,7 @@ def _on_device(step: SpardaStep, device: torch.device) -> GpuStep:
 
 def _moved_values(values: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {
-        name: value.to(device) if isinstance(value, Tensor) else value
+        name: upload(value, device) if isinstance(value, Tensor) else value
         for name, value in values.items()
     }
 
@@ -381,7 +383,7 @@ class SpardaGpuImpl(SpardaLayer):
         runtime.kernels.write_tokens(
             pager.host, pager.slab, pager.table.frame_of, step.slots, key, value
         )
-        self.compress(step)
+        self.compress(key, step)
         if step.rows is not None:
             self._decode(query, step.rows, fetch, output)
         if step.prompts:

@@ -74,7 +74,9 @@ class SpardaStep:
         last_in_block: Batch positions of the last token that this step writes to each block.
         window_slots: Windows of compressed keys that this step completes, as
             ``block * windows_per_block + slot``, int64 ``[W]``.
-        window_tokens: Slots of the tokens of each, int64 ``[W, kernel_size]``.
+        window_tokens: The tokens of each: batch positions, or beyond the batch, positions in
+            ``older_slots``, int64 ``[W, kernel_size]``.
+        older_slots: Slots of the tokens of windows that earlier steps computed, int64.
         decode: Rows served from frames.
         prompts: Rows served by streaming.
         prompt_blocks: Blocks that prompt rows write.
@@ -86,6 +88,7 @@ class SpardaStep:
     last_in_block: Tensor
     window_slots: Tensor
     window_tokens: Tensor
+    older_slots: Tensor
     decode: DecodeRows | None
     prompts: tuple[PromptRow, ...]
     prompt_blocks: Tensor
@@ -154,6 +157,9 @@ class SpardaPlanner:
         completes = ((position + 1) % stride == 0) & (position + 1 >= 2 * stride)
         closing, owner = position[completes], row[completes]
         members = closing[:, None] - torch.arange(2 * stride - 1, -1, -1)
+        window_tokens = (query_start[:-1] - start)[owner][:, None] + members
+        older = members < start[owner][:, None]
+        window_tokens[older] = num_tokens + torch.arange(int(older.sum()))
         per_block = size // stride
         # A window is stored with the block that holds its last token: earlier blocks may be shared
         # with requests that continue differently. Block m holds windows 4m - 1 to 4m + 2.
@@ -177,7 +183,8 @@ class SpardaPlanner:
             slots,
             last.nonzero()[:, 0],
             window_slots,
-            slot_of(owner[:, None], members),
+            window_tokens,
+            slot_of(owner[:, None], members)[older],
             self._decode(tokens, query_start, seq_lens, table, decoding),
             prompts,
             (slots[in_prompt] // size).unique(),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from torch import Tensor
 
 
@@ -40,6 +41,15 @@ class Ticket(Protocol):
 class CopyEngine(Protocol):
     """Executes copies in the order of submission."""
 
+    def index(self, values: Tensor, device: torch.device) -> Tensor:
+        """Returns indices as :meth:`submit` takes them, which may serve many copies.
+
+        Args:
+            values: int64 ``[count]``, on the host.
+            device: Where the target is.
+        """
+        ...
+
     def submit(
         self, target: Tensor, target_index: Tensor, source: Tensor, source_index: Tensor
     ) -> Ticket:
@@ -47,9 +57,9 @@ class CopyEngine(Protocol):
 
         Args:
             target: Contiguous ``[n, ...]``.
-            target_index: int64 ``[count]``.
+            target_index: See :meth:`index`, ``[count]``.
             source: Contiguous ``[m, ...]``.
-            source_index: int64 ``[count]``.
+            source_index: Likewise.
 
         Returns:
             What to wait for before reading the target.
@@ -103,6 +113,10 @@ class ThreadCopyEngine:
         self._thread.start()
         # Also runs at exit: a thread that Python kills inside C++ would abort the process.
         self._closer = weakref.finalize(self, _close, self._jobs, self._thread)
+
+    def index(self, values: Tensor, device: torch.device) -> Tensor:
+        """See :class:`CopyEngine`."""
+        return values
 
     def submit(
         self, target: Tensor, target_index: Tensor, source: Tensor, source_index: Tensor

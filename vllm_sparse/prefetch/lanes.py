@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from vllm_sparse.upload import upload
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -105,17 +107,19 @@ class LaneCopyEngine:
         self._lane = lane
         self._copy = copy
 
+    def index(self, values: Tensor, device: torch.device) -> Tensor:
+        """See :class:`.engine.CopyEngine`."""
+        return upload(values, device, torch.int32)
+
     def submit(
         self, target: Tensor, target_index: Tensor, source: Tensor, source_index: Tensor
     ) -> Ticket:
-        """See :class:`.engine.CopyEngine`; indices may be on the host."""
-        device = target.device
-        index = [part.to(device, torch.int32) for part in (target_index, source_index)]
-        count = torch.full((1,), len(target_index), dtype=torch.int32, device=device)
+        """See :class:`.engine.CopyEngine`."""
+        count = torch.full((1,), len(target_index), dtype=torch.int32, device=target.device)
 
         def work() -> object:
-            self._copy(target, index[0], source, index[1], count)
-            return index, count
+            self._copy(target, target_index, source, source_index, count)
+            return target_index, source_index, count
 
         return self._lane.fork(work)
 

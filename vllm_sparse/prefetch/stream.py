@@ -71,7 +71,9 @@ class PromptStream:
             dtype=pager.host.dtype,
             device=pager.layers[0].slab.device,
         )
+        self._places = engine.index(torch.arange(self.staging.shape[1]), self.staging.device)
         self._tiles: Sequence[Tile] = ()
+        self._pieces: list[Tensor] = []
         self._tickets: dict[int, Ticket] = {}
 
     @property
@@ -85,6 +87,13 @@ class PromptStream:
             ticket.wait()
         self._tickets.clear()
         self._tiles = tiles
+        self._pieces = [  # the same in every layer
+            self._engine.index(
+                (tile.blocks * len(self._heads) + self._heads[:, None]).flatten(),
+                self.staging.device,
+            )
+            for tile in tiles
+        ]
 
     def read(self, layer: int, index: int) -> Tensor:
         """Wait for a tile; start the copy of the one after it.
@@ -112,11 +121,10 @@ class PromptStream:
 
     def _submit(self, number: int) -> None:
         layer, index = divmod(number, len(self._tiles))
-        blocks = self._tiles[index].blocks
+        pieces = self._pieces[index]
         pager = self._pager.layers[layer]
-        pieces = (blocks * len(self._heads) + self._heads[:, None]).flatten()
         self._tickets[number] = self._engine.submit(
-            self.staging[number % 2], torch.arange(len(pieces)), pager.source, pieces
+            self.staging[number % 2], self._places[: len(pieces)], pager.source, pieces
         )
         if not pager.resident:
             self._count("streamed_bytes", len(pieces) * self._pager.geometry.piece_bytes)
