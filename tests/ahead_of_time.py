@@ -9,21 +9,21 @@ import subprocess
 import sys
 
 
-def compiled(file: str, capability: int, cache_dir: object) -> list[str]:
-    """Run a test file as a program that launches its kernels after :func:`compile_only`.
+def compiled(file: str, what: object, cache_dir: object) -> list[str]:
+    """Run a test file as a program that launches its kernels without a GPU.
 
     Args:
-        file: The file, given the capability as its argument.
-        capability: 80 or 90.
+        file: The file, which calls :func:`compile_only` or :func:`name_only`.
+        what: Its argument.
         cache_dir: Where Triton keeps what it compiled.
 
     Returns:
-        A line for each compiled kernel: its name and the bytes of shared memory.
+        What it printed, a line for each kernel.
     """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(cache_dir)
     result = subprocess.run(
-        [sys.executable, file, str(capability)],
+        [sys.executable, file, str(what)],
         env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
@@ -31,9 +31,48 @@ def compiled(file: str, capability: int, cache_dir: object) -> list[str]:
 
 
 def compile_only(capability: int) -> None:
-    """Make every launch in this process compile down to machine code, and print a line for it."""
+    """Make every launch in this process compile down to machine code.
+
+    Each prints a line: the kernel, its bytes of shared memory, how many asynchronous copies.
+
+    Args:
+        capability: 80 or 90.
+    """
+    from triton.runtime import jit
+    from vllm_sparse.kernels.triton import launch
+
+    def compile_instead(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        assert kernel.asm["cubin"]
+        copies = kernel.asm["ptx"].count("cp.async.c")
+        print(self.__name__, kernel.metadata.shared, copies, flush=True)
+
+    _pretend(capability)
+    run, jit.JITFunction.run = jit.JITFunction.run, compile_instead
+    launch._SM80 = launch._SM90 if capability >= 90 else launch._SM80
+
+
+def name_only() -> None:
+    """Make every launch in this process compile nothing.
+
+    Each prints a line if it would have had to compile: the kernel and what sets the variant apart.
+    """
+    from triton import knobs
+
+    def name(*, key, fn, **_):
+        if key not in seen:
+            seen.add(key)
+            print(fn.name, key, flush=True)
+        return True
+
+    seen: set[str] = set()
+    _pretend(90)
+    knobs.runtime.jit_cache_hook = name
+
+
+def _pretend(capability: int) -> None:
     from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver, jit
+    from triton.runtime import driver
     from vllm_sparse.kernels.triton import launch
 
     class NoGPU:
@@ -48,12 +87,5 @@ def compile_only(capability: int) -> None:
         def get_current_stream(self, device):
             return 0
 
-    def compile_instead(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        assert kernel.asm["cubin"]
-        print(self.__name__, kernel.metadata.shared, flush=True)
-
     driver.set_active(NoGPU())
-    run, jit.JITFunction.run = jit.JITFunction.run, compile_instead
     launch.multiprocessors = lambda device: 132
-    launch._SM80 = launch._SM90 if capability >= 90 else launch._SM80

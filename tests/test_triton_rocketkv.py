@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import collections
 import sys
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from ahead_of_time import compile_only, compiled
+from ahead_of_time import compile_only, compiled, name_only
 from test_kernels import make_batch
 from vllm_sparse.kernels import dispatch
 from vllm_sparse.kernels.layout import PageLayout
@@ -526,9 +527,10 @@ def test_compaction_equals_reference_and_the_cpu_path(shape):
     assert same(caches[1], cache)
 
 
-def test_dispatch_returns_triton_where_it_runs():
+def test_dispatch_returns_triton_where_it_runs(monkeypatch):
     import triton
 
+    monkeypatch.setattr(launch, "launches", lambda device: launch.Table({}, "of any GPU"))
     for device in (torch.device("cuda"), DEVICE):
         assert dispatch.rocketkv_gpu(device).decode.run is rocketkv.decode_attention
     with triton.knobs.runtime.scope():
@@ -567,5 +569,49 @@ def compile_everything(capability: int) -> None:
                              layout=layout, pool_kernel=63, max_kept=300)  # fmt: skip
 
 
+def test_no_shape_of_a_batch_compiles_another_kernel(tmp_path):
+    """Batches and prompts of any size run what the first one compiled."""
+    lines = compiled(__file__, "variants", tmp_path)
+    counts = collections.Counter(line.split()[0] for line in lines)
+    assert len(counts) == 12, counts
+    # Tokens and extrema are written by two launches or by one.
+    expected = {name: 3 if name == "_append_kernel" else 1 for name in counts}
+    assert counts == expected, lines
+
+
+def launch_many_shapes() -> None:
+    """What changes from step to step: rows and the width of their table; and prompt by prompt."""
+    name_only()
+    layout = PageLayout(64, 128, 4)
+    cache = torch.zeros(9, 2, 64, 2 * 128 + 2 * 32, dtype=torch.bfloat16)
+    rules, counted = torch.zeros(9, 2, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
+    for count in (1, 2, 3, 16, 17, 160, 600):
+        fused = torch.zeros(count, 12 * 128).bfloat16()
+        query, key, value = (
+            part.unflatten(1, (-1, 128)) for part in fused.split([8 * 128, 256, 256], 1)
+        )
+        lengths = torch.zeros(count, dtype=torch.int32)
+        for width in (1, 2, 15, 16, 17, 160, 2048):
+            table = torch.zeros(count, width, dtype=torch.int32)
+            rows = Rows(table, lengths, lengths, lengths)
+            rows_kernel.plan_rows(rows, lengths, lengths, table, rules, counted, block_size=64,
+                                  window=32, per_block=8, top_k=128)  # fmt: skip
+            for options in ({}, {"replays": False}):
+                rocketkv.decode_attention(
+                    cache, query, key, value, torch.zeros_like(query), table, lengths, lengths,
+                    lengths, layout=layout, top_k=512, scale=0.1, **options,
+                )  # fmt: skip
+    for count, length in ((1, 100), (1, 6544), (2, 4096), (3, 12345), (1, 131072)):
+        window = torch.zeros(count, 8, 32, 128).bfloat16()
+        table = torch.zeros(count, -(-length // 64), dtype=torch.int32)
+        lengths = torch.zeros(count, dtype=torch.int32)
+        rocketkv.compact_prompts(cache, *packed_views(cache, layout), window, table, lengths,
+                                 lengths, layout=layout, pool_kernel=63,
+                                 max_kept=length // 2 + 3)  # fmt: skip
+
+
 if __name__ == "__main__":
-    compile_everything(int(sys.argv[1]))
+    if sys.argv[1] == "variants":
+        launch_many_shapes()
+    else:
+        compile_everything(int(sys.argv[1]))

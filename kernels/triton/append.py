@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
 
 
-@triton.jit
+# How wide a table is changes from step to step, which must not compile variants.
+@triton.jit(do_not_specialize=["stride_table"])
 def _append_kernel(
     cache,
     query,

@@ -10,41 +10,35 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vllm_sparse.kernels.triton.launch import dim_block, launch, row_block, splits
-from vllm_sparse.kernels.triton.ops import attend_tile
+from vllm_sparse.kernels.triton.launch import MOST_SHARES, dim_block, launch, row_block, splits
+from vllm_sparse.kernels.triton.ops import attend_tile, share_of
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
 
 
 @triton.jit
-def store_share(
-    output, target, lse_at, peak, mass, b_o, mask, member_inside, empty, SPLITS: tl.constexpr
-):
-    """Stores the attention over one share of a row's tokens: all there is, or for merging.
+def store_share(partial, lse_out, at, inside, mask, peak, mass, b_o, DIM: tl.constexpr):
+    """Stores the attention over one share of a row's tokens, for merging.
 
     Args:
-        output: Pointer that ``target`` is made of.
-        target: Where the result goes, ``[M, D]``.
-        lse_at: Where its log-sum-exp goes, base 2, ``[M]``.
+        partial: See :class:`Shares`, as for the next.
+        lse_out: See there.
+        at: Index of the share, ``[M]``.
+        inside: Entries that exist, ``[M]``.
+        mask: Likewise, ``[M, D]``.
         peak: See :func:`.ops.attend_tile`, as for the next two.
         mass: See there.
         b_o: See there.
-        mask: Entries of ``target`` that exist.
-        member_inside: Entries of ``lse_at`` that exist.
-        empty: The share has no tokens.
-        SPLITS: Shares of a row.
+        DIM: Head size.
     """
-    if SPLITS == 1:
-        tl.store(target, (b_o / mass[:, None]).to(output.dtype.element_ty), mask=mask)
-    else:
-        lse = tl.where(empty, float("-inf"), peak + tl.log2(tl.where(empty, 1.0, mass)))
-        tl.store(lse_at, lse, mask=member_inside)
-        if not empty:
-            tl.store(target, b_o / mass[:, None], mask=mask)
+    dim = tl.arange(0, b_o.shape[1])
+    tl.store(lse_out + at, peak + tl.log2(mass), mask=inside)
+    tl.store(partial + at[:, None] * DIM + dim[None, :], b_o / mass[:, None], mask=mask)
 
 
-@triton.jit
+# How wide a table is changes from step to step, which must not compile variants.
+@triton.jit(do_not_specialize=["capacity", "stride_table"])
 def _attend_kernel(
     cache,
     query,
@@ -52,7 +46,7 @@ def _attend_kernel(
     table,
     lengths,
     top_r,
-    output,
+    partial,
     lse_out,
     top_k,
     capacity,
@@ -61,9 +55,6 @@ def _attend_kernel(
     stride_head,
     stride_query_row,
     stride_query_head,
-    stride_output_row,
-    stride_output_head,
-    stride_output_split,
     stride_table,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -72,35 +63,28 @@ def _attend_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr,
     READ_ALL: tl.constexpr,
 ):
     """All query heads of one KV head against one share of its tokens."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    split = tl.program_id(2)
     length = tl.load(lengths + row)
+    if length <= 0:
+        return
+    everything = READ_ALL | (tl.load(top_r + row) <= 0)
+    begin, end = share_of(tl.where(everything, length, tl.minimum(length, top_k)), 2, BLOCK_N)
     member = tl.arange(0, BLOCK_M)
+    query_head = head * GROUP + member
+    at = (row * (HEADS * GROUP) + query_head) * tl.num_programs(2) + tl.program_id(2)
+    if begin >= end:
+        tl.store(lse_out + at, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=member < GROUP)
+        return
     dim = tl.arange(0, BLOCK_D)
     dim_inside = dim < DIM
     mask = (member < GROUP)[:, None] & dim_inside[None, :]
-    query_head = head * GROUP + member
-    target = (
-        output
-        + row * stride_output_row
-        + query_head[:, None].to(tl.int64) * stride_output_head
-        + split * stride_output_split
-        + dim[None, :]
-    )
-    if length <= 0:
-        if SPLITS == 1:
-            tl.store(target, tl.zeros([BLOCK_M, BLOCK_D], output.dtype.element_ty), mask=mask)
-        return
-    everything = READ_ALL | (tl.load(top_r + row) <= 0)
-    count = tl.where(everything, length, tl.minimum(length, top_k))
-    share = tl.cdiv(tl.cdiv(count, SPLITS), BLOCK_N) * BLOCK_N
-    begin = split * share
-    end = tl.minimum(begin + share, count)
+    dim = tl.arange(0, BLOCK_D)
+    dim_inside = dim < DIM
+    mask = (member < GROUP)[:, None] & dim_inside[None, :]
     b_q = tl.load(
         query + row * stride_query_row + query_head[:, None] * stride_query_head + dim[None, :],
         mask=mask,
@@ -129,28 +113,26 @@ def _attend_kernel(
         b_k = tl.load(source, mask=loaded, other=0.0)  # [BLOCK_N, BLOCK_D]
         b_v = tl.load(source + DIM, mask=loaded, other=0.0)
         peak, mass, b_o = attend_tile(b_q, b_k, b_v, inside[None, :], peak, mass, b_o, scale_log2)
-    lse_at = lse_out + (row * (HEADS * GROUP) + query_head) * SPLITS + split
-    store_share(
-        output, target, lse_at, peak, mass, b_o, mask, member < GROUP, begin >= end, SPLITS,
-    )  # fmt: skip
+    store_share(partial, lse_out, at, member < GROUP, mask, peak, mass, b_o, DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares"])
 def _combine_kernel(
     partial,
     lse,
     lengths,
     unframed,
     output,
+    shares,
     stride_output_row,
     stride_output_head,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MOST: tl.constexpr,
     UNFRAMED: tl.constexpr,
 ):
-    """Merges the shares of one query head; padding rows become zero."""
+    """Merges the shares, up to ``MOST``, of one query head; padding rows become zero."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     dim = tl.arange(0, BLOCK_D)
@@ -162,8 +144,9 @@ def _combine_kernel(
     if length <= 0:
         tl.store(target, tl.zeros([BLOCK_D], output.dtype.element_ty), mask=inside)
         return
-    index = (row * HEADS + head) * SPLITS + tl.arange(0, SPLITS)
-    b_lse = tl.load(lse + index)
+    share = tl.arange(0, MOST)
+    index = (row * HEADS + head) * shares + share
+    b_lse = tl.load(lse + index, mask=share < shares, other=float("-inf"))
     used = b_lse != float("-inf")  # true for NaN, which must show
     weight = tl.exp2(b_lse - tl.max(b_lse, 0))
     b_o = tl.load(
@@ -179,25 +162,21 @@ class Shares(NamedTuple):
     """Where the shares of each row go.
 
     Attributes:
-        partial: Attention over each share, float32 ``[T, H, shares, D]``; the output itself if
-            there is but one.
-        lse: Their log-sum-exp, base 2, float32 ``[T, H, shares]``; anything if there is but one.
-        strides: Of ``partial``: rows, heads, shares.
+        partial: Attention over each share, float32 ``[T, H, shares, D]``.
+        lse: Their log-sum-exp, base 2, float32 ``[T, H, shares]``; minus infinity where a row has
+            no such share.
     """
 
     partial: Tensor
     lse: Tensor
-    strides: tuple[int, ...]
 
 
 def make_shares(output: Tensor, shares: int) -> Shares:
     """Scratch for so many shares of each row of ``output [T, H, D]``."""
-    if shares == 1:
-        return Shares(output, output, (output.stride(0), output.stride(1), 0))
     rows, heads, dim = output.shape
     partial = output.new_empty((rows, heads, shares, dim), dtype=torch.float32)
     lse = output.new_empty((rows, heads, shares), dtype=torch.float32)
-    return Shares(partial, lse, partial.stride()[:3])
+    return Shares(partial, lse)
 
 
 def merge_shares(
@@ -212,20 +191,19 @@ def merge_shares(
         unframed: Unless they have a length here, int32 ``[T]``.
     """
     rows, heads, dim = output.shape
-    if scratch.partial is output:
-        return
     _combine_kernel[(rows, heads)](
         scratch.partial,
         scratch.lse,
         lengths,
         lengths if unframed is None else unframed,
         output,
+        scratch.partial.shape[2],
         output.stride(0),
         output.stride(1),
         HEADS=heads,
         DIM=dim,
         BLOCK_D=dim_block(dim),
-        SPLITS=scratch.partial.shape[2],
+        MOST=MOST_SHARES,
         UNFRAMED=unframed is not None,
         num_warps=4,
         num_stages=1,
@@ -267,8 +245,7 @@ def attend_slots(
         block_table,
         lengths,
         top_r,
-        scratch.partial,
-        scratch.lse,
+        *scratch,
         top_k,
         0 if slots is None else slots.shape[-1],
         scale * 1.4426950408889634,
@@ -276,7 +253,6 @@ def attend_slots(
         cache.stride(1),
         query.stride(0),
         query.stride(1),
-        *scratch.strides,
         block_table.stride(0),
         HEADS=kv_heads,
         GROUP=heads // kv_heads,
@@ -285,7 +261,6 @@ def attend_slots(
         BLOCK_M=row_block(heads // kv_heads),
         BLOCK_N=block,
         BLOCK_D=dim_block(dim),
-        SPLITS=shares,
         READ_ALL=slots is None,
         num_warps=warps,
         num_stages=stages,

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
 
 
-@triton.jit
+# What a prompt keeps changes from prompt to prompt, which must not compile variants.
+@triton.jit(do_not_specialize=["max_chosen", "max_kept", "stride_table"])
 def _gather_kernel(
     keys,
     values,
@@ -73,7 +74,7 @@ def _gather_kernel(
     tl.store(target + DIM, b_v, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_kept", "stride_table"])
 def _write_kernel(
     rows,
     cache,

@@ -22,6 +22,23 @@ def dot(a, b):
 
 
 @triton.jit
+def share_of(count, AXIS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's share of a row's entries: whole tiles, the same number for each program.
+
+    Args:
+        count: Entries of the row.
+        AXIS: Axis of the grid that splits rows.
+        BLOCK: Entries of a tile.
+
+    Returns:
+        Its first entry, and the first one behind it; no more than the former if it has none.
+    """
+    share = tl.cdiv(tl.cdiv(count, tl.num_programs(AXIS)), BLOCK) * BLOCK
+    begin = tl.program_id(AXIS) * share
+    return begin, tl.minimum(begin + share, count)
+
+
+@triton.jit
 def attend_tile(b_q, b_k, b_v, seen, peak, mass, b_o, scale_log2):
     """One tile of keys and values of an online softmax (FlashAttention, arXiv 2205.14135).
 

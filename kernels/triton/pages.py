@@ -11,15 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vllm_sparse.kernels.reference.stage2 import PageScores
-from vllm_sparse.kernels.triton.launch import dim_block, launch, row_block, splits
-from vllm_sparse.kernels.triton.ops import dot
+from vllm_sparse.kernels.triton.launch import MOST_SHARES, dim_block, launch, row_block, splits
+from vllm_sparse.kernels.triton.ops import dot, share_of
 from vllm_sparse.kernels.triton.topk import choose, radix_threshold, tile_threshold
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
 
 
-@triton.jit
+# How wide a table is changes from step to step, which must not compile variants.
+@triton.jit(do_not_specialize=["width", "stride_table"])
 def _score_pages_kernel(
     cache,
     query,
@@ -44,12 +45,10 @@ def _score_pages_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     PAGES: tl.constexpr = BLOCK_SIZE // PAGE
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    split = tl.program_id(2)
     length = tl.load(lengths + row)
     channels = tl.load(top_r + row)
     if (length <= 0) | (length <= top_k) | (channels <= 0):
@@ -58,10 +57,8 @@ def _score_pages_kernel(
     member = tl.arange(0, BLOCK_M)
     member_inside = member < GROUP
     first_head = row * (HEADS * GROUP) + head * GROUP
-    part = (first_head + member) * SPLITS + split
-    share = tl.cdiv(tl.cdiv(newest + 1, SPLITS), BLOCK_P) * BLOCK_P
-    begin = split * share
-    last = tl.minimum(begin + share, newest + 1)
+    part = (first_head + member) * tl.num_programs(2) + tl.program_id(2)
+    begin, last = share_of(newest + 1, 2, BLOCK_P)
     if begin >= last:  # before the work that a share without pages has no use for
         tl.store(peak_out + part, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=member_inside)
         tl.store(mass_out + part, tl.zeros([BLOCK_M], tl.float32), mask=member_inside)
@@ -189,7 +186,6 @@ def score_pages(
             BLOCK_M=row_block(heads // kv_heads),
             BLOCK_P=block,
             BLOCK_D=dim_block(dim),
-            SPLITS=shares,
             num_warps=warps,
             num_stages=stages,
         )
@@ -198,15 +194,16 @@ def score_pages(
 
 @triton.jit
 def _probabilities(
-    logits, peaks, masses, page, inside, width,
-    GROUP: tl.constexpr, SPLITS: tl.constexpr,
+    logits, peaks, masses, page, inside, width, shares,
+    GROUP: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Softmax over tokens per query head, summed over the group."""
-    share = tl.arange(0, SPLITS)
+    share = tl.arange(0, MOST)
+    there = share < shares
     probability = tl.zeros(page.shape, tl.float32)
     for member in tl.static_range(GROUP):
-        peak = tl.load(peaks + member * SPLITS + share)
-        mass = tl.load(masses + member * SPLITS + share)
+        peak = tl.load(peaks + member * shares + share, mask=there, other=float("-inf"))
+        mass = tl.load(masses + member * shares + share, mask=there, other=0.0)
         highest = tl.max(peak, 0)
         part = 1.0 / tl.sum(mass * tl.exp(peak - highest), 0)
         logit = tl.load(logits + member * width + page, mask=inside, other=float("-inf"))
@@ -231,14 +228,14 @@ def _store_pages(
 
 @triton.jit
 def _take_at_once(
-    logits, peaks, masses, slots, table, pages, count, last, width,
-    GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
+    logits, peaks, masses, slots, table, pages, count, last, width, shares,
+    GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGE: tl.constexpr, MOST: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Up to ``TILE`` pages: their probabilities never leave the registers."""
     page = tl.arange(0, TILE)
     inside = page < pages
-    probability = _probabilities(logits, peaks, masses, page, inside, width, GROUP, SPLITS)
+    probability = _probabilities(logits, peaks, masses, page, inside, width, shares, GROUP, MOST)
     threshold, room = tile_threshold(probability, inside, pages, count)
     chosen, lowest, _ = choose(probability, inside, threshold, room, 0)
     tokens = tl.where(chosen, tl.where(lowest, last, PAGE), 0)
@@ -247,15 +244,15 @@ def _take_at_once(
 
 @triton.jit
 def _take_in_passes(
-    logits, peaks, masses, probability, slots, table, pages, count, last, width,
-    GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
+    logits, peaks, masses, probability, slots, table, pages, count, last, width, shares,
+    GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGE: tl.constexpr, MOST: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Any number of pages."""
     for start in range(0, pages, TILE):
         page = start + tl.arange(0, TILE)
         inside = page < pages
-        tile = _probabilities(logits, peaks, masses, page, inside, width, GROUP, SPLITS)
+        tile = _probabilities(logits, peaks, masses, page, inside, width, shares, GROUP, MOST)
         tl.store(probability + page, tile, mask=inside)
     tl.debug_barrier()  # other threads of this program read them
     threshold, room = radix_threshold(probability, pages, count, TILE)
@@ -271,7 +268,7 @@ def _take_in_passes(
     return written
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "shares", "capacity", "stride_table"])
 def _select_slots_kernel(
     logits,
     peaks,
@@ -283,6 +280,7 @@ def _select_slots_kernel(
     slots,
     top_k,
     width,
+    shares,
     capacity,
     stride_table,
     HEADS: tl.constexpr,
@@ -290,7 +288,7 @@ def _select_slots_kernel(
     BLOCK_SIZE: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MOST: tl.constexpr,
 ):
     PAGES: tl.constexpr = BLOCK_SIZE // PAGE
     SMALL: tl.constexpr = BLOCK // 4
@@ -315,25 +313,25 @@ def _select_slots_kernel(
     rest = top_k - from_newest
     written = 0
     if rest > 0:
-        peaks += pair * GROUP * SPLITS
-        masses += pair * GROUP * SPLITS
+        peaks += pair * GROUP * shares
+        masses += pair * GROUP * shares
         logits += pair * GROUP * width
         count = tl.cdiv(rest, PAGE)
         last = rest - (count - 1) * PAGE  # tokens of the lowest-ranked page
         if newest <= SMALL:
             written = _take_at_once(
                 logits, peaks, masses, slots, table, newest, count, last, width,
-                GROUP, BLOCK_SIZE, PAGE, SPLITS, SMALL,
+                shares, GROUP, BLOCK_SIZE, PAGE, MOST, SMALL,
             )  # fmt: skip
         elif newest <= BLOCK:
             written = _take_at_once(
                 logits, peaks, masses, slots, table, newest, count, last, width,
-                GROUP, BLOCK_SIZE, PAGE, SPLITS, BLOCK,
+                shares, GROUP, BLOCK_SIZE, PAGE, MOST, BLOCK,
             )  # fmt: skip
         else:
             written = _take_in_passes(
                 logits, peaks, masses, probability + pair * width, slots, table, newest, count,
-                last, width, GROUP, BLOCK_SIZE, PAGE, SPLITS, SMALL,
+                last, width, shares, GROUP, BLOCK_SIZE, PAGE, MOST, SMALL,
             )  # fmt: skip
     block = tl.load(table + newest // PAGES)
     offset = tl.arange(0, PAGE)
@@ -372,14 +370,15 @@ def select_slots(
             slots,
             top_k,
             width,
+            scores.peak.shape[-1],
             capacity,
             block_table.stride(0),
             HEADS=kv_heads,
             GROUP=heads // kv_heads,
             BLOCK_SIZE=layout.block_size,
             PAGE=layout.page_size,
-            BLOCK=min(block, triton.next_power_of_2(max(width, 128 * warps))),
-            SPLITS=scores.peak.shape[-1],
+            BLOCK=block,
+            MOST=MOST_SHARES,
             num_warps=warps,
             num_stages=stages,
         )

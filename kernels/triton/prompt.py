@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vllm_sparse.kernels.triton.launch import dim_block, launch, row_block, splits
-from vllm_sparse.kernels.triton.ops import dot
+from vllm_sparse.kernels.triton.ops import dot, share_of
 
 
 @triton.jit
@@ -37,7 +37,8 @@ def _load_keys(
     )
 
 
-@triton.jit
+# How wide a table is changes from prompt to prompt, which must not compile variants.
+@triton.jit(do_not_specialize=["stride_query_row", "stride_table"])
 def _normaliser_kernel(
     query,
     keys,
@@ -60,10 +61,8 @@ def _normaliser_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     """Log of each query's softmax denominator over one share of the keys."""
-    split = tl.program_id(0)
     request = (tl.program_id(2) // HEADS).to(tl.int64)
     head = tl.program_id(2) % HEADS
     length = tl.load(prompt_lens + request)
@@ -81,9 +80,7 @@ def _normaliser_kernel(
         stride_query_head, stride_query_token, WINDOW,
     )  # fmt: skip
     last_visible = length - WINDOW + row % WINDOW
-    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
-    begin = split * share
-    end = tl.minimum(begin + share, length)
+    begin, end = share_of(length, 0, BLOCK_N)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     for start in range(begin, end, BLOCK_N):
@@ -102,10 +99,10 @@ def _normaliser_kernel(
         peak = highest
     value = peak + tl.log(tl.where(mass == 0.0, 1.0, mass))
     offset = (request * HEADS + head) * GROUP * WINDOW + row
-    tl.store(lse + offset * SPLITS + split, value, mask=row_inside)
+    tl.store(lse + offset * tl.num_programs(0) + tl.program_id(0), value, mask=row_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "stride_query_row", "stride_table"])
 def _score_kernel(
     query,
     keys,
@@ -165,7 +162,7 @@ def _score_kernel(
     tl.store(score + tl.program_id(1).to(tl.int64) * width + column, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _pool_kernel(
     score,
     prompt_lens,
@@ -241,7 +238,6 @@ def score_prompt(
         block_size,
         *strides,
         **shape,
-        SPLITS=shares,
     )
     lse = lse.logsumexp(-1) if shares > 1 else lse
     _score_kernel[(tiles, requests * kv_heads)](

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.reference.rows import Rows
 
 
-@triton.jit
+# How wide a table is changes from step to step, which must not compile variants.
+@triton.jit(do_not_specialize=["width", "stride_table_out", "stride_table"])
 def _plan_rows_kernel(
     table_out,
     lengths_out,
@@ -83,7 +84,7 @@ def plan_rows(
     assert rows.block_table.shape == block_table.shape
     if not count:
         return
-    tile = min(1024, triton.next_power_of_2(width))
+    tile = 1024
     _plan_rows_kernel[(count, -(-width // tile))](
         rows.block_table,
         rows.lengths,

@@ -10,14 +10,15 @@ import triton
 import triton.language as tl
 from vllm_sparse.kernels.triton.attention import make_shares, merge_shares, store_share
 from vllm_sparse.kernels.triton.launch import dim_block, launch, row_block, splits
-from vllm_sparse.kernels.triton.ops import attend_tile
+from vllm_sparse.kernels.triton.ops import attend_tile, share_of
 
 if TYPE_CHECKING:
     from torch import Tensor
     from vllm_sparse.kernels.reference.sparda_steps import Unframed
 
 
-@triton.jit
+# How wide a table is changes from step to step, which must not compile variants.
+@triton.jit(do_not_specialize=["stride_table"])
 def _attend_frames_kernel(
     slab,
     query,
@@ -26,15 +27,12 @@ def _attend_frames_kernel(
     host,
     table,
     unframed,
-    output,
+    partial,
     lse_out,
     count,
     scale_log2,
     stride_query_row,
     stride_query_head,
-    stride_output_row,
-    stride_output_head,
-    stride_output_split,
     stride_table,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -43,13 +41,11 @@ def _attend_frames_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr,
     UNFRAMED: tl.constexpr,
 ):
     """All query heads of one KV head against one share of its tokens."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    split = tl.program_id(2)
     length = tl.load(lengths + row)
     memory = slab
     if UNFRAMED:
@@ -57,26 +53,19 @@ def _attend_frames_kernel(
         length = tl.maximum(length, whole)
         memory = tl.where(whole > 0, host, slab)
         table += row * stride_table
+    if length <= 0:
+        return
+    begin, end = share_of(length, 2, BLOCK_N)
     member = tl.arange(0, BLOCK_M)
+    query_head = head * GROUP + member
+    at = (row * (HEADS * GROUP) + query_head) * tl.num_programs(2) + tl.program_id(2)
+    if begin >= end:
+        tl.store(lse_out + at, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=member < GROUP)
+        return
     dim = tl.arange(0, BLOCK_D)
     dim_inside = dim < DIM
     mask = (member < GROUP)[:, None] & dim_inside[None, :]
-    query_head = head * GROUP + member
-    target = (
-        output
-        + row * stride_output_row
-        + query_head[:, None].to(tl.int64) * stride_output_head
-        + split * stride_output_split
-        + dim[None, :]
-    )
-    if length <= 0:
-        if SPLITS == 1:
-            tl.store(target, tl.zeros([BLOCK_M, BLOCK_D], output.dtype.element_ty), mask=mask)
-        return
     frames += (row * HEADS + head) * count
-    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
-    begin = split * share
-    end = tl.minimum(begin + share, length)
     b_q = tl.load(
         query + row * stride_query_row + query_head[:, None] * stride_query_head + dim[None, :],
         mask=mask,
@@ -105,10 +94,7 @@ def _attend_frames_kernel(
         b_k = tl.load(source, mask=loaded, other=0.0)  # [BLOCK_N, BLOCK_D]
         b_v = tl.load(source + DIM, mask=loaded, other=0.0)
         peak, mass, b_o = attend_tile(b_q, b_k, b_v, inside[None, :], peak, mass, b_o, scale_log2)
-    lse_at = lse_out + (row * (HEADS * GROUP) + query_head) * SPLITS + split
-    store_share(
-        output, target, lse_at, peak, mass, b_o, mask, member < GROUP, begin >= end, SPLITS,
-    )  # fmt: skip
+    store_share(partial, lse_out, at, member < GROUP, mask, peak, mass, b_o, DIM)
 
 
 def attend_frames(
@@ -160,13 +146,11 @@ def attend_frames(
         host,
         table,
         whole,
-        scratch.partial,
-        scratch.lse,
+        *scratch,
         count,
         scale * 1.4426950408889634,
         query.stride(0),
         query.stride(1),
-        *scratch.strides,
         table.stride(0),
         HEADS=kv_heads,
         GROUP=heads // kv_heads,
@@ -175,7 +159,6 @@ def attend_frames(
         BLOCK_M=row_block(heads // kv_heads),
         BLOCK_N=block,
         BLOCK_D=dim_block(dim),
-        SPLITS=shares,
         UNFRAMED=unframed is not None,
         num_warps=warps,
         num_stages=stages,

@@ -108,7 +108,8 @@ def choose(score, inside, threshold, room, tied_before):
     return chosen, tied & (rank == room - 1), tied_before + tl.sum(ones, 0)
 
 
-@triton.jit
+# Prompts are of any length, which must not compile variants.
+@triton.jit(do_not_specialize=["stride_row", "stride_head", "width"])
 def _top_indices_kernel(
     score,
     sizes,
@@ -145,7 +146,7 @@ def _top_indices_kernel(
 
 def top_indices(score: Tensor, sizes: Tensor, counts: Tensor, max_count: int) -> Tensor:
     """Same contract as :func:`vllm_sparse.kernels.reference.prompt.top_indices`."""
-    rows, heads, width = score.shape
+    rows, heads = score.shape[:2]
     assert score.dtype == torch.float32
     assert score.stride(-1) == 1
     index = torch.empty(rows, heads, max_count, dtype=torch.int32, device=score.device)
@@ -161,7 +162,7 @@ def top_indices(score: Tensor, sizes: Tensor, counts: Tensor, max_count: int) ->
         score.stride(1),
         heads,
         max_count,
-        BLOCK=min(block, triton.next_power_of_2(max(width, 32 * warps))),
+        BLOCK=block,
         num_warps=warps,
         num_stages=stages,
     )
