@@ -222,15 +222,17 @@ def engine_args(model: Path, max_model_len: int, pool_tokens: int, **overrides) 
 
 
 def summary(values: list[float]) -> dict:
-    """Returns median, quartiles and extremes of a sample."""
+    """Returns median, quartiles, 99th percentile and extremes of a sample."""
     if len(values) > 1:
         lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+        slowest = statistics.quantiles(values, n=100, method="inclusive")[-1]
     else:
-        lower = upper = values[0]
+        lower = upper = slowest = values[0]
     return {
         "median": statistics.median(values),
         "p25": lower,
         "p75": upper,
+        "p99": slowest,
         "min": min(values),
         "max": max(values),
         "n": len(values),

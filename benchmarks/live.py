@@ -104,7 +104,6 @@ class ForcedSelector:
         self._last: dict[int, set[int]] = {}
         self._cursor: dict[int, int] = {}
         self._layer = 0
-        self._positions: list[int] | None = None
 
     def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
         """See `vllm_sparse.prefetch.selectors.Selector`; only notes what is asked for."""
@@ -121,26 +120,6 @@ class ForcedSelector:
             wanted = [self._advance(row, at) for row, at in enumerate(positions.tolist())]
             self._wanted = torch.tensor(wanted)
         return self._wanted[:, None].expand(-1, compressed.shape[1], -1)
-
-    def select_pieces(
-        self, compressed: Tensor, vectors: Tensor, table: Tensor, positions: Tensor, *rest: Any,
-        **options: Any,
-    ) -> Any:  # fmt: skip
-        """The same for a GPU's kernel, whose host may not wait for the device in every step."""
-        vectors = vectors.to(compressed.dtype)
-        selected = self._kernel(compressed, vectors, table, positions, *rest, **options)
-        if self._layer == 0:
-            if self._positions is None:
-                self._positions = positions.tolist()
-            else:  # every request decodes in every step
-                self._positions = [position + 1 for position in self._positions]
-            wanted = [self._advance(row, at) for row, at in enumerate(self._positions)]
-            block = table.gather(1, torch.tensor(wanted).to(table.device, non_blocking=True))
-            heads = torch.arange(compressed.shape[1], device=table.device)[:, None]
-            pieces = block[:, None] * len(heads) + heads
-            room = selected.pieces.shape[2] - pieces.shape[2]
-            self._wanted = torch.nn.functional.pad(pieces, (0, room), value=-1).int().contiguous()
-        return selected._replace(pieces=self._wanted)
 
     def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
         """Not used: prompts are dense, and decode has a ranking."""
@@ -203,24 +182,14 @@ class CountingEngine:
 
 
 def force_selection(worker: Any) -> None:
-    """Installs a `ForcedSelector` for decode, and a `CountingEngine` where a host thread copies.
-
-    Batches that a captured CUDA graph runs keep their own choice.
-    """
+    """Installs a `ForcedSelector` for decode and a `CountingEngine`."""
     runtime = sparda_runtime(worker)
     geometry, kernels = runtime.pager.geometry, runtime.kernels
     shape = geometry.num_kv_heads, geometry.head_dim
     selector = ForcedSelector(runtime.settings, shape, kernels.select_blocks)
     runtime.selector = selector
-    if _on_gpu(runtime):
-        runtime.kernels = kernels._replace(select_blocks=selector.select_pieces)
-        return
     runtime.kernels = kernels._replace(select_blocks=selector.select_blocks)
     runtime.scheduler._engine = CountingEngine(runtime.scheduler._engine)
-
-
-def _on_gpu(runtime: Any) -> bool:
-    return hasattr(runtime, "lane")
 
 
 def set_rate(worker: Any, rate: float) -> None:
@@ -240,12 +209,7 @@ def forced_counts(worker: Any) -> dict[str, float]:
     geometry, selector = runtime.pager.geometry, runtime.selector
     paged = sum(not geometry.is_resident(layer) for layer in range(geometry.num_layers))
     counted = {name: metrics.counters().value(name) for name in COUNTED}
-    if _on_gpu(runtime):  # the published ones are a few steps behind
-        hits, misses, _ = runtime.counters.values.tolist()
-        counted |= {"frame_hits": hits, "frame_misses": misses}
-        counted["engine_bytes"] = misses * geometry.piece_bytes
-    else:
-        counted["engine_bytes"] = runtime.scheduler._engine.nbytes
+    counted["engine_bytes"] = runtime.scheduler._engine.nbytes
     return {
         **counted,
         "expected_misses": selector.new_blocks * geometry.num_kv_heads * paged,

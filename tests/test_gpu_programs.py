@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import json
 import os
@@ -14,19 +15,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
 from benchmarks.gpu import bench, bounds, check, host, models, stages, tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 LLAMA, MINICPM = models.LLAMA, models.MINICPM
 
 
 def options_of(tmp_path, *arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    stages.add_options(parser, "tried")
-    return parser.parse_args(["--out", str(tmp_path), *arguments])
+    return bench.parser_of().parse_args(["--out", str(tmp_path), *arguments])
 
 
 # Stages whose subprocess is this file.
@@ -54,6 +58,12 @@ def raises(report, options):
     raise ValueError("out of\n  luck")
 
 
+def sleeps(report, options):
+    begin = time.time()
+    time.sleep(1.5)
+    report.add(begin=begin, end=time.time())
+
+
 def checks(report, options):
     raise stages.CheckFailedError("3 is not 4")
 
@@ -62,10 +72,13 @@ def refuses(report, options):
     raise stages.NotAvailableError("no such thing here")
 
 
+NAPS = ("sleeps", "sleeps too", "alone", "last")
+
+
 def plan(options):
     every = [
         stages.Stage("succeeds", succeeds, 60),
-        stages.Stage("hangs", hangs, 5),
+        stages.Stage("hangs", hangs, 10, min_s=1),
         stages.Stage("crashes", crashes, 60),
         stages.Stage("raises", raises, 60, needs=("succeeds",)),
         stages.Stage("checks", checks, 60),
@@ -73,18 +86,23 @@ def plan(options):
         stages.Stage("watched", succeeds, 60, prefix=("sh", "-c", '"$@"; exit 9', "sh")),
         stages.Stage("dependent", succeeds, 60, needs=("crashes",)),
     ]
-    return every
+    naps = [stages.Stage(name, sleeps, 60, alone=name == "alone") for name in NAPS]
+    return every if options.only is None else [*every, *naps]
+
+
+def outcome(arguments: Sequence[str], **how: bool) -> int:
+    """Runs the stages above and returns the exit status."""
+    parser = argparse.ArgumentParser()
+    stages.add_options(parser, "tried")
+    return stages.main(
+        "tests.test_gpu_programs", "tried", parser, plan,
+        lambda results: ("a table", {"extra": len(results)}), arguments, **how,
+    )  # fmt: skip
 
 
 def run(tmp_path, *arguments: str) -> dict:
     """Runs the stages above and returns the result file."""
-    arguments = ("--out", str(tmp_path), *arguments)
-    parser = argparse.ArgumentParser()
-    stages.add_options(parser, "tried")
-    stages.main(
-        "tests.test_gpu_programs", "tried", parser, plan,
-        lambda results: ("a table", {"extra": len(results)}), arguments,
-    )  # fmt: skip
+    outcome(("--out", str(tmp_path), *arguments))
     return json.loads((tmp_path / "tried.json").read_text())
 
 
@@ -151,16 +169,72 @@ def test_a_killed_run_keeps_what_it_has(tmp_path):
             if "hangs (at most" in line:
                 break
         deadline = time.monotonic() + 20
-        log = tmp_path / "tried.log"
-        while "child" not in log.read_text() and time.monotonic() < deadline:
+        file = tmp_path / "tried.json"
+        while time.monotonic() < deadline:
+            found = json.loads(file.read_text())["stages"].get("hangs", {"facts": {}})
+            if "child" in found["facts"]:
+                break
             time.sleep(0.05)
+        assert found["status"] == "running"  # even a run that is killed at once keeps these
+        assert found["rows"] == [{"value": "before"}]
         process.terminate()
         process.wait(timeout=20)
     result = json.loads((tmp_path / "tried.json").read_text())
     assert result["stages"]["succeeds"]["status"] == "ok"
     assert result["stages"]["hangs"]["status"] == "interrupted"
     assert result["stages"]["hangs"]["rows"] == [{"value": "before"}]
-    assert has_ended(int(re.search(r"'child': (\d+)", log.read_text())[1]))
+    assert has_ended(found["facts"]["child"])
+    assert "'child': " in (tmp_path / "tried.log").read_text()
+
+
+def test_what_has_been_measured_is_merged_and_not_measured_again(tmp_path, capsys):
+    first = run(tmp_path, "--only", "succeeds", "raises")
+    earlier = tmp_path / "earlier.json"
+    (tmp_path / "tried.json").rename(earlier)
+    result = run(tmp_path, "--merge", str(earlier), "--only", "raises", "refuses")
+    assert list(result["stages"]) == ["succeeds", "raises", "refuses"]
+    merged = result["stages"]["succeeds"]
+    assert merged == {**first["stages"]["succeeds"], "of": first["environment"]["date"]}
+    assert "succeeds (at most" not in capsys.readouterr().err.split("raises: failed")[-1]
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--merge", str(earlier), "--seed", "1", "--only", "refuses")
+    assert "seed was 0 and is 1" in capsys.readouterr().err
+
+
+def test_stages_that_measure_no_time_run_at_once(tmp_path):
+    started = time.monotonic()
+    result = run(tmp_path, "--only", *NAPS, "--jobs", "4")
+    assert time.monotonic() - started < 20
+    spans = {name: stage["rows"][0] for name, stage in result["stages"].items()}
+    first, second, alone, last = (spans[name] for name in NAPS)
+    assert first["begin"] < second["end"]
+    assert second["begin"] < first["end"]
+    assert alone["begin"] > max(first["end"], second["end"])
+    assert last["begin"] > alone["end"]
+
+
+def test_a_run_that_is_to_be_complete_says_if_it_is_not(tmp_path):
+    arguments = ["--only", "succeeds", "refuses", "--budget-s", "60", "--out", str(tmp_path)]
+    assert outcome(arguments, complete=True) == 0
+    arguments[arguments.index("60")] = "10"
+    assert outcome(arguments, complete=False) == 0
+    assert outcome(arguments, complete=True) == stages.INCOMPLETE
+    arguments[2] = "raises"
+    arguments[arguments.index("10")] = "60"
+    assert outcome(arguments, complete=True) == 1
+
+
+def test_results_name_no_folder_of_the_machine(tmp_path):
+    result = run(tmp_path, "--only", "raises")
+    text = json.dumps(result)
+    assert str(tmp_path) not in text
+    assert str(ROOT) not in text
+    assert 'File \\"WORK/path/' in text  # of the traceback
+
+
+def test_the_commit_may_be_given(monkeypatch):
+    monkeypatch.setenv("VLLM_SPARSE_COMMIT", "abc")
+    assert host.facts()["commit"] == "abc"
 
 
 def test_an_unknown_stage_is_refused(tmp_path):
@@ -333,18 +407,134 @@ def test_batches_that_fit():
 def test_offload_arms_have_the_same_device_memory():
     from benchmarks.gpu import offload
 
-    sizes = {"context": 32768, "top_k": 96, "device_kv_gib": 4.0, "generated": 400}
+    default = bench.parser_of().parse_args([])
+    sizes = {"context": default.sparda_context, "top_k": 96, "generated": 400}
+    sizes["device_kv_gib"] = default.device_kv_gib
     found = {arm: offload.plan(MINICPM, arm, most_host_gib=64, **sizes) for arm in offload.ARMS}
-    assert found["blocking"] == found["prefetch"]
-    assert found["resident"].batch == 3
-    assert 16 <= found["prefetch"].batch <= 18
-    assert found["prefetch"].slab_gib == pytest.approx(found["prefetch"].batch * 0.1875, rel=1e-4)
+    batches = {arm: sized.batch for arm, sized in found.items()}
+    assert batches == {"resident": 4, "offload": 19, "first": 17}
+    assert found["offload"].slab_gib == pytest.approx(19 * 0.1875, rel=1e-4)
+    # Whole requests leave some of it unused, no arm much more than another.
     for sized in found.values():
-        assert 2.5 < sized.device_gib <= 4.0
-    little = offload.plan(MINICPM, "prefetch", most_host_gib=5, **sizes)
+        assert 0.94 * default.device_kv_gib < sized.device_gib <= default.device_kv_gib
+    little = offload.plan(MINICPM, "offload", most_host_gib=5, **sizes)
     assert little.batch == 5
     with pytest.raises(stages.NotAvailableError, match="hold no request"):
         offload.plan(MINICPM, "resident", most_host_gib=64, **{**sizes, "device_kv_gib": 0.5})
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.4])
+def test_forced_choices_miss_exactly_what_they_are_to(rate):
+    """With frames for one working set, which the page table then has to replace in every step."""
+    import torch
+    from vllm_sparse.kernels.reference import paging, sparda_steps
+    from vllm_sparse.kernels.reference.selection import Blocks, Ranking
+
+    from benchmarks.gpu import batches_sparda, steering
+    from vllm_sparse.config import SpardaSettings
+
+    settings = SpardaSettings(local_blocks=2, top_k=14, dense_len=0)
+    rows, heads, width, start = 2, 2, 24, 64 * 20 + 50
+    layers = [torch.randn(rows * width + 1, heads, 4, 8) for _ in range(2)]
+    runtime = SimpleNamespace(
+        settings=settings,
+        step=torch.zeros(1, dtype=torch.int64),
+        kernels=SimpleNamespace(select_blocks=sparda_steps.select_blocks),
+        compressed=layers.__getitem__,
+    )
+    choice = steering.ForcedChoice(runtime, start)
+    assert choice.set_rate(rate) == round(10 * rate) / 10
+    with pytest.raises(ValueError, match="too few"):
+        choice.set_rate(0.9)
+    table = (1 + torch.randperm(rows * width)).view(rows, width).int()
+    table = torch.cat((table, torch.zeros(1, width, dtype=torch.int32)))
+    blocks = Blocks(64, 16, 1, 2, 14)
+    frames = batches_sparda.empty_table((rows * width + 1) * heads, rows * heads * 14, table.device)
+    for number in range(30):  # the first row crosses a block border
+        runtime.step += 1
+        positions = torch.tensor([start + number, start + number + 30, -1])
+        vectors = torch.randn(3, heads, 8)
+        before = int(choice.new)
+        chosen = []
+        for layer in layers:
+            arguments = (layer, vectors, table, positions, Ranking(False), blocks)
+            chosen.append(choice(*arguments, dense_len=0, capacity=16))
+        assert torch.equal(chosen[0].pieces, chosen[1].pieces)
+        selected = chosen[0]
+        assert selected.pieces.dtype == torch.int32
+        assert (selected.pieces[2] == -1).all()
+        assert (selected.pieces[:, :, 14:] == -1).all()
+        logical = selected.blocks[:2, :, :14]
+        assert all(len(set(row.tolist())) == 14 for row in logical.flatten(0, 1))
+        own = positions[:2, None] // 64
+        assert (logical[:, :, 0] == 0).all()
+        assert (logical[:, :, -3:] == own[:, :, None] + torch.tensor([-2, -1, 0])).all()
+        physical = table[:2].gather(1, logical.flatten(1).long()).view_as(logical)
+        assert torch.equal(selected.pieces[:2, :, :14], physical * 2 + torch.tensor([[0], [1]]))
+        found = paging.resolve(frames, selected.pieces.long(), number + 1)
+        if number:
+            assert len(found.missing) == heads * (int(choice.new) - before)
+    assert int(choice.new) == rows * 30 * round(10 * rate) + 1
+
+
+def test_graphs_are_found_in_both_model_runners():
+    from benchmarks.gpu import steering
+
+    old = SimpleNamespace(model=object())
+    new = SimpleNamespace(model=object(), cudagraph_manager=object())
+    assert steering.graphs_of(old) == (old.model, "concrete_cudagraph_entries")
+    assert steering.graphs_of(new) == (new.cudagraph_manager, "graphs")
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_each_way_to_fetch_has_graphs_of_its_own(graphs):
+    """Captured once, of kernels that copy or not, and found again."""
+    import torch
+    from vllm_sparse.kernels.dispatch import SpardaGpuKernels
+
+    from benchmarks.gpu import steering
+    from benchmarks.gpu.steering import Way
+    from vllm_sparse.config import SpardaSettings
+
+    captured, copied = [], []
+
+    class Manager:
+        graphs: ClassVar[dict] = {}
+
+    def capture_model():
+        runtime.kernels.copy_pieces(None, None, None, None, "count")
+        captured.append(runtime.settings.prefetch)
+        manager.graphs[len(captured)] = "graph"
+
+    manager = Manager()
+    fields = dict.fromkeys(SpardaGpuKernels._fields)
+    fields["copy_pieces"] = lambda *arguments: copied.append(arguments[-1])
+    runtime = SimpleNamespace(
+        settings=SpardaSettings(local_blocks=2, top_k=8),
+        step=torch.zeros(1, dtype=torch.int64),
+        kernels=SpardaGpuKernels(**fields),
+    )
+    builder = SimpleNamespace(runtime=runtime)
+    group = SimpleNamespace(get_metadata_builder=lambda: builder)
+    mode = SimpleNamespace(has_full_cudagraphs=lambda: graphs)
+    worker = SimpleNamespace(
+        vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=mode)),
+        model_runner=SimpleNamespace(
+            attn_groups=[[group]], cudagraph_manager=manager, capture_model=capture_model
+        ),
+    )
+    steering.force(worker, 2048)
+    assert runtime.kernels.select_blocks is worker.steering.choice
+    ways = [Way(True), Way(False), Way(True, copies=False)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm.config.set_current_vllm_config", contextlib.nullcontext)
+        for way in [*ways, *ways]:
+            steering.fetch(worker, way)
+            assert runtime.settings.prefetch == way.prefetch
+            assert list(manager.graphs) == ([1 + ways.index(way)] if graphs else [])
+    assert captured == ([True, False, True] if graphs else [])
+    assert [int(count) for count in copied[2:]] == ([0] if graphs else [])
+    assert copied[:2] == (["count", "count"] if graphs else [])
 
 
 # Verdicts.
@@ -425,7 +615,15 @@ def measured(step_ms: float, bound_ms: float, **row) -> dict:
     summary = {"median": step_ms}
     rate = 1e3 * row["batch"] / step_ms
     least = {"bound_ms": bound_ms, "least_bytes": bound_ms * 4.3e9}
-    return {"step_ms": summary, "tokens_per_s": rate, **least, **row}
+    common = {"tokens_per_s": rate, "preemptions": 0, **least}
+    return {"step_ms": summary, "wanted": row["batch"], **common, **row}
+
+
+def forced(arm: str, step_ms: float, bound_ms: float, batch: int) -> dict:
+    row = {"arm": arm, "rate": 0.1, "new_share": 0.097, "context": 32000, "fetched_mib": 228.0}
+    row = measured(step_ms, bound_ms, batch=batch, as_forced=True, **row)
+    del row["wanted"], row["preemptions"]
+    return row if arm == "resident" else {**row, "exposed_wait_ms": 3.5}
 
 
 def results_of_a_bench() -> dict[str, dict]:
@@ -433,52 +631,104 @@ def results_of_a_bench() -> dict[str, dict]:
     dense = [
         measured(4.0, 3.6, context=16 * thousand, batch=1),
         measured(5.0, 4.5, context=32 * thousand, batch=1),
-        measured(30.0, 27.0, context=32 * thousand, batch=27),
+        measured(30.0, 27.0, context=32 * thousand, batch=27, wanted="most"),
         {"context": 32 * thousand, "prefill_s": 1.0},
+        {"context": 32 * thousand, "prefill_s": 1.04},
+        {"context": 128 * thousand, "prefill_s": 14.0},
         {"context": 8 * thousand, "wanted": "most", "batch": 99, "skipped": "no time"},
     ]
     ours = [
         measured(4.0, 3.1, context=16 * thousand, batch=1),
         measured(4.0, 3.5, context=32 * thousand, batch=1),
         measured(6.0, 4.0, context=32 * thousand, batch=27),
-        {"context": 32 * thousand, "prefill_s": 1.02},
+        measured(9.0, 8.0, context=32 * thousand, batch=108, wanted="most"),
+        *({"context": 32 * thousand, "prefill_s": seconds} for seconds in (1.03, 1.04, 9.0)),
+        {"context": 128 * thousand, "prefill_s": 14.0},
     ]
-    paged = measured(9.0, 7.0, rate=0.1, batch=17, exposed_wait_ms=1.0, fetched_mib=200.0)
-    paged |= {"link_gb_per_s": 23.0, "as_forced": True}
+    blocking = {**forced("blocking", 10.0, 9.0, 19), "in_flight_gb_per_s": 48.0}
+    paged = [blocking, forced("prefetch", 6.0, 5.0, 19), {"rate": 0.2, "skipped": "no time"}]
+    resident = [forced("resident", 4.2, 4.0, 4)]
     kernel = {"kernel": "append", "context": 8192, "budget": 256, "batch": 1, "block_size": 64}
     kernel |= {"us": 4.0, "gb_per_s": 12.0, "share_of_copy": 0.003}
     failed = {"kernel": "select slots", "error": "no kernel image"}
     fetched = {"kernel": "copy pieces", "programs": 32, "context": 32768, "batch": 16}
     fetched |= {"misses": 307, "us": 200.0, "gb_per_s": 50.0, "share_of_link": 0.9}
     status = {"status": "ok", "reason": "", "seconds": 1.0}
+    link = {"link_gb_per_s": {"host_to_device": 55.0}, "device_kv_gib": 4.2}
+    link |= {"plan": {"device_gib": 4.17}, "graphs": "CUDAGraphMode.FULL_DECODE_ONLY"}
     return {
         "kernels-sparda": {**status, "rows": [fetched, failed], "facts": {"link_gb_per_s": 55.0}},
         "kernels": {**status, "rows": [kernel, failed], "facts": {"copy_gb_per_s": 4300.0}},
-        "sparda-prefetch": {**status, "rows": [paged, {"skipped": "no time"}], "facts": {}},
-        "dense": {**status, "rows": dense, "facts": {"largest": {"32768": 27, "16384": 50}}},
-        "rocket-1024": {**status, "rows": ours, "facts": {"largest": {"32768": 108}}},
+        "sparda-offload": {**status, "rows": paged, "facts": link},
+        "sparda-resident": {**status, "rows": resident, "facts": link},
+        "dense": {**status, "rows": dense, "facts": {}},
+        "rocket-1024": {**status, "rows": ours, "facts": {"graphs": "X.FULL_DECODE_ONLY"}},
     }
+
+
+def verdicts(results: dict[str, dict]) -> dict[str, str]:
+    return {target.what: target.verdict for target in bench.targets(results)}
 
 
 def test_targets_are_judged_next_to_their_bounds():
     results = results_of_a_bench()
-    found = bench.targets(results)
-    assert [target.verdict for target in found] == [
-        "yes", "yes", "not measured", "yes", "yes", "yes",
-    ]  # fmt: skip
-    assert found[3].found == pytest.approx(5.0)
-    assert found[3].bound == pytest.approx(27 / 4)
-    assert found[4].found == 4.0
-    assert found[5].found == pytest.approx(2.0)
+    found = {target.what: target for target in bench.targets(results)}
+    unknown = "not measured"
+    assert {what: target.verdict for what, target in found.items()} == {
+        "16K, batch 1, t = 1024: x dense": "yes",
+        "32K, batch 1, t = 1024: x dense": "yes",
+        "128K, batch 1, t = 1024: x dense": unknown,
+        "32K, stock's largest batch, t = 1024: x dense": "yes",
+        "16K, batch 1, t = 256: x dense": unknown,
+        "32K, batch 1, t = 256: x dense": unknown,
+        "128K, batch 1, t = 256: x dense": unknown,
+        "32K, stock's largest batch, t = 256: x dense": unknown,
+        "32K, t = 1024: largest batch over stock's": "yes",
+        "prefill overhead at 32K, t = 1024, %": "yes",
+        "prefill overhead at 128K, t = 1024, %": unknown,  # once is not enough
+        "SPARDA, 10% misses: tokens/s, prefetch over blocking": "yes",
+        "SPARDA, 10% misses: tokens/s, over all resident": "no",
+    }
+    batched = found["32K, stock's largest batch, t = 1024: x dense"]
+    assert batched.found == pytest.approx(5.0)
+    assert batched.bound == pytest.approx(27 / 4)
+    assert found["32K, t = 1024: largest batch over stock's"].found == 4.0
+    overhead = found["prefill overhead at 32K, t = 1024, %"]
+    assert overhead.found == pytest.approx(100 * (1.04 / 1.02 - 1))  # medians
+    ahead = found["SPARDA, 10% misses: tokens/s, prefetch over blocking"]
+    assert (ahead.found, ahead.bound) == (pytest.approx(10 / 6), pytest.approx(9 / 5))
+    resident = found["SPARDA, 10% misses: tokens/s, over all resident"]
+    assert resident.found == pytest.approx(19 / 4 * 4.2 / 6)
+    assert resident.bound == pytest.approx(19 / 4 * 4 / 5)
     results["rocket-1024"]["rows"][1]["step_ms"]["median"] = 5.0
-    assert bench.targets(results)[1].verdict == "no"
-    text, further = bench.summary(results)
+    assert verdicts(results)["32K, batch 1, t = 1024: x dense"] == "no"
+
+
+def test_what_did_not_run_as_it_was_to_reaches_no_target():
+    results = results_of_a_bench()
+    results["sparda-offload"]["rows"][0]["as_forced"] = False
+    results["rocket-1024"]["rows"][3]["preemptions"] = 2
+    results["dense"]["rows"][0]["preemptions"] = 1
+    found = verdicts(results)
+    for what in (
+        "SPARDA, 10% misses: tokens/s, prefetch over blocking",
+        "32K, t = 1024: largest batch over stock's",
+        "16K, batch 1, t = 1024: x dense",
+    ):
+        assert found[what] == "not measured"
+
+
+def test_tables_show_what_was_measured():
+    text, further = bench.summary(results_of_a_bench())
     assert "not measured" in text
     assert re.search(r"append +8192 +256 +1 +64 +4 +12 +0\.003", text)
     assert re.search(r"copy pieces +32 +32768 +16 +307 +200 +50 +- +0\.9", text)
-    assert re.search(r"sparda-prefetch +9 +0\.1 +17", text)
-    assert re.search(r"rocket-1024 +32768 +27 +108 +6 ", text)
-    assert [verdict["reached"] for verdict in further["targets"]][1] == "no"
+    assert re.search(r"sparda-offload: 4\.17 of 4\.2 GiB .* link 55", text)
+    assert re.search(r"blocking +32000 +19 +9\.7 +10 +- +9 +3\.5 +1900 +228 +48 +True", text)
+    assert re.search(r"prefetch +32000 +19 +9\.7 +6 +- +5 +3\.5 +3167 +228 +- +True", text)
+    assert re.search(r"rocket-1024 +32768 +27 +6 +- +4 +4500 +0 +5 +6\.75", text)
+    assert re.search(r"rocket-1024 +FULL_DECODE_ONLY", text)
+    assert [verdict["reached"] for verdict in further["targets"]][1] == "yes"
     assert bench.summary({})[1]["targets"][0]["reached"] == "not measured"
 
 

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from benchmarks.gpu import check, stages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from benchmarks.gpu.stages import Report
 
 MODULE, NAME = "benchmarks.gpu.bench", "gpu-bench"
-DENSE = "dense"
+DENSE, MOST = "dense", "most"
 K = 1024
+FORCED = 0.1  # miss rate of the targets
 WHOLE = ("whole step", "whole stage 1", "FlashAttention, dense")
 
 
@@ -84,38 +85,72 @@ def offload(report: Report, options: argparse.Namespace) -> None:
 
 
 def plan(options: argparse.Namespace) -> list[stages.Stage]:
-    """All stages: those that the targets are about, then one of each kind, then the rest."""
+    """All stages of the part, or of all parts, the most valuable first."""
     interpreted = {"TRITON_INTERPRET": "1"} if options.device == "cpu" else {}
 
-    def arm(name: str, limit_s: float, about: str, baseline: str = DENSE) -> stages.Stage:
+    def arm(
+        name: str, limit_s: float, min_s: float, about: str, baseline: str = DENSE
+    ) -> stages.Stage:
         beside = (baseline,) if name != baseline else ()
-        return stages.Stage(name, decode, limit_s, ("smoke",), beside=beside, about=about)
+        return stages.Stage(
+            name, decode, limit_s, ("smoke",), beside=beside, min_s=min_s, about=about
+        )
 
-    def paged(name: str, limit_s: float, about: str) -> stages.Stage:
-        return stages.Stage(f"sparda-{name}", offload, limit_s, ("smoke",), about=about)
-
-    return [
-        stages.Stage("smoke", check.smoke, 60, about="GPU, vLLM, installed plugin"),
-        stages.Stage("kernels", kernels, 60, ("smoke",), env=interpreted, about="(a) alone"),
-        arm(DENSE, 130, "(b, c) FLASH_ATTN"),
-        arm("rocket-1024", 120, "(b, c) ROCKETKV, t = 1024"),
-        stages.Stage(
-            "kernels-sparda",
-            kernels_sparda,
-            60,
+    def paged(name: str, limit_s: float, min_s: float, about: str) -> stages.Stage:
+        return stages.Stage(
+            f"sparda-{name}",
+            offload,
+            limit_s,
             ("smoke",),
+            min_s=min_s,
             env=interpreted,
-            about="(a) SPARDA's, alone",
-        ),
-        paged("prefetch", 90, "(d) SPARDA, offloaded, fetched ahead"),
-        paged("blocking", 90, "(d) SPARDA, offloaded, fetched when needed"),
-        arm("rocket-256", 100, "(b, c) ROCKETKV, t = 256"),
-        paged("resident", 75, "(d) SPARDA, all on the device"),
-        arm("stage1-1024", 80, "(b) ablation: eviction only"),
-        arm("stage2-1024", 80, "(b) ablation: selection only"),
-        arm("dense-more", 200, "(b) FLASH_ATTN, largest batches at 8K and 128K", "dense-more"),
-        arm("rocket-1024-more", 200, "(b) ROCKETKV, the same", "dense-more"),
-    ]
+            about=about,
+        )
+
+    def alone(name: str, run: Callable[..., None], about: str) -> stages.Stage:
+        return stages.Stage(
+            name, run, 60, ("smoke",), min_s=25, env=interpreted, about=f"(a) {about}, alone"
+        )
+
+    smoke = stages.Stage("smoke", check.smoke, 60, about="GPU, vLLM, installed plugin")
+    dense = arm(DENSE, 140, 70, "(b, c) FLASH_ATTN")
+    rocket = arm("rocket-1024", 140, 70, "(b, c) ROCKETKV, t = 1024")
+    offloaded = paged("offload", 150, 90, "(d) SPARDA, offloaded, both ways to fetch")
+    resident = paged("resident", 90, 60, "(d) SPARDA, all on the device")
+    kernels_of = {
+        "rocketkv": alone("kernels", kernels, "ROCKETKV's kernels"),
+        "sparda": alone("kernels-sparda", kernels_sparda, "SPARDA's kernels"),
+    }
+    first = [smoke, dense, rocket, offloaded, resident, *kernels_of.values()]
+    parts = {
+        "rocketkv": [
+            *(smoke, kernels_of["rocketkv"], dense, rocket),
+            arm("rocket-256", 100, 65, "(b, c) ROCKETKV, t = 256"),
+            arm("stage1-1024", 80, 55, "(b) ablation: eviction only"),
+            arm("stage2-1024", 80, 55, "(b) ablation: selection only"),
+            arm("dense-again", 60, 50, "(b) FLASH_ATTN once more, for drift"),
+        ],
+        "sparda": [
+            *(smoke, kernels_of["sparda"], offloaded, resident),
+            paged("first", 150, 90, "(d) SPARDA, offloaded but for the first layer"),
+        ],
+        "more": [
+            smoke,
+            arm(
+                "dense-more",
+                200,
+                90,
+                "(b) FLASH_ATTN, largest batches at 8K and 128K",
+                "dense-more",
+            ),
+            arm("rocket-1024-more", 200, 90, "(b) ROCKETKV, the same", "dense-more"),
+            arm("dense-compiled", 150, 100, "(b) FLASH_ATTN as vLLM compiles it", "dense-compiled"),
+        ],
+    }
+    if options.part:
+        return parts[options.part]
+    every = [*first, *(stage for part in parts.values() for stage in part)]
+    return list({stage.name: stage for stage in every}.values())
 
 
 # Reading results.
@@ -125,7 +160,9 @@ def steps(result: dict | None) -> dict[tuple[int, int], dict]:
     """Rows of decode steps by context and batch; the later one wins."""
     rows = (result or {}).get("rows", [])
     return {
-        (row["context"], row["batch"]): row for row in rows if {"context", "step_ms"} <= row.keys()
+        (row["context"], row["batch"]): row
+        for row in rows
+        if {"context", "wanted", "step_ms"} <= row.keys()
     }
 
 
@@ -139,7 +176,10 @@ def prefills(result: dict | None) -> dict[int, list[float]]:
 
 
 def speedups(results: dict[str, dict], arm: str) -> dict[tuple[int, int], tuple[float, float]]:
-    """How many times faster a step is than stock vLLM's at equal batch, and its bound."""
+    """How many times faster a step is than stock vLLM's at equal batch, and its bound.
+
+    A batch that was preempted is none of its size, and does not count.
+    """
     dense = {**steps(results.get("dense-more")), **steps(results.get(DENSE))}
     return {
         key: (
@@ -147,55 +187,82 @@ def speedups(results: dict[str, dict], arm: str) -> dict[tuple[int, int], tuple[
             dense[key]["least_bytes"] / row["least_bytes"],
         )
         for key, row in steps(results.get(arm)).items()
-        if key in dense
+        if key in dense and not (row["preemptions"] or dense[key]["preemptions"])
     }
 
 
-def overhead_percent(results: dict[str, dict], arm: str) -> dict[int, float]:
-    """By how much a cold prefill takes longer than stock vLLM's."""
+def largest(results: dict[str, dict], arm: str, context: int) -> int | None:
+    """The largest batch that was measured to run at once; None if that was not reached."""
+    return max(
+        (
+            row["batch"]
+            for row in steps(results.get(arm)).values()
+            if (row["context"], row["wanted"], row["preemptions"]) == (context, MOST, 0)
+        ),
+        default=None,
+    )
+
+
+def overheads(results: dict[str, dict], arm: str) -> dict[int, float]:
+    """By how many percent cold prefills take longer than stock vLLM's, where both have several."""
     dense = prefills(results.get(DENSE))
     return {
         context: 100 * (statistics.median(seconds) / statistics.median(dense[context]) - 1)
         for context, seconds in prefills(results.get(arm)).items()
-        if context in dense
+        if min(len(seconds), len(dense.get(context, ()))) > 1
     }
+
+
+def paged_row(results: dict[str, dict], stage: str, arm: str, rate: float) -> dict | None:
+    """The row of SPARDA's arm at a miss rate, if the misses were those that were forced."""
+    for row in results.get(stage, {}).get("rows", []):
+        if row.get("arm") == arm and row["rate"] == rate and row["as_forced"]:
+            return row
+    return None
 
 
 def targets(results: dict[str, dict]) -> list[Target]:
     """The targets for one H200, next to what was found."""
-    best: dict[tuple[int, int], tuple[float, float]] = {}
-    for arm in ("rocket-1024", "rocket-256"):
-        for key, value in speedups(results, arm).items():
-            best[key] = max(value, best.get(key, (0.0, 0.0)))
-    none = (None, None)
-    largest = {
-        arm: results.get(arm, {}).get("facts", {}).get("largest", {})
-        for arm in (DENSE, "rocket-1024")
-    }
-    dense_most = largest[DENSE].get(str(32 * K))
-    ours_most = largest["rocket-1024"].get(str(32 * K))
-    at_most = best.get((32 * K, dense_most), none)
-    overheads = [
-        value
-        for arm in ("rocket-1024", "rocket-256")
-        for value in overhead_percent(results, arm).values()
-    ]
+    dense_most = largest(results, DENSE, 32 * K)
+    ours_most = largest(results, "rocket-1024", 32 * K)
+    found = []
+    for budget in (1024, 256):
+        ratios = speedups(results, f"rocket-{budget}")
+        cells = [
+            *((f"{n}K, batch 1", (n * K, 1), x) for n, x in ((16, 1.0), (32, 1.2), (128, 1.8))),
+            ("32K, stock's largest batch", (32 * K, dense_most), 4.0),
+        ]
+        for what, key, least in cells:
+            ratio, bound = ratios.get(key, (None, None))
+            found.append(Target(f"{what}, t = {budget}: x dense", ratio, least, bound))
+    over = overheads(results, "rocket-1024")
     return [
-        Target("16K, batch 1: speed-up", best.get((16 * K, 1), none)[0], 1.0, *_bound(best, 16)),
-        Target("32K, batch 1: speed-up", best.get((32 * K, 1), none)[0], 1.2, *_bound(best, 32)),
-        Target("128K, batch 1: speed-up", best.get((128 * K, 1), none)[0], 1.8, *_bound(best, 128)),
-        Target("32K, stock's largest batch: throughput", at_most[0], 4.0, at_most[1]),
+        *found,
         Target(
             "32K, t = 1024: largest batch over stock's",
             ours_most / dense_most if ours_most and dense_most else None,
             3.5,
         ),
-        Target("prefill overhead, %, worst context", max(overheads, default=None), None, most=3.0),
+        *(
+            Target(f"prefill overhead at {n}K, t = 1024, %", over.get(n * K), None, most=3.0)
+            for n in (32, 128)
+        ),
+        *_paged_targets(results),
     ]
 
 
-def _bound(best: dict, thousands: int) -> tuple[float | None]:
-    return (best.get((thousands * K, 1), (None, None))[1],)
+def _paged_targets(results: dict[str, dict]) -> Iterator[Target]:
+    ahead = paged_row(results, "sparda-offload", "prefetch", FORCED)
+    for what, least, other in (
+        ("prefetch over blocking", 1.5, paged_row(results, "sparda-offload", "blocking", FORCED)),
+        ("over all resident", 4.0, paged_row(results, "sparda-resident", "resident", FORCED)),
+    ):
+        ratio = bound = None
+        if ahead and other:
+            batches = ahead["batch"] / other["batch"]
+            ratio = ahead["tokens_per_s"] / other["tokens_per_s"]
+            bound = batches * other["bound_ms"] / ahead["bound_ms"]
+        yield Target(f"SPARDA, {FORCED:.0%} misses: tokens/s, {what}", ratio, least, bound)
 
 
 def summary(results: dict[str, dict]) -> tuple[str, dict]:
@@ -269,54 +336,95 @@ def _step_table(results: dict[str, dict]) -> Iterator[str]:
     lines = []
     for arm, result in results.items():
         ratios = speedups(results, arm)
-        most = result["facts"].get("largest", {})
-        for (context, batch), row in steps(result).items() if most else ():
+        for (context, batch), row in steps(result).items():
             faster, bound = ratios.get((context, batch), (None, None))
             lines.append(
                 (
-                    arm, context, batch, most.get(str(context)), row["step_ms"]["median"],
-                    row["bound_ms"], row["tokens_per_s"], faster, bound,
+                    arm, context, batch, row["step_ms"]["median"], row["step_ms"].get("p99"),
+                    row["bound_ms"], row["tokens_per_s"], row["preemptions"], faster, bound,
                 )
             )  # fmt: skip
     if lines:
-        header = ("arm", "context", "batch", "fit", "step ms", "bound ms", "tokens/s")
+        engines = {
+            arm: result["facts"] for arm, result in results.items() if arm in {x[0] for x in lines}
+        }
+        yield stages.table(
+            ("arm", "graphs", "compilation", "copy GB/s", "pool tokens"),
+            [
+                (
+                    arm,
+                    *(facts.get(key, "").rpartition(".")[2] for key in ("graphs", "compilation")),
+                    facts.get("copy_gb_per_s"),
+                    facts.get("pool_tokens"),
+                )
+                for arm, facts in engines.items()
+            ],
+        )
+        header = ("arm", "context", "batch", "step ms", "p99", "bound ms", "tokens/s", "preempted")
         yield stages.table((*header, "x dense", "bound"), lines)
     times = [
-        (arm, context, statistics.median(seconds), overhead_percent(results, arm).get(context))
+        (
+            arm, context, len(seconds), statistics.median(seconds), min(seconds),
+            overheads(results, arm).get(context),
+        )
         for arm, result in results.items()
         for context, seconds in prefills(result).items()
-    ]
+    ]  # fmt: skip
     if times:
-        yield stages.table(("arm", "context", "prefill s", "overhead %"), times)
+        yield stages.table(("arm", "context", "prefills", "median s", "least", "overhead %"), times)
 
 
 def _sparda_table(results: dict[str, dict]) -> Iterator[str]:
-    keys = (
-        *("rate", "batch", "tokens_per_s", "bound_ms", "exposed_wait_ms", "fetched_mib"),
-        "link_gb_per_s",
+    for name, result in results.items():
+        rows = sorted(
+            (row for row in result["rows"] if "as_forced" in row),
+            key=lambda row: (row["rate"], row["arm"]),
+        )
+        if not rows:
+            continue
+        facts = result["facts"]
+        sized, link = facts.get("plan", {}), facts.get("link_gb_per_s", {})
+        yield (
+            f"{name}: {sized.get('device_gib', 0.0):.2f} of {facts.get('device_kv_gib')} GiB for "
+            f"keys and values; {facts.get('graphs')}; link {link.get('host_to_device')} GB/s\n"
+        ) + stages.table(
+            (
+                *("arm", "context", "batch", "new %", "step ms", "p99", "bound ms", "wait ms"),
+                *("tokens/s", "MiB/step", "GB/s in flight", "as forced"),
+            ),
+            [
+                (
+                    row["arm"], row["context"], row["batch"], 100 * row["new_share"],
+                    row["step_ms"]["median"], row["step_ms"].get("p99"), row["bound_ms"],
+                    row.get("exposed_wait_ms"), row["tokens_per_s"], row["fetched_mib"],
+                    row.get("in_flight_gb_per_s"), row["as_forced"],
+                )
+                for row in rows
+            ],
+        )  # fmt: skip
+
+
+def parser_of() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
+    stages.add_options(parser, NAME)
+    parser.add_argument(
+        "--part",
+        choices=("rocketkv", "sparda", "more"),
+        help="these stages, 8 minutes each; unset: the most wanted of all, then the rest",
     )
-    lines = [
-        (name, row["step_ms"]["median"], *(row[key] for key in keys), row["as_forced"])
-        for name, result in results.items()
-        if name.startswith("sparda-")
-        for row in result["rows"]
-        if "exposed_wait_ms" in row
-    ]
-    if lines:
-        header = ("arm", "step ms", "miss rate", "batch", "tokens/s", "bound ms", "wait ms")
-        yield stages.table((*header, "MiB/step", "GB/s", "as forced"), lines)
+    parser.add_argument("--compile", action="store_true", help="engines as vLLM compiles them")
+    # Of 32K tokens, 4 requests fill it if all is resident, and 19 if it is offloaded.
+    parser.add_argument("--device-kv-gib", type=float, default=4.2, help="of each arm of SPARDA")
+    parser.add_argument("--host-gib", type=float, default=64.0, help="most host memory for SPARDA")
+    parser.add_argument("--sparda-context", type=int, default=32 * K)
+    parser.add_argument("--sparda-eager", action="store_true", help="no graphs for SPARDA")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
-    stages.add_options(parser, NAME)
-    parser.add_argument("--compile", action="store_true", help="engines as vLLM compiles them")
-    parser.add_argument("--device-kv-gib", type=float, default=4.0, help="of each arm of SPARDA")
-    parser.add_argument("--host-gib", type=float, default=64.0, help="most host memory for SPARDA")
-    parser.add_argument("--sparda-context", type=int, default=32 * K)
-    parser.add_argument("--sparda-eager", action="store_true", help="no graphs for SPARDA")
-    return stages.main(MODULE, NAME, parser, plan, summary, arguments)
+    return stages.main(MODULE, NAME, parser_of(), plan, summary, arguments)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ class PagedStep(NamedTuple):
     """A decode step of SPARDA, with the blocks of each request that are read and fetched.
 
     Attributes:
-        compute_ms: Weights and selected blocks over the device's bandwidth.
+        compute_ms: Weights, compressed keys and selected blocks over the device's bandwidth.
         transfer_ms: Fetched blocks over the link's bandwidth.
     """
 
@@ -161,11 +161,25 @@ class PagedStep(NamedTuple):
 def paged_step(
     shape: Shape,
     rows: int,
-    tokens_read: int,
+    context: int,
+    blocks: tuple[int, int, int],
     bytes_fetched: float,
     device_bytes_per_s: float,
     link_bytes_per_s: float,
 ) -> PagedStep:
-    """Bounds of a decode step with `bytes_fetched` over the link."""
-    read = shape.step_weight_bytes + shape.layers * attend_bytes(shape, rows, tokens_read)
+    """Bounds of a decode step.
+
+    Args:
+        shape: Of the model.
+        rows: Requests.
+        context: Tokens of each.
+        blocks: How many are read, tokens in each, and tokens from one compressed key to the next.
+        bytes_fetched: Over the link.
+        device_bytes_per_s: Of a copy on the device.
+        link_bytes_per_s: Of a copy to the device.
+    """
+    top_k, size, stride = blocks
+    layer = attend_bytes(shape, rows, top_k * size)
+    layer += select_blocks_bytes(shape, rows, context, stride, top_k)
+    read = shape.step_weight_bytes + shape.layers * layer
     return PagedStep(1e3 * read / device_bytes_per_s, 1e3 * bytes_fetched / link_bytes_per_s)

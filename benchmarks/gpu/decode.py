@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from benchmarks.gpu.stages import Report
     from benchmarks.harness import Arm
 
-DENSE = "dense"
+DENSE, COMPILED = "dense", "dense-compiled"
 MOST, AS_DENSE = "most", "most of dense"  # batches known only when the engines are up
 MAX_SEQS = 256
 GROWTH = 768  # tokens that a request may generate while the batch grows
-STEPS, DROPPED_STEPS = 24, 4
+STEPS, DROPPED_STEPS = 64, 4
 PROFILED_STEPS = 5
 RESERVE_S = 8.0
 CAPTURED = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256]
@@ -51,41 +51,49 @@ class Cell(NamedTuple):
 
 
 K = 1024
-# The most wanted first, in case time runs out.
+# The most wanted first, in case time runs out: a context may come again with larger batches.
 CELLS: dict[str, tuple[Cell, ...]] = {
     DENSE: (
-        Cell(32 * K, (1, 8, MOST)),
-        Cell(128 * K, (1,), 1),
+        Cell(32 * K, (1,)),
+        Cell(128 * K, (1,), 2),
         Cell(16 * K, (1,)),
+        Cell(32 * K, (8, MOST), 0),
         Cell(8 * K, (1, 8)),
     ),
     "rocket-1024": (
-        Cell(32 * K, (1, 8, AS_DENSE, MOST)),
-        Cell(128 * K, (1,), 1),
+        Cell(32 * K, (1,)),
+        Cell(128 * K, (1,), 2),
         Cell(16 * K, (1,)),
+        Cell(32 * K, (8, AS_DENSE, MOST), 0),
         Cell(8 * K, (1, 8)),
     ),
     "rocket-256": (
-        Cell(32 * K, (1, 8, AS_DENSE), 1),
+        Cell(32 * K, (1,)),
         Cell(128 * K, (1,), 1),
         Cell(16 * K, (1,), 1),
+        Cell(32 * K, (8, AS_DENSE), 0),
         Cell(8 * K, (1, 8), 1),
         Cell(32 * K, (MOST,), 0),
     ),
     "stage1-1024": (Cell(32 * K, (1, 8, AS_DENSE), 1),),
     "stage2-1024": (Cell(32 * K, (1, 8), 1),),
+    "dense-again": (Cell(32 * K, (1,)),),
+    COMPILED: (Cell(32 * K, (1, 8)),),
     # Many or long prompts: minutes of prefill.
     "dense-more": (Cell(8 * K, (1, MOST), 0), Cell(128 * K, (1, MOST), 0)),
-    "rocket-1024-more": (Cell(8 * K, (1, AS_DENSE, MOST), 0), Cell(128 * K, (1, AS_DENSE), 0)),
+    "rocket-1024-more": (
+        Cell(8 * K, (1, AS_DENSE, MOST), 0),
+        Cell(128 * K, (1, AS_DENSE, MOST), 0),
+    ),
 }
 TINY_CELLS = (Cell(512, (1, 2), 1),)
 
 
 def arm_of(name: str, options: argparse.Namespace) -> Arm:
     """The arm of a stage."""
-    name = name.removesuffix("-more")
-    if name == DENSE:
+    if name.startswith(DENSE):
         return engines.stock_arm(options)
+    name = name.removesuffix("-more")
     if options.tiny:
         name = f"{name.rpartition('-')[0]}-64"
     own = {"min_context": 64, "generation_reserve": 32} if options.tiny else None
@@ -93,7 +101,11 @@ def arm_of(name: str, options: argparse.Namespace) -> Arm:
 
 
 def measure(name: str, report: Report, options: argparse.Namespace) -> None:
-    """Measures all cells of an arm, as long as there is time."""
+    """Measures all cells of an arm, as long as there is time.
+
+    Raises:
+        CheckFailedError: Steps would not run in graphs.
+    """
     shape = models.TINY if options.tiny else models.LLAMA
     cells = TINY_CELLS if options.tiny else CELLS[name]
     device = torch.device(options.device)
@@ -104,7 +116,10 @@ def measure(name: str, report: Report, options: argparse.Namespace) -> None:
     model = models.write_config(options.work / "shape", shape, longest)
     arm = arm_of(name, options)
     started = time.perf_counter()
-    llm = engines.build(arm, options, model, **_arguments(longest, options))
+    mode = engines.COMPILED if options.compile or name == COMPILED else engines.GRAPHS
+    if device.type == "cpu":
+        mode = engines.EAGER
+    llm = engines.build(arm, options, model, **mode, **_arguments(longest, options))
     report.note(
         **engines.facts(llm, started),
         arm=arm.name,
@@ -113,9 +128,10 @@ def measure(name: str, report: Report, options: argparse.Namespace) -> None:
         copy_gb_per_s=round(copy / 1e9, 1),
         seed=options.seed,
     )
+    engines.check_graphs(report.facts, mode)
     suffix = "-more" if name.endswith("-more") else ""
     subject = _Subject(llm, arm, shape, copy, report, options, suffix)
-    subject.warm_up(min(cell.context for cell in cells))
+    subject.warm_up()
     report.note(
         largest={str(cell.context): subject.most(cell.context) for cell in cells},
         held={str(cell.context): subject.held(cell.context) for cell in cells},
@@ -131,10 +147,8 @@ def _arguments(longest: int, options: argparse.Namespace) -> dict[str, Any]:
         return {
             "load_format": "dummy", "max_model_len": longest, "max_num_seqs": 4,
             "kv_cache_memory_bytes": 64 << 20, "max_num_batched_tokens": 1024,
-            **(engines.EAGER if options.device == "cpu" else engines.GRAPHS),
             **({"block_size": 32} if options.device == "cpu" else {}),
         }  # fmt: skip
-    mode = engines.COMPILED if options.compile else engines.GRAPHS
     return {
         "load_format": "dummy",
         "max_model_len": longest,
@@ -142,7 +156,6 @@ def _arguments(longest: int, options: argparse.Namespace) -> dict[str, Any]:
         "max_num_batched_tokens": 16 * K,
         "gpu_memory_utilization": 0.9,
         "cudagraph_capture_sizes": CAPTURED,
-        **mode,
     }
 
 
@@ -164,7 +177,9 @@ class _Subject:
         self._report, self._options = report, options
         self._block_size = report.facts["block_size"]
         self._steps = 5 if options.tiny else STEPS
-        self._max_seqs = llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+        scheduler = llm.llm_engine.vllm_config.scheduler_config
+        self._max_seqs, self._chunk = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+        self._preempted = 0
         settings = arm.settings or {}
         self._shares_prompts = arm.settings is not None and settings.get("stage1", True)
 
@@ -184,9 +199,9 @@ class _Subject:
         held, pool = self.held(context), self._report.facts["pool_tokens"]
         return bounds.most_rows(pool, held + GROWTH, once=context - held)
 
-    def warm_up(self, context: int) -> None:
-        """Compiles what a prompt and a step need."""
-        prompt = self._prompt(context, 10**6)
+    def warm_up(self) -> None:
+        """Compiles what a prompt of several chunks and a step need."""
+        prompt = self._prompt(self._chunk * 5 // 4, 10**6)
         speed.begin(self._llm, [prompt], self._steps + 2 * DROPPED_STEPS)
         speed.decode(self._llm, 2, 1)
         speed.finish(self._llm)
@@ -207,7 +222,9 @@ class _Subject:
             try:
                 seconds = speed.begin(self._llm, prompts, GROWTH * 2)
                 steps = speed.decode(self._llm, self._steps, batch, DROPPED_STEPS)
-            except RuntimeError as error:
+            except RuntimeError as error:  # requests were preempted
+                if self._options.device == "cuda":
+                    torch.cuda.synchronize()  # raises if it was the device
                 self._skip(cell, wanted, batch, str(error))
                 break
             if len(prompts) > 1:
@@ -248,16 +265,16 @@ class _Subject:
     def _prefill(self, cell: Cell) -> float:
         """Times cold prompts; returns the seconds that a further request is expected to take."""
         known = [row["prefill_s"] for row in self._report.rows if _is_prefill(row, cell.context)]
+        # A guess: half of it is attention at 128K, next to nothing at 8K.
+        guess = 40e-6 * cell.context * (1 + cell.context / (128 * K))
         for index in range(cell.prefills):
-            if known and known[-1] > self._report.left_s - RESERVE_S:
+            if min(known, default=guess) > self._report.left_s - RESERVE_S:
                 break
             seconds = speed.prefill(self._llm, self._prompt(cell.context, 1000 + index))
             known.append(seconds)
             self._report.add(context=cell.context, prefill_s=seconds)
-        if not known:  # a guess: half of it is attention at 128K, next to nothing at 8K
-            known = [40e-6 * cell.context * (1 + cell.context / (128 * K))]
         share = self.held(cell.context) / cell.context if self._shares_prompts else 1.0
-        return min(known) * min(1.0, 1.5 * share)
+        return min(known, default=guess) * min(1.0, 1.5 * share)
 
     def _batch(self, wanted: int | str, context: int) -> int:
         if isinstance(wanted, int):
@@ -276,18 +293,22 @@ class _Subject:
         step = harness.summary([1e3 * second for second in steps])
         read = bounds.step_bytes(self._shape, batch, context, self.split(context))
         least = 1e3 * read / self._copy
+        before, self._preempted = self._preempted, self._preemptions()
         self._report.add(
             context=context,
             wanted=wanted,
             batch=batch,
             step_ms=step,
-            tokens_per_s=1e3 * batch / step["median"],
+            tokens_per_s=batch * len(steps) / sum(steps),
             least_bytes=read,
             bound_ms=least,
             share_of_bound=least / step["median"],
             grown_in_s=round(seconds, 2),
-            preemptions=counters.sparse(self._llm).get("vllm:num_preemptions", 0),
+            preemptions=self._preempted - before,
         )
+
+    def _preemptions(self) -> int:
+        return int(counters.sparse(self._llm).get("vllm:num_preemptions", 0))
 
     def _skip(self, cell: Cell, wanted: int | str, batch: int, reason: str) -> None:
         self._report.add(context=cell.context, wanted=wanted, batch=batch, skipped=reason)

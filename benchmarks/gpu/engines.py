@@ -8,6 +8,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import harness
+from benchmarks.gpu import models
+from benchmarks.gpu.stages import CheckFailedError
 
 if TYPE_CHECKING:
     import argparse
@@ -33,7 +35,7 @@ def build(arm: Arm, options: argparse.Namespace, model: Path, **arguments: Any) 
         arm: The side of the comparison; its backend is set for stock vLLM, too.
         options: For ``--engine-arg``, ``--seed`` and ``--tiny``.
         model: Model folder.
-        **arguments: Of `LLM`.
+        **arguments: Of `LLM`. Dummy weights are made random here, the same for all arms.
     """
     from vllm import LLM
 
@@ -51,7 +53,26 @@ def build(arm: Arm, options: argparse.Namespace, model: Path, **arguments: Any) 
     own = arm.engine_args(shared)
     if arm.settings is None and arm.backend:
         own = {"attention_backend": arm.backend}
-    return LLM(**shared, **own)
+    llm = LLM(**shared, **own)
+    if shared.get("load_format") == "dummy":
+        llm.collective_rpc(models.randomise, args=(options.seed,))
+    return llm
+
+
+def check_graphs(facts: dict[str, Any], mode: dict[str, Any]) -> None:
+    """Raises unless decode steps run in captured graphs where they should; vLLM would only warn.
+
+    Args:
+        facts: Of the engine.
+        mode: `GRAPHS`, `EAGER` or `COMPILED`.
+
+    Raises:
+        CheckFailedError: They do not.
+    """
+    wanted = {"FULL_DECODE_ONLY"} if mode == GRAPHS else {"FULL_AND_PIECEWISE", "FULL"}
+    found = facts["graphs"].rpartition(".")[2]
+    if mode != EAGER and found not in wanted:
+        raise CheckFailedError(f"decode steps run with graphs {found}, so their time is the host's")
 
 
 def facts(llm: Any, started: float) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
@@ -101,10 +102,28 @@ def facts() -> dict:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"gpu": _gpu(), "gpu_versions": versions, "commit": _commit()}
+    return {"gpu": gpu(), "gpu_versions": versions, "commit": _commit()}
 
 
-def _gpu() -> dict | None:
+def write_redacted(path: Path, content: dict, names: dict[Path, str]) -> None:
+    """Writes a result file, completely or not at all, without the folders of this machine.
+
+    Args:
+        path: The file.
+        content: Of the file.
+        names: Folders, and what to call them.
+    """
+    text = json.dumps(content, indent=1, default=str)
+    for folder, name in ({**names, ROOT: "CHECKOUT", Path.home(): "HOME"}).items():
+        if len(folder.resolve().parts) > 1:
+            text = text.replace(str(folder.resolve()), name)
+    scratch = path.with_suffix(".partial")
+    scratch.write_text(text + "\n")
+    scratch.replace(path)
+
+
+def gpu() -> dict | None:
+    """Name, driver and present clocks of the GPU; None without one."""
     text = _output(
         "nvidia-smi", f"--query-gpu={','.join(_QUERY.values())}", "--format=csv,noheader,nounits"
     )
@@ -115,7 +134,10 @@ def _gpu() -> dict | None:
 
 
 def _commit() -> str | None:
-    return _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    """Of the checkout; said by the environment where its history did not come along."""
+    return os.environ.get("VLLM_SPARSE_COMMIT") or _output(
+        "git", "-C", str(ROOT), "rev-parse", "HEAD"
+    )
 
 
 def _output(*command: str) -> str | None:

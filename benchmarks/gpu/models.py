@@ -8,7 +8,7 @@ import json
 import random
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu import host
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ITEM_BYTES = 2  # bfloat16
+LINEAR_SPREAD = 0.02
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,26 @@ def write_config(folder: Path, shape: Shape, positions: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(shape.config(positions), indent=1))
     return folder
+
+
+def randomise(worker: Any, seed: int) -> None:
+    """Gives dummy weights the spread of trained ones, in place; called in vLLM's worker.
+
+    vLLM fills them, norms included, with numbers so small that all logits are equal: ties go to
+    the first tokens, and what is selected would be one run of memory, the best case for a gather.
+    """
+    import torch
+
+    model = worker.model_runner.get_model()
+    with torch.inference_mode():
+        for name, weight in model.named_parameters():
+            generator = torch.Generator(weight.device).manual_seed(seed)
+            seed += 1
+            if "norm" in name:
+                weight.fill_(1.0)
+            else:
+                spread = 1.0 if "embed_tokens" in name else LINEAR_SPREAD
+                weight.normal_(0.0, spread, generator=generator)
 
 
 def write_checkpoint(folder: Path, seed: int) -> Path:

@@ -6,31 +6,57 @@ On a large GPU everything fits, and offloading has nothing to gain; so the devic
 stated figure, and each arm serves as many requests as it can with it. With random weights the
 choice of blocks is random too, so the share of new blocks in each step is forced. The slab is
 exactly the working set of a step, or the misses would not be those that were forced.
+
+One engine fetches in turns a layer ahead and when a layer runs, each also without copying anything:
+what a step takes longer than that is the time for which it waits for copies.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
-import traceback
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from benchmarks import harness, live, overlap, speed
-from benchmarks.gpu import bounds, engines, models, timing
+from benchmarks import harness, speed
+from benchmarks.gpu import bounds, engines, models, steering, timing
 from benchmarks.gpu.stages import NotAvailableError
+from benchmarks.gpu.steering import Way
 
 if TYPE_CHECKING:
+    import argparse
+
     from benchmarks.gpu.stages import Report
 
-BLOCK = overlap.BLOCK
-RATES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
-STEPS = 20
-WINDOW_STRIDE = 16
-ARMS = {"resident": "resident", "blocking": "no prefetch", "prefetch": "prefetch"}
-RESERVE_S = 10.0
+BLOCK, WINDOW_STRIDE, INIT_BLOCKS = 64, 16, 1
+# What the targets are about comes first, in case time runs out.
+RATES = (0.1, 0.05, 0.2, 0.02, 0.4, 0.0)
+# The first layer's choice cannot look ahead; in the arm `first` it is resident.
+ARMS = ("resident", "offload", "first")
+WAYS = {
+    "blocking": Way(prefetch=False),
+    "prefetch": Way(prefetch=True),
+    "blocking, nothing copied": Way(prefetch=False, copies=False),
+    "prefetch, nothing copied": Way(prefetch=True, copies=False),
+}
+CHUNK = 16384
+TURNS = 2
+RESERVE_S, DECODE_S = 10.0, 35.0
+MOST_OF_HOST = 0.85
+
+
+class Steps(NamedTuple):
+    """Of one turn.
+
+    Attributes:
+        settling: After another rate or way.
+        drained: Counted but not timed: reading counters has emptied the engine's queue.
+        timed: Counted and timed.
+    """
+
+    settling: int = 3
+    drained: int = 2
+    timed: int = 64
 
 
 class Plan(NamedTuple):
@@ -67,7 +93,7 @@ def plan(
 
     Args:
         shape: Of the model.
-        arm: Key of `ARMS`.
+        arm: One of `ARMS`.
         context: Tokens of each request at the end.
         top_k: Blocks that a step reads of each request and KV head.
         device_kv_gib: Device memory for frames and compressed keys.
@@ -77,13 +103,14 @@ def plan(
     Raises:
         NotAvailableError: Not even one fits.
     """
-    piece = BLOCK * shape.kv_bytes_per_token // (shape.layers * shape.kv_heads)
-    per_block = piece * shape.layers * shape.kv_heads
+    per_layer = BLOCK * shape.kv_bytes_per_token // shape.layers
+    per_block = per_layer * shape.layers
     blocks = -(-context // BLOCK)
     compressed = per_block // (2 * WINDOW_STRIDE)  # one key of so many tokens, and no values
-    frames = blocks if arm == "resident" else min(top_k, blocks)
-    per_request = frames * per_block + blocks * compressed
-    spare = 2 * (compressed + (per_block if arm == "resident" else 0))  # null block, rounding
+    resident = {"resident": shape.layers, "first": 1, "offload": 0}[arm]
+    frames = resident * blocks + (shape.layers - resident) * min(top_k, blocks)
+    per_request = frames * per_layer + blocks * compressed
+    spare = 2 * (compressed + resident * per_layer)  # null block, rounding
     batch = int((device_kv_gib * harness.GIB - spare) // per_request)
     if arm != "resident":
         batch = min(batch, int(most_host_gib * harness.GIB // (blocks * per_block)))
@@ -92,148 +119,247 @@ def plan(
             f"{device_kv_gib} GiB hold no request of {context} tokens, which takes "
             f"{per_request / harness.GIB:.2f} GiB"
         )
-    held = batch * blocks + 2
-    half = 0.5 * piece  # against rounding
-    slab = None if arm == "resident" else (batch * frames * per_block + half) / harness.GIB
+    half = 0.5 * per_layer / shape.kv_heads  # of a piece, against rounding
+    slab = (batch * frames + 2 * resident) * per_layer + half
     return Plan(
         batch,
         context,
         generated,
-        (held * per_block + half) / harness.GIB,
-        slab,
+        ((batch * blocks + 2) * per_block + half) / harness.GIB,
+        None if arm == "resident" else slab / harness.GIB,
         (batch * per_request + spare) / harness.GIB,
     )
 
 
-def measure(name: str, report: Report, options: argparse.Namespace) -> None:
+def measure(arm: str, report: Report, options: argparse.Namespace) -> None:
     """Measures one arm at all rates.
 
     Raises:
-        NotAvailableError: The engine refuses; says why.
+        CheckFailedError: Steps are not what they are to be.
+        NotAvailableError: The engine refuses, or there is no time; says why.
     """
     shape = models.TINY if options.tiny else models.MINICPM
-    rates = (0.0, 0.2) if options.tiny else RATES
-    steps = 3 if options.tiny else STEPS
-    top_k, local = (8, 2) if options.tiny else (96, 32)
-    slack = 64 if options.tiny else 256  # what the first request generates before the last begins
     device = torch.device(options.device)
     size = 0.01 if options.tiny else 1.0
     copy, link = timing.copy_bytes_per_s(device, size), timing.link_bytes_per_s(device, size)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    device_kv_gib = 0.01 if options.tiny else options.device_kv_gib
-    sized = plan(
-        shape,
-        name,
-        context=1024 if options.tiny else options.sparda_context,
-        top_k=top_k,
-        device_kv_gib=device_kv_gib,
-        most_host_gib=options.host_gib,
-        generated=(len(rates) + 1) * (steps + overlap.SETTLING_STEPS) + slack,
-    )
-    settings = overlap.arms_of(argparse.Namespace(top_k=top_k), {"local_blocks": local})
-    own = {**settings[ARMS[name]], "host_gib": sized.host_gib}
-    if sized.slab_gib is not None:
-        own["slab_gib"] = sized.slab_gib
+    subject = _Subject(arm, shape, copy, link["host_to_device"], report, options)
     report.note(
-        shape=shape.name,
-        settings=own,
-        device_kv_gib=device_kv_gib,
-        plan=sized._asdict(),
         copy_gb_per_s=round(copy / 1e9, 1),
         link_gb_per_s={key: round(value / 1e9, 2) for key, value in link.items()},
         seed=options.seed,
     )
-    llm = _engine(name, own, sized, shape, report, options)
-    vocab, length = shape.vocab, sized.context - sized.generated
-    prompts = [models.random_prompt(options.seed + n, length, vocab) for n in range(sized.batch)]
-    first = speed.prefill(llm, prompts[0])
-    report.note(prefill_s=round(first, 2))
-    if first * sized.batch > report.left_s - RESERVE_S:
-        raise NotAvailableError(
-            f"no time: {sized.batch} prompts take {first:.1f} s each; lower --sparda-context"
+    subject.start()
+    subject.begin()
+    for rate in subject.rates:
+        if report.left_s < RESERVE_S / 2:
+            report.add(rate=rate, skipped="no time")
+        else:
+            subject.measure(rate)
+    speed.finish(subject.llm)
+
+
+class _Subject:
+    """An engine under measurement."""
+
+    llm: Any
+
+    def __init__(
+        self,
+        arm: str,
+        shape: models.Shape,
+        copy: float,
+        link: float,
+        report: Report,
+        options: argparse.Namespace,
+    ) -> None:
+        self._arm, self._shape, self._copy, self._link = arm, shape, copy, link
+        self._report, self._options = report, options
+        tiny = options.tiny
+        self.rates = (0.25,) if tiny else RATES
+        # Nothing is copied where everything is resident, so its rates and ways are alike.
+        self._ways = {"resident": WAYS["prefetch"]} if arm == "resident" else WAYS
+        self._steps = Steps(1, 1, 2) if tiny else Steps()
+        self._chunk = 256 if tiny else CHUNK
+        self._top_k, local = (8, 2) if tiny else (96, 32)
+        context = 768 if tiny else options.sparda_context
+        device_kv_gib = 0.0012 if tiny else options.device_kv_gib
+        available = _available_gib()
+        self._plan = plan(
+            shape,
+            arm,
+            context=context,
+            top_k=self._top_k,
+            device_kv_gib=device_kv_gib,
+            most_host_gib=min(options.host_gib, MOST_OF_HOST * available),
+            # While the last prompt is computed, the first request generates.
+            generated=TURNS * sum(self._steps) * len(self._ways) * len(self.rates)
+            + (16 if tiny else 256),
         )
-    speed.begin(llm, prompts, sized.generated)
-    row = partial(_row, name, sized, shape, top_k, copy, link["host_to_device"])
-    # As the random weights have it; the same on every host, whatever can be forced.
-    natural = {"seconds": speed.decode(llm, steps, sized.batch, 3), "counts": {}}
-    report.add(**row(None, natural))
-    try:
-        llm.collective_rpc(live.force_selection)
-        for rate in rates:
-            if report.left_s < RESERVE_S / 2:
-                report.add(rate=rate, skipped="no time")
-                continue
-            report.add(**row(rate, overlap.forced(llm, rate, steps, sized.batch)))
-    except Exception as error:
-        traceback.print_exc()
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        report.note(forced_rates=f"not available: {reason}")
-        return
-    speed.finish(llm)
+        self._settings: dict[str, Any] = {
+            "init_blocks": INIT_BLOCKS,
+            "local_blocks": local,
+            "top_k": self._top_k,
+            "dense_len": 0,
+            # It costs what a Forecast costs, and its choice is replaced.
+            "selector": "lookahead-query",
+            "host_gib": self._plan.host_gib,
+            "resident": arm == "resident",
+            "resident_first_layer": arm == "first",
+            "kernels": "auto" if options.device == "cuda" else "triton",
+        }
+        if self._plan.slab_gib is not None:
+            self._settings["slab_gib"] = self._plan.slab_gib
+        report.note(
+            shape=shape.name,
+            settings=self._settings,
+            device_kv_gib=device_kv_gib,
+            host_available_gib=round(available, 1),
+            plan=self._plan._asdict(),
+        )
+
+    def start(self) -> None:
+        """Starts the engine, and compiles what prompts need.
+
+        Raises:
+            CheckFailedError: Steps would not run in graphs.
+            NotAvailableError: The engine refuses; says why.
+        """
+        from vllm_sparse.errors import VllmSparseError
+
+        options, sized = self._options, self._plan
+        mode = engines.GRAPHS
+        if options.device == "cpu" or options.sparda_eager:
+            mode = engines.EAGER
+        arguments: dict[str, Any] = {
+            "load_format": "dummy",
+            "max_model_len": sized.context,
+            "max_num_seqs": sized.batch,
+            "max_num_batched_tokens": self._chunk,
+            "enable_prefix_caching": False,  # blocks that requests share have one frame
+            "cudagraph_capture_sizes": [sized.batch],
+            # SPARDA's blocks are in pools of its own; what vLLM allocates are compressed keys.
+            "gpu_memory_utilization": 0.5,
+            **mode,
+        }
+        if options.device == "cpu":
+            arguments["kv_cache_memory_bytes"] = 64 << 20
+            del arguments["gpu_memory_utilization"], arguments["cudagraph_capture_sizes"]
+        model = models.write_config(options.work / "sparda-shape", self._shape, sized.context)
+        started = time.perf_counter()
+        arm = harness.Arm(self._arm, self._settings, "SPARDA")
+        try:
+            self.llm = engines.build(arm, options, model, **arguments)
+        except VllmSparseError as error:
+            raise NotAvailableError(
+                f"the engine refuses: {' '.join(str(error).split())}"
+            ) from error
+        self._report.note(
+            **engines.facts(self.llm, started),
+            device_bytes=self.llm.collective_rpc(steering.device_bytes)[0],
+        )
+        engines.check_graphs(self._report.facts, mode)
+        for length in (BLOCK, self._chunk + BLOCK):
+            speed.prefill(self.llm, self._prompt(10**6, length))
+
+    def begin(self) -> None:
+        """Brings all requests to decode; with shorter prompts if there is little time.
+
+        Raises:
+            NotAvailableError: There is too little time.
+        """
+        sized, report = self._plan, self._report
+        length = sized.context - sized.generated
+        seconds = speed.prefill(self.llm, self._prompt(10**5, length))
+        report.note(prefill_s=round(seconds, 2))
+        share = (report.left_s - RESERVE_S - DECODE_S) / (seconds * sized.batch)
+        blocks = self._top_k + int(max(self.rates) * self._top_k) + 2
+        if share < 1:
+            length = int(length * share)
+            if length < blocks * BLOCK:
+                raise NotAvailableError(f"no time: a prompt takes {seconds:.1f} s")
+        report.note(prompt_tokens=length)
+        self.llm.collective_rpc(steering.force, args=(length,))
+        for way in self._ways.values():
+            self.llm.collective_rpc(steering.fetch, args=(way,))
+        prompts = [self._prompt(number, length) for number in range(sized.batch)]
+        self._context = length
+        speed.begin(self.llm, prompts, sized.generated)
+
+    def measure(self, rate: float) -> None:
+        """Measures all ways at one rate, in turns, and adds a row for each that copies."""
+        (share,) = self.llm.collective_rpc(steering.set_rate, args=(rate,))
+        found: dict[str, list[dict]] = {name: [] for name in self._ways}
+        for turn in range(TURNS):
+            for name in list(self._ways)[:: 1 if turn % 2 == 0 else -1]:
+                self.llm.collective_rpc(steering.fetch, args=(self._ways[name],))
+                found[name].append(self._turn())
+        for name, way in self._ways.items():
+            if way.copies:
+                nothing = found.get(f"{name}, nothing copied")
+                self._add(name, rate, share, found[name], nothing)
+
+    def _turn(self) -> dict:
+        batch = self._plan.batch
+        settling = speed.decode(self.llm, self._steps.settling, batch)
+        before = self.llm.collective_rpc(steering.counts)[0]
+        seconds = speed.decode(self.llm, self._steps.drained + self._steps.timed, batch)
+        after = self.llm.collective_rpc(steering.counts)[0]
+        return {
+            "settling": settling,
+            "seconds": seconds[self._steps.drained :],
+            "counts": {key: (after[key] - before[key]) / len(seconds) for key in after},
+        }
+
+    def _add(
+        self, name: str, rate: float, share: float, turns: list[dict], nothing: list[dict] | None
+    ) -> None:
+        """One measurement, next to its bound."""
+        seconds = [second for turn in turns for second in turn["seconds"]]
+        step = harness.summary([1e3 * second for second in seconds])
+        counts = {
+            key: sum(turn["counts"][key] for turn in turns) / len(turns)
+            for key in turns[0]["counts"]
+        }
+        bound = bounds.paged_step(
+            self._shape,
+            self._plan.batch,
+            self._context,
+            (self._top_k, BLOCK, WINDOW_STRIDE),
+            counts["bytes"],
+            self._copy,
+            self._link,
+        )
+        row = {
+            "arm": name,
+            "rate": rate,
+            "new_share": share,
+            "batch": self._plan.batch,
+            "context": self._context,
+            "step_ms": step,
+            # The step after the rate has changed, with (nearly) all free picks new.
+            "refill_ms": 1e3 * max(turns[0]["settling"]),
+            "tokens_per_s": self._plan.batch * len(seconds) / sum(seconds),
+            "fetched_mib": counts["bytes"] / 2**20,
+            "bound_ms": bound.blocking_ms if name == "blocking" else bound.prefetched_ms,
+            "as_forced": counts["misses"] == counts["expected_misses"],
+            "counts_per_step": counts,
+        }
+        row["share_of_bound"] = row["bound_ms"] / step["median"]
+        if nothing is not None:
+            without = harness.summary([1e3 * s for turn in nothing for s in turn["seconds"]])
+            exposed = step["median"] - without["median"]
+            row |= {"nothing_copied_ms": without, "exposed_wait_ms": exposed}
+            if name == "blocking" and exposed > 0:  # nothing else runs while blocks are copied
+                row["in_flight_gb_per_s"] = counts["bytes"] / exposed / 1e6
+        self._report.add(**row)
+
+    def _prompt(self, number: int, length: int) -> list[int]:
+        return models.random_prompt(self._options.seed + number, length, self._shape.vocab)
 
 
-def _engine(
-    name: str,
-    own: dict[str, Any],
-    sized: Plan,
-    shape: models.Shape,
-    report: Report,
-    options: argparse.Namespace,
-) -> Any:
-    model = models.write_config(options.work / "sparda-shape", shape, sized.context)
-    arguments: dict[str, Any] = {
-        "load_format": "dummy",
-        "max_model_len": sized.context,
-        "max_num_seqs": sized.batch,
-        "max_num_batched_tokens": 1024 if options.tiny else 16384,
-        "enable_prefix_caching": False,  # blocks that requests share have one frame
-        # SPARDA's blocks are in pools of its own; what vLLM allocates are the compressed keys.
-        "gpu_memory_utilization": 0.5,
-        **(engines.EAGER if options.device == "cpu" or options.sparda_eager else engines.GRAPHS),
-    }
-    if options.device == "cpu":
-        arguments |= {"kv_cache_memory_bytes": 64 << 20}
-        del arguments["gpu_memory_utilization"]
-    started = time.perf_counter()
-    try:
-        llm = engines.build(harness.Arm(name, own, "SPARDA"), options, model, **arguments)
-    except Exception as error:
-        raise NotAvailableError(f"the engine refuses: {' '.join(str(error).split())}") from error
-    report.note(**engines.facts(llm, started))
-    return llm
+def _available_gib() -> float:
+    from vllm_sparse.kv.host_memory import available_bytes
 
-
-def _row(
-    arm: str,
-    sized: Plan,
-    shape: models.Shape,
-    top_k: int,
-    device_bytes_per_s: float,
-    link_bytes_per_s: float,
-    rate: float | None,
-    found: dict,
-) -> dict:
-    """One measurement, next to its bound; of a natural choice of blocks only the time is known."""
-    step = harness.summary([1e3 * second for second in found["seconds"]])
-    counts, steps = found["counts"], len(found["seconds"])
-    measured = {"rate": rate, "batch": sized.batch, "step_ms": step}
-    measured["tokens_per_s"] = 1e3 * sized.batch / step["median"]
-    unknown = ("bound_ms", "exposed_wait_ms", "fetched_mib", "link_gb_per_s", "as_forced")
-    if not counts:
-        return {**measured, **dict.fromkeys(unknown)}
-    fetched = counts["engine_bytes"] / steps
-    bound = bounds.paged_step(
-        shape, sized.batch, top_k * BLOCK, fetched, device_bytes_per_s, link_bytes_per_s
-    )
-    least = bound.blocking_ms if arm == "blocking" else bound.prefetched_ms
-    return {
-        **measured,
-        "bound_ms": least,
-        "share_of_bound": least / step["median"],
-        "exposed_wait_ms": 1e3 * counts["exposed_wait_seconds"] / steps,
-        "fetched_mib": fetched / 2**20,
-        "link_gb_per_s": fetched / step["median"] / 1e6,
-        "as_forced": counts["frame_misses"] == counts["expected_misses"],
-        "counts": counts,
-    }
+    return available_bytes() / harness.GIB

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 PASSED = ("ok", "not available")
 TAIL_LINES = 15
+POLL_S, WRITE_S = 0.05, 5.0
+INCOMPLETE = 2
+MERGE = "an earlier result on this machine, whose finished stages do not run again unless in --only"
 
 
 class NotAvailableError(Exception):
@@ -47,11 +50,13 @@ class Stage:
     Attributes:
         name: Unique, short.
         run: What the subprocess does.
-        limit_s: Longest time it may take. Not started with less than a third of it.
+        limit_s: Longest time it may take.
+        min_s: Not started with less: it would do nothing but start. Unset: a third of the limit.
         needs: Stages without whose success this one is pointless.
         beside: Stages whose results this one is compared with.
         prefix: Command to run Python under.
         env: Further environment variables.
+        alone: No other stage may run at the same time.
         about: What it is for, in a few words.
     """
 
@@ -62,7 +67,14 @@ class Stage:
     prefix: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
     beside: tuple[str, ...] = ()
+    min_s: float | None = None
+    alone: bool = False
     about: str = ""
+
+    @property
+    def least_s(self) -> float:
+        """What must be left of the budget to start it."""
+        return self.limit_s / 3 if self.min_s is None else self.min_s
 
 
 class Report:
@@ -121,6 +133,8 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
     """
     parser.add_argument("--out", type=Path, default=Path("build") / name, help="folder")
     parser.add_argument("--budget-s", type=float, default=460, help="for all stages together")
+    parser.add_argument("--jobs", type=int, default=1, help="stages at once; not to measure time")
+    parser.add_argument("--merge", type=Path, metavar="JSON", help=MERGE)
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages")
     parser.add_argument("--skip", nargs="+", default=[], metavar="STAGE", help="not these stages")
     parser.add_argument("--seed", type=int, default=0)
@@ -165,13 +179,48 @@ def run_stage(stages: Iterable[Stage], options: argparse.Namespace) -> int:
     except BaseException as error:
         traceback.print_exc()
         status, reason = "failed", _one_line(error)
+    if gpu := host.gpu():
+        report.facts["gpu"] = gpu  # its clocks while it is warm
     report.save(status, reason)
     print(f"{stage.name}: {status} {reason}", flush=True)
-    return 0 if status in PASSED else 1
+    code = 0 if status in PASSED else 1
+    if not stage.prefix:  # a checker that watches this process has a say of its own
+        sys.stderr.flush()
+        os._exit(code)  # all is on disk; what libraries do at exit may crash, or take a while
+    return code
+
+
+@dataclass
+class _Child:
+    """A stage under way.
+
+    Attributes:
+        stage: Which.
+        process: Leads a session of its own.
+        log: What it prints.
+        started: As of `time.monotonic`.
+        limit_s: Longest time it may take.
+    """
+
+    stage: Stage
+    process: subprocess.Popen
+    log: Path
+    started: float
+    limit_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Since it was started."""
+        return time.monotonic() - self.started
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended, or has had its time."""
+        return self.process.poll() is not None or self.seconds > self.limit_s
 
 
 class Run:
-    """Runs stages one after the other within a budget.
+    """Runs stages within a budget, one after the other or a few at once.
 
     Attributes:
         results: Report of each stage by name, with ``status``, ``reason`` and ``seconds``.
@@ -198,51 +247,77 @@ class Run:
         self._module, self._name = module, name
         self._options, self._arguments = options, list(arguments)
         self._environment = environment
-        self._started = time.monotonic()
-        self._process: subprocess.Popen | None = None
+        self._started = self._written = time.monotonic()
+        self._children: list[_Child] = []
+        self._log = options.out / f"{name}.log"
 
     def run(self, stages: Iterable[Stage]) -> dict[str, dict]:
-        """Runs the stages; what is found is written after each one."""
+        """Runs the stages that have no result yet; what is found is written every few seconds."""
         self._options.out.mkdir(parents=True, exist_ok=True)
-        log = self._options.out / f"{self._name}.log"
-        log.write_text("")
+        self._log.write_text("")
+        pending = [stage for stage in stages if stage.name not in self.results]
         with tempfile.TemporaryDirectory(prefix="vllm-sparse-gpu-") as scratch:
-            work = Path(scratch)
-            paths = host.child_paths(work)
-            for stage in stages:
-                result = self._skipped(stage)
-                if result is None:
-                    try:
-                        result = self._run(stage, work, paths, log)
-                    except BaseException:
-                        found = _read(work / f"{stage.name}.json")
-                        found |= {"status": "interrupted", "seconds": 0.0}
-                        self.results[stage.name] = found
+            self._work = Path(scratch)
+            self._paths = host.child_paths(self._work)
+            for name, result in self.results.items():  # for those that compare themselves with it
+                (self._work / f"{name}.json").write_text(json.dumps(result))
+            try:
+                while pending or self._children:
+                    self._start(pending)
+                    for child in [child for child in self._children if child.ended]:
+                        self._finish(child)
+                    if time.monotonic() - self._written > WRITE_S:
                         self.write()
-                        raise
-                self.results[stage.name] = result
-                self.write()
-                line = f"{stage.name}: {result['status']}, {result['seconds']:.0f} s"
-                harness.progress(f"{line} {result['reason']}".rstrip())
+                    time.sleep(POLL_S)
+            finally:
+                for child in list(self._children):
+                    self._finish(child, interrupted=True)
         return self.results
 
     def write(self, **further: Any) -> None:
-        """Writes the result file."""
-        body = {"stages": self.results, **further}
-        path = self._options.out / f"{self._name}.json"
-        harness.write_result(path, self._name, self._environment, body)
+        """Writes the result file; of stages under way what they have found so far."""
+        running = {child.stage.name: _read(self._report(child)) for child in self._children}
+        self._written = time.monotonic()
+        host.write_redacted(
+            self._options.out / f"{self._name}.json",
+            {
+                "benchmark": self._name,
+                "environment": self._environment,
+                "stages": {**self.results, **running},
+                **further,
+            },
+            {self._options.out: "OUT", self._options.site: "SITE", self._work: "WORK"},
+        )
 
     @property
     def left_s(self) -> float:
         """Seconds of the budget that are left."""
         return self._options.budget_s - (time.monotonic() - self._started)
 
+    def _start(self, pending: list[Stage]) -> None:
+        """Starts what can be started, in order; takes it from the list."""
+        for stage in list(pending):
+            if len(self._children) >= self._options.jobs:
+                return
+            if any(
+                child.stage.alone or child.stage.name in stage.needs for child in self._children
+            ):
+                continue
+            if stage.alone and self._children:
+                return  # or it would wait for ever
+            pending.remove(stage)
+            result = self._skipped(stage)
+            if result is None:
+                self._children.append(self._launch(stage))
+            else:
+                self._keep(stage, result)
+
     def _skipped(self, stage: Stage) -> dict | None:
         reason = ""
         lost = [name for name in stage.needs if self._status(name) not in (None, "ok")]
         if lost:
             reason = f"needs {', '.join(lost)}"
-        elif self.left_s < stage.limit_s / 3:
+        elif self.left_s < stage.least_s:
             left = f"{max(0.0, self.left_s):.0f} s are left"
             reason = f"of the budget of {self._options.budget_s:.0f} s {left}"
         if not reason:
@@ -252,62 +327,63 @@ class Run:
     def _status(self, name: str) -> str | None:
         return self.results[name]["status"] if name in self.results else None
 
-    def _run(self, stage: Stage, work: Path, paths: str, log: Path) -> dict:
+    def _keep(self, stage: Stage, result: dict) -> None:
+        self.results[stage.name] = result
+        self.write()
+        line = f"{stage.name}: {result['status']}, {result['seconds']:.0f} s"
+        harness.progress(f"{line} {result['reason']}".rstrip())
+
+    def _report(self, child: _Child) -> Path:
+        return self._work / f"{child.stage.name}.json"
+
+    def _launch(self, stage: Stage) -> _Child:
         limit = min(stage.limit_s, self.left_s)
-        started = time.monotonic()
         harness.progress(f"{stage.name} (at most {limit:.0f} s) {stage.about}")
         command = [
             *stage.prefix,
             *(sys.executable, "-P", "-m", self._module, *self._arguments),
-            *("--stage", stage.name, "--work", str(work)),
+            *("--stage", stage.name, "--work", str(self._work)),
             *("--deadline", str(time.time() + limit)),
         ]
-        environment = {**host.ENVIRONMENT, **os.environ, **stage.env, "PYTHONPATH": paths}
-        offset = log.stat().st_size
-        timed_out = False
-        with log.open("a") as handle:
-            handle.write(f"== {stage.name}\n")
-            handle.flush()
-            self._process = subprocess.Popen(
+        log = self._work / f"{stage.name}.log"
+        with log.open("w") as handle:
+            process = subprocess.Popen(
                 command,
                 stdout=handle,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=environment,
+                env={**host.ENVIRONMENT, **os.environ, **stage.env, "PYTHONPATH": self._paths},
                 start_new_session=True,
             )
-            try:
-                self._process.wait(timeout=limit)
-            except subprocess.TimeoutExpired:
-                timed_out = True
-            finally:
-                code = self._end()
-        result = _read(work / f"{stage.name}.json")
-        if timed_out:
-            result |= {"status": "timed out", "reason": f"stopped after {limit:.0f} s"}
+        return _Child(stage, process, log, time.monotonic(), limit)
+
+    def _finish(self, child: _Child, *, interrupted: bool = False) -> None:
+        """Ends the stage's process and everything that it has started; keeps its result."""
+        timed_out = child.process.poll() is None
+        for number, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.process.wait(timeout=patience)
+        code = child.process.wait()
+        self._children.remove(child)
+        result = _read(self._report(child))
+        if interrupted:
+            result |= {"status": "interrupted"}
+        elif timed_out:
+            result |= {"status": "timed out", "reason": f"stopped after {child.limit_s:.0f} s"}
         elif result["status"] == "running":
             result |= {"status": "crashed", "reason": f"exit status {code}"}
         elif result["status"] in PASSED and code:  # a checker that it ran under found something
             result |= {"status": "failed", "reason": f"exit status {code}"}
-        result["seconds"] = round(time.monotonic() - started, 1)
+        result["seconds"] = round(child.seconds, 1)
+        printed = child.log.read_text(errors="replace")
+        with self._log.open("a") as handle:
+            handle.write(f"== {child.stage.name}\n{printed}")
         if result["status"] not in PASSED:
-            with log.open() as handle:
-                handle.seek(offset)
-                result["log_tail"] = handle.read().splitlines()[-TAIL_LINES:]
+            result["log_tail"] = printed.splitlines()[-TAIL_LINES:]
             print("\n".join(f"    {line[:300]}" for line in result["log_tail"]), flush=True)
-        return result
-
-    def _end(self) -> int:
-        """Ends the stage's process and everything that it has started."""
-        process = self._process
-        assert process is not None
-        for number, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=patience)
-        self._process = None
-        return process.wait()
+        self._keep(child.stage, result)
 
 
 def _read(path: Path) -> dict:
@@ -366,6 +442,29 @@ def stage_table(results: dict[str, dict]) -> str:
     )
 
 
+def merged(options: argparse.Namespace, environment: dict) -> dict[str, dict]:
+    """Results of an earlier run on the same machine, of stages that need not run again.
+
+    Raises:
+        ValueError: It ran on something else.
+    """
+    if options.merge is None:
+        return {}
+    found = json.loads(options.merge.read_text())
+    theirs = found["environment"]
+    for key in ("versions", "gpu_versions", "commit", "seed"):
+        if theirs[key] != environment[key]:
+            raise ValueError(f"--merge: {key} was {theirs[key]} and is {environment[key]}")
+    names = [(gpu or {}).get("name") for gpu in (theirs["gpu"], environment["gpu"])]
+    if names[0] != names[1]:
+        raise ValueError(f"--merge: it ran on {names[0]}, and this is {names[1]}")
+    return {
+        name: {**result, "of": theirs["date"]}
+        for name, result in found["stages"].items()
+        if result["status"] == "ok" and name not in (options.only or [])
+    }
+
+
 def main(
     module: str,
     name: str,
@@ -373,6 +472,8 @@ def main(
     plan: Callable[[argparse.Namespace], list[Stage]],
     summary: Callable[[dict[str, dict]], tuple[str, dict]],
     arguments: Sequence[str] | None = None,
+    *,
+    complete: bool = False,
 ) -> int:
     """Runs a program and returns its exit status.
 
@@ -383,6 +484,7 @@ def main(
         plan: Returns all stages, the most valuable first.
         summary: Returns the tables to print last, and what to write beside the stages.
         arguments: The command line's unless given.
+        complete: A stage that was skipped makes the exit status 2.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
@@ -400,6 +502,10 @@ def main(
     harness.exit_cleanly()
     environment = {**harness.environment(), **host.facts(), "seed": options.seed}
     run = Run(module, name, options, arguments, environment)
+    try:
+        run.results |= merged(options, environment)
+    except (OSError, KeyError, ValueError) as error:
+        parser.error(str(error))
     results = run.run(stages)
     text, further = summary(results)
     run.write(**further)
@@ -413,4 +519,6 @@ def main(
         again |= {name for stage in missed for name in (*stage.needs, *stage.beside)}
         names = " ".join(stage.name for stage in every if stage.name in again)
         print(f"not run: {' '.join(s.name for s in missed)}; for these use --only {names}")
-    return int(any(result["status"] not in (*PASSED, "skipped") for result in results.values()))
+    if any(result["status"] not in (*PASSED, "skipped") for result in results.values()):
+        return 1
+    return INCOMPLETE if missed and complete else 0
