@@ -24,7 +24,7 @@ from triton.runtime.errors import OutOfResources
 from vllm_sparse.kernels.triton import launch
 from vllm_sparse.kernels.triton.launch import Launch
 
-from benchmarks.gpu import parity, parity_sparda, timing, tuning
+from benchmarks.gpu import kernels, models, parity, parity_sparda, timing, tuning
 from vllm_sparse.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,6 +140,17 @@ def test_the_search_finds_the_best(best):
     assert not found.cut
 
 
+def test_the_search_comes_back_to_what_did_not_help_before():
+    """A larger tile is only faster with more warps, which are tried after it."""
+
+    def measure(candidate):
+        return (
+            4 * abs(candidate.num_warps - 8) + abs(candidate.block / candidate.num_warps - 16) + 1,
+        )
+
+    assert tuning.search(Launch(64, 4, 1), measure).best == Launch(128, 8, 1)
+
+
 def test_the_search_stops_at_its_bound():
     found = found_with(Launch(8192, 16, 5), Launch(16, 1, 2))
     assert len(found.times) == 1 + tuning.MOST_CANDIDATES
@@ -216,6 +227,25 @@ def test_kernels_without_time_are_named(tmp_path, monkeypatch):
     assert "no time for: score_pages" in text
     assert "not searched to the end: attend;" in text
     assert further["installed"] is None
+
+
+@pytest.mark.filterwarnings("error:invalid value")  # what no step has stored is NaN
+def test_a_search_leaves_the_table_as_it_was(tmp_path, monkeypatch):
+    report = stages.Report(tmp_path / "tune.json")
+    monkeypatch.setattr(timing, "seconds_each", known_seconds)
+    monkeypatch.setattr(tuning, "ROCKETKV", tuning.ROCKETKV[:1])
+    tuning.rocketkv(report, options_of(tmp_path))
+    assert report.rows[0]["launch"] == list(best_of("attend"))
+    assert dict(launch._SM80) == SHIPPED
+
+
+def test_decode_steps_are_timed_with_their_newest_token():
+    """What no step has stored is NaN, and so would be what attends to it."""
+    (cell,) = kernels.TINY_CELLS
+    found = tuning._decode(models.TINY, cell, torch.Generator().manual_seed(0))
+    run = next(runs[0] for name, runs in found if name == "attend slots")
+    run()
+    assert bool(run.args[1]["output"].isfinite().all())
 
 
 def test_a_kernel_that_nothing_can_launch_is_left_as_shipped(tmp_path, monkeypatch):

@@ -231,7 +231,7 @@ def _tune(
 
 
 def _rocketkv(options: argparse.Namespace, generator: torch.Generator) -> Iterator[Kernel]:
-    from vllm_sparse.kernels.triton import attention, compaction, pages, prompt, topk
+    from vllm_sparse.kernels.triton import append, attention, compaction, pages, prompt, topk
 
     shape, cells = (TINY, kernels.TINY_CELLS) if options.tiny else (LLAMA, CELLS)
     device = generator.device
@@ -239,12 +239,13 @@ def _rocketkv(options: argparse.Namespace, generator: torch.Generator) -> Iterat
         parity.TINY[0] if options.tiny else parity.CASES[0], dtype=torch.float32
     )
     step = make_decode(wide, device, generator)
+    call(append.append_tokens, step)
     step["scores"] = call(pages.score_pages, step)
     step["slots"] = call(pages.select_slots, step)
 
     runs = _by_shape(
         ("score pages", "select slots", "attend slots"),
-        {_name(shape, cell): kernels._kernels(shape, cell, device, generator) for cell in cells},
+        {_name(shape, cell): _decode(shape, cell, generator) for cell in cells},
     )
     yield Kernel(
         "attend",
@@ -273,6 +274,17 @@ def _rocketkv(options: argparse.Namespace, generator: torch.Generator) -> Iterat
     yield Kernel("top_indices", runs["top indices"])
     yield Kernel("compact", runs["compact tokens"], [compact])
     yield Kernel("pool", runs["score prompt"])
+
+
+def _decode(
+    shape: Shape, cell: kernels.Cell, generator: torch.Generator
+) -> Iterator[tuple[str, Runs]]:
+    """The newest token is stored before scores are made of it."""
+    for name, runs, _ in kernels._kernels(shape, cell, generator.device, generator):
+        if name == "append":
+            for run in runs:
+                run()
+        yield name, runs
 
 
 def _stage1(
