@@ -244,7 +244,7 @@ def test_an_unknown_stage_is_refused(tmp_path):
 
 @pytest.mark.parametrize("program", [check, bench])
 def test_plans_are_consistent(program, capsys, tmp_path):
-    every = program.plan(options_of(tmp_path))
+    every = program.plan(program.parser_of().parse_args([]))
     names = [stage.name for stage in every]
     assert len(set(names)) == len(names)
     assert names[0] == "smoke"
@@ -595,20 +595,43 @@ def test_the_slabs_of_sparda_are_as_small_as_start_up_allows(tiny):
         little = variant.settings | {"slab_gib": variant.settings["slab_gib"] - 1 / GIB}
         with pytest.raises(ConfigError, match="slab_gib"):
             plan_frames(load_settings({"vllm_sparse": little}, "sparda"), **sizes)
-    assert len(seen) == 6
+    assert len(seen) == 7
 
 
-def test_graphs_need_sparse_prompts():
-    """Otherwise vLLM runs eagerly, and a stage that says graphs would say nothing of them."""
+def test_graphs_are_compared_with_eager_steps():
     from benchmarks.gpu import engines
 
-    every = [v for v in tokens.variants().values() if v.backend == "SPARDA"]
-    graphs = [variant for variant in every if variant.mode == engines.GRAPHS]
-    assert len(graphs) == 1
-    assert graphs[0].settings["sparse_prefill"]
-    baseline = tokens.variants()[graphs[0].baseline]
-    assert baseline.settings == graphs[0].settings
-    assert baseline.mode == engines.EAGER
+    every = tokens.variants()
+    for name in (tokens.SPARDA, tokens.SPARDA_AHEAD):
+        assert every[name].mode == engines.EAGER
+        compared = [variant for variant in every.values() if variant.baseline == name]
+        assert all(variant.mode == engines.GRAPHS for variant in compared)
+        paged = [variant.settings for variant in compared if "slab_gib" in variant.settings]
+        assert paged
+
+
+def test_steps_without_the_graphs_that_were_asked_for_are_an_error():
+    from benchmarks.gpu import engines
+
+    for mode, found, fine in (
+        (engines.GRAPHS, "FULL_DECODE_ONLY", True),
+        (engines.GRAPHS, "NONE", False),
+        (engines.GRAPHS, "PIECEWISE", False),
+        (engines.EAGER, "NONE", True),
+        (engines.COMPILED, "FULL_AND_PIECEWISE", True),
+        (engines.COMPILED, "PIECEWISE", False),
+    ):
+        facts = {"graphs": f"CUDAGraphMode.{found}"}
+        with contextlib.nullcontext() if fine else pytest.raises(stages.CheckFailedError):
+            engines.check_graphs(facts, mode)
+
+
+def test_what_must_be_checked_comes_first_and_one_engine_is_alone():
+    every = {stage.name: stage for stage in check.plan(check.parser_of().parse_args([]))}
+    names = list(every)
+    wanted = {"kernels", "whole-eager", "chunked", "prefix-cache", "preemption", "sanitizer"}
+    assert wanted <= set(names[: names.index("sparda-whole")])
+    assert [name for name, stage in every.items() if stage.alone] == ["sparda-profiled"]
 
 
 def measured(step_ms: float, bound_ms: float, **row) -> dict:

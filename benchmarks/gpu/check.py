@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shutil
 import sys
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from benchmarks.gpu.stages import Report
 
 MODULE, NAME = "benchmarks.gpu.check", "gpu-check"
+MOST_JOBS, CORES_EACH = 4, 4
 GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
@@ -63,7 +65,6 @@ def smoke(report: Report, options: argparse.Namespace) -> None:
     if plugin is None or plugin.origin is None:
         raise stages.CheckFailedError(f"the plugin is not installed; run: {install}")
     package = Path(plugin.origin).parent
-    report.note(vllm=str(Path(vllm.origin).parent), plugin=str(package))
     for group in GROUPS:
         if not importlib.metadata.entry_points(group=group, name="vllm_sparse"):
             raise stages.CheckFailedError(
@@ -75,6 +76,14 @@ def smoke(report: Report, options: argparse.Namespace) -> None:
             f"{package} is not this checkout ({len(stale)} files differ, {stale[0]} first); "
             f"run: {install}"
         )
+    from vllm_sparse.kv.host_memory import available_bytes
+
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    report.note(
+        vllm=importlib.metadata.version("vllm"),
+        host_memory_gib=round(total / 2**30, 1),
+        host_available_gib=round(available_bytes() / 2**30, 1),
+    )
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm_sparse.kernels.triton import rocketkv as _kernels  # noqa: F401
@@ -124,21 +133,19 @@ def plan(options: argparse.Namespace) -> list[stages.Stage]:
         prefix = (checker, "--tool=memcheck", "--report-api-errors=no", "--error-exitcode=9")
     # Freed blocks of PyTorch's allocator would look valid.
     watched = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **interpreted}
-    engines = tokens.stages(options)
     return [
         stages.Stage("smoke", smoke, 60, about="GPU, vLLM, installed plugin"),
         stages.Stage("kernels", kernels, 190, env=interpreted, about="Triton kernels = references"),
-        *engines[:-2],
         stages.Stage(
             "sanitizer",
             sanitized if checker else no_sanitizer,
-            100,
-            needs=("kernels",),
+            150,
+            needs=("smoke",),
             prefix=prefix,
             env=watched,
             about="small steps under memcheck",
         ),
-        *engines[-2:],
+        *tokens.stages(options),
     ]
 
 
@@ -183,14 +190,22 @@ def summary(results: dict[str, dict], log: Path | None = None) -> tuple[str, dic
     return "\n\n".join(parts), {"passed": passed, "sanitizer_errors": errors}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line entry point; returns the exit status."""
+def parser_of() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
     stages.add_options(parser, NAME)
     parser.add_argument("--dtype", choices=tokens.NEAR_TIE, default="bfloat16", help="of engines")
-    known = parser.parse_args(arguments)
-    finish = partial(summary, log=known.out / f"{NAME}.log")
-    return stages.main(MODULE, NAME, parser, plan, finish, arguments)
+    # Nothing is timed, and an engine's start keeps a few cores busy.
+    cores = len(os.sched_getaffinity(0))
+    parser.set_defaults(jobs=max(1, min(MOST_JOBS, cores // CORES_EACH)))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line entry point; returns the exit status: 1 is wrong, 2 not all was checked."""
+    parser = parser_of()
+    finish = partial(summary, log=parser.parse_args(arguments).out / f"{NAME}.log")
+    return stages.main(MODULE, NAME, parser, plan, finish, arguments, complete=True)
 
 
 if __name__ == "__main__":

@@ -121,6 +121,8 @@ class Variant:
         expect: Counter that must have grown, of the plugin's or ``preemptions``, ``cached``.
         beyond: Counter or gauge that it must have outgrown.
         backend: Whose settings these are.
+        profiled: vLLM finds out what memory there is, for which it builds what is on the GPU and
+            captures graphs once more. No other engine may run meanwhile.
     """
 
     settings: dict[str, Any] | None
@@ -134,6 +136,7 @@ class Variant:
     expect: str | None = None
     beyond: str | None = None
     backend: str = "ROCKETKV"
+    profiled: bool = False
 
 
 def variants(*, tiny: bool = False) -> dict[str, Variant]:
@@ -153,7 +156,7 @@ def variants(*, tiny: bool = False) -> dict[str, Variant]:
         expected: dict[str, Any] = {"expect": "decode_rows"}
         if "slab_gib" in settings:  # with fewer misses, frames may only have been filled once
             expected = {"expect": "frame_misses", "beyond": "slab_frames"}
-        common = {"mode": engines.EAGER, "dtype": "float16", **expected, **changes}
+        common = {"dtype": "float16", **expected, **changes}
         return Variant(
             settings,
             baseline=baseline,
@@ -163,20 +166,12 @@ def variants(*, tiny: bool = False) -> dict[str, Variant]:
         )
 
     ahead = {"sparse_prefill": True, "selector": "lookahead-query"}
-
+    unlike = {"differs_from": STOCK}
     return {
         STOCK: Variant(None),
         "whole-graphs": Variant(WHOLE, baseline=STOCK, expect="decode_rows"),
         SPARSE: evicting(None, differs_from=STOCK, expect="prompts_compacted"),
         "whole-eager": Variant(WHOLE, engines.EAGER, baseline=STOCK, expect="decode_rows"),
-        # Without sparse prompts there are no graphs.
-        "sparda-whole": sparda(STOCK, paged(choosing, **everything), dtype=None, beyond=None),
-        SPARDA: sparda(None, {**choosing, "resident": True}, differs_from=STOCK),
-        "sparda-offload": sparda(SPARDA, paged(choosing)),
-        SPARDA_AHEAD: sparda(None, paged(choosing, **ahead), differs_from=STOCK),
-        "sparda-graphs": sparda(SPARDA_AHEAD, paged(choosing, **ahead), mode=engines.GRAPHS),
-        "sparda-blocking": sparda(SPARDA, paged(choosing, prefetch=False)),
-        "sparse-eager": evicting(mode=engines.EAGER, expect="blocks_evicted"),
         "chunked": evicting(arguments=chunk, expect="prompts_compacted"),
         "prefix-cache": evicting(waves=2, expect="cached"),
         # A prompt that is begun without room for all of it runs out of blocks on the way.
@@ -185,6 +180,14 @@ def variants(*, tiny: bool = False) -> dict[str, Variant]:
             pool_tokens=tight,
             expect="preemptions",
         ),
+        "sparda-whole": sparda(STOCK, paged(choosing, **everything), dtype=None, beyond=None),
+        SPARDA: sparda(None, {**choosing, "resident": True}, mode=engines.EAGER, **unlike),
+        "sparda-offload": sparda(SPARDA, paged(choosing)),
+        "sparda-blocking": sparda(SPARDA, paged(choosing, prefetch=False)),
+        SPARDA_AHEAD: sparda(None, paged(choosing, **ahead), mode=engines.EAGER, **unlike),
+        "sparda-graphs": sparda(SPARDA_AHEAD, paged(choosing, **ahead)),
+        "sparda-profiled": sparda(SPARDA, paged(choosing), profiled=True),
+        "sparse-eager": evicting(mode=engines.EAGER, expect="blocks_evicted"),
         "whole-compiled": Variant(WHOLE, engines.COMPILED, baseline=STOCK, expect="decode_rows"),
         "stock-eager": Variant(None, engines.EAGER, baseline=STOCK),
     }
@@ -196,11 +199,12 @@ ABOUT = {
     "whole-graphs": "budget of the whole context = stock, graphs",
     "whole-eager": "budget of the whole context = stock, eager",
     "sparda-whole": "SPARDA, top_k of the whole context, offloaded = stock",
-    SPARDA: "baseline: SPARDA, few blocks, all on the device",
-    "sparda-offload": "the same blocks, fetched ahead",
-    "sparda-blocking": "the same blocks, fetched when needed",
+    SPARDA: "baseline: SPARDA, few blocks, all on the device, eager",
+    "sparda-offload": "the same blocks, graphs, fetched ahead on a side stream",
+    "sparda-blocking": "the same blocks, graphs, fetched when needed",
     SPARDA_AHEAD: "baseline: SPARDA, sparse prompts, offloaded, eager",
-    "sparda-graphs": "the same in graphs, fetches on a side stream",
+    "sparda-graphs": "the same in graphs",
+    "sparda-profiled": "fetched ahead, with memory as vLLM finds it",
     "whole-compiled": "the same as vLLM compiles it by default",
     "stock-eager": "how far stock vLLM is from itself",
 }
@@ -213,7 +217,9 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         Stage(
             name,
             partial(run, name),
-            limit_s=110 if variant.mode is engines.COMPILED else 75,
+            limit_s=150 if variant.mode is engines.COMPILED else 110,
+            min_s=40,
+            alone=variant.profiled,
             needs=("smoke", *filter(None, (variant.baseline, variant.differs_from))),
             about=ABOUT.get(name, f"= {variant.baseline}"),
         )
@@ -242,6 +248,11 @@ def run(name: str, report: Report, options: argparse.Namespace) -> None:
         **(engines.EAGER if options.device == "cpu" else variant.mode),
         **variant.arguments,
     }
+    if options.device == "cuda":
+        # Of all memory; with bytes for the cache only a check at the start, of several engines.
+        arguments["gpu_memory_utilization"] = 0.15
+        if variant.profiled:
+            del arguments["kv_cache_memory_bytes"]
     if options.device == "cpu" and variant.backend != "SPARDA":  # which has it in its settings
         arguments["block_size"] = 32
     if variant.pool_tokens:
@@ -264,9 +275,8 @@ def run(name: str, report: Report, options: argparse.Namespace) -> None:
     report.note(counted=counted)
     report.note(outputs=outputs)
     problems = []
-    wanted = options.device == "cuda" and variant.mode == engines.GRAPHS
-    if wanted and report.facts["graphs"].endswith("NONE"):  # vLLM only warns
-        problems.append("vLLM has turned graphs off, so this proves nothing of them")
+    if options.device == "cuda":
+        engines.check_graphs(report.facts, variant.mode)
     if variant.expect and not counted.get(variant.expect):
         problems.append(f"{variant.expect} is 0, so this proves nothing")
     elif variant.beyond and counted[variant.expect] <= counted[variant.beyond]:
