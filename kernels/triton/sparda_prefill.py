@@ -20,7 +20,12 @@ _ROWS = 128
 
 
 # Numbers that change from prompt to prompt must not compile variants while a request waits.
-@triton.jit(do_not_specialize=["tokens", "first_block", "end_block", "past_from", "stride_list"])
+@triton.jit(
+    do_not_specialize=[
+        "tokens", "first_block", "end_block", "past_from", "stride_chosen_head",
+        "stride_chosen_token", "stride_list",
+    ]
+)  # fmt: skip
 def _list_blocks_kernel(
     chosen,
     lists,
@@ -61,7 +66,12 @@ def _list_blocks_kernel(
     tl.store(lists, found)
 
 
-@triton.jit(do_not_specialize=["tokens", "num_keys", "first_position", "past_from", "stride_list"])
+@triton.jit(
+    do_not_specialize=[
+        "tokens", "num_keys", "first_position", "past_from", "stride_chosen_head",
+        "stride_chosen_token", "stride_list",
+    ]
+)  # fmt: skip
 def _attend_part_kernel(
     query,
     keys,

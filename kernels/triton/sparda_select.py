@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from vllm_sparse.kernels.reference.sparda_steps import Selected
 from vllm_sparse.kernels.triton.launch import dim_block, launch, row_block, splits
-from vllm_sparse.kernels.triton.ops import dot
+from vllm_sparse.kernels.triton.ops import dot, share_of
 from vllm_sparse.kernels.triton.topk import choose, radix_threshold, tile_threshold
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ def _load_windows(
     )
 
 
-@triton.jit
+# How wide a table is changes from step to step, which must not compile variants, nor must the
+# number of rows, on which it depends how often they are split.
+@triton.jit(do_not_specialize=["stride_table"])
 def _normaliser_kernel(
     compressed,
     vectors,
@@ -66,12 +68,10 @@ def _normaliser_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     """Largest logit and softmax mass of one share of a row's windows, per query head."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    split = tl.program_id(2)
     position = tl.load(positions + row).to(tl.int32)
     if _reads_everything(position, top_k, dense_len, BLOCK_SIZE):
         return
@@ -90,9 +90,7 @@ def _normaliser_kernel(
     )
     compressed += head.to(tl.int64) * stride_head
     table += row * stride_table
-    share = tl.cdiv(tl.cdiv(complete, SPLITS), BLOCK_N) * BLOCK_N
-    begin = split * share
-    end = tl.minimum(begin + share, complete)
+    begin, end = share_of(complete, 2, BLOCK_N)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     for start in range(begin, end, BLOCK_N):
@@ -108,12 +106,12 @@ def _normaliser_kernel(
         base = tl.where(highest == float("-inf"), 0.0, highest)
         mass = mass * tl.exp2(peak - base) + tl.sum(tl.exp2(logit - base[:, None]), 1)
         peak = highest
-    index = ((row * HEADS + head) * GROUP + member) * SPLITS + split
+    index = ((row * HEADS + head) * GROUP + member) * tl.num_programs(2) + tl.program_id(2)
     tl.store(peaks + index, peak, mask=member_inside)
     tl.store(masses + index, mass, mask=member_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "stride_table"])
 def _score_kernel(
     compressed,
     vectors,
@@ -143,7 +141,7 @@ def _score_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MOST: tl.constexpr,
     SOFTMAX: tl.constexpr,
 ):
     """The best score of the windows stored with each block, and that of the first of them.
@@ -153,7 +151,6 @@ def _score_kernel(
     WINDOWS: tl.constexpr = BLOCK_SIZE // STRIDE
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    split = tl.program_id(2)
     position = tl.load(positions + row).to(tl.int32)
     if _reads_everything(position, top_k, dense_len, BLOCK_SIZE):
         return
@@ -170,12 +167,16 @@ def _score_kernel(
             mask=member_inside[:, None] & dim_inside[None, :],
             other=0.0,
         )
-        part = (pair * GROUP + member)[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
-        peak = tl.load(peaks + part, mask=member_inside[:, None], other=0.0)
-        mass = tl.load(masses + part, mask=member_inside[:, None], other=1.0)
+        splits = tl.num_programs(2)
+        share = tl.arange(0, MOST)
+        part = (pair * GROUP + member)[:, None] * splits + share[None, :]
+        there = member_inside[:, None] & (share < splits)[None, :]
+        peak = tl.load(peaks + part, mask=there, other=float("-inf"))
+        mass = tl.load(masses + part, mask=there, other=0.0)
         highest = tl.max(peak, 1)
         highest = tl.where(highest == float("-inf"), 0.0, highest)
         total = tl.sum(mass * tl.exp2(peak - highest[:, None]), 1)
+        total = tl.where(member_inside, total, 1.0)
     else:
         b_f = tl.load(vectors + dim, mask=dim_inside, other=0.0).to(tl.float32)
     compressed += head.to(tl.int64) * stride_head
@@ -184,9 +185,7 @@ def _score_kernel(
     first += pair * width
     # Later blocks are always read; of the first of them, one window reaches back.
     blocks = position // BLOCK_SIZE - local_blocks + 1
-    share = tl.cdiv(tl.cdiv(blocks * WINDOWS, SPLITS), BLOCK_N) * BLOCK_N
-    begin = split * share
-    end = tl.minimum(begin + share, blocks * WINDOWS)
+    begin, end = share_of(blocks * WINDOWS, 2, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         window = start + tl.arange(0, BLOCK_N)
         inside = (window > 0) & (window < tl.minimum(end, complete))
@@ -265,7 +264,7 @@ def _take_in_passes(
         taken += tl.sum(ones, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "capacity", "stride_table"])
 def _choose_kernel(
     best,
     first,
@@ -389,7 +388,6 @@ def select_blocks(
             "BLOCK_M": row_block(group),
             "BLOCK_N": block,
             "BLOCK_D": dim_block(dim),
-            "SPLITS": shares,
             "num_warps": warps,
             "num_stages": stages,
         }
@@ -420,6 +418,7 @@ def select_blocks(
             width,
             *strides,
             **shape,
+            MOST=_MOST_SHARES,
             SOFTMAX=ranking.softmax,
         )
     block, warps, stages = launch("choose_blocks", device)
@@ -440,7 +439,7 @@ def select_blocks(
         block_table.stride(0),
         HEADS=kv_heads,
         BLOCK_SIZE=size,
-        BLOCK=min(block, triton.next_power_of_2(max(width, 128 * warps))),
+        BLOCK=block,
         num_warps=warps,
         num_stages=stages,
     )

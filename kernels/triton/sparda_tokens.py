@@ -96,7 +96,8 @@ def write_tokens(
     )
 
 
-@triton.jit
+# How wide a table is changes from step to step, which must not compile variants.
+@triton.jit(do_not_specialize=["stride_table"])
 def _update_windows_kernel(
     compressed,
     source,
