@@ -540,6 +540,14 @@ def test_blocks_that_no_query_of_a_tile_chose_are_not_read():
     close(lse, expected_lse, torch.float32)
 
 
+def test_parts_refuse_blocks_that_tiles_of_keys_do_not_divide():
+    """They would leave out the rest of each block."""
+    query, keys = torch.ones(1, 1, 4, 16, device=DEVICE), torch.ones(1, 192, 16, device=DEVICE)
+    chosen = torch.ones(1, 4, 2, dtype=torch.bool, device=DEVICE)
+    with pytest.raises(AssertionError, match="straddle"):
+        sparda_prefill.attend_part(query, keys, keys, chosen, False, 0.1, block_size=96)
+
+
 @pytest.mark.usefixtures("small_tiles")
 def test_long_lists_of_blocks():
     """More blocks than one tile of the list holds, many per query."""

@@ -212,6 +212,7 @@ def attend_part(
     if chosen is not None:
         assert chosen.stride(-1) == 1
         assert block_size >= 16
+        assert block_size & (block_size - 1) == 0, "tiles of keys must not straddle blocks"
         marks = chosen.view(torch.uint8)
         first_block = first_position // block_size
         end_block = -(-(first_position + num_keys) // block_size)
