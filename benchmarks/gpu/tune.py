@@ -14,15 +14,18 @@ import argparse
 import contextlib
 import json
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 from benchmarks.gpu import check, stages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from benchmarks.gpu.stages import Report
+
+    Search = Callable[[Report, argparse.Namespace], None]
 
 MODULE, NAME = "benchmarks.gpu.tune", "gpu-tune"
 LAUNCHES_ENV = "VLLM_SPARSE_LAUNCHES"  # launch.LAUNCHES_ENV, which cannot be had without torch
@@ -109,13 +112,14 @@ def plan(options: argparse.Namespace) -> list[stages.Stage]:
     interpreted = {"TRITON_INTERPRET": "1"} if options.device == "cpu" else {}
     shipped = {LAUNCHES_ENV: "", **interpreted}  # not what an earlier run has found
     search_s = max(60, options.budget_s - PARITY_S - INSTALL_S - SMOKE_S)
-    rocketkv_s = ROCKETKV_SHARE * search_s
+
+    def search(name: str, run: Search, limit_s: float, about: str) -> stages.Stage:
+        return stages.Stage(name, run, limit_s, ("smoke",), env=shipped, alone=True, about=about)
+
     every = [
         stages.Stage("smoke", check.smoke, SMOKE_S, about="GPU, vLLM, installed plugin"),
-        stages.Stage("tune", rocketkv, rocketkv_s, ("smoke",), env=shipped, about="ROCKETKV"),
-        stages.Stage(
-            "tune-sparda", sparda, search_s - rocketkv_s, ("smoke",), env=shipped, about="SPARDA"
-        ),
+        search("tune", rocketkv, ROCKETKV_SHARE * search_s, "ROCKETKV"),
+        search("tune-sparda", sparda, (1 - ROCKETKV_SHARE) * search_s, "SPARDA"),
         stages.Stage(
             "parity",
             parity,
@@ -137,7 +141,7 @@ def summary(results: dict[str, dict], source: Path) -> tuple[str, dict]:
 
     Args:
         results: Of the stages.
-        source: The table that was found.
+        source: Where a table that was found is, once it came to checking it.
     """
     rows = [row for search in SEARCHES for row in results.get(search, {}).get("rows", [])]
     parts = []
@@ -152,8 +156,11 @@ def summary(results: dict[str, dict], source: Path) -> tuple[str, dict]:
     if cut:
         parts.append(f"not searched to the end: {' '.join(cut)}; raise --budget-s")
     installed = results.get("install", {}).get("facts", {}).get("installed")
-    if rows:
-        parts.append(f"installed: {installed}" if installed else f"NOT installed: {source}")
+    if installed:
+        parts.append(f"installed: {installed}")
+    elif rows:
+        written = "found" in results.get("parity", {}).get("facts", {})
+        parts.append(f"NOT installed: {source if written else 'no table was checked'}")
     return "\n\n".join(parts), {"no_time_for": missed, "installed": installed}
 
 
@@ -171,21 +178,15 @@ def _tiles(found: list[int] | None) -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line entry point; returns the exit status."""
+    """Command line entry point; returns the exit status: 1 is wrong, 2 not all was checked."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
     stages.add_options(parser, NAME)
     parser.add_argument(
         "--no-install", dest="install", action="store_false", help="leave the table in --out"
     )
-    ended: dict[str, dict] = {}
-
-    def finish(results: dict[str, dict]) -> tuple[str, dict]:
-        ended.update(results)
-        return summary(results, _file(parser.parse_args(arguments)))
-
-    status = stages.main(MODULE, NAME, parser, plan, finish, arguments)
-    # A table that was not checked in time is no success either.
-    return status or int(ended.get("install", {}).get("status") == "skipped")
+    finish = partial(summary, source=_file(parser.parse_args(arguments)))
+    # A table that was not checked in time is no success.
+    return stages.main(MODULE, NAME, parser, plan, finish, arguments, complete=True)
 
 
 if __name__ == "__main__":
