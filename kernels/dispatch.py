@@ -145,6 +145,7 @@ class SpardaGpuKernels(NamedTuple):
     copy_pieces: Callable[..., None]
     write_tokens: Callable[..., None]
     update_windows: Callable[..., None]
+    record_queries: Callable[..., None]
     attend_frames: Callable[..., None]
     attend_part: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     name: str
@@ -176,6 +177,7 @@ def sparda_gpu(device: torch.device) -> SpardaGpuKernels:
         sparda_paging.copy_pieces,
         sparda_tokens.write_tokens,
         sparda_tokens.update_windows,
+        sparda_tokens.record_queries,
         sparda_attention.attend_frames,
         sparda_prefill.attend_part,
         f"triton, launches {launch.launches(device).origin}",

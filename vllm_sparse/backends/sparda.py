@@ -197,6 +197,7 @@ def make_selector(
     geometry: Geometry,
     dtype: torch.dtype,
     layers: list[Any],
+    record: Callable[..., None],
     view: Callable[[Tensor], Tensor] | None = None,
 ) -> Selector:
     """What chooses blocks in these layers.
@@ -206,6 +207,7 @@ def make_selector(
         geometry: Sizes.
         dtype: Of keys and queries.
         layers: vLLM's attention layers, in order.
+        record: See :func:`vllm_sparse.kernels.reference.sparda_steps.record_queries`.
         view: Pins host memory and returns it as a GPU sees it.
 
     Raises:
@@ -218,7 +220,11 @@ def make_selector(
         shape = (geometry.num_layers, geometry.num_blocks, impl.num_heads, geometry.head_dim)
         kept = torch.empty(shape, dtype=dtype, device="cpu")
         return PreviousSelector(
-            settings.kernel_stride, impl.scale, view(kept) if view else kept, geometry.block_size
+            settings.kernel_stride,
+            impl.scale,
+            view(kept) if view else kept,
+            geometry.block_size,
+            record,
         )
     missing = [layer.layer_name for layer in layers[:-1] if not hasattr(layer, "sparda_tap")]
     if missing:
@@ -234,8 +240,13 @@ def _start_line(runtime: Runtime, config: VllmConfig) -> str:
     ranks = config.parallel_config.tensor_parallel_size
     ahead = runtime.selector.ahead
     mode = "a layer ahead" if ahead and settings.prefetch else "when a layer runs"
-    if settings.resident:
-        mode = "never (resident)"
+    if all(geometry.is_resident(layer) for layer in range(geometry.num_layers)):
+        mode = "never, as every block has a frame"
+        if not settings.resident:
+            mode += (
+                f" (--max-num-seqs {config.scheduler_config.max_num_seqs} may need them all; lower "
+                "it, or set slab_gib, to keep fewer on the device)"
+            )
     note = f" (slow: {runtime.kernels_note.splitlines()[0]})" if runtime.kernels_note else ""
     total = f" per rank, {geometry.host_bytes * ranks / GIB:.2f} GiB in total" if ranks > 1 else ""
     tokens = (geometry.num_blocks - 1) * geometry.block_size

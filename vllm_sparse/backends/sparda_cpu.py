@@ -22,6 +22,7 @@ from vllm_sparse.backends.sparda import (
 )
 from vllm_sparse.kernels.dispatch import PagingKernels, sparda_paging
 from vllm_sparse.kernels.reference.selection import gather_windows
+from vllm_sparse.kernels.reference.sparda_steps import record_queries
 from vllm_sparse.kv.pager import Pager
 from vllm_sparse.prefetch.engine import ThreadCopyEngine
 from vllm_sparse.prefetch.scheduler import PrefetchScheduler
@@ -86,7 +87,7 @@ class SpardaCpuBuilder(SpardaBuilder):
             settings,
             pager,
             PromptStream(pager, engine, settings.staging_blocks, count, settings.prefetch),
-            make_selector(settings, geometry, dtype, layers),
+            make_selector(settings, geometry, dtype, layers, record_queries),
             layers,
             kernels.attend_part,
             kernels.name,

@@ -180,7 +180,7 @@ class SpardaGpuBuilder(SpardaBuilder):
             settings,
             pager,
             PromptStream(pager, engine, settings.staging_blocks, count, settings.prefetch),
-            make_selector(settings, geometry, dtype, layers, view),
+            make_selector(settings, geometry, dtype, layers, kernels.record_queries, view),
             layers,
             kernels.attend_part,
             kernels.name,
@@ -444,9 +444,7 @@ class SpardaGpuImpl(SpardaLayer):
         pager, kernels = runtime.pager.layers[layer], runtime.kernels
         if pager.resident:
             return _Fetch(selected, selected.pieces, None)
-        values = runtime.counters.values
-        found = kernels.resolve(pager.table, selected.pieces, runtime.step, values[2:])
-        values[:2] += torch.cat((found.hits, found.misses))
+        found = kernels.resolve(pager.table, selected.pieces, runtime.step, runtime.counters.values)
         if runtime.settings.poison:
             pager.slab[found.targets[: int(found.misses)].long()] = torch.nan
 

@@ -14,7 +14,7 @@ from vllm_sparse.kernels.reference.selection import Ranking
 from vllm_sparse.policies import sparda
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,7 @@ class PreviousSelector(QuerySelector):
         kept: Where they are kept, ``[layers, blocks, H, D]``: host memory, a small part of the
             pool of keys and values, of which only blocks in use take memory unless it is pinned.
         block_size: Tokens per block.
+        record: See :func:`vllm_sparse.kernels.reference.sparda_steps.record_queries`.
     """
 
     ahead = True
@@ -179,11 +180,13 @@ class PreviousSelector(QuerySelector):
         scale: float,
         kept: Tensor,
         block_size: int,
+        record: Callable[..., None],
     ) -> None:
         super().__init__(kernel_stride, scale)
         self.ranking = Ranking(softmax=True, scale=scale, lag=1)
         self._kept = kept
         self._block_size = block_size
+        self._record = record
 
     def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
         """See :class:`Selector`."""
@@ -199,5 +202,4 @@ class PreviousSelector(QuerySelector):
 
     def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
         """See :class:`Selector`."""
-        # Padding rows have no slot; nobody reads the null block.
-        self._kept[layer, slots[last].clamp(min=0) // self._block_size] = query[last]
+        self._record(self._kept[layer], query, slots, last, self._block_size)
