@@ -427,7 +427,9 @@ def test_written_tokens_equal_reference(dtype, block_size, dim):
 @pytest.mark.parametrize(
     ("block_size", "dim", "stride"), [(16, 64, 8), (64, 80, 16), (128, 128, 16), (32, 256, 16)]
 )
-def test_windows_equal_reference(dtype, block_size, dim, stride):
+@pytest.mark.parametrize("frames", [False, True])
+def test_windows_equal_reference(dtype, block_size, dim, stride, frames):
+    """With frames, half of the pieces have one, and may not be read from the host."""
     generator = torch.Generator().manual_seed(dim)
     kv_heads, width = 2, 4
     positions = torch.tensor([
@@ -442,6 +444,14 @@ def test_windows_equal_reference(dtype, block_size, dim, stride):
         if position >= 0:
             newest = int(table[row, position // block_size])
             source[newest, :, position % block_size + 1 :] = torch.nan
+    options = {}
+    if frames:
+        pieces = source.flatten(0, 1)
+        held = torch.randperm(len(pieces), generator=generator)[: len(pieces) // 2]
+        frame_of = torch.randint(-(2**31), 0, (len(pieces),), generator=generator).int()
+        frame_of[held] = torch.arange(len(held)).int()
+        options = {"slab": pieces[held.to(DEVICE)], "frame_of": frame_of.to(DEVICE)}
+        pieces[held.to(DEVICE)] = torch.nan
     results = []
     for module in (sparda_tokens, sparda_steps):
         compressed = torch.full(
@@ -449,7 +459,7 @@ def test_windows_equal_reference(dtype, block_size, dim, stride):
             device=DEVICE,
         )  # fmt: skip
         compressed = with_gaps(compressed, 3)
-        module.update_windows(compressed, source, positions.to(DEVICE), table, stride)
+        module.update_windows(compressed, source, positions.to(DEVICE), table, stride, **options)
         results.append(compressed)
     ours, theirs = results
     assert ours.isnan().equal(theirs.isnan())
@@ -619,7 +629,10 @@ class Layer:
         block = self.block_table.long().gather(1, at[:, None] // self.size)[:, 0]
         slots = torch.where(positions < 0, -1, block * self.size + at % self.size)
         self.tokens.write_tokens(self.host, self.slab, self.table.frame_of, slots, key, value)
-        self.tokens.update_windows(self.compressed, self.host, positions, self.block_table, 16)
+        frames = {"slab": self.slab, "frame_of": self.table.frame_of}
+        self.tokens.update_windows(
+            self.compressed, self.host, positions, self.block_table, 16, **frames
+        )
         chosen = self.select(self.compressed, forecast, self.block_table, positions,
                              Ranking(False), self.blocks)  # fmt: skip
         found = self.paging.resolve(self.table, chosen.pieces, self.step, self.counters)
@@ -704,7 +717,8 @@ def compile_everything(capability: int) -> None:
                 slab, query, query, found.frames, chosen.lengths, 0.1, unframed
             )
         sparda_tokens.write_tokens(host, slab, state.frame_of, positions, key, key)
-        sparda_tokens.update_windows(compressed, host, positions, table, 16)
+        for frames in ({}, {"slab": slab, "frame_of": state.frame_of}):
+            sparda_tokens.update_windows(compressed, host, positions, table, 16, **frames)
         sparda_tokens.record_queries(query.clone(), query, positions, positions, 64)
         prompt = torch.zeros(2, 4, 300, dim, dtype=dtype)
         picked = torch.zeros(2, 300, 9, dtype=torch.bool)

@@ -234,7 +234,14 @@ def write_tokens(
 
 
 def update_windows(
-    compressed: Tensor, source: Tensor, positions: Tensor, block_table: Tensor, stride: int
+    compressed: Tensor,
+    source: Tensor,
+    positions: Tensor,
+    block_table: Tensor,
+    stride: int,
+    *,
+    slab: Tensor | None = None,
+    frame_of: Tensor | None = None,
 ) -> None:
     """Store the windows of compressed keys that decode rows complete, means of two strides.
 
@@ -246,14 +253,23 @@ def update_windows(
         positions: Position of each row's newest token, negative for padding, ``[R]``.
         block_table: Physical blocks of each row, ``[R, blocks]``.
         stride: Tokens from one window's start to the next.
+        slab: Read instead of ``source`` where a piece has a frame, ``[frames, block_size, 2 * D]``.
+        frame_of: Frame of each piece or negative, ``[blocks * G]``; needed with ``slab``.
     """
-    size, dim = source.shape[2], compressed.shape[3]
+    kv_heads, size = source.shape[1:3]
+    dim = compressed.shape[3]
     for row, position in enumerate(positions.tolist()):
         if position + 1 < 2 * stride or (position + 1) % stride:
             continue
         token = torch.arange(position + 1 - 2 * stride, position + 1, device=source.device)
         block = block_table[row].long()[token // size]
-        mean = source[block, :, token % size, :dim].float().mean(0)
+        rows = source[block, :, token % size]
+        if slab is not None and frame_of is not None:
+            pieces = block[:, None] * kv_heads + torch.arange(kv_heads, device=block.device)
+            frame = frame_of[pieces].long()
+            held = frame >= 0
+            rows[held] = slab[frame[held], (token % size)[:, None].expand_as(frame)[held]]
+        mean = rows[..., :dim].float().mean(0)
         window = position % size // stride
         compressed[block[-1], :, window] = mean.to(compressed.dtype)
 

@@ -101,6 +101,8 @@ def write_tokens(
 def _update_windows_kernel(
     compressed,
     source,
+    slab,
+    frame_of,
     positions,
     table,
     stride_block,
@@ -113,6 +115,7 @@ def _update_windows_kernel(
     STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    FRAMES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
@@ -126,13 +129,25 @@ def _update_windows_kernel(
     taken = member < 2 * STRIDE
     token = end - 2 * STRIDE + member
     block = tl.load(table + token // BLOCK_SIZE, mask=taken, other=0).to(tl.int64)
-    slot = (block * HEADS + head) * BLOCK_SIZE + token % BLOCK_SIZE
+    piece = block * HEADS + head
+    offset = token % BLOCK_SIZE * (2 * DIM)
+    afar = taken
+    if FRAMES:
+        frame = tl.load(frame_of + piece, mask=taken, other=-1).to(tl.int64)
+        framed = frame >= 0  # false beyond the window
+        afar = taken & (frame < 0)
     b_k = tl.load(
-        source + (slot * (2 * DIM))[:, None] + dim[None, :],
-        mask=taken[:, None] & inside[None, :],
+        source + (piece * (BLOCK_SIZE * 2 * DIM) + offset)[:, None] + dim[None, :],
+        mask=afar[:, None] & inside[None, :],
         other=0.0,
-    )
-    mean = tl.sum(b_k.to(tl.float32), 0) / (2 * STRIDE)
+    ).to(tl.float32)
+    if FRAMES:
+        b_k += tl.load(
+            slab + (frame * (BLOCK_SIZE * 2 * DIM) + offset)[:, None] + dim[None, :],
+            mask=framed[:, None] & inside[None, :],
+            other=0.0,
+        ).to(tl.float32)
+    mean = tl.sum(b_k, 0) / (2 * STRIDE)
     newest = end - 1
     block = tl.load(table + newest // BLOCK_SIZE).to(tl.int64)
     window = newest % BLOCK_SIZE // STRIDE
@@ -141,7 +156,14 @@ def _update_windows_kernel(
 
 
 def update_windows(
-    compressed: Tensor, source: Tensor, positions: Tensor, block_table: Tensor, stride: int
+    compressed: Tensor,
+    source: Tensor,
+    positions: Tensor,
+    block_table: Tensor,
+    stride: int,
+    *,
+    slab: Tensor | None = None,
+    frame_of: Tensor | None = None,
 ) -> None:
     """Same contract as :func:`vllm_sparse.kernels.reference.sparda_steps.update_windows`.
 
@@ -152,17 +174,28 @@ def update_windows(
         positions: int32 or int64 ``[R]``.
         block_table: int32 ``[R, blocks]``, entries contiguous.
         stride: Tokens from one window's start to the next.
+        slab: Contiguous ``[frames, block_size, 2 * D]`` of the same dtype, as soon as nothing is
+            on its way into it.
+        frame_of: int32 ``[blocks * G]``; needed with ``slab``.
     """
     kv_heads, block_size = source.shape[1:3]
     dim = compressed.shape[3]
     assert source.is_contiguous()
     assert positions.is_contiguous()
     assert compressed.stride(-1) == block_table.stride(-1) == 1
+    assert (slab is None) == (frame_of is None)
+    frames = slab is not None
+    if slab is None or frame_of is None:
+        slab = frame_of = source  # unused
+    assert slab.is_contiguous()
+    assert slab.dtype == source.dtype
     if not len(positions):
         return
     _update_windows_kernel[(len(positions), kv_heads)](
         compressed,
         source,
+        slab,
+        frame_of,
         positions,
         block_table,
         *compressed.stride()[:3],
@@ -173,6 +206,7 @@ def update_windows(
         STRIDE=stride,
         BLOCK_N=triton.next_power_of_2(2 * stride),
         BLOCK_D=dim_block(dim),
+        FRAMES=frames,
         num_warps=4,
     )
 
