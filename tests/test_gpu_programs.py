@@ -889,6 +889,35 @@ def test_sparda_kernels_are_timed_in_the_interpreter(tmp_path, monkeypatch):
     assert {row["misses"] for row in report.rows if "misses" in row} == {4}
 
 
+def test_rocketkv_kernels_are_timed_in_the_interpreter(tmp_path, monkeypatch):
+    """What one kernel lacks, or the set-up of others, costs nothing else."""
+    pytest.importorskip("triton")
+    from vllm_sparse.kernels.triton import compaction, pages
+
+    from benchmarks.gpu import kernels
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    report = stages.Report(tmp_path / "kernels.json")
+    options = options_of(tmp_path, "--tiny", "--device", "cpu")
+    kernels.measure(report, options)
+    assert not any("error" in row for row in report.rows)
+    every = [row["kernel"] for row in report.rows]
+    assert len(every) == 10
+
+    def fails(**_):
+        raise LookupError("no such\nresources")
+
+    for module, name in ((compaction, "compact_tokens"), (pages, "select_slots")):
+        fails.__signature__ = inspect.signature(getattr(module, name))
+        monkeypatch.setattr(module, name, fails)
+    report = stages.Report(tmp_path / "again.json")
+    kernels.measure(report, options)
+    found = {row["kernel"]: row.get("error", "") for row in report.rows}
+    problem = "LookupError: no such resources"
+    assert found["select slots"] == found["decode"] == found["compact tokens"] == problem
+    assert not any(found[name] for name in ("append", "score pages", "score prompt"))
+
+
 if __name__ == "__main__":
     chosen = argparse.ArgumentParser()
     stages.add_options(chosen, "tried")

@@ -26,7 +26,7 @@ MODULE, NAME = "benchmarks.gpu.bench", "gpu-bench"
 DENSE, MOST = "dense", "most"
 K = 1024
 FORCED = 0.1  # miss rate of the targets
-WHOLE = ("whole step", "whole stage 1", "FlashAttention, dense")
+WHOLE = ("whole step", "whole stage 1", "FlashAttention, pages of 16, as vLLM plans it")
 
 
 class Target(NamedTuple):

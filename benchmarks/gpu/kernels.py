@@ -27,6 +27,7 @@ WINDOW = 32
 COLD_BYTES = 256 << 20  # several times the largest cache
 MOST_BYTES = 24 << 30
 MOST_LAYERS = 256
+LONGEST = 131072 + 1536  # tokens that an engine's block tables have room for
 RESERVE_S = 6.0
 
 
@@ -64,6 +65,8 @@ CELLS = (
 )
 TINY_CELLS = (Cell(600, 64, 1, block_size=16),)
 SETTINGS = {"min_context": 64}
+# Tokens per page, and most shares of a row. vLLM's pages have 16 unless it is told otherwise.
+FLASH_ATTENTION = ((16, 32), (64, 32), (256, None))
 
 
 def measure(report: Report, options: argparse.Namespace) -> None:
@@ -87,32 +90,47 @@ def measure(report: Report, options: argparse.Namespace) -> None:
             left_out.append(cell._asdict())
             continue
         generator = torch.Generator(device).manual_seed(options.seed)
-        for name, runs, least in _kernels(shape, cell, device, generator):
-            try:
-                seconds = timing.seconds_each(runs, device)
-            except RuntimeError as error:  # one kernel's failure is not the others'
-                report.add(**cell._asdict(), kernel=name, error=" ".join(str(error).split())[:200])
-                if device.type == "cuda":
-                    torch.cuda.synchronize()  # raises if the context is lost
+        parts = _parts(shape, cell, device, generator)
+        for (name, runs, *rest), found in timing.each_seconds(parts, device):
+            if isinstance(found, str):
+                report.add(**cell._asdict(), kernel=name, error=found)
                 continue
             report.add(
                 **cell._asdict(),
                 kernel=name,
+                # Inputs that are read again may still be in the cache.
+                warm=len(runs) == 1,
                 layers=len(runs),
-                us=round(1e6 * seconds, 2),
-                least_bytes=least,
-                gb_per_s=round(least / seconds / 1e9, 1),
-                share_of_copy=round(least / seconds / copy, 4),
+                us=round(1e6 * found, 2),
+                least_bytes=rest[0],
+                gb_per_s=round(rest[0] / found / 1e9, 1),
+                share_of_copy=round(rest[0] / found / copy, 4),
             )
         if device.type == "cuda":
             torch.cuda.empty_cache()
     report.note(no_time_for=left_out)
 
 
+def _parts(
+    shape: Shape, cell: Cell, device: torch.device, generator: torch.Generator
+) -> dict[str, Callable[[], Iterator[tuple[str, list[Callable[[], object]], int]]]]:
+    """What is measured of a cell; the parts yield name, runs, and least bytes of each kernel."""
+    arguments = shape, cell, device, generator
+    parts = {"decode": partial(_kernels, *arguments)}
+    if cell.block_size == Cell._field_defaults["block_size"]:
+        parts["FlashAttention"] = partial(_dense, *arguments)
+    if cell.batch == 1:
+        split = bounds.split_of(
+            shape, cell.context, {**SETTINGS, "token_budget": cell.budget}, cell.block_size
+        )
+        parts["stage 1"] = partial(_stage1, shape, cell, split, device, generator)
+    return parts
+
+
 def _kernels(
     shape: Shape, cell: Cell, device: torch.device, generator: torch.Generator
 ) -> Iterator[tuple[str, list[Callable[[], object]], int]]:
-    """Yields name, runs over different inputs, and least bytes of each kernel."""
+    """Yields name, runs over different inputs, and least bytes of each kernel of a decode step."""
     from vllm_sparse.kernels.triton import append, attention, pages, rocketkv
 
     settings = {**SETTINGS, "token_budget": cell.budget}
@@ -130,6 +148,9 @@ def _kernels(
         layers = 2
     lengths = torch.full((cell.batch,), split.held, dtype=torch.int32, device=device)
     first = make_decode(case, device, generator, lengths=lengths, top_r=split.top_r)
+    if device.type == "cuda":  # as wide as an engine's, which sets how a row is split
+        width = LONGEST // cell.block_size - first["block_table"].shape[1]
+        first["block_table"] = torch.nn.functional.pad(first["block_table"], (0, max(0, width)))
     steps = [first]
     for _ in range(layers - 1):  # the same values in another place, and other queries
         query = torch.randn_like(first["query"], dtype=torch.float32).to(case.dtype)
@@ -159,24 +180,32 @@ def _kernels(
     yield "attend slots", runs(attention.attend_slots, slots=slots), least
     least = bounds.attend_bytes(shape, rows, split.held)
     yield "attend all kept", runs(attention.attend_slots, slots=[None] * layers), least
-    del steps[1:], scores, slots
-    if cell.block_size == Cell._field_defaults["block_size"]:
-        yield from _dense(shape, cell, device, generator)
-    if cell.batch == 1:
-        yield from _stage1(shape, cell, split, device, generator)
 
 
 def _dense(
     shape: Shape, cell: Cell, device: torch.device, generator: torch.Generator
 ) -> Iterator[tuple[str, list[Callable[[], object]], int]]:
-    """FlashAttention over the whole context, as stock vLLM calls it at decode."""
-    if device.type != "cuda":
-        return
-    try:
-        from vllm.vllm_flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return
-    size, rows = 256, cell.batch  # FlashAttention 3 reads pages of any multiple of 16 tokens
+    """FlashAttention over the whole context."""
+    for size, splits in FLASH_ATTENTION if device.type == "cuda" else ():
+        yield _flash_attention(shape, cell, size, splits, device, generator)
+
+
+def _flash_attention(
+    shape: Shape,
+    cell: Cell,
+    size: int,
+    splits: int | None,
+    device: torch.device,
+    generator: torch.Generator,
+) -> tuple[str, list[Callable[[], object]], int]:
+    """FlashAttention 3 with pages of `size` tokens.
+
+    Stock vLLM, in graphs, plans ahead how rows are split, into so many shares at most; None leaves
+    it to the kernel.
+    """
+    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
+
+    rows = cell.batch
     blocks = -(-cell.context // size)
     one = rows * cell.context * shape.kv_bytes_per_token // shape.layers
     layers = max(1, min(4, -(-COLD_BYTES // one)))
@@ -190,16 +219,26 @@ def _dense(
     output = torch.empty_like(query)
     starts = torch.arange(rows + 1, device=device, dtype=torch.int32)
     lengths = torch.full((rows,), cell.context, device=device, dtype=torch.int32)
+    planned: dict[str, Any] = {}
+    if splits is not None:
+        metadata = get_scheduler_metadata(
+            batch_size=rows, max_seqlen_q=1, max_seqlen_k=cell.context, num_heads_q=shape.heads,
+            num_heads_kv=shape.kv_heads, headdim=shape.head_dim, cache_seqlens=lengths,
+            qkv_dtype=torch.bfloat16, cu_seqlens_q=starts, page_size=size, causal=True,
+            num_splits=splits,
+        )  # fmt: skip
+        planned = {"scheduler_metadata": metadata, "num_splits": splits}
 
     def run(keys: torch.Tensor, values: torch.Tensor) -> None:
         flash_attn_varlen_func(
             q=query, k=keys, v=values, out=output, cu_seqlens_q=starts, max_seqlen_q=1,
             seqused_k=lengths, max_seqlen_k=cell.context, softmax_scale=shape.head_dim**-0.5,
-            causal=True, block_table=table, fa_version=3,
+            causal=True, block_table=table, fa_version=3, **planned,
         )  # fmt: skip
 
     runs: list[Callable[[], object]] = [partial(run, *pair) for pair in caches]
-    yield "FlashAttention, dense", runs, bounds.attend_bytes(shape, rows, cell.context)
+    name = f"FlashAttention, pages of {size}" + (", as vLLM plans it" if planned else "")
+    return name, runs, bounds.attend_bytes(shape, rows, cell.context)
 
 
 def _stage1(

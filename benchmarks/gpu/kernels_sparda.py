@@ -74,23 +74,26 @@ def measure(report: Report, options: argparse.Namespace) -> None:
         if report.left_s < RESERVE_S:
             left_out.append((cell.context, cell.batch))
             continue
-        for name, runs, least, rate, further in _kernels(shape, cell, source, generator):
-            row = {"context": cell.context, "batch": cell.batch, "kernel": name, **further}
-            try:
-                seconds = timing.seconds_each(runs, device)
-            except RuntimeError as error:  # one kernel's failure is not the others'
-                report.add(**row, error=" ".join(str(error).split())[:200])
-                if device.type == "cuda":
-                    torch.cuda.synchronize()  # raises if the context is lost
+        parts = {
+            "selection": partial(_selection, shape, cell, generator),
+            "paging": partial(_paging, shape, cell, source, generator),
+            "attention": partial(_attention, shape, cell, generator),
+        }
+        for (name, runs, *rest), found in timing.each_seconds(parts, device):
+            row = {"context": cell.context, "batch": cell.batch, "kernel": name}
+            if isinstance(found, str):
+                report.add(**row, error=found)
                 continue
+            least, rate, further = rest
             peak = link if rate == "link" else copy
             report.add(
                 **row,
+                **further,
                 runs=len(runs),
-                us=round(1e6 * seconds, 2),
+                us=round(1e6 * found, 2),
                 least_bytes=least,
-                gb_per_s=round(least / seconds / 1e9, 2),
-                **{f"share_of_{rate}": round(least / seconds / peak, 4)},
+                gb_per_s=round(least / found / 1e9, 2),
+                **{f"share_of_{rate}": round(least / found / peak, 4)},
             )
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -123,18 +126,12 @@ def cycle(
     return steps
 
 
-def _kernels(
-    shape: Shape, cell: Cell, source: Tensor, generator: torch.Generator
-) -> Iterator[tuple[str, Runs, int, str, dict[str, int]]]:
-    """Yields name, runs over different inputs, least bytes, over what, and further facts."""
-    yield from _selection(shape, cell, generator)
-    yield from _paging(shape, cell, source, generator)
-    yield from _attention(shape, cell, generator)
-
-
 def _layers(read: int, device: torch.device) -> int:
     """As many layers as outgrow the cache."""
     return max(1, min(-(-COLD_BYTES // read), MOST_LAYERS)) if device.type == "cuda" else 2
+
+
+# The parts yield name, runs over different inputs, least bytes, over what, and further facts.
 
 
 def _selection(

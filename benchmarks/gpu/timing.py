@@ -6,14 +6,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    Timed = tuple[Any, ...]
 
 REPLAYS = 15
+HEAD_START_CYCLES = 1_000_000  # about half a millisecond, in which the host launches the work
 
 
 def seconds_each(runs: Sequence[Callable[[], object]], device: torch.device) -> float:
@@ -44,6 +47,44 @@ def seconds_each(runs: Sequence[Callable[[], object]], device: torch.device) -> 
     return median_ms(graph.replay) / 1e3 / len(runs)
 
 
+def each_seconds(
+    parts: Mapping[str, Callable[[], Iterator[Timed]]], device: torch.device
+) -> Iterator[tuple[Timed, float | str]]:
+    """Times what the parts yield; a kernel or a set-up that fails costs nothing else.
+
+    Triton's errors have nothing in common but that they are exceptions.
+
+    Args:
+        parts: By name; each yields a kernel's name, runs for `seconds_each`, and whatever else.
+        device: Where they run.
+
+    Yields:
+        What the part has yielded, and the seconds or why there are none. If its set-up fails, its
+        name and no runs.
+    """
+    for name, part in parts.items():
+        kernels = part()
+        while True:
+            try:
+                timed = next(kernels)
+            except StopIteration:
+                break
+            except Exception as error:
+                yield (name, []), _reason(error, device)
+                break
+            try:
+                found: float | str = seconds_each(timed[1], device)
+            except Exception as error:
+                found = _reason(error, device)
+            yield timed, found
+
+
+def _reason(error: Exception, device: torch.device) -> str:
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # raises if the context is lost
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
 def median_ms(run: Callable[[], object], repeats: int = REPLAYS) -> float:
     """Median milliseconds between events around a run."""
     for _ in range(3):
@@ -51,6 +92,8 @@ def median_ms(run: Callable[[], object], repeats: int = REPLAYS) -> float:
     times = []
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # An idle device would count the time from the first event until the work arrives.
+        torch.cuda._sleep(HEAD_START_CYCLES)
         begin.record()
         run()
         end.record()
