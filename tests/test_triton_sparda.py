@@ -139,6 +139,18 @@ def test_selection_equals_reference(shape, kind, tile, monkeypatch):
     assert actual.lengths[0] == 0
 
 
+def test_rows_whose_logits_would_be_too_many_take_turns(monkeypatch):
+    *inputs, blocks, dense = make_selection(*SELECTIONS[1], RANKINGS["query"], whole=False)
+    arguments = (*inputs, RANKINGS["query"], blocks)
+    expected = sparda_select.select_blocks(*arguments, dense_len=dense)
+    monkeypatch.setattr(sparda_select, "_MOST_LOGITS", 1)
+    sizes = []
+    monkeypatch.setattr(sparda_select, "splits", lambda n, *args: sizes.append(n) or 1)
+    actual = sparda_select.select_blocks(*arguments, dense_len=dense)
+    assert sizes == [4 * 2]  # rows at once, KV heads
+    assert all(a.equal(b) for a, b in zip(actual, expected, strict=True))
+
+
 @pytest.mark.parametrize("kind", ["forecast", "query"])
 def test_equal_scores_favour_the_earlier_block(kind):
     compressed = torch.ones(30, 1, 4, 64, device=DEVICE)
@@ -684,7 +696,7 @@ def test_decoding_from_the_first_token_on_equals_reference():
 def test_kernels_compile_without_a_gpu(capability, tmp_path):
     lines = compiled(__file__, capability, tmp_path)
     names = {line.split()[0] for line in lines}
-    assert len(names) == 14, names
+    assert len(names) == 15, names
     most = 166912 if capability == 80 else 232448  # shared memory that one program may have
     assert all(int(line.split()[1]) <= most for line in lines), lines
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from vllm_sparse.kernels.reference.sparda_steps import Selected
 from vllm_sparse.kernels.triton.launch import dim_block, launch, row_block, splits
-from vllm_sparse.kernels.triton.ops import dot, share_of
+from vllm_sparse.kernels.triton.ops import dot
 from vllm_sparse.kernels.triton.topk import choose, radix_threshold, tile_threshold
 
 if TYPE_CHECKING:
@@ -21,10 +21,24 @@ if TYPE_CHECKING:
 # Large enough that one row with one KV head fills a GPU.
 _MOST_SHARES = 128
 
+# Logits that exist at the same time; more rows take turns.
+_MOST_LOGITS = 1 << 24
+
+# Logits that a program turns into probabilities at once.
+_LOGITS = 1024
+
 
 @triton.jit
 def _reads_everything(position, top_k, dense_len, BLOCK_SIZE: tl.constexpr):
     return (position // BLOCK_SIZE < top_k) | (position < dense_len)
+
+
+@triton.jit
+def _share_of(windows, BLOCK_N: tl.constexpr):
+    """This program's share of a row's windows: whole tiles."""
+    share = tl.cdiv(tl.cdiv(windows, tl.num_programs(2)), BLOCK_N) * BLOCK_N
+    begin = tl.program_id(2) * share
+    return begin, tl.minimum(begin + share, windows)
 
 
 @triton.jit
@@ -40,20 +54,101 @@ def _load_windows(
     )
 
 
+@triton.jit
+def _store_scores(best, first, score, start, end, WINDOWS: tl.constexpr):
+    """The best score of the windows stored with each block, and that of the first of them.
+
+    The first one also overlaps the block before, where the top-k kernel adds it.
+
+    Args:
+        best: For each block of a row.
+        first: Likewise.
+        score: Scores of the windows from ``start`` on.
+        start: At the beginning of a block, as ``end``.
+        end: Windows from here on are somebody else's.
+        WINDOWS: Windows per block.
+    """
+    BLOCKS: tl.constexpr = score.shape[0] // WINDOWS
+    window = start + tl.arange(0, score.shape[0])
+    tl.store(first + window // WINDOWS, score, mask=(window % WINDOWS == 0) & (window < end))
+    block = start // WINDOWS + tl.arange(0, BLOCKS)
+    highest = tl.max(tl.reshape(score, [BLOCKS, WINDOWS]), 1)
+    tl.store(best + block, highest, mask=block < end // WINDOWS)
+
+
 # How wide a table is changes from step to step, which must not compile variants, nor must the
 # number of rows, on which it depends how often they are split.
-@triton.jit(do_not_specialize=["stride_table"])
-def _normaliser_kernel(
+@triton.jit(do_not_specialize=["width", "stride_table"])
+def _forecast_kernel(
     compressed,
     vectors,
     table,
     positions,
+    best,
+    first,
+    lag,
+    top_k,
+    dense_len,
+    local_blocks,
+    width,
+    stride_block,
+    stride_head,
+    stride_slot,
+    stride_vector_row,
+    stride_vector_head,
+    stride_table,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Scores of one share of a row's windows by the vector of its KV head."""
+    WINDOWS: tl.constexpr = BLOCK_SIZE // STRIDE
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    position = tl.load(positions + row).to(tl.int32)
+    if _reads_everything(position, top_k, dense_len, BLOCK_SIZE):
+        return
+    complete = (position - lag + 1) // STRIDE
+    dim = tl.arange(0, BLOCK_D)
+    dim_inside = dim < DIM
+    vectors += row * stride_vector_row + head.to(tl.int64) * stride_vector_head
+    b_f = tl.load(vectors + dim, mask=dim_inside, other=0.0).to(tl.float32)
+    compressed += head.to(tl.int64) * stride_head
+    table += row * stride_table
+    best += (row * HEADS + head) * width
+    first += (row * HEADS + head) * width
+    # Later blocks are always read; of the first of them, one window reaches back.
+    blocks = position // BLOCK_SIZE - local_blocks + 1
+    begin, end = _share_of(blocks * WINDOWS, BLOCK_N)
+    for start in range(begin, end, BLOCK_N):
+        window = start + tl.arange(0, BLOCK_N)
+        inside = (window > 0) & (window < tl.minimum(end, complete))
+        b_k = _load_windows(
+            compressed, table, window, inside, dim, dim_inside,
+            stride_block, stride_slot, WINDOWS,
+        )  # fmt: skip
+        score = tl.sum(b_k.to(tl.float32) * b_f[None, :], 1)
+        score = tl.where(inside, score, float("-inf"))
+        _store_scores(best, first, score, start, end, WINDOWS)
+
+
+@triton.jit(do_not_specialize=["width", "stride_table"])
+def _logits_kernel(
+    compressed,
+    vectors,
+    table,
+    positions,
+    logits,
     peaks,
     masses,
     scale_log2,
     lag,
     top_k,
     dense_len,
+    width,
     stride_block,
     stride_head,
     stride_slot,
@@ -69,7 +164,11 @@ def _normaliser_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Largest logit and softmax mass of one share of a row's windows, per query head."""
+    """Logits of one share of a row's windows, the largest and their softmax mass, per query head.
+
+    The compressed keys are read once: even sixteen logits are a quarter of a key of 128 channels.
+    """
+    WINDOWS: tl.constexpr = BLOCK_SIZE // STRIDE
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     position = tl.load(positions + row).to(tl.int32)
@@ -90,64 +189,55 @@ def _normaliser_kernel(
     )
     compressed += head.to(tl.int64) * stride_head
     table += row * stride_table
-    begin, end = share_of(complete, 2, BLOCK_N)
+    query_head = (row * HEADS + head) * GROUP + member
+    begin, end = _share_of(complete, BLOCK_N)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     for start in range(begin, end, BLOCK_N):
         window = start + tl.arange(0, BLOCK_N)
         inside = (window > 0) & (window < end)  # the first slot is no window
         b_k = _load_windows(
-            compressed, table, window, inside, dim, dim_inside,
-            stride_block, stride_slot, BLOCK_SIZE // STRIDE,
-        )  # fmt: skip
+            compressed, table, window, inside, dim, dim_inside, stride_block, stride_slot, WINDOWS
+        )
         logit = dot(b_q, tl.trans(b_k)) * scale_log2
+        tl.store(
+            logits + query_head[:, None] * (width * WINDOWS) + window[None, :],
+            logit,
+            mask=member_inside[:, None] & inside[None, :],
+        )
         logit = tl.where(inside[None, :], logit, float("-inf"))
         highest = tl.maximum(peak, tl.max(logit, 1))
         base = tl.where(highest == float("-inf"), 0.0, highest)
         mass = mass * tl.exp2(peak - base) + tl.sum(tl.exp2(logit - base[:, None]), 1)
         peak = highest
-    index = ((row * HEADS + head) * GROUP + member) * tl.num_programs(2) + tl.program_id(2)
-    tl.store(peaks + index, peak, mask=member_inside)
-    tl.store(masses + index, mass, mask=member_inside)
+    at = query_head * tl.num_programs(2) + tl.program_id(2)
+    tl.store(peaks + at, peak, mask=member_inside)
+    tl.store(masses + at, mass, mask=member_inside)
 
 
-@triton.jit(do_not_specialize=["width", "stride_table"])
-def _score_kernel(
-    compressed,
-    vectors,
-    table,
+@triton.jit(do_not_specialize=["width", "shares"])
+def _softmax_kernel(
     positions,
+    logits,
     peaks,
     masses,
     best,
     first,
-    scale_log2,
     lag,
     top_k,
     dense_len,
     local_blocks,
     width,
-    stride_block,
-    stride_head,
-    stride_slot,
-    stride_vector_row,
-    stride_vector_head,
-    stride_table,
+    shares,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     MOST: tl.constexpr,
-    SOFTMAX: tl.constexpr,
 ):
-    """The best score of the windows stored with each block, and that of the first of them.
-
-    The first one also overlaps the block before, where the top-k kernel adds it.
-    """
+    """Scores of one share of a row's windows: probabilities, summed over the group."""
     WINDOWS: tl.constexpr = BLOCK_SIZE // STRIDE
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -155,55 +245,34 @@ def _score_kernel(
     if _reads_everything(position, top_k, dense_len, BLOCK_SIZE):
         return
     complete = (position - lag + 1) // STRIDE
-    dim = tl.arange(0, BLOCK_D)
-    dim_inside = dim < DIM
-    pair = row * HEADS + head
-    vectors += row * stride_vector_row + head.to(tl.int64) * GROUP * stride_vector_head
-    if SOFTMAX:
-        member = tl.arange(0, BLOCK_M)
-        member_inside = member < GROUP
-        b_q = tl.load(
-            vectors + member[:, None] * stride_vector_head + dim[None, :],
-            mask=member_inside[:, None] & dim_inside[None, :],
-            other=0.0,
-        )
-        splits = tl.num_programs(2)
-        share = tl.arange(0, MOST)
-        part = (pair * GROUP + member)[:, None] * splits + share[None, :]
-        there = member_inside[:, None] & (share < splits)[None, :]
-        peak = tl.load(peaks + part, mask=there, other=float("-inf"))
-        mass = tl.load(masses + part, mask=there, other=0.0)
-        highest = tl.max(peak, 1)
-        highest = tl.where(highest == float("-inf"), 0.0, highest)
-        total = tl.sum(mass * tl.exp2(peak - highest[:, None]), 1)
-        total = tl.where(member_inside, total, 1.0)
-    else:
-        b_f = tl.load(vectors + dim, mask=dim_inside, other=0.0).to(tl.float32)
-    compressed += head.to(tl.int64) * stride_head
-    table += row * stride_table
-    best += pair * width
-    first += pair * width
+    member = tl.arange(0, BLOCK_M)
+    member_inside = member < GROUP
+    query_head = (row * HEADS + head) * GROUP + member
+    share = tl.arange(0, MOST)
+    at = query_head[:, None] * shares + share[None, :]
+    there = member_inside[:, None] & (share < shares)[None, :]
+    peak = tl.load(peaks + at, mask=there, other=float("-inf"))
+    mass = tl.load(masses + at, mask=there, other=0.0)
+    highest = tl.max(peak, 1)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(mass * tl.exp2(peak - highest[:, None]), 1)
+    total = tl.where(member_inside, total, 1.0)
+    best += (row * HEADS + head) * width
+    first += (row * HEADS + head) * width
     # Later blocks are always read; of the first of them, one window reaches back.
     blocks = position // BLOCK_SIZE - local_blocks + 1
-    begin, end = share_of(blocks * WINDOWS, 2, BLOCK_N)
+    begin, end = _share_of(blocks * WINDOWS, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         window = start + tl.arange(0, BLOCK_N)
         inside = (window > 0) & (window < tl.minimum(end, complete))
-        b_k = _load_windows(
-            compressed, table, window, inside, dim, dim_inside,
-            stride_block, stride_slot, WINDOWS,
-        )  # fmt: skip
-        if SOFTMAX:
-            logit = dot(b_q, tl.trans(b_k)) * scale_log2
-            weight = tl.exp2(logit - highest[:, None]) / total[:, None]
-            score = tl.sum(tl.where(member_inside[:, None], weight, 0.0), 0)
-        else:
-            score = tl.sum(b_k.to(tl.float32) * b_f[None, :], 1)
+        logit = tl.load(
+            logits + query_head[:, None] * (width * WINDOWS) + window[None, :],
+            mask=member_inside[:, None] & inside[None, :],
+            other=float("-inf"),
+        )
+        score = tl.sum(tl.exp2(logit - highest[:, None]) / total[:, None], 0)
         score = tl.where(inside, score, float("-inf"))
-        tl.store(first + window // WINDOWS, score, mask=(window % WINDOWS == 0) & (window < end))
-        block = start // WINDOWS + tl.arange(0, BLOCK_N // WINDOWS)
-        highest_of_block = tl.max(tl.reshape(score, [BLOCK_N // WINDOWS, WINDOWS]), 1)
-        tl.store(best + block, highest_of_block, mask=block < end // WINDOWS)
+        _store_scores(best, first, score, start, end, WINDOWS)
 
 
 @triton.jit
@@ -344,7 +413,8 @@ def select_blocks(
 
     Three launches for a softmax, two for a Forecast, one if the table is so narrow that every row
     reads all its blocks. Queries are rounded to the dtype of the compressed keys, a Forecast is
-    not. Scratch: ``8 * R * G * blocks`` bytes.
+    not. Scratch: ``8 * R * G * blocks`` bytes; with a softmax also ``4 * R * H * windows``, but not
+    much more than 64 MiB: more rows take turns, of two launches each.
 
     Args:
         compressed: ``[blocks, G, windows per block, D]``; windows per block is a power of two.
@@ -357,8 +427,7 @@ def select_blocks(
         capacity: Width of the result.
     """
     rows, width = block_table.shape
-    kv_heads, windows, dim = compressed.shape[1:]
-    group = vectors.shape[1] // kv_heads
+    kv_heads, windows = compressed.shape[1:3]
     size, device = blocks.block_size, compressed.device
     whole = max(blocks.top_k, -(-dense_len // size))
     capacity = min(whole, width) if capacity is None else capacity
@@ -377,50 +446,9 @@ def select_blocks(
         torch.empty(rows, kv_heads, width, dtype=torch.float32, device=device) for _ in range(2)
     )
     if width > whole:
-        block, warps, stages = launch("score_blocks", device, dim)
-        shares = splits(rows * kv_heads, -(-width * windows // block), device, _MOST_SHARES)
-        shape = {
-            "HEADS": kv_heads,
-            "GROUP": group,
-            "DIM": dim,
-            "BLOCK_SIZE": size,
-            "STRIDE": blocks.kernel_stride,
-            "BLOCK_M": row_block(group),
-            "BLOCK_N": block,
-            "BLOCK_D": dim_block(dim),
-            "num_warps": warps,
-            "num_stages": stages,
-        }
-        peaks, masses = best, first  # unused
-        if ranking.softmax:
-            vectors = vectors.to(compressed.dtype)
-            peaks, masses = (
-                torch.empty(rows, vectors.shape[1], shares, dtype=torch.float32, device=device)
-                for _ in range(2)
-            )
-        strides = (
-            *compressed.stride()[:3],
-            vectors.stride(0),
-            vectors.stride(1),
-            block_table.stride(0),
-        )
-        numbers = (ranking.scale * 1.4426950408889634, ranking.lag, blocks.top_k, dense_len)
-        grid = (rows, kv_heads, shares)
-        inputs = (compressed, vectors, block_table, positions, peaks, masses)
-        if ranking.softmax:
-            _normaliser_kernel[grid](*inputs, *numbers, *strides, **shape)
-        _score_kernel[grid](
-            *inputs,
-            best,
-            first,
-            *numbers,
-            blocks.local_blocks,
-            width,
-            *strides,
-            **shape,
-            MOST=_MOST_SHARES,
-            SOFTMAX=ranking.softmax,
-        )
+        arguments = compressed, vectors, block_table, positions, best, first
+        score = _score_by_softmax if ranking.softmax else _score_by_forecast
+        score(*arguments, ranking=ranking, blocks=blocks, dense_len=dense_len)
     block, warps, stages = launch("choose_blocks", device)
     _choose_kernel[(rows, kv_heads)](
         best,
@@ -444,3 +472,118 @@ def select_blocks(
         num_stages=stages,
     )
     return Selected(logical, pieces, lengths)
+
+
+def _score_by_forecast(
+    compressed: Tensor,
+    vectors: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    best: Tensor,
+    first: Tensor,
+    *,
+    ranking: Ranking,
+    blocks: Blocks,
+    dense_len: int,
+) -> None:
+    (rows, width), (_, kv_heads, windows, dim) = table.shape, compressed.shape
+    block, warps, stages = launch("score_blocks", table.device, dim)
+    shares = splits(rows * kv_heads, -(-width * windows // block), table.device, _MOST_SHARES)
+    _forecast_kernel[(rows, kv_heads, shares)](
+        compressed,
+        vectors,
+        table,
+        positions,
+        best,
+        first,
+        ranking.lag,
+        blocks.top_k,
+        dense_len,
+        blocks.local_blocks,
+        width,
+        *compressed.stride()[:3],
+        *vectors.stride()[:2],
+        table.stride(0),
+        HEADS=kv_heads,
+        DIM=dim,
+        BLOCK_SIZE=blocks.block_size,
+        STRIDE=blocks.kernel_stride,
+        BLOCK_N=block,
+        BLOCK_D=dim_block(dim),
+        num_warps=warps,
+        num_stages=stages,
+    )
+
+
+def _score_by_softmax(
+    compressed: Tensor,
+    vectors: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    best: Tensor,
+    first: Tensor,
+    *,
+    ranking: Ranking,
+    blocks: Blocks,
+    dense_len: int,
+) -> None:
+    (total, width), (_, kv_heads, windows, dim) = table.shape, compressed.shape
+    heads, device = vectors.shape[1], table.device
+    vectors = vectors.to(compressed.dtype)
+    # Slices of four rows begin where the whole does: at 16 bytes.
+    rows = min(total, max(_MOST_LOGITS // (heads * width * windows) // 4 * 4, 4))
+    block, warps, stages = launch("score_blocks", device, dim)
+    shares = splits(rows * kv_heads, -(-width * windows // block), device, _MOST_SHARES)
+    logits = torch.empty(rows, heads, width * windows, dtype=torch.float32, device=device)
+    peaks, masses = (
+        torch.empty(rows, heads, shares, dtype=torch.float32, device=device) for _ in range(2)
+    )
+    shape = {
+        "HEADS": kv_heads,
+        "GROUP": heads // kv_heads,
+        "BLOCK_SIZE": blocks.block_size,
+        "STRIDE": blocks.kernel_stride,
+        "num_warps": warps,
+    }
+    members = triton.next_power_of_2(heads // kv_heads)
+    numbers = ranking.lag, blocks.top_k, dense_len
+    for begin in range(0, total, rows):
+        part = slice(begin, begin + rows)
+        grid = (len(positions[part]), kv_heads, shares)
+        _logits_kernel[grid](
+            compressed,
+            vectors[part],
+            table[part],
+            positions[part],
+            logits,
+            peaks,
+            masses,
+            ranking.scale * 1.4426950408889634,
+            *numbers,
+            width,
+            *compressed.stride()[:3],
+            *vectors.stride()[:2],
+            table.stride(0),
+            **shape,
+            DIM=dim,
+            BLOCK_M=row_block(heads // kv_heads),
+            BLOCK_N=block,
+            BLOCK_D=dim_block(dim),
+            num_stages=stages,
+        )
+        _softmax_kernel[grid](
+            positions[part],
+            logits,
+            peaks,
+            masses,
+            best[part],
+            first[part],
+            *numbers,
+            blocks.local_blocks,
+            width,
+            shares,
+            **shape,
+            BLOCK_M=members,
+            BLOCK_N=max(_LOGITS // members, windows),
+            MOST=_MOST_SHARES,
+        )
