@@ -48,7 +48,7 @@ _SM80 = {
     "score_pages": (Launch(64, 4, 2), Launch(32, 4, 2)),
     "select_slots": (Launch(4096, 8, 1), Launch(4096, 8, 1)),
     "attend": (Launch(64, 4, 2), Launch(32, 4, 2)),
-    "score_blocks": (Launch(64, 4, 2), Launch(32, 4, 2)),
+    "score_blocks": (Launch(64, 4, 5), Launch(32, 4, 5)),
     "choose_blocks": (Launch(4096, 8, 1), Launch(4096, 8, 1)),
     "wanted": (Launch(256, 4, 1), Launch(256, 4, 1)),
     "replace": (Launch(2048, 8, 1), Launch(2048, 8, 1)),
