@@ -423,6 +423,62 @@ def test_offload_arms_have_the_same_device_memory():
         offload.plan(MINICPM, "resident", most_host_gib=64, **{**sizes, "device_kv_gib": 0.5})
 
 
+def test_target_cells_come_first_and_overheads_have_several_prefills():
+    from benchmarks.gpu import decode
+
+    stages_of = {stage.name for part in ("rocketkv", "more") for stage in part_of(part)}
+    assert set(decode.CELLS) <= stages_of
+    for name in ("dense", "rocket-1024"):
+        first = decode.CELLS[name][:3]
+        assert [(cell.context // 1024, cell.batches) for cell in first] == [
+            (32, (1,)),
+            (128, (1,)),
+            (16, (1,)),
+        ]
+        assert first[0].prefills >= 3
+        assert first[1].prefills >= 2
+
+
+def part_of(part: str) -> list[stages.Stage]:
+    return bench.plan(bench.parser_of().parse_args(["--part", part]))
+
+
+def test_without_a_part_the_most_wanted_stages_come_first():
+    names = [stage.name for stage in bench.plan(bench.parser_of().parse_args([]))]
+    wanted = ["smoke", "dense", "rocket-1024", "sparda-offload", "sparda-resident"]
+    assert names[:5] == wanted
+    every = {stage.name for part in ("rocketkv", "sparda", "more") for stage in part_of(part)}
+    assert every == set(names)
+
+
+def test_dummy_weights_get_a_spread():
+    import torch
+
+    parts = {"norm": torch.nn.LayerNorm(8), "embed_tokens": torch.nn.Embedding(64, 256)}
+    model = torch.nn.ModuleDict({**parts, "proj": torch.nn.Linear(256, 256, bias=False)})
+    worker = SimpleNamespace(model_runner=SimpleNamespace(get_model=lambda: model))
+    found = []
+    for seed in (3, 3, 4):
+        models.randomise(worker, seed)
+        found.append(model["proj"].weight.detach().clone())
+    assert (model["norm"].weight == 1).all()
+    assert float(model["embed_tokens"].weight.std()) == pytest.approx(1.0, rel=0.1)
+    assert float(found[0].std()) == pytest.approx(0.02, rel=0.1)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_a_selection_that_is_one_run_of_memory_is_noticed():
+    import torch
+
+    from benchmarks.gpu import locality
+
+    slots = torch.tensor([[5, 6, 7, 1, 2, 9], [3, 4, 5, 6, 7, 8]])
+    assert locality.runs_of(slots).tolist() == [3, 1]
+    assert locality.Locality(60, 128).scattered
+    assert not locality.Locality(1, 128).scattered
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.4])
 def test_forced_choices_miss_exactly_what_they_are_to(rate):
     """With frames for one working set, which the page table then has to replace in every step."""

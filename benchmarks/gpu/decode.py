@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from benchmarks import counters, harness, speed
-from benchmarks.gpu import bounds, engines, models, timing
-from benchmarks.gpu.stages import NotAvailableError, report_of
+from benchmarks.gpu import bounds, engines, locality, models, timing
+from benchmarks.gpu.stages import CheckFailedError, NotAvailableError, report_of
 
 if TYPE_CHECKING:
     import argparse
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from benchmarks.gpu.stages import Report
     from benchmarks.harness import Arm
 
-DENSE, COMPILED = "dense", "dense-compiled"
+DENSE, COMPILED, LARGE_BLOCKS = "dense", "dense-compiled", "dense-blocks-of-64"
 MOST, AS_DENSE = "most", "most of dense"  # batches known only when the engines are up
 MAX_SEQS = 256
 GROWTH = 768  # tokens that a request may generate while the batch grows
@@ -79,6 +79,7 @@ CELLS: dict[str, tuple[Cell, ...]] = {
     "stage2-1024": (Cell(32 * K, (1, 8), 1),),
     "dense-again": (Cell(32 * K, (1,)),),
     COMPILED: (Cell(32 * K, (1, 8)),),
+    LARGE_BLOCKS: (Cell(32 * K, (1, 8)),),
     # Many or long prompts: minutes of prefill.
     "dense-more": (Cell(8 * K, (1, MOST), 0), Cell(128 * K, (1, MOST), 0)),
     "rocket-1024-more": (
@@ -119,7 +120,10 @@ def measure(name: str, report: Report, options: argparse.Namespace) -> None:
     mode = engines.COMPILED if options.compile or name == COMPILED else engines.GRAPHS
     if device.type == "cpu":
         mode = engines.EAGER
-    llm = engines.build(arm, options, model, **mode, **_arguments(longest, options))
+    arguments = {**mode, **_arguments(longest, options)}
+    if name == LARGE_BLOCKS:
+        arguments["block_size"] = 64
+    llm = engines.build(arm, options, model, **arguments)
     report.note(
         **engines.facts(llm, started),
         arm=arm.name,
@@ -136,8 +140,8 @@ def measure(name: str, report: Report, options: argparse.Namespace) -> None:
         largest={str(cell.context): subject.most(cell.context) for cell in cells},
         held={str(cell.context): subject.held(cell.context) for cell in cells},
     )
-    for cell in cells:
-        subject.measure(cell)
+    for number, cell in enumerate(cells):
+        subject.measure(cell, look=number == 0)
     if device.type == "cuda":
         subject.profile(cells[0].context)
 
@@ -181,6 +185,7 @@ class _Subject:
         self._max_seqs, self._chunk = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
         self._preempted = 0
         settings = arm.settings or {}
+        self._on_gpu = options.device == "cuda" or settings.get("kernels") == "triton"
         self._shares_prompts = arm.settings is not None and settings.get("stage1", True)
 
     def split(self, context: int) -> bounds.Split | None:
@@ -206,8 +211,16 @@ class _Subject:
         speed.decode(self._llm, 2, 1)
         speed.finish(self._llm)
 
-    def measure(self, cell: Cell) -> None:
-        """Times the prefills of a cell, then its batches."""
+    def measure(self, cell: Cell, *, look: bool = False) -> None:
+        """Times the prefills of a cell, then its batches.
+
+        Args:
+            cell: What to measure.
+            look: At what is selected, too.
+
+        Raises:
+            CheckFailedError: It is no fair load.
+        """
         expected = self._prefill(cell)
         running = 0
         for wanted in cell.batches:
@@ -231,7 +244,20 @@ class _Subject:
                 expected = seconds / len(prompts)
             running = batch
             self._add(cell.context, wanted, batch, steps, seconds)
+        split = self.split(cell.context)
+        if look and running and split is not None and split.stage2 and self._on_gpu:
+            self._look()
         speed.finish(self._llm)
+
+    def _look(self) -> None:
+        seed = self._options.seed
+        (found,) = self._llm.collective_rpc(locality.selected, args=(seed,))
+        self._report.note(selected_runs=found.runs, selected_pages=found.pages)
+        if not found.scattered:
+            raise CheckFailedError(
+                f"{found.pages:.0f} selected pages are {found.runs:.0f} runs of slots: keys are "
+                "too much alike for a fair load"
+            )
 
     def profile(self, context: int) -> None:
         """Notes the device time of a step at batch 1, by kernel; last, as it slows what follows."""

@@ -96,4 +96,18 @@ def facts(llm: Any, started: float) -> dict[str, Any]:
         "async_scheduling": bool(config.scheduler_config.async_scheduling),
         "model_runner": "V2" if getattr(config, "use_v2_model_runner", False) else "V1",
         "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+        "weights": "norms 1, embedding N(0, 1), others N(0, 0.02), by seed",
+        **_flash_attention(config),
     }
+
+
+def _flash_attention(config: Any) -> dict[str, Any]:
+    """What stock vLLM's kernel is told; nothing where there is none."""
+    try:
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+        version = get_flash_attn_version()
+    except (ImportError, RuntimeError):
+        return {}
+    splits = config.attention_config.flash_attn_max_num_splits_for_cuda_graph
+    return {"flash_attention": version, "flash_attention_most_splits": splits}

@@ -41,7 +41,7 @@ WAYS = {
 }
 CHUNK = 16384
 TURNS = 2
-RESERVE_S, DECODE_S = 10.0, 35.0
+RESERVE_S, DECODE_S = 10.0, 9.0  # the second for each way to fetch
 MOST_OF_HOST = 0.85
 
 
@@ -183,7 +183,7 @@ class _Subject:
         self._steps = Steps(1, 1, 2) if tiny else Steps()
         self._chunk = 256 if tiny else CHUNK
         self._top_k, local = (8, 2) if tiny else (96, 32)
-        context = 768 if tiny else options.sparda_context
+        context = 640 if tiny else options.sparda_context
         device_kv_gib = 0.0012 if tiny else options.device_kv_gib
         available = _available_gib()
         self._plan = plan(
@@ -273,7 +273,8 @@ class _Subject:
         length = sized.context - sized.generated
         seconds = speed.prefill(self.llm, self._prompt(10**5, length))
         report.note(prefill_s=round(seconds, 2))
-        share = (report.left_s - RESERVE_S - DECODE_S) / (seconds * sized.batch)
+        left_s = report.left_s - RESERVE_S - DECODE_S * len(self._ways)
+        share = left_s / (seconds * sized.batch)
         blocks = self._top_k + int(max(self.rates) * self._top_k) + 2
         if share < 1:
             length = int(length * share)

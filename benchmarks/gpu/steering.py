@@ -153,10 +153,8 @@ class _Steering:
             if not self._graphs[way]:
                 raise RuntimeError("vLLM captured no graph")
 
-    def _copy_nothing(
-        self, target: Tensor, target_index: Tensor, source: Tensor, source_index: Tensor, _: Tensor
-    ) -> None:
-        self._copy(target, target_index, source, source_index, self._none)
+    def _copy_nothing(self, *arguments: Any, **options: Any) -> None:
+        self._copy(*arguments[:-1], self._none, **options)  # the last one is how many
 
 
 def graphs_of(runner: Any) -> tuple[Any, str]:
