@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
 import pkgutil
+import shutil
 import sys
 from pathlib import Path
 
@@ -62,6 +64,18 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "qwen2"
     hf_rocketkv.save_random_llama(path, arch="qwen2")
     return path
+
+
+@pytest.fixture(scope="session")
+def windowed(llama: Path, tmp_path_factory) -> Path:
+    """The same weights, with window layers around a full one."""
+    model = tmp_path_factory.mktemp("models") / "windowed"
+    shutil.copytree(llama, model)
+    config = json.loads((model / "config.json").read_text())
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config.update(layer_types=kinds, sliding_window=128)
+    (model / "config.json").write_text(json.dumps(config))
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,6 @@ then give the same tokens.
 
 from __future__ import annotations
 
-import json
-import shutil
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -212,15 +210,9 @@ def test_model_runner_v2_changes_nothing(llama, prompts, sparse_run):
     assert run["counters"]["decode_rows"] > 0
 
 
-def test_sliding_window_layers_stay_stock(llama, prompts, tmp_path):
-    """A model that alternates window and full layers: only the full ones are ours."""
-    model = tmp_path / "windowed"
-    shutil.copytree(llama, model)
-    config = json.loads((model / "config.json").read_text())
-    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-    config.update(layer_types=kinds, sliding_window=128)
-    (model / "config.json").write_text(json.dumps(config))
-    shared = {"block_size": BLOCK_SIZE, "new_tokens": 40}
+def test_sliding_window_layers_stay_stock(windowed, prompts):
+    """Only the full ones are ours."""
+    model, shared = windowed, {"block_size": BLOCK_SIZE, "new_tokens": 40}
     everything = {**SETTINGS, "token_budget": 4096, "stage1": False}
     stock = run_engine(model, prompts[:3], **shared)
     run = run_engine(model, prompts[:3], settings=everything, **shared)

@@ -84,6 +84,15 @@ def test_dense_requests_share_the_batch(llama, prompts, sparse_run):
     assert run["counters"]["dense_fallbacks/short_prompt"] == 1
 
 
+def test_sliding_window_layers_stay_stock(windowed, prompts):
+    run = run_gpu_path(windowed, prompts[:1])
+    reference = run_engine(
+        windowed, prompts[:1], settings=SETTINGS, block_size=BLOCK_SIZE, new_tokens=NEW_TOKENS
+    )
+    assert run["tokens"] == reference["tokens"]
+    assert run["counters"]["prompts_compacted"] == 1
+
+
 def test_a_budget_of_the_whole_context_equals_stock(llama, prompts, stock_run):
     everything = {**SETTINGS, "token_budget": 4096, "stage1": False}
     run = run_gpu_path(llama, prompts[:2], settings=everything)

@@ -83,6 +83,29 @@ def test_the_cpu_platform_honours_the_backend(env):
     assert unselected.endswith("CPUAttentionBackend")
 
 
+def test_gpu_platforms_choose_for_themselves():
+    """Apart from sliding-window layers, which stay stock beside ROCKETKV."""
+    done = _python(
+        "from types import SimpleNamespace as N\n"
+        "import vllm.platforms as platforms\n"
+        "from vllm.platforms.interface import Platform, PlatformEnum\n"
+        "class Gpu(Platform):\n"
+        "    _enum = PlatformEnum.CUDA\n"
+        "    @classmethod\n"
+        "    def get_attn_backend_cls(cls, selected, *_):\n"
+        "        return f'stock:{selected and selected.name}'\n"
+        "platforms._current_platform = Gpu()\n"
+        "from vllm_sparse.plugin import register; register()\n"
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum as E\n"
+        "choose = platforms.current_platform.get_attn_backend_cls\n"
+        "print(choose(E.ROCKETKV, N(has_sliding_window=False)))\n"
+        "print(choose(E.ROCKETKV, N(has_sliding_window=True)))\n"
+        "choose(E.SPARDA, N(has_sliding_window=True))\n",
+    )
+    assert done.stdout.split()[-2:] == ["stock:ROCKETKV", "stock:None"], done.stderr
+    assert "needs them all alike" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["rocketkv", "sparda"])
 def test_gpu_platforms_accept_what_we_serve(monkeypatch, name):
     """What CUDA platforms ask a backend before they use it."""
@@ -139,7 +162,7 @@ def _config(**changes):
         "speculative_config": None,
         "kv_transfer_config": None,
         "parallel_config": SimpleNamespace(
-            decode_context_parallel_size=1, prefill_context_parallel_size=1
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
         ),
     }
     for key, value in changes.items():
@@ -160,6 +183,7 @@ def _config(**changes):
         ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ({"speculative_config": object()}, "--speculative-config"),
         ({"kv_transfer_config": object()}, "--kv-transfer-config"),
+        ({"parallel_config__use_ubatching": True}, "--enable-dbo"),
         ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
         ({"attention_config__use_non_causal": True}, "non-causal"),

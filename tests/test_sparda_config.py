@@ -246,7 +246,7 @@ class TestAvailableBytes:
 class Model(SimpleNamespace):
     """A model of 4 layers and 2 KV heads of 8 bfloat16 numbers: 8 KiB per block of 32 tokens."""
 
-    use_mla = is_attention_free = is_hybrid = False
+    use_mla = is_attention_free = is_hybrid = enable_sleep_mode = False
     runner_type = "generate"
     max_model_len = 1024
     dtype = torch.bfloat16
@@ -300,6 +300,8 @@ def config(settings=None, **changes) -> SimpleNamespace:
             prefill_context_parallel_size=1,
             pipeline_parallel_size=1,
             tensor_parallel_size=1,
+            data_parallel_size_local=1,
+            use_ubatching=False,
         ),
     }
     for key, value in changes.items():
@@ -352,6 +354,7 @@ class TestGuard:
             ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
             ({"parallel_config__tensor_parallel_size": 4}, "--tensor-parallel-size 4.* 2 KV heads"),
             ({"model_config__use_mla": True}, "MLA"),
+            ({"model_config__enable_sleep_mode": True}, "--enable-sleep-mode"),
             ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ],
     )

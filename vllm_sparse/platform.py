@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.platforms import cpu_platform_plugin
+from vllm.platforms.interface import PlatformEnum
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_sparse.errors import UnsupportedError
@@ -22,15 +23,16 @@ def _get_attn_backend_cls(
 ) -> str:
     """Path of our backend where it was chosen, else the stock choice."""
     if selected_backend is not None and selected_backend.name in BACKENDS:
-        if not attn_selector_config.has_sliding_window:
+        if attn_selector_config.has_sliding_window:
+            if selected_backend.name == "SPARDA":
+                raise UnsupportedError(
+                    "this model has sliding-window layers, but SPARDA looks from each layer to the "
+                    "next and needs them all alike. Use --attention-backend ROCKETKV"
+                )
+            # Sliding-window layers have nothing to evict and stay stock.
+            selected_backend = None
+        elif cls._enum == PlatformEnum.CPU:  # where the stock platform would not listen
             return BACKENDS[selected_backend.name]
-        if selected_backend.name == "SPARDA":
-            raise UnsupportedError(
-                "this model has sliding-window layers, but SPARDA looks from each layer to the "
-                "next and needs them all alike. Use --attention-backend ROCKETKV"
-            )
-        # Sliding-window layers have nothing to evict and stay stock.
-        selected_backend = None
     choose, _ = cls._vllm_sparse_stock
     return choose(selected_backend, attn_selector_config, num_heads)
 
@@ -55,8 +57,8 @@ class SparseCpuPlatform(_StockPlatform):  # type: ignore[misc]
 def patch_stock_platform() -> None:
     """Give an active stock platform our overrides, where vLLM cannot be asked to use ours.
 
-    A CPU platform chooses our backends and checks the configuration; a GPU platform does the former
-    by itself, and its check is all that SPARDA needs to size its cache before vLLM does.
+    See the two functions above: which backend a layer gets, and what is refused or set before vLLM
+    sizes its cache.
     """
     from vllm.platforms import current_platform
 
@@ -66,5 +68,4 @@ def patch_stock_platform() -> None:
     if current_platform.is_cpu() or current_platform.is_cuda():
         active._vllm_sparse_stock = active.get_attn_backend_cls, active.check_and_update_config
         active.check_and_update_config = classmethod(_check_and_update_config)
-        if current_platform.is_cpu():
-            active.get_attn_backend_cls = classmethod(_get_attn_backend_cls)
+        active.get_attn_backend_cls = classmethod(_get_attn_backend_cls)

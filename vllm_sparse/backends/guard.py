@@ -120,12 +120,13 @@ def _size_cache(config: Any, settings: SpardaSettings) -> None:
             f" vllm_sparse.host_gib={settings.host_gib}, which holds {blocks} blocks"
         )
     blocks = cache.num_gpu_blocks_override
-    total = blocks * bytes_per_block * parallel.tensor_parallel_size
+    ranks = parallel.tensor_parallel_size * parallel.data_parallel_size_local
+    total = blocks * bytes_per_block * ranks
     available = available_bytes()
     if total > available:
         raise ConfigError(
             f"vllm_sparse.host_gib: the host pool takes {total / GIB:.2f} GiB"
-            f"{' on all ranks together' if parallel.tensor_parallel_size > 1 else ''}, but this "
+            f"{' on all ranks together' if ranks > 1 else ''}, but this "
             f"machine has {available / GIB:.2f} GiB available. Lower host_gib"
         )
     plan_frames(

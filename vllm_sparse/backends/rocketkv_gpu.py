@@ -82,6 +82,14 @@ class RocketKVGpuBuilder(RocketKVPlanning, FlashAttentionMetadataBuilder):
                 f"page_sizes={list(self.rule.page_sizes)}: on GPUs one page size serves all "
                 "requests, because a captured graph has one shape. Give one of them"
             )
+        layers = vllm_config.compilation_config.static_forward_context.values()
+        stock = [getattr(layer, "impl", None) for layer in layers if layer not in self.layers]
+        if any(getattr(impl, "vllm_flash_attn_version", None) == 4 for impl in stock):
+            # It takes what makes the runner hand over prompt lengths for another kind of window.
+            raise UnsupportedError(
+                "sliding-window layers stay stock beside ROCKETKV, which FlashAttention 4 does not "
+                "allow. Choose an older one with --attention-config.flash_attn_version"
+            )
         self._kernels = rocketkv_gpu(device)
         self._rules = self.planner.rules.to(device)
         self._counters = DeviceCounters(
