@@ -376,6 +376,55 @@ def test_attention_over_slots_equals_reference(listed):
     assert not outputs[1][1].any()
 
 
+@pytest.mark.parametrize("read_all", [True, False])
+def test_a_long_row_is_split_where_rows_fill_the_gpu(read_all, monkeypatch):
+    """Short rows are one share then, of several tiles; a long one has several such shares."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(pages, "_WORTH", 128)
+    use_tile(monkeypatch, "score_pages", 32)
+    batch = batch_on_device(rows=2, longest=1300)
+    batch = batch._replace(lengths=torch.tensor([1300, 40], dtype=torch.int32, device=DEVICE))
+    batch = batch._replace(cache=batch.cache.nan_to_num(0.3))
+    made = []
+    for module, name in ((pages, "PageScores"), (attention, "Shares")):
+        right = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *parts, right=right: made.append(parts[-1]) or right(*parts)
+        )
+    _, output = decode(rocketkv.decode_attention, batch, 700, read_all=read_all)
+    _, expected = decode(reference.decode_attention, batch, 700, read_all=read_all)
+    close(output, expected, torch.float32)
+    used = [(part > -torch.inf).sum(-1)[:, 0].tolist() for part in made]
+    assert used == ([[3, 1]] if read_all else [[3, 0], [2, 1]])
+
+
+def test_shares_follow_from_shapes(monkeypatch):
+    """Few rows fill the GPU; more are split for the sake of long ones, as far as that is cheap."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    entries = [(1, 1 << 17), (1, 300), (4, 1 << 17), (64, 1 << 17), (64, 600), (512, 1 << 17)]
+    found = [launch.split_rows(8 * rows, most, 32, DEVICE, 512) for rows, most in entries]
+    assert found == [(64, 1), (10, 1), (17, 1), (16, 8), (3, 8), (2, 16)]
+
+
+def test_launches_follow_the_bytes_of_a_head(monkeypatch):
+    entry = launch.Launch(64, 4, 2), launch.Launch(32, 8, 2)
+    monkeypatch.setitem(launch._SM80, "attend", entry)
+    sizes = [(128, torch.bfloat16), (64, torch.float32), (256, torch.float16), (128, torch.float32)]
+    found = [launch.launch("attend", torch.device("cpu"), *size) for size in sizes]
+    assert found == [entry[0], entry[0], entry[1], entry[1]]
+    wide = launch.launch("attend", torch.device("cpu"), 256, torch.float32)
+    assert wide == (16, 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "block", "warps"), [("top_indices", 128, 4), ("select_slots", 1024, 8)]
+)
+def test_threads_that_count_have_an_entry_each(kernel, block, warps):
+    assert launch.valid(kernel, launch.Launch(block, warps, 1))
+    assert not launch.valid(kernel, launch.Launch(block, 2 * warps, 1))
+    assert launch.valid("attend", launch.Launch(block, 2 * warps, 1))
+
+
 def test_the_parts_of_the_reference_make_up_its_whole():
     batch = batch_on_device(rows=3, longest=120)
     _, expected = decode(reference.decode_attention, batch, 37)

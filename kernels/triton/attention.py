@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vllm_sparse.kernels.triton.launch import MOST_SHARES, dim_block, launch, row_block, splits
+from vllm_sparse.kernels.triton.launch import MOST_SHARES, dim_block, launch, row_block, split_rows
 from vllm_sparse.kernels.triton.ops import attend_tile, share_of
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def store_share(partial, lse_out, at, inside, mask, peak, mass, b_o, DIM: tl.con
 
 
 # How wide a table is changes from step to step, which must not compile variants.
-@triton.jit(do_not_specialize=["capacity", "stride_table"])
+@triton.jit(do_not_specialize=["capacity", "least", "stride_table"])
 def _attend_kernel(
     cache,
     query,
@@ -50,6 +50,7 @@ def _attend_kernel(
     lse_out,
     top_k,
     capacity,
+    least,
     scale_log2,
     stride_block,
     stride_head,
@@ -72,7 +73,8 @@ def _attend_kernel(
     if length <= 0:
         return
     everything = READ_ALL | (tl.load(top_r + row) <= 0)
-    begin, end = share_of(tl.where(everything, length, tl.minimum(length, top_k)), 2, BLOCK_N)
+    count = tl.where(everything, length, tl.minimum(length, top_k))
+    begin, end = share_of(count, least, 2, BLOCK_N)
     member = tl.arange(0, BLOCK_M)
     query_head = head * GROUP + member
     at = (row * (HEADS * GROUP) + query_head) * tl.num_programs(2) + tl.program_id(2)
@@ -158,6 +160,10 @@ def _combine_kernel(
     tl.store(target, merged.to(output.dtype.element_ty), mask=inside)
 
 
+# Tokens that are worth a program of their own: it starts with a chain of loads.
+WORTH = 512
+
+
 class Shares(NamedTuple):
     """Where the shares of each row go.
 
@@ -232,10 +238,10 @@ def attend_slots(
     if not rows:
         return
     assert slots is None or slots.is_contiguous()
-    block, warps, stages = launch("attend", device, dim)
+    block, warps, stages = launch("attend", device, dim, cache.dtype)
     # Some rows may read everything. Programs that find nothing to read end at once.
     most = block_table.shape[1] * layout.block_size
-    shares = splits(rows * kv_heads, -(-most // block), device)
+    shares, least = split_rows(rows * kv_heads, most, block, device, WORTH)
     query = query.to(cache.dtype)
     scratch = make_shares(output, shares)
     _attend_kernel[(rows, kv_heads, shares)](
@@ -248,6 +254,7 @@ def attend_slots(
         *scratch,
         top_k,
         0 if slots is None else slots.shape[-1],
+        least,
         scale * 1.4426950408889634,
         cache.stride(0),
         cache.stride(1),

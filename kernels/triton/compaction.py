@@ -152,7 +152,7 @@ def compact_tokens(
     rows = torch.empty(
         requests, kv_heads, max_kept, 2 * dim, dtype=cache.dtype, device=cache.device
     )
-    block, warps, stages = launch("compact", cache.device, dim)
+    block, warps, stages = launch("compact", cache.device, dim, cache.dtype)
     _gather_kernel[(-(-max_kept // block), requests * kv_heads)](
         keys,
         values,

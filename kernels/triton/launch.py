@@ -38,16 +38,19 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-# By kernel: head sizes up to 128, and larger ones. Bounded by shared memory (163 KiB on sm_80,
-# 227 KiB on sm_90) and registers; not measured on hardware yet, see docs/kernels.md.
+# By kernel: heads of up to 256 bytes (128 channels of bfloat16), and larger ones. Bounded by
+# registers and by shared memory: 163 KiB on sm_80, 227 KiB on sm_90; ROCKETKV's decode kernels and
+# the attention over frames stay within the 99 KiB of sm_86. A loop whose loads need an address
+# that is itself loaded has half as many buffers as stages, so that 4 would be one and 5 are two.
+# Not measured on hardware yet, see docs/kernels.md.
 _SM80 = {
     "prompt": (Launch(64, 8, 2), Launch(32, 8, 2)),
     "pool": (Launch(512, 4, 1), Launch(512, 4, 1)),
     "top_indices": (Launch(2048, 8, 1), Launch(2048, 8, 1)),
     "compact": (Launch(16, 4, 1), Launch(16, 8, 1)),
-    "score_pages": (Launch(64, 4, 2), Launch(32, 4, 2)),
+    "score_pages": (Launch(64, 4, 5), Launch(32, 4, 5)),
     "select_slots": (Launch(4096, 8, 1), Launch(4096, 8, 1)),
-    "attend": (Launch(64, 4, 2), Launch(32, 4, 2)),
+    "attend": (Launch(32, 4, 5), Launch(32, 4, 5)),
     "score_blocks": (Launch(64, 4, 5), Launch(32, 4, 5)),
     "choose_blocks": (Launch(4096, 8, 1), Launch(4096, 8, 1)),
     "wanted": (Launch(256, 4, 1), Launch(256, 4, 1)),
@@ -59,7 +62,6 @@ _SM80 = {
 _SM90 = {
     **_SM80,
     "prompt": (Launch(128, 8, 2), Launch(64, 8, 2)),
-    "attend": (Launch(64, 4, 3), Launch(64, 4, 2)),
 }
 
 
@@ -67,7 +69,7 @@ class Table(NamedTuple):
     """Launches for a device.
 
     Attributes:
-        launches: By kernel: head sizes up to 128, and larger ones.
+        launches: By kernel: heads of up to 256 bytes, and larger ones.
         origin: Where they are from, in words.
     """
 
@@ -75,18 +77,24 @@ class Table(NamedTuple):
     origin: str
 
 
-def launch(kernel: str, device: torch.device, head_dim: int = 0) -> Launch:
+def launch(
+    kernel: str, device: torch.device, head_dim: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> Launch:
     """The launch of a kernel on a device.
 
     Args:
         kernel: A key of the table above.
         device: CPUs (Triton's interpreter) use the sm_80 entry, unless a file is given.
         head_dim: D.
+        dtype: Of what is loaded.
 
     Raises:
         ConfigError: See :func:`launches`.
     """
-    return launches(device).launches[kernel][head_dim > 128]
+    size = head_dim * dtype.itemsize
+    found = launches(device).launches[kernel][size > 256]
+    # The table is for 16-bit numbers, whose heads have at most 512 bytes.
+    return found._replace(block=max(16, found.block // 2)) if size > 512 else found
 
 
 @cache
@@ -141,7 +149,11 @@ def read_launches(path: Path) -> dict[str, tuple[Launch, Launch]]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not a table of kernel launches ({error}). {_REMEDY}") from error
-    wrong = sorted(kernel for kernel, pair in found.items() if not _valid(kernel, pair))
+    wrong = sorted(
+        kernel
+        for kernel, pair in found.items()
+        if len(pair) != 2 or not all(valid(kernel, launch) for launch in pair)
+    )
     if wrong:
         raise ConfigError(f"{path}: no valid launches of kernels: {', '.join(wrong)}. {_REMEDY}")
     return found  # type: ignore[return-value]
@@ -165,13 +177,20 @@ def write_launches(path: Path, table: dict[str, tuple[Launch, Launch]], facts: d
 _REMEDY = "Remove it, or make it again with `make gpu-tune` of vllm-sparse"
 
 
-def _valid(kernel: str, pair: tuple[Launch, ...]) -> bool:
+# Kernels that count digits, and what part of their block the smallest tile has.
+_COUNTING = {"top_indices": 1, "select_slots": 4, "choose_blocks": 4}
+
+
+def valid(kernel: str, launch: Launch) -> bool:
+    """Whether a kernel can be launched so, as far as one can tell without trying."""
     powers = all(
-        number > 0 and number & (number - 1) == 0
-        for launch in pair
-        for number in (launch.block, launch.num_warps)
+        number > 0 and number & (number - 1) == 0 for number in (launch.block, launch.num_warps)
     )
-    return kernel in _SM80 and len(pair) == 2 and powers and min(p.num_stages for p in pair) > 0
+    # Threads without an entry of their own would count another's again.
+    counts = launch.block // _COUNTING.get(kernel, 1) >= 32 * launch.num_warps
+    return (
+        kernel in _SM80 and powers and launch.num_stages > 0 and (counts or kernel not in _COUNTING)
+    )
 
 
 @cache
@@ -200,6 +219,42 @@ def splits(programs: int, tiles: int, device: torch.device, most: int = MOST_SHA
     """
     wanted = -(-2 * multiprocessors(device) // max(programs, 1))
     return triton.next_power_of_2(max(1, min(wanted, tiles, most)))
+
+
+class Split(NamedTuple):
+    """How rows are split over programs, see :func:`.ops.share_of`.
+
+    Attributes:
+        shares: Programs of a row.
+        least: Tiles that a program has at least, if there are so many.
+    """
+
+    shares: int
+    least: int
+
+
+def split_rows(programs: int, entries: int, block: int, device: torch.device, worth: int) -> Split:
+    """How to split rows of unlike lengths.
+
+    Programs fill the GPU even if all rows are short. Where there are enough rows for that, they
+    are split only into shares that are worth a program, yet so far that a row which is much
+    longer than the others does not end long after them.
+
+    Args:
+        programs: Programs without splitting.
+        entries: Entries that the longest row may have.
+        block: Entries of a tile.
+        device: Where the kernel runs.
+        worth: Entries that are worth a program where rows alone fill the GPU.
+
+    Returns:
+        What depends on shapes only, as a captured graph needs.
+    """
+    filling = -(-4 * multiprocessors(device) // max(programs, 1))
+    least = max(1, worth // (filling * block))
+    # Programs without a share end at once, but tens of thousands of them take time all the same.
+    shares = max(filling, min(16, 64 * multiprocessors(device) // max(programs, 1)))
+    return Split(max(1, min(shares, -(-entries // (least * block)), MOST_SHARES)), least)
 
 
 def row_block(rows: int) -> int:

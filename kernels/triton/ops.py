@@ -22,18 +22,21 @@ def dot(a, b):
 
 
 @triton.jit
-def share_of(count, AXIS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's share of a row's entries: whole tiles, the same number for each program.
+def share_of(count, least, AXIS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's share of a row's entries: whole tiles, as many for each program that has any.
 
     Args:
-        count: Entries of the row.
+        count: Entries of the row, at least 1.
+        least: Tiles that are worth a program.
         AXIS: Axis of the grid that splits rows.
         BLOCK: Entries of a tile.
 
     Returns:
         Its first entry, and the first one behind it; no more than the former if it has none.
     """
-    share = tl.cdiv(tl.cdiv(count, tl.num_programs(AXIS)), BLOCK) * BLOCK
+    tiles = tl.cdiv(count, BLOCK)
+    used = tl.minimum(tl.num_programs(AXIS), tl.cdiv(tiles, least))
+    share = tl.cdiv(tiles, used) * BLOCK
     begin = tl.program_id(AXIS) * share
     return begin, tl.minimum(begin + share, count)
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vllm_sparse.kernels.reference.stage2 import PageScores
-from vllm_sparse.kernels.triton.launch import MOST_SHARES, dim_block, launch, row_block, splits
+from vllm_sparse.kernels.triton.launch import MOST_SHARES, dim_block, launch, row_block, split_rows
 from vllm_sparse.kernels.triton.ops import dot, share_of
 from vllm_sparse.kernels.triton.topk import choose, radix_threshold, tile_threshold
 
@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
 
 
+# Pages that are worth a program of their own: it starts by ranking channels.
+_WORTH = 1024
+
+
 # How wide a table is changes from step to step, which must not compile variants.
-@triton.jit(do_not_specialize=["width", "stride_table"])
+@triton.jit(do_not_specialize=["width", "least", "stride_table"])
 def _score_pages_kernel(
     cache,
     query,
@@ -32,6 +36,7 @@ def _score_pages_kernel(
     mass_out,
     top_k,
     width,
+    least,
     stride_block,
     stride_head,
     stride_query_row,
@@ -58,7 +63,7 @@ def _score_pages_kernel(
     member_inside = member < GROUP
     first_head = row * (HEADS * GROUP) + head * GROUP
     part = (first_head + member) * tl.num_programs(2) + tl.program_id(2)
-    begin, last = share_of(newest + 1, 2, BLOCK_P)
+    begin, last = share_of(newest + 1, least, 2, BLOCK_P)
     if begin >= last:  # before the work that a share without pages has no use for
         tl.store(peak_out + part, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=member_inside)
         tl.store(mass_out + part, tl.zeros([BLOCK_M], tl.float32), mask=member_inside)
@@ -154,8 +159,8 @@ def score_pages(
     assert cache.stride(-2) == cache.shape[-1], "a page must be one contiguous run"
     assert cache.stride(0) % layout.pages_per_block == 0, "extrema of a block must be aligned"
     width = block_table.shape[1] * layout.pages_per_block
-    block, warps, stages = launch("score_pages", device, dim)
-    shares = splits(rows * kv_heads, -(-width // block), device)
+    block, warps, stages = launch("score_pages", device, dim, cache.dtype)
+    shares, least = split_rows(rows * kv_heads, width, block, device, _WORTH)
     query = query.to(cache.dtype)
     logits = torch.empty(rows, heads, width, dtype=torch.float32, device=device)
     peak, mass = (
@@ -173,6 +178,7 @@ def score_pages(
             mass,
             top_k,
             width,
+            least,
             cache.stride(0),
             cache.stride(1),
             query.stride(0),
@@ -292,6 +298,7 @@ def _select_slots_kernel(
 ):
     PAGES: tl.constexpr = BLOCK_SIZE // PAGE
     SMALL: tl.constexpr = BLOCK // 4
+    MIDDLE: tl.constexpr = BLOCK // 2
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     length = tl.load(lengths + row)
@@ -301,8 +308,8 @@ def _select_slots_kernel(
     if (length <= 0) | (tl.load(top_r + row) <= 0):
         return
     if length <= top_k:
-        for start in range(0, length, BLOCK):
-            token = start + tl.arange(0, BLOCK)
+        for start in range(0, length, SMALL):
+            token = start + tl.arange(0, SMALL)
             inside = token < length
             block = tl.load(table + token // BLOCK_SIZE, mask=inside, other=0)
             tl.store(slots + token, block * BLOCK_SIZE + token % BLOCK_SIZE, mask=inside)
@@ -322,6 +329,11 @@ def _select_slots_kernel(
             written = _take_at_once(
                 logits, peaks, masses, slots, table, newest, count, last, width,
                 shares, GROUP, BLOCK_SIZE, PAGE, MOST, SMALL,
+            )  # fmt: skip
+        elif newest <= MIDDLE:
+            written = _take_at_once(
+                logits, peaks, masses, slots, table, newest, count, last, width,
+                shares, GROUP, BLOCK_SIZE, PAGE, MOST, MIDDLE,
             )  # fmt: skip
         elif newest <= BLOCK:
             written = _take_at_once(

@@ -80,7 +80,7 @@ def _normaliser_kernel(
         stride_query_head, stride_query_token, WINDOW,
     )  # fmt: skip
     last_visible = length - WINDOW + row % WINDOW
-    begin, end = share_of(length, 0, BLOCK_N)
+    begin, end = share_of(length, 1, 0, BLOCK_N)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     for start in range(begin, end, BLOCK_N):
@@ -205,8 +205,8 @@ def score_prompt(
     if not score.numel():
         return score
     query_window = query_window.to(keys.dtype)
-    block, warps, stages = launch("prompt", device, dim)
-    rows = min(row_block(group * window), 128 if dim <= 128 else 64)
+    block, warps, stages = launch("prompt", device, dim, keys.dtype)
+    rows = min(row_block(group * window), 128 if dim * keys.dtype.itemsize <= 256 else 64)
     row_tiles, tiles = -(-group * window // rows), -(-width // block)
     shares = splits(requests * kv_heads * row_tiles, tiles, device)
     strides = (

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.triton.attention import make_shares, merge_shares, store_share
-from vllm_sparse.kernels.triton.launch import dim_block, launch, row_block, splits
+from vllm_sparse.kernels.triton.attention import WORTH, make_shares, merge_shares, store_share
+from vllm_sparse.kernels.triton.launch import dim_block, launch, row_block, split_rows
 from vllm_sparse.kernels.triton.ops import attend_tile, share_of
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 # How wide a table is changes from step to step, which must not compile variants.
-@triton.jit(do_not_specialize=["stride_table"])
+@triton.jit(do_not_specialize=["least", "stride_table"])
 def _attend_frames_kernel(
     slab,
     query,
@@ -30,6 +30,7 @@ def _attend_frames_kernel(
     partial,
     lse_out,
     count,
+    least,
     scale_log2,
     stride_query_row,
     stride_query_head,
@@ -55,7 +56,7 @@ def _attend_frames_kernel(
         table += row * stride_table
     if length <= 0:
         return
-    begin, end = share_of(length, 2, BLOCK_N)
+    begin, end = share_of(length, least, 2, BLOCK_N)
     member = tl.arange(0, BLOCK_M)
     query_head = head * GROUP + member
     at = (row * (HEADS * GROUP) + query_head) * tl.num_programs(2) + tl.program_id(2)
@@ -134,8 +135,8 @@ def attend_frames(
         assert host.dtype == slab.dtype
         assert table.stride(-1) == 1
         assert whole.is_contiguous()
-    block, warps, stages = launch("attend", device, dim)
-    shares = splits(rows * kv_heads, -(-count * block_size // block), device)
+    block, warps, stages = launch("attend", device, dim, slab.dtype)
+    shares, least = split_rows(rows * kv_heads, count * block_size, block, device, WORTH)
     query = query.to(slab.dtype)
     scratch = make_shares(output, shares)
     _attend_frames_kernel[(rows, kv_heads, shares)](
@@ -148,6 +149,7 @@ def attend_frames(
         whole,
         *scratch,
         count,
+        least,
         scale * 1.4426950408889634,
         query.stride(0),
         query.stride(1),
