@@ -27,13 +27,19 @@ def _attend(
     v: Any,
     out: Any,
     cu_seqlens_q: Any,
-    seqused_k: Any,
-    block_table: Any,
     softmax_scale: float,
     causal: bool,
+    seqused_k: Any = None,
+    block_table: Any = None,
     **_: Any,
 ) -> None:
     assert causal
+    if block_table is None:  # each row's keys are its own page
+        longest = int(cu_seqlens_q.diff().max())
+        seqused_k = cu_seqlens_q.diff()
+        block_table = torch.arange(len(seqused_k))[:, None]
+        place = (cu_seqlens_q[:-1, None] + torch.arange(longest)).clamp(max=len(k) - 1)
+        k, v = k[place], v[place]
     assert q.shape[0] >= int(cu_seqlens_q[-1])
     for row, (begin, end) in enumerate(itertools.pairwise(cu_seqlens_q)):
         length, count = int(seqused_k[row]), int(end - begin)

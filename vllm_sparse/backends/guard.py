@@ -120,7 +120,7 @@ def _size_cache(config: Any, settings: SpardaSettings) -> None:
             f" vllm_sparse.host_gib={settings.host_gib}, which holds {blocks} blocks"
         )
     blocks = cache.num_gpu_blocks_override
-    ranks = parallel.tensor_parallel_size * parallel.data_parallel_size_local
+    ranks = parallel.tensor_parallel_size * max(parallel.data_parallel_size_local, 1)
     total = blocks * bytes_per_block * ranks
     available = available_bytes()
     if total > available:

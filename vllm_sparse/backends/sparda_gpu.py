@@ -13,12 +13,15 @@ import dataclasses
 import weakref
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import compress
+from operator import not_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends import flash_attn
 from vllm.v1.simple_kv_offload.cuda_mem_ops import pin_tensor
 
 from vllm_sparse import metrics
@@ -32,7 +35,7 @@ from vllm_sparse.backends.sparda import (
     SpardaLayer,
     make_selector,
 )
-from vllm_sparse.backends.sparda_metadata import SpardaPlanner, SpardaStep
+from vllm_sparse.backends.sparda_metadata import PromptRow, SpardaPlanner, SpardaStep
 from vllm_sparse.config import load_settings
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.kernels.dispatch import SpardaGpuKernels, sparda_gpu, sparda_paging
@@ -45,6 +48,8 @@ from vllm_sparse.prefetch.stream import PromptStream
 from vllm_sparse.upload import upload
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import KVCacheSpec
@@ -90,6 +95,7 @@ class GpuRuntime(Runtime):
         counters: Hits and misses, and whether the slab was ever too small.
         step: Number of the step, int64 ``[1]``.
         capacity: Most blocks that a row reads.
+        flash_version: Of FlashAttention; ``None`` where there is none.
         fetches: Under way, by layer.
         chosen: Selections whose fetch waits for their layer, by layer.
     """
@@ -99,6 +105,7 @@ class GpuRuntime(Runtime):
     counters: DeviceCounters
     step: Tensor
     capacity: int
+    flash_version: int | None
     fetches: dict[int, _Fetch] = field(default_factory=dict)
     chosen: dict[int, Selected] = field(default_factory=dict)
 
@@ -129,14 +136,31 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Fresh:
+    """Rows that FlashAttention serves, all at once.
+
+    Attributes:
+        index: Batch positions of their tokens, int64 ``[T]``.
+        starts: Where each row's tokens start among these, int32 ``[R + 1]``.
+        longest: Tokens of the longest row.
+    """
+
+    index: Tensor
+    starts: Tensor
+    longest: int
+
+
+@dataclass(frozen=True)
 class GpuStep(SpardaStep):
     """See :class:`SpardaStep`; ``decode`` is replaced by ``rows``.
 
     Attributes:
         rows: Rows served from frames.
+        fresh: Rows of prompts that have nothing earlier and read all that they have.
     """
 
     rows: Rows | None = None
+    fresh: Fresh | None = None
 
 
 class SpardaGpuBuilder(SpardaBuilder):
@@ -190,6 +214,7 @@ class SpardaGpuBuilder(SpardaBuilder):
             DeviceCounters(("frame_hits", "frame_misses", "slab_full"), device, self._count),
             torch.zeros(1, dtype=torch.int64, device=device),
             blocks_per_row(settings, config.model_config.max_model_len),
+            flash_attn.get_flash_attn_version(head_size=geometry.head_dim),
         )
         # When the process ends, the driver does it.
         weakref.finalize(runtime, _unpin, pinned).atexit = False
@@ -230,7 +255,7 @@ class SpardaGpuBuilder(SpardaBuilder):
             prompt_lengths(common).cpu(),
             common.block_table_tensor[:count].cpu(),
         )
-        return _on_device(step, self.device)
+        return _on_device(step, self.device, self.runtime.flash_version is not None)
 
     def _plan_rows(self, common: CommonAttentionMetadata, planner: SpardaPlanner) -> GpuStep:
         """Plan a batch of single tokens.
@@ -324,21 +349,37 @@ def _unpin(pinned: list[Tensor]) -> None:
         torch.cuda.cudart().cudaHostUnregister(pinned.pop().data_ptr())
 
 
-def _on_device(step: SpardaStep, device: torch.device) -> GpuStep:
+def _fresh(prompts: Sequence[PromptRow], device: torch.device) -> Fresh | None:
+    if not prompts:
+        return None
+    lengths = [prompt.end - prompt.begin for prompt in prompts]
+    index = torch.cat([torch.arange(prompt.begin, prompt.end) for prompt in prompts])
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    return Fresh(upload(index, device), upload(starts, device), max(lengths))
+
+
+def _on_device(step: SpardaStep, device: torch.device, flash: bool) -> GpuStep:
     rows = None
     if step.decode is not None:
         tokens = step.decode.tokens
         table = upload(step.decode.block_table, device, torch.int32)
         moved = _moved(tokens, device)
         rows = Rows(moved, moved.positions, table, moved.positions, None)
+    alone = [
+        flash and p.tiles[0] == p.tiles[1] and p.sparse_from == p.end - p.begin
+        for p in step.prompts
+    ]
+    fresh = _fresh(list(compress(step.prompts, alone)), device)
+    streamed = compress(step.prompts, map(not_, alone))
     values = {item.name: getattr(step, item.name) for item in dataclasses.fields(step)}
     # The prompts' tiles stay: the stream makes indices of them on the host.
     return GpuStep(
         **{
             **_moved_values(values, device),
             "decode": None,
-            "prompts": tuple(_moved(prompt, device) for prompt in step.prompts),
+            "prompts": tuple(_moved(prompt, device) for prompt in streamed),
             "rows": rows,
+            "fresh": fresh,
         }
     )
 
@@ -386,9 +427,31 @@ class SpardaGpuImpl(SpardaLayer):
         self.compress(key, step)
         if step.rows is not None:
             self._decode(query, step.rows, fetch, output)
+        if step.fresh is not None:
+            self._attend_fresh(query, key, value, step.fresh, output)
         if step.prompts:
             self.attend_prompts(query, torch.cat((key, value), -1), step, output)
         runtime.selector.record(self.layer, query, step.slots, step.last_in_block)
+
+    def _attend_fresh(
+        self, query: Tensor, key: Tensor, value: Tensor, fresh: Fresh, output: Tensor
+    ) -> None:
+        query, key, value = query[fresh.index], key[fresh.index], value[fresh.index]
+        target = torch.empty_like(query)
+        flash_attn.flash_attn_varlen_func(
+            q=query,
+            k=key,
+            v=value,
+            out=target,
+            cu_seqlens_q=fresh.starts,
+            cu_seqlens_k=fresh.starts,
+            max_seqlen_q=fresh.longest,
+            max_seqlen_k=fresh.longest,
+            softmax_scale=self.scale,
+            causal=True,
+            fa_version=self.runtime.flash_version,
+        )
+        output[fresh.index] = target
 
     def _decode(self, query: Tensor, rows: Rows, fetch: _Fetch | None, output: Tensor) -> None:
         runtime, pager, kernels = self.runtime, self.pager, self.runtime.kernels
