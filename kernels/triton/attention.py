@@ -15,6 +15,7 @@ from vllm_sparse.kernels.triton.ops import attend_tile, share_of
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
+    from vllm_sparse.kernels.triton.launch import Launch, Split
 
 
 @triton.jit
@@ -160,8 +161,21 @@ def _combine_kernel(
     tl.store(target, merged.to(output.dtype.element_ty), mask=inside)
 
 
-# Tokens that are worth a program of their own: it starts with a chain of loads.
-WORTH = 512
+def split_attention(
+    programs: int, tokens: int, dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Launch, Split]:
+    """How to attend to rows.
+
+    Args:
+        programs: Rows times KV heads.
+        tokens: Tokens that the longest row may read.
+        dim: D.
+        dtype: Of keys and values.
+        device: Where.
+    """
+    found = launch("attend", device, dim, dtype)
+    # A program starts with a chain of loads, which fewer tokens are not worth.
+    return found, split_rows(programs, tokens, found.block, device, worth=512)
 
 
 class Shares(NamedTuple):
@@ -238,10 +252,11 @@ def attend_slots(
     if not rows:
         return
     assert slots is None or slots.is_contiguous()
-    block, warps, stages = launch("attend", device, dim, cache.dtype)
     # Some rows may read everything. Programs that find nothing to read end at once.
     most = block_table.shape[1] * layout.block_size
-    shares, least = split_rows(rows * kv_heads, most, block, device, WORTH)
+    (block, warps, stages), (shares, least) = split_attention(
+        rows * kv_heads, most, dim, cache.dtype, device
+    )
     query = query.to(cache.dtype)
     scratch = make_shares(output, shares)
     _attend_kernel[(rows, kv_heads, shares)](

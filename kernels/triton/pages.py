@@ -17,10 +17,7 @@ from vllm_sparse.kernels.triton.topk import choose, radix_threshold, tile_thresh
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
-
-
-# Pages that are worth a program of their own: it starts by ranking channels.
-_WORTH = 1024
+    from vllm_sparse.kernels.triton.launch import Launch, Split
 
 
 # How wide a table is changes from step to step, which must not compile variants.
@@ -142,6 +139,23 @@ def _score_pages_kernel(
     tl.store(mass_out + part, mass, mask=member_inside)
 
 
+def split_scores(
+    programs: int, pages: int, dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Launch, Split]:
+    """How to score the pages of rows.
+
+    Args:
+        programs: Rows times KV heads.
+        pages: Pages that the longest row may have.
+        dim: D.
+        dtype: Of the cache.
+        device: Where.
+    """
+    found = launch("score_pages", device, dim, dtype)
+    # A program starts by ranking channels, which fewer pages are not worth.
+    return found, split_rows(programs, pages, found.block, device, worth=1024)
+
+
 def score_pages(
     cache: Tensor,
     query: Tensor,
@@ -159,8 +173,9 @@ def score_pages(
     assert cache.stride(-2) == cache.shape[-1], "a page must be one contiguous run"
     assert cache.stride(0) % layout.pages_per_block == 0, "extrema of a block must be aligned"
     width = block_table.shape[1] * layout.pages_per_block
-    block, warps, stages = launch("score_pages", device, dim, cache.dtype)
-    shares, least = split_rows(rows * kv_heads, width, block, device, _WORTH)
+    (block, warps, stages), (shares, least) = split_scores(
+        rows * kv_heads, width, dim, cache.dtype, device
+    )
     query = query.to(cache.dtype)
     logits = torch.empty(rows, heads, width, dtype=torch.float32, device=device)
     peak, mass = (
@@ -360,16 +375,21 @@ def select_slots(
     layout: PageLayout,
     top_k: int,
     kv_heads: int,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Same contract as :func:`vllm_sparse.kernels.reference.stage2.select_slots`.
 
     One program per row and KV head. Pages with equal probability: the lower one is taken first,
-    see :mod:`vllm_sparse.kernels.triton.topk`.
+    see :mod:`vllm_sparse.kernels.triton.topk`. The slots are written to ``out`` if it is given.
     """
     rows, heads, width = scores.logits.shape
     device = scores.logits.device
     capacity = min(top_k, block_table.shape[1] * layout.block_size)
-    slots = torch.empty(rows, kv_heads, capacity, dtype=torch.int32, device=device)
+    slots = out
+    if slots is None:
+        slots = torch.empty(rows, kv_heads, capacity, dtype=torch.int32, device=device)
+    assert slots.shape == (rows, kv_heads, capacity)
+    assert slots.is_contiguous()
     probability = torch.empty(rows, kv_heads, width, dtype=torch.float32, device=device)
     block, warps, stages = launch("select_slots", device)
     if rows:

@@ -8,8 +8,13 @@ from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.triton.attention import WORTH, make_shares, merge_shares, store_share
-from vllm_sparse.kernels.triton.launch import dim_block, launch, row_block, split_rows
+from vllm_sparse.kernels.triton.attention import (
+    make_shares,
+    merge_shares,
+    split_attention,
+    store_share,
+)
+from vllm_sparse.kernels.triton.launch import dim_block, row_block
 from vllm_sparse.kernels.triton.ops import attend_tile, share_of
 
 if TYPE_CHECKING:
@@ -135,8 +140,9 @@ def attend_frames(
         assert host.dtype == slab.dtype
         assert table.stride(-1) == 1
         assert whole.is_contiguous()
-    block, warps, stages = launch("attend", device, dim, slab.dtype)
-    shares, least = split_rows(rows * kv_heads, count * block_size, block, device, WORTH)
+    (block, warps, stages), (shares, least) = split_attention(
+        rows * kv_heads, count * block_size, dim, slab.dtype, device
+    )
     query = query.to(slab.dtype)
     scratch = make_shares(output, shares)
     _attend_frames_kernel[(rows, kv_heads, shares)](
