@@ -102,7 +102,8 @@ def test_the_whole_program_finds_checks_and_installs_the_best(tmp_path, monkeypa
         assert bool(row["unusable"]) == (row["kernel"] == TOO_LARGE)
         assert not row["cut"]
     refused = next(row["unusable"] for row in rows if row["unusable"])
-    assert refused["[128, 4, 5]"].startswith("OutOfResources: out of resource: shared memory")
+    larger = SHIPPED[TOO_LARGE][0]._replace(block=2 * SHIPPED[TOO_LARGE][0].block)
+    assert refused[str(list(larger))].startswith("OutOfResources: out of resource: shared memory")
     assert sum(row["kernel"] == "attend" for row in rows) == 2  # of both backends
 
     # Parity was of kernels that ran with it, and a start-up reads it.
@@ -160,11 +161,26 @@ def test_the_search_stops_at_its_bound():
 
 
 def test_the_search_stays_within_what_makes_sense():
-    found = found_with(Launch(1, 64, 9), Launch(16, 16, 5))
-    assert found.best == Launch(16, 16, 5)
+    found = found_with(Launch(1, 64, 9), Launch(16, 16, 7))
+    assert found.best == Launch(16, 16, 7)
     assert all(tuning._is_sane(candidate) for candidate in found.times)
     assert len(found.times) > 2
     assert {stages for _, _, stages in found_with(Launch(64, 4, 3), Launch(64, 4, 1)).times} == {1}
+
+
+def test_the_search_only_tries_what_is_valid():
+    tried = found_with(
+        Launch(32, 16, 1), Launch(256, 4, 1), valid=lambda at: at.block >= 32 * at.num_warps
+    ).times
+    assert {Launch(128, 4, 1), Launch(256, 8, 1)} & set(tried)
+    assert all(at.block >= 32 * at.num_warps for at in tried)
+
+
+def test_loops_that_gather_take_two_stages_per_buffer():
+    assert found_with(Launch(64, 4, 7), Launch(64, 4, 5)).best == Launch(64, 4, 7)
+    assert {at.num_stages for at in found_with(Launch(64, 4, 3), Launch(64, 4, 5)).times} == {
+        *(1, 3, 5, 7),
+    }
 
 
 def test_the_search_does_not_follow_noise():
@@ -238,6 +254,10 @@ def test_a_search_leaves_the_table_as_it_was(tmp_path, monkeypatch):
     tuning.rocketkv(report, options_of(tmp_path))
     assert report.rows[0]["launch"] == list(best_of("attend"))
     assert dict(launch._SM80) == SHIPPED
+    # What a start-up would refuse is not even tried.
+    monkeypatch.setattr(launch, "valid", lambda kernel, candidate: kernel != "attend")
+    tuning.rocketkv(report, options_of(tmp_path))
+    assert report.rows[-1]["tried"] == 0
 
 
 def test_decode_steps_are_timed_with_their_newest_token():
@@ -260,7 +280,7 @@ def test_a_kernel_that_nothing_can_launch_is_left_as_shipped(tmp_path, monkeypat
     assert dict(launch._SM80) == SHIPPED
     assert [row["launch"] for row in report.rows] == [None, None]
     results = {"tune": {"rows": report.rows, "facts": report.facts}}
-    assert re.search(r" 32/4/5 +- +- +- +- +5 +6\n", tune.summary(results, tmp_path)[0])
+    assert re.search(r"(/\d+){2} +- +- +- +- +6 +7\n", tune.summary(results, tmp_path)[0])
     checked = run_stage("parity", tmp_path, monkeypatch)
     assert checked["status"] == "failed"
     assert checked["reason"].startswith("no kernel was timed")

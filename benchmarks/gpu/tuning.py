@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 MOST_CANDIDATES = 8
 NOISE = 0.03  # a candidate must be faster by more
-BLOCKS, WARPS, STAGES = (16, 8192), (1, 16), (1, 5)
+BLOCKS, WARPS, STAGES = (16, 8192), (1, 16), (1, 7)
 
 CELLS = (kernels.Cell(32768, 1024, 27), kernels.Cell(131072, 1024, 1))
 PAGED_CELLS = (kernels_sparda.Cell(32768, 16), kernels_sparda.Cell(131072, 1))
@@ -63,13 +63,13 @@ class Kernel(NamedTuple):
     Attributes:
         name: Of an entry of the table.
         runs: By shape, what `timing.seconds_each` times.
-        wide: Run once with a launch that is about to be chosen. Float32 is not what is tuned for,
-            but its tiles are twice as large and must fit too.
+        others: Run once with a launch that is about to be chosen. What is not tuned for, float32
+            above all, has the same launches and must fit too.
     """
 
     name: str
     runs: dict[str, Runs]
-    wide: Sequence[Run] = ()
+    others: Sequence[Run] = ()
 
 
 class Found(NamedTuple):
@@ -89,6 +89,7 @@ class Found(NamedTuple):
 def search(
     default: Launch,
     measure: Callable[[Launch], Seconds | None],
+    valid: Callable[[Launch], bool] = lambda candidate: True,
     fits: Callable[[Launch], bool] = lambda candidate: True,
     has_time: Callable[[], bool] = lambda: True,
 ) -> Found:
@@ -97,6 +98,7 @@ def search(
     Args:
         default: Where to start.
         measure: Seconds of each shape with a launch; ``None`` if it cannot be used.
+        valid: Whether a launch may be tried.
         fits: Whether a faster launch can be used for everything that is not measured.
         has_time: Whether another one may be measured.
     """
@@ -105,7 +107,9 @@ def search(
     while moved:
         moved = False
         for move in _moves(default):
-            while (candidate := move(best)) not in times and _is_sane(candidate):
+            while (candidate := move(best)) not in times:
+                if not _is_sane(candidate) or not valid(candidate):
+                    break
                 if len(times) > MOST_CANDIDATES:
                     return Found(best, times, False)
                 if not has_time():
@@ -126,8 +130,10 @@ def _moves(default: Launch) -> Iterator[Callable[[Launch], Launch]]:
     yield lambda at: at._replace(num_warps=2 * at.num_warps)
     yield lambda at: at._replace(num_warps=at.num_warps // 2)
     if default.num_stages > 1:  # otherwise the kernel has no loop to pipeline
-        yield lambda at: at._replace(num_stages=at.num_stages + 1)
-        yield lambda at: at._replace(num_stages=at.num_stages - 1)
+        # See the table: loops that gather have half as many buffers as stages, and 5 of them.
+        step = 1 if default.num_stages < 5 else 2
+        yield lambda at: at._replace(num_stages=at.num_stages + step)
+        yield lambda at: at._replace(num_stages=at.num_stages - step)
 
 
 def _is_sane(candidate: Launch) -> bool:
@@ -200,13 +206,14 @@ def _tune(
         return tuple(timing.seconds_each(runs, device) for runs in kernel.runs.values())
 
     def once() -> Seconds:
-        for run in kernel.wide:
+        for run in kernel.others:
             run()
         return ()
 
     found = search(
         default,
         lambda candidate: tried(candidate, seconds),
+        partial(launch.valid, kernel.name),
         lambda candidate: tried(candidate, once) is not None,
         lambda: report.left_s > kernels.RESERVE_S + slowest,
     )
@@ -235,9 +242,9 @@ def _rocketkv(options: argparse.Namespace, generator: torch.Generator) -> Iterat
 
     shape, cells = (TINY, kernels.TINY_CELLS) if options.tiny else (LLAMA, CELLS)
     device = generator.device
-    wide = dataclasses.replace(
-        parity.TINY[0] if options.tiny else parity.CASES[0], dtype=torch.float32
-    )
+    case = parity.TINY[0] if options.tiny else parity.CASES[0]
+    # Heads of as many bytes, or it would be the entry for larger ones.
+    wide = dataclasses.replace(case, dim=case.dim // 2, dtype=torch.float32)
     step = make_decode(wide, device, generator)
     call(append.append_tokens, step)
     step["scores"] = call(pages.score_pages, step)
