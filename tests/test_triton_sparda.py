@@ -145,7 +145,12 @@ def test_rows_whose_logits_would_be_too_many_take_turns(monkeypatch):
     expected = sparda_select.select_blocks(*arguments, dense_len=dense)
     monkeypatch.setattr(sparda_select, "_MOST_LOGITS", 1)
     sizes = []
-    monkeypatch.setattr(sparda_select, "splits", lambda n, *args: sizes.append(n) or 1)
+
+    def split_rows(programs, *args):
+        sizes.append(programs)
+        return launch.Split(1, 1)
+
+    monkeypatch.setattr(sparda_select, "split_rows", split_rows)
     actual = sparda_select.select_blocks(*arguments, dense_len=dense)
     assert sizes == [4 * 2]  # rows at once, KV heads
     assert all(a.equal(b) for a, b in zip(actual, expected, strict=True))

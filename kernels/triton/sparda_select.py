@@ -11,15 +11,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vllm_sparse.kernels.reference.sparda_steps import Selected
-from vllm_sparse.kernels.triton.launch import dim_block, launch, row_block, splits
-from vllm_sparse.kernels.triton.ops import dot
+from vllm_sparse.kernels.triton.launch import (
+    MOST_SHARES,
+    dim_block,
+    launch,
+    row_block,
+    split_rows,
+)
+from vllm_sparse.kernels.triton.ops import dot, share_of
 from vllm_sparse.kernels.triton.topk import choose, radix_threshold, tile_threshold
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.reference.selection import Blocks, Ranking
 
-# Large enough that one row with one KV head fills a GPU.
-_MOST_SHARES = 128
+# Windows that are worth a program where rows alone fill the GPU.
+_WORTH = 512
 
 # Logits that exist at the same time; more rows take turns.
 _MOST_LOGITS = 1 << 24
@@ -31,14 +37,6 @@ _LOGITS = 1024
 @triton.jit
 def _reads_everything(position, top_k, dense_len, BLOCK_SIZE: tl.constexpr):
     return (position // BLOCK_SIZE < top_k) | (position < dense_len)
-
-
-@triton.jit
-def _share_of(windows, BLOCK_N: tl.constexpr):
-    """This program's share of a row's windows: whole tiles."""
-    share = tl.cdiv(tl.cdiv(windows, tl.num_programs(2)), BLOCK_N) * BLOCK_N
-    begin = tl.program_id(2) * share
-    return begin, tl.minimum(begin + share, windows)
 
 
 @triton.jit
@@ -78,7 +76,7 @@ def _store_scores(best, first, score, start, end, WINDOWS: tl.constexpr):
 
 # How wide a table is changes from step to step, which must not compile variants, nor must the
 # number of rows, on which it depends how often they are split.
-@triton.jit(do_not_specialize=["width", "stride_table"])
+@triton.jit(do_not_specialize=["width", "least", "stride_table"])
 def _forecast_kernel(
     compressed,
     vectors,
@@ -91,6 +89,7 @@ def _forecast_kernel(
     dense_len,
     local_blocks,
     width,
+    least,
     stride_block,
     stride_head,
     stride_slot,
@@ -122,7 +121,7 @@ def _forecast_kernel(
     first += (row * HEADS + head) * width
     # Later blocks are always read; of the first of them, one window reaches back.
     blocks = position // BLOCK_SIZE - local_blocks + 1
-    begin, end = _share_of(blocks * WINDOWS, BLOCK_N)
+    begin, end = share_of(blocks * WINDOWS, least, 2, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         window = start + tl.arange(0, BLOCK_N)
         inside = (window > 0) & (window < tl.minimum(end, complete))
@@ -135,7 +134,7 @@ def _forecast_kernel(
         _store_scores(best, first, score, start, end, WINDOWS)
 
 
-@triton.jit(do_not_specialize=["width", "stride_table"])
+@triton.jit(do_not_specialize=["width", "least", "stride_table"])
 def _logits_kernel(
     compressed,
     vectors,
@@ -149,6 +148,7 @@ def _logits_kernel(
     top_k,
     dense_len,
     width,
+    least,
     stride_block,
     stride_head,
     stride_slot,
@@ -190,7 +190,7 @@ def _logits_kernel(
     compressed += head.to(tl.int64) * stride_head
     table += row * stride_table
     query_head = (row * HEADS + head) * GROUP + member
-    begin, end = _share_of(complete, BLOCK_N)
+    begin, end = share_of(complete, least, 2, BLOCK_N)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     for start in range(begin, end, BLOCK_N):
@@ -215,7 +215,7 @@ def _logits_kernel(
     tl.store(masses + at, mass, mask=member_inside)
 
 
-@triton.jit(do_not_specialize=["width", "shares"])
+@triton.jit(do_not_specialize=["width", "shares", "least"])
 def _softmax_kernel(
     positions,
     logits,
@@ -229,6 +229,7 @@ def _softmax_kernel(
     local_blocks,
     width,
     shares,
+    least,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -261,7 +262,7 @@ def _softmax_kernel(
     first += (row * HEADS + head) * width
     # Later blocks are always read; of the first of them, one window reaches back.
     blocks = position // BLOCK_SIZE - local_blocks + 1
-    begin, end = _share_of(blocks * WINDOWS, BLOCK_N)
+    begin, end = share_of(blocks * WINDOWS, least, 2, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         window = start + tl.arange(0, BLOCK_N)
         inside = (window > 0) & (window < tl.minimum(end, complete))
@@ -487,8 +488,8 @@ def _score_by_forecast(
     dense_len: int,
 ) -> None:
     (rows, width), (_, kv_heads, windows, dim) = table.shape, compressed.shape
-    block, warps, stages = launch("score_blocks", table.device, dim)
-    shares = splits(rows * kv_heads, -(-width * windows // block), table.device, _MOST_SHARES)
+    block, warps, stages = launch("score_blocks", table.device, dim, compressed.dtype)
+    shares, least = split_rows(rows * kv_heads, width * windows, block, table.device, _WORTH)
     _forecast_kernel[(rows, kv_heads, shares)](
         compressed,
         vectors,
@@ -501,6 +502,7 @@ def _score_by_forecast(
         dense_len,
         blocks.local_blocks,
         width,
+        least,
         *compressed.stride()[:3],
         *vectors.stride()[:2],
         table.stride(0),
@@ -508,7 +510,7 @@ def _score_by_forecast(
         DIM=dim,
         BLOCK_SIZE=blocks.block_size,
         STRIDE=blocks.kernel_stride,
-        BLOCK_N=block,
+        BLOCK_N=max(block, windows),
         BLOCK_D=dim_block(dim),
         num_warps=warps,
         num_stages=stages,
@@ -532,8 +534,8 @@ def _score_by_softmax(
     vectors = vectors.to(compressed.dtype)
     # Slices of four rows begin where the whole does: at 16 bytes.
     rows = min(total, max(_MOST_LOGITS // (heads * width * windows) // 4 * 4, 4))
-    block, warps, stages = launch("score_blocks", device, dim)
-    shares = splits(rows * kv_heads, -(-width * windows // block), device, _MOST_SHARES)
+    block, warps, stages = launch("score_blocks", device, dim, compressed.dtype)
+    shares, least = split_rows(rows * kv_heads, width * windows, block, device, _WORTH)
     logits = torch.empty(rows, heads, width * windows, dtype=torch.float32, device=device)
     peaks, masses = (
         torch.empty(rows, heads, shares, dtype=torch.float32, device=device) for _ in range(2)
@@ -546,6 +548,7 @@ def _score_by_softmax(
         "num_warps": warps,
     }
     members = triton.next_power_of_2(heads // kv_heads)
+    wide = max(_LOGITS // members, windows)
     numbers = ranking.lag, blocks.top_k, dense_len
     for begin in range(0, total, rows):
         part = slice(begin, begin + rows)
@@ -561,6 +564,7 @@ def _score_by_softmax(
             ranking.scale * 1.4426950408889634,
             *numbers,
             width,
+            least,
             *compressed.stride()[:3],
             *vectors.stride()[:2],
             table.stride(0),
@@ -582,8 +586,9 @@ def _score_by_softmax(
             blocks.local_blocks,
             width,
             shares,
+            -(-least * block // wide),
             **shape,
             BLOCK_M=members,
-            BLOCK_N=max(_LOGITS // members, windows),
-            MOST=_MOST_SHARES,
+            BLOCK_N=wide,
+            MOST=MOST_SHARES,
         )
