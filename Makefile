@@ -46,7 +46,7 @@ bench: setup ## Run the benchmarks
 gpu-check: ## Check installation, kernels and engines on a GPU (options: ARGS="...")
 	@$(PYTHON) -m benchmarks.gpu.check $(ARGS)
 
-gpu-bench: ## Measure kernels and engines on a GPU against stock vLLM (options: ARGS="...")
+gpu-bench: ## Measure kernels and engines on a GPU against stock vLLM (options: ARGS="--part rocketkv")
 	@$(PYTHON) -m benchmarks.gpu.bench $(ARGS)
 
 gpu-tune: ## Find faster kernel launches for this GPU and install them (options: ARGS="...")

@@ -479,6 +479,72 @@ def test_a_selection_that_is_one_run_of_memory_is_noticed():
     assert not locality.Locality(1, 128).scattered
 
 
+def offload_subject(tmp_path, report=None):
+    from benchmarks.gpu import offload
+
+    options = options_of(tmp_path)
+    options.work = tmp_path
+    report = report or stages.Report(tmp_path / "offload.json")
+    return offload._Subject("offload", MINICPM, 4e12, 50e9, report, options)
+
+
+def test_only_what_the_plugin_refuses_is_not_available(tmp_path, monkeypatch):
+    from benchmarks.gpu import engines
+    from vllm_sparse.errors import ConfigError
+
+    for error, expected in (
+        (ConfigError("too little\nmemory"), stages.NotAvailableError),
+        (RuntimeError("CUDA error"), RuntimeError),
+    ):
+
+        def fails(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(engines, "build", fails)
+        with pytest.raises(expected):
+            offload_subject(tmp_path).start()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "share"), [(0.5, 1.0), (5.0, 0.57), (9.0, 0.316), (60.0, None)]
+)
+def test_with_little_time_prompts_are_shorter(tmp_path, monkeypatch, seconds, share):
+    import torch
+
+    from benchmarks import speed
+    from benchmarks.gpu import offload, steering
+    from vllm_sparse.config import load_settings
+
+    calls, begun = [], []
+    llm = SimpleNamespace(collective_rpc=lambda run, args: calls.append((run, *args)))
+    monkeypatch.setattr(offload, "_available_gib", lambda: 100.0)
+    monkeypatch.setattr(speed, "prefill", lambda *_: seconds)
+    monkeypatch.setattr(speed, "begin", lambda _, prompts, generated: begun.append(prompts))
+    report = stages.Report(tmp_path / "offload.json", deadline=time.time() + 100)
+    subject = offload_subject(tmp_path, report)
+    subject.llm = llm
+    if share is None:
+        with pytest.raises(stages.NotAvailableError, match="no time"):
+            subject.begin()
+        return
+    subject.begin()
+    sized = report.facts["plan"]
+    length = report.facts["prompt_tokens"]
+    assert length == pytest.approx(share * (sized["context"] - sized["generated"]), rel=0.03)
+    assert [len(prompt) for prompt in begun[0]] == [length] * sized["batch"]
+    assert calls[0] == (steering.force, length)
+    assert len({way for run, way in calls[1:]}) == 4
+    # From so many blocks, every rate can be forced.
+    runtime = SimpleNamespace(
+        settings=load_settings({"vllm_sparse": report.facts["settings"]}, "sparda"),
+        step=torch.zeros(1, dtype=torch.int64),
+        kernels=SimpleNamespace(select_blocks=None),
+    )
+    choice = steering.ForcedChoice(runtime, length)
+    found = [choice.set_rate(rate) for rate in subject.rates]
+    assert found == pytest.approx(subject.rates, abs=0.01)
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.4])
 def test_forced_choices_miss_exactly_what_they_are_to(rate):
     """With frames for one working set, which the page table then has to replace in every step."""

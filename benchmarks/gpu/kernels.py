@@ -98,8 +98,8 @@ def measure(report: Report, options: argparse.Namespace) -> None:
             report.add(
                 **cell._asdict(),
                 kernel=name,
-                # Inputs that are read again may still be in the cache.
-                warm=len(runs) == 1,
+                # What is read again may still be in the cache.
+                warm=len(runs) * rest[0] < COLD_BYTES,
                 layers=len(runs),
                 us=round(1e6 * found, 2),
                 least_bytes=rest[0],

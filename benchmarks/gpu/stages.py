@@ -179,12 +179,13 @@ def run_stage(stages: Iterable[Stage], options: argparse.Namespace) -> int:
     except BaseException as error:
         traceback.print_exc()
         status, reason = "failed", _one_line(error)
-    if gpu := host.gpu():
+    watched = bool(stage.prefix)  # by a checker, which has a say of its own
+    if not watched and (gpu := host.gpu()):
         report.facts["gpu"] = gpu  # its clocks while it is warm
     report.save(status, reason)
     print(f"{stage.name}: {status} {reason}", flush=True)
     code = 0 if status in PASSED else 1
-    if not stage.prefix:  # a checker that watches this process has a say of its own
+    if not watched:
         sys.stderr.flush()
         os._exit(code)  # all is on disk; what libraries do at exit may crash, or take a while
     return code
