@@ -462,7 +462,7 @@ def test_dummy_weights_get_a_spread():
         models.randomise(worker, seed)
         found.append(model["proj"].weight.detach().clone())
     assert (model["norm"].weight == 1).all()
-    assert float(model["embed_tokens"].weight.std()) == pytest.approx(1.0, rel=0.1)
+    assert float(model["embed_tokens"].weight.detach().std()) == pytest.approx(1.0, rel=0.1)
     assert float(found[0].std()) == pytest.approx(0.02, rel=0.1)
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
@@ -606,6 +606,13 @@ def test_graphs_are_found_in_both_model_runners():
     new = SimpleNamespace(model=object(), cudagraph_manager=object())
     assert steering.graphs_of(old) == (old.model, "concrete_cudagraph_entries")
     assert steering.graphs_of(new) == (new.cudagraph_manager, "graphs")
+    # Where this vLLM keeps them, and looks for them at replay.
+    from vllm.compilation.cuda_graph import CUDAGraphWrapper
+    from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+
+    assert "self.concrete_cudagraph_entries[" in inspect.getsource(CUDAGraphWrapper.__call__)
+    assert "self.graphs[desc].replay()" in inspect.getsource(CudaGraphManager.run_fullgraph)
+    assert "self.graphs[desc] = graph" in inspect.getsource(CudaGraphManager.capture)
 
 
 @pytest.mark.parametrize("graphs", [True, False])
