@@ -110,6 +110,7 @@ class RocketKVGpuKernels(NamedTuple):
     """What RocketKV runs on a GPU."""
 
     decode: DecodeKernel
+    decode_scratch_bytes: Callable[..., int]
     plan_rows: Callable[..., None]
     compact_prompts: Callable[..., None]
 
@@ -129,7 +130,10 @@ def rocketkv_gpu(device: torch.device) -> RocketKVGpuKernels:
 
     name = f"triton, launches {launch.launches(device).origin}"
     return RocketKVGpuKernels(
-        DecodeKernel(rocketkv.decode_attention, name), rows.plan_rows, rocketkv.compact_prompts
+        DecodeKernel(rocketkv.decode_attention, name),
+        rocketkv.decode_scratch_bytes,
+        rows.plan_rows,
+        rocketkv.compact_prompts,
     )
 
 

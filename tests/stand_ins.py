@@ -108,9 +108,10 @@ def _addresses(item: Any) -> list[int]:
 
 
 def profiled_graphs() -> None:
-    """Start as vLLM does on a GPU: first with a cache of a few blocks, to measure graphs.
+    """Start as vLLM does on a GPU: without a cache, to measure memory, then with a few blocks.
 
-    Builders are made for it, a batch runs, and everything is thrown away.
+    For these, which serve to measure graphs, builders are made, batches run, and everything is
+    thrown away.
     """
     from vllm.config import set_current_vllm_config
     from vllm.v1.worker.gpu import cudagraph_utils, model_runner
@@ -120,6 +121,7 @@ def profiled_graphs() -> None:
 
     def initialize(self: Any, config: Any, is_profiling: bool = False, **options: Any) -> None:
         if not is_profiling:
+            self._dummy_run(4, skip_attn=True, is_profile=True)
             blocks, self.cache_config.num_gpu_blocks = self.cache_config.num_gpu_blocks, None
             self.compilation_config.max_cudagraph_capture_size = 4
             with set_current_vllm_config(self.vllm_config):

