@@ -33,7 +33,7 @@ def compiled(file: str, what: object, cache_dir: object) -> list[str]:
 def compile_only(capability: int) -> None:
     """Make every launch in this process compile down to machine code.
 
-    Each prints a line: the kernel, its bytes of shared memory, how many asynchronous copies.
+    Each prints a line: the kernel, its bytes of shared memory, how many asynchronous copies of 16 bytes.
 
     Args:
         capability: 80 or 90.
@@ -44,7 +44,7 @@ def compile_only(capability: int) -> None:
     def compile_instead(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         assert kernel.asm["cubin"]
-        copies = kernel.asm["ptx"].count("cp.async.c")
+        copies = kernel.asm["ptx"].count("cp.async.cg")  # always 16 bytes
         print(self.__name__, kernel.metadata.shared, copies, flush=True)
 
     _pretend(capability)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import collections
+import re
 import sys
 import weakref
 
@@ -648,11 +649,22 @@ def test_kernels_compile_without_a_gpu(capability, tmp_path):
     assert len(names) == 12, names
     most = 166912 if capability == 80 else 232448  # shared memory that one program may have
     assert all(int(line.split()[1]) <= most for line in lines), lines
+    # What gathers rows or channels overlaps that with math, and fits into sm_86 and sm_89 as well.
+    gathering = [line.split() for line in lines if re.match("_score_pages|_attend", line)]
+    assert len(gathering) >= 7, lines
+    assert all(int(shared) <= 101376 and int(copies) > 0 for _, shared, copies in gathering), lines
 
 
 def compile_everything(capability: int) -> None:
-    """Launch every kernel."""
+    """Launch every kernel, and those of decode with large heads too."""
     compile_only(capability)
+    for dtype in (torch.bfloat16, torch.float32):
+        layout = PageLayout(64, 256, 4)
+        cache = torch.zeros(9, 2, 64, 2 * 256 + 2 * 64, dtype=dtype)
+        query, key = torch.zeros(3, 8, 256, dtype=dtype), torch.zeros(3, 2, 256, dtype=dtype)
+        table, lengths = torch.zeros(3, 8, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+        rocketkv.decode_attention(cache, query, key, key, query, table, lengths, lengths, lengths,
+                                  layout=layout, top_k=128, scale=0.1)  # fmt: skip
     layout = PageLayout(64, 128, 4)
     cache = torch.zeros(9, 2, 64, 2 * 128 + 2 * 32, dtype=torch.bfloat16)
     query, key = torch.zeros(3, 8, 128).bfloat16(), torch.zeros(3, 2, 128).bfloat16()

@@ -117,7 +117,6 @@ def _score_pages_kernel(
         there = page // PAGES <= newest // PAGES
         block = tl.load(table + page // PAGES, mask=there, other=0).to(tl.int64)
         source = block * stride_block + BLOCK_SIZE * 2 * DIM + page % PAGES
-        source = tl.max_contiguous(tl.multiple_of(source, PAGES), PAGES)
         # Channels that are not kept are masked: their bytes stay where they are.
         b_bound = tl.load(
             base + channel[:, None] * PAGES + source[None, :],
@@ -171,7 +170,6 @@ def score_pages(
     kv_heads, device = cache.shape[1], cache.device
     assert query.stride(-1) == block_table.stride(-1) == cache.stride(-1) == 1
     assert cache.stride(-2) == cache.shape[-1], "a page must be one contiguous run"
-    assert cache.stride(0) % layout.pages_per_block == 0, "extrema of a block must be aligned"
     width = block_table.shape[1] * layout.pages_per_block
     (block, warps, stages), (shares, least) = split_scores(
         rows * kv_heads, width, dim, cache.dtype, device

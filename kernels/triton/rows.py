@@ -59,9 +59,9 @@ def _plan_rows_kernel(
         tail = tl.load(table + dropped + index // PER_BLOCK, mask=parks, other=0)
         tl.store(parked_out + row, tl.where(parks, tail * PER_BLOCK + index % PER_BLOCK, -1))
         if sparse:
-            tl.atomic_add(counted, 1)
-            tl.atomic_add(counted + 1, seq_len.to(tl.int64))
-            tl.atomic_add(counted + 2, tl.minimum(length, top_k).to(tl.int64))
+            tl.atomic_add(counted, 1, sem="relaxed")
+            tl.atomic_add(counted + 1, seq_len.to(tl.int64), sem="relaxed")
+            tl.atomic_add(counted + 2, tl.minimum(length, top_k).to(tl.int64), sem="relaxed")
 
 
 def plan_rows(
