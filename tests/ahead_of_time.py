@@ -33,7 +33,7 @@ def compiled(file: str, what: object, cache_dir: object) -> list[str]:
 def compile_only(capability: int) -> None:
     """Make every launch in this process compile down to machine code.
 
-    Each prints a line: the kernel, its bytes of shared memory, how many asynchronous copies of 16 bytes.
+    Each prints a line: the kernel, its bytes of shared memory, its asynchronous copies of 16 bytes.
 
     Args:
         capability: 80 or 90.
