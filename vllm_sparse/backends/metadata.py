@@ -240,8 +240,8 @@ class StepPlanner:
                     last_token=end + shift,
                     parked=begin - int(window_start[r]) if self.rule.stage1 else 0,
                     complete=complete,
-                    sizes=torch.tensor([prompt_len, dropped], dtype=torch.int32).to(
-                        block_table.device
+                    sizes=upload(
+                        torch.tensor([prompt_len, dropped], dtype=torch.int32), block_table.device
                     ),
                 )
             )

@@ -25,7 +25,7 @@ from vllm_sparse import metrics
 from vllm_sparse.backends.base import prompt_lengths, sequence_lengths
 from vllm_sparse.backends.device_counters import DeviceCounters
 from vllm_sparse.backends.gpu import GpuBackend, check_block_size, most_rows, warn_of_gpus
-from vllm_sparse.backends.metadata import PromptEnd, StepMetadata
+from vllm_sparse.backends.metadata import PromptEnd, SparseRows, StepMetadata
 from vllm_sparse.backends.rocketkv import RocketKVBackend, RocketKVLayer, RocketKVPlanning
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.dispatch import rocketkv_gpu
@@ -102,6 +102,7 @@ class RocketKVGpuBuilder(RocketKVPlanning, FlashAttentionMetadataBuilder):
         self._per_block = self.layers[0].impl.parking.per_block
         self._rows: Rows | None = None
         self._late: list[PromptEnd] = []
+        self.layers[0].impl.warm_up(kv_cache_spec, device)
         self._max_rows = most_rows(vllm_config)
 
     def build(
@@ -207,6 +208,29 @@ class RocketKVGpuImpl(RocketKVLayer, FlashAttentionImpl):
         super().prepare(layer, spec, layer_index, device)
         self._kernels = rocketkv_gpu(device)
         self.kernel = self._kernels.decode
+
+    def warm_up(self, spec: RocketKVSpec, device: torch.device) -> None:
+        """Compile what vLLM's dummy runs do not reach: a prompt's end, and decode beside prompts.
+
+        The first requests would wait for it otherwise.
+        """
+        size, blocks = spec.block_size, -(-self.settings.window // spec.block_size) + 2
+        layout = self.stock_layout
+        content = 2 * layout.head_dim * (1 + layout.page_size) // layout.page_size
+        shape = (blocks, self.num_kv_heads, size, content)
+        cache = torch.zeros(shape, dtype=spec.dtype, device=device)
+        table = torch.arange(blocks, dtype=torch.int32, device=device)
+        lengths = torch.tensor([blocks * size, 1], dtype=torch.int32, device=device)
+        heads, dim = self.num_heads + 2 * self.num_kv_heads, self.head_size
+        tokens = torch.zeros(self.settings.window, heads, dim, dtype=spec.dtype, device=device)
+        query, key, value = tokens.split([self.num_heads, *2 * [self.num_kv_heads]], 1)
+        prompt = PromptEnd(
+            table, blocks * size, 1, layout.page_size, 0, len(tokens), 0, True, lengths
+        )
+        self.compact(cache, prompt, query)
+        row = lengths[:1]
+        rows = SparseRows(None, table[None], row, row, row, layout.page_size)
+        self._decode(query, key, value, cache, rows, torch.empty_like(query))
 
     def attend_rows(
         self,
