@@ -171,14 +171,14 @@ def _paging(
     pieces = rows * heads * -(-cell.context // cell.blocks.block_size)
     steps = cycle(rows, heads, cell.blocks.top_k, max(pieces, 2 * frames), generator)
     table = empty_table(max(pieces, 2 * frames), frames, device)
-    full = torch.zeros(1, dtype=torch.int32, device=device)
+    counters = torch.zeros(3, dtype=torch.int64, device=device)
     # Numbers only need to differ from that of a frame's last use.
     numbers = [torch.tensor([n + 1], dtype=torch.int64, device=device) for n in range(len(steps))]
     for wanted, number in zip(steps, numbers, strict=True):  # from the empty table into the cycle
-        found = sparda_paging.resolve(table, wanted, number, full)
+        found = sparda_paging.resolve(table, wanted, number, counters)
     misses = int(found.misses)
     runs: Runs = [
-        partial(sparda_paging.resolve, table, wanted, number, full)
+        partial(sparda_paging.resolve, table, wanted, number, counters)
         for wanted, number in zip(steps, numbers, strict=True)
     ]
     yield (

@@ -90,15 +90,12 @@ class Resolution(NamedTuple):
         missing: Pieces to copy, int32, as long as ``frames``; only the first ``misses`` count.
         targets: Their frames, likewise.
         misses: How many, int32 ``[1]``.
-        hits: Wanted pieces that had a frame, each counted once, int64 ``[1]``; only for callers
-            that count themselves, by giving ``resolve`` a flag in place of counters.
     """
 
     frames: Tensor
     missing: Tensor
     targets: Tensor
     misses: Tensor
-    hits: Tensor
 
 
 def resolve(table: paging.PageTable, wanted: Tensor, step: Tensor, counters: Tensor) -> Resolution:
@@ -118,24 +115,19 @@ def resolve(table: paging.PageTable, wanted: Tensor, step: Tensor, counters: Ten
     size = wanted.numel()
     missing, targets = (torch.zeros(size, dtype=torch.int32) for _ in range(2))
     misses = torch.zeros(1, dtype=torch.int32)
-    flag = counters if len(counters) == 1 else None
-    if flag is not None:
-        counters = torch.zeros(3, dtype=torch.int64)
     try:
         resolved = paging.resolve(table, wanted.long(), int(step))
     except paging.SlabFullError:
         counters[2] += 1
-        if flag is not None:
-            flag |= counters[2:]
         pieces = wanted.long()
         frames = torch.where(pieces >= 0, table.frame_of[pieces.clamp(min=0)], -1)
-        return Resolution(frames, missing, targets, misses, counters[:1])
+        return Resolution(frames, missing, targets, misses)
     misses += len(resolved.missing)
     counters[0] += resolved.hits
     counters[1] += len(resolved.missing)
     missing[: len(resolved.missing)] = resolved.missing.int()
     targets[: len(resolved.targets)] = resolved.targets.int()
-    return Resolution(resolved.frames, missing, targets, misses, counters[:1])
+    return Resolution(resolved.frames, missing, targets, misses)
 
 
 class Unframed(NamedTuple):

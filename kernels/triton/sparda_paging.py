@@ -181,14 +181,11 @@ def resolve(table: PageTable, wanted: Tensor, step: Tensor, counters: Tensor) ->
     assert wanted.is_contiguous()
     assert wanted.dtype == table.frame_of.dtype == torch.int32
     assert step.dtype == table.last_use.dtype == table.piece_of.dtype == torch.int64
-    flag = counters if len(counters) == 1 else None  # of callers that count themselves
-    if flag is not None:
-        counters = torch.zeros(3, dtype=torch.int64, device=device)
     assert counters.dtype == torch.int64
     frames = torch.empty_like(wanted)
     missing, targets = (torch.empty(total, dtype=torch.int32, device=device) for _ in range(2))
     misses = torch.empty(1, dtype=torch.int32, device=device)
-    result = Resolution(frames, missing, targets, misses, counters[:1])
+    result = Resolution(frames, missing, targets, misses)
     if not total:
         misses.zero_()
         return result
@@ -241,8 +238,6 @@ def resolve(table: PageTable, wanted: Tensor, step: Tensor, counters: Tensor) ->
         BLOCK=block,
         num_warps=warps,
     )
-    if flag is not None:
-        flag |= counters[2:]
     return result
 
 

@@ -458,7 +458,15 @@ class SpardaGpuImpl(SpardaLayer):
         if rows.whole:  # in other steps the planner lists the windows
             stride = runtime.settings.kernel_stride
             compressed = runtime.compressed(self.layer)
-            kernels.update_windows(compressed, pager.host, rows.positions, rows.table, stride)
+            kernels.update_windows(
+                compressed,
+                pager.host,
+                rows.positions,
+                rows.table,
+                stride,
+                slab=pager.slab,
+                frame_of=pager.table.frame_of,
+            )
         if fetch is None:
             chosen = runtime.chosen.pop(self.layer, None)
             if chosen is None:
