@@ -85,9 +85,6 @@ def _attend_kernel(
     dim = tl.arange(0, BLOCK_D)
     dim_inside = dim < DIM
     mask = (member < GROUP)[:, None] & dim_inside[None, :]
-    dim = tl.arange(0, BLOCK_D)
-    dim_inside = dim < DIM
-    mask = (member < GROUP)[:, None] & dim_inside[None, :]
     b_q = tl.load(
         query + row * stride_query_row + query_head[:, None] * stride_query_head + dim[None, :],
         mask=mask,
