@@ -161,7 +161,7 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         counters.set_gauge("host_pool_bytes", geometry.host_bytes)
         counters.set_gauge("slab_bytes", geometry.slab_bytes)
         counters.set_gauge("slab_frames", sum(geometry.frames))
-        if vllm_config.parallel_config.rank == 0:
+        if vllm_config.parallel_config.rank == 0 and num_blocks != _BLOCKS_TO_PROFILE:
             logger.info_once(_start_line(self.runtime, vllm_config))
 
     def set_up(
