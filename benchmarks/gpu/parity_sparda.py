@@ -47,6 +47,7 @@ def differences(
     yield "copy pieces", unless(_copies_alike(case, device, generator)), 0.0
     yield from _paged_steps(case, pool, generator, graphs and device.type == "cuda")
     yield "attend frames", _attention(case, device, generator), COMPUTED[case.dtype]
+    yield "attend host rows", _host_rows(case, pool, generator), COMPUTED[case.dtype]
     yield from _parts(case, device, generator)
     yield from _tokens(case, pool, generator)  # last: it changes the pool
 
@@ -288,6 +289,25 @@ def _attention(case: PagedCase, device: torch.device, generator: torch.Generator
     return error(outputs[1], outputs[0])
 
 
+def _host_rows(case: PagedCase, pool: Pool, generator: torch.Generator) -> float:
+    """Rows without frames beside rows that have nothing to read."""
+    from vllm_sparse.kernels.reference import sparda_steps
+    from vllm_sparse.kernels.triton import sparda_attention
+
+    lengths = (pool.positions + 1).int()
+    lengths[2::3] = 0
+    query = _noise(case, case.rows, case.heads, case.dim, generator=generator)
+    slab = torch.full_like(pool.pieces[:1], torch.nan, device=query.device)
+    frames = torch.full((case.rows, case.kv_heads, 1), -1, dtype=torch.int32, device=query.device)
+    outputs = [torch.full_like(query, torch.nan) for _ in range(2)]
+    for module, output in zip((sparda_steps, sparda_attention), outputs, strict=True):
+        module.attend_frames(
+            slab, query, output, frames, torch.zeros_like(lengths), case.dim**-0.5,
+            sparda_steps.Unframed(pool.seen, pool.table, lengths),
+        )  # fmt: skip
+    return error(outputs[1], outputs[0])
+
+
 def _parts(case: PagedCase, device: torch.device, generator: torch.Generator) -> Iterator[Found]:
     from vllm_sparse.kernels.reference import sparda_steps as ref
     from vllm_sparse.kernels.triton import sparda_prefill
@@ -355,6 +375,13 @@ def _tokens(case: PagedCase, pool: Pool, generator: torch.Generator) -> Iterator
     equal = all(same(a, b) for a, b in zip(*results, strict=True))
     # What the device has written must be where the host finds it.
     yield "write tokens", unless(equal and same(pool.seen.cpu(), pool.host)), 0.0
+
+    query = _noise(case, case.rows, case.heads, case.dim, generator=generator)
+    last, kept = torch.arange(case.rows, device=device), []
+    for module in (ref, sparda_tokens):
+        kept.append(query.new_full((case.num_blocks, case.heads, case.dim), torch.nan))
+        module.record_queries(kept[-1], query, slots, last, size)
+    yield "record queries", unless(same(*kept)), 0.0
 
     windows = []
     for module in (ref, sparda_tokens):

@@ -171,7 +171,8 @@ def attend_frames(
     kv_heads = host.shape[1]
     for row in whole.nonzero()[:, 0].tolist():
         here, blocks = slice(row, row + 1), -(-int(whole[row]) // host.shape[2])
-        pieces = table[row, :blocks].long() * kv_heads + torch.arange(kv_heads)[:, None]
+        head = torch.arange(kv_heads, device=table.device)[:, None]
+        pieces = table[row, :blocks].long() * kv_heads + head
         paging.attend_frames(
             host.flatten(0, 1), query[here], output[here], pieces[None], whole[here], scale
         )
