@@ -51,6 +51,7 @@ class Cell(NamedTuple):
 
 
 K = 1024
+_MORE = (Cell(8 * K, (1, AS_DENSE, MOST), 0), Cell(128 * K, (1, AS_DENSE, MOST), 0))
 # The most wanted first, in case time runs out: a context may come again with larger batches.
 CELLS: dict[str, tuple[Cell, ...]] = {
     DENSE: (
@@ -82,10 +83,8 @@ CELLS: dict[str, tuple[Cell, ...]] = {
     LARGE_BLOCKS: (Cell(32 * K, (1, 8)),),
     # Many or long prompts: minutes of prefill.
     "dense-more": (Cell(8 * K, (1, MOST), 0), Cell(128 * K, (1, MOST), 0)),
-    "rocket-1024-more": (
-        Cell(8 * K, (1, AS_DENSE, MOST), 0),
-        Cell(128 * K, (1, AS_DENSE, MOST), 0),
-    ),
+    "rocket-1024-more": _MORE,
+    "rocket-256-more": _MORE,
 }
 TINY_CELLS = (Cell(512, (1, 2), 1),)
 
