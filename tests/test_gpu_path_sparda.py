@@ -14,7 +14,7 @@ from engine import SPARDA_SETTINGS, run_engine
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
-NEW_TOKENS = 5
+NEW_TOKENS = 8
 SHARED = {"backend": "sparda", "max_num_seqs": 6, "new_tokens": NEW_TOKENS}
 
 

@@ -137,7 +137,6 @@ def test_a_plan_is_what_its_tokens_say(batch) -> None:
             windows[place] = [slot[r, q] for q in range(p + 1 - 2 * stride, p + 1)]
     read = slots_of_windows(step).tolist()
     assert dict(zip(step.window_slots.tolist(), read, strict=True)) == windows
-    assert all(s not in step.slots for s in step.older_slots.tolist()), "this step has them"
     assert len(step.window_slots) == len(windows)
 
     tiles, prompt_blocks, prompts, decodes = [], set(), [], []
