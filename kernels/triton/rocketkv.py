@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -97,6 +98,7 @@ def decode_attention(
     )
 
 
+@cache  # every layer asks
 def decode_scratch_bytes(
     rows: int,
     max_blocks: int,

@@ -31,6 +31,7 @@ from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.dispatch import rocketkv_gpu
 from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kernels.reference.rows import Rows
+from vllm_sparse.upload import upload
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -126,7 +127,7 @@ class RocketKVGpuBuilder(RocketKVPlanning, FlashAttentionMetadataBuilder):
         self._kernels.plan_rows(
             rows,
             common.seq_lens[:count],
-            prompt_lens.to(self.device, non_blocking=True),
+            upload(prompt_lens, self.device),
             table,
             self._rules,
             self._counters.values,

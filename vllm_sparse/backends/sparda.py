@@ -129,7 +129,8 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         spec, context = kv_cache_spec, vllm_config.compilation_config.static_forward_context
         # Unknown while vLLM estimates the memory of CUDA graphs, with a cache that it throws away:
         # all rows of what is captured for that have empty block tables.
-        num_blocks = vllm_config.cache_config.num_gpu_blocks or _BLOCKS_TO_PROFILE
+        serving = vllm_config.cache_config.num_gpu_blocks
+        num_blocks = serving or _BLOCKS_TO_PROFILE
         names = sorted(layer_names, key=extract_layer_index)
         layers = [context[name] for name in names]
         _check_layers(vllm_config, settings, spec, layers)
@@ -161,7 +162,7 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         counters.set_gauge("host_pool_bytes", geometry.host_bytes)
         counters.set_gauge("slab_bytes", geometry.slab_bytes)
         counters.set_gauge("slab_frames", sum(geometry.frames))
-        if vllm_config.parallel_config.rank == 0 and num_blocks != _BLOCKS_TO_PROFILE:
+        if vllm_config.parallel_config.rank == 0 and serving:
             logger.info_once(_start_line(self.runtime, vllm_config))
 
     def set_up(

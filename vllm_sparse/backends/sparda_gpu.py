@@ -43,6 +43,7 @@ from vllm_sparse.kv.pager import Pager
 from vllm_sparse.prefetch.lanes import Lane, LaneCopyEngine, LateLane, StreamLane
 from vllm_sparse.prefetch.selectors import Tokens
 from vllm_sparse.prefetch.stream import PromptStream
+from vllm_sparse.upload import upload
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -230,7 +231,7 @@ class SpardaGpuBuilder(SpardaBuilder):
         lengths, prompt_lens = sequence_lengths(common), prompt_lengths(common)
         framed.copy_(positions)
         if not self.runtime.settings.sparse_prefill:
-            alone = positions < prompt_lens.to(self.device, non_blocking=True)
+            alone = positions < upload(prompt_lens, self.device)
             framed.masked_fill_(alone, -1)
             unframed.copy_(torch.where(alone, positions + 1, 0))
             if common.is_prefilling is not None and bool(common.is_prefilling.any()):
