@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks import corpus, harness, needles, oracle
-from vllm_sparse.models.weights import load_forecast, lookahead_weights
+from vllm_sparse.forecast.weights import load_forecast, lookahead_weights
 from vllm_sparse.policies import sparda
 
 KERNEL = 2 * oracle.STRIDE

@@ -16,8 +16,8 @@ from vllm_sparse.kernels.reference.selection import Ranking
 
 if TYPE_CHECKING:
     from vllm_sparse.config import SpardaSettings
+    from vllm_sparse.policies.selectors import Tokens
     from vllm_sparse.prefetch.engine import CopyEngine, Ticket
-    from vllm_sparse.prefetch.selectors import Tokens
 
 COUNTED = (
     "frame_hits",
@@ -106,7 +106,7 @@ class ForcedSelector:
         self._layer = 0
 
     def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
-        """See `vllm_sparse.prefetch.selectors.Selector`; only notes what is asked for."""
+        """See `vllm_sparse.policies.selectors.Selector`; only notes what is asked for."""
         self._layer, index = layer, tokens.index
         return torch.zeros(len(index), *self._shape, device=index.device)
 

@@ -10,8 +10,8 @@ from reference import rocketkv_bruteforce as brute
 from vllm_sparse.kernels.layout import PageLayout
 
 from vllm_sparse.errors import UnsupportedError
-from vllm_sparse.kv.codec import PageCodec
-from vllm_sparse.kv.compaction import QueryParking, compact_prompt
+from vllm_sparse.kv.tail.codec import PageCodec
+from vllm_sparse.kv.tail.compaction import QueryParking, compact_prompt
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ import torch
 from engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS, run_engine
 from reference import hf_rocketkv
 
-from vllm_sparse.kv.retention import RetentionRule
+from vllm_sparse.kv.tail.retention import RetentionRule
 
 if TYPE_CHECKING:
     from pathlib import Path

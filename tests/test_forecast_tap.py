@@ -104,7 +104,7 @@ def _serve(case: dict[str, Any], enforce_eager: bool, in_process: bool) -> dict[
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
     import vllm_sparse.backends.guard as guard
-    from vllm_sparse.models.routing import route_model
+    from vllm_sparse.forecast.routing import route_model
 
     arguments = {
         "max_model_len": 512,
@@ -276,7 +276,7 @@ def own_and_next(layers: list, layer: int) -> list:
 def save_forecast(path: Path, layers: int, hidden: int) -> dict[str, torch.Tensor]:
     from safetensors.torch import save_file
 
-    from vllm_sparse.models.weights import canonical_name
+    from vllm_sparse.forecast.weights import canonical_name
 
     generator = torch.Generator().manual_seed(6)
     names = [canonical_name(layer, "q_future_proj") for layer in range(layers - 1)]
@@ -397,7 +397,7 @@ def test_rotation_partial_and_long(partial, long, monkeypatch):
         phi3_long_rope_scaled_rope,
     )
 
-    from vllm_sparse.models.tap import ForecastTap
+    from vllm_sparse.forecast.tap import ForecastTap
 
     rotary_dim = int(partial * DIM)
     factors = [1.0 + 0.3 * i for i in range(rotary_dim // 2)]
@@ -440,7 +440,7 @@ def test_rotation_partial_and_long(partial, long, monkeypatch):
 
 def test_an_unfilled_tap_shows():
     from vllm_sparse.errors import IntegrityError
-    from vllm_sparse.models.tap import ForecastTap, Taps
+    from vllm_sparse.forecast.tap import ForecastTap, Taps
 
     tap = ForecastTap(None, 16, torch.zeros(8, 2, KV_HEADS, DIM), has_bias=True)
     weight, bias = torch.randn(KV_HEADS * DIM, 16), torch.randn(KV_HEADS * DIM)
@@ -460,7 +460,7 @@ def test_an_unfilled_tap_shows():
 
 
 def _layers(**changes: Any) -> list:
-    from vllm_sparse.models.tap import _Layer
+    from vllm_sparse.forecast.tap import _Layer
 
     rotary = object()
     linear = {
@@ -480,7 +480,7 @@ def _layers(**changes: Any) -> list:
 
 def test_layers_that_cannot_be_tapped_are_refused():
     from vllm_sparse.errors import UnsupportedError
-    from vllm_sparse.models.tap import _check_uniform, _query_norm, _query_rows
+    from vllm_sparse.forecast.tap import _check_uniform, _query_norm, _query_rows
 
     _check_uniform(_layers(), "Model")
     for changes, message in (
@@ -519,7 +519,7 @@ def test_attention_of_another_shape_is_refused(broken):
     from vllm.model_executor.layers.attention import Attention
 
     from vllm_sparse.errors import UnsupportedError
-    from vllm_sparse.models.tap import _attention_layers
+    from vllm_sparse.forecast.tap import _attention_layers
 
     class Odd(torch.nn.Module):
         pass
@@ -549,7 +549,7 @@ def _config(architecture: str, selector: str) -> Any:
 
 def test_routing():
     from vllm_sparse.errors import UnsupportedError
-    from vllm_sparse.models.routing import route_model
+    from vllm_sparse.forecast.routing import route_model
 
     config = _config("LlamaForCausalLM", "lookahead-query")
     for _ in range(2):
@@ -569,8 +569,8 @@ def test_routing():
 def test_every_architecture_is_vllms_and_registered_lazily():
     from vllm.model_executor.models import ModelRegistry
 
-    from vllm_sparse.models import tapped
-    from vllm_sparse.models.routing import ARCHITECTURES, PREFIX, register_architectures
+    from vllm_sparse.forecast import tapped
+    from vllm_sparse.forecast.routing import ARCHITECTURES, PREFIX, register_architectures
 
     for _ in range(2):
         register_architectures()

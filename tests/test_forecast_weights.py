@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from vllm_sparse.cli import main
 from vllm_sparse.config import SpardaSettings
 from vllm_sparse.errors import ConfigError
-from vllm_sparse.models.weights import (
+from vllm_sparse.forecast.weights import (
     canonical_name,
     check_metadata,
     convert_official,

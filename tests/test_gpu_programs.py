@@ -693,7 +693,7 @@ def test_variants_cover_what_is_asked_for():
 def test_the_slabs_of_sparda_are_as_small_as_start_up_allows(tiny):
     from vllm_sparse.config import load_settings
     from vllm_sparse.errors import ConfigError
-    from vllm_sparse.kv.geometry import GIB, block_bytes, host_blocks, plan_frames
+    from vllm_sparse.kv.host.geometry import GIB, block_bytes, host_blocks, plan_frames
 
     longest = max(map(len, models.parity_prompts(0, tiny=tiny))) + (24 if tiny else 80)
     max_model_len = 1024 if tiny else 4096

@@ -44,7 +44,7 @@ def test_the_copy_engine_of_a_lane_copies_what_it_was_given():
 @pytest.mark.vllm
 def test_device_counters_are_read_now_and_then():
     pytest.importorskip("vllm")
-    from vllm_sparse.backends.device_counters import DeviceCounters
+    from vllm_sparse.steps.counters import DeviceCounters
 
     published: dict[str, int] = {}
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_sparse import compat
+from vllm_sparse import versions
 from vllm_sparse.errors import ConfigError, UnsupportedError
 
 pytest.importorskip("vllm")
@@ -136,15 +136,15 @@ def test_gpu_platforms_accept_what_we_serve(monkeypatch, name):
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0"])
 def test_other_vllm_versions_are_refused(monkeypatch, version):
-    monkeypatch.setattr(compat.metadata, "version", lambda name: version)
+    monkeypatch.setattr(versions.metadata, "version", lambda name: version)
     with pytest.raises(UnsupportedError, match=r">=0\.32,<0\.34"):
-        compat.check_vllm_version()
+        versions.check_vllm_version()
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.33.1+cu130", "0.32.0+cpu"])
 def test_supported_vllm_versions_pass(monkeypatch, version):
-    monkeypatch.setattr(compat.metadata, "version", lambda name: version)
-    compat.check_vllm_version()
+    monkeypatch.setattr(versions.metadata, "version", lambda name: version)
+    versions.check_vllm_version()
 
 
 def _config(**changes):

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from vllm_sparse.kernels.dispatch import sparda_paging
 from vllm_sparse.kernels.reference import paging
 
-from vllm_sparse.kv.geometry import Geometry
-from vllm_sparse.kv.pager import Pager
+from vllm_sparse.kv.host.geometry import Geometry
+from vllm_sparse.kv.host.pager import Pager
 from vllm_sparse.prefetch.engine import ThreadCopyEngine
 from vllm_sparse.prefetch.scheduler import PrefetchScheduler
 from vllm_sparse.prefetch.stream import PromptStream, Tile

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from vllm_sparse.kv.retention import RetentionRule
+from vllm_sparse.kv.tail.retention import RetentionRule
 from vllm_sparse.policies.rocketkv import plan
 
 

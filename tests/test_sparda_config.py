@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from vllm_sparse.backends import guard
 from vllm_sparse.config import SpardaSettings, load_settings
 from vllm_sparse.errors import ConfigError, UnsupportedError
-from vllm_sparse.kv.geometry import (
+from vllm_sparse.kv.host.geometry import (
     GIB,
     Geometry,
     block_bytes,
@@ -28,7 +28,7 @@ from vllm_sparse.kv.geometry import (
     host_blocks,
     plan_frames,
 )
-from vllm_sparse.kv.host_memory import available_bytes
+from vllm_sparse.kv.host.memory import available_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path

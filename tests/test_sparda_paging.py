@@ -17,14 +17,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from vllm_sparse.kernels import dispatch
 from vllm_sparse.kernels.reference import paging as reference
 
-from vllm_sparse.backends.sparda_metadata import SpardaPlanner
 from vllm_sparse.config import SpardaSettings
 from vllm_sparse.errors import IntegrityError
-from vllm_sparse.kv.geometry import Geometry, blocks_per_row
-from vllm_sparse.kv.pager import Pager
+from vllm_sparse.kv.host.geometry import Geometry, blocks_per_row
+from vllm_sparse.kv.host.pager import Pager
 from vllm_sparse.prefetch.engine import ThreadCopyEngine
 from vllm_sparse.prefetch.scheduler import PrefetchScheduler
 from vllm_sparse.prefetch.stream import PromptStream
+from vllm_sparse.steps.host import SpardaPlanner
 
 LAYERS, HEADS, SIZE, DIM = 3, 2, 4, 2
 MAX_LEN, MAX_ROWS, BLOCKS = 44, 4, 27

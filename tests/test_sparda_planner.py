@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from vllm_sparse.kernels.cpu import prefill as flash
 from vllm_sparse.kernels.reference import sparda_steps
 
-from vllm_sparse.backends.sparda_metadata import SpardaPlanner, SpardaStep
-from vllm_sparse.backends.sparda_prompt import attend_prompt
 from vllm_sparse.config import SpardaSettings
 from vllm_sparse.policies.sparda import num_windows
 from vllm_sparse.prefetch.stream import Tile
+from vllm_sparse.steps.host import SpardaPlanner, SpardaStep
+from vllm_sparse.steps.host_prompt import attend_prompt
 
 NUM_BLOCKS = 200
 

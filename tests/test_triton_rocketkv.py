@@ -29,8 +29,8 @@ from vllm_sparse.kernels.reference.rows import Rows
 from vllm_sparse.kernels.triton import append, attention, launch, pages, prompt, rocketkv, topk
 from vllm_sparse.kernels.triton import rows as rows_kernel
 
-from vllm_sparse.kv.codec import PageCodec
-from vllm_sparse.kv.compaction import QueryParking, compact_prompt
+from vllm_sparse.kv.tail.codec import PageCodec
+from vllm_sparse.kv.tail.compaction import QueryParking, compact_prompt
 from vllm_sparse.policies import rocketkv as policy
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

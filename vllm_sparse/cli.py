@@ -15,7 +15,7 @@ from importlib import import_module, metadata
 COMMAND_MODULES = (
     "vllm_sparse.demo.models",
     "vllm_sparse.demo.run",
-    "vllm_sparse.models.convert",
+    "vllm_sparse.forecast.convert",
     "vllm_sparse.training.commands",
 )
 

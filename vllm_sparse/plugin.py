@@ -12,8 +12,8 @@ import os
 import sys
 from typing import Any
 
-from vllm_sparse.compat import check_vllm_version
-from vllm_sparse.models.routing import register_architectures
+from vllm_sparse.forecast.routing import register_architectures
+from vllm_sparse.versions import check_vllm_version
 
 # Which class a name stands for depends on the platform: see vllm_sparse.backends.
 BACKENDS = {name: f"vllm_sparse.backends.{name}" for name in ("ROCKETKV", "SPARDA")}

@@ -361,6 +361,6 @@ class _Subject:
 
 
 def _available_gib() -> float:
-    from vllm_sparse.kv.host_memory import available_bytes
+    from vllm_sparse.kv.host.memory import available_bytes
 
     return available_bytes() / harness.GIB

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,7 +97,6 @@ def decode_attention(
     )
 
 
-@cache  # every layer asks
 def decode_scratch_bytes(
     rows: int,
     max_blocks: int,

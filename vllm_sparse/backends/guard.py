@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.config import SpardaSettings, load_settings
 from vllm_sparse.errors import ConfigError, UnsupportedError
-from vllm_sparse.kv.geometry import GIB, block_bytes, host_blocks, plan_frames
-from vllm_sparse.kv.host_memory import available_bytes
-from vllm_sparse.models.routing import route_model
+from vllm_sparse.forecast.routing import route_model
+from vllm_sparse.kv.host.geometry import GIB, block_bytes, host_blocks, plan_frames
+from vllm_sparse.kv.host.memory import available_bytes
 from vllm_sparse.plugin import BACKENDS
 
 if TYPE_CHECKING:

@@ -21,12 +21,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm_sparse import metrics
 from vllm_sparse.backends.base import SparseBackend, ask_for_prompt_lengths, withdraw
 from vllm_sparse.backends.guard import check_layer
-from vllm_sparse.backends.metadata import PromptEnd, SparseRows, StepMetadata, StepPlanner
 from vllm_sparse.config import RocketKVSettings, load_settings
 from vllm_sparse.errors import UnsupportedError
-from vllm_sparse.kv.compaction import QueryParking
-from vllm_sparse.kv.retention import RetentionRule
 from vllm_sparse.kv.spec import RocketKVSpec
+from vllm_sparse.kv.tail.compaction import QueryParking
+from vllm_sparse.kv.tail.retention import RetentionRule
+from vllm_sparse.steps.tail import PromptEnd, SparseRows, StepMetadata, StepPlanner
 from vllm_sparse.upload import upload
 
 if TYPE_CHECKING:

@@ -20,15 +20,15 @@ from vllm_sparse.backends.base import prompt_lengths
 from vllm_sparse.backends.rocketkv import RocketKVBackend, RocketKVLayer, RocketKVPlanning
 from vllm_sparse.kernels.cpu.memory import back_with_huge_pages
 from vllm_sparse.kernels.dispatch import rocketkv_decode
-from vllm_sparse.kv.codec import PageCodec
-from vllm_sparse.kv.compaction import compact_prompt
+from vllm_sparse.kv.tail.codec import PageCodec
+from vllm_sparse.kv.tail.compaction import compact_prompt
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
-    from vllm_sparse.backends.metadata import PromptEnd, StepMetadata
     from vllm_sparse.kv.spec import RocketKVSpec
+    from vllm_sparse.steps.tail import PromptEnd, StepMetadata
 
 logger = init_logger("vllm.sparse.rocketkv")
 

@@ -23,14 +23,14 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from vllm_sparse import metrics
 from vllm_sparse.backends.base import prompt_lengths, sequence_lengths
-from vllm_sparse.backends.device_counters import DeviceCounters
 from vllm_sparse.backends.gpu import GpuBackend, check_block_size, most_rows, warn_of_gpus
-from vllm_sparse.backends.metadata import PromptEnd, SparseRows, StepMetadata
 from vllm_sparse.backends.rocketkv import RocketKVBackend, RocketKVLayer, RocketKVPlanning
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.dispatch import rocketkv_gpu
 from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kernels.reference.rows import Rows
+from vllm_sparse.steps.counters import DeviceCounters
+from vllm_sparse.steps.tail import PromptEnd, SparseRows, StepMetadata
 from vllm_sparse.upload import upload
 
 if TYPE_CHECKING:

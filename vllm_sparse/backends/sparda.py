@@ -23,26 +23,26 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm_sparse import metrics
 from vllm_sparse.backends.base import SparseBackend, ask_for_prompt_lengths
 from vllm_sparse.backends.guard import check_layer
-from vllm_sparse.backends.sparda_metadata import PromptRow, SpardaPlanner, SpardaStep
-from vllm_sparse.backends.sparda_prompt import attend_prompt
 from vllm_sparse.config import SpardaSettings, load_settings
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.reference.selection import Blocks, gather_windows
-from vllm_sparse.kv.geometry import GIB, Geometry, plan_frames
+from vllm_sparse.kv.host.geometry import GIB, Geometry, plan_frames
 from vllm_sparse.kv.spec import SpardaSpec
-from vllm_sparse.policies.sparda import select_blocks
-from vllm_sparse.prefetch.selectors import (
+from vllm_sparse.policies.selectors import (
     ForecastSelector,
     PreviousSelector,
     QuerySelector,
     Selector,
     Tokens,
 )
+from vllm_sparse.policies.sparda import select_blocks
+from vllm_sparse.steps.host import PromptRow, SpardaPlanner, SpardaStep
+from vllm_sparse.steps.host_prompt import attend_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vllm_sparse.kv.pager import Pager
+    from vllm_sparse.kv.host.pager import Pager
     from vllm_sparse.prefetch.stream import PromptStream
 
 # A child of vLLM's logger: others have no handler in its processes.

@@ -23,7 +23,7 @@ from vllm_sparse.backends.sparda import (
 from vllm_sparse.kernels.dispatch import PagingKernels, sparda_paging
 from vllm_sparse.kernels.reference.selection import gather_windows
 from vllm_sparse.kernels.reference.sparda_steps import record_queries
-from vllm_sparse.kv.pager import Pager
+from vllm_sparse.kv.host.pager import Pager
 from vllm_sparse.prefetch.engine import ThreadCopyEngine
 from vllm_sparse.prefetch.scheduler import PrefetchScheduler
 from vllm_sparse.prefetch.stream import PromptStream
@@ -31,9 +31,9 @@ from vllm_sparse.prefetch.stream import PromptStream
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
-    from vllm_sparse.backends.sparda_metadata import DecodeRows, SpardaStep
     from vllm_sparse.config import SpardaSettings
-    from vllm_sparse.kv.geometry import Geometry
+    from vllm_sparse.kv.host.geometry import Geometry
+    from vllm_sparse.steps.host import DecodeRows, SpardaStep
 
 
 _STEPS_PER_GAUGE = 32

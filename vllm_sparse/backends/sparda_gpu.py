@@ -23,7 +23,6 @@ from vllm.v1.simple_kv_offload.cuda_mem_ops import pin_tensor
 
 from vllm_sparse import metrics
 from vllm_sparse.backends.base import is_rehearsal, prompt_lengths, sequence_lengths
-from vllm_sparse.backends.device_counters import DeviceCounters
 from vllm_sparse.backends.gpu import GpuBackend, check_block_size, most_rows, warn_of_gpus
 from vllm_sparse.backends.sparda import (
     Runtime,
@@ -32,17 +31,18 @@ from vllm_sparse.backends.sparda import (
     SpardaLayer,
     make_selector,
 )
-from vllm_sparse.backends.sparda_gpu_step import Fresh, GpuStep, Rows, on_device
-from vllm_sparse.backends.sparda_metadata import SpardaPlanner, SpardaStep
 from vllm_sparse.config import load_settings
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.kernels.dispatch import SpardaGpuKernels, sparda_gpu, sparda_paging
 from vllm_sparse.kernels.reference.sparda_steps import Unframed
-from vllm_sparse.kv.geometry import GIB, blocks_per_row
-from vllm_sparse.kv.pager import Pager
+from vllm_sparse.kv.host.geometry import GIB, blocks_per_row
+from vllm_sparse.kv.host.pager import Pager
+from vllm_sparse.policies.selectors import Tokens
 from vllm_sparse.prefetch.lanes import Lane, LaneCopyEngine, LateLane, StreamLane
-from vllm_sparse.prefetch.selectors import Tokens
 from vllm_sparse.prefetch.stream import PromptStream
+from vllm_sparse.steps.counters import DeviceCounters
+from vllm_sparse.steps.host import SpardaPlanner, SpardaStep
+from vllm_sparse.steps.host_device import Fresh, GpuStep, Rows, on_device
 from vllm_sparse.upload import upload
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
     from vllm_sparse.config import SpardaSettings
     from vllm_sparse.kernels.reference.sparda_steps import Selected
-    from vllm_sparse.kv.geometry import Geometry
+    from vllm_sparse.kv.host.geometry import Geometry
     from vllm_sparse.prefetch.engine import Ticket
 
 

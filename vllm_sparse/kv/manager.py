@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from vllm.v1.request import Request
 
-    from vllm_sparse.kv.retention import RetentionRule
+    from vllm_sparse.kv.tail.retention import RetentionRule
 
 
 # A child of vLLM's logger: others have no handler in its processes.

@@ -15,7 +15,7 @@ from vllm_sparse.kv.manager import RocketKVManager, SpardaManager
 
 if TYPE_CHECKING:
     from vllm_sparse.config import SpardaSettings
-    from vllm_sparse.kv.retention import RetentionRule
+    from vllm_sparse.kv.tail.retention import RetentionRule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from vllm_sparse.kv.pager import Pager
+    from vllm_sparse.kv.host.pager import Pager
     from vllm_sparse.prefetch.engine import CopyEngine, Ticket
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from vllm_sparse.kv.pager import Pager
+    from vllm_sparse.kv.host.pager import Pager
     from vllm_sparse.prefetch.engine import CopyEngine, Ticket
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vllm_sparse.backends.sparda_metadata import PromptRow, SpardaStep
-from vllm_sparse.prefetch.selectors import Tokens
+from vllm_sparse.policies.selectors import Tokens
+from vllm_sparse.steps.host import PromptRow, SpardaStep
 from vllm_sparse.upload import upload
 
 if TYPE_CHECKING:

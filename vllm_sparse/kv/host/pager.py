@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from vllm_sparse.kernels.dispatch import PagingKernels
     from vllm_sparse.kernels.reference.paging import Resolved
-    from vllm_sparse.kv.geometry import Geometry
+    from vllm_sparse.kv.host.geometry import Geometry
 
 
 class LayerPager:

@@ -13,7 +13,7 @@ from vllm_sparse.policies.rocketkv import page_extrema, select_prompt_tokens
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
-    from vllm_sparse.kv.codec import PageCodec
+    from vllm_sparse.kv.tail.codec import PageCodec
 
 
 def compact_prompt(

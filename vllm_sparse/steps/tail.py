@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vllm_sparse.kernels.reference.rows import Rows
-    from vllm_sparse.kv.retention import RetentionRule
+    from vllm_sparse.kv.tail.retention import RetentionRule
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def register_architectures() -> None:
 
     for name in ARCHITECTURES:
         if name in ModelRegistry.models and PREFIX + name not in ModelRegistry.models:
-            target = f"vllm_sparse.models.tapped:{PREFIX}{name}"
+            target = f"vllm_sparse.forecast.tapped:{PREFIX}{name}"
             ModelRegistry.register_model(PREFIX + name, target)
 
 
@@ -80,7 +80,7 @@ def route_model(vllm_config: Any) -> None:
         )
     if settings.forecast:
         # Here as well as in the workers: a wrong file should not cost a model load.
-        from vllm_sparse.models.weights import check_metadata, inspect_forecast
+        from vllm_sparse.forecast.weights import check_metadata, inspect_forecast
 
         metadata = inspect_forecast(
             settings.forecast,

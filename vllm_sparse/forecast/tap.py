@@ -26,8 +26,8 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_sparse.config import load_settings
 from vllm_sparse.errors import IntegrityError, UnsupportedError
-from vllm_sparse.models.routing import LOOKAHEAD_SELECTORS, PREFIX
-from vllm_sparse.models.weights import (
+from vllm_sparse.forecast.routing import LOOKAHEAD_SELECTORS, PREFIX
+from vllm_sparse.forecast.weights import (
     check_metadata,
     load_forecast,
     lookahead_weights,
@@ -36,7 +36,7 @@ from vllm_sparse.models.weights import (
 
 if TYPE_CHECKING:
     from vllm_sparse.config import SpardaSettings
-    from vllm_sparse.models.weights import ForecastWeights
+    from vllm_sparse.forecast.weights import ForecastWeights
 
 logger = init_logger("vllm.sparse.sparda")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vllm_sparse.prefetch.selectors import Tokens
+from vllm_sparse.policies.selectors import Tokens
 from vllm_sparse.prefetch.stream import Tile
 
 if TYPE_CHECKING:
