@@ -29,8 +29,8 @@ if not torch.cuda.is_available():
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
 
-from engine import BLOCK_SIZE, SETTINGS, SPARDA_SETTINGS, run_engine
 from reference import hf_rocketkv
+from support.engine import BLOCK_SIZE, SETTINGS, SPARDA_SETTINGS, run_engine
 
 torch.set_num_threads(1)
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS, run_engine
 from reference import hf_rocketkv
+from support.engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS, run_engine
 
 from vllm_sparse.kv.tail.retention import RetentionRule
 

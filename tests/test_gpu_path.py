@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 import pytest
-from engine import BLOCK_SIZE, SETTINGS, run_engine
+from support.engine import BLOCK_SIZE, SETTINGS, run_engine
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

@@ -9,7 +9,7 @@ compared with Hugging Face in ``test_sparda_engine``.
 from __future__ import annotations
 
 import pytest
-from engine import SPARDA_SETTINGS, run_engine
+from support.engine import SPARDA_SETTINGS, run_engine
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS, SPARDA_SETTINGS
+from support.engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS, SPARDA_SETTINGS
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("vllm")

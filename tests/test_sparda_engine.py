@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from engine import BLOCK_SIZE, NEW_TOKENS, SPARDA_SELECTION, SPARDA_SETTINGS, run_engine
 from reference import hf_sparda
+from support.engine import BLOCK_SIZE, NEW_TOKENS, SPARDA_SELECTION, SPARDA_SETTINGS, run_engine
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from ahead_of_time import compile_only, compiled, name_only
+from support.ahead_of_time import compile_only, compiled, name_only
 from test_kernels import make_batch
 from vllm_sparse.kernels import dispatch
 from vllm_sparse.kernels.layout import PageLayout

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from ahead_of_time import compile_only, compiled
+from support.ahead_of_time import compile_only, compiled
 from test_triton_rocketkv import DEVICE, close, same, use_tile, with_gaps
 from vllm_sparse.kernels.reference import paging, prefill, sparda_steps
 from vllm_sparse.kernels.reference.paging import PageTable

@@ -65,7 +65,7 @@ def run_engine(
         waves: How often to send all prompts, to one engine.
         new_tokens: Tokens to generate for each prompt.
         env: Additional environment.
-        stand_ins: Functions of :mod:`stand_ins` to call before vLLM starts.
+        stand_ins: Functions of :mod:`.stand_ins` to call before vLLM starts.
         in_process: Engine, scheduler and worker in one process.
         timeout: Seconds.
         **llm: Arguments of ``LLM``.
