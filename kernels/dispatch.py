@@ -7,10 +7,9 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from vllm_sparse.kernels.reference import decode, rows, sparda_steps
 from vllm_sparse.kernels.reference import paging as paging_reference
-from vllm_sparse.kernels.reference import rocketkv as reference
 from vllm_sparse.kernels.reference import selection as selection_reference
-from vllm_sparse.kernels.reference import sparda_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,32 +18,63 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.reference.sparda_steps import Resolution, Selected
 
 
-class DecodeKernel(NamedTuple):
-    """A decode kernel and, if it is not the fastest one, why."""
+class PolicyKernels(NamedTuple):
+    """What policies run that keep keys and values on the device.
 
-    run: Callable[..., None]
+    Attributes:
+        decode: RocketKV's whole decode step; with ``read_all`` that of any policy which reads all
+            it kept.
+        plan_rows: Plans a batch of single tokens on the device.
+        attend_slots: Attention over selected places of plain pages; ``None`` where the stock
+            kernel packs pages its own way.
+        compact_prompts: RocketKV's stage 1; ``None`` has it composed of the policy's functions.
+        decode_scratch_bytes: What ``decode`` holds at a time; ``None`` where nobody plans for it.
+        name: For the start-up line.
+        note: Why it is not the fastest one, if it is not.
+    """
+
+    decode: Callable[..., None]
+    plan_rows: Callable[..., None]
+    attend_slots: Callable[..., None] | None
+    compact_prompts: Callable[..., None] | None
+    decode_scratch_bytes: Callable[..., int] | None
     name: str
     note: str = ""
 
 
 @cache
-def rocketkv_decode(device: str, dtype: torch.dtype) -> DecodeKernel:
-    """RocketKV's decode kernel where it does not run on a GPU.
+def policy_cpu() -> PolicyKernels:
+    """The fused C++ kernels, or the PyTorch reference on a machine without a compiler."""
+    fused, note = _fused("cpu")
+    run, name = decode.decode_attention, "reference"
+    if fused:
+        from vllm_sparse.kernels.cpu import rocketkv
+
+        run, name = rocketkv.decode_attention, "cpu"
+    return PolicyKernels(run, rows.plan_rows, None, None, None, name, note)
+
+
+@cache
+def policy_triton(device: torch.device) -> PolicyKernels:
+    """The Triton kernels.
 
     Args:
-        device: ``torch.device.type``.
-        dtype: Cache dtype.
+        device: A GPU; or a CPU where Triton's interpreter was chosen before Triton was imported.
 
-    Returns:
-        The kernel; on a CPU the fused C++ one, elsewhere (and on a CPU without a compiler) the
-        PyTorch reference.
+    Raises:
+        ValueError: The device cannot run them.
     """
-    fused, note = _fused(device)
-    if not fused:
-        return DecodeKernel(reference.decode_attention, "reference", note)
-    from vllm_sparse.kernels.cpu import rocketkv
+    _check_triton(device)
+    from vllm_sparse.kernels.triton import attention, compaction, decode, launch, rows
 
-    return DecodeKernel(rocketkv.decode_attention, "cpu")
+    return PolicyKernels(
+        decode.decode_attention,
+        rows.plan_rows,
+        attention.attend_slots,
+        compaction.compact_prompts,
+        decode.decode_scratch_bytes,
+        f"triton, launches {launch.launches(device).origin}",
+    )
 
 
 def _fused(device: str) -> tuple[bool, str]:
@@ -106,37 +136,6 @@ def sparda_paging(device: str) -> PagingKernels:
     )
 
 
-class RocketKVGpuKernels(NamedTuple):
-    """What RocketKV runs on a GPU."""
-
-    decode: DecodeKernel
-    decode_scratch_bytes: Callable[..., int]
-    plan_rows: Callable[..., None]
-    compact_prompts: Callable[..., None]
-
-
-@cache
-def rocketkv_gpu(device: torch.device) -> RocketKVGpuKernels:
-    """The Triton kernels.
-
-    Args:
-        device: A GPU; or a CPU where Triton's interpreter was chosen before Triton was imported.
-
-    Raises:
-        ValueError: The device cannot run them.
-    """
-    _check_triton(device)
-    from vllm_sparse.kernels.triton import launch, rocketkv, rows
-
-    name = f"triton, launches {launch.launches(device).origin}"
-    return RocketKVGpuKernels(
-        DecodeKernel(rocketkv.decode_attention, name),
-        rocketkv.decode_scratch_bytes,
-        rows.plan_rows,
-        rocketkv.compact_prompts,
-    )
-
-
 class SpardaGpuKernels(NamedTuple):
     """What SparDA runs on a GPU; contracts in ``kernels.reference.sparda_steps`` and ``paging``.
 
@@ -160,7 +159,7 @@ def sparda_gpu(device: torch.device) -> SpardaGpuKernels:
     """The Triton kernels.
 
     Args:
-        device: See :func:`rocketkv_gpu`.
+        device: A GPU; or a CPU where Triton's interpreter was chosen before Triton was imported.
 
     Raises:
         ValueError: The device cannot run them.

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from vllm_sparse.config import RocketKVSettings, load_settings, preset_names
+from vllm_sparse.config import load_settings, preset_names
 from vllm_sparse.errors import ConfigError
+from vllm_sparse.policies.rocketkv import RocketKVSettings
 
 
 def load(section):

@@ -15,25 +15,21 @@ import pytest
 import torch
 from reference import hf_rocketkv
 from support.engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS, run_engine
-
-from vllm_sparse.kv.tail.retention import RetentionRule
+from support.policies import make_policy
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from vllm_sparse.policies.rocketkv import RocketKV
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 
-def retention_rule(*, group_size: int, **changes) -> RetentionRule:
-    defaults = {
-        "window": 32, "stage1": True, "stage2": True, "head_dim": 32, "block_size": BLOCK_SIZE,
-        "max_model_len": 1024, **SETTINGS, "group_size": group_size,
-    }  # fmt: skip
-    values = {**defaults, **changes}
-    values["page_sizes"] = tuple(values["page_sizes"])
-    values.pop("skip_layers", None)  # decides what is read, not what is kept
-    return RetentionRule(**values)
+def policy_of(*, group_size: int = 4, **changes) -> RocketKV:
+    """The policy that an engine has with ``SETTINGS`` and these changes."""
+    own = {"block_size": BLOCK_SIZE, "window": 32, "max_model_len": 1024, **SETTINGS, **changes}
+    return make_policy(head_dim=32, group_size=group_size, **own)
 
 
 @cache
@@ -45,9 +41,9 @@ def _hf_model(path: Path):
 
 def assert_tokens_of_hugging_face(model: Path, prompts, tokens, *, group_size=4, **changes):
     """Every request's tokens equal the masked Hugging Face run's, up to genuine near-ties."""
-    rule = retention_rule(group_size=group_size, **changes)
+    policy = policy_of(group_size=group_size, **changes)
     for prompt, got in zip(prompts, tokens, strict=True):
-        retention = rule(len(prompt))
+        retention = policy.retention(len(prompt))
         assert retention.sparse
         expected = hf_rocketkv.generate(
             _hf_model(model),
@@ -58,8 +54,8 @@ def assert_tokens_of_hugging_face(model: Path, prompts, tokens, *, group_size=4,
             page_size=retention.page_size,
             top_r=retention.top_r,
             top_k=changes.get("token_budget", SETTINGS["token_budget"]) // 2,
-            stage1=rule.stage1,
-            stage2=rule.stage2,
+            stage1=policy.settings.stage1,
+            stage2=policy.settings.stage2,
             skip_layers=changes.get("skip_layers", 0),
             return_logits=True,
         )
@@ -125,10 +121,10 @@ def test_chunked_prefill_and_mixed_steps_change_nothing(llama, prompts, sparse_r
 def test_prefix_caching_changes_nothing(llama, prompts, sparse_run):
     run = run_engine(llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE, waves=2)
     assert run["tokens"] == sparse_run["tokens"] * 2
-    rule = retention_rule(group_size=4)
+    policy = policy_of()
     for prompt, hit in zip(prompts, run["cached"][1], strict=True):
         # The second wave hits exactly the dropped blocks: published before, tail recomputed.
-        assert hit == rule(len(prompt)).dropped_blocks * BLOCK_SIZE > 0
+        assert hit == policy.retention(len(prompt)).dropped_blocks * BLOCK_SIZE > 0
 
 
 def test_without_prefix_caching(llama, prompts, sparse_run):
@@ -155,8 +151,8 @@ def test_preemption_changes_nothing(llama, prompts, sparse_run, blocks, chunk, w
 
 
 def test_freed_blocks_are_free(llama, prompts, sparse_run):
-    rule = retention_rule(group_size=4)
-    dropped = sum(rule(len(prompt)).dropped_blocks for prompt in prompts)
+    policy = policy_of()
+    dropped = sum(policy.retention(len(prompt)).dropped_blocks for prompt in prompts)
     assert sparse_run["counters"]["blocks_evicted"] == dropped
     assert sparse_run["free_blocks"][0] == sparse_run["free_blocks"][1]
 
@@ -182,9 +178,9 @@ def test_short_prompts_are_stock_beside_long_ones(llama, prompts, sparse_run, st
 
 def test_other_block_sizes_equal_hugging_face(llama, prompts):
     run = run_engine(llama, prompts[:2], settings={**SETTINGS, "window": 16}, block_size=64)
-    rule = retention_rule(group_size=4, block_size=64, window=16)
+    policy = policy_of(block_size=64, window=16)
     for prompt, got in zip(prompts, run["tokens"][0], strict=False):
-        retention = rule(len(prompt))
+        retention = policy.retention(len(prompt))
         expected = hf_rocketkv.generate(
             _hf_model(llama), prompt, NEW_TOKENS, dropped_blocks=retention.dropped_blocks,
             block_size=64, page_size=retention.page_size, top_r=retention.top_r, top_k=32,

@@ -103,7 +103,7 @@ def _serve(case: dict[str, Any], enforce_eager: bool, in_process: bool) -> dict[
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-    import vllm_sparse.backends.guard as guard
+    import vllm_sparse.startup as guard
     from vllm_sparse.forecast.routing import route_model
 
     arguments = {

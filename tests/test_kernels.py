@@ -13,7 +13,7 @@ from vllm_sparse.kernels import dispatch
 from vllm_sparse.kernels.cpu import build
 from vllm_sparse.kernels.cpu import rocketkv as fused
 from vllm_sparse.kernels.layout import PageLayout
-from vllm_sparse.kernels.reference import rocketkv as reference
+from vllm_sparse.kernels.reference import decode as reference
 
 from vllm_sparse.policies.rocketkv import page_extrema
 
@@ -174,13 +174,12 @@ def test_strided_projections_are_read_in_place():
 
 
 def test_dispatch_prefers_the_fused_kernel_and_says_why_not(monkeypatch):
-    assert dispatch.rocketkv_decode("cpu", torch.float32).name == "cpu"
-    assert dispatch.rocketkv_decode("cuda", torch.float32).name == "reference"
+    assert dispatch.policy_cpu().name == "cpu"
     build.load.cache_clear()
-    dispatch.rocketkv_decode.cache_clear()
+    dispatch.policy_cpu.cache_clear()
     monkeypatch.setenv("CXX", "/bin/false")
-    kernel = dispatch.rocketkv_decode("cpu", torch.float32)
+    kernel = dispatch.policy_cpu()
     assert kernel.name == "reference"
     assert "/bin/false failed" in kernel.note
     build.load.cache_clear()
-    dispatch.rocketkv_decode.cache_clear()
+    dispatch.policy_cpu.cache_clear()

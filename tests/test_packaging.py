@@ -95,7 +95,7 @@ def test_version_is_the_same_everywhere():
 
 
 def test_presets_are_valid_and_complete():
-    from vllm_sparse.config import SETTINGS
+    from vllm_sparse.registry import settings_class
 
     yaml = pytest.importorskip("yaml")
     presets = [
@@ -116,7 +116,7 @@ def test_presets_are_valid_and_complete():
     }
     for preset in presets:
         values = yaml.safe_load(preset.read_text())
-        SETTINGS[values["algorithm"]].model_validate(values)
+        settings_class(values["algorithm"]).model_validate(values)
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import importlib
 import pickle
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_sparse import versions
+from vllm_sparse import backends, versions
 from vllm_sparse.errors import ConfigError, UnsupportedError
 
 pytest.importorskip("vllm")
@@ -106,14 +105,14 @@ def test_gpu_platforms_choose_for_themselves():
     assert "needs them all alike" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["rocketkv", "sparda"])
+@pytest.mark.parametrize("name", ["ROCKETKV", "SPARDA", "QUEST", "SNAPKV", "STREAMINGLLM"])
 def test_gpu_platforms_accept_what_we_serve(monkeypatch, name):
     """What CUDA platforms ask a backend before they use it."""
     from vllm.platforms.interface import DeviceCapability
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
-    module = importlib.import_module(f"vllm_sparse.backends.{name}_gpu")
-    backend = getattr(module, {"rocketkv": "RocketKV", "sparda": "Sparda"}[name] + "GpuBackend")
+    backend = backends._backend(name, True)
+    assert backend.get_name() == name
     config = _config()
     monkeypatch.setattr("vllm_sparse.backends.gpu.get_current_vllm_config", lambda: config)
 
@@ -190,7 +189,7 @@ def _config(**changes):
     ],
 )
 def test_unsupported_combinations_are_refused(changes, why):
-    from vllm_sparse.backends.guard import check_config
+    from vllm_sparse.startup import check_config
 
     check_config(_config())
     with pytest.raises(UnsupportedError, match=why):
@@ -198,13 +197,13 @@ def test_unsupported_combinations_are_refused(changes, why):
 
 
 def test_a_guarded_combination_is_fine_with_another_backend():
-    from vllm_sparse.backends.guard import check_config
+    from vllm_sparse.startup import check_config
 
     check_config(_config(attention_config__backend=None, speculative_config=object()))
 
 
 def test_wrong_settings_stop_the_start():
-    from vllm_sparse.backends.guard import check_config
+    from vllm_sparse.startup import check_config
 
     with pytest.raises(ConfigError, match=r"vllm_sparse\.budget"):
         check_config(_config(additional_config={"vllm_sparse": {"budget": 1}}))
@@ -221,7 +220,7 @@ def test_wrong_settings_stop_the_start():
     ],
 )
 def test_unsupported_layers_are_refused(layer, why):
-    from vllm_sparse.backends.guard import check_layer
+    from vllm_sparse.backends.refusals import check_layer
 
     plain = {
         "alibi_slopes": None,

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from vllm_sparse.backends import guard
+from vllm_sparse import startup
 from vllm_sparse.config import SpardaSettings, load_settings
 from vllm_sparse.errors import ConfigError, UnsupportedError
 from vllm_sparse.kv.host.geometry import (
@@ -316,20 +316,20 @@ def config(settings=None, **changes) -> SimpleNamespace:
 class TestGuard:
     @pytest.fixture(autouse=True)
     def _machine(self, monkeypatch):
-        monkeypatch.setattr(guard, "available_bytes", lambda: 100 * BLOCK_BYTES)
+        monkeypatch.setattr(startup, "available_bytes", lambda: 100 * BLOCK_BYTES)
 
     def test_vllm_gets_the_host_pools_size(self):
         accepted = config()
-        guard.check_config(accepted)
+        startup.check_config(accepted)
         assert accepted.cache_config.block_size == 32
         assert accepted.cache_config.num_gpu_blocks_override == 40
         assert accepted.model_config.architecture == "LlamaForCausalLM"
 
     def test_twice_is_like_once(self):
         accepted = config()
-        guard.check_config(accepted)
+        startup.check_config(accepted)
         once = copy.deepcopy(vars(accepted.cache_config))
-        guard.check_config(accepted)
+        startup.check_config(accepted)
         assert vars(accepted.cache_config) == once
 
     @pytest.mark.vllm
@@ -337,14 +337,14 @@ class TestGuard:
         pytest.importorskip("vllm")
         accepted = config({"selector": "lookahead-query"})
         for _ in range(2):
-            guard.check_config(accepted)
+            startup.check_config(accepted)
             assert accepted.model_config.hf_config.architectures == ["SpardaLlamaForCausalLM"]
 
     def test_another_backend_is_left_alone(self):
         other = config(attention_config__backend=SimpleNamespace(name="FLASH_ATTN"))
         other.lora_config = object()
         before = copy.deepcopy(vars(other.cache_config))
-        guard.check_config(other)
+        startup.check_config(other)
         assert vars(other.cache_config) == before
 
     @pytest.mark.parametrize(
@@ -362,12 +362,12 @@ class TestGuard:
         refused = config(**changes)
         before = copy.deepcopy(vars(refused.cache_config))
         with pytest.raises(UnsupportedError, match=why):
-            guard.check_config(refused)
+            startup.check_config(refused)
         assert vars(refused.cache_config) == before
 
     def test_every_reason_is_listed(self):
         with pytest.raises(UnsupportedError, match=r"SPARDA .*speculative.*pipeline.*LoRA"):
-            guard.check_config(
+            startup.check_config(
                 config(
                     speculative_config=object(),
                     lora_config=object(),
@@ -376,7 +376,7 @@ class TestGuard:
             )
 
     def test_these_do_not_concern_the_other_backend(self):
-        guard.check_config(
+        startup.check_config(
             config(
                 attention_config__backend=SimpleNamespace(name="ROCKETKV"),
                 additional_config={},
@@ -386,48 +386,48 @@ class TestGuard:
 
     def test_one_head_per_rank_is_enough(self):
         accepted = config(parallel_config__tensor_parallel_size=2)
-        guard.check_config(accepted)
+        startup.check_config(accepted)
         assert accepted.cache_config.num_gpu_blocks_override == 80, "half the bytes per rank"
 
     def test_contradicting_block_sizes(self):
         given = {"cache_config__user_specified_block_size": True, "cache_config__block_size": 64}
         with pytest.raises(ConfigError, match=r"--block-size 64 .*vllm_sparse\.block_size=32"):
-            guard.check_config(config(**given))
-        guard.check_config(config(**{**given, "cache_config__block_size": 32}))
+            startup.check_config(config(**given))
+        startup.check_config(config(**{**given, "cache_config__block_size": 32}))
 
     def test_an_override_may_lower_but_not_raise(self):
         smaller = config(cache_config__num_gpu_blocks_override=36)
-        guard.check_config(smaller)
+        startup.check_config(smaller)
         assert smaller.cache_config.num_gpu_blocks_override == 36
-        guard.check_config(config(cache_config__num_gpu_blocks_override=40))
+        startup.check_config(config(cache_config__num_gpu_blocks_override=40))
         with pytest.raises(ConfigError, match=r"--num-gpu-blocks-override 41 .*host_gib.* 40 b"):
-            guard.check_config(config(cache_config__num_gpu_blocks_override=41))
+            startup.check_config(config(cache_config__num_gpu_blocks_override=41))
 
     def test_a_pool_for_less_than_one_request(self):
         with pytest.raises(ConfigError, match=r"host_gib.* hold 32 blocks .* needs 33"):
-            guard.check_config(config({"host_gib": 32 * BLOCK_BYTES / GIB}))
+            startup.check_config(config({"host_gib": 32 * BLOCK_BYTES / GIB}))
 
     def test_a_pool_larger_than_memory(self, monkeypatch):
-        guard.check_config(config({"host_gib": 100 * BLOCK_BYTES / GIB}))
+        startup.check_config(config({"host_gib": 100 * BLOCK_BYTES / GIB}))
         with pytest.raises(ConfigError, match=r"vllm_sparse\.host_gib.*available.*Lower host_gib"):
-            guard.check_config(config({"host_gib": 101 * BLOCK_BYTES / GIB}))
+            startup.check_config(config({"host_gib": 101 * BLOCK_BYTES / GIB}))
 
     def test_all_ranks_pools_together_must_fit(self):
         halves = config(
             {"host_gib": 51 * BLOCK_BYTES / GIB}, parallel_config__tensor_parallel_size=2
         )
         with pytest.raises(ConfigError, match="on all ranks together"):
-            guard.check_config(halves)
+            startup.check_config(halves)
 
     def test_a_slab_too_small_stops_the_start(self):
         """4 rows, 2 heads, 4 blocks, 4 layers of 1 KiB pieces."""
-        guard.check_config(config({"slab_gib": 128 * 1024 / GIB}))
+        startup.check_config(config({"slab_gib": 128 * 1024 / GIB}))
         with pytest.raises(ConfigError, match=r"slab_gib.*--max-num-seqs 4 x 2 KV heads x 4 blo"):
-            guard.check_config(config({"slab_gib": 127 * 1024 / GIB}))
+            startup.check_config(config({"slab_gib": 127 * 1024 / GIB}))
 
     def test_wrong_settings_stop_the_start(self):
         with pytest.raises(ConfigError, match="top_k=2"):
-            guard.check_config(config({"top_k": 2}))
+            startup.check_config(config({"top_k": 2}))
 
 
 @pytest.mark.vllm

@@ -18,16 +18,22 @@ import torch
 pytest.importorskip("triton")
 
 from support.ahead_of_time import compile_only, compiled, name_only
+from support.policies import make_policy
 from test_kernels import make_batch
 from vllm_sparse.kernels import dispatch
 from vllm_sparse.kernels.layout import PageLayout
+from vllm_sparse.kernels.reference import append as ref_append
+from vllm_sparse.kernels.reference import attention as ref_attention
+from vllm_sparse.kernels.reference import compaction as ref_compaction
+from vllm_sparse.kernels.reference import decode as reference
+from vllm_sparse.kernels.reference import pages as ref_pages
 from vllm_sparse.kernels.reference import prompt as ref_prompt
-from vllm_sparse.kernels.reference import rocketkv as reference
 from vllm_sparse.kernels.reference import rows as ref_rows
-from vllm_sparse.kernels.reference import stage2
-from vllm_sparse.kernels.reference.rows import Rows
-from vllm_sparse.kernels.triton import append, attention, launch, pages, prompt, rocketkv, topk
+from vllm_sparse.kernels.reference import topk as ref_topk
+from vllm_sparse.kernels.triton import append, attention, compaction, launch, pages, prompt, topk
+from vllm_sparse.kernels.triton import decode as decode_kernel
 from vllm_sparse.kernels.triton import rows as rows_kernel
+from vllm_sparse.kernels.types import PageScores, Rows
 
 from vllm_sparse.kv.tail.codec import PageCodec
 from vllm_sparse.kv.tail.compaction import QueryParking, compact_prompt
@@ -128,7 +134,7 @@ def test_decode_step_equals_reference(shape, top_k, read_all):
     batch = batch_on_device(**shape)
     expected_cache, expected = decode(reference.decode_attention, batch, top_k, read_all=read_all)
     cache, output = decode(
-        rocketkv.decode_attention, batch, top_k, read_all=read_all, replays=top_k == 37
+        decode_kernel.decode_attention, batch, top_k, read_all=read_all, replays=top_k == 37
     )
     close(output, expected, batch.cache.dtype)
     assert same(cache, expected_cache)
@@ -142,7 +148,7 @@ def test_any_number_of_tokens_is_selected(top_k):
     lengths = torch.tensor([top_k, top_k + 1, 1, 160, 66], dtype=torch.int32, device=DEVICE)
     batch = batch._replace(lengths=lengths, cache=batch.cache.nan_to_num(0.3))
     _, expected = decode(reference.decode_attention, batch, top_k)
-    _, output = decode(rocketkv.decode_attention, batch, top_k)
+    _, output = decode(decode_kernel.decode_attention, batch, top_k)
     close(output, expected, torch.float32)
 
 
@@ -173,24 +179,24 @@ def scratch(monkeypatch):
 @pytest.mark.parametrize("most", [1 << 30, 40_000])
 def test_scratch_of_a_decode_is_bounded(most, scratch, monkeypatch):
     """Page scores of some rows at a time select the same tokens."""
-    monkeypatch.setattr(rocketkv, "_MOST_SCORES", most)
+    monkeypatch.setattr(decode_kernel, "_MOST_SCORES", most)
     batch = batch_on_device(rows=9, group=3, longest=300, page_size=1)
     scored = []
-    right = rocketkv.score_pages
+    right = decode_kernel.score_pages
 
     def score(*args, **kwargs):
         scored.append(len(args[1]))
         return right(*args, **kwargs)
 
-    monkeypatch.setattr(rocketkv, "score_pages", score)
+    monkeypatch.setattr(decode_kernel, "score_pages", score)
     output = torch.zeros_like(batch.query)
     arguments = (batch.cache, batch.query, batch.key, batch.value, output, batch.table,
                  batch.lengths, batch.lengths, batch.top_r)  # fmt: skip
-    rocketkv.decode_attention(*arguments, layout=batch.layout, top_k=37, scale=0.11)
+    decode_kernel.decode_attention(*arguments, layout=batch.layout, top_k=37, scale=0.11)
     expected = decode(reference.decode_attention, batch, 37)[1]
     close(output, expected, torch.float32)
     assert scored == ([9] if most > 40_000 else [4, 4, 1])
-    bound = rocketkv.decode_scratch_bytes(
+    bound = decode_kernel.decode_scratch_bytes(
         9, batch.table.shape[1], layout=batch.layout, heads=6, kv_heads=2, top_k=37,
         dtype=torch.float32, device=DEVICE,
     )  # fmt: skip
@@ -206,10 +212,10 @@ def test_rows_without_channels_read_everything():
     top_r[1] = 0
     mixed = batch._replace(top_r=top_r)
     expected_cache, expected = decode(reference.decode_attention, mixed, 37)
-    cache, output = decode(rocketkv.decode_attention, mixed, 37)
+    cache, output = decode(decode_kernel.decode_attention, mixed, 37)
     close(output, expected, torch.float32)
     assert same(cache, expected_cache)
-    _, everything = decode(rocketkv.decode_attention, batch, 37, read_all=True)
+    _, everything = decode(decode_kernel.decode_attention, batch, 37, read_all=True)
     close(output[1], everything[1], torch.float32)
 
 
@@ -223,9 +229,10 @@ def make_rows(count, width):
 def test_planned_rows_equal_reference(window):
     """Sparse, dense, inside the prompt, inside its window, padding."""
     generator = torch.Generator().manual_seed(0)
-    rules = torch.zeros(301, 2, dtype=torch.int32)
+    rules = torch.zeros(301, 3, dtype=torch.int32)
     rules[100:, 0] = torch.arange(201) // 40
     rules[100:, 1] = torch.randint(1, 64, (201,), generator=generator)
+    rules[100:, 2] = rules[100:, 0] // 2
     seq_lens = torch.tensor([0, 51, 299, 180, 201, 196, 191, 192, 200, 300, 260])
     prompts = torch.tensor([9, 50, 120, 200, 200, 200, 200, 199, 200, 299, 1000])
     table = torch.randint(1, 999, (len(seq_lens), 25), generator=generator).int().to(DEVICE)
@@ -268,7 +275,7 @@ def test_parked_queries_equal_reference_and_what_is_loaded(group):
     caches = [with_gaps(batch.cache, 2) for _ in range(2)]
     rows = batch.key, batch.value, batch.table, batch.lengths, batch.lengths, top_r, layout
     reference.append_tokens(caches[0], *rows)
-    ref_rows.park_queries(caches[0], batch.query, parked, layout, per_block)
+    ref_append.park_queries(caches[0], batch.query, parked, layout, per_block)
     append.append_tokens(caches[1], *rows, replays=False, query=batch.query, parked=parked,
                          per_block=per_block)  # fmt: skip
     assert same(*caches)
@@ -280,13 +287,13 @@ def test_parked_queries_equal_reference_and_what_is_loaded(group):
 @pytest.mark.parametrize("read_all", [False, True])
 def test_padding_rows_are_zero_and_write_nothing(read_all):
     batch = batch_on_device(rows=3, longest=130)
-    _, whole = decode(rocketkv.decode_attention, batch, 32, read_all=read_all)
+    _, whole = decode(decode_kernel.decode_attention, batch, 32, read_all=read_all)
     lengths = batch.lengths.clone()
     lengths[1] = 0
     table = batch.table.clone()
     table[1] = -1  # whatever a captured graph left there
     padded = batch._replace(lengths=lengths, table=table)
-    cache, output = decode(rocketkv.decode_attention, padded, 32, read_all=read_all)
+    cache, output = decode(decode_kernel.decode_attention, padded, 32, read_all=read_all)
     assert not output[1].any()
     assert torch.equal(output[[0, 2]], whole[[0, 2]])
     untouched = batch.table[1].long()
@@ -296,12 +303,12 @@ def test_padding_rows_are_zero_and_write_nothing(read_all):
 def test_a_batch_may_be_all_padding_or_empty():
     batch = batch_on_device(rows=2, longest=40)
     padded = batch._replace(lengths=torch.zeros_like(batch.lengths))
-    cache, output = decode(rocketkv.decode_attention, padded, 32)
+    cache, output = decode(decode_kernel.decode_attention, padded, 32)
     assert not output.any()
     assert same(cache, batch.cache)
     names = ("query", "key", "value", "table", "lengths", "top_r")
     empty = batch._replace(**{name: getattr(batch, name)[:0] for name in names})
-    decode(rocketkv.decode_attention, empty, 32)
+    decode(decode_kernel.decode_attention, empty, 32)
 
 
 @pytest.mark.parametrize("page_size", [2, 4])
@@ -312,7 +319,7 @@ def test_replayed_tokens_give_what_they_gave_one_by_one(page_size):
     lengths = torch.arange(first, first + steps, dtype=torch.int32, device=DEVICE)
     batch = batch._replace(table=batch.table[:1].expand(steps, -1), lengths=lengths)
     final = torch.full_like(lengths, first + steps - 1)
-    cache, output = decode(rocketkv.decode_attention, batch, 24, final=final)
+    cache, output = decode(decode_kernel.decode_attention, batch, 24, final=final)
     expected_cache, expected = decode(reference.decode_attention, batch, 24, final=final)
     close(output, expected, torch.float32)
     assert same(cache, expected_cache)
@@ -347,7 +354,7 @@ def test_page_scores_equal_reference(page_size):
         batch.layout.extrema(batch.cache)[block, ..., newest % pages_per_block] = torch.nan
     options = {"layout": batch.layout, "top_k": 20}
     inputs = batch.cache, batch.query, batch.table, lengths, batch.top_r
-    expected, actual = (kernel.score_pages(*inputs, **options) for kernel in (stage2, pages))
+    expected, actual = (kernel.score_pages(*inputs, **options) for kernel in (ref_pages, pages))
     for row, length in enumerate(lengths.tolist()[:3]):
         used = -(-length // page_size)
         close(actual.logits[row, :, :used], expected.logits[row, :, :used], torch.float32)
@@ -375,7 +382,7 @@ def make_scores(lengths, kv_heads, group, width, page_size, shares=1, levels=Non
         logits = (logits * levels).round() / levels
     peak = torch.zeros(len(lengths), kv_heads * group, shares)
     mass = torch.full_like(peak, 16.0 / shares)  # powers of two: both sides divide alike
-    return stage2.PageScores(*(part.to(DEVICE) for part in (logits, peak, mass)))
+    return PageScores(*(part.to(DEVICE) for part in (logits, peak, mass)))
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 4])
@@ -397,7 +404,7 @@ def test_selected_slots_equal_reference(page_size, top_k, levels, monkeypatch):
     options = {"layout": layout, "top_k": top_k, "kv_heads": 2}
     expected, actual = (
         kernel.select_slots(scores, table, lengths, lengths, **options)
-        for kernel in (stage2, pages)
+        for kernel in (ref_pages, pages)
     )
     for row, length in enumerate(lengths.tolist()):
         count = min(length, top_k)
@@ -423,7 +430,7 @@ def test_attention_over_slots_equals_reference(listed):
                 slots[row, head, :count] = block * 32 + token % 32
         slots = slots.to(DEVICE)
     outputs = [with_gaps(torch.empty_like(batch.query.contiguous()), 2) for _ in range(2)]
-    for kernel, output in zip((stage2, attention), outputs, strict=True):
+    for kernel, output in zip((ref_attention, attention), outputs, strict=True):
         kernel.attend_slots(batch.cache, batch.query, output, slots, batch.table, lengths,
                             batch.top_r, layout=batch.layout, top_k=top_k, scale=0.2)  # fmt: skip
     close(outputs[1], outputs[0], torch.float32)
@@ -444,7 +451,7 @@ def test_a_long_row_is_split_where_rows_fill_the_gpu(read_all, monkeypatch):
         monkeypatch.setattr(
             module, name, lambda *parts, right=right: made.append(parts[-1]) or right(*parts)
         )
-    _, output = decode(rocketkv.decode_attention, batch, 700, read_all=read_all)
+    _, output = decode(decode_kernel.decode_attention, batch, 700, read_all=read_all)
     _, expected = decode(reference.decode_attention, batch, 700, read_all=read_all)
     close(output, expected, torch.float32)
     used = [(part > -torch.inf).sum(-1)[:, 0].tolist() for part in made]
@@ -485,13 +492,13 @@ def test_the_parts_of_the_reference_make_up_its_whole():
     reference.append_tokens(cache, batch.key, batch.value, batch.table, batch.lengths,
                             batch.lengths, batch.top_r, batch.layout)  # fmt: skip
     options = {"layout": batch.layout, "top_k": 37}
-    scores = stage2.score_pages(
+    scores = ref_pages.score_pages(
         cache, batch.query, batch.table, batch.lengths, batch.top_r, **options
     )
     rows = batch.table, batch.lengths, batch.top_r
-    slots = stage2.select_slots(scores, *rows, **options, kv_heads=2)
+    slots = ref_pages.select_slots(scores, *rows, **options, kv_heads=2)
     output = torch.empty_like(batch.query)
-    stage2.attend_slots(cache, batch.query, output, slots, *rows, **options, scale=0.11)
+    ref_attention.attend_slots(cache, batch.query, output, slots, *rows, **options, scale=0.11)
     close(output, expected, torch.float32)
 
 
@@ -500,7 +507,7 @@ def test_nan_queries_show():
     batch = batch_on_device(rows=2, longest=100)
     for sign in (1, -1):
         query = torch.full_like(batch.query, sign * torch.nan)
-        _, output = decode(rocketkv.decode_attention, batch._replace(query=query), 37)
+        _, output = decode(decode_kernel.decode_attention, batch._replace(query=query), 37)
         assert output.isnan().all()
 
 
@@ -525,7 +532,7 @@ def test_top_indices_equal_reference(size, kind):
     counts = torch.tensor([max(size // 3, 1), 0, size], dtype=torch.int32, device=DEVICE)
     sizes = torch.tensor([size, size, max(size - 1, 1)], dtype=torch.int32, device=DEVICE)
     counts = counts.minimum(sizes)
-    expected = ref_prompt.top_indices(score, sizes, counts, size)
+    expected = ref_topk.top_indices(score, sizes, counts, size)
     assert torch.equal(topk.top_indices(score, sizes, counts, size), expected)
 
 
@@ -612,7 +619,7 @@ def test_compaction_equals_reference_and_the_cpu_path(shape):
     dropped = torch.tensor(gone, dtype=torch.int32, device=DEVICE)
     max_kept = max(n - d * block_size for n, d in zip(lengths, gone, strict=True)) + 5
     caches = [with_gaps(cache, 2) for _ in range(2)]
-    for kernel, result in zip((ref_prompt, rocketkv), caches, strict=True):
+    for kernel, result in zip((ref_compaction, compaction), caches, strict=True):
         kernel.compact_prompts(result, *packed_views(result, layout), query, table, lens, dropped,
                                layout=layout, pool_kernel=5, max_kept=max_kept)  # fmt: skip
     assert same(*caches)
@@ -624,8 +631,8 @@ def test_compaction_equals_reference_and_the_cpu_path(shape):
     codec = PageCodec(pack, block_size, dim, shape["dtype"], DEVICE)
     for row in (0, 2, 3):
         blocks = table[row, : -(-lengths[row] // block_size)]
-        compact_prompt(cache, blocks, lengths[row], gone[row], query[row], codec=codec,
-                       layout=layout, pool_kernel=5)  # fmt: skip
+        compact_prompt(cache, blocks, lengths[row], gone[row], query[row], reader=codec,
+                       layout=layout, policy=make_policy(pool_kernel=5, head_dim=dim))  # fmt: skip
     assert same(caches[1], cache)
 
 
@@ -634,11 +641,11 @@ def test_dispatch_returns_triton_where_it_runs(monkeypatch):
 
     monkeypatch.setattr(launch, "launches", lambda device: launch.Table({}, "of any GPU"))
     for device in (torch.device("cuda"), DEVICE):
-        assert dispatch.rocketkv_gpu(device).decode.run is rocketkv.decode_attention
+        assert dispatch.policy_triton(device).decode is decode_kernel.decode_attention
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = False
         with pytest.raises(ValueError, match="CUDA"):
-            dispatch.rocketkv_gpu(torch.device("cpu", 0))
+            dispatch.policy_triton(torch.device("cpu", 0))
 
 
 @pytest.mark.slow
@@ -663,22 +670,24 @@ def compile_everything(capability: int) -> None:
         cache = torch.zeros(9, 2, 64, 2 * 256 + 2 * 64, dtype=dtype)
         query, key = torch.zeros(3, 8, 256, dtype=dtype), torch.zeros(3, 2, 256, dtype=dtype)
         table, lengths = torch.zeros(3, 8, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
-        rocketkv.decode_attention(cache, query, key, key, query, table, lengths, lengths, lengths,
-                                  layout=layout, top_k=128, scale=0.1)  # fmt: skip
+        decode_kernel.decode_attention(cache, query, key, key, query, table, lengths, lengths,
+                                       lengths, layout=layout, top_k=128, scale=0.1)  # fmt: skip
     layout = PageLayout(64, 128, 4)
     cache = torch.zeros(9, 2, 64, 2 * 128 + 2 * 32, dtype=torch.bfloat16)
     query, key = torch.zeros(3, 8, 128).bfloat16(), torch.zeros(3, 2, 128).bfloat16()
     table, lengths = torch.zeros(3, 8, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
     rows = Rows(table, lengths, lengths, lengths)
-    rules, counted = torch.zeros(9, 2, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
+    rules, counted = torch.zeros(9, 3, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
     rows_kernel.plan_rows(rows, lengths, lengths, table, rules, counted, block_size=64, window=32,
                           per_block=8, top_k=128)  # fmt: skip
     alone = {"replays": False, "parked": lengths, "per_block": 8}
     for options in ({}, {"replays": False, "read_all": True}, alone):
-        rocketkv.decode_attention(cache, query, key, key, query, table, lengths, lengths, lengths,
-                                  layout=layout, top_k=128, scale=0.1, **options)  # fmt: skip
+        decode_kernel.decode_attention(
+            cache, query, key, key, query, table, lengths, lengths, lengths, layout=layout,
+            top_k=128, scale=0.1, **options,
+        )  # fmt: skip
     window = torch.zeros(3, 8, 32, 128).bfloat16()
-    rocketkv.compact_prompts(cache, *packed_views(cache, layout), window, table, lengths, lengths,
+    compaction.compact_prompts(cache, *packed_views(cache, layout), window, table, lengths, lengths,
                              layout=layout, pool_kernel=63, max_kept=300)  # fmt: skip
 
 
@@ -697,7 +706,7 @@ def launch_many_shapes() -> None:
     name_only()
     layout = PageLayout(64, 128, 4)
     cache = torch.zeros(9, 2, 64, 2 * 128 + 2 * 32, dtype=torch.bfloat16)
-    rules, counted = torch.zeros(9, 2, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
+    rules, counted = torch.zeros(9, 3, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
     for count in (1, 2, 3, 16, 17, 160, 600):
         fused = torch.zeros(count, 12 * 128).bfloat16()
         query, key, value = (
@@ -710,7 +719,7 @@ def launch_many_shapes() -> None:
             rows_kernel.plan_rows(rows, lengths, lengths, table, rules, counted, block_size=64,
                                   window=32, per_block=8, top_k=128)  # fmt: skip
             for options in ({}, {"replays": False}):
-                rocketkv.decode_attention(
+                decode_kernel.decode_attention(
                     cache, query, key, value, torch.zeros_like(query), table, lengths, lengths,
                     lengths, layout=layout, top_k=512, scale=0.1, **options,
                 )  # fmt: skip
@@ -718,7 +727,7 @@ def launch_many_shapes() -> None:
         window = torch.zeros(count, 8, 32, 128).bfloat16()
         table = torch.zeros(count, -(-length // 64), dtype=torch.int32)
         lengths = torch.zeros(count, dtype=torch.int32)
-        rocketkv.compact_prompts(cache, *packed_views(cache, layout), window, table, lengths,
+        compaction.compact_prompts(cache, *packed_views(cache, layout), window, table, lengths,
                                  lengths, layout=layout, pool_kernel=63,
                                  max_kept=length // 2 + 3)  # fmt: skip
 

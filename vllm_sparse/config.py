@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
@@ -20,18 +20,21 @@ from pydantic import (
     Field,
     PositiveInt,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
 from vllm_sparse.errors import ConfigError
+from vllm_sparse.registry import settings_class
 
 NAMESPACE = "vllm_sparse"
 
 
-class _CommonSettings(BaseModel):
+class CommonSettings(BaseModel):
+    """Settings of every backend."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    algorithm: str = Field("", description="The backend's name in small letters; may be left out.")
     kernels: Literal["auto", "triton"] = Field(
         "auto",
         description="auto: C++ on a CPU, Triton on a GPU. triton on a CPU takes the GPU's path in "
@@ -39,72 +42,7 @@ class _CommonSettings(BaseModel):
     )
 
 
-class RocketKVSettings(_CommonSettings):
-    """Settings of the ROCKETKV backend; defaults follow the paper where it has a value."""
-
-    algorithm: Literal["rocketkv"] = "rocketkv"
-    token_budget: int = Field(
-        1024,
-        ge=16,
-        description="KV pairs read per KV head and decode step, half of them as estimates (t).",
-    )
-    window: PositiveInt = Field(
-        32, description="Last prompt tokens whose queries score the prompt; always kept."
-    )
-    pool_kernel: PositiveInt = Field(63, description="Odd width of stage 1's max pool, in tokens.")
-    page_sizes: tuple[PositiveInt, ...] = Field(
-        (4,),
-        min_length=1,
-        description="Allowed page sizes in tokens, powers of two. Key extrema take 1 / min of the "
-        "KV memory.",
-    )
-    min_context: int = Field(
-        2048, ge=0, description="Prompts up to this many tokens are served densely."
-    )
-    generation_reserve: int = Field(
-        256, ge=0, description="Tokens planned for generation when the budget is split."
-    )
-    skip_layers: int = Field(
-        0, ge=0, description="First layers whose decode reads every kept token (stage 2 off)."
-    )
-    huge_pages: bool = Field(
-        True, description="Put a CPU's KV cache on huge pages, which scattered reads profit from."
-    )
-    stage1: bool = Field(True, description="Evict prompt tokens after prefill.")
-    stage2: bool = Field(True, description="Select tokens at decode.")
-
-    @field_validator("page_sizes")
-    @classmethod
-    def _ascending_powers_of_two(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        for size in sizes:
-            if size & (size - 1):
-                raise ValueError(f"{size} is not a power of two, so pages would straddle blocks")
-        return tuple(sorted(set(sizes)))
-
-    @field_validator("pool_kernel")
-    @classmethod
-    def _odd(cls, width: int) -> int:
-        if width % 2 == 0:
-            raise ValueError(f"{width} is even; the pool needs a centre token")
-        return width
-
-    @model_validator(mode="after")
-    def _consistent(self) -> RocketKVSettings:
-        if not (self.stage1 or self.stage2):
-            raise ValueError(
-                "stage1 and stage2 are both off, which is dense attention: leave out "
-                "--attention-backend instead"
-            )
-        if self.token_budget < 4 * max(self.page_sizes):
-            raise ValueError(
-                f"token_budget={self.token_budget} holds fewer than two pages of "
-                f"page_sizes={list(self.page_sizes)} after half of it pays for the estimate; "
-                "raise token_budget or lower page_sizes"
-            )
-        return self
-
-
-class SpardaSettings(_CommonSettings):
+class SpardaSettings(CommonSettings):
     """Settings of the SPARDA backend; defaults are those of MiniCPM4.1."""
 
     algorithm: Literal["sparda"] = "sparda"
@@ -213,13 +151,6 @@ class SpardaSettings(_CommonSettings):
         return self
 
 
-Settings = RocketKVSettings | SpardaSettings
-SETTINGS: dict[str, type[RocketKVSettings] | type[SpardaSettings]] = {
-    "rocketkv": RocketKVSettings,
-    "sparda": SpardaSettings,
-}
-
-
 def preset_names() -> list[str]:
     """Names of the presets shipped in ``configs/``."""
     folder = resources.files("vllm_sparse.configs")
@@ -244,21 +175,15 @@ def _read_preset(name: str) -> dict[str, Any]:
     return values
 
 
-@overload
-def load_settings(additional_config: Any, algorithm: Literal["rocketkv"]) -> RocketKVSettings: ...
-@overload
-def load_settings(additional_config: Any, algorithm: Literal["sparda"]) -> SpardaSettings: ...
-@overload
-def load_settings(additional_config: Any, algorithm: str) -> Settings: ...
-def load_settings(additional_config: Any, algorithm: str) -> Settings:
+def load_settings(additional_config: Any, algorithm: str) -> Any:
     """Validate the user's settings for one backend.
 
     Args:
         additional_config: vLLM's ``additional_config``; settings are under ``vllm_sparse``.
-        algorithm: ``"rocketkv"`` or ``"sparda"``; what the chosen backend implements.
+        algorithm: What the chosen backend implements, in small letters: ``"rocketkv"``.
 
     Returns:
-        Frozen settings.
+        Frozen settings, of the class that the registry names for ``algorithm``.
 
     Raises:
         ConfigError: Unknown key, wrong type, contradictory values, unknown preset, or settings
@@ -282,15 +207,16 @@ def load_settings(additional_config: Any, algorithm: str) -> Settings:
             f"{NAMESPACE}.algorithm: {chosen!r} does not belong to the chosen attention backend, "
             f"which is {algorithm!r}. Change --attention-backend or the setting"
         )
+    kind = settings_class(algorithm)
     try:
-        return SETTINGS[algorithm].model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         lines = []
         for item in error.errors():
             key = ".".join([NAMESPACE, *(str(part) for part in item["loc"])])
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":
-                known = ", ".join(SETTINGS[algorithm].model_fields)
+                known = ", ".join(kind.model_fields)
                 message = f"unknown setting; known are: {known}"
             lines.append(f"{key}: {message} (got {item['input']!r})")
         raise ConfigError("; ".join(lines)) from None

@@ -154,10 +154,10 @@ class SparseStatLogger(StatLoggerBase):
     def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
         from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-        from vllm_sparse.plugin import BACKENDS
+        from vllm_sparse.registry import is_ours
 
         backend = vllm_config.attention_config.backend
-        if backend is None or backend.name not in BACKENDS or engine_index:
+        if not is_ours(backend) or engine_index:
             return
         registry = get_prometheus_registry()
         registry.register(_FolderCollector(folder(vllm_config.instance_id)))

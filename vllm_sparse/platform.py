@@ -11,7 +11,7 @@ from vllm.platforms.interface import PlatformEnum
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_sparse.errors import UnsupportedError
-from vllm_sparse.plugin import BACKENDS
+from vllm_sparse.registry import backend_path, is_ours
 
 _StockPlatform: Any = resolve_obj_by_qualname(
     cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform"
@@ -22,7 +22,7 @@ def _get_attn_backend_cls(
     cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
 ) -> str:
     """Path of our backend where it was chosen, else the stock choice."""
-    if selected_backend is not None and selected_backend.name in BACKENDS:
+    if is_ours(selected_backend):
         if attn_selector_config.has_sliding_window:
             if selected_backend.name == "SPARDA":
                 raise UnsupportedError(
@@ -32,14 +32,14 @@ def _get_attn_backend_cls(
             # Sliding-window layers have nothing to evict and stay stock.
             selected_backend = None
         elif cls._enum == PlatformEnum.CPU:  # where the stock platform would not listen
-            return BACKENDS[selected_backend.name]
+            return backend_path(selected_backend.name)
     choose, _ = cls._vllm_sparse_stock
     return choose(selected_backend, attn_selector_config, num_heads)
 
 
 def _check_and_update_config(cls: Any, vllm_config: Any) -> None:
     """Refuse at start-up what our backends cannot serve."""
-    from vllm_sparse.backends.guard import check_config
+    from vllm_sparse.startup import check_config
 
     _, check = cls._vllm_sparse_stock
     check(vllm_config)

@@ -13,10 +13,8 @@ import sys
 from typing import Any
 
 from vllm_sparse.forecast.routing import register_architectures
+from vllm_sparse.registry import backend_path, entries
 from vllm_sparse.versions import check_vllm_version
-
-# Which class a name stands for depends on the platform: see vllm_sparse.backends.
-BACKENDS = {name: f"vllm_sparse.backends.{name}" for name in ("ROCKETKV", "SPARDA")}
 
 
 def register() -> None:
@@ -26,7 +24,7 @@ def register() -> None:
         UnsupportedError: vLLM is outside the supported version window.
     """
     check_vllm_version()
-    for name in BACKENDS:
+    for name in entries():
         _member(name)
     register_architectures()
     # Where vLLM has a platform of its own by now: on a GPU, or on a CPU if this setting made it
@@ -52,7 +50,7 @@ def _member(name: str) -> Any:
 
     member = AttentionBackendEnum.__members__.get(name)
     if member is None:
-        member = AttentionBackendEnum.register(name, BACKENDS[name])
+        member = AttentionBackendEnum.register(name, backend_path(name))
         # Spawned processes unpickle the vLLM config before plugins are loaded, where the enum does
         # not know the name yet. Pickle asks the instance how to rebuild it.
         member.__reduce_ex__ = lambda protocol: (_member, (name,))

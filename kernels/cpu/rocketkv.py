@@ -33,7 +33,7 @@ def decode_attention(
     scale: float,
     read_all: bool = False,
 ) -> None:
-    """Same contract as :func:`vllm_sparse.kernels.reference.rocketkv.decode_attention`.
+    """Same contract as :func:`vllm_sparse.kernels.reference.decode.decode_attention`.
 
     Integer tensors must be int32; head and channel axes of all tensors must be contiguous.
 

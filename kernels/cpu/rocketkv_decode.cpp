@@ -3,7 +3,7 @@
 //
 // RocketKV decode attention on a CPU: append, page extrema, page scores, top-k and exact
 // attention over the selection, fused so that each byte of the paged KV cache is read once and
-// nothing is materialised. `kernels/reference/rocketkv.py` is the readable definition; the tests
+// nothing is materialised. `kernels/reference/decode.py` is the readable definition; the tests
 // hold the two together.
 //
 // One (block, KV head) page of the cache is a contiguous run of elements:

@@ -110,9 +110,9 @@ def append_tokens(
     parked: Tensor | None = None,
     per_block: int = 0,
 ) -> None:
-    """Same contract as :func:`vllm_sparse.kernels.reference.rocketkv.append_tokens`.
+    """Same contract as :func:`vllm_sparse.kernels.reference.append.append_tokens`.
 
-    With ``parked`` also that of :func:`vllm_sparse.kernels.reference.rows.park_queries`.
+    With ``parked`` also that of :func:`vllm_sparse.kernels.reference.append.park_queries`.
 
     Args:
         cache: See there, as for the others.

@@ -240,7 +240,7 @@ def attend_slots(
     top_k: int,
     scale: float,
 ) -> None:
-    """Same contract as :func:`vllm_sparse.kernels.reference.stage2.attend_slots`."""
+    """Same contract as :func:`vllm_sparse.kernels.reference.attention.attend_slots`."""
     rows, heads, dim = query.shape
     kv_heads, device = cache.shape[1], cache.device
     assert query.stride(-1) == output.stride(-1) == block_table.stride(-1) == 1

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vllm_sparse.kernels.triton.launch import dim_block, launch
+from vllm_sparse.kernels.triton.prompt import score_prompt
+from vllm_sparse.kernels.triton.topk import top_indices
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
@@ -140,7 +142,7 @@ def compact_tokens(
     layout: PageLayout,
     window: int,
 ) -> None:
-    """Same contract as :func:`vllm_sparse.kernels.reference.prompt.compact_tokens`."""
+    """Same contract as :func:`vllm_sparse.kernels.reference.compaction.compact_tokens`."""
     requests, kv_heads, max_chosen = chosen.shape
     dim, block_size = layout.head_dim, layout.block_size
     max_kept = max_chosen + window
@@ -198,3 +200,35 @@ def compact_tokens(
 def _check_pages(cache: Tensor) -> None:
     assert cache.stride(-1) == 1
     assert cache.stride(-2) == cache.shape[-1], "a page must be one contiguous run"
+
+
+def compact_prompts(
+    cache: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_window: Tensor,
+    block_table: Tensor,
+    prompt_lens: Tensor,
+    dropped_blocks: Tensor,
+    *,
+    layout: PageLayout,
+    pool_kernel: int,
+    max_kept: int,
+) -> None:
+    """Same contract as :func:`vllm_sparse.kernels.reference.compaction.compact_prompts`."""
+    window = query_window.shape[2]
+    score = score_prompt(query_window, keys, block_table, prompt_lens, pool_kernel=pool_kernel)
+    sizes = prompt_lens - window
+    counts = sizes - dropped_blocks * layout.block_size
+    chosen = top_indices(score, sizes, counts, max_kept - window)
+    compact_tokens(
+        cache,
+        keys,
+        values,
+        block_table,
+        prompt_lens,
+        dropped_blocks,
+        chosen,
+        layout=layout,
+        window=window,
+    )

@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vllm_sparse.kernels.reference.stage2 import PageScores
 from vllm_sparse.kernels.triton.launch import MOST_SHARES, dim_block, launch, row_block, split_rows
 from vllm_sparse.kernels.triton.ops import dot, share_of
 from vllm_sparse.kernels.triton.topk import choose, radix_threshold, tile_threshold
+from vllm_sparse.kernels.types import PageScores
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
@@ -165,7 +165,7 @@ def score_pages(
     layout: PageLayout,
     top_k: int,
 ) -> PageScores:
-    """Same contract as :func:`vllm_sparse.kernels.reference.stage2.score_pages`."""
+    """Same contract as :func:`vllm_sparse.kernels.reference.pages.score_pages`."""
     rows, heads, dim = query.shape
     kv_heads, device = cache.shape[1], cache.device
     assert query.stride(-1) == block_table.stride(-1) == cache.stride(-1) == 1
@@ -375,7 +375,7 @@ def select_slots(
     kv_heads: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Same contract as :func:`vllm_sparse.kernels.reference.stage2.select_slots`.
+    """Same contract as :func:`vllm_sparse.kernels.reference.pages.select_slots`.
 
     One program per row and KV head. Pages with equal probability: the lower one is taken first,
     see :mod:`vllm_sparse.kernels.triton.topk`. The slots are written to ``out`` if it is given.

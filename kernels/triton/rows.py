@@ -11,7 +11,7 @@ import triton.language as tl
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from vllm_sparse.kernels.reference.rows import Rows
+    from vllm_sparse.kernels.types import Rows
 
 
 # How wide a table is changes from step to step, which must not compile variants.
@@ -41,8 +41,8 @@ def _plan_rows_kernel(
     seq_len = tl.load(seq_lens + row)
     prompt_len = tl.load(prompt_lens + row)
     rule = tl.minimum(tl.maximum(prompt_len, 0), num_rules - 1)
-    dropped = tl.load(rules + 2 * rule)
-    top_r = tl.load(rules + 2 * rule + 1)
+    dropped = tl.load(rules + 3 * rule)
+    top_r = tl.load(rules + 3 * rule + 1)
     sparse = (top_r > 0) & (seq_len > prompt_len)
     gone = tl.where(sparse, dropped, 0)
     table += row * stride_table
@@ -56,7 +56,8 @@ def _plan_rows_kernel(
         tl.store(top_r_out + row, tl.where(sparse, top_r, 0))
         index = seq_len - 1 - (prompt_len - WINDOW)
         parks = (top_r > 0) & (seq_len > 0) & (seq_len <= prompt_len) & (index >= 0)
-        tail = tl.load(table + dropped + index // PER_BLOCK, mask=parks, other=0)
+        shared = tl.load(rules + 3 * rule + 2)
+        tail = tl.load(table + shared + index // PER_BLOCK, mask=parks, other=0)
         tl.store(parked_out + row, tl.where(parks, tail * PER_BLOCK + index % PER_BLOCK, -1))
         if sparse:
             tl.atomic_add(counted, 1, sem="relaxed")

@@ -145,7 +145,7 @@ def _top_indices_kernel(
 
 
 def top_indices(score: Tensor, sizes: Tensor, counts: Tensor, max_count: int) -> Tensor:
-    """Same contract as :func:`vllm_sparse.kernels.reference.prompt.top_indices`."""
+    """Same contract as :func:`vllm_sparse.kernels.reference.topk.top_indices`."""
     rows, heads = score.shape[:2]
     assert score.dtype == torch.float32
     assert score.stride(-1) == 1

@@ -1,22 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""The glue to vLLM. ``vllm_sparse.backends.NAME`` is the class for the platform at hand."""
+"""The adapters to vLLM. ``vllm_sparse.backends.NAME`` is the class for the platform at hand."""
 
 from __future__ import annotations
 
-import importlib
+from functools import cache
 from typing import Any
 
-_CLASSES = {"ROCKETKV": "RocketKV", "SPARDA": "Sparda"}
+from vllm_sparse.registry import entries, load
 
 
 def __getattr__(name: str) -> Any:
-    """Resolve what :data:`vllm_sparse.plugin.BACKENDS` points to, when vLLM asks for it."""
-    if name not in _CLASSES:
+    """Resolve what :func:`vllm_sparse.registry.backend_path` names, when vLLM asks for it."""
+    if name not in entries():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    device = "gpu" if _on_gpu(name.lower()) else "cpu"
-    module = importlib.import_module(f"{__name__}.{name.lower()}_{device}")
-    return getattr(module, f"{_CLASSES[name]}{device.capitalize()}Backend")
+    return _backend(name, _on_gpu(name.lower()))
+
+
+@cache
+def _backend(name: str, on_gpu: bool) -> type:
+    """One name's class: vLLM asks a backend for its name, and several names share an adapter."""
+    entry = entries()[name]
+    adapter = load(entry.gpu if on_gpu else entry.cpu)
+    described = {"get_name": staticmethod(lambda: name), "__doc__": adapter.__doc__}
+    return type(name, (adapter,), {**described, "__module__": __name__, "__qualname__": name})
 
 
 def _on_gpu(algorithm: str) -> bool:
@@ -30,4 +37,4 @@ def _on_gpu(algorithm: str) -> bool:
     config = get_current_vllm_config_or_none()
     if config is None:
         return False
-    return load_settings(config.additional_config, algorithm).kernels == "triton"
+    return bool(load_settings(config.additional_config, algorithm).kernels == "triton")

@@ -10,7 +10,7 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
-from vllm_sparse.backends.guard import unsupported
+from vllm_sparse.backends.refusals import unsupported
 from vllm_sparse.errors import UnsupportedError
 
 # A child of vLLM's logger: others have no handler in its processes.

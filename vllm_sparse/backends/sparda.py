@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_sparse import metrics
 from vllm_sparse.backends.base import SparseBackend, ask_for_prompt_lengths
-from vllm_sparse.backends.guard import check_layer
+from vllm_sparse.backends.refusals import check_layer
 from vllm_sparse.config import SpardaSettings, load_settings
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.reference.selection import Blocks, gather_windows

@@ -17,11 +17,9 @@ if TYPE_CHECKING:
 
     from vllm.v1.request import Request
 
-    from vllm_sparse.kv.tail.retention import RetentionRule
-
 
 # A child of vLLM's logger: others have no handler in its processes.
-logger = init_logger("vllm.sparse.rocketkv")
+logger = init_logger("vllm.sparse")
 
 
 class PromptAwareManager(FullAttentionManager):
@@ -79,12 +77,12 @@ class SpardaManager(PromptAwareManager):
     """Manages the blocks of the host pool."""
 
 
-class RocketKVManager(PromptAwareManager):
-    """Full attention that gives prompt blocks back once the prompt is compacted.
+class PolicyManager(PromptAwareManager):
+    """Full attention that gives blocks back which the policy says no later step reads.
 
-    A request's *tail* (its last full prompt blocks and everything after) is rewritten by the
-    worker. It stays correct with prefix caching because the tail is private. Dropped blocks keep
-    their hash, so they stay hit-able until someone needs the memory.
+    A policy that moves tokens rewrites a request's *tail* (its last full prompt blocks and
+    everything after) in the worker. It stays correct with prefix caching because the tail is
+    private. Freed blocks keep their hash, so they stay hit-able until someone needs the memory.
     """
 
     def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any) -> None:
@@ -94,20 +92,16 @@ class RocketKVManager(PromptAwareManager):
 
     def _capacity_line(self) -> str:
         """vLLM's own "Maximum concurrency" counts whole prompts, which need room only once."""
-        longest = self.rule.max_model_len
+        policy, blocks = self.kv_cache_spec.policy, self.block_pool.num_gpu_blocks
+        longest = policy.shape.max_model_len
         held = -(-longest // self.block_size)
-        kept = held - self.rule(longest).dropped_blocks
-        blocks = self.block_pool.num_gpu_blocks
+        first, last = policy.freed_blocks(longest, longest)
+        kept = held - max(last - first, 0)
         return (
-            f"ROCKETKV: {blocks} KV blocks hold {blocks / kept:.1f} decoding requests of {longest} "
-            f"tokens ({kept} blocks each after prefill) instead of {blocks / held:.1f}; a prompt "
-            f"needs its {held} blocks while it is prefilled"
+            f"{self.kv_cache_spec.backend}: {blocks} KV blocks hold {blocks / kept:.1f} decoding "
+            f"requests of {longest} tokens ({kept} blocks each after prefill) instead of "
+            f"{blocks / held:.1f}; a prompt needs its {held} blocks while it is prefilled"
         )
-
-    @property
-    def rule(self) -> RetentionRule:
-        """The retention rule shared with the worker."""
-        return self.kv_cache_spec.rule
 
     def remove_skipped_blocks(
         self,
@@ -115,12 +109,16 @@ class RocketKVManager(PromptAwareManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        """Free the dropped blocks once the step that compacted the prompt has been processed."""
+        """Free what the steps processed so far have made superfluous, once the prompt is done."""
         if num_prompt_tokens is None or processed_computed_tokens < num_prompt_tokens:
             return
-        blocks = self.req_to_blocks.get(request_id)
-        dropped = self.rule(num_prompt_tokens).dropped_blocks
-        if not dropped or not blocks or blocks[dropped - 1] is self._null_block:
-            return
-        self._remove_blocks_in_range(request_id, 0, dropped)
-        metrics.counters().add("blocks_evicted", dropped)
+        blocks = self.req_to_blocks.get(request_id, ())
+        policy = self.kv_cache_spec.policy
+        first, last = policy.freed_blocks(num_prompt_tokens, processed_computed_tokens)
+        last = min(last, len(blocks))
+        count = 0  # what was freed before lies before the rest
+        while last - count > first and blocks[last - count - 1] is not self._null_block:
+            count += 1
+        if count:
+            self._remove_blocks_in_range(request_id, first, last)
+            metrics.counters().add("blocks_evicted", count)

@@ -11,56 +11,57 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_sparse.kernels.layout import PageLayout
-from vllm_sparse.kv.manager import RocketKVManager, SpardaManager
+from vllm_sparse.kv.manager import PolicyManager, SpardaManager
 
 if TYPE_CHECKING:
     from vllm_sparse.config import SpardaSettings
-    from vllm_sparse.kv.tail.retention import RetentionRule
+    from vllm_sparse.policies.protocol import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
-class RocketKVSpec(FullAttentionSpec):
-    """Full attention whose prompt blocks may leave, with room for key extrema in each block.
+class PolicySpec(FullAttentionSpec):
+    """Full attention whose blocks a policy may give up, with room for a page index in each block.
 
-    The extrema are part of the block, so vLLM's memory accounting covers them.
+    The index is part of the block, so vLLM's memory accounting covers it.
 
     Attributes:
-        rule: Decides, from the prompt length, which blocks leave.
+        policy: Decides, from the prompt length, which blocks leave and which may be shared.
+        backend: Its name, for the log.
         instance_id: vLLM's instance, under whose name the scheduler's counters are published.
     """
 
-    rule: RetentionRule = None  # type: ignore[assignment]
+    policy: Policy = None  # type: ignore[assignment]
+    backend: str = ""
     instance_id: str = ""
 
     @classmethod
     def wrap(
-        cls, spec: FullAttentionSpec, rule: RetentionRule, instance_id: str = ""
-    ) -> RocketKVSpec:
-        """A stock spec with a retention rule and the extrema's bytes."""
-        per_token = 2 * spec.head_size
-        content = per_token + per_token // min(rule.page_sizes)
+        cls, spec: FullAttentionSpec, policy: Policy, backend: str = "", instance_id: str = ""
+    ) -> PolicySpec:
+        """A stock spec with a policy and its index's bytes."""
+        content = 2 * spec.head_size + policy.index_width // min(policy.page_sizes)
         return replace_as(
             spec,
             cls,
-            rule=rule,
+            policy=policy,
+            backend=backend,
             instance_id=instance_id,
             state_content_bytes=content * spec.dtype.itemsize,
         )
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """One spec for layers that share a block table; they share the rule too."""
-        first = specs[0]
-        return replace_as(super().merge(specs), cls, rule=first.rule, instance_id=first.instance_id)
+        """One spec for layers that share a block table; they share the policy too."""
+        own = {name: getattr(specs[0], name) for name in ("policy", "backend", "instance_id")}
+        return replace_as(super().merge(specs), cls, **own)
 
     def layout(self, page_size: int) -> PageLayout:
         """Page geometry for requests with pages of ``page_size`` tokens."""
-        return PageLayout(self.block_size, self.head_size, page_size)
+        return PageLayout(self.block_size, self.head_size, page_size, self.policy.index_width)
 
     def publishable_tokens(self, prompt_len: int) -> int | None:
         """Leading tokens of a request that others may share; ``None``: all."""
-        blocks = self.rule.publishable_blocks(prompt_len)
-        return None if blocks is None else blocks * self.block_size
+        return self.policy.publishable_tokens(prompt_len)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,5 @@ class SpardaSpec(FullAttentionSpec):
 # unregistered subclass would silently get the stock manager. Registering before the built-in specs
 # would hide them, so those come first.
 KVCacheSpecRegistry._ensure_registered()
-KVCacheSpecRegistry.register(
-    RocketKVSpec, RocketKVManager, uniform_type_base_spec=FullAttentionSpec
-)
+KVCacheSpecRegistry.register(PolicySpec, PolicyManager, uniform_type_base_spec=FullAttentionSpec)
 KVCacheSpecRegistry.register(SpardaSpec, SpardaManager, uniform_type_base_spec=FullAttentionSpec)

@@ -8,13 +8,32 @@ Notation: H query heads, G KV heads, D head size, n tokens, w observation window
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from vllm_sparse.policies.pages import extrema, page_extrema, page_tokens, select_pages
+from vllm_sparse.policies.protocol import Policy, PolicySettings, Retention
+from vllm_sparse.policies.votes import select_prompt_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch import Tensor
+
+__all__ = [
+    "RocketKV",
+    "RocketKVPlan",
+    "RocketKVSettings",
+    "page_extrema",
+    "page_probabilities",
+    "plan",
+    "select_decode_tokens",
+    "select_pages",
+    "select_prompt_tokens",
+    "stage2_geometry",
+]
 
 
 class RocketKVPlan(NamedTuple):
@@ -100,99 +119,6 @@ def stage2_geometry(
     return page_size, min(max(math.floor(head_dim * page_size / ratio), 1), head_dim)
 
 
-def select_prompt_tokens(
-    query_window: Tensor, keys: Tensor, prompt_budget: int, kernel_size: int = 63
-) -> Tensor:
-    """Stage 1: the prompt tokens that each KV head keeps (section 3.3, SnapKV per KV group).
-
-    Attention probabilities of the last ``w`` prompt queries over all keys (causal, the window
-    itself in the denominator) are summed over the window and the group, max-pooled along the
-    sequence, and the top ``prompt_budget - w`` tokens before the window are kept with the window.
-
-    Args:
-        query_window: Post-RoPE queries of the last ``w`` prompt positions, ``[H, w, D]``.
-        keys: Post-RoPE keys of the whole prompt, ``[G, n, D]``.
-        prompt_budget: Tokens to keep, at least ``w``.
-        kernel_size: Odd width of the max pool.
-
-    Returns:
-        Kept positions ``[G, min(prompt_budget, n)]``, int64, ascending; ties prefer the lower
-        position.
-
-    Raises:
-        ValueError: ``prompt_budget`` is smaller than the window, or ``kernel_size`` is even.
-    """
-    kv_heads, num_tokens, dim = keys.shape
-    window = query_window.shape[1]
-    if prompt_budget < window:
-        raise ValueError(f"prompt_budget={prompt_budget} is smaller than the window {window}")
-    if kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size={kernel_size} must be odd")
-    everything = torch.arange(num_tokens, device=keys.device)
-    if prompt_budget >= num_tokens:
-        return everything.expand(kv_heads, -1).contiguous()
-
-    prefix = num_tokens - window
-    future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu(1)
-    grouped = query_window.view(kv_heads, -1, window, dim)
-    score = torch.empty(kv_heads, prefix, dtype=torch.float32, device=keys.device)
-    # One KV head at a time: [H, w, n] in float32 would be half a gigabyte at 128K tokens.
-    for head in range(kv_heads):
-        queries = grouped[head].reshape(-1, dim).float() * dim**-0.5
-        logits = (queries @ keys[head].float().T).view(-1, window, num_tokens)
-        logits[..., prefix:].masked_fill_(future, -torch.inf)
-        probability = torch.softmax(logits, -1).view(-1, num_tokens)
-        # A matrix-vector product sums rows faster than a reduction over the outer axes.
-        score[head] = (probability.new_ones(len(probability)) @ probability)[:prefix]
-    pooled = torch.nn.functional.max_pool1d(
-        score.unsqueeze(1), kernel_size, stride=1, padding=kernel_size // 2
-    ).squeeze(1)
-    kept = top_indices(pooled, prompt_budget - window)
-    return torch.cat((kept.sort(-1).values, everything[prefix:].expand(kv_heads, -1)), -1)
-
-
-def top_indices(score: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` largest entries of the last axis, ties to the lower index.
-
-    ``torch.topk`` leaves ties open, and pooling makes plateaus of equal scores. The threshold
-    comes from ``topk``; entries equal to it are taken from the left until ``count`` is reached.
-
-    Args:
-        score: ``[..., n]``, free of NaN.
-        count: At most ``n``.
-
-    Returns:
-        Ascending indices ``[..., count]``, int64.
-    """
-    if count == 0:
-        return torch.empty(*score.shape[:-1], 0, dtype=torch.int64, device=score.device)
-    threshold = score.topk(count, -1).values[..., -1:]
-    above = score > threshold
-    room = count - above.sum(-1, keepdim=True)
-    tied = score == threshold
-    chosen = above | (tied & (tied.cumsum(-1) <= room))
-    # Exactly `count` per row, so a stable sort of the mask brings them to the front in order.
-    return chosen.byte().sort(dim=-1, descending=True, stable=True).indices[..., :count]
-
-
-def page_extrema(keys: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
-    """Element-wise minimum and maximum of each page of consecutive keys (section 3.4).
-
-    Args:
-        keys: ``[G, n, D]``; the last page may be partial.
-        page_size: Tokens per page.
-
-    Returns:
-        ``key_min, key_max``, each ``[G, ceil(n / page_size), D]``.
-    """
-    kv_heads, num_tokens, dim = keys.shape
-    pages = -(-num_tokens // page_size)
-    # Repeating the last key fills the last page without changing its extrema.
-    padding = keys[:, -1:].expand(-1, pages * page_size - num_tokens, -1)
-    paged = torch.cat((keys, padding), 1).view(kv_heads, pages, page_size, dim)
-    return paged.amin(2), paged.amax(2)
-
-
 def page_probabilities(
     query: Tensor,
     key_min: Tensor,
@@ -240,42 +166,6 @@ def page_probabilities(
     return (weight / (weight * tokens).sum(-1, keepdim=True)).sum(-2)
 
 
-def select_pages(
-    probability: Tensor,
-    num_tokens: Tensor,
-    page_size: int,
-    top_k: int,
-    *,
-    force_newest: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Top-k tokens as whole pages, the last of which may be taken in part.
-
-    Args:
-        probability: :func:`page_probabilities`, ``[..., G, pages]``.
-        num_tokens: ``[...]``.
-        page_size: Tokens per page.
-        top_k: Tokens to select.
-        force_newest: Rank the page of the newest token first. The paper does not; see
-            ``docs/decisions.md``.
-
-    Returns:
-        ``page_index, taken``: ``[..., G, p]`` pages by falling rank, and how many of each page's
-        first tokens belong to the selection (0 for padding).
-    """
-    pages = probability.shape[-1]
-    page = torch.arange(pages, device=probability.device)
-    newest = ((num_tokens - 1) // page_size)[..., None, None]
-    visible = page <= newest
-    score = torch.where(visible, probability, -1.0)
-    if force_newest:
-        score = torch.where(page == newest, torch.inf, score)
-    count = min(-(-top_k // page_size) + 1, pages)
-    order = score.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    in_page = (num_tokens[..., None, None] - order * page_size).clamp(0, page_size)
-    before = in_page.cumsum(-1) - in_page
-    return order, (top_k - before).clamp_min(0).minimum(in_page)
-
-
 def select_decode_tokens(
     query: Tensor,
     key_min: Tensor,
@@ -314,7 +204,123 @@ def select_decode_tokens(
         torch.tensor(top_r, device=query.device),
     )
     pages, taken = select_pages(probability, tokens, page_size, count, force_newest=force_newest)
-    offset = torch.arange(page_size, device=query.device)
-    index = pages.unsqueeze(-1) * page_size + offset
-    index = index.masked_fill(offset >= taken.unsqueeze(-1), torch.iinfo(torch.int64).max)
-    return index.flatten(1).sort(-1).values[:, :count]
+    return page_tokens(pages, taken, page_size)[:, :count]
+
+
+class RocketKVSettings(PolicySettings):
+    """Settings of the ROCKETKV backend; defaults follow the paper where it has a value."""
+
+    algorithm: Literal["rocketkv"] = "rocketkv"
+    token_budget: int = Field(
+        1024,
+        ge=16,
+        description="KV pairs read per KV head and decode step, half of them as estimates (t).",
+    )
+    window: PositiveInt = Field(
+        32, description="Last prompt tokens whose queries score the prompt; always kept."
+    )
+    pool_kernel: PositiveInt = Field(63, description="Odd width of stage 1's max pool, in tokens.")
+    page_sizes: tuple[PositiveInt, ...] = Field(
+        (4,),
+        min_length=1,
+        description="Allowed page sizes in tokens, powers of two. Key extrema take 1 / min of the "
+        "KV memory.",
+    )
+    generation_reserve: int = Field(
+        256, ge=0, description="Tokens planned for generation when the budget is split."
+    )
+    stage1: bool = Field(True, description="Evict prompt tokens after prefill.")
+    stage2: bool = Field(True, description="Select tokens at decode.")
+
+    @field_validator("page_sizes")
+    @classmethod
+    def _ascending_powers_of_two(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        for size in sizes:
+            if size & (size - 1):
+                raise ValueError(f"{size} is not a power of two, so pages would straddle blocks")
+        return tuple(sorted(set(sizes)))
+
+    @field_validator("pool_kernel")
+    @classmethod
+    def _odd(cls, width: int) -> int:
+        if width % 2 == 0:
+            raise ValueError(f"{width} is even; the pool needs a centre token")
+        return width
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RocketKVSettings:
+        if not (self.stage1 or self.stage2):
+            raise ValueError(
+                "stage1 and stage2 are both off, which is dense attention: leave out "
+                "--attention-backend instead"
+            )
+        if self.token_budget < 4 * max(self.page_sizes):
+            raise ValueError(
+                f"token_budget={self.token_budget} holds fewer than two pages of "
+                f"page_sizes={list(self.page_sizes)} after half of it pays for the estimate; "
+                "raise token_budget or lower page_sizes"
+            )
+        return self
+
+
+class RocketKV(Policy):
+    """Stage 1 evicts after the prompt, stage 2 reads the best tokens of the rest."""
+
+    settings: RocketKVSettings
+    Settings = RocketKVSettings
+    moves = True
+    kernel = "rocketkv"
+
+    @property
+    def top_k(self) -> int | None:
+        """Half the budget: the other half pays for the estimate."""
+        return self.settings.token_budget // 2 if self.settings.stage2 else None
+
+    @property
+    def window(self) -> int:
+        """The observation window; where everything is kept, one query tells the prompt's end."""
+        return self.settings.window if self.settings.stage1 else 1
+
+    @property
+    def page_sizes(self) -> tuple[int, ...]:
+        """As set."""
+        return self.settings.page_sizes
+
+    @property
+    def index_width(self) -> int:
+        """Minima and maxima."""
+        return 2 * self.shape.head_dim
+
+    def retention(self, prompt_len: int) -> Retention:
+        """The paper's split with a configured generation reserve, in whole blocks."""
+        own, shape = self.settings, self.shape
+        reserve = max(0, min(own.generation_reserve, shape.max_model_len - prompt_len))
+        if prompt_len <= max(own.min_context, own.window):
+            return Retention(False, 0, max(own.page_sizes), shape.head_dim, "short_prompt")
+        if not own.stage1:
+            geometry = stage2_geometry(
+                prompt_len + reserve, own.token_budget, shape.head_dim, own.page_sizes
+            )
+            return Retention(True, 0, *geometry)
+        split = plan(
+            prompt_len, reserve, own.token_budget, shape.head_dim, own.window, own.page_sizes
+        )
+        kept = max(-(-split.capacity // shape.block_size), self.room_for_window())
+        dropped = prompt_len // shape.block_size - kept
+        if dropped < 1:
+            return Retention(False, 0, split.page_size, split.top_r, "fits_budget")
+        return Retention(True, dropped, split.page_size, split.top_r)
+
+    def keep(self, query_window: Tensor, keys: Tensor, count: int) -> Tensor:
+        """Stage 1."""
+        return select_prompt_tokens(query_window, keys, count, self.settings.pool_kernel)
+
+    def index(self, keys: Tensor, present: Tensor) -> Tensor:
+        """Extrema of the page's keys."""
+        return extrema(keys, present)
+
+    def describe(self) -> str:
+        """Stages and budget."""
+        own = self.settings
+        stages = "+".join(name for name in ("stage1", "stage2") if getattr(own, name))
+        return f"{stages}, token budget {own.token_budget}"

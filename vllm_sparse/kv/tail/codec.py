@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Reading keys and values back out of pages that a stock kernel has packed its own way."""
+"""Reads keys and values back out of pages, also where a stock kernel packs them its own way."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from vllm_sparse.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from vllm_sparse.kernels.layout import PageLayout
 
 # Each unpacks the key half or the value half of pages, [pages, G, block_size * D], to
 # [pages, G, block_size, D].
@@ -36,6 +40,57 @@ def _vnni_values(half: Tensor, block_size: int, dim: int) -> Tensor:
 
 _KEY_FORMATS: tuple[Unpack, ...] = (_rows, _columns, _vnni_keys)
 _VALUE_FORMATS: tuple[Unpack, ...] = (_rows, _vnni_values)
+
+
+class Reader(Protocol):
+    """Reads keys and values from a cache ``[blocks, G, block_size, C]``."""
+
+    def keys(self, pages: Tensor) -> Tensor:
+        """Keys of consecutive blocks ``[blocks, G, block_size, C]`` as ``[G, tokens, D]``."""
+        ...
+
+    def values(self, pages: Tensor) -> Tensor:
+        """Values of consecutive blocks ``[blocks, G, block_size, C]`` as ``[G, tokens, D]``."""
+        ...
+
+    def at(self, cache: Tensor, block: Tensor, head: Tensor, slot: Tensor) -> Tensor:
+        """Single tokens.
+
+        Args:
+            cache: The cache.
+            block: Block ids, int64.
+            head: KV heads, int64, broadcastable to ``block``.
+            slot: Places in the block, int64, broadcastable to ``block``.
+
+        Returns:
+            Key, then value, ``[..., 2 * D]``.
+        """
+        ...
+
+
+class PlainReader:
+    """Pages of plain rows.
+
+    Args:
+        layout: Page geometry.
+    """
+
+    def __init__(self, layout: PageLayout) -> None:
+        self._layout = layout
+
+    def keys(self, pages: Tensor) -> Tensor:
+        """Keys of consecutive blocks as ``[G, tokens, D]``."""
+        rows = self._layout.tokens(pages)[..., : self._layout.head_dim]
+        return rows.transpose(0, 1).flatten(1, 2)
+
+    def values(self, pages: Tensor) -> Tensor:
+        """Values of consecutive blocks as ``[G, tokens, D]``."""
+        rows = self._layout.tokens(pages)[..., self._layout.head_dim :]
+        return rows.transpose(0, 1).flatten(1, 2)
+
+    def at(self, cache: Tensor, block: Tensor, head: Tensor, slot: Tensor) -> Tensor:
+        """Single tokens, ``[..., 2 * D]``."""
+        return self._layout.tokens(cache)[block, head, slot]
 
 
 class PageCodec:
@@ -72,6 +127,14 @@ class PageCodec:
         key_half, value_half = (half.flatten(2) for half in pages.chunk(2, 2))
         self._unpack_key = self._matching(_KEY_FORMATS, key_half, key)
         self._unpack_value = self._matching(_VALUE_FORMATS, value_half, value)
+        place = torch.arange(block_size * dim, device=device)[None, None]
+        self._places = torch.cat(
+            (
+                self._unpack_key(place, block_size, dim)[0, 0],
+                self._unpack_value(place, block_size, dim)[0, 0] + block_size * dim,
+            ),
+            -1,
+        )
 
     def _matching(self, formats: tuple[Unpack, ...], half: Tensor, expected: Tensor) -> Unpack:
         for unpack in formats:
@@ -99,3 +162,10 @@ class PageCodec:
         """Values of consecutive pages ``[pages, G, block_size, C]`` as ``[G, tokens, D]``."""
         unpacked = self._unpack_value(self._half(pages, True), self.block_size, self.dim)
         return unpacked.transpose(0, 1).flatten(1, 2)
+
+    def at(self, cache: Tensor, block: Tensor, head: Tensor, slot: Tensor) -> Tensor:
+        """Single tokens, key, then value, ``[..., 2 * D]``."""
+        start = block * cache.stride(0) + head * cache.stride(1)
+        index = start.unsqueeze(-1) + self._places[slot]
+        flat = cache.as_strided((cache.shape[0] * cache.stride(0),), (1,))
+        return flat[index]

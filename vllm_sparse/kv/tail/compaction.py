@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Stage 1 on a paged cache: gather the kept tokens of a finished prompt into its private tail."""
+"""Gathers the kept tokens of a finished prompt into its private tail, on a paged cache."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vllm_sparse.policies.rocketkv import page_extrema, select_prompt_tokens
-
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
-    from vllm_sparse.kv.tail.codec import PageCodec
+    from vllm_sparse.kv.tail.codec import Reader
+    from vllm_sparse.policies.protocol import Policy
 
 
 def compact_prompt(
@@ -23,14 +22,14 @@ def compact_prompt(
     dropped_blocks: int,
     query_window: Tensor,
     *,
-    codec: PageCodec,
+    policy: Policy,
+    reader: Reader,
     layout: PageLayout,
-    pool_kernel: int,
 ) -> None:
     """Keep what each KV head needs; the first ``dropped_blocks`` blocks become free to reuse.
 
     The kept tokens fill slots ``[dropped_blocks * block_size, prompt_len)`` of the request, in
-    ascending order, as plain token rows with their page extrema; so a later token's physical slot
+    ascending order, as plain token rows with their page index; so a later token's physical slot
     is its position minus the dropped ones.
 
     Args:
@@ -39,17 +38,17 @@ def compact_prompt(
         prompt_len: P.
         dropped_blocks: Leading blocks that leave.
         query_window: Post-RoPE queries of the last prompt tokens, ``[H, w, D]``.
-        codec: Reads the stock pages.
+        policy: Says what is kept.
+        reader: Reads the prompt's pages.
         layout: Page geometry.
-        pool_kernel: Width of stage 1's max pool.
     """
     pages = cache[blocks.long()]
-    keys = codec.keys(pages)
+    keys = reader.keys(pages)
     kept = prompt_len - dropped_blocks * layout.block_size
-    index = select_prompt_tokens(query_window, keys[:, :prompt_len], kept, pool_kernel)
+    index = policy.keep(query_window, keys[:, :prompt_len], kept)
     kv_heads = cache.shape[1]
     kept_keys = _take_rows(keys, index)
-    kept_values = _take_rows(codec.values(pages), index)
+    kept_values = _take_rows(reader.values(pages), index)
 
     tail = blocks[dropped_blocks:].long()
     padded = len(tail) * layout.block_size
@@ -59,10 +58,12 @@ def compact_prompt(
     rows[:, :kept] = torch.cat((kept_keys, kept_values), -1)
     layout.tokens(cache)[tail] = rows.unflatten(1, (len(tail), -1)).transpose(0, 1)
 
-    bounds = torch.cat(page_extrema(kept_keys, layout.page_size), -1)
-    channels = rows.new_zeros(kv_heads, len(tail) * layout.pages_per_block, 2 * layout.head_dim)
-    channels[:, : bounds.shape[1]] = bounds
-    layout.extrema(cache)[tail] = channels.unflatten(1, (len(tail), -1)).permute(1, 0, 3, 2)
+    if policy.top_k is not None:
+        present = (torch.arange(padded, device=cache.device) < kept).view(-1, layout.page_size)
+        paged = rows[..., : layout.head_dim].unflatten(1, present.shape)
+        channels = torch.where(present.any(-1, keepdim=True), policy.index(paged, present), 0.0)
+        channels = channels.unflatten(1, (len(tail), -1)).permute(1, 0, 3, 2)
+        layout.index(cache)[tail] = channels.to(cache.dtype)
 
 
 def _take_rows(rows: Tensor, index: Tensor) -> Tensor:
@@ -75,22 +76,23 @@ def _take_rows(rows: Tensor, index: Tensor) -> Tensor:
 class QueryParking:
     """Window queries of a prompt whose window straddles two chunks.
 
-    They wait in the extrema area of the request's own tail blocks, which is private and unused
+    They wait in the index area of the request's own tail blocks, which is private and unused
     until compaction: no state per request, nothing to clean up on abort or preemption.
 
     Args:
-        layout: Page geometry; the area holds ``2 * D * pages_per_block`` elements per KV head.
+        layout: Page geometry; the area holds ``channels * pages_per_block`` elements per KV head.
         group_size: Query heads per KV head.
     """
 
     def __init__(self, layout: PageLayout, group_size: int) -> None:
         self._layout = layout
         self._group = group_size
-        self.per_block = 2 * layout.pages_per_block // group_size
+        room = layout.channels * layout.pages_per_block
+        self.per_block = room // (group_size * layout.head_dim)
 
     def _area(self, cache: Tensor) -> Tensor:
         used = self.per_block * self._group * self._layout.head_dim
-        area = self._layout.extrema(cache).flatten(2)[..., :used]
+        area = self._layout.index(cache).flatten(2)[..., :used]
         return area.unflatten(2, (self.per_block, self._group, self._layout.head_dim))
 
     def store(self, cache: Tensor, tail: Tensor, first: int, queries: Tensor) -> None:
@@ -106,6 +108,19 @@ class QueryParking:
         grouped = queries.unflatten(1, (cache.shape[1], self._group))
         block = tail.long()[index // self.per_block]
         self._area(cache)[block, :, index % self.per_block] = grouped.to(cache.dtype)
+
+    def store_at(self, cache: Tensor, query: Tensor, places: Tensor) -> None:
+        """Park single queries, in fixed shapes.
+
+        Args:
+            cache: The layer's cache.
+            query: ``[R, H, D]``.
+            places: ``block * per_block + place`` of each, int32 ``[R]``; those below zero go to
+                vLLM's null block, which nobody reads.
+        """
+        place = places.clamp(min=0).long()
+        grouped = query.unflatten(1, (cache.shape[1], self._group)).to(cache.dtype)
+        self._area(cache)[place // self.per_block, :, place % self.per_block] = grouped
 
     def load(self, cache: Tensor, tail: Tensor, count: int) -> Tensor:
         """The first ``count`` parked window queries, ``[count, H, D]``."""

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +16,8 @@ from vllm_sparse.upload import upload
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vllm_sparse.kernels.reference.rows import Rows
-    from vllm_sparse.kv.tail.retention import RetentionRule
+    from vllm_sparse.kernels.types import Rows
+    from vllm_sparse.policies.protocol import Policy
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class PromptEnd:
         blocks: Blocks up to the end of the prompt.
         prompt_len: P.
         dropped_blocks: Leading blocks that leave.
+        shared_blocks: Leading blocks that others may share; queries wait behind them.
         page_size: Tokens per page.
         first_token: Batch position of the first window query in this step.
         last_token: Batch position after the last one.
@@ -60,12 +61,30 @@ class PromptEnd:
     blocks: Tensor
     prompt_len: int
     dropped_blocks: int
+    shared_blocks: int
     page_size: int
     first_token: int
     last_token: int
     parked: int
     complete: bool
     sizes: Tensor
+
+
+@dataclass(frozen=True)
+class Pages:
+    """What a step writes where tokens stay in place.
+
+    Attributes:
+        slots: ``block * block_size + offset`` of every token, int64 ``[T]``.
+        closing: Batch positions of the last token that the step writes to each page of the index,
+            int64 ``[n]``.
+        whole: Metadata of the stock backend for the whole batch, for layers that read everything;
+            ``None`` if there are none, or no sparse tokens.
+    """
+
+    slots: Tensor
+    closing: Tensor
+    whole: Any | None
 
 
 @dataclass(frozen=True)
@@ -78,6 +97,7 @@ class StepMetadata:
         dense_index: Their batch positions; ``None`` if they are the whole batch.
         prompts: Prompts to compact or whose window queries to park.
         sparse: Sparse decode tokens by page size.
+        pages: Set if tokens stay in place.
         rows: Set on a GPU if every row of the batch is one token; then there is nothing else.
     """
 
@@ -86,43 +106,42 @@ class StepMetadata:
     dense_index: Tensor | None = None
     prompts: tuple[PromptEnd, ...] = ()
     sparse: tuple[SparseRows, ...] = ()
+    pages: Pages | None = None
     rows: Rows | None = None
 
 
-@dataclass
 class StepPlanner:
-    """Splits a batch by the retention rule; only ending prompts are looped over.
+    """Splits a batch as the policy says; only ending prompts are looped over.
 
-    Attributes:
-        rule: Decides from the prompt length.
-        top_k: Tokens attended per KV head, for the counters.
+    Args:
+        policy: Decides from the prompt length.
     """
 
-    rule: RetentionRule
-    top_k: int
-    _sparse: Tensor = field(init=False)
-    _dropped: Tensor = field(init=False)
-    _page_size: Tensor = field(init=False)
-    _top_r: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        # The rule is a Python function of one integer; a table makes it a gather.
-        rows = [self.rule(length) for length in range(self.rule.max_model_len + 1)]
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.block_size = policy.shape.block_size
+        # The policy is a Python function of one integer; a table makes it a gather.
+        rows = [policy.retention(length) for length in range(policy.shape.max_model_len + 1)]
         self._sparse = torch.tensor([row.sparse for row in rows])
         self._dropped = torch.tensor([row.dropped_blocks for row in rows], dtype=torch.int32)
         self._page_size = torch.tensor([row.page_size for row in rows], dtype=torch.int32)
         self._top_r = torch.tensor([row.top_r for row in rows], dtype=torch.int32)
         self._reasons = [row.reason for row in rows]
+        shared = policy.shared_blocks if policy.moves else lambda _: 0
+        self._shared = torch.tensor(
+            [shared(length) if row.sparse else 0 for length, row in enumerate(rows)],
+            dtype=torch.int32,
+        )
 
     @property
     def rules(self) -> Tensor:
-        """By prompt length: dropped blocks, and channels to read or 0 if the request stays dense.
+        """By prompt length: dropped blocks, channels to read or 0 if dense, and shared blocks.
 
         Returns:
-            int32 ``[lengths, 2]``, for :func:`vllm_sparse.kernels.reference.rows.plan_rows`.
+            int32 ``[lengths, 3]``, for :func:`vllm_sparse.kernels.reference.rows.plan_rows`.
         """
         top_r = torch.where(self._sparse, self._top_r.clamp(min=1), 0)
-        return torch.stack((self._dropped, top_r.int()), 1)
+        return torch.stack((self._dropped, top_r.int(), self._shared), 1)
 
     def split(
         self,
@@ -130,6 +149,7 @@ class StepPlanner:
         seq_lens: Tensor,
         prompt_lens: Tensor,
         block_table: Tensor,
+        slots: Tensor,
         dense_metadata: Callable[[Tensor | None, Tensor | None, Tensor | None], Any],
         count: Callable[..., None],
     ) -> StepMetadata:
@@ -140,6 +160,7 @@ class StepPlanner:
             seq_lens: Host ``[R]``: tokens of each row after the step.
             prompt_lens: Host ``[R]``: prompt tokens of each row's request.
             block_table: ``[R, max_blocks]`` on the device.
+            slots: ``block * block_size + offset`` of every token, ``[T]`` on the device.
             dense_metadata: Called with the rows, token positions and sequence lengths of the dense
                 part (``None`` thrice: the whole batch as it is).
             count: Receives counter names and amounts.
@@ -149,13 +170,14 @@ class StepPlanner:
         """
         num_tokens = int(query_start[-1])
         query_lens = query_start.diff()
-        known = prompt_lens.clamp(max=len(self._sparse) - 1).long()
         sparse_row = self._is_sparse(prompt_lens)
-        if not bool(sparse_row.any()):
+        any_sparse = bool(sparse_row.any())
+        if not any_sparse and self.policy.moves:
             self.count_fallbacks(query_start, seq_lens, prompt_lens, count)
             return StepMetadata(num_tokens, dense_metadata(None, None, None))
 
         device = block_table.device
+        known = prompt_lens.clamp(max=len(self._sparse) - 1).long()
         start = seq_lens - query_lens
         row = torch.repeat_interleave(
             torch.arange(len(seq_lens)), query_lens, output_size=num_tokens
@@ -168,7 +190,10 @@ class StepPlanner:
         all_sparse = bool(sparse_token.all())
         if not all_sparse:
             self.count_fallbacks(query_start, seq_lens, prompt_lens, count)
-            prompts = self.ending_prompts(query_start, seq_lens, prompt_lens, block_table, count)
+            if self.policy.moves:
+                prompts = self.ending_prompts(
+                    query_start, seq_lens, prompt_lens, block_table, count
+                )
             if bool(sparse_token.any()):
                 dense_index = (~sparse_token).nonzero()[:, 0]
                 rows = torch.unique_consecutive(row[dense_index])
@@ -180,7 +205,7 @@ class StepPlanner:
 
         groups = []
         page_sizes = self._page_size[known]
-        for page_size in self.rule.page_sizes:
+        for page_size in self.policy.page_sizes if any_sparse else ():
             chosen = sparse_token & (page_sizes[row] == page_size)
             whole = all_sparse and bool(chosen.all())
             index = torch.arange(num_tokens) if whole else chosen.nonzero()[:, 0]
@@ -188,9 +213,9 @@ class StepPlanner:
                 continue
             rows = row[index]
             dropped = self._dropped[known][rows]
-            gone = dropped * self.rule.block_size
+            gone = dropped * self.block_size
             lengths = (position[index] + 1 - gone).int()
-            width = -(-int(lengths.max()) // self.rule.block_size)
+            width = -(-int(lengths.max()) // self.block_size)
             columns = (dropped[:, None] + torch.arange(width)).clamp_(max=block_table.shape[1] - 1)
             groups.append(
                 SparseRows(
@@ -204,9 +229,21 @@ class StepPlanner:
             )
             count("decode_rows", len(index))
             count("visible_tokens", int((position[index] + 1).sum()))
-            read = lengths.clamp(max=self.top_k) if self.rule.stage2 else lengths
+            top_k = self.policy.top_k
+            read = lengths if top_k is None else lengths.clamp(max=top_k)
             count("selected_tokens", int(read.sum()))
-        return StepMetadata(num_tokens, dense, dense_index, prompts, tuple(groups))
+        pages = None
+        if not self.policy.moves:
+            size = self.policy.page_sizes[0]
+            last = torch.arange(num_tokens) == (query_start[1:] - 1)[row]
+            closing = (((position + 1) % size == 0) | last).nonzero()[:, 0]
+            reads_all = bool(groups) and self.policy.settings.skip_layers > 0
+            pages = Pages(
+                slots[:num_tokens],
+                upload(closing, device),
+                dense_metadata(None, None, None) if reads_all else None,
+            )
+        return StepMetadata(num_tokens, dense, dense_index, prompts, tuple(groups), pages)
 
     def ending_prompts(
         self,
@@ -218,27 +255,26 @@ class StepPlanner:
     ) -> tuple[PromptEnd, ...]:
         """The prompts that are inside or past their window in this step; see :meth:`split`."""
         start = seq_lens - query_start.diff()
-        window_start = prompt_lens - self.rule.window
+        window_start = prompt_lens - max(self.policy.window, 1)
         ending = self._is_sparse(prompt_lens) & (start < prompt_lens) & (seq_lens > window_start)
         prompts = []
         for r in ending.nonzero()[:, 0].tolist():
             prompt_len, first = int(prompt_lens[r]), int(start[r])
             end = min(int(seq_lens[r]), prompt_len)
             complete = end == prompt_len
-            if not complete and not self.rule.stage1:
-                continue
             shift = int(query_start[r]) - first
             begin = max(int(window_start[r]), first)
             dropped = int(self._dropped[prompt_len])
             prompts.append(
                 PromptEnd(
-                    blocks=block_table[r, : -(-prompt_len // self.rule.block_size)],
+                    blocks=block_table[r, : -(-prompt_len // self.block_size)],
                     prompt_len=prompt_len,
                     dropped_blocks=dropped,
+                    shared_blocks=int(self._shared[prompt_len]),
                     page_size=int(self._page_size[prompt_len]),
                     first_token=begin + shift,
                     last_token=end + shift,
-                    parked=begin - int(window_start[r]) if self.rule.stage1 else 0,
+                    parked=begin - int(window_start[r]),
                     complete=complete,
                     sizes=upload(
                         torch.tensor([prompt_len, dropped], dtype=torch.int32), block_table.device

@@ -1,80 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""The rule that scheduler and worker share, and the scheduler's block accounting under it."""
+"""The scheduler's block accounting under a policy that moves tokens and one that does not."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-
-from vllm_sparse.kv.tail.retention import RetentionRule
-from vllm_sparse.policies.rocketkv import plan
-
-
-def make_rule(**changes) -> RetentionRule:
-    return RetentionRule(
-        **{
-            "token_budget": 64,
-            "window": 8,
-            "page_sizes": (4,),
-            "min_context": 64,
-            "generation_reserve": 32,
-            "stage1": True,
-            "stage2": True,
-            "head_dim": 16,
-            "group_size": 2,
-            "block_size": 16,
-            "max_model_len": 2048,
-            **changes,
-        }
-    )
-
-
-@given(st.integers(1, 32768), st.sampled_from([16, 32, 128]), st.sampled_from([64, 256, 1024]))
-@settings(max_examples=300, deadline=None)
-def test_the_tail_holds_the_papers_capacity(prompt_len, block_size, budget):
-    retention_rule = make_rule(block_size=block_size, token_budget=budget, max_model_len=32768)
-    retention = retention_rule(prompt_len)
-    reserve = min(32, 32768 - prompt_len)
-    capacity = plan(prompt_len, reserve, budget, 16, 8, (4,)).capacity
-    kept = prompt_len - retention.dropped_blocks * block_size
-    if not retention.sparse:
-        assert retention.dropped_blocks == 0
-        assert retention.reason in ("short_prompt", "fits_budget")
-        return
-    assert retention.dropped_blocks >= 1
-    assert kept >= min(capacity, prompt_len)
-    # Full tail blocks beyond the capacity would be memory kept for nothing.
-    smallest = max(-(-capacity // block_size), retention_rule.min_kept_blocks)
-    assert prompt_len // block_size - retention.dropped_blocks == smallest
-
-
-def test_parked_queries_fit_into_blocks_that_exist_before_the_prompt_ends():
-    for block_size in (16, 32, 128):
-        for group in (1, 2, 4, 7):
-            retention_rule = make_rule(block_size=block_size, group_size=group, window=32)
-            room = retention_rule.queries_per_block
-            for prompt_len in range(65, 2000, 7):
-                retention = retention_rule(prompt_len)
-                if retention.sparse:
-                    first_query = prompt_len - 32
-                    whole = first_query // block_size - retention.dropped_blocks
-                    assert whole * room >= 32
-
-
-def test_without_stage1_nothing_is_dropped_but_long_prompts_are_sparse():
-    retention = make_rule(stage1=False)(1000)
-    assert retention.sparse
-    assert retention.dropped_blocks == 0
-    assert make_rule(stage1=False).publishable_blocks(1000) == 0
-
-
-def test_short_and_fitting_prompts_stay_dense_and_shared():
-    assert make_rule()(64).reason == "short_prompt"
-    assert make_rule(token_budget=4096)(1000).reason == "fits_budget"
-    assert make_rule().publishable_blocks(64) is None
+from support.policies import make_policy
 
 
 @pytest.mark.vllm
@@ -107,10 +41,10 @@ class TestManager:
 
         long = machine.request([*short.all_token_ids, *[9] * 400])
         machine.prefill(long)
-        dropped = machine.rule(len(prompt)).dropped_blocks
-        published = machine.rule(long.num_prompt_tokens).dropped_blocks
+        dropped = machine.policy.retention(len(prompt)).dropped_blocks
+        published = machine.policy.retention(long.num_prompt_tokens).dropped_blocks
         assert published > dropped, "otherwise there is nothing to hit wrongly"
-        assert machine.rule(short.num_tokens).dropped_blocks > dropped
+        assert machine.policy.retention(short.num_tokens).dropped_blocks > dropped
         _, hit, *_ = machine.manager.get_computed_blocks(short)
         assert hit == dropped * 16
         machine.prefill(short)
@@ -131,12 +65,12 @@ class PoolMachine(RuleBasedStateMachine):
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
         from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
-        from vllm_sparse.kv.spec import RocketKVSpec
+        from vllm_sparse.kv.spec import PolicySpec
 
         init_none_hash(sha256)
-        self.rule = make_rule()
+        self.policy = make_policy()
         stock = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=16, dtype=torch.float32)
-        spec = RocketKVSpec.wrap(stock, self.rule)
+        spec = PolicySpec.wrap(stock, self.policy)
         config = KVCacheConfig(
             num_blocks=80,
             kv_cache_tensors=[],
@@ -190,7 +124,7 @@ class PoolMachine(RuleBasedStateMachine):
         start = request.num_computed_tokens
         request.num_computed_tokens += tokens
         blocks, prompt_len = self._blocks(request), request.num_prompt_tokens
-        retention = self.rule(prompt_len)
+        retention = self.policy.retention(prompt_len)
         for index in range(start // 16, -(-request.num_computed_tokens // 16)):
             logical = tuple(request.all_token_ids[: (index + 1) * 16])
             if len(logical) == (index + 1) * 16:
@@ -203,7 +137,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def _admit(self, request):
         hit_blocks, hit, *_ = self.manager.get_computed_blocks(request)
-        retention = self.rule(request.num_prompt_tokens)
+        retention = self.policy.retention(request.num_prompt_tokens)
         if retention.sparse:
             assert hit <= retention.dropped_blocks * 16
         for index, block in enumerate(hit_blocks.blocks[0]):
@@ -259,7 +193,7 @@ class PoolMachine(RuleBasedStateMachine):
             held |= {b.block_id for b in self._blocks(request) if not b.is_null}
         assert self.pool.get_num_free_blocks() == 79 - len(held)
         for request in self.running.values():
-            retention = self.rule(request.num_prompt_tokens)
+            retention = self.policy.retention(request.num_prompt_tokens)
             blocks = self._blocks(request)
             for block in blocks[retention.dropped_blocks :] if retention.sparse else ():
                 assert block.block_hash is None

@@ -1,36 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""The parts of a RocketKV decode step, one by one, in PyTorch.
+"""RocketKV's page scores and what they select, in PyTorch.
 
-:func:`.rocketkv.decode_attention` defines the step as a whole; these define what its GPU kernels
+:func:`.decode.decode_attention` defines the step as a whole; these define what its GPU kernels
 hand to each other.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from vllm_sparse.kernels.types import PageScores
 
-from vllm_sparse.policies.rocketkv import select_pages
+from vllm_sparse.policies.pages import page_tokens, select_pages
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
-
-
-class PageScores(NamedTuple):
-    """Estimated logits of pages, and what a softmax over their tokens needs.
-
-    Attributes:
-        logits: float32 ``[T, H, pages]``, temperature applied; anything from the newest page on.
-        peak: Largest logit of each share of a row's pages, ``[T, H, shares]``.
-        mass: Sum over the share's tokens of ``exp(logit - peak)``, ``[T, H, shares]``.
-    """
-
-    logits: Tensor
-    peak: Tensor
-    mass: Tensor
 
 
 def score_pages(
@@ -105,6 +92,7 @@ def select_slots(
     layout: PageLayout,
     top_k: int,
     kv_heads: int,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The tokens to attend to, as places in the cache.
 
@@ -119,6 +107,7 @@ def select_slots(
         layout: Page geometry.
         top_k: Tokens to select.
         kv_heads: G.
+        out: Written and returned if given.
 
     Returns:
         ``block * block_size + slot`` in ascending token order, int32
@@ -127,7 +116,9 @@ def select_slots(
     """
     rows = len(lengths)
     capacity = min(top_k, block_table.shape[1] * layout.block_size)
-    slots = torch.zeros(rows, kv_heads, capacity, dtype=torch.int32, device=lengths.device)
+    slots = out
+    if slots is None:
+        slots = torch.zeros(rows, kv_heads, capacity, dtype=torch.int32, device=lengths.device)
     for row, length in enumerate(lengths.tolist()):
         if top_r[row] <= 0:
             continue
@@ -141,56 +132,7 @@ def select_slots(
             total = (mass * (peak - top).exp()).sum(-1, keepdim=True)
             probability = ((logit[..., :pages] - top).exp() / total).sum(1)
             page, taken = select_pages(probability, lengths[row], layout.page_size, top_k)
-            offset = torch.arange(layout.page_size, device=lengths.device)
-            token = page.unsqueeze(-1) * layout.page_size + offset
-            token = token.masked_fill(offset >= taken.unsqueeze(-1), length)
-            token = token.flatten(1).sort(-1).values[:, :count]
+            token = page_tokens(page, taken, layout.page_size)[:, :count]
         block = block_table[row].long()[token // layout.block_size]
         slots[row, :, :count] = (block * layout.block_size + token % layout.block_size).int()
     return slots
-
-
-def attend_slots(
-    cache: Tensor,
-    query: Tensor,
-    output: Tensor,
-    slots: Tensor | None,
-    block_table: Tensor,
-    lengths: Tensor,
-    top_r: Tensor,
-    *,
-    layout: PageLayout,
-    top_k: int,
-    scale: float,
-) -> None:
-    """Exact attention over the selected tokens.
-
-    Args:
-        cache: ``[blocks, G, block_size, C]``.
-        query: ``[T, H, D]``.
-        output: ``[T, H, D]``, written; zero for padding rows.
-        slots: :func:`select_slots`; ``None`` attends to every token.
-        block_table: ``[T, max_blocks]``.
-        lengths: ``[T]``; 0 marks a padding row.
-        top_r: ``[T]``; rows with 0 read everything.
-        layout: Page geometry.
-        top_k: Tokens selected.
-        scale: Logit scale.
-    """
-    kv_heads, dim, size = cache.shape[1], layout.head_dim, layout.block_size
-    tokens = layout.tokens(cache)
-    head = torch.arange(kv_heads, device=cache.device).unsqueeze(1)
-    output.zero_()
-    for row, length in enumerate(lengths.tolist()):
-        if length <= 0:
-            continue
-        if slots is None or top_r[row] <= 0:
-            token = torch.arange(length, device=cache.device)
-            slot = block_table[row].long()[token // size] * size + token % size
-            slot = slot.expand(kv_heads, -1)
-        else:
-            slot = slots[row, :, : min(length, top_k)].long()
-        keys, values = tokens[slot // size, head, slot % size].float().split(dim, -1)
-        grouped = query[row].float().view(kv_heads, -1, dim)
-        weights = (grouped @ keys.transpose(-1, -2) * scale).softmax(-1)
-        output[row] = (weights @ values).reshape(-1, dim).to(output.dtype)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""The two operations of the ROCKETKV backend, composed of Triton kernels."""
+"""A RocketKV decode step, composed of Triton kernels."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from vllm_sparse.kernels.triton.append import append_tokens
 from vllm_sparse.kernels.triton.attention import attend_slots, split_attention
-from vllm_sparse.kernels.triton.compaction import compact_tokens
 from vllm_sparse.kernels.triton.pages import score_pages, select_slots, split_scores
-from vllm_sparse.kernels.triton.prompt import score_prompt
-from vllm_sparse.kernels.triton.topk import top_indices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +38,7 @@ def decode_attention(
     parked: Tensor | None = None,
     per_block: int = 0,
 ) -> None:
-    """Same contract as :func:`vllm_sparse.kernels.reference.rocketkv.decode_attention`.
+    """Same contract as :func:`vllm_sparse.kernels.reference.decode.decode_attention`.
 
     Capturable: grids and scratch depend on shapes only. The channel axes must be contiguous and
     so must a page of the cache; other strides are free. Integer tensors are int32. Queries are
@@ -170,35 +167,3 @@ def _select(
             out=slots[part],
         )
     return slots
-
-
-def compact_prompts(
-    cache: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    query_window: Tensor,
-    block_table: Tensor,
-    prompt_lens: Tensor,
-    dropped_blocks: Tensor,
-    *,
-    layout: PageLayout,
-    pool_kernel: int,
-    max_kept: int,
-) -> None:
-    """Same contract as :func:`vllm_sparse.kernels.reference.prompt.compact_prompts`."""
-    window = query_window.shape[2]
-    score = score_prompt(query_window, keys, block_table, prompt_lens, pool_kernel=pool_kernel)
-    sizes = prompt_lens - window
-    counts = sizes - dropped_blocks * layout.block_size
-    chosen = top_indices(score, sizes, counts, max_kept - window)
-    compact_tokens(
-        cache,
-        keys,
-        values,
-        block_table,
-        prompt_lens,
-        dropped_blocks,
-        chosen,
-        layout=layout,
-        window=window,
-    )

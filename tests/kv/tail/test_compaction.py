@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from reference import rocketkv_bruteforce as brute
+from support.policies import make_policy
 from vllm_sparse.kernels.layout import PageLayout
 
 from vllm_sparse.errors import UnsupportedError
@@ -82,8 +83,8 @@ def test_compaction_keeps_what_brute_force_keeps(prompt_len, page_size):
                  packed[block : block + 1])  # fmt: skip
     query = torch.randn(kv_heads * group, window, dim, generator=generator)
     before = cache.clone()
-    compact_prompt(cache, blocks, prompt_len, dropped, query, codec=codec, layout=layout,
-                   pool_kernel=5)  # fmt: skip
+    compact_prompt(cache, blocks, prompt_len, dropped, query, reader=codec, layout=layout,
+                   policy=make_policy(pool_kernel=5, page_sizes=(page_size,)))  # fmt: skip
 
     kept = prompt_len - dropped * block_size
     keys, values = keys[:, :prompt_len], values[:, :prompt_len]

@@ -11,55 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from vllm_sparse.kernels.reference.append import append_tokens
 
 from vllm_sparse.policies.rocketkv import page_probabilities, select_pages
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
-
-
-def append_tokens(
-    cache: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    final_lengths: Tensor,
-    top_r: Tensor,
-    layout: PageLayout,
-) -> None:
-    """Write each row's newest token and refresh the extrema of the page it falls into.
-
-    Args:
-        cache: ``[blocks, G, block_size, C]``, modified.
-        key: ``[T, G, D]``.
-        value: ``[T, G, D]``.
-        block_table: Physical blocks of each row, ``[T, max_blocks]``.
-        lengths: Tokens of each row including its own, ``[T]``; 0 marks a padding row.
-        final_lengths: Length of the row's request after this step, ``[T]``.
-        top_r: ``[T]``; rows with 0 read everything, so that nobody needs their extrema.
-        layout: Page geometry.
-    """
-    tokens, extrema = layout.tokens(cache), layout.extrema(cache)
-    active = lengths > 0
-    rows = block_table[active].long()
-    slot = (lengths[active] - 1).long()
-    block = rows.gather(1, (slot // layout.block_size)[:, None])[:, 0]
-    tokens[block, :, slot % layout.block_size] = torch.cat((key, value), -1)[active].to(cache.dtype)
-
-    # Only the last token that this step writes to a page stores the page's extrema, so that no
-    # two rows write different values to one place.
-    closes = (lengths == final_lengths)[active] | ((slot + 1) % layout.page_size == 0)
-    closes &= top_r[active] > 0
-    block, slot = block[closes], slot[closes]
-    in_block = slot % layout.block_size
-    page = in_block // layout.page_size
-    member = page[:, None] * layout.page_size + torch.arange(layout.page_size, device=cache.device)
-    keys = tokens[block[:, None], :, member, : layout.head_dim].transpose(1, 2)
-    absent = (member > in_block[:, None])[:, None, :, None]
-    low = keys.masked_fill(absent, torch.inf).amin(2)
-    high = keys.masked_fill(absent, -torch.inf).amax(2)
-    extrema[block, :, :, page] = torch.cat((low, high), -1)
 
 
 def decode_attention(
@@ -77,6 +34,9 @@ def decode_attention(
     top_k: int,
     scale: float,
     read_all: bool = False,
+    replays: bool = True,
+    parked: Tensor | None = None,
+    per_block: int = 0,
 ) -> None:
     """Append the rows' tokens, select with hybrid sparse attention, attend exactly.
 
@@ -95,8 +55,16 @@ def decode_attention(
         top_k: Tokens to attend to per KV head.
         scale: Logit scale.
         read_all: Attend to every token (stage 2 off).
+        replays: A request may have several rows; false promises that ``final_lengths`` equals
+            ``lengths``.
+        parked: Where queries wait for their prompt's compaction, as ``block * per_block + place``,
+            int32 ``[T]``; -1 for none.
+        per_block: Window queries that a block has room for; needed with ``parked``.
     """
-    append_tokens(cache, key, value, block_table, lengths, final_lengths, top_r, layout)
+    append_tokens(
+        cache, key, value, block_table, lengths, final_lengths, top_r, layout,
+        replays=replays, query=query, parked=parked, per_block=per_block,
+    )  # fmt: skip
     rows, heads, dim = query.shape
     kv_heads = cache.shape[1]
     page_size, per_block = layout.page_size, layout.pages_per_block

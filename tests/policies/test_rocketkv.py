@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import rocketkv_bruteforce as brute
+from support.policies import make_policy
 
 from vllm_sparse.policies import rocketkv
 from vllm_sparse.policies.attention import attend
+from vllm_sparse.policies.votes import top_indices
 
 
 def _tensors(seed: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -70,7 +72,7 @@ def test_prompt_selection_refuses_a_budget_below_the_window():
 @settings(max_examples=200, deadline=None)
 def test_top_indices_with_ties(values, data):
     count = data.draw(st.integers(0, len(values)))
-    chosen = rocketkv.top_indices(torch.tensor(values, dtype=torch.float32), count)
+    chosen = top_indices(torch.tensor(values, dtype=torch.float32), count)
     expected = sorted(sorted(range(len(values)), key=lambda i: (-values[i], i))[:count])
     assert chosen.tolist() == expected
 
@@ -124,3 +126,51 @@ def test_attend_to_everything_is_dense_attention():
     )
     everything = torch.arange(30).expand(2, -1)
     torch.testing.assert_close(attend(query, keys, values, everything), dense[0, :, 0])
+
+
+# -- retention -------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 32768), st.sampled_from([16, 32, 128]), st.sampled_from([64, 256, 1024]))
+@settings(max_examples=300, deadline=None)
+def test_the_tail_holds_the_papers_capacity(prompt_len, block_size, budget):
+    policy = make_policy(block_size=block_size, token_budget=budget, max_model_len=32768)
+    retention = policy.retention(prompt_len)
+    reserve = min(32, 32768 - prompt_len)
+    capacity = rocketkv.plan(prompt_len, reserve, budget, 16, 8, (4,)).capacity
+    kept = prompt_len - retention.dropped_blocks * block_size
+    if not retention.sparse:
+        assert retention.dropped_blocks == 0
+        assert retention.reason in ("short_prompt", "fits_budget")
+        return
+    assert retention.dropped_blocks >= 1
+    assert kept >= min(capacity, prompt_len)
+    # Full tail blocks beyond the capacity would be memory kept for nothing.
+    smallest = max(-(-capacity // block_size), policy.room_for_window())
+    assert prompt_len // block_size - retention.dropped_blocks == smallest
+
+
+def test_parked_queries_fit_into_blocks_that_exist_before_the_prompt_ends():
+    for block_size in (16, 32, 128):
+        for group in (1, 2, 4, 7):
+            policy = make_policy(block_size=block_size, group_size=group, window=32)
+            room = 2 * (block_size // 4) // group
+            for prompt_len in range(65, 2000, 7):
+                retention = policy.retention(prompt_len)
+                if retention.sparse:
+                    first_query = prompt_len - 32
+                    whole = first_query // block_size - retention.dropped_blocks
+                    assert whole * room >= 32
+
+
+def test_without_stage1_nothing_is_dropped_but_long_prompts_are_sparse():
+    retention = make_policy(stage1=False).retention(1000)
+    assert retention.sparse
+    assert retention.dropped_blocks == 0
+    assert make_policy(stage1=False).publishable_tokens(1000) == 0
+
+
+def test_short_and_fitting_prompts_stay_dense_and_shared():
+    assert make_policy().retention(64).reason == "short_prompt"
+    assert make_policy(token_budget=4096).retention(1000).reason == "fits_budget"
+    assert make_policy().publishable_tokens(64) is None

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Moving the kept tokens of prompts into their tails, in PyTorch, one prompt after the other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from vllm_sparse.kernels.reference.prompt import gather_tokens, score_prompt
+from vllm_sparse.kernels.reference.topk import top_indices
+
+from vllm_sparse.policies.pages import page_extrema
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm_sparse.kernels.layout import PageLayout
+
+
+def compact_tokens(
+    cache: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_table: Tensor,
+    prompt_lens: Tensor,
+    dropped_blocks: Tensor,
+    chosen: Tensor,
+    *,
+    layout: PageLayout,
+    window: int,
+) -> None:
+    """Write the chosen tokens and the window into the blocks behind the dropped ones.
+
+    Tail blocks hold plain token rows and page extrema; unused slots and pages become zero.
+
+    Args:
+        cache: ``[blocks, G, block_size, C]``, modified in the prompts' tails only.
+        keys: ``[blocks, G, block_size, D]``; may be a view of ``cache``.
+        values: Likewise.
+        block_table: Each prompt's blocks, int32 ``[R, max_blocks]``.
+        prompt_lens: P, int32 ``[R]``; 0 marks a padding row.
+        dropped_blocks: int32 ``[R]``.
+        chosen: Ascending tokens before the window, int32 ``[R, G, max_count]``, of which the first
+            ``P - dropped_blocks * block_size - window`` count.
+        layout: Page geometry.
+        window: Tokens at the end of each prompt that are always kept.
+    """
+    table = block_table.long()
+    lengths, gone = prompt_lens.tolist(), dropped_blocks.tolist()
+    for request, (length, dropped) in enumerate(zip(lengths, gone, strict=True)):
+        if length <= 0:
+            continue
+        kept = length - dropped * layout.block_size
+        end = torch.arange(length - window, length, device=cache.device)
+        index = chosen[request, :, : kept - window].long()
+        index = torch.cat((index, end.expand(len(index), -1)), -1).unsqueeze(-1)
+        both = (gather_tokens(part, table[request], length) for part in (keys, values))
+        rows = torch.cat(
+            [part.gather(1, index.expand(-1, -1, layout.head_dim)) for part in both], 2
+        )
+        bounds = torch.cat(page_extrema(rows[..., : layout.head_dim], layout.page_size), -1)
+        tail = table[request, dropped : -(-length // layout.block_size)]
+        padding = len(tail) * layout.block_size - kept
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, padding))
+        padding = len(tail) * layout.pages_per_block - bounds.shape[1]
+        bounds = torch.nn.functional.pad(bounds, (0, 0, 0, padding))
+        layout.tokens(cache)[tail] = rows.unflatten(1, (len(tail), -1)).transpose(0, 1)
+        layout.extrema(cache)[tail] = bounds.unflatten(1, (len(tail), -1)).permute(1, 0, 3, 2)
+
+
+def compact_prompts(
+    cache: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_window: Tensor,
+    block_table: Tensor,
+    prompt_lens: Tensor,
+    dropped_blocks: Tensor,
+    *,
+    layout: PageLayout,
+    pool_kernel: int,
+    max_kept: int,
+) -> None:
+    """Stage 1 of every prompt that ends in a step: score, select, move.
+
+    Args:
+        cache: ``[blocks, G, block_size, C]``, modified in the prompts' tails only.
+        keys: ``[blocks, G, block_size, D]``; may be a view of ``cache``.
+        values: Likewise.
+        query_window: Post-RoPE queries of each prompt's last ``w`` positions, ``[R, H, w, D]``.
+        block_table: Each prompt's blocks, int32 ``[R, max_blocks]``.
+        prompt_lens: P, int32 ``[R]``; 0 marks a padding row.
+        dropped_blocks: Leading blocks that leave, int32 ``[R]``; at least ``w`` tokens must stay.
+        layout: Page geometry.
+        pool_kernel: Odd width of the max pool.
+        max_kept: At least ``P - dropped_blocks * block_size`` of every prompt.
+    """
+    window = query_window.shape[2]
+    score = score_prompt(query_window, keys, block_table, prompt_lens, pool_kernel=pool_kernel)
+    sizes = prompt_lens - window
+    counts = sizes - dropped_blocks * layout.block_size
+    chosen = top_indices(score, sizes, counts, max_kept - window)
+    compact_tokens(
+        cache,
+        keys,
+        values,
+        block_table,
+        prompt_lens,
+        dropped_blocks,
+        chosen,
+        layout=layout,
+        window=window,
+    )

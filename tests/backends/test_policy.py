@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Policies in whole engines: QUEST, SNAPKV, STREAMINGLLM, and one from another package.
+
+Each is compared with Hugging Face under the explicit mask once; every other way to run the same
+requests must then give the same tokens.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+import torch
+from reference import hf_policies, hf_rocketkv
+from support.engine import BLOCK_SIZE, run_engine
+from support.outside import LargeKeys
+from support.policies import make_policy
+
+from vllm_sparse.policies.quest import Quest
+from vllm_sparse.policies.snapkv import SnapKV
+from vllm_sparse.policies.streamingllm import StreamingLLM
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from vllm_sparse.policies.protocol import Policy
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+NEW_TOKENS = 60
+SHAPE = {"head_dim": 32, "group_size": 4, "block_size": BLOCK_SIZE, "max_model_len": 1024}
+
+
+class Case(NamedTuple):
+    """A policy, its settings, and the run that Hugging Face's mask comes from."""
+
+    kind: type[Policy]
+    settings: dict[str, Any]
+    run: Callable[[Policy, int], Any]
+
+    @property
+    def policy(self) -> Policy:
+        return make_policy(self.kind, **SHAPE, **self.settings)
+
+    @property
+    def name(self) -> str:
+        return self.kind.__name__.upper()
+
+
+CASES = [
+    Case(
+        Quest,
+        {"token_budget": 64, "min_context": 128, "page_size": 8, "skip_layers": 1},
+        lambda policy, length: hf_policies.Quest(length, 8, 64, 1),
+    ),
+    Case(
+        SnapKV,
+        {"token_budget": 96, "min_context": 128, "window": 8},
+        lambda policy, length: hf_rocketkv._Run(
+            length,
+            length - policy.retention(length).dropped_blocks * BLOCK_SIZE,
+            {"window": 8, "kernel_size": 7, "sparse": True, "stage2": False},
+        ),
+    ),
+    Case(
+        StreamingLLM,
+        {"token_budget": 96, "min_context": 128, "sinks": 4},
+        lambda policy, length: hf_policies.StreamingLLM(length, 4, 96),
+    ),
+    Case(
+        LargeKeys,
+        {"token_budget": 128, "min_context": 128},
+        lambda policy, length: hf_policies.LargeKeys(
+            length, length - policy.retention(length).dropped_blocks * BLOCK_SIZE, 4, 32
+        ),
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory) -> dict[str, str]:
+    """An installed package whose entry point names a policy; the environment that finds it."""
+    from support import outside as module
+
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "large_keys.py").write_text(open(module.__file__).read())
+    info = folder / "large_keys-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: large-keys\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[vllm_sparse.policies]\nLARGEKEYS = large_keys:LargeKeys\n"
+    )
+    return {"PYTHONPATH": str(folder)}
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def case(request) -> Case:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def run(llama, outside, case) -> Callable[..., dict[str, Any]]:
+    def start(prompts, settings=case.settings, env=None, **changes):
+        return run_engine(
+            llama, prompts, backend=case.name, settings=settings, block_size=BLOCK_SIZE,
+            new_tokens=NEW_TOKENS, env={**outside, **(env or {})}, **changes,
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def whole(run, prompts) -> dict[str, Any]:
+    """All requests at once, each prompt in one step."""
+    return run(prompts)
+
+
+@cache
+def _hf_model(path: Path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def test_tokens_are_those_of_hugging_face_under_the_mask(llama, case, prompts, whole, stock_run):
+    policy = case.policy
+    for prompt, got, dense in zip(prompts, whole["tokens"][0], stock_run["tokens"][0], strict=True):
+        assert policy.retention(len(prompt)).sparse
+        expected = hf_rocketkv.run_greedily(
+            _hf_model(llama), prompt, len(got), case.run(policy, len(prompt)), True
+        )
+        same = [a == b for a, b in zip(got, expected.tokens, strict=True)]
+        first = same.index(False) if False in same else len(same)
+        if first < len(same):
+            # float32 sums in another order: only a tie within rounding may fall the other way.
+            gaps = [expected.margins[first], expected.prompt_gap, *expected.page_gaps[:first]]
+            assert gaps[0] < 1e-4 or min(gaps[1:]) < 1e-5, f"diverges at token {first}: {gaps}"
+        assert sum(a == b for a, b in zip(got, dense, strict=False)) < NEW_TOKENS // 2
+
+
+def test_chunks_prefix_hits_and_preemption_change_nothing(case, run, prompts, whole):
+    """33 tokens a step, two waves of the same prompts, and too few blocks for all of them."""
+    one = max(-(-len(prompt) // BLOCK_SIZE) for prompt in prompts)
+    blocks = {"QUEST": 80, "SNAPKV": 3 * one, "STREAMINGLLM": 3 * one, "LARGEKEYS": 3 * one}
+    again = run(
+        prompts, waves=2, max_num_batched_tokens=33, scheduler_reserve_full_isl=False,
+        num_gpu_blocks_override=blocks[case.name],
+    )  # fmt: skip
+    assert again["tokens"] == whole["tokens"] * 2
+    assert again["preemptions"] > 0
+    assert again["free_blocks"][0] == again["free_blocks"][1]
+    assert max(again["cached"][1]) > 0
+
+
+def test_what_is_published_is_hit(case, run, prompts, whole):
+    """With room for everything, the second wave hits exactly what the policy leaves shareable."""
+    again = run(prompts[:3], waves=2)
+    assert again["tokens"] == [whole["tokens"][0][:3]] * 2
+    for prompt, hit in zip(prompts, again["cached"][1], strict=False):
+        limit = case.policy.publishable_tokens(len(prompt))
+        assert hit == min(limit, len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE
+
+
+def test_what_is_read_and_freed_is_counted(case, prompts, whole):
+    policy, counters, steps = case.policy, whole["counters"], NEW_TOKENS - 1
+    assert counters["decode_rows"] == steps * len(prompts)
+    kept = [len(p) - policy.retention(len(p)).dropped_blocks * BLOCK_SIZE for p in prompts]
+    held = [n + 1 + i for n in kept for i in range(steps)]
+    read = sum(min(n, policy.top_k or n) for n in held)
+    assert counters["selected_tokens"] == read
+    freed = 0
+    for prompt in prompts:
+        first, last = policy.freed_blocks(len(prompt), len(prompt) + steps - 1)
+        freed += max(last - first, 0)
+    assert abs(counters.get("blocks_evicted", 0) - freed) <= len(prompts)  # the last step's
+    assert whole["free_blocks"][0] == whole["free_blocks"][1]
+
+
+def test_the_gpu_path_gives_the_same_tokens(run, case, prompts, whole):
+    """Model Runner V2, interpreted kernels, FlashAttention in PyTorch, batches as captured."""
+    settings = {**case.settings, "kernels": "triton"}
+    again = run(
+        prompts[:2], settings, max_num_batched_tokens=200, timeout=900,
+        env={"VLLM_USE_V2_MODEL_RUNNER": "1"},
+        stand_ins=("flash_attention", "captured_graphs", "profiled_graphs"),
+    )  # fmt: skip
+    for got, expected in zip(again["tokens"][0], whole["tokens"][0], strict=False):
+        assert got == expected
+    assert again["counters"]["decode_rows"] > 0
+
+
+def test_a_budget_of_the_whole_context_equals_stock(case, run, prompts, stock_run):
+    if case.kind is LargeKeys:
+        pytest.skip("reads a quarter of its budget")
+    settings = {**case.settings, "token_budget": 2048}
+    wide = run(prompts[:3], settings)
+    assert wide["tokens"][0] == [tokens[:NEW_TOKENS] for tokens in stock_run["tokens"][0][:3]]

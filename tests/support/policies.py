@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Policies of small shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_sparse.policies.protocol import Policy, Shape
+from vllm_sparse.policies.rocketkv import RocketKV
+
+
+def make_policy(kind: type[Policy] = RocketKV, **changes: Any) -> Policy:
+    """A policy with small defaults; changes are settings or parts of the shape."""
+    shape = {"head_dim": 16, "group_size": 2, "block_size": 16, "max_model_len": 2048}
+    settings: dict[str, Any] = {"token_budget": 64, "min_context": 64}
+    if kind is RocketKV:
+        settings |= {"window": 8, "page_sizes": (4,), "generation_reserve": 32}
+    for name, value in changes.items():
+        (shape if name in shape else settings)[name] = value
+    return kind(kind.Settings(**settings), Shape(**shape))

@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Policies on top of a stock attention backend: what CPUs and GPUs have in common.
+
+Prompts run through the stock kernels, exactly and densely. From a prompt's end on, the request's
+rows are split off and served as the policy says, whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+
+from vllm_sparse import metrics, registry
+from vllm_sparse.backends.base import SparseBackend, ask_for_prompt_lengths
+from vllm_sparse.backends.refusals import check_layer
+from vllm_sparse.config import load_settings
+from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.kv.spec import PolicySpec
+from vllm_sparse.policies.protocol import Policy, Shape
+from vllm_sparse.steps.layer import SparseLayer
+from vllm_sparse.steps.split import StepMetadata, StepPlanner
+from vllm_sparse.upload import upload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from vllm_sparse.kernels.dispatch import PolicyKernels
+    from vllm_sparse.kv.tail.codec import Reader
+    from vllm_sparse.policies.protocol import PolicySettings
+
+# A child of vLLM's logger: others have no handler in its processes.
+logger = init_logger("vllm.sparse")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a policy is made from, beside a layer's spec.
+
+    Attributes:
+        backend: The chosen name.
+        settings: Its settings.
+        group_size: Query heads per KV head.
+        max_model_len: Longest request in tokens.
+        instance_id: vLLM's instance.
+    """
+
+    backend: str
+    settings: PolicySettings
+    group_size: int
+    max_model_len: int
+    instance_id: str
+
+    def policy(self, head_dim: int, block_size: int) -> Policy:
+        """The policy for layers of this shape.
+
+        Raises:
+            UnsupportedError: Blocks or heads do not suit the policy's pages.
+        """
+        kind: type[Policy] = registry.policy(self.backend)
+        policy = kind(
+            self.settings, Shape(head_dim, self.group_size, block_size, self.max_model_len)
+        )
+        if policy.index_width % min(policy.page_sizes):
+            raise UnsupportedError(
+                f"head size {head_dim} does not divide into page_sizes={min(policy.page_sizes)}"
+            )
+        if block_size > 1:  # vLLM probes sizes with a block of one token
+            _check_block_size(policy, block_size)
+        return policy
+
+
+def _check_block_size(policy: Policy, block_size: int) -> None:
+    if block_size % max(policy.page_sizes):
+        raise UnsupportedError(
+            f"--block-size {block_size} is not a multiple of the largest of "
+            f"page_sizes={list(policy.page_sizes)}; pages may not straddle blocks"
+        )
+    shape = policy.shape
+    room = policy.index_width * (block_size // min(policy.page_sizes))
+    if policy.window and room < shape.group_size * shape.head_dim:
+        raise UnsupportedError(
+            f"--block-size {block_size} is too small for {shape.group_size} query heads per KV "
+            f"head with page_sizes={list(policy.page_sizes)}: window queries that wait for the "
+            "next chunk need room in a block. Raise --block-size"
+        )
+
+
+class PolicyBackend(SparseBackend):
+    """What vLLM asks of the class; the registry's names are subclasses of it."""
+
+    # Set by the first layer that is built: customize_spec gets nothing but the spec, and is called
+    # outside vLLM's config context.
+    context: ClassVar[Context | None] = None
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Attach the policy and its index's bytes to full-attention specs."""
+        if not isinstance(spec, FullAttentionSpec) or isinstance(spec, PolicySpec):
+            return spec
+        context = cls.context
+        assert context is not None, "a layer of ours is built before its spec is asked for"
+        policy = context.policy(spec.head_size, spec.block_size)
+        return PolicySpec.wrap(spec, policy, context.backend, context.instance_id)
+
+
+def set_up_layer(config: VllmConfig, stock: type, arguments: tuple[Any, ...], named: dict) -> None:
+    """Check a layer that is about to be built and note what its spec will need.
+
+    Args:
+        config: vLLM's configuration.
+        stock: The stock implementation.
+        arguments: What its constructor gets.
+        named: The same by name.
+
+    Raises:
+        UnsupportedError: The layer cannot be served sparsely.
+    """
+    given = inspect.signature(stock).bind(*arguments, **named).arguments
+    check_layer(
+        alibi_slopes=given.get("alibi_slopes"),
+        sinks=given.get("sinks"),
+        logits_soft_cap=given.get("logits_soft_cap"),
+        attn_type=given.get("attn_type", "decoder"),
+        kv_sharing_target_layer_name=given.get("kv_sharing_target_layer_name"),
+    )
+    name = config.attention_config.backend.name
+    PolicyBackend.context = Context(
+        name,
+        load_settings(config.additional_config, name.lower()),
+        given["num_heads"] // given["num_kv_heads"],
+        config.model_config.max_model_len,
+        config.instance_id,
+    )
+
+
+class Planning:
+    """Sets the layers of a group up, and plans every step once for all of them.
+
+    Args:
+        spec: The group's.
+        layer_names: Its layers.
+        config: vLLM's configuration.
+        block_size: Of the stock metadata builder.
+        kernels: What layers run.
+        reader: Makes what reads the stock pages of a layer.
+
+    Attributes:
+        policy: Decides.
+        planner: Splits batches.
+        layers: vLLM's attention layers.
+
+    Raises:
+        UnsupportedError: vLLM's block size or the heads of the layers do not suit the policy.
+    """
+
+    def __init__(
+        self,
+        spec: PolicySpec,
+        layer_names: list[str],
+        config: VllmConfig,
+        block_size: int,
+        kernels: PolicyKernels,
+        reader: Callable[[Any], Reader],
+    ) -> None:
+        self.policy = policy = spec.policy
+        if policy.shape.block_size != block_size:
+            raise UnsupportedError(
+                f"vLLM changed the block size from {policy.shape.block_size} to {block_size} to "
+                "give all layers of this model pages of one size. Choose a --block-size that it "
+                f"keeps, for example {block_size}"
+            )
+        self.planner = StepPlanner(policy)
+        ask_for_prompt_lengths(config)
+        context = config.compilation_config.static_forward_context
+        self.layers = [context[name] for name in layer_names]
+        for name, layer in zip(layer_names, self.layers, strict=True):
+            group_size = layer.impl.num_heads // layer.impl.num_kv_heads
+            if group_size != policy.shape.group_size:
+                raise UnsupportedError(
+                    f"layers with {group_size} and {policy.shape.group_size} query heads per KV "
+                    f"head share a cache layout; {spec.backend} needs one ratio for the whole model"
+                )
+            layer.impl.sparse = SparseLayer(
+                policy,
+                {size: spec.layout(size) for size in policy.page_sizes},
+                reader(layer),
+                kernels,
+                group_size=group_size,
+                scale=layer.impl.scale,
+                reads_all=extract_layer_index(name) < policy.settings.skip_layers,
+            )
+        counters = metrics.counters()
+        self.count = counters.add
+        if config.parallel_config.rank == 0:
+            # Every rank does the same; one of them speaks.
+            counters.publish_to(metrics.folder(config.instance_id))
+            logger.info_once(_start_line(spec, config, kernels))
+
+    def split(
+        self,
+        common: CommonAttentionMetadata,
+        seq_lens: Tensor,
+        prompt_lens: Tensor,
+        build: Callable[[int, CommonAttentionMetadata], Any],
+    ) -> StepMetadata:
+        """Split the batch into dense tokens, ending prompts and sparse decode tokens.
+
+        Args:
+            common: The batch.
+            seq_lens: Tokens of each row after the step, on the host, ``[R]``.
+            prompt_lens: Prompt tokens of each row's request, on the host, ``[R]``.
+            build: The stock builder's.
+        """
+        rows = common.num_reqs
+        device = common.block_table_tensor.device
+
+        def dense(rows: Tensor | None, tokens: Tensor | None, lens: Tensor | None) -> Any:
+            part = common
+            if rows is not None:
+                assert tokens is not None
+                assert lens is not None
+                start = torch.searchsorted(tokens, common.query_start_loc_cpu[:-1].long()[rows])
+                start = torch.cat((start, torch.tensor([len(tokens)]))).int()
+                part = common.replace(
+                    query_start_loc=upload(start, device),
+                    query_start_loc_cpu=start,
+                    seq_lens=upload(lens, device),
+                    num_reqs=len(rows),
+                    num_actual_tokens=len(tokens),
+                    max_query_len=int(start.diff().max()),
+                    max_seq_len=int(lens.max()),
+                    block_table_tensor=common.block_table_tensor[upload(rows, device)],
+                    slot_mapping=common.slot_mapping[upload(tokens, device)],
+                )
+            return build(0, part)
+
+        return self.planner.split(
+            common.query_start_loc_cpu[: rows + 1],
+            seq_lens,
+            prompt_lens,
+            common.block_table_tensor[:rows],
+            common.slot_mapping,
+            dense,
+            self.count,
+        )
+
+
+def _start_line(spec: PolicySpec, config: VllmConfig, kernels: PolicyKernels) -> str:
+    policy, longest = spec.policy, config.model_config.max_model_len
+    held = -(-longest // spec.block_size)
+    first, last = policy.freed_blocks(longest, longest)
+    index = policy.index_width // min(policy.page_sizes)
+    note = f" (slow: {kernels.note.splitlines()[0]})" if kernels.note else ""
+    return (
+        f"{spec.backend}: {policy.describe()}, block size {spec.block_size}, prompts above "
+        f"{policy.settings.min_context} tokens served sparsely; a prompt of {longest} tokens keeps "
+        f"{held - max(last - first, 0)} of {held} blocks; the page index takes "
+        f"{100 * index // (2 * spec.head_size + index)}% of each block; "
+        f"decode kernel: {_decode_kernel(policy, kernels)}{note}"
+    )
+
+
+def _decode_kernel(policy: Policy, kernels: PolicyKernels) -> str:
+    fused = policy.moves and (policy.kernel or policy.top_k is None)
+    if fused:
+        return kernels.name
+    return "PyTorch" if kernels.attend_slots is None else f"PyTorch and {kernels.name}"
+
+
+def attend_step(
+    sparse: SparseLayer,
+    stock: Any,
+    layer: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: Tensor,
+    step: StepMetadata,
+    output: Tensor,
+    *scales: Tensor | None,
+) -> Tensor:
+    """Attend one step.
+
+    Args:
+        sparse: Ours.
+        stock: The stock implementation: ``forward`` and ``do_kv_cache_update``.
+        layer: The attention layer.
+        query: Post-RoPE queries, ``[tokens, H, D]``.
+        key: ``[tokens, G, D]``.
+        value: ``[tokens, G, D]``.
+        cache: ``[blocks, G, block_size, C]``.
+        step: The step.
+        output: Written, ``[tokens, H, D]``.
+        *scales: Of a quantised output; not supported, handed on.
+
+    Returns:
+        ``output``.
+    """
+    if step.rows is not None:
+        sparse.decode_rows(cache, query, key, value, step.rows, output)
+        return output
+    tokens = sparse.stock_layout.tokens(cache)
+    if step.pages is not None:
+        count = len(step.pages.slots)
+        stock.do_kv_cache_update(layer, key[:count], value[:count], tokens, step.pages.slots)
+        sparse.index_pages(cache, step.pages)
+        if sparse.reads_all and step.pages.whole is not None:
+            stock.forward(layer, query, key, value, tokens, step.pages.whole, output, *scales)
+            return output
+    if step.dense is not None:
+        index = step.dense_index
+        if index is None:
+            parts = query, key, value, output
+        else:
+            parts = query[index], key[index], value[index], torch.empty_like(query[index])
+        if step.pages is None:
+            stock.do_kv_cache_update(layer, parts[1], parts[2], tokens, step.dense.slot_mapping)
+        stock.forward(layer, *parts[:3], tokens, step.dense, parts[3], *scales)
+        if index is not None:
+            output[index] = parts[3]
+        for prompt in step.prompts:
+            sparse.end_prompt(cache, query, prompt)
+    for rows in step.sparse:
+        sparse.decode(cache, query, key, value, rows, output)
+    return output

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Policies on top of vLLM's CPU backend."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+
+from vllm_sparse.backends.base import prompt_lengths, withdraw
+from vllm_sparse.backends.policy import Planning, PolicyBackend, attend_step, set_up_layer
+from vllm_sparse.kernels.cpu.memory import back_with_huge_pages
+from vllm_sparse.kernels.dispatch import policy_cpu
+from vllm_sparse.kv.tail.codec import PageCodec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from vllm_sparse.kv.spec import PolicySpec
+    from vllm_sparse.steps.layer import SparseLayer
+    from vllm_sparse.steps.split import StepMetadata
+
+logger = init_logger("vllm.sparse")
+
+
+class PolicyCpuBackend(PolicyBackend, CPUAttentionBackend):
+    """Policies on CPUs."""
+
+    @staticmethod
+    def get_impl_cls() -> type[PolicyCpuImpl]:
+        """The attention implementation."""
+        return PolicyCpuImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[PolicyCpuBuilder]:
+        """The metadata builder."""
+        return PolicyCpuBuilder
+
+
+class PolicyCpuBuilder(CPUAttentionMetadataBuilder):
+    """The CPU backend's builder, and huge pages for the cache."""
+
+    def __init__(
+        self,
+        kv_cache_spec: PolicySpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        withdraw(vllm_config)
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        spec = kv_cache_spec
+        # Each layer has learnt its instruction set from the stock builder.
+        self._planning = Planning(
+            spec,
+            layer_names,
+            vllm_config,
+            self.block_size,
+            policy_cpu(),
+            lambda layer: _codec(layer.isa, spec.block_size, spec.head_size, spec.dtype),
+        )
+        if self._planning.policy.settings.huge_pages:
+            for layer in self._planning.layers:
+                # vLLM binds the cache after this, still before it serves: the time to move it is
+                # part of the start, not of the first request.
+                layer.bind_kv_cache = partial(_bind_on_huge_pages, layer)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> StepMetadata:
+        """Plan one step."""
+        common = common_attn_metadata
+        lengths = common.seq_lens[: common.num_reqs]
+        return self._planning.split(common, lengths, prompt_lengths(common), super().build)
+
+
+def _bind_on_huge_pages(layer: Any, kv_cache: Tensor) -> None:
+    type(layer).bind_kv_cache(layer, kv_cache)
+    if not back_with_huge_pages(kv_cache):
+        logger.info_once("The KV cache stays on small pages; sparse decode is slower on them")
+
+
+class PolicyCpuImpl(CPUAttentionBackendImpl):
+    """One layer on a CPU, whose stock kernel packs pages its own way.
+
+    Attributes:
+        sparse: What is not dense; set by the builder, once the block size is final.
+    """
+
+    sparse: SparseLayer
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        set_up_layer(get_current_vllm_config(), CPUAttentionBackendImpl, args, kwargs)
+        super().__init__(*args, **kwargs)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: StepMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend one step; without metadata, vLLM profiles. Shapes: :func:`.policy.attend_step`."""
+        if attn_metadata is None:
+            return output.fill_(0)  # what follows may not take NaN
+        tensors = query, key, value, kv_cache
+        scales = output_scale, output_block_scale
+        return attend_step(self.sparse, super(), layer, *tensors, attn_metadata, output, *scales)
+
+
+@cache
+def _codec(isa: str, block_size: int, dim: int, dtype: torch.dtype) -> PageCodec:
+    return PageCodec(partial(_pack, isa), block_size, dim, dtype, torch.device("cpu"))
+
+
+def _pack(isa: str, key: Tensor, value: Tensor, pages: Tensor) -> None:
+    """The stock kernel's write, into one page; lets the codec find out how it packs."""
+    from vllm import _custom_ops as ops
+
+    key_pages, value_pages = pages.chunk(2, 2)
+    slots = torch.arange(key.shape[0])
+    ops.cpu_attn_reshape_and_cache(key, value, key_pages, value_pages, slots, isa)

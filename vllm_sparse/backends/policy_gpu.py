@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Policies on top of FlashAttention.
+
+A batch in which every row is one token is planned on the device, into buffers that never move: a
+captured CUDA graph reads them, and nothing waits for the host. Any other batch is split on the host
+as on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+
+from vllm_sparse.backends.base import prompt_lengths, sequence_lengths, withdraw
+from vllm_sparse.backends.gpu import GpuBackend, check_block_size, most_rows, warn_of_gpus
+from vllm_sparse.backends.policy import Planning, PolicyBackend, attend_step, set_up_layer
+from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.kernels.dispatch import policy_triton
+from vllm_sparse.kernels.layout import PageLayout
+from vllm_sparse.kernels.types import Rows
+from vllm_sparse.kv.tail.codec import PlainReader
+from vllm_sparse.steps.counters import DeviceCounters
+from vllm_sparse.steps.split import PromptEnd, SparseRows, StepMetadata
+from vllm_sparse.upload import upload
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from vllm_sparse.kv.spec import PolicySpec
+    from vllm_sparse.steps.layer import SparseLayer
+
+# A 32-byte sector holds a channel's extrema of 16 pages, 64 tokens with ROCKETKV's page size.
+_PREFERRED_BLOCK_SIZE = 64
+
+
+class PolicyGpuBackend(PolicyBackend, GpuBackend):
+    """Policies on NVIDIA GPUs."""
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Where the user leaves the choice: reading few channels should move few sectors."""
+        return max(super().get_preferred_block_size(default_block_size), _PREFERRED_BLOCK_SIZE)
+
+    @staticmethod
+    def get_impl_cls() -> type[PolicyGpuImpl]:
+        """The attention implementation."""
+        return PolicyGpuImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[PolicyGpuBuilder]:
+        """The metadata builder."""
+        return PolicyGpuBuilder
+
+
+class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
+    """Plans steps; finishes prompts whose last token came alone."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
+    supports_update_block_table: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        kv_cache_spec: PolicySpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        withdraw(vllm_config)
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        spec, policy = kv_cache_spec, kv_cache_spec.policy
+        warn_of_gpus(spec.backend)
+        check_block_size(self.block_size)
+        if len(policy.page_sizes) > 1:
+            raise UnsupportedError(
+                f"page_sizes={list(policy.page_sizes)}: on GPUs one page size serves all "
+                "requests, because a captured graph has one shape. Give one of them"
+            )
+        self._kernels = policy_triton(device)
+        reader = PlainReader(spec.layout(policy.page_sizes[0]))
+        self._planning = Planning(
+            spec, layer_names, vllm_config, self.block_size, self._kernels, lambda _: reader
+        )
+        self._planner = self._planning.planner
+        self._check_other_layers(vllm_config)
+        self._rules = self._planner.rules.to(device)
+        self._counters = DeviceCounters(
+            ("decode_rows", "visible_tokens", "selected_tokens"), device, self._planning.count
+        )
+        # Reads are counted up to this many tokens per row.
+        self._read = policy.top_k or policy.shape.max_model_len
+        parking = self._layers[0].parking
+        self._window, self._per_block = policy.window, parking.per_block if parking else 1
+        self._rows: Rows | None = None
+        self._late: list[PromptEnd] = []
+        self._max_rows = most_rows(vllm_config)
+        if policy.moves:
+            _warm_up(self._planning.layers[0].impl, spec, device)
+
+    @property
+    def _layers(self) -> list[SparseLayer]:
+        return [layer.impl.sparse for layer in self._planning.layers]
+
+    def _check_other_layers(self, config: VllmConfig) -> None:
+        layers = config.compilation_config.static_forward_context.values()
+        ours = self._planning.layers
+        stock = [getattr(layer, "impl", None) for layer in layers if layer not in ours]
+        if any(getattr(impl, "vllm_flash_attn_version", None) == 4 for impl in stock):
+            # It takes what makes the runner hand over prompt lengths for another kind of window.
+            raise UnsupportedError(
+                "sliding-window layers stay stock beside ours, which FlashAttention 4 does not "
+                "allow. Choose an older one with --attention-config.flash_attn_version"
+            )
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> StepMetadata:
+        """Plan one step."""
+        common = common_attn_metadata
+        self._compact_late()
+        prompt_lens = prompt_lengths(common)
+        if common.max_query_len == 1:
+            return self._plan_rows(common, prompt_lens)
+        lengths = sequence_lengths(common)
+        return self._planning.split(common, lengths, prompt_lens.cpu(), super().build)
+
+    def _plan_rows(self, common: CommonAttentionMetadata, prompt_lens: Tensor) -> StepMetadata:
+        count = common.num_reqs
+        table = common.block_table_tensor[:count]
+        rows = Rows(*(buffer[:count] for buffer in self._buffers(table.shape[1])))
+        self._kernels.plan_rows(
+            rows,
+            common.seq_lens[:count],
+            upload(prompt_lens, self.device),
+            table,
+            self._rules,
+            self._counters.values,
+            block_size=self.block_size,
+            window=self._window,
+            per_block=self._per_block,
+            top_k=self._read,
+        )
+        self._counters.publish()
+        prefilling = common.is_prefilling
+        if prefilling is not None and bool(prefilling.any()):
+            self._note_late(common, prompt_lens.cpu())
+        return StepMetadata(count, None, rows=rows)
+
+    def _buffers(self, width: int) -> Rows:
+        if self._rows is None or self._rows.block_table.shape[1] != width:
+            one = torch.zeros(3, self._max_rows, dtype=torch.int32, device=self.device)
+            table = torch.zeros(self._max_rows, width, dtype=torch.int32, device=self.device)
+            self._rows = Rows(table, *one)
+        return self._rows
+
+    def _note_late(self, common: CommonAttentionMetadata, prompt_lens: Tensor) -> None:
+        """Remember prompts whose last token is a row of this step.
+
+        A captured graph may run the step, and compaction is not part of it. The queries are parked
+        there; the next step starts by compacting. Blocks that it gives up cannot be written before:
+        the scheduler frees them once this step is processed.
+        """
+        start = common.query_start_loc_cpu[: common.num_reqs + 1]
+        lens, count = sequence_lengths(common), self._planning.count
+        self._planner.count_fallbacks(start, lens, prompt_lens, count)
+        if not self._planning.policy.moves:
+            return
+        table = common.block_table_tensor
+        for prompt in self._planner.ending_prompts(start, lens, prompt_lens, table, count):
+            if prompt.complete:
+                blocks = prompt.blocks.clone()
+                self._late.append(replace(prompt, blocks=blocks, parked=self._window))
+
+    def _compact_late(self) -> None:
+        late, self._late = self._late, []
+        for prompt in late:
+            for layer in self._planning.layers:
+                layer.impl.sparse.compact_parked(layer.kv_cache, prompt)
+
+
+class PolicyGpuImpl(FlashAttentionImpl):
+    """One layer on a GPU, whose pages hold plain rows.
+
+    Attributes:
+        sparse: What is not dense; set by the builder, once the block size is final.
+    """
+
+    sparse: SparseLayer
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._config = get_current_vllm_config()
+        set_up_layer(self._config, FlashAttentionImpl, args, kwargs)
+        super().__init__(*args, **kwargs)
+        if self.vllm_flash_attn_version is None:
+            raise UnsupportedError(
+                "prompts run through FlashAttention, which this installation of vLLM lacks for "
+                "this device. On a CPU leave vllm_sparse.kernels at auto"
+            )
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: StepMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend one step; without metadata, vLLM profiles. Shapes: :func:`.policy.attend_step`."""
+        if attn_metadata is None:
+            self._reserve(query.device)
+            return output.fill_(0)  # what follows may not take NaN
+        tensors = query, key, value, kv_cache
+        scales = output_scale, output_block_scale
+        return attend_step(self.sparse, super(), layer, *tensors, attn_metadata, output, *scales)
+
+    def _reserve(self, device: torch.device) -> None:
+        """Take as much memory as a step may need, and give it back: vLLM measures the peak."""
+        context, config = PolicyBackend.context, self._config
+        kernels = policy_triton(device)
+        assert context is not None
+        block_size = config.cache_config.block_size
+        policy = context.policy(self.head_size, block_size)
+        if policy.top_k is None or kernels.decode_scratch_bytes is None:
+            return
+        needed = kernels.decode_scratch_bytes(
+            most_rows(config),
+            -(-config.model_config.max_model_len // block_size),
+            layout=PageLayout(block_size, self.head_size, min(policy.page_sizes)),
+            heads=self.num_heads,
+            kv_heads=self.num_kv_heads,
+            top_k=policy.top_k,
+            dtype=config.model_config.dtype,
+            device=device,
+        )
+        torch.empty(needed, dtype=torch.uint8, device=device)
+
+
+def _warm_up(impl: PolicyGpuImpl, spec: PolicySpec, device: torch.device) -> None:
+    """Compile what vLLM's dummy runs do not reach: a prompt's end, and decode beside prompts.
+
+    The first requests would wait for it otherwise.
+    """
+    sparse, window = impl.sparse, spec.policy.window
+    size, blocks = spec.block_size, -(-window // spec.block_size) + 2
+    layout = sparse.stock_layout
+    content = 2 * layout.head_dim + layout.channels // layout.page_size
+    shape = (blocks, impl.num_kv_heads, size, content)
+    cache = torch.zeros(shape, dtype=spec.dtype, device=device)
+    table = torch.arange(blocks, dtype=torch.int32, device=device)
+    lengths = torch.tensor([blocks * size, 1], dtype=torch.int32, device=device)
+    heads, dim = impl.num_heads + 2 * impl.num_kv_heads, impl.head_size
+    tokens = torch.zeros(max(window, 1), heads, dim, dtype=spec.dtype, device=device)
+    query, key, value = tokens.split([impl.num_heads, *2 * [impl.num_kv_heads]], 1)
+    pages = layout.page_size
+    prompt = PromptEnd(table, blocks * size, 1, 1, pages, 0, len(tokens), 0, True, lengths)
+    sparse.end_prompt(cache, query, prompt)
+    row = lengths[:1]
+    rows = SparseRows(None, table[None], row, row, row, pages)
+    sparse.decode(cache, query, key, value, rows, torch.empty_like(query))

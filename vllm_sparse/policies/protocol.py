@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""What a policy decides: which prompt tokens stay, and which of the rest each decode step reads.
+
+A policy is one file: its settings and a :class:`Policy`. Block accounting, compaction, page index,
+attention, metrics and refusals are shared; they ask the policy. A policy in PyTorch runs
+everywhere; ``kernel`` names a fused step where there is one (:mod:`vllm_sparse.kernels.dispatch`).
+
+Notation: H query heads, G KV heads, D head size, n tokens, P tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from pydantic import Field
+
+from vllm_sparse.config import CommonSettings
+from vllm_sparse.policies.pages import page_tokens, select_pages
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class PolicySettings(CommonSettings):
+    """Settings of every policy that keeps keys and values on the device."""
+
+    token_budget: int = Field(1024, ge=16, description="KV pairs read per KV head and decode step.")
+    min_context: int = Field(
+        2048, ge=0, description="Prompts up to this many tokens are served densely."
+    )
+    skip_layers: int = Field(
+        0, ge=0, description="First layers whose decode reads every kept token."
+    )
+    huge_pages: bool = Field(
+        True, description="Put a CPU's KV cache on huge pages, which scattered reads profit from."
+    )
+
+
+class Retention(NamedTuple):
+    """What happens to a prompt of a given length.
+
+    Attributes:
+        sparse: The request is served sparsely, else densely.
+        dropped_blocks: Leading prompt blocks given back once the prompt is complete.
+        page_size: Tokens per page of the index.
+        top_r: Channels that page scores read; at least 1.
+        reason: Why the request stays dense; empty when it does not.
+    """
+
+    sparse: bool
+    dropped_blocks: int = 0
+    page_size: int = 1
+    top_r: int = 1
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a policy knows of the model and its cache.
+
+    Attributes:
+        head_dim: D.
+        group_size: H / G.
+        block_size: Tokens per block.
+        max_model_len: Longest request in tokens.
+    """
+
+    head_dim: int
+    group_size: int
+    block_size: int
+    max_model_len: int
+
+
+@dataclass(frozen=True)
+class Policy(ABC):
+    """Decides from the prompt length and from queries and keys, never from a request's history.
+
+    So scheduler and worker agree without talking, and a request's tokens do not depend on how it
+    was chunked, batched or preempted.
+
+    Attributes:
+        settings: An instance of :attr:`Settings`.
+        shape: The model's.
+        moves: Kept tokens are gathered into the last blocks of the prompt, which thereby become
+            private to the request, and the blocks before are given back. Otherwise tokens stay
+            where they are, and the prompt's blocks stay shareable.
+        kernel: Name of a fused step in :mod:`vllm_sparse.kernels.dispatch`; empty: PyTorch.
+    """
+
+    settings: Any
+    shape: Shape
+
+    Settings: ClassVar[type[PolicySettings]]
+    moves: ClassVar[bool] = False
+    kernel: ClassVar[str] = ""
+
+    @abstractmethod
+    def retention(self, prompt_len: int) -> Retention:
+        """What happens to a prompt of ``prompt_len`` tokens; a pure function."""
+
+    @property
+    def top_k(self) -> int | None:
+        """Tokens that each KV head attends to in a decode step; ``None``: all that it holds."""
+        return None
+
+    @property
+    def window(self) -> int:
+        """Last prompt tokens whose queries :meth:`keep` needs."""
+        return 0
+
+    @property
+    def page_sizes(self) -> tuple[int, ...]:
+        """Tokens per page of the index, ascending; :meth:`retention` names one of them."""
+        return (1,)
+
+    @property
+    def index_width(self) -> int:
+        """Numbers of a page's index per KV head."""
+        return 0
+
+    def freed_blocks(self, prompt_len: int, num_tokens: int) -> tuple[int, int]:
+        """Blocks ``[first, last)`` that no later step reads once ``num_tokens >= P`` are there."""
+        return 0, self.retention(prompt_len).dropped_blocks
+
+    def publishable_tokens(self, prompt_len: int) -> int | None:
+        """Leading tokens that the prefix cache may share; ``None``: all.
+
+        A tail that was moved is never shared, and neither are outputs: with sparse attention the
+        same token has other keys and values than in a prompt.
+        """
+        retention = self.retention(prompt_len)
+        if not retention.sparse:
+            return None
+        return self.shared_blocks(prompt_len) * self.shape.block_size if self.moves else prompt_len
+
+    def shared_blocks(self, prompt_len: int) -> int:
+        """Leading prompt blocks that are not private, if the policy :attr:`moves` tokens.
+
+        Behind them lie the tail and, if that is smaller, the blocks in which window queries wait.
+        """
+        dropped = self.retention(prompt_len).dropped_blocks
+        waiting = prompt_len // self.shape.block_size - self.room_for_window()
+        return max(min(dropped, waiting), 0)
+
+    def keep(self, query_window: Tensor, keys: Tensor, count: int) -> Tensor:
+        """Prompt tokens that stay, if the policy :attr:`moves` them.
+
+        Args:
+            query_window: Post-RoPE queries of the last ``window`` tokens, ``[H, window, D]``.
+            keys: Post-RoPE keys of the prompt, ``[G, n, D]``.
+            count: How many.
+
+        Returns:
+            Positions, int64 ``[G, count]``, ascending.
+        """
+        raise NotImplementedError(f"{type(self).__name__} moves tokens but has no keep()")
+
+    def index(self, keys: Tensor, present: Tensor) -> Tensor:
+        """The index of pages.
+
+        Args:
+            keys: ``[..., page_size, D]``; anything where nothing is present.
+            present: Which tokens of a page exist, bool, broadcastable to ``[..., page_size]``.
+
+        Returns:
+            ``[..., index_width]``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has an index_width but no index()")
+
+    def score(self, query: Tensor, index: Tensor, num_tokens: Tensor, page_size: int) -> Tensor:
+        """How much each KV head wants to read each page.
+
+        Args:
+            query: Post-RoPE queries, ``[R, G, H / G, D]``.
+            index: ``[R, G, pages, index_width]``; anything for pages beyond ``num_tokens``.
+            num_tokens: Tokens that each row sees, ``[R]``; 0 for padding rows.
+            page_size: Tokens per page.
+
+        Returns:
+            float32 ``[R, G, pages]``, free of NaN where a page holds tokens.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a top_k but neither score nor select")
+
+    def select(
+        self, query: Tensor, index: Tensor | None, num_tokens: Tensor, page_size: int, width: int
+    ) -> Tensor:
+        """Tokens to attend to: the newest page, then pages by falling score.
+
+        Args:
+            query: Post-RoPE queries, ``[R, G, H / G, D]``.
+            index: ``[R, G, pages, index_width]``; ``None`` if the policy has none.
+            num_tokens: Tokens that each row sees, ``[R]``; 0 for padding rows.
+            page_size: Tokens per page.
+            width: Width of the result.
+
+        Returns:
+            Positions, int64 ``[R, G, width]``, ascending, of which the first
+            ``min(width, num_tokens)`` count; depends on shapes only, as a captured graph needs.
+        """
+        assert index is not None
+        scores = self.score(query, index, num_tokens, page_size)
+        pages, taken = select_pages(scores, num_tokens, page_size, width)
+        return page_tokens(pages, taken, page_size)[..., :width]
+
+    def describe(self) -> str:
+        """What is kept and read, for the start-up line."""
+        read = "all kept tokens" if self.top_k is None else f"{self.top_k} tokens"
+        return f"token budget {self.settings.token_budget}, decode reads {read} per KV head"
+
+    def room_for_window(self) -> int:
+        """Last full prompt blocks that window queries need while they wait for the prompt's end.
+
+        They wait where the index of these blocks' pages would be, which nobody uses before.
+        """
+        if not self.window:
+            return 0
+        shape = self.shape
+        per_block = self.index_width * (shape.block_size // min(self.page_sizes))
+        per_block //= shape.group_size * shape.head_dim
+        return -(-self.window // per_block) + -(-self.window // shape.block_size)

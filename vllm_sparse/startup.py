@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""What happens once vLLM's configuration is complete: refusals, and the size of SPARDA's cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_sparse.backends.refusals import unsupported, unsupported_by_sparda
+from vllm_sparse.config import SpardaSettings, load_settings
+from vllm_sparse.errors import ConfigError, UnsupportedError
+from vllm_sparse.forecast.routing import route_model
+from vllm_sparse.kv.host.geometry import GIB, block_bytes, host_blocks, plan_frames
+from vllm_sparse.kv.host.memory import available_bytes
+from vllm_sparse.registry import is_ours
+
+
+def check_config(vllm_config: Any) -> None:
+    """Refuse unsupported configurations if one of our backends is chosen; size SPARDA's cache.
+
+    vLLM may call this several times for one configuration.
+
+    Args:
+        vllm_config: vLLM's complete configuration; SPARDA sets its block size, number of blocks and
+            model class.
+
+    Raises:
+        ConfigError: The settings are wrong.
+        UnsupportedError: The backend cannot serve this configuration; lists every reason.
+    """
+    backend = vllm_config.attention_config.backend
+    if not is_ours(backend) or vllm_config.model_config is None:
+        return
+    settings = load_settings(vllm_config.additional_config, backend.name.lower())
+    reasons = list(unsupported(vllm_config))
+    if isinstance(settings, SpardaSettings):
+        reasons += unsupported_by_sparda(vllm_config)
+    if reasons:
+        raise UnsupportedError(
+            f"{backend.name} cannot serve this configuration: " + "; ".join(reasons)
+        )
+    if isinstance(settings, SpardaSettings):
+        _size_cache(vllm_config, settings)
+        route_model(vllm_config)
+
+
+def _size_cache(config: Any, settings: SpardaSettings) -> None:
+    """Make vLLM manage the blocks of the host pool; refuse pools and slabs that cannot work."""
+    cache, model, parallel = config.cache_config, config.model_config, config.parallel_config
+    if cache.user_specified_block_size and cache.block_size != settings.block_size:
+        raise ConfigError(
+            f"--block-size {cache.block_size} contradicts vllm_sparse.block_size="
+            f"{settings.block_size}; leave one of them out or make them equal"
+        )
+    cache.block_size = settings.block_size
+    layers, kv_heads = model.get_num_layers(parallel), model.get_num_kv_heads(parallel)
+    shape = settings.block_size, model.get_head_size(), model.dtype.itemsize
+    bytes_per_block = block_bytes(layers, kv_heads, *shape)
+    blocks = host_blocks(settings, bytes_per_block, model.max_model_len)
+    if cache.num_gpu_blocks_override is None:
+        cache.num_gpu_blocks_override = blocks
+    elif cache.num_gpu_blocks_override > blocks:
+        raise ConfigError(
+            f"--num-gpu-blocks-override {cache.num_gpu_blocks_override} needs more host memory than"
+            f" vllm_sparse.host_gib={settings.host_gib}, which holds {blocks} blocks"
+        )
+    blocks = cache.num_gpu_blocks_override
+    ranks = parallel.tensor_parallel_size * max(parallel.data_parallel_size_local, 1)
+    total = blocks * bytes_per_block * ranks
+    available = available_bytes()
+    if total > available:
+        raise ConfigError(
+            f"vllm_sparse.host_gib: the host pool takes {total / GIB:.2f} GiB"
+            f"{' on all ranks together' if ranks > 1 else ''}, but this "
+            f"machine has {available / GIB:.2f} GiB available. Lower host_gib"
+        )
+    plan_frames(
+        settings,
+        num_layers=layers,
+        num_pieces=blocks * kv_heads,
+        num_kv_heads=kv_heads,
+        piece_bytes=bytes_per_block // (layers * kv_heads),
+        max_num_seqs=config.scheduler_config.max_num_seqs,
+        max_model_len=model.max_model_len,
+    )

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""What one layer does with a planned step beside dense attention: compaction and sparse decode."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_sparse.kv.tail.codec import PlainReader
+from vllm_sparse.kv.tail.compaction import QueryParking, compact_prompt
+from vllm_sparse.steps.select import attend_tokens, select_tokens, store_index, store_tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_sparse.kernels.dispatch import PolicyKernels
+    from vllm_sparse.kernels.layout import PageLayout
+    from vllm_sparse.kernels.types import Rows
+    from vllm_sparse.kv.tail.codec import Reader
+    from vllm_sparse.policies.protocol import Policy
+    from vllm_sparse.steps.split import Pages, PromptEnd, SparseRows
+
+
+class SparseLayer:
+    """One layer, on any device.
+
+    Args:
+        policy: Decides.
+        layouts: Page geometry by page size.
+        reader: Reads pages that the stock kernel has written.
+        kernels: Fused steps, and attention over plain rows.
+        group_size: H / G.
+        scale: Logit scale.
+        reads_all: Decode reads every kept token.
+
+    Attributes:
+        parking: Where window queries wait for the prompt's end; ``None`` if nothing moves.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        layouts: dict[int, PageLayout],
+        reader: Reader,
+        kernels: PolicyKernels,
+        *,
+        group_size: int,
+        scale: float,
+        reads_all: bool,
+    ) -> None:
+        self.policy = policy
+        self.layouts = layouts
+        self.stock_layout = layouts[min(layouts)]
+        self.reads_all = reads_all or policy.top_k is None
+        self.parking = QueryParking(self.stock_layout, group_size) if policy.window else None
+        self._prompt_reader = reader
+        # What was moved is plain, what stays in place is as the stock kernel wrote it.
+        self._reader = PlainReader(self.stock_layout) if policy.moves else reader
+        self._kernels = kernels
+        self._scale = scale
+        self._fused = policy.moves and (bool(policy.kernel) or self.reads_all)
+
+    # -- prompts -----------------------------------------------------------------------------------
+
+    def end_prompt(self, cache: Tensor, query: Tensor, prompt: PromptEnd) -> None:
+        """Compact a prompt that is complete, or let the queries of its window wait.
+
+        Args:
+            cache: ``[blocks, G, block_size, C]``, changed.
+            query: Post-RoPE queries of the step, ``[T, H, D]``.
+            prompt: The prompt.
+        """
+        private = prompt.blocks[prompt.shared_blocks :]
+        window = query[prompt.first_token : prompt.last_token]
+        if self.parking is None:
+            window = window[:0]
+        elif not prompt.complete:
+            self.parking.store(cache, private, prompt.parked, window)
+            return
+        elif prompt.parked:
+            window = torch.cat((self.parking.load(cache, private, prompt.parked), window))
+        self._compact(cache, prompt, window)
+
+    def compact_parked(self, cache: Tensor, prompt: PromptEnd) -> None:
+        """Compact a prompt all of whose window queries wait."""
+        if self.parking is not None:
+            window = self.parking.load(cache, prompt.blocks[prompt.shared_blocks :], prompt.parked)
+        else:
+            heads = self.policy.shape.group_size * cache.shape[1]
+            window = cache.new_empty(0, heads, self.policy.shape.head_dim)
+        self._compact(cache, prompt, window)
+
+    def _compact(self, cache: Tensor, prompt: PromptEnd, window: Tensor) -> None:
+        layout, dropped = self.layouts[prompt.page_size], prompt.dropped_blocks
+        if self.policy.kernel and self._kernels.compact_prompts is not None:
+            keys, values = layout.tokens(cache).split(layout.head_dim, -1)
+            length, gone = prompt.sizes.split(1)
+            self._kernels.compact_prompts(
+                cache,
+                keys,
+                values,
+                window.transpose(0, 1)[None],
+                prompt.blocks[None],
+                length,
+                gone,
+                layout=layout,
+                pool_kernel=self.policy.settings.pool_kernel,
+                max_kept=prompt.prompt_len - dropped * layout.block_size,
+            )
+            return
+        compact_prompt(
+            cache,
+            prompt.blocks,
+            prompt.prompt_len,
+            dropped,
+            window.transpose(0, 1),
+            policy=self.policy,
+            reader=self._prompt_reader,
+            layout=layout,
+        )
+
+    def index_pages(self, cache: Tensor, pages: Pages) -> None:
+        """Bring the index up to what the step has written.
+
+        Args:
+            cache: ``[blocks, G, block_size, C]``, changed.
+            pages: What was written.
+        """
+        if not self.policy.index_width or self.reads_all:
+            return
+        slots = pages.slots[pages.closing].long()
+        size = self.stock_layout.block_size
+        self._store_index(cache, slots // size, slots % size, self.stock_layout)
+
+    def _store_index(self, cache: Tensor, block: Tensor, slot: Tensor, layout: PageLayout) -> None:
+        store_index(cache, block, slot, policy=self.policy, reader=self._reader, layout=layout)
+
+    # -- decode ------------------------------------------------------------------------------------
+
+    def decode(
+        self,
+        cache: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: SparseRows,
+        output: Tensor,
+    ) -> None:
+        """Attend the sparse tokens of a mixed step.
+
+        Args:
+            cache: ``[blocks, G, block_size, C]``, changed.
+            query: ``[T, H, D]``.
+            key: ``[T, G, D]``.
+            value: ``[T, G, D]``.
+            rows: Which tokens.
+            output: ``[T, H, D]``, written at the rows' tokens.
+        """
+        index, target = rows.token_index, output
+        if index is not None:
+            query, key, value = query[index], key[index], value[index]
+            target = torch.empty_like(query)
+        else:
+            count = len(rows.lengths)
+            query, key, value, target = query[:count], key[:count], value[:count], output[:count]
+        layout = self.layouts[rows.page_size]
+        tables = rows.block_table, rows.lengths, rows.final_lengths, rows.top_r
+        if self._fused:
+            self._decode_fused(cache, query, key, value, target, *tables, layout=layout)
+        else:
+            if self.policy.moves:  # where tokens stay in place, all of the step are written first
+                self._store(cache, key, value, *tables, layout)
+            self._decode_selected(cache, query, target, *tables, layout)
+        if index is not None:
+            output[index] = target
+
+    def decode_rows(
+        self, cache: Tensor, query: Tensor, key: Tensor, value: Tensor, rows: Rows, output: Tensor
+    ) -> None:
+        """Attend a batch of single tokens that was planned on the device, in fixed shapes.
+
+        Args:
+            cache: ``[blocks, G, block_size, C]``, changed.
+            query: ``[T, H, D]``; padding may follow the rows.
+            key: ``[T, G, D]``.
+            value: ``[T, G, D]``.
+            rows: The rows.
+            output: ``[T, H, D]``, written.
+        """
+        count, layout = len(rows.lengths), self.stock_layout
+        query, key, value, output = query[:count], key[:count], value[:count], output[:count]
+        tables = rows.block_table, rows.lengths, rows.lengths, rows.top_r
+        if self._fused:
+            parked: dict[str, Any] = {}
+            if self.parking is not None:
+                parked = {"parked": rows.parked, "per_block": self.parking.per_block}
+            self._decode_fused(
+                cache, query, key, value, output, *tables, layout=layout, replays=False, **parked
+            )
+            return
+        if self.parking is not None:
+            self.parking.store_at(cache, query, rows.parked)
+        self._store(cache, key, value, *tables, layout)
+        self._decode_selected(cache, query, output, *tables, layout)
+
+    def _decode_fused(self, *arguments: Tensor, layout: PageLayout, **options: Any) -> None:
+        self._kernels.decode(
+            *arguments,
+            layout=layout,
+            top_k=self.policy.top_k or 0,
+            scale=self._scale,
+            read_all=self.reads_all,
+            **options,
+        )
+
+    def _store(
+        self,
+        cache: Tensor,
+        key: Tensor,
+        value: Tensor,
+        block_table: Tensor,
+        lengths: Tensor,
+        final_lengths: Tensor,
+        top_r: Tensor,
+        layout: PageLayout,
+    ) -> None:
+        """Write the rows' newest tokens and their pages' index."""
+        place = (lengths - 1).clamp(min=0).long()
+        block = block_table.gather(1, (place // layout.block_size)[:, None])[:, 0].long()
+        block = torch.where(lengths > 0, block, 0)
+        slot = place % layout.block_size
+        store_tokens(cache, key, value, block, slot, layout)
+        if self.policy.index_width:
+            # Of several rows of one request, the last one in a page stores its index.
+            closes = (lengths == final_lengths) | (lengths % layout.page_size == 0)
+            if self.policy.moves:  # window queries may wait where a prompt's index would be
+                closes &= top_r > 0
+            self._store_index(cache, torch.where(closes, block, 0), slot, layout)
+
+    def _decode_selected(
+        self,
+        cache: Tensor,
+        query: Tensor,
+        output: Tensor,
+        block_table: Tensor,
+        lengths: Tensor,
+        _: Tensor,
+        top_r: Tensor,
+        layout: PageLayout,
+    ) -> None:
+        table, reader, positions = block_table.long(), self._reader, None
+        if not self.reads_all:
+            positions = select_tokens(
+                cache, query, table, lengths, policy=self.policy, reader=reader, layout=layout
+            )
+        if self._kernels.attend_slots is None:
+            assert positions is not None
+            attend_tokens(
+                cache, query, output, positions, table, lengths, reader=reader, layout=layout,
+                scale=self._scale,
+            )  # fmt: skip
+            return
+        slots = None
+        if positions is not None:
+            size = layout.block_size
+            block = table[:, None].expand(-1, positions.shape[1], -1).gather(2, positions // size)
+            slots = (block * size + positions % size).int()
+        self._kernels.attend_slots(
+            cache, query, output, slots, block_table, lengths, top_r, layout=layout,
+            top_k=self.policy.top_k or 0, scale=self._scale,
+        )  # fmt: skip
