@@ -9,6 +9,7 @@ requests must then give the same tokens.
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -24,7 +25,6 @@ from vllm_sparse.policies.streamingllm import StreamingLLM
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from vllm_sparse.policies.protocol import Policy
 
@@ -87,7 +87,7 @@ def outside(tmp_path_factory) -> dict[str, str]:
     from support import outside as module
 
     folder = tmp_path_factory.mktemp("site")
-    (folder / "large_keys.py").write_text(open(module.__file__).read())
+    (folder / "large_keys.py").write_text(Path(module.__file__).read_text())
     info = folder / "large_keys-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: large-keys\nVersion: 1.0\n")

@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: The vllm-sparse authors
 """What QUEST and STREAMINGLLM read, for a Hugging Face model under an explicit mask.
 
-SNAPKV is RocketKV's stage 1 with another pool, see :func:`.hf_rocketkv.generate`. Independent of the
-library under test.
+SNAPKV is RocketKV's stage 1 with another pool, which :func:`.hf_rocketkv.generate` has. Independent
+of the library under test.
 """
 
 import math

@@ -252,10 +252,10 @@ def generate(
 def run_greedily(model, prompt_ids: list[int], num_tokens: int, run, return_logits: bool = False):
     """Greedy generation under a mask.
 
-    ``run`` decides: ``end_prompt_of_layer(layer, query [H, n, D], keys [G, n, D])`` sees the prompt,
-    ``visible_tokens(layer, query [H, D], keys [G, n, D])`` returns per group the positions that a
-    decode step attends to. It has ``in_prompt``, ``prompt_len``, ``prompt_gap``, ``page_gap``,
-    ``channel_gap`` and ``kept`` as :class:`_Run`.
+    ``run`` decides: ``end_prompt_of_layer(layer, query [H, n, D], keys [G, n, D])`` sees the
+    prompt, ``visible_tokens(layer, query [H, D], keys [G, n, D])`` returns per group the positions
+    that a decode step attends to. It has ``in_prompt``, ``prompt_len``, ``prompt_gap``,
+    ``page_gap``, ``channel_gap`` and ``kept`` as :class:`_Run`.
     """
     cache = DynamicCache(config=model.config)
     tokens, logits, page_gaps, channel_gaps = [], [], [], []

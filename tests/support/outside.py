@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from vllm_sparse.policies.protocol import Policy, PolicySettings, Retention
+
+if TYPE_CHECKING:
+    import torch
 
 
 class LargeKeysSettings(PolicySettings):

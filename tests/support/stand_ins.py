@@ -75,10 +75,10 @@ def captured_graphs() -> None:
     builder still plans every step, but layers see what it returned for the first batch of that
     size.
     """
-    from vllm_sparse.backends.rocketkv_gpu import RocketKVGpuBuilder
+    from vllm_sparse.backends.policy_gpu import PolicyGpuBuilder
     from vllm_sparse.backends.sparda_gpu import SpardaGpuBuilder
 
-    for builder in (RocketKVGpuBuilder, SpardaGpuBuilder):
+    for builder in (PolicyGpuBuilder, SpardaGpuBuilder):
         builder._plan_rows = _replayed(builder._plan_rows)  # type: ignore[method-assign]
 
 
