@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from support.forked import run_forked
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PROMPT_TOKENS, NEW_TOKENS, KV_HEADS, DIM = 150, 6, 2, 32
 
@@ -39,11 +39,14 @@ def run_tapped(
         and their rotation.
     """
     folder.mkdir(exist_ok=True)
-    job, result = folder / "job.json", folder / "result.pt"
-    content = {"cases": cases, "enforce_eager": enforce_eager, "in_process": in_process}
-    job.write_text(json.dumps({**content, "result": str(result)}))
+    result = folder / "result.pt"
+    job = {
+        "cases": cases,
+        "enforce_eager": enforce_eager,
+        "in_process": in_process,
+        "result": str(result),
+    }
     env = {
-        **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
@@ -51,19 +54,8 @@ def run_tapped(
     if enforce_eager:
         env["VLLM_CPU_CI_ENV"] = "1"
     else:
-        env.pop("VLLM_CPU_CI_ENV", None)
         env["VLLM_CACHE_ROOT"] = str(folder / "cache")
-    done = subprocess.run(
-        [sys.executable, __file__, str(job)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    log = done.stdout + done.stderr
-    if done.returncode:
-        raise RuntimeError(f"engine failed:\n{log[-6000:]}")
+    log = run_forked("support.tapped", job, env, timeout=500)
     return {**torch.load(result), "log": log}
 
 
@@ -157,14 +149,10 @@ def _serve(case: dict[str, Any], enforce_eager: bool, in_process: bool) -> dict[
             cleanup_dist_env_and_memory()
 
 
-def _main(path: str) -> None:
-    job = json.loads(Path(path).read_text())
+def serve(job: dict[str, Any]) -> None:
+    """Do what :func:`run_tapped` was asked for, in a process with nothing else to do."""
     results = {
         name: _serve(case, job["enforce_eager"], job["in_process"])
         for name, case in job["cases"].items()
     }
     torch.save(results, job["result"])
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1])
