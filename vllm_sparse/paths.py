@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Where files are kept between runs."""
+"""Where files are kept between runs, and writing them so that no half of one is left."""
 
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 CACHE_ENV = "VLLM_SPARSE_CACHE"
 
@@ -14,3 +19,20 @@ def cache_dir() -> Path:
     """``$VLLM_SPARSE_CACHE``, or ``~/.cache/vllm-sparse``: for what can be made again."""
     configured = os.environ.get(CACHE_ENV)
     return Path(configured) if configured else Path.home() / ".cache" / "vllm-sparse"
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that replaces it if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield scratch
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        scratch.chmod(0o666 & ~mask)  # safetensors lets only the owner read
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)

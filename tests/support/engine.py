@@ -5,12 +5,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from support.forked import run_forked
 
 BLOCK_SIZE = 32
 NEW_TOKENS = 100
@@ -85,49 +84,32 @@ def run_engine(
     if settings is not None:
         arguments["attention_backend"] = backend
         arguments["additional_config"] = {"vllm_sparse": settings}
+    on_gpu_path = (settings or {}).get("kernels") == "triton"
+    environment = {
+        **({"TRITON_INTERPRET": "1"} if on_gpu_path else {}),
+        "VLLM_CPU_CI_ENV": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        **(env or {}),
+    }
     with tempfile.TemporaryDirectory() as folder:
-        job, result = Path(folder) / "job.json", Path(folder) / "result.json"
-        job.write_text(
-            json.dumps(
-                {
-                    "model": str(model),
-                    "prompts": prompts,
-                    "waves": waves,
-                    "new_tokens": new_tokens,
-                    "llm": arguments,
-                    "stand_ins": [name for name in stand_ins if name],
-                    "result": str(result),
-                }
-            )
-        )
-        on_gpu_path = (settings or {}).get("kernels") == "triton"
-        environment = {
-            **os.environ,
-            **({"TRITON_INTERPRET": "1"} if on_gpu_path else {}),
-            "VLLM_CPU_CI_ENV": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            **(env or {}),
+        result = Path(folder) / "result.json"
+        job = {
+            "model": str(model),
+            "prompts": prompts,
+            "waves": waves,
+            "new_tokens": new_tokens,
+            "llm": arguments,
+            "stand_ins": [name for name in stand_ins if name],
+            "result": str(result),
         }
-        done = subprocess.run(
-            [sys.executable, __file__, str(job)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-        log = done.stdout + done.stderr
-        if done.returncode:
-            raise RuntimeError(f"engine failed:\n{log[-6000:]}")
+        log = run_forked("support.engine", job, environment, timeout)
         return {**json.loads(result.read_text()), "log": log}
 
 
-def _main(path: str) -> None:
-    job = json.loads(Path(path).read_text())
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        _interpret_triton()
-    import stand_ins
+def serve(job: dict[str, Any]) -> None:
+    """Do what :func:`run_engine` was asked for, in a process with nothing else to do."""
+    from support import stand_ins
 
     for name in job["stand_ins"]:
         getattr(stand_ins, name)()
@@ -169,21 +151,3 @@ def _free_blocks(llm: Any) -> int | None:
     if core is None:
         return None
     return core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
-
-
-def _interpret_triton() -> None:
-    """Model Runner V2 needs Triton, whose CPU stand-in is its interpreter."""
-    import types
-
-    from triton.backends import backends
-
-    class Driver:
-        @staticmethod
-        def is_active() -> bool:
-            return True
-
-    backends["cpu"] = types.SimpleNamespace(driver=Driver, compiler=None)
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1])

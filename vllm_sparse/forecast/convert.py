@@ -34,7 +34,7 @@ def add_command(subparsers: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from vllm_sparse.forecast.weights import convert_official, export_official
+    from vllm_sparse.forecast.official import convert_official, export_official
 
     suffix = arguments.target.suffix
     try:

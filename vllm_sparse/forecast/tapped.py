@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models import ModelRegistry
 
+from vllm_sparse.forecast.install import install_taps
 from vllm_sparse.forecast.routing import ARCHITECTURES, PREFIX
-from vllm_sparse.forecast.tap import install_taps
 
 if TYPE_CHECKING:
     from torch import nn

@@ -257,17 +257,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from vllm_sparse.training.backbone import Backbone
     from vllm_sparse.training.data import pack, read_documents
     from vllm_sparse.training.evaluate import Evaluation, plot
-    from vllm_sparse.training.files import load_forecast
-    from vllm_sparse.training.geometry import Geometry
+    from vllm_sparse.training.files import import_forecast
+    from vllm_sparse.training.geometry import BlockGeometry
 
     backbone = Backbone.load(arguments.model, arguments.dtype, Accelerator().device)
-    forecast, geometry = None, Geometry()
+    forecast, geometry = None, BlockGeometry()
     if arguments.forecast:
-        forecast, geometry, metadata = load_forecast(arguments.forecast, backbone.head_dim)
-        _check_fits(forecast, backbone, arguments.forecast, metadata["base_model"])
+        forecast, geometry = import_forecast(arguments.forecast, backbone)
     given = {
         field.name: getattr(arguments, field.name)
-        for field in dataclasses.fields(Geometry)
+        for field in dataclasses.fields(BlockGeometry)
         if getattr(arguments, field.name) is not None
     }
     geometry = dataclasses.replace(geometry, **given)
@@ -300,17 +299,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.plot and not plot(report, arguments.plot):
         print("no plot: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
     return 0
-
-
-def _check_fits(forecast: Any, backbone: Any, path: Path, base_model: str) -> None:
-    projection = forecast.projections[0]
-    found = (len(forecast.projections), forecast.kv_heads, projection.in_features)
-    expected = (backbone.num_layers, backbone.num_kv_heads, backbone.hidden_size)
-    if found != expected:
-        raise ConfigError(
-            f"{path}: was trained for {base_model} (layers, KV heads, width {found}), but "
-            f"{backbone.name} has {expected}; give the base model it was trained for"
-        )
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from vllm_sparse.training.backbone import Backbone, LayerView
     from vllm_sparse.training.forecast import Forecast
-    from vllm_sparse.training.geometry import Geometry
+    from vllm_sparse.training.geometry import BlockGeometry
 
 SELECTORS = ("exact", "query", "forecast", "lookahead-query", "previous", "random")
 
@@ -90,7 +90,7 @@ class Evaluation:
     def __init__(
         self,
         backbone: Backbone,
-        geometry: Geometry,
+        geometry: BlockGeometry,
         forecast: Forecast | None = None,
         queries: int = 256,
         tail_queries: int = 0,

@@ -1,50 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""The Forecast file that the server reads, and writing files so that no half of one is left."""
+"""Safetensors files of training: the Forecast that the server reads, and tensors in general."""
 
 from __future__ import annotations
 
-import os
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
+from safetensors.torch import save_file
+
 from vllm_sparse.errors import ConfigError
+from vllm_sparse.forecast.file import (
+    BIAS,
+    FORMAT_VERSION,
+    SIZE_KEYS,
+    canonical_name,
+    open_safetensors,
+    serving,
+    whole_number,
+)
+from vllm_sparse.forecast.weights import load_forecast
+from vllm_sparse.paths import atomic_path
 from vllm_sparse.training.forecast import Forecast
-from vllm_sparse.training.geometry import Geometry
+from vllm_sparse.training.geometry import BlockGeometry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-    import torch
     from torch import Tensor
 
-VERSION = "1"
-_SIZES = ("block_size", "kernel_stride", "init_blocks", "local_blocks", "top_k")
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that replaces it if the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield scratch
-        with scratch.open("rb+") as file:
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        scratch.chmod(0o666 & ~mask)  # safetensors lets only the owner read
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    from vllm_sparse.training.backbone import Backbone
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file."""
-    from safetensors.torch import save_file
-
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    """Writes a safetensors file that is whole or not there."""
+    with atomic_path(path) as target:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, target, metadata)
 
 
 def load_tensors(
@@ -55,95 +46,61 @@ def load_tensors(
     Raises:
         ConfigError: There is no such file, or it is of another kind.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"{path}: not a readable safetensors file ({error}). Forecasts are written by "
-            "vllm-sparse train-forecast; official .pt checkpoints have to be converted first"
-        ) from error
+    with open_safetensors(path, device) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def tensor_name(layer: int) -> str:
-    """Name of the projection that serves a layer, without ``.weight`` or ``.bias``."""
-    if layer == 0:
-        return "model.layers.0.self_attn.q_curr_proj"
-    return f"model.layers.{layer - 1}.self_attn.q_future_proj"
-
-
-def export_forecast(path: Path, forecast: Forecast, geometry: Geometry, base_model: str) -> None:
+def export_forecast(
+    path: Path, forecast: Forecast, geometry: BlockGeometry, base_model: str
+) -> None:
     """Writes a Forecast as bfloat16, with the metadata that the server checks."""
-    import torch
-
     tensors = {}
     for layer, projection in enumerate(forecast.projections):
+        at, kind = serving(layer)
         for name, parameter in projection.named_parameters():
             value = parameter.detach().to(torch.bfloat16).cpu()
-            tensors[f"{tensor_name(layer)}.{name}"] = value
+            tensors[canonical_name(at, kind + (BIAS if name == "bias" else ""))] = value
     metadata = {
         "base_model": base_model,
-        "kernel_size": str(geometry.kernel_size),
-        **{name: str(getattr(geometry, name)) for name in _SIZES},
-        "version": VERSION,
+        **{name: str(getattr(geometry, name)) for name in SIZE_KEYS},
+        "version": FORMAT_VERSION,
     }
-    with atomic_path(path) as target:
-        save_tensors(target, tensors, metadata)
+    save_tensors(path, tensors, metadata)
 
 
-def load_forecast(path: Path, head_dim: int) -> tuple[Forecast, Geometry, dict[str, str]]:
-    """Reads a Forecast.
+def import_forecast(path: Path, backbone: Backbone) -> tuple[Forecast, BlockGeometry]:
+    """Reads a Forecast of a model.
 
     Args:
-        path: File written by :func:`export_forecast`.
-        head_dim: Head size of its model.
+        path: File written by :func:`export_forecast`, or converted.
+        backbone: Its model.
 
     Returns:
-        The Forecast in float32, its geometry and its metadata.
+        The Forecast in float32 and its geometry.
 
     Raises:
-        ConfigError: A tensor or a metadata entry is missing or has an unexpected shape.
+        ConfigError: The file is not this model's, or does not say which blocks it was trained for.
     """
-    tensors, metadata = load_tensors(path)
-    missing = [name for name in (*_SIZES, "base_model", "version") if name not in metadata]
+    heads, dim, hidden = backbone.num_kv_heads, backbone.head_dim, backbone.hidden_size
+    future, current, metadata, future_bias, current_bias = load_forecast(
+        path, backbone.num_layers, heads, dim, hidden
+    )
+    missing = [name for name in SIZE_KEYS if name not in metadata]
     if missing:
         raise ConfigError(
-            f"{path}: its metadata lacks {', '.join(missing)}, so it is no Forecast of "
-            "vllm-sparse. Write it with train-forecast, or convert it"
+            f"{path}: its metadata lacks {', '.join(missing)}, so it is unknown which blocks it "
+            "was trained for. Write it with train-forecast, or convert it"
         )
-    if metadata["version"] != VERSION:
-        raise ConfigError(
-            f"{path}: is of version {metadata['version']}, this vllm-sparse reads {VERSION}; "
-            "install a matching one or export the file again"
-        )
-    layers = sum(name.endswith(".weight") for name in tensors)
-    absent = [
-        f"{tensor_name(layer)}.weight"
-        for layer in range(layers)
-        if f"{tensor_name(layer)}.weight" not in tensors
-    ]
-    if absent or not layers:
-        raise ConfigError(f"{path}: lacks {', '.join(absent) or 'all weights'}; export it again")
-    rows, hidden = tensors[f"{tensor_name(0)}.weight"].shape
-    if rows % head_dim:
-        raise ConfigError(
-            f"{path}: its projections have {rows} rows, no multiple of the head size {head_dim}; "
-            f"it was trained for another model ({metadata['base_model']})"
-        )
-    bias = f"{tensor_name(0)}.bias" in tensors
-    forecast = Forecast(layers, hidden, rows // head_dim, head_dim, bias)
-    values = {}
-    for layer, projection in enumerate(forecast.projections):
-        for name, parameter in projection.named_parameters():
-            found = tensors.get(f"{tensor_name(layer)}.{name}")
-            if found is None or found.shape != parameter.shape:
-                raise ConfigError(
-                    f"{path}: {tensor_name(layer)}.{name} is "
-                    f"{'missing' if found is None else list(found.shape)}, expected "
-                    f"{list(parameter.shape)}; export it again"
-                )
-            values[f"projections.{layer}.{name}"] = found.float()
-    forecast.load_state_dict(values)
-    return forecast, Geometry(**{name: int(metadata[name]) for name in _SIZES}), metadata
+    forecast = Forecast(backbone.num_layers, hidden, heads, dim, current_bias is not None)
+    parts = {"weight": [current, *future]}
+    if current_bias is not None:
+        parts["bias"] = [current_bias, *(future_bias or [])]
+    forecast.load_state_dict(
+        {
+            f"projections.{layer}.{name}": value.float()
+            for name, values in parts.items()
+            for layer, value in enumerate(values)
+        }
+    )
+    sizes = {name: whole_number(metadata, name) for name in SIZE_KEYS if name != "kernel_size"}
+    return forecast, BlockGeometry(**sizes)

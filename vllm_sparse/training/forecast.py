@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.forecast.weights import lookahead_weights, scaled_by_norm
 from vllm_sparse.training.backbone import rotate
 
 if TYPE_CHECKING:
@@ -114,23 +115,20 @@ class Forecast(nn.Module):
                     "--init uniform"
                 )
             norm = backbone.query_norm(layer)
-            target.weight.copy_(self._group_mean(query.weight, norm))
-            if query.bias is None:
-                if target.bias is not None:
-                    target.bias.zero_()
-                continue
-            bias = self._group_mean(query.bias, norm)
+            weight, bias = lookahead_weights(
+                query.weight.float(),
+                None if query.bias is None else query.bias.float(),
+                backbone.num_heads,
+                self.kv_heads,
+                self.head_dim,
+            )
+            if norm is not None:
+                weight, bias = scaled_by_norm(weight, bias, norm)
+            target.weight.copy_(weight)
             if target.bias is not None:
-                target.bias.copy_(bias)
-            elif constants:
+                target.bias.zero_() if bias is None else target.bias.copy_(bias)
+            elif bias is not None and constants:
                 target.weight.add_(torch.outer(bias, constants[input_layer(layer)]).cpu())
-
-    def _group_mean(self, rows: Tensor, norm: Tensor | None) -> Tensor:
-        """``[H * D, ...]`` to ``[G * D, ...]``."""
-        grouped = rows.float().unflatten(0, (self.kv_heads, -1, self.head_dim)).mean(1)
-        if norm is not None:
-            grouped = grouped * norm.float().view(-1, *(1,) * (rows.dim() - 1))
-        return grouped.flatten(0, 1)
 
 
 def constant_direction(inputs: Tensor, ridge: float = 1e-3) -> Tensor:

@@ -13,7 +13,7 @@ from vllm_sparse.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Geometry:
+class BlockGeometry:
     """Block sparsity of a layer; the fields mean what they mean in the SPARDA settings.
 
     Attributes:

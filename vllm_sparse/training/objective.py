@@ -27,7 +27,7 @@ from vllm_sparse.policies.sparda import (
 )
 
 if TYPE_CHECKING:
-    from vllm_sparse.training.geometry import Geometry
+    from vllm_sparse.training.geometry import BlockGeometry
     from vllm_sparse.training.settings import Supervision, TeacherKind
 
 _FLOOR = 1e-8
@@ -91,7 +91,12 @@ class LiveTeacher:
     """
 
     def __init__(
-        self, kind: TeacherKind, query: Tensor, keys: Tensor, positions: Tensor, geometry: Geometry
+        self,
+        kind: TeacherKind,
+        query: Tensor,
+        keys: Tensor,
+        positions: Tensor,
+        geometry: BlockGeometry,
     ) -> None:
         """Prepares the keys.
 
@@ -153,7 +158,7 @@ class LiveTeacher:
         return scores.unflatten(-1, (-1, size)).sum(-1)
 
 
-def best_free_blocks(scores: Tensor, positions: Tensor, geometry: Geometry) -> Tensor:
+def best_free_blocks(scores: Tensor, positions: Tensor, geometry: BlockGeometry) -> Tensor:
     """The highest scores among the blocks that are not always read.
 
     Args:
@@ -173,13 +178,13 @@ def best_free_blocks(scores: Tensor, positions: Tensor, geometry: Geometry) -> T
     return chosen & free
 
 
-def pooled(windows: Tensor, tokens: int, geometry: Geometry) -> Tensor:
+def pooled(windows: Tensor, tokens: int, geometry: BlockGeometry) -> Tensor:
     """Block scores of window scores, ``[G, T, C]`` to ``[G, T, B]``."""
     return block_scores(windows, geometry.num_blocks(tokens), geometry.windows_per_block)
 
 
 def student_logits(
-    forecast: Tensor, compressed_keys: Tensor, positions: Tensor, geometry: Geometry
+    forecast: Tensor, compressed_keys: Tensor, positions: Tensor, geometry: BlockGeometry
 ) -> Tensor:
     """Logits of the Forecast over the windows that begin at or before each position.
 
@@ -204,7 +209,7 @@ def row_losses(
     compressed_keys: Tensor,
     positions: Tensor,
     tokens: int,
-    geometry: Geometry,
+    geometry: BlockGeometry,
     supervision: Supervision,
 ) -> Tensor:
     """KL divergence of every row of a chunk.
@@ -280,7 +285,7 @@ class _ChunkedKL(torch.autograd.Function):
         compressed_keys: Tensor,
         positions: Tensor,
         tokens: int,
-        geometry: Geometry,
+        geometry: BlockGeometry,
         supervision: Supervision,
         chunk: int,
     ) -> Tensor:
@@ -319,7 +324,7 @@ def forecast_loss(
     compressed_keys: Tensor,
     positions: Tensor,
     tokens: int,
-    geometry: Geometry,
+    geometry: BlockGeometry,
     supervision: Supervision = "selected",
     chunk: int | None = 256,
 ) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.policies.sparda import compress_keys
-from vllm_sparse.training.files import atomic_path, load_tensors, save_tensors
+from vllm_sparse.training.files import load_tensors, save_tensors
 from vllm_sparse.training.forecast import input_layer
 from vllm_sparse.training.objective import LiveTeacher, StoredTeacher, best_free_blocks, pooled
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm_sparse.training.backbone import Backbone, LayerView
-    from vllm_sparse.training.geometry import Geometry
+    from vllm_sparse.training.geometry import BlockGeometry
     from vllm_sparse.training.objective import Teacher
     from vllm_sparse.training.settings import TeacherKind
 
@@ -90,7 +90,7 @@ class SampleSource:
     """
 
     backbone: Backbone
-    geometry: Geometry
+    geometry: BlockGeometry
     teacher: TeacherKind
     queries: int = 0
     tail_queries: int = 0
@@ -243,8 +243,7 @@ class CachedSource:
                 tensors.setdefault(name, tensor)
 
         self._source.visit(index, tokens, keep)
-        with atomic_path(path) as target:
-            save_tensors(target, tensors, {})
+        save_tensors(path, tensors, {})
 
     def _all_rows(self, sample: LayerSample) -> Tensor:
         rows, chunk = len(sample.positions), self._source.chunk

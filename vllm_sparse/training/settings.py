@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from vllm_sparse.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vllm_sparse.training.geometry import Geometry
+    from vllm_sparse.training.geometry import BlockGeometry
 
 # Here and not where they are used, so that the command line's help needs no torch.
 TeacherKind = Literal["fine", "query", "block-mass"]
@@ -100,11 +100,11 @@ class TrainSettings(BaseModel):
     keep: PositiveInt = Field(2, description="Newest checkpoints to keep.")
 
     @property
-    def geometry(self) -> Geometry:
+    def geometry(self) -> BlockGeometry:
         """Block sizes and counts."""
-        from vllm_sparse.training.geometry import Geometry
+        from vllm_sparse.training.geometry import BlockGeometry
 
-        return Geometry(
+        return BlockGeometry(
             self.block_size, self.kernel_stride, self.init_blocks, self.local_blocks, self.top_k
         )
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.errors import ConfigError, VllmSparseError
+from vllm_sparse.paths import atomic_path
 from vllm_sparse.training.data import sequence_index
-from vllm_sparse.training.files import atomic_path
 from vllm_sparse.training.objective import forecast_loss
 from vllm_sparse.training.samples import CachedSource
 

@@ -1,184 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Taps in real models with stock attention: what is recorded, when, and that nothing else changes.
-
-Run as a script, this file runs engines (:func:`run_tapped`).
-"""
+"""Taps in real models with stock attention: what is recorded, when, and that nothing else is."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from support.tapped import DIM, KV_HEADS, PROMPT_TOKENS, case, prompt, run_tapped
+
+from vllm_sparse.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
-PROMPT_TOKENS, NEW_TOKENS, HEADS, KV_HEADS, DIM = 150, 6, 8, 2, 32
+HEADS = 8
 LOOKAHEAD = {"algorithm": "sparda", "selector": "lookahead-query"}
-
-
-# ---- the engine ----------------------------------------------------------------------------------
-
-
-def case(model: Path, settings: dict[str, Any] | None, **llm: Any) -> dict[str, Any]:
-    """One engine: model, settings of SPARDA (None: all stock), arguments of ``LLM``."""
-    return {"model": str(model), "settings": settings, "llm": llm}
-
-
-def run_tapped(
-    folder: Path, cases: dict[str, Any], *, enforce_eager: bool = True, in_process: bool = True
-) -> dict[str, Any]:
-    """Serve one prompt greedily with stock attention, in one engine after the other.
-
-    Args:
-        folder: For files.
-        cases: From :func:`case`, by name; those with settings are routed and tapped.
-        enforce_eager: Off: compiled, from an empty cache.
-        in_process: Engine and worker in one process; else no snapshots are taken.
-
-    Returns:
-        ``log`` and by case: ``tokens``, ``models`` (class of each worker), ``weights`` (of each
-        worker's taps), and ``seen``: per pass ("prefill" and "decode") and layer, what that layer's
-        attention found in its own tap and in the one before. ``rotated``: by layer, random values
-        and their rotation.
-    """
-    folder.mkdir(exist_ok=True)
-    job, result = folder / "job.json", folder / "result.pt"
-    content = {"cases": cases, "enforce_eager": enforce_eager, "in_process": in_process}
-    job.write_text(json.dumps({**content, "result": str(result)}))
-    env = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-    }
-    if enforce_eager:
-        env["VLLM_CPU_CI_ENV"] = "1"
-    else:
-        env.pop("VLLM_CPU_CI_ENV", None)
-        env["VLLM_CACHE_ROOT"] = str(folder / "cache")
-    done = subprocess.run(
-        [sys.executable, __file__, str(job)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    log = done.stdout + done.stderr
-    if done.returncode:
-        raise RuntimeError(f"engine failed:\n{log[-6000:]}")
-    return {**torch.load(result), "log": log}
-
-
-def prompt() -> list[int]:
-    return torch.randint(
-        1024, (PROMPT_TOKENS,), generator=torch.Generator().manual_seed(3)
-    ).tolist()
-
-
-def _model_class(worker: Any) -> str:
-    return type(worker.model_runner.model).__name__
-
-
-def _tap_weights(worker: Any) -> list[torch.Tensor]:
-    layers = worker.vllm_config.compilation_config.static_forward_context.values()
-    taps = [getattr(layer, "sparda_tap", None) for layer in layers]
-    return [tap.weight.clone() for tap in taps if tap is not None]
-
-
-def _serve(case: dict[str, Any], enforce_eager: bool, in_process: bool) -> dict[str, Any]:
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
-
-    import vllm_sparse.startup as guard
-    from vllm_sparse.forecast.routing import route_model
-
-    arguments = {
-        "max_model_len": 512,
-        "max_num_batched_tokens": 512,
-        "kv_cache_memory_bytes": 32 << 20,
-        "max_num_seqs": 4,
-        **case["llm"],
-    }
-    if case["settings"] is None:
-        guard.check_config = lambda config: None
-    else:  # as if SPARDA were chosen, whose attention is not tested here
-        guard.check_config = lambda config: config.model_config and route_model(config)
-        arguments["additional_config"] = {"vllm_sparse": case["settings"]}
-    seen: dict[str, dict] = {"prefill": {}, "decode": {}}
-    layers: dict[int, Any] = {}
-    stock = CPUAttentionBackendImpl.forward
-
-    def forward(self, layer, query, *args, **kwargs):
-        index = int(layer.layer_name.split(".")[2])
-        step = {PROMPT_TOKENS: "prefill", 1: "decode"}.get(query.shape[0])
-        if layers and step and index not in seen[step]:
-            taps = [getattr(layers.get(i), "sparda_tap", None) for i in (index, index - 1)]
-            seen[step][index] = [
-                None if tap is None else tap.values[: query.shape[0]].clone() for tap in taps
-            ]
-        return stock(self, layer, query, *args, **kwargs)
-
-    CPUAttentionBackendImpl.forward = forward
-    try:
-        llm = LLM(
-            model=case["model"],
-            skip_tokenizer_init=True,
-            dtype="float32",
-            seed=0,
-            enforce_eager=enforce_eager,
-            **arguments,
-        )
-        rotated = {}
-        if in_process:
-            context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-            layers.update((int(name.split(".")[2]), layer) for name, layer in context.items())
-            generator = torch.Generator().manual_seed(4)
-            positions = torch.randint(500, (9,), generator=generator)
-            for index, layer in layers.items():
-                tap = getattr(layer, "sparda_tap", None)
-                if tap is not None:
-                    values = torch.randn(9, KV_HEADS, DIM, generator=generator)
-                    before = values.clone()
-                    rotated[index] = positions, values, tap.rotate(positions, values)
-                    assert torch.equal(values, before)
-        sampling = SamplingParams(
-            max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, detokenize=False
-        )
-        output = llm.generate([{"prompt_token_ids": prompt()}], sampling, use_tqdm=False)[0]
-        return {
-            "tokens": list(output.outputs[0].token_ids),
-            "seen": seen,
-            "rotated": rotated,
-            "models": llm.collective_rpc(_model_class),
-            "weights": llm.collective_rpc(_tap_weights),
-        }
-    finally:
-        CPUAttentionBackendImpl.forward = stock
-        if in_process:
-            cleanup_dist_env_and_memory()
-
-
-def _main(path: str) -> None:
-    job = json.loads(Path(path).read_text())
-    results = {
-        name: _serve(case, job["enforce_eager"], job["in_process"])
-        for name, case in job["cases"].items()
-    }
-    torch.save(results, job["result"])
 
 
 # ---- the reference -------------------------------------------------------------------------------
@@ -276,7 +119,7 @@ def own_and_next(layers: list, layer: int) -> list:
 def save_forecast(path: Path, layers: int, hidden: int) -> dict[str, torch.Tensor]:
     from safetensors.torch import save_file
 
-    from vllm_sparse.forecast.weights import canonical_name
+    from vllm_sparse.forecast.file import canonical_name
 
     generator = torch.Generator().manual_seed(6)
     names = [canonical_name(layer, "q_future_proj") for layer in range(layers - 1)]
@@ -388,79 +231,8 @@ def test_spawned_workers_build_the_tapped_class(models, runs, tmp_path):
 # ---- without an engine ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("partial", [1.0, 0.5])
-@pytest.mark.parametrize("long", [False, True])
-def test_rotation_partial_and_long(partial, long, monkeypatch):
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.model_executor.layers.rotary_embedding import (
-        get_rope,
-        phi3_long_rope_scaled_rope,
-    )
-
-    from vllm_sparse.forecast.tap import ForecastTap
-
-    rotary_dim = int(partial * DIM)
-    factors = [1.0 + 0.3 * i for i in range(rotary_dim // 2)]
-    parameters: dict[str, Any] = {
-        "rope_type": "longrope" if long else "default",
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": partial,
-    }
-    if long:
-        parameters |= {
-            "short_factor": [1.0] * (rotary_dim // 2),
-            "long_factor": factors,
-            "original_max_position_embeddings": 256,
-        }
-    served = SimpleNamespace(model_config=SimpleNamespace(max_model_len=1024))
-    monkeypatch.setattr(phi3_long_rope_scaled_rope, "get_current_vllm_config", lambda: served)
-    with set_current_vllm_config(VllmConfig()):
-        rotary = get_rope(DIM, 1024, rope_parameters=parameters, dtype=torch.float32)
-    values = torch.randn(7, 2, KV_HEADS, DIM)
-    tap = ForecastTap(rotary, 16, values, False)
-    positions = torch.tensor([0, 1, 5, 255, 256, 700, 1023])
-    frequencies = 10000.0 ** -(torch.arange(0, rotary_dim, 2) / rotary_dim)
-    scale = 1.0
-    if long:
-        frequencies = frequencies / torch.tensor(factors)
-        scale = (1 + torch.tensor(4.0).log() / torch.tensor(256.0).log()).sqrt()
-    angle = (positions[:, None] * frequencies)[:, None]
-    cos, sin = angle.cos() * scale, angle.sin() * scale
-    for part in range(2):
-        x = values[:, part]
-        before = x.clone()
-        first, second = x[..., : rotary_dim // 2], x[..., rotary_dim // 2 : rotary_dim]
-        want = torch.cat(
-            (first * cos - second * sin, second * cos + first * sin, x[..., rotary_dim:]), -1
-        )
-        torch.testing.assert_close(tap.rotate(positions, x), want, atol=2e-4, rtol=2e-4)
-        assert torch.equal(x, before)
-    assert tap.rotate(positions[:0], values[:0, 0]).shape == (0, KV_HEADS, DIM)
-
-
-def test_an_unfilled_tap_shows():
-    from vllm_sparse.errors import IntegrityError
-    from vllm_sparse.forecast.tap import ForecastTap, Taps
-
-    tap = ForecastTap(None, 16, torch.zeros(8, 2, KV_HEADS, DIM), has_bias=True)
-    weight, bias = torch.randn(KV_HEADS * DIM, 16), torch.randn(KV_HEADS * DIM)
-    tap.fill(0, weight, bias)
-    assert not tap.ready
-    taps = Taps()
-    taps._taps.append(tap)
-    with pytest.raises(IntegrityError, match="--load-format auto"):
-        taps.finish()
-    x = torch.randn(9, 16)  # one padded row more than there is room for
-    tap(x, torch.zeros(9, 1))
-    torch.testing.assert_close(tap.values[:, 0], (x @ weight.T + bias)[:8].view(8, KV_HEADS, DIM))
-    assert tap.values[:, 1].isnan().all()
-    tap.fill(-1, weight)
-    assert tap.ready
-    taps.finish()
-
-
 def _layers(**changes: Any) -> list:
-    from vllm_sparse.forecast.tap import _Layer
+    from vllm_sparse.forecast.install import _Layer
 
     rotary = object()
     linear = {
@@ -479,8 +251,7 @@ def _layers(**changes: Any) -> list:
 
 
 def test_layers_that_cannot_be_tapped_are_refused():
-    from vllm_sparse.errors import UnsupportedError
-    from vllm_sparse.forecast.tap import _check_uniform, _query_norm, _query_rows
+    from vllm_sparse.forecast.install import _check_uniform, _query_norm, _query_rows
 
     _check_uniform(_layers(), "Model")
     for changes, message in (
@@ -518,8 +289,7 @@ def test_layers_that_cannot_be_tapped_are_refused():
 def test_attention_of_another_shape_is_refused(broken):
     from vllm.model_executor.layers.attention import Attention
 
-    from vllm_sparse.errors import UnsupportedError
-    from vllm_sparse.forecast.tap import _attention_layers
+    from vllm_sparse.forecast.install import _attention_layers
 
     class Odd(torch.nn.Module):
         pass
@@ -535,57 +305,3 @@ def test_attention_of_another_shape_is_refused(broken):
     compilation = SimpleNamespace(static_forward_context={attn.layer_name: attn})
     with pytest.raises(UnsupportedError, match=rf"Odd cannot look a layer ahead.*{broken}"):
         _attention_layers(model, SimpleNamespace(compilation_config=compilation))
-
-
-def _config(architecture: str, selector: str) -> Any:
-    return SimpleNamespace(
-        additional_config={"vllm_sparse": {"selector": selector}},
-        model_config=SimpleNamespace(
-            architecture=architecture,
-            hf_config=SimpleNamespace(architectures=[architecture]),
-        ),
-    )
-
-
-def test_routing():
-    from vllm_sparse.errors import UnsupportedError
-    from vllm_sparse.forecast.routing import route_model
-
-    config = _config("LlamaForCausalLM", "lookahead-query")
-    for _ in range(2):
-        route_model(config)
-        assert config.model_config.hf_config.architectures == ["SpardaLlamaForCausalLM"]
-    for selector in ("query", "previous"):
-        for name in ("LlamaForCausalLM", "FalconForCausalLM"):
-            config = _config(name, selector)
-            route_model(config)
-            assert config.model_config.hf_config.architectures == [name]
-    with pytest.raises(
-        UnsupportedError, match=r"FalconForCausalLM is not among.*query or previous"
-    ):
-        route_model(_config("FalconForCausalLM", "lookahead-query"))
-
-
-def test_every_architecture_is_vllms_and_registered_lazily():
-    from vllm.model_executor.models import ModelRegistry
-
-    from vllm_sparse.forecast import tapped
-    from vllm_sparse.forecast.routing import ARCHITECTURES, PREFIX, register_architectures
-
-    for _ in range(2):
-        register_architectures()
-    for name in ARCHITECTURES:
-        entry = ModelRegistry.models[PREFIX + name]
-        assert (entry.module_name, entry.class_name) == (tapped.__name__, PREFIX + name)
-    stock = ModelRegistry.models["LlamaForCausalLM"].load_model_cls()
-    ours = ModelRegistry.models["SpardaLlamaForCausalLM"].load_model_cls()
-    assert ours is tapped.SpardaLlamaForCausalLM
-    assert issubclass(ours, stock)
-    assert ours.packed_modules_mapping is stock.packed_modules_mapping
-    assert ours.hf_to_vllm_mapper is stock.hf_to_vllm_mapper
-    with pytest.raises(AttributeError):
-        _ = tapped.SpardaFalconForCausalLM
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1])

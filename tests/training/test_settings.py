@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Recipes and settings."""
+
+from __future__ import annotations
+
+import pytest
+from support.training import SETTINGS
+
+from vllm_sparse.errors import ConfigError
+from vllm_sparse.training.settings import TrainSettings, load_train_settings, recipe_names
+
+
+def test_recipes_are_valid():
+    assert recipe_names() == ["dense-small", "sparda"]
+    for name in recipe_names():
+        load_train_settings(name, {})
+    published = load_train_settings("sparda", {})
+    assert published == TrainSettings(init="uniform")
+    assert published.geometry.free_picks == 62
+
+
+def test_learning_rate():
+    linear = TrainSettings(**{**SETTINGS, "schedule": "linear", "warmup_steps": 2, "lr": 1.0})
+    assert [linear.learning_rate(step) for step in range(4)] == [0.5, 1.0, 1.0, 0.5]
+    constant = TrainSettings(**SETTINGS)
+    assert {constant.learning_rate(step) for step in range(4)} == {SETTINGS["lr"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_len": 6144}, "too short"),
+        ({"top_k": 34}, "leaves nothing to choose"),
+        ({"block_size": 48}, "not a multiple"),
+        ({"teacher": "mean"}, "teacher"),
+        ({"typo": 1}, "typo"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_train_settings(None, changes)
+
+
+def test_unknown_recipe_names_the_known_ones():
+    with pytest.raises(ConfigError, match="dense-small, sparda"):
+        load_train_settings("sparta", {})

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The training loop: it learns, resumes without a trace, stops cleanly and says what is wrong."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from support.training import KINDS, sequences, trainer
+from transformers import Qwen2Config, Qwen2Model
+
+from vllm_sparse.errors import ConfigError
+from vllm_sparse.training.trainer import (
+    Interrupted,
+    OutOfMemoryError,
+    checkpoints,
+    read_checkpoint,
+)
+
+
+def weights(run):
+    """All weights, flat."""
+    return torch.cat([parameter.detach().flatten() for parameter in run.forecast.parameters()])
+
+
+@pytest.mark.parametrize(("kind", "supervision"), KINDS)
+def test_loss_falls(tmp_path, kind, supervision):
+    run = trainer(
+        tmp_path,
+        sequences(2),
+        teacher=kind,
+        supervision=supervision,
+        init="uniform",
+        steps=12,
+        lr=1e-2,
+    )
+    losses = [entry.loss for entry in run.train()]
+    assert losses[-1] < 0.9 * losses[0]
+    assert run.step == 12
+
+
+def test_every_projection_gets_a_gradient_from_its_own_layer(tmp_path):
+    run = trainer(tmp_path, bias=True)
+    before = [parameter.detach().clone() for parameter in run.forecast.parameters()]
+    next(run.train())
+    for old, new in zip(before, run.forecast.parameters(), strict=True):
+        assert not torch.equal(old, new)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path, cached):
+    options = {"steps": 6, "queries": 64, "tail_queries": 8, "save_every": 2, "keep": 9}
+    whole = trainer(tmp_path / "whole", **options)
+    losses = [entry.loss for entry in whole.train()]
+    first = trainer(tmp_path / "parts", cache=tmp_path / "cache" if cached else None, **options)
+    for entry in first.train():
+        if entry.step == 5:
+            break
+    second = trainer(tmp_path / "parts", cache=tmp_path / "cache" if cached else None, **options)
+    second.resume(checkpoints(tmp_path / "parts")[-1])
+    assert second.step == 4
+    rest = [entry.loss for entry in second.train()]
+    assert rest == losses[4:]
+    assert torch.equal(weights(second), weights(whole))
+    with (tmp_path / "parts" / "log.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1", "2", "3", "4", "5", "6"]
+
+
+def test_interrupt_saves_the_last_complete_step(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    whole = trainer(tmp_path / "whole", steps=4)
+    list(whole.train())
+    run = trainer(tmp_path / "parts", steps=4)
+    steps = run.train()
+    next(steps)
+    next(steps)
+    # In the middle of the third step.
+    original = run._backward
+    run._backward = lambda *arguments: (
+        os.kill(os.getpid(), signal.SIGINT),
+        original(*arguments),
+    )
+    assert threading.current_thread() is threading.main_thread()
+    with pytest.raises(Interrupted):
+        next(steps)
+    assert [path.name for path in checkpoints(tmp_path / "parts")] == ["checkpoint-000002.pt"]
+    assert signal.getsignal(signal.SIGINT) is before
+    again = trainer(tmp_path / "parts", steps=4)
+    again.resume(checkpoints(tmp_path / "parts")[-1])
+    list(again.train())
+    assert torch.equal(weights(again), weights(whole))
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    list(trainer(tmp_path, steps=4, save_every=1, keep=2).train())
+    assert [path.name for path in checkpoints(tmp_path)] == [
+        "checkpoint-000003.pt",
+        "checkpoint-000004.pt",
+    ]
+    assert not list(tmp_path.glob(".*"))
+    assert read_checkpoint(checkpoints(tmp_path)[-1])["step"] == 4
+
+
+def test_resume_refuses_what_does_not_fit(tmp_path):
+    list(trainer(tmp_path, steps=1).train())
+    saved = checkpoints(tmp_path)[-1]
+    with pytest.raises(ConfigError, match="another base model"):
+        trainer(tmp_path, kind=(Qwen2Config, Qwen2Model)).resume(saved)
+    with pytest.raises(ConfigError, match=r"do not fit.*bias"):
+        trainer(tmp_path, bias=True).resume(saved)
+    with pytest.raises(ConfigError, match=r"other settings.*lr 0\.005 -> 0\.1"):
+        trainer(tmp_path, lr=0.1).resume(saved)
+    with pytest.raises(ConfigError, match="--data"):
+        trainer(tmp_path, sequences(3)).resume(saved)
+    saved.write_bytes(b"no checkpoint")
+    with pytest.raises(ConfigError, match="not a checkpoint"):
+        trainer(tmp_path).resume(saved)
+
+
+def test_out_of_memory_comes_with_advice(tmp_path):
+    run = trainer(tmp_path)
+
+    def exhausted(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run._backward = exhausted
+    with pytest.raises(OutOfMemoryError, match=r"--chunk.*--queries.*--seq-len"):
+        next(run.train())
