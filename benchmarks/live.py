@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from vllm_sparse.kernels.reference.selection import Ranking
+from vllm_sparse.kernels.types import Ranking
 
 if TYPE_CHECKING:
     from vllm_sparse.config import SpardaSettings

@@ -22,8 +22,8 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from vllm_sparse import metrics
-from vllm_sparse.backends.base import prompt_lengths, sequence_lengths
-from vllm_sparse.backends.gpu import GpuBackend, check_block_size, most_rows, warn_of_gpus
+from vllm_sparse.backends.base import most_rows, prompt_lengths, sequence_lengths
+from vllm_sparse.backends.gpu import GpuBackend, check_block_size, warn_of_gpus
 from vllm_sparse.backends.rocketkv import RocketKVBackend, RocketKVLayer, RocketKVPlanning
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.dispatch import rocketkv_gpu
