@@ -34,6 +34,7 @@ from vllm_sparse.kv.tail.codec import PageCodec
 from vllm_sparse.kv.tail.compaction import QueryParking, compact_prompt
 from vllm_sparse.policies import rocketkv as policy
 
+
 @pytest.fixture(autouse=True)
 def _interpreter(monkeypatch):
     """Parts of the interpreter are imported by the first launch."""

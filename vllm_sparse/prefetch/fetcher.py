@@ -77,7 +77,7 @@ class Fetcher:
         device = pager.layers[0].slab.device
         # Where host and device share memory, what kernels count can be read without waiting.
         self._readable = device.type == "cpu"
-        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.step = torch.ones(1, dtype=torch.int64, device=device)
         self.counters = DeviceCounters(_COUNTED, device, self._publish)
         self._counted = self.counters.values.view(2, 3).unbind()
         self._copies = [0, 0]
