@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from vllm_sparse.kernels.reference.selection import Ranking
+from vllm_sparse.kernels.types import Ranking
 
 if TYPE_CHECKING:
+    from vllm_sparse.prefetch.engine import CopyEngine, Ticket
+
     from vllm_sparse.config import SpardaSettings
     from vllm_sparse.policies.selectors import Tokens
-    from vllm_sparse.prefetch.engine import CopyEngine, Ticket
 
 COUNTED = (
     "frame_hits",

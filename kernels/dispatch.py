@@ -7,15 +7,13 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from vllm_sparse.kernels.reference import decode, rows, sparda_steps
-from vllm_sparse.kernels.reference import paging as paging_reference
-from vllm_sparse.kernels.reference import selection as selection_reference
+from vllm_sparse.kernels.reference import decode, rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
-    from vllm_sparse.kernels.reference.sparda_steps import Resolution, Selected
+    from vllm_sparse.kernels.types import Resolution, Selected
 
 
 class PolicyKernels(NamedTuple):
@@ -90,57 +88,12 @@ def _fused(device: str) -> tuple[bool, str]:
     return True, ""
 
 
-class PagingKernels(NamedTuple):
-    """What SparDA runs: selection, page table, copies, attention over frames and for prompts."""
-
-    select_blocks: Callable[..., torch.Tensor]
-    resolve: Callable[..., paging_reference.Resolved]
-    copy_pieces: Callable[..., None]
-    attend_frames: Callable[..., None]
-    attend_part: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    name: str
-    note: str = ""
-
-
-@cache
-def sparda_paging(device: str) -> PagingKernels:
-    """The paging kernels for a device type.
-
-    Args:
-        device: ``torch.device.type``.
-
-    Returns:
-        The kernels; on a CPU the C++ ones, elsewhere (and on a CPU without a compiler) the PyTorch
-        reference.
-    """
-    paging, selection, name = paging_reference, selection_reference, "reference"
-    attend_part = sparda_steps.attend_part
-    if device == "cpu":
-        from vllm_sparse.kernels.cpu import prefill
-
-        attend_part = prefill.attend_part
-    fused, note = _fused(device)
-    if fused:
-        from vllm_sparse.kernels.cpu import paging as fused_paging
-        from vllm_sparse.kernels.cpu import selection as fused_selection
-
-        paging, selection, name = fused_paging, fused_selection, "cpu"
-    return PagingKernels(
-        selection.select_blocks,
-        paging.resolve,
-        paging.copy_pieces,
-        paging.attend_frames,
-        attend_part,
-        name,
-        note,
-    )
-
-
-class SpardaGpuKernels(NamedTuple):
-    """What SparDA runs on a GPU; contracts in ``kernels.reference.sparda_steps`` and ``paging``.
+class SpardaKernels(NamedTuple):
+    """What SparDA runs; the contracts are those of ``kernels.reference.sparda_*``.
 
     Attributes:
-        name: For the start-up line.
+        name: Which kernels these are, for the start-up line.
+        note: Why they are slow, if they are.
     """
 
     select_blocks: Callable[..., Selected]
@@ -152,29 +105,57 @@ class SpardaGpuKernels(NamedTuple):
     attend_frames: Callable[..., None]
     attend_part: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     name: str
+    note: str = ""
 
 
 @cache
-def sparda_gpu(device: torch.device) -> SpardaGpuKernels:
-    """The Triton kernels.
+def sparda_kernels(device: torch.device, kernels: str = "auto") -> SpardaKernels:
+    """SparDA's kernels for a device.
 
     Args:
-        device: A GPU; or a CPU where Triton's interpreter was chosen before Triton was imported.
+        device: Where they run.
+        kernels: The setting of that name: ``triton`` runs Triton's kernels on a CPU as well.
+
+    Returns:
+        Triton's on a GPU, or in Triton's interpreter if that was chosen before Triton was imported;
+        the C++ ones on a CPU; without a compiler the PyTorch reference.
 
     Raises:
-        ValueError: The device cannot run them.
+        ValueError: Triton's kernels are asked for on a CPU without the interpreter.
     """
-    _check_triton(device)
-    from vllm_sparse.kernels.triton import (
-        launch,
-        sparda_attention,
-        sparda_paging,
-        sparda_prefill,
-        sparda_select,
-        sparda_tokens,
-    )
+    note = ""
+    if device.type != "cpu" or kernels == "triton":
+        _check_triton(device)
+        from vllm_sparse.kernels.triton import (
+            launch,
+            sparda_attention,
+            sparda_paging,
+            sparda_prefill,
+            sparda_select,
+            sparda_tokens,
+        )
 
-    return SpardaGpuKernels(
+        name = f"triton, launches {launch.launches(device).origin}"
+    else:
+        from vllm_sparse.kernels.cpu import sparda_prefill
+
+        fused, note = _fused(device.type)
+        name = "cpu" if fused else "reference"
+        if fused:
+            from vllm_sparse.kernels.cpu import (
+                sparda_attention,
+                sparda_paging,
+                sparda_select,
+                sparda_tokens,
+            )
+        else:
+            from vllm_sparse.kernels.reference import (
+                sparda_attention,
+                sparda_paging,
+                sparda_select,
+                sparda_tokens,
+            )
+    return SpardaKernels(
         sparda_select.select_blocks,
         sparda_paging.resolve,
         sparda_paging.copy_pieces,
@@ -183,7 +164,8 @@ def sparda_gpu(device: torch.device) -> SpardaGpuKernels:
         sparda_tokens.record_queries,
         sparda_attention.attend_frames,
         sparda_prefill.attend_part,
-        f"triton, launches {launch.launches(device).origin}",
+        name,
+        note,
     )
 
 

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""What kernels take and return, whichever implementation runs."""
+"""What kernels are given and what they return, the same for every implementation.
+
+A *piece* is one block of one KV head, ``[block_size, 2 * D]``: a row per token, its key and then
+its value. Piece ``b * G + g`` is block ``b`` of KV head ``g``.
+"""
 
 from __future__ import annotations
 
@@ -39,3 +43,90 @@ class PageScores(NamedTuple):
     logits: Tensor
     peak: Tensor
     mass: Tensor
+
+
+class Ranking(NamedTuple):
+    """How vectors rank windows.
+
+    Attributes:
+        softmax: Softmax of each query head, summed over its group (InfLLM-v2); else the raw dot
+            product of one vector per KV head (Forecast).
+        scale: Logit scale of the softmax.
+        lag: Windows are those complete this many positions before the token.
+    """
+
+    softmax: bool
+    scale: float = 1.0
+    lag: int = 0
+
+
+class Blocks(NamedTuple):
+    """Which blocks are read; see :func:`vllm_sparse.policies.sparda.select_blocks`."""
+
+    block_size: int
+    kernel_stride: int
+    init_blocks: int
+    local_blocks: int
+    top_k: int
+
+
+class Selected(NamedTuple):
+    """What each decode row reads.
+
+    Attributes:
+        blocks: Logical blocks, ascending, -1 beyond the last, int32 ``[R, G, capacity]``.
+        pieces: Their pieces on the host, -1 beyond the last, int32 ``[R, G, capacity]``.
+        lengths: Tokens in a row's blocks, the same for all KV heads, int32 ``[R]``.
+    """
+
+    blocks: Tensor
+    pieces: Tensor
+    lengths: Tensor
+
+
+class PageTable(NamedTuple):
+    """Which frame holds which piece, for one layer; changed in place.
+
+    Attributes:
+        frame_of: Frame of each piece or -1, int32 ``[pieces]``.
+        piece_of: Piece in each frame or -1, int64 ``[frames]``.
+        last_use: Last step that used each frame, int64 ``[frames]``.
+        recent: Whether a frame was used since the clock hand last passed it, bool ``[frames]``.
+        hand: Where the clock hand stands, int64 ``[1]``.
+    """
+
+    frame_of: Tensor
+    piece_of: Tensor
+    last_use: Tensor
+    recent: Tensor
+    hand: Tensor
+
+
+class Resolution(NamedTuple):
+    """Where the wanted pieces are, and what must be copied before they may be read.
+
+    Attributes:
+        frames: Frame of each wanted piece, -1 where none was wanted, int32, in its shape.
+        missing: Pieces to copy, int32, as long as ``frames``; only the first ``misses`` count.
+        targets: Their frames, int32, as long as ``missing``.
+        misses: How many, int32 ``[1]``.
+    """
+
+    frames: Tensor
+    missing: Tensor
+    targets: Tensor
+    misses: Tensor
+
+
+class Unframed(NamedTuple):
+    """Rows that read all their tokens, from the host pool.
+
+    Attributes:
+        host: The pool, ``[blocks, G, block_size, 2 * D]``.
+        table: Physical blocks, int32 ``[T, blocks]``.
+        lengths: Tokens of each such row, 0 for all others, int32 ``[T]``.
+    """
+
+    host: Tensor
+    table: Tensor
+    lengths: Tensor

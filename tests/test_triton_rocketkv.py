@@ -18,6 +18,7 @@ import torch
 pytest.importorskip("triton")
 
 from support.ahead_of_time import compile_only, compiled, name_only
+from support.kernels import DEVICE, close, same, use_tile, with_gaps
 from support.policies import make_policy
 from test_kernels import make_batch
 from vllm_sparse.kernels import dispatch
@@ -38,8 +39,6 @@ from vllm_sparse.kernels.types import PageScores, Rows
 from vllm_sparse.kv.tail.codec import PageCodec
 from vllm_sparse.kv.tail.compaction import QueryParking, compact_prompt
 from vllm_sparse.policies import rocketkv as policy
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -65,29 +64,6 @@ def _poisoned_integers(monkeypatch):
 def _splitting(request, monkeypatch):
     """One program per row and KV head, or as many as there are tiles."""
     monkeypatch.setattr(launch, "multiprocessors", lambda device: request.param)
-
-
-def use_tile(monkeypatch, kernel: str, block: int) -> None:
-    """Let a kernel work in tiles of so many entries."""
-    given = tuple(pair._replace(block=block, num_warps=1) for pair in launch._SM80[kernel])
-    monkeypatch.setitem(launch._SM80, kernel, given)
-
-
-def with_gaps(tensor: torch.Tensor, axes: int) -> torch.Tensor:
-    """The same values with NaN between the entries of the first axes."""
-    shape = [size + 1 if axis < axes else size for axis, size in enumerate(tensor.shape)]
-    out = torch.full(shape, torch.nan, dtype=tensor.dtype, device=tensor.device)
-    out = out[tuple(slice(0, size) for size in tensor.shape)]
-    return out.copy_(tensor)
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.nan_to_num(7), b.nan_to_num(7))
-
-
-def close(actual, expected, dtype):
-    tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def batch_on_device(**shape):

@@ -36,8 +36,9 @@ class Split(NamedTuple):
 
 def split_of(shape: Shape, context: int, settings: dict, block_size: int = 16) -> Split:
     """The split of a prompt of `context` tokens, by the rule that the engine follows."""
-    from vllm_sparse.config import RocketKVSettings
     from vllm_sparse.kv.tail.retention import RetentionRule
+
+    from vllm_sparse.config import RocketKVSettings
 
     own = RocketKVSettings.model_validate(settings)
     fields = RetentionRule.__dataclass_fields__.keys() & RocketKVSettings.model_fields.keys()

@@ -77,16 +77,16 @@ def load() -> ctypes.CDLL:
     kernels.vllm_sparse_rocketkv_decode.argtypes = (
         ctypes.c_int, *([pointer] * 9), ctypes.POINTER(ctypes.c_int64), ctypes.c_float, ctypes.c_int
     )  # fmt: skip
-    kernels.vllm_sparse_attend_frames.argtypes = (
-        ctypes.c_int, *([pointer] * 5), ctypes.POINTER(ctypes.c_int64), ctypes.c_float
-    )  # fmt: skip
-    kernels.vllm_sparse_select_blocks.argtypes = (
-        ctypes.c_int, *([pointer] * 5), ctypes.POINTER(ctypes.c_int64), ctypes.c_float
-    )  # fmt: skip
+    kernels.vllm_sparse_attend_frames.argtypes = (ctypes.c_int, *([pointer] * 6), ctypes.c_float)
+    kernels.vllm_sparse_select_blocks.argtypes = (ctypes.c_int, *([pointer] * 8))
+    kernels.vllm_sparse_update_windows.argtypes = (ctypes.c_int, *([pointer] * 7))
     number = ctypes.c_int64
-    kernels.vllm_sparse_resolve.argtypes = (
-        *([pointer] * 4), number, pointer, number, pointer, number, *([pointer] * 4)
-    )  # fmt: skip
-    kernels.vllm_sparse_copy.argtypes = (*([pointer] * 4), number, number)
-    kernels.vllm_sparse_copy.restype = None
+    for name, arguments in (
+        ("resolve", (pointer, pointer, number, *([pointer] * 6))),
+        ("copy", (*([pointer] * 5), number)),
+        ("write_tokens", (pointer,) * 7),
+        ("record_queries", (pointer,) * 5),
+    ):
+        function = getattr(kernels, f"vllm_sparse_{name}")
+        function.argtypes, function.restype = arguments, None
     return kernels

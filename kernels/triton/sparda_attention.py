@@ -19,7 +19,7 @@ from vllm_sparse.kernels.triton.ops import attend_tile, share_of
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from vllm_sparse.kernels.reference.sparda_steps import Unframed
+    from vllm_sparse.kernels.types import Unframed
 
 
 # How wide a table is changes from step to step, which must not compile variants.
@@ -112,7 +112,7 @@ def attend_frames(
     scale: float,
     unframed: Unframed | None = None,
 ) -> None:
-    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_steps.attend_frames`.
+    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_attention.attend_frames`.
 
     Queries are rounded to the slab's dtype. Scratch: ``4 * T * H * D * splits`` bytes.
 

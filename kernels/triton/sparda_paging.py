@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.reference.sparda_steps import Resolution
 from vllm_sparse.kernels.triton.launch import launch
+from vllm_sparse.kernels.types import Resolution
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from vllm_sparse.kernels.reference.paging import PageTable
+    from vllm_sparse.kernels.types import PageTable
 
 # While pieces are given frames, frame_of of an absent one holds _CLAIM + the smallest index at
 # which it is wanted. Then it holds _RANK + TILE * the tile of that index + its number among the
@@ -172,7 +172,7 @@ def _fill_kernel(
 
 
 def resolve(table: PageTable, wanted: Tensor, step: Tensor, counters: Tensor) -> Resolution:
-    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_steps.resolve`.
+    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_paging.resolve`.
 
     Three launches, whatever is missing. In the second, the program that is done last scans the
     frames from the clock hand and stops as soon as every missing piece has one.
@@ -272,7 +272,7 @@ def copy_pieces(
     *,
     programs: int = 32,
 ) -> None:
-    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_steps.copy_pieces`.
+    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_paging.copy_pieces`.
 
     Reads the source directly, so that it may be a device view of pinned host memory. The fixed,
     small grid leaves the other multiprocessors to the computation that it runs beside.
@@ -280,7 +280,7 @@ def copy_pieces(
     Args:
         target: Contiguous ``[n, ...]``, 16-byte aligned like each of its pieces.
         target_index: int32.
-        source: Likewise ``[m, ...]``.
+        source: Contiguous ``[m, ...]``, 16-byte aligned like each of its pieces.
         source_index: int32.
         count: int32 ``[1]``.
         programs: Programs of the grid.

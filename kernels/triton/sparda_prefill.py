@@ -172,17 +172,17 @@ def attend_part(
     block_size: int = 0,
     past_from: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_steps.attend_part`.
+    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_prefill.attend_part`.
 
     Queries are rounded to the dtype of the keys. One launch, or two with ``chosen``: the first
     lists the blocks that each tile of queries reads, so that others cost nothing.
 
     Args:
-        query: ``[G, group, T, D]``; as for the others, channels are contiguous.
-        keys: ``[G, n, D]``.
-        values: ``[G, n, D]``.
+        query: ``[G, group, T, D]``, channels contiguous.
+        keys: ``[G, n, D]``, channels contiguous.
+        values: ``[G, n, D]``, channels contiguous.
         chosen: bool or uint8 ``[G, T, blocks]``, blocks contiguous, or ``None``.
-        causal: See there.
+        causal: The first key is the first query's own.
         scale: Logit scale.
         first_position: Position of the first key.
         block_size: Tokens per block, a power of two of at least 16; needed with ``chosen``.

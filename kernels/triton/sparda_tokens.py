@@ -59,7 +59,7 @@ def _write_tokens_kernel(
 def write_tokens(
     host: Tensor, slab: Tensor, frame_of: Tensor, slots: Tensor, key: Tensor, value: Tensor
 ) -> None:
-    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_steps.write_tokens`.
+    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_tokens.write_tokens`.
 
     Args:
         host: Contiguous ``[blocks, G, block_size, 2 * D]``; may be a device view of pinned memory.
@@ -165,7 +165,7 @@ def update_windows(
     slab: Tensor | None = None,
     frame_of: Tensor | None = None,
 ) -> None:
-    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_steps.update_windows`.
+    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_tokens.update_windows`.
 
     Args:
         compressed: ``[blocks, G, windows per block, D]``, channels contiguous.
@@ -241,7 +241,7 @@ def _record_queries_kernel(
 def record_queries(
     kept: Tensor, query: Tensor, slots: Tensor, last: Tensor, block_size: int
 ) -> None:
-    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_steps.record_queries`.
+    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_tokens.record_queries`.
 
     Args:
         kept: Contiguous ``[blocks, H, D]``; may be a device view of pinned memory.

@@ -129,8 +129,8 @@ def profiled_graphs() -> None:
             for tokens in (1, 4):
                 self._dummy_run(tokens, skip_attn=False, uniform_decode=tokens == 1)
             for layer in self.compilation_config.static_forward_context.values():
-                pager = getattr(layer.impl, "pager", None)
-                assert pager is None or pager.num_blocks < blocks, "a whole pool to be thrown away"
+                ours = getattr(layer.impl, "layer", None)
+                assert ours is None or ours.pager.num_blocks < blocks, "a whole pool for nothing"
             cudagraph_utils._teardown_profiling_state(self)
             self.cache_config.num_gpu_blocks = blocks
         real(self, config, is_profiling=is_profiling, **options)

@@ -98,3 +98,9 @@ def sequence_lengths(common: CommonAttentionMetadata) -> Tensor:
     if bound is None:  # some dummy runs
         bound = common.seq_lens.cpu()
     return bound[: common.num_reqs]
+
+
+def most_rows(vllm_config: VllmConfig) -> int:
+    """Rows that a batch of single tokens may have, the padding of captured graphs included."""
+    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return max(vllm_config.scheduler_config.max_num_seqs, captured)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
@@ -54,9 +54,3 @@ def check_block_size(block_size: int) -> None:
             f"blocks of {block_size} tokens: on GPUs a block must be a power of two. Choose "
             "--block-size (SPARDA: vllm_sparse.block_size) 16, 32, 64 or 128"
         )
-
-
-def most_rows(vllm_config: VllmConfig) -> int:
-    """Rows that a batch of single tokens may have, the padding of captured graphs included."""
-    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-    return max(vllm_config.scheduler_config.max_num_seqs, captured)

@@ -20,8 +20,8 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from vllm_sparse.backends.base import prompt_lengths, sequence_lengths, withdraw
-from vllm_sparse.backends.gpu import GpuBackend, check_block_size, most_rows, warn_of_gpus
+from vllm_sparse.backends.base import most_rows, prompt_lengths, sequence_lengths, withdraw
+from vllm_sparse.backends.gpu import GpuBackend, check_block_size, warn_of_gpus
 from vllm_sparse.backends.policy import Planning, PolicyBackend, attend_step, set_up_layer
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.dispatch import policy_triton

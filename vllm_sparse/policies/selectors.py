@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from vllm_sparse.kernels.reference.selection import Ranking
+from vllm_sparse.kernels.types import Ranking
 from vllm_sparse.policies import sparda
 
 if TYPE_CHECKING:
@@ -47,12 +47,11 @@ class Selector(Protocol):
 
     Attributes:
         ahead: The scores are available while the layer before is computed.
-        ranking: The scores in the words of the fused decode kernel; ``None`` has it computed by
-            :meth:`scores`.
+        ranking: The scores of :meth:`scores`, in the words of the kernel that decode rows take.
     """
 
     ahead: bool
-    ranking: Ranking | None
+    ranking: Ranking
 
     def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
         """What to compare a layer's compressed keys with.
@@ -169,7 +168,7 @@ class PreviousSelector(QuerySelector):
         kept: Where they are kept, ``[layers, blocks, H, D]``: host memory, a small part of the
             pool of keys and values, of which only blocks in use take memory unless it is pinned.
         block_size: Tokens per block.
-        record: See :func:`vllm_sparse.kernels.reference.sparda_steps.record_queries`.
+        record: See :func:`vllm_sparse.kernels.reference.sparda_tokens.record_queries`.
     """
 
     ahead = True
@@ -190,7 +189,7 @@ class PreviousSelector(QuerySelector):
 
     def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
         """See :class:`Selector`."""
-        kept = self._kept[layer, tokens.previous_blocks]
+        kept = self._kept[layer].index_select(0, tokens.previous_blocks)
         if query is None:  # decode: the token before belongs to an earlier step
             return kept
         here = tokens.previous_index

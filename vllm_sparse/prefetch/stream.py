@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from vllm_sparse.upload import upload
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from vllm_sparse.kernels.dispatch import SpardaKernels
     from vllm_sparse.kv.host.pager import Pager
-    from vllm_sparse.prefetch.engine import CopyEngine, Ticket
+    from vllm_sparse.prefetch.lane import Lane, Ticket
 
 
 class Tile(NamedTuple):
@@ -42,7 +45,8 @@ class PromptStream:
 
     Args:
         pager: Blocks and frames.
-        engine: Copies.
+        kernels: What copies.
+        lane: Where copies run.
         tile_blocks: Blocks per half of the staging area.
         count: Receives counter names and amounts.
         prefetch: Off: every tile is copied when it is read.
@@ -51,7 +55,8 @@ class PromptStream:
     def __init__(
         self,
         pager: Pager,
-        engine: CopyEngine,
+        kernels: SpardaKernels,
+        lane: Lane,
         tile_blocks: int,
         count: Callable[..., None],
         prefetch: bool = True,
@@ -59,7 +64,8 @@ class PromptStream:
         geometry = pager.geometry
         self.tile_blocks = tile_blocks
         self._pager = pager
-        self._engine = engine
+        self._kernels = kernels
+        self._lane = lane
         self._count = count
         self._prefetch = prefetch
         self._heads = torch.arange(geometry.num_kv_heads)
@@ -71,9 +77,10 @@ class PromptStream:
             dtype=pager.host.dtype,
             device=pager.layers[0].slab.device,
         )
-        self._places = engine.index(torch.arange(self.staging.shape[1]), self.staging.device)
+        most = self.staging.shape[1]
+        self._places = torch.arange(most, dtype=torch.int32, device=self.staging.device)
         self._tiles: Sequence[Tile] = ()
-        self._pieces: list[Tensor] = []
+        self._pieces: list[tuple[Tensor, Tensor]] = []
         self._tickets: dict[int, Ticket] = {}
 
     @property
@@ -87,13 +94,14 @@ class PromptStream:
             ticket.wait()
         self._tickets.clear()
         self._tiles = tiles
-        self._pieces = [  # the same in every layer
-            self._engine.index(
-                (tile.blocks * len(self._heads) + self._heads[:, None]).flatten(),
-                self.staging.device,
-            )
-            for tile in tiles
-        ]
+        self._pieces = [self._pieces_of(tile) for tile in tiles]  # the same in every layer
+
+    def _pieces_of(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """The pieces of a tile, head-major, and how many they are, on the device."""
+        pieces = (tile.blocks * len(self._heads) + self._heads[:, None]).flatten()
+        device = self.staging.device
+        count = torch.full((1,), len(pieces), dtype=torch.int32, device=device)
+        return upload(pieces, device, torch.int32), count
 
     def read(self, layer: int, index: int) -> Tensor:
         """Wait for a tile; start the copy of the one after it.
@@ -121,10 +129,14 @@ class PromptStream:
 
     def _submit(self, number: int) -> None:
         layer, index = divmod(number, len(self._tiles))
-        pieces = self._pieces[index]
-        pager = self._pager.layers[layer]
-        self._tickets[number] = self._engine.submit(
-            self.staging[number % 2], self._places[: len(pieces)], pager.source, pieces
-        )
+        (pieces, count), pager = self._pieces[index], self._pager.layers[layer]
+        staging, places = self.staging[number % 2], self._places[: len(pieces)]
+
+        def work() -> object:
+            self._kernels.copy_pieces(staging, places, pager.source, pieces, count)
+            return pieces, count
+
+        nbytes = len(pieces) * self._pager.geometry.piece_bytes
+        self._tickets[number] = self._lane.fork(work, nbytes)
         if not pager.resident:
-            self._count("streamed_bytes", len(pieces) * self._pager.geometry.piece_bytes)
+            self._count("streamed_bytes", nbytes)

@@ -11,6 +11,8 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from torch import Tensor
+
 
 class DeviceCounters:
     """A row of counters on the device.
@@ -46,13 +48,21 @@ class DeviceCounters:
         """Called once per step: start a reading, or publish the one that has arrived."""
         if self._pending and (self._event is None or self._event.query()):
             self._pending = False
-            for i, (name, value) in enumerate(zip(self._names, self._copied.tolist(), strict=True)):
-                if value > self._published[i]:
-                    self._count(name, value - self._published[i])
-                    self._published[i] = value
+            self._report(self._copied)
         if self._steps % self._every == 0 and not self._pending:
             self._copied.copy_(self.values, non_blocking=True)
             if self._event is not None:
                 self._event.record()
             self._pending = True
         self._steps += 1
+
+    def flush(self) -> None:
+        """Publish everything counted so far, where reading it waits for nothing."""
+        self._pending = False
+        self._report(self.values)
+
+    def _report(self, values: Tensor) -> None:
+        for i, (name, value) in enumerate(zip(self._names, values.tolist(), strict=True)):
+            if value > self._published[i]:
+                self._count(name, value - self._published[i])
+                self._published[i] = value

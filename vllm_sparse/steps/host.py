@@ -1,98 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""What one step asks of each SPARDA layer: tokens to store, rows to decode, prompts to stream."""
+"""Plans a step of SPARDA on the host, whatever the batch consists of."""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+from itertools import compress
+from operator import not_
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from vllm_sparse.policies.selectors import Tokens
 from vllm_sparse.prefetch.stream import Tile
+from vllm_sparse.steps.host_step import DecodeRows, FreshRows, PromptRow, SpardaStep, WindowList
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import Tensor
+
     from vllm_sparse.config import SpardaSettings
 
 
-@dataclass(frozen=True)
-class DecodeRows:
-    """Rows that decode one token each, served from frames.
+def borrowed_blocks(written: Tensor, table: Tensor, past_blocks: Tensor, num_blocks: int) -> Tensor:
+    """Complete earlier blocks of rows that this very step writes.
 
-    Attributes:
-        tokens: Their tokens.
-        block_table: Physical blocks, int64 ``[R, blocks]``.
-        everything: Rows that read all their blocks, ``[R]``: few enough, or below ``dense_len``.
-        scored: Whether any row needs a selection.
-        width: Most blocks that a row reads.
-        lengths: Tokens in each row's selected blocks, int32 ``[R]``.
+    A block is shared as soon as it is scheduled. Who reads one that another request writes in this
+    step must do so layer by layer, which the prompt path can.
+
+    Args:
+        written: Blocks that the step writes, int64.
+        table: Physical blocks ``[R, blocks]``.
+        past_blocks: Complete earlier blocks of each row, ``[R]``.
+        num_blocks: Blocks of the host pool.
+
+    Returns:
+        bool ``[R, blocks]``.
     """
-
-    tokens: Tokens
-    block_table: Tensor
-    everything: Tensor
-    scored: bool
-    width: int
-    lengths: Tensor
-
-
-@dataclass(frozen=True)
-class PromptRow:
-    """A row that is attended by streaming its earlier blocks back.
-
-    Attributes:
-        tokens: Its tokens.
-        begin: Batch position of its first token.
-        end: Batch position after its last token.
-        start: Position of its first token in the request.
-        sparse_from: Tokens of this row before the first sparse one.
-        blocks: Physical blocks up to the row's last token, int64.
-        tiles: Index of its first and after its last tile in the step's tiles.
-    """
-
-    tokens: Tokens
-    begin: int
-    end: int
-    start: int
-    sparse_from: int
-    blocks: Tensor
-    tiles: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class SpardaStep:
-    """Metadata of one step, shared by all layers.
-
-    Attributes:
-        num_tokens: Tokens in the batch.
-        slots: ``block * block_size + offset`` of each token, int64 ``[T]``.
-        last_in_block: Batch positions of the last token that this step writes to each block.
-        window_slots: Windows of compressed keys that this step completes, as
-            ``block * windows_per_block + slot``, int64 ``[W]``.
-        window_tokens: The tokens of each: batch positions, or beyond the batch, positions in
-            ``older_slots``, int64 ``[W, kernel_size]``.
-        older_slots: Slots of the tokens of windows that earlier steps computed, int64.
-        decode: Rows served from frames.
-        prompts: Rows served by streaming.
-        prompt_blocks: Blocks that prompt rows write.
-        tiles: What the prompt rows stream, in order.
-    """
-
-    num_tokens: int
-    slots: Tensor
-    last_in_block: Tensor
-    window_slots: Tensor
-    window_tokens: Tensor
-    older_slots: Tensor
-    decode: DecodeRows | None
-    prompts: tuple[PromptRow, ...]
-    prompt_blocks: Tensor
-    tiles: tuple[Tile, ...]
+    marked = torch.zeros(num_blocks, dtype=torch.bool)
+    marked[written] = True
+    return marked[table.long()] & (torch.arange(table.shape[1]) < past_blocks[:, None])
 
 
 class SpardaPlanner:
@@ -102,14 +49,20 @@ class SpardaPlanner:
         settings: Block geometry and what is sparse.
         num_blocks: Blocks of the host pool.
         count: Receives counter names and amounts.
+        split_fresh: Whether prompt rows without a past are served at once.
     """
 
     def __init__(
-        self, settings: SpardaSettings, num_blocks: int, count: Callable[..., None]
+        self,
+        settings: SpardaSettings,
+        num_blocks: int,
+        count: Callable[..., None],
+        split_fresh: bool = False,
     ) -> None:
         self._settings = settings
-        self._num_blocks = num_blocks
+        self.num_blocks = num_blocks
         self._count = count
+        self._split_fresh = split_fresh
 
     def plan(
         self, query_start: Tensor, seq_lens: Tensor, prompt_lens: Tensor, block_table: Tensor
@@ -123,7 +76,7 @@ class SpardaPlanner:
             block_table: Host ``[R, max_blocks]``.
 
         Returns:
-            The metadata.
+            The metadata, on the host.
         """
         settings, size = self._settings, self._settings.block_size
         query_start, seq_lens, prompt_lens = (
@@ -165,29 +118,21 @@ class SpardaPlanner:
         # with requests that continue differently. Block m holds windows 4m - 1 to 4m + 2.
         window_slots = slots[completes] // size * per_block + closing % size // stride
 
-        # A block is shared as soon as it is scheduled. Who reads one that another request writes
-        # in this very step must do so layer by layer, which the prompt path can.
-        written = torch.zeros(self._num_blocks, dtype=torch.bool)
-        written[slots // size] = True
-        past = torch.arange(width) < (start // size)[:, None]
-        borrowed = written[table] & past
+        borrowed = borrowed_blocks(slots // size, table, start // size, self.num_blocks)
         decoding = (query_lens == 1) & (start >= prompt_lens) & ~borrowed.any(1)
 
         prompts, tiles = self._prompts(
             tokens, query_start, start, seq_lens, prompt_lens, table, ~decoding, borrowed
         )
-        in_prompt = ~decoding[row]
-        self._count_requests(start, seq_lens, prompt_lens)
+        self.count_requests(start, seq_lens, prompt_lens)
+        windows = WindowList(window_slots, window_tokens, slot_of(owner[:, None], members)[older])
         return SpardaStep(
             num_tokens,
             slots,
             last.nonzero()[:, 0],
-            window_slots,
-            window_tokens,
-            slot_of(owner[:, None], members)[older],
+            windows,
             self._decode(tokens, query_start, seq_lens, table, decoding),
-            prompts,
-            (slots[in_prompt] // size).unique(),
+            *self._fresh(prompts),
             tiles,
         )
 
@@ -202,17 +147,37 @@ class SpardaPlanner:
         rows = decoding.nonzero()[:, 0]
         if not len(rows):
             return None
-        size, lens = self._settings.block_size, seq_lens[rows]
-        blocks, everything, reads = self._reads(lens)
+        lens = seq_lens[rows]
         self.count_rows(lens)
+        blocks, everything, _ = self._reads(lens)
+        own = tokens[query_start[:-1][rows]]
         return DecodeRows(
-            tokens[query_start[:-1][rows]],
-            table[rows, : int(blocks.max())],
-            everything,
+            own,
+            own.positions,
+            table[rows, : int(blocks.max())].int(),
+            None,
             not bool(everything.all()),
-            int(reads.max()),
-            ((reads - 1) * size + (lens - 1) % size + 1).int(),
+            False,
         )
+
+    def scored(self, seq_lens: Tensor) -> bool:
+        """Whether a row of so many tokens, host ``[R]``, has more blocks than it reads."""
+        return not bool(self._reads(seq_lens)[1].all())
+
+    def _fresh(
+        self, prompts: tuple[PromptRow, ...]
+    ) -> tuple[tuple[PromptRow, ...], FreshRows | None]:
+        """Takes the prompt rows apart that need no streaming, if somebody serves those."""
+        if not self._split_fresh:
+            return prompts, None
+        alone = [p.tiles[0] == p.tiles[1] and p.sparse_from == len(p) for p in prompts]
+        fresh = list(compress(prompts, alone))
+        if not fresh:
+            return prompts, None
+        index = torch.cat([torch.arange(prompt.begin, prompt.end) for prompt in fresh])
+        starts = torch.tensor([0, *map(len, fresh)]).cumsum(0).int()
+        rows = FreshRows(index, starts, max(map(len, fresh)))
+        return tuple(compress(prompts, map(not_, alone))), rows
 
     def count_rows(self, seq_lens: Tensor) -> None:
         """Count what rows that decode one token read.
@@ -273,13 +238,14 @@ class SpardaPlanner:
             )
         return tuple(prompts), tuple(tiles)
 
-    def _count_requests(self, start: Tensor, seq_lens: Tensor, prompt_lens: Tensor) -> None:
-        """Count each request that starts to decode densely once, when its prompt completes."""
+    def count_requests(self, start: Tensor, seq_lens: Tensor, prompt_lens: Tensor) -> None:
+        """Count each request that starts to decode densely once, when its prompt completes.
+
+        Args:
+            start: Host ``[R]``: position of each row's first token.
+            seq_lens: Host ``[R]``: tokens of each row after the step.
+            prompt_lens: Host ``[R]``: prompt tokens of each row's request.
+        """
         finished = (start < prompt_lens) & (seq_lens >= prompt_lens)
-        reasons = Counter(
-            "shorter_than_dense_len"
-            for length in prompt_lens[finished].tolist()
-            if length < self._settings.dense_len
-        )
-        for reason, amount in reasons.items():
-            self._count("dense_fallbacks", amount, reason)
+        if short := int((prompt_lens[finished] < self._settings.dense_len).sum()):
+            self._count("dense_fallbacks", short, "shorter_than_dense_len")

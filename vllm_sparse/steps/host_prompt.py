@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_sparse.kernels.reference.prefill import merge_parts
+from vllm_sparse.kernels.reference.sparda_prefill import merge_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -54,7 +54,7 @@ def attend_prompt(
             ``None`` if there are no sparse tokens.
         block_size: Tokens per block.
         tile_tokens: Own tokens per part for sparse tokens.
-        attend_part: See :func:`vllm_sparse.kernels.reference.sparda_steps.attend_part`.
+        attend_part: See :func:`vllm_sparse.kernels.reference.sparda_prefill.attend_part`.
         scale: Logit scale.
 
     Returns:

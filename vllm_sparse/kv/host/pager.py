@@ -15,28 +15,32 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.errors import IntegrityError
-from vllm_sparse.kernels.reference.paging import PageTable
+from vllm_sparse.kernels.types import PageTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vllm_sparse.kernels.dispatch import PagingKernels
-    from vllm_sparse.kernels.reference.paging import Resolved
     from vllm_sparse.kv.host.geometry import Geometry
 
 
 class LayerPager:
     """One layer's host blocks, frames and page table.
 
+    Attributes:
+        host: The blocks, ``[blocks, G, block_size, 2 * D]``.
+        pieces: The same as pieces, ``[blocks * G, block_size, 2 * D]``.
+        slab: The frames, ``[frames, block_size, 2 * D]``.
+        table: Which frame holds which piece.
+        resident: Every piece has a frame for good.
+
     Args:
         host: The layer's part of the host pool, ``[blocks, G, block_size, 2 * D]``, as the device
             sees it.
         num_frames: Frames of this layer; as many as pieces makes the layer resident.
-        kernels: What looks up.
         poison: Fill memory that must not be read with NaN.
     """
 
-    def __init__(self, host: Tensor, num_frames: int, kernels: PagingKernels, poison: bool) -> None:
+    def __init__(self, host: Tensor, num_frames: int, poison: bool) -> None:
         self.host = host
         device = host.device
         self.num_blocks, self.num_kv_heads, self.block_size, self.width = host.shape
@@ -44,9 +48,8 @@ class LayerPager:
             num_frames, self.block_size, self.width, dtype=host.dtype, device=device
         )
         self.resident = num_frames == self.num_blocks * self.num_kv_heads
-        self._kernels = kernels
-        self._poison = poison
-        self._step = 0
+        self.poison = poison
+        self.pieces = host.flatten(0, 1)
         if poison:
             self.slab.fill_(torch.nan)
             self.host.fill_(torch.nan)
@@ -63,73 +66,21 @@ class LayerPager:
             torch.arange(pieces, out=self.table.piece_of)
 
     @property
-    def pieces(self) -> Tensor:
-        """The host blocks as pieces, ``[blocks * G, block_size, 2 * D]``."""
-        return self.host.flatten(0, 1)
-
-    @property
     def source(self) -> Tensor:
         """Where a prompt is streamed from: the frames if they hold everything, else the host."""
         return self.slab if self.resident else self.pieces
 
-    def write_host(self, slots: Tensor, rows: Tensor) -> None:
-        """Store tokens in host memory.
+    def poison_fresh(self, slots: Tensor) -> None:
+        """Fill the blocks and frames that get their first token, before it is written.
 
         Args:
-            slots: ``block * block_size + offset`` of each token, int64 ``[T]``.
-            rows: Keys and values, ``[T, G, 2 * D]``.
+            slots: ``block * block_size + offset`` of each token, negative for padding, ``[T]``.
         """
-        block, offset = slots // self.block_size, slots % self.block_size
-        if self._poison:
-            self.host[block[offset == 0]] = torch.nan
-        self.host[block, :, offset] = rows
-
-    def write_frames(self, slots: Tensor, rows: Tensor) -> None:
-        """Store tokens in those frames that hold their blocks; arguments as in `write_host`."""
-        block, offset = slots // self.block_size, slots % self.block_size
-        head = torch.arange(self.num_kv_heads)
+        block = slots[(slots >= 0) & (slots % self.block_size == 0)] // self.block_size
+        self.host[block] = torch.nan
+        head = torch.arange(self.num_kv_heads, device=slots.device)
         frame = self.table.frame_of[block[:, None] * self.num_kv_heads + head].long()
-        there = frame >= 0
-        if self._poison:
-            fresh = (offset == 0)[:, None] & there
-            self.slab[frame[fresh]] = torch.nan
-        at = offset[:, None].expand_as(frame)[there]
-        self.slab[frame[there], at] = rows[there]
-
-    def drop(self, blocks: Tensor) -> None:
-        """Forget the frames of blocks that are about to be rewritten as a whole.
-
-        Args:
-            blocks: Block ids, int64, repetitions allowed.
-        """
-        head = torch.arange(self.num_kv_heads)
-        pieces = (blocks[:, None] * self.num_kv_heads + head).flatten()
-        frames = self.table.frame_of[pieces]
-        frames = frames[frames >= 0].long()
-        self.table.frame_of[pieces] = -1
-        self.table.piece_of[frames] = -1
-        if self._poison:
-            self.slab[frames] = torch.nan
-
-    def resolve(self, blocks: Tensor) -> Resolved:
-        """Give the blocks that one step reads their frames; once per step.
-
-        Args:
-            blocks: Block ids for each token and KV head, -1 for none, int64 ``[T, G, K]``.
-
-        Returns:
-            Frames ``[T, G, K]`` and the copies that must happen before they are read.
-
-        Raises:
-            SlabFullError: More blocks than frames; start-up rules that out.
-        """
-        head = torch.arange(self.num_kv_heads)[:, None]
-        pieces = torch.where(blocks >= 0, blocks * self.num_kv_heads + head, -1)
-        self._step += 1
-        resolved = self._kernels.resolve(self.table, pieces, self._step)
-        if self._poison:
-            self.slab[resolved.targets] = torch.nan
-        return resolved
+        self.slab[frame[frame >= 0]] = torch.nan
 
     def check_integrity(self) -> None:
         """Compare the two directions of the page table and every frame with its host piece.
@@ -145,7 +96,7 @@ class LayerPager:
             raise IntegrityError("two pieces share a frame of the device slab")
         if int((self.table.piece_of >= 0).sum()) != len(held):
             raise IntegrityError("a frame of the device slab names a piece that is elsewhere")
-        if self.resident and not self._poison:
+        if self.resident and not self.poison:
             return  # pieces that were never written hold anything
         frame_bits, piece_bits = (
             part.contiguous().view(torch.uint8) for part in (self.slab[frames], self.pieces[held])
@@ -160,7 +111,6 @@ class Pager:
     Args:
         geometry: Sizes.
         dtype: Of keys and values.
-        kernels: What looks up and copies.
         poison: Fill memory that must not be read with NaN, for tests and debugging.
         view: Pins the host pool and returns it as a GPU sees it; ``None`` where host and
             device are one memory.
@@ -170,7 +120,6 @@ class Pager:
         self,
         geometry: Geometry,
         dtype: torch.dtype,
-        kernels: PagingKernels,
         poison: bool = False,
         view: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
@@ -185,7 +134,7 @@ class Pager:
         self.host = torch.empty(shape, dtype=dtype, device="cpu")
         seen = self.host if view is None else view(self.host)
         self.layers = [
-            LayerPager(part, frames, kernels, poison)
+            LayerPager(part, frames, poison)
             for part, frames in zip(seen, geometry.frames, strict=True)
         ]
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from vllm_sparse.kernels.reference.sparda_steps import visible
+from vllm_sparse.kernels.reference.sparda_prefill import visible
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -23,7 +23,11 @@ def attend_part(
     block_size: int = 0,
     past_from: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_steps.attend_part`."""
+    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_prefill.attend_part`."""
+    if not (query.numel() and keys.numel()):  # which the kernel does not survive
+        return query.new_zeros(query.shape).float(), query.new_full(
+            query.shape[:3], -torch.inf
+        ).float()
     mask = None
     if not causal:
         mask = visible(query.shape[2], keys.shape[1], chosen, first_position, block_size, past_from)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Plans of SPARDA steps against a token-by-token definition; prompt attention against softmax."""
+"""Plans of SPARDA steps against a token-by-token definition."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm_sparse.kernels.cpu import prefill as flash
-from vllm_sparse.kernels.reference import sparda_steps
+from support.kernels import REFERENCE
+from vllm_sparse.kernels.types import Blocks, Ranking
 
 from vllm_sparse.config import SpardaSettings
 from vllm_sparse.policies.sparda import num_windows
-from vllm_sparse.prefetch.stream import Tile
-from vllm_sparse.steps.host import SpardaPlanner, SpardaStep
-from vllm_sparse.steps.host_prompt import attend_prompt
+from vllm_sparse.steps.host import SpardaPlanner
+from vllm_sparse.steps.host_rows import RowPlanner
+from vllm_sparse.steps.host_step import SpardaStep, WindowRows
 
 NUM_BLOCKS = 200
 
@@ -38,7 +38,10 @@ class Row(NamedTuple):
 
 
 def plan(
-    options: SpardaSettings, rows: list[Row], garbage: list[int] | None = None
+    options: SpardaSettings,
+    rows: list[Row],
+    garbage: list[int] | None = None,
+    split_fresh: bool = False,
 ) -> tuple[SpardaStep, Counter]:
     """The step and what was counted.
 
@@ -46,6 +49,7 @@ def plan(
         options: Settings.
         rows: The batch.
         garbage: What stands in the block table beyond each row's blocks.
+        split_fresh: See the planner.
     """
     counts: Counter = Counter()
 
@@ -56,7 +60,7 @@ def plan(
     filler = itertools.cycle(garbage or [0])
     table = [row.blocks + [next(filler) for _ in range(width - len(row.blocks))] for row in rows]
     starts = list(itertools.accumulate((row.count for row in rows), initial=0))
-    step = SpardaPlanner(options, NUM_BLOCKS, count).plan(
+    step = SpardaPlanner(options, NUM_BLOCKS, count, split_fresh).plan(
         torch.tensor(starts).int(),
         torch.tensor([row.end for row in rows]).int(),
         torch.tensor([row.prompt_len for row in rows]).int(),
@@ -136,10 +140,10 @@ def test_a_plan_is_what_its_tokens_say(batch) -> None:
             place = rows[r].blocks[p // size] * (size // stride) + (number + 1) % (size // stride)
             windows[place] = [slot[r, q] for q in range(p + 1 - 2 * stride, p + 1)]
     read = slots_of_windows(step).tolist()
-    assert dict(zip(step.window_slots.tolist(), read, strict=True)) == windows
-    assert len(step.window_slots) == len(windows)
+    assert dict(zip(step.windows.slots.tolist(), read, strict=True)) == windows
+    assert len(step.windows.slots) == len(windows)
 
-    tiles, prompt_blocks, prompts, decodes = [], set(), [], []
+    tiles, prompts, decodes = [], [], []
     for r, row in enumerate(rows):
         borrowed = [
             bool(written_by.get(block, set()) - {r}) and (b + 1) * size <= row.start
@@ -149,7 +153,6 @@ def test_a_plan_is_what_its_tokens_say(batch) -> None:
             decodes.append(r)
         elif row.count:
             prompts.append(r)
-            prompt_blocks |= {row.blocks[p // size] for p in range(row.start, row.end)}
             needed = [b for b in range(len(row.blocks)) if b * size < row.start]
             for at in range(0, len(needed), options.staging_blocks):
                 part = needed[at : at + options.staging_blocks]
@@ -158,7 +161,6 @@ def test_a_plan_is_what_its_tokens_say(batch) -> None:
                 )
                 late = any(borrowed[b] for b in part)
                 tiles.append((r, [row.blocks[b] for b in part], part[0], covered, late))
-    assert step.prompt_blocks.tolist() == sorted(prompt_blocks)
     assert [(t.blocks.tolist(), t.first_block, t.tokens, t.late) for t in step.tiles] == [
         tile[1:] for tile in tiles
     ]
@@ -198,7 +200,7 @@ def test_a_plan_is_what_its_tokens_say(batch) -> None:
 
 
 def slots_of_windows(step) -> torch.Tensor:
-    return torch.cat((step.slots, step.older_slots))[step.window_tokens]
+    return torch.cat((step.slots, step.windows.older))[step.windows.tokens]
 
 
 def assert_tokens(found, mine, tokens, rows, size) -> None:
@@ -215,21 +217,43 @@ def assert_tokens(found, mine, tokens, rows, size) -> None:
 def check_decode(step, options, decodes, tokens, rows) -> None:
     size, found = options.block_size, step.decode
     assert_tokens(found.tokens, [(r, rows[r].start) for r in decodes], tokens, rows, size)
-    widths = []
+    assert found.framed.equal(found.tokens.positions)
+    assert found.unframed is None
+    assert not found.whole
+    selected = what_kernels_choose(step, options)
     for at, r in enumerate(decodes):
         own = rows[r].start // size
-        assert found.block_table[at, : own + 1].tolist() == rows[r].blocks
+        assert found.table[at, : own + 1].tolist() == rows[r].blocks
         everything = rows[r].end <= options.dense_len or own + 1 <= options.blocks_read
-        assert bool(found.everything[at]) == everything
         count = own + 1 if everything else options.blocks_read
         # Any blocks may be chosen, but the last one is always the token's own.
         chosen = [*range(count - 1), own]
         visible = [p for b in chosen for p in range(b * size, (b + 1) * size) if p < rows[r].end]
-        assert int(found.lengths[at]) == len(visible)
-        widths.append(count)
-    assert found.lengths.dtype == torch.int32
-    assert found.width == max(widths)
-    assert found.scored == (not all(found.everything.tolist()))
+        assert int(selected.lengths[at]) == len(visible)
+        assert (selected.blocks[at] >= 0).sum(-1).eq(count).all()
+        if everything:
+            assert selected.blocks[at, 0, :count].tolist() == [*range(count)]
+        else:
+            assert found.scored
+    assert selected.lengths.dtype == found.table.dtype == torch.int32
+    assert found.scored == any(
+        rows[r].end > options.dense_len and rows[r].start // size + 1 > options.blocks_read
+        for r in decodes
+    )
+
+
+def what_kernels_choose(step, options):
+    """The selection of decode rows, of which not every score is known."""
+    compressed = torch.zeros(NUM_BLOCKS, 1, options.block_size // options.kernel_stride, 4)
+    vectors = torch.zeros(len(step.decode.framed), 1, 4) if step.decode.scored else None
+    blocks = Blocks(
+        options.block_size, options.kernel_stride, options.init_blocks, options.local_blocks,
+        options.blocks_read,
+    )  # fmt: skip
+    return REFERENCE.select_blocks(
+        compressed, vectors, step.decode.table, step.decode.framed, Ranking(False), blocks,
+        dense_len=options.dense_len,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("size", "stride"), [(64, 16), (64, 32), (32, 16), (16, 2)])
@@ -247,7 +271,7 @@ def test_windows_lie_with_their_last_token_for_any_chunks(size: int, stride: int
         found = {}
         for start in range(0, total, chunk):
             step, _ = plan(options, [Row(start, min(chunk, total - start), total, blocks)])
-            for place, tokens in zip(step.window_slots, slots_of_windows(step), strict=True):
+            for place, tokens in zip(step.windows.slots, slots_of_windows(step), strict=True):
                 assert int(place) not in found, "a window is completed once"
                 found[int(place)] = tokens.tolist()
         assert found == expected, chunk
@@ -284,80 +308,121 @@ def test_a_decode_that_borrows_from_this_step_goes_the_prompt_way(first_writes: 
             late = [tile.late for tile in step.tiles if tile.blocks.tolist() in ([1], [2])]
             # The writer streams block 1; the reader blocks 1 and 2, of which 2 is being written.
             assert sorted(late) == [False, False, True]
-            assert step.prompt_blocks.tolist() == [2, 3, 9]
+            assert [prompt.tokens.positions.tolist() for prompt in step.prompts] == (
+                [[*range(8, 17)], [16]] if rows[0] is writer else [[16], [*range(8, 17)]]
+            )
         else:
             assert step.decode.tokens.positions.tolist() == [16]
             assert not any(tile.late for tile in step.tiles)
 
 
-SIZE, DIM = 4, 8
+def plan_rows(
+    options: SpardaSettings, rows: list[Row], captured: bool, planner: RowPlanner | None = None
+) -> tuple[SpardaStep | None, Counter]:
+    """The step of a batch of single tokens, and what was counted; rows of no tokens are padding."""
+    counts: Counter = Counter()
+
+    def count(name: str, amount: float, reason: str = "") -> None:
+        counts[name, reason] += amount
+
+    table = torch.zeros(len(rows), 12, dtype=torch.int32)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row.blocks)] = torch.tensor(row.blocks)
+    ends = torch.tensor([row.end if row.count else 0 for row in rows]).int()
+    prompts = torch.tensor([row.prompt_len for row in rows]).int()
+    planner = planner or RowPlanner(options, 8, torch.device("cpu"), captured)
+    prefilling = any(0 < row.end <= row.prompt_len for row in rows)
+    counting = SpardaPlanner(options, NUM_BLOCKS, count)
+    return planner.plan(counting, ends, ends, prompts, table, prefilling), counts
 
 
-@given(
-    total=st.integers(1, 45),
-    cuts=st.lists(st.integers(1, 44), max_size=4),
-    heads=st.sampled_from([(1, 1), (2, 1), (2, 3)]),
-    tile_blocks=st.integers(1, 4),
-    tile_tokens=st.integers(1, 20),
-    sparse_at=st.integers(0, 45),
-    density=st.sampled_from([0.0, 0.3, 1.0]),
-    module=st.sampled_from([flash, sparda_steps]),
-    seed=st.integers(0, 1000),
-)
-@settings(max_examples=200, deadline=None)
-def test_prompt_attention_is_exact_for_any_chunks_and_tiles(
-    total, cuts, heads, tile_blocks, tile_tokens, sparse_at, density, module, seed
-) -> None:
-    kv_heads, group = heads
-    generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(total, kv_heads * group, DIM, generator=generator)
-    rows = torch.randn(total, kv_heads, 2 * DIM, generator=generator)
-    num_blocks = -(-total // SIZE)
-    position, block = torch.arange(total), torch.arange(total) // SIZE
-    chosen = torch.rand(kv_heads, total, num_blocks, generator=generator) < density
-    chosen[:, position, block] = True  # a token sees at least itself
-    visible = chosen[:, :, block] | (position < sparse_at)[:, None]
-    visible &= position <= position[:, None]
-    keys, values = rows.transpose(0, 1).split(DIM, -1)
-    logits = torch.einsum("tghd,gnd->gthn", query.unflatten(1, heads), keys) * 0.4
-    weights = torch.softmax(logits.masked_fill(~visible.unsqueeze(2), -torch.inf), -1)
-    expected = torch.einsum("gthn,gnd->tghd", weights, values).flatten(1, 2)
-
-    bounds = sorted({0, total, *(cut for cut in cuts if cut < total)})
-    for start, end in itertools.pairwise(bounds):
-        sparse_from = min(max(sparse_at - start, 0), end - start)
-        here = None
-        if sparse_from < end - start:
-            here = chosen[:, start + sparse_from : end, : -(-end // SIZE)]
-        output = attend_prompt(
-            query[start:end],
-            rows[start:end],
-            staged_tiles(rows, start, tile_blocks),
-            start,
-            sparse_from,
-            here,
-            block_size=SIZE,
-            tile_tokens=tile_tokens,
-            attend_part=module.attend_part,
-            scale=0.4,
-        )
-        torch.testing.assert_close(output, expected[start:end], atol=2e-6, rtol=1e-5)
+@st.composite
+def single_tokens(draw) -> tuple[SpardaSettings, list[Row]]:
+    """Decode rows and prompts' last tokens that come alone."""
+    options = simple(
+        dense_len=draw(st.sampled_from([0, 16, 33])), sparse_prefill=draw(st.booleans())
+    )
+    unused = iter(draw(st.permutations(range(1, NUM_BLOCKS))))
+    rows = []
+    for _ in range(draw(st.integers(1, 5))):
+        start = draw(st.integers(0, 60))
+        prompt_len = draw(st.sampled_from([start + 1, start, start // 2 + 1]))
+        blocks = [next(unused) for _ in range(start // 8 + 1)]
+        rows.append(Row(start, 1, max(prompt_len, 1), blocks))
+    return options, rows
 
 
-def staged_tiles(rows: torch.Tensor, start: int, tile_blocks: int):
-    """Earlier tokens as the stream hands them over: a tile lives until the next is asked for."""
-    for first in range(0, start, tile_blocks * SIZE):
-        blocks = torch.arange(first // SIZE, min(-(-start // SIZE), first // SIZE + tile_blocks))
-        tokens = min(start, first + tile_blocks * SIZE) - first
-        staged = torch.full((rows.shape[1], len(blocks) * SIZE, rows.shape[2]), torch.nan)
-        staged[:, :tokens] = rows[first : first + tokens].transpose(0, 1)
-        yield Tile(blocks, first // SIZE, tokens, False), staged
-        staged.fill_(torch.nan)
+@given(single_tokens(), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_single_tokens_are_planned_as_others_are(batch, captured) -> None:
+    options, rows = batch
+    step, counts = plan_rows(options, rows, captured)
+    expected, expected_counts = plan(options, rows)
+    assert step.num_tokens == len(rows)
+    assert not step.prompts
+    assert step.slots.equal(expected.slots)
+    assert step.last_in_block.tolist() == [*range(len(rows))]
+    assert isinstance(step.windows, WindowRows)
+    assert step.windows.positions.tolist() == [row.start for row in rows]
+    found = step.decode
+    assert found.whole
+    tokens = [(r, row.start) for r, row in enumerate(rows)]
+    assert_tokens(found.tokens, tokens, tokens, rows, 8)
+    alone = [row.start < row.prompt_len and not options.sparse_prefill for row in rows]
+    assert (found.framed < 0).tolist() == alone
+    whole = torch.zeros(len(rows)).int() if found.unframed is None else found.unframed
+    assert whole.tolist() == [
+        row.end if apart else 0 for row, apart in zip(rows, alone, strict=True)
+    ]
+    for row, line in zip(rows, found.table.tolist(), strict=True):
+        assert line[: len(row.blocks)] == row.blocks
+    selected = what_kernels_choose(step, options)
+    if expected.decode is not None:
+        indices = expected.decode.tokens.index.tolist()
+        lengths = what_kernels_choose(expected, options).lengths
+        theirs = dict(zip(indices, lengths, strict=True))
+        for index, length in theirs.items():
+            assert selected.lengths[index] == length
+    if not any(row.start < row.prompt_len for row in rows) or not options.sparse_prefill:
+        assert counts == expected_counts
 
 
-def test_prompt_attention_keeps_the_dtype() -> None:
-    query, rows = torch.randn(3, 2, DIM).bfloat16(), torch.randn(3, 1, 2 * DIM).bfloat16()
-    arguments = {"block_size": 4, "tile_tokens": 8, "attend_part": flash.attend_part, "scale": 0.4}
-    output = attend_prompt(query, rows, (), 0, 3, None, **arguments)
-    assert output.dtype == torch.bfloat16
-    assert output[0, 0].equal(rows[0, 0, DIM:])
+def test_padding_rows_read_and_write_nothing() -> None:
+    step, counts = plan_rows(simple(), [Row(20, 1, 5, [4, 7, 9]), Row(0, 0, 0, [])], True)
+    assert step.slots.tolist() == [9 * 8 + 4, -1]
+    assert step.decode.framed.tolist() == step.windows.positions.tolist() == [20, -1]
+    assert step.decode.unframed.tolist() == [0, 0]
+    assert counts["decode_rows", ""] == 1
+
+
+def test_a_captured_step_never_moves() -> None:
+    """What a graph reads is where it was, whatever the lengths."""
+    planner = RowPlanner(simple(), 8, torch.device("cpu"), captured=True)
+    short, _ = plan_rows(simple(), [Row(3, 1, 2, [4])], True, planner)
+    before = short.decode.table.data_ptr(), short.slots.data_ptr(), short.decode.framed.data_ptr()
+    long, _ = plan_rows(simple(), [Row(60, 1, 2, [*range(10, 18)])], True, planner)
+    assert before == (
+        long.decode.table.data_ptr(), long.slots.data_ptr(), long.decode.framed.data_ptr()
+    )  # fmt: skip
+    assert short.decode.table.shape == long.decode.table.shape
+    assert short.decode.scored
+    assert short.slots.equal(long.slots)
+
+
+def test_who_borrows_from_this_step_is_planned_on_the_host() -> None:
+    """The writer completes block 2, which the reader has already."""
+    rows = [Row(15, 1, 3, [1, 2]), Row(16, 1, 10, [1, 2, 9])]
+    assert plan_rows(simple(), rows, captured=False)[0] is None
+    assert plan_rows(simple(), rows, captured=True)[0] is not None
+
+
+def test_fresh_rows_are_set_apart_only_for_who_serves_them() -> None:
+    rows = [Row(0, 5, 5, [1]), Row(8, 3, 20, [2, 3]), Row(0, 2, 9, [4])]
+    together, _ = plan(simple(), rows)
+    assert len(together.prompts) == 3
+    assert together.fresh is None
+    apart, _ = plan(simple(), rows, split_fresh=True)
+    assert [prompt.begin for prompt in apart.prompts] == [5]
+    assert apart.fresh.index.tolist() == [0, 1, 2, 3, 4, 8, 9]
+    assert apart.fresh.starts.tolist() == [0, 5, 7]
+    assert apart.fresh.longest == 5

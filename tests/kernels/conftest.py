@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Kernels in Triton's interpreter, with poisoned integers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.kernels import DEVICE, FAR, sparda
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(monkeypatch):
+    """Parts of the interpreter are imported by the first launch."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_integers(monkeypatch):
+    """Uninitialised lists point far outside any memory; floats are NaN already."""
+    for name in ("empty", "empty_like"):
+        original = getattr(torch, name)
+
+        def poisoned(*args, _original=original, **kwargs):
+            tensor = _original(*args, **kwargs)
+            return tensor.fill_(FAR) if tensor.dtype == torch.int32 else tensor
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def ours(request):
+    """SparDA's kernels of one implementation, to be compared with the reference."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return sparda(request.param)
+
+
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def every(request):
+    """SparDA's kernels of one implementation, the reference included."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return sparda(request.param)
+
+
+@pytest.fixture(params=[1, 24], ids=["whole", "split"])
+def _splitting(request, monkeypatch):
+    """One program per row and KV head, or as many as there are tiles."""
+    launch = pytest.importorskip("vllm_sparse.kernels.triton.launch")
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: request.param)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Many tiles without large inputs."""
+    pytest.importorskip("triton")
+    from vllm_sparse.kernels.triton import launch, sparda_paging, sparda_prefill
+
+    small = launch.Launch(16, 1, 1)
+    for module in (sparda_paging, sparda_prefill):
+        monkeypatch.setattr(module, "launch", lambda *args: small)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""What a step stores: every implementation against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.kernels import (
+    FAR,
+    FLOATS,
+    REFERENCE,
+    close,
+    device_of,
+    noise,
+    same,
+    scattered_table,
+    sparda,
+    with_gaps,
+)
+from vllm_sparse.kernels.reference.sparda_tokens import mean_of_windows
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("block_size", "dim"), [(16, 64), (64, 80), (128, 128), (32, 256)])
+def test_written_tokens_equal_reference(ours, dtype, block_size, dim):
+    device = device_of(ours)
+    generator = torch.Generator().manual_seed(dim)
+    kv_heads, blocks, frames = 3, 5, 6
+    rows = noise(6, kv_heads, 2 * dim, generator=generator, device=device, dtype=dtype)
+    fused = torch.cat((rows, rows), 1)  # vLLM hands over slices of one fused row
+    key, value = fused[:, :kv_heads, :dim], fused[:, kv_heads:, dim:]
+    slots = torch.tensor([0, 5 * block_size - 1, -1, 2 * block_size + 7, -1, 3 * block_size])
+    frame_of = torch.full((blocks * kv_heads,), -1, dtype=torch.int32)
+    frame_of[[0, 2, 7, 13]] = torch.tensor([3, 0, 5, 1], dtype=torch.int32)
+    frame_of[9] = -(2**31) + 3  # a claim that the page table holds while it looks up
+    results = []
+    for kernels in (ours, REFERENCE):
+        host, slab = (
+            torch.full(shape, torch.nan, dtype=dtype, device=device)
+            for shape in (
+                (blocks, kv_heads, block_size, 2 * dim), (frames, block_size, 2 * dim)
+            )
+        )  # fmt: skip
+        kernels.write_tokens(
+            host, slab, frame_of.to(device), slots.to(device), key.to(dtype), value.to(dtype)
+        )
+        results.append((host, slab))
+    for mine, theirs in zip(*results, strict=True):
+        assert same(mine, theirs)
+    assert (~results[0][0].isnan()).sum() == 4 * kv_heads * 2 * dim
+    assert (~results[0][1].isnan()).sum() == 4 * 2 * dim
+    ours.write_tokens(host, slab, frame_of.to(device), slots[:0].to(device), key[:0], value[:0])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("block_size", "dim", "stride"), [(16, 64, 8), (64, 80, 16), (128, 128, 16), (32, 256, 16)]
+)
+@pytest.mark.parametrize("frames", [False, True])
+def test_windows_equal_reference(ours, dtype, block_size, dim, stride, frames):
+    """With frames, half of the pieces have one, and may not be read from the host."""
+    device = device_of(ours)
+    generator = torch.Generator().manual_seed(dim)
+    kv_heads, width = 2, 4
+    positions = torch.tensor([
+        -1, stride - 1, 2 * stride - 1, 2 * stride, block_size - 1,
+        block_size + stride - 1, 2 * block_size + 2 * stride - 1, 4 * block_size - 1, 31, 32,
+    ])  # fmt: skip
+    rows = len(positions)
+    table = scattered_table(rows, width, generator, device)
+    source = noise(
+        rows * width, kv_heads, block_size, 2 * dim, generator=generator, device=device, dtype=dtype
+    )
+    for row, position in enumerate(positions.tolist()):
+        table[row, max(position // block_size + 1, 0) :] = FAR
+        if position >= 0:
+            newest = int(table[row, position // block_size])
+            source[newest, :, position % block_size + 1 :] = torch.nan
+    options = {}
+    if frames:
+        pieces = source.flatten(0, 1)
+        held = torch.randperm(len(pieces), generator=generator)[: len(pieces) // 2]
+        frame_of = torch.randint(-(2**31), 0, (len(pieces),), generator=generator).int()
+        frame_of[held] = torch.arange(len(held)).int()
+        options = {"slab": pieces[held.to(device)], "frame_of": frame_of.to(device)}
+        pieces[held.to(device)] = torch.nan
+    results = []
+    for kernels in (ours, REFERENCE):
+        compressed = torch.full(
+            (rows * width, kv_heads, block_size // stride, dim), torch.nan, dtype=dtype,
+            device=device,
+        )  # fmt: skip
+        compressed = with_gaps(compressed, 3)
+        kernels.update_windows(compressed, source, positions.to(device), table, stride, **options)
+        results.append(compressed)
+    mine, theirs = results
+    assert mine.isnan().equal(theirs.isnan())
+    complete = (positions + 1 >= 2 * stride) & ((positions + 1) % stride == 0)
+    assert (~mine.isnan()).sum() == int(complete.sum()) * kv_heads * dim
+    close(mine.nan_to_num(7), theirs.nan_to_num(7), dtype)
+    ours.update_windows(compressed, source, positions[:0].to(device), table[:0], stride)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("heads", "dim"), [(3, 64), (12, 80), (8, 256)])
+def test_recorded_queries_equal_reference(ours, dtype, heads, dim):
+    device = device_of(ours)
+    generator = torch.Generator().manual_seed(dim)
+    fused = noise(7, 2 * heads, dim, generator=generator, device=device, dtype=dtype)
+    query = fused[:, heads - 1 : -1]  # vLLM hands over slices of one fused row
+    slots = torch.tensor([5 * 32 + 31, 2 * 32, -1, 3 * 32 + 8, 3 * 32 + 9, -1, 0], device=device)
+    last = torch.tensor([4, 6, 2, 0, 5], device=device)  # neither 3 nor 1
+    results = []
+    for kernels in (ours, REFERENCE):
+        kept = torch.full((6, heads, dim), torch.nan, dtype=dtype, device=device)
+        kernels.record_queries(kept, query, slots, last, 32)
+        kernels.record_queries(kept, query, slots, last[:0], 32)
+        results.append(kept)
+    assert same(*results)
+    assert (~results[0].isnan()).any((1, 2)).tolist() == [True, False, False, True, False, True]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("block_size", "stride"), [(64, 16), (16, 2), (64, 32), (48, 12)])
+def test_windows_in_c_are_those_of_prompts_to_the_last_bit(dtype, block_size, stride):
+    """Prompts add up in PyTorch; a replayed request must find the windows that it had."""
+    generator, dim = torch.Generator().manual_seed(stride), 40
+    source = torch.randn(3, 2, block_size, 2 * dim, generator=generator).to(dtype)
+    table = torch.tensor([[2, 0]], dtype=torch.int32)
+    compressed = torch.zeros(3, 2, block_size // stride, dim, dtype=dtype)
+    rows = source[[2, 0], :, :, :dim].transpose(1, 2).flatten(0, 1)  # [token, head, dim]
+    for end in range(2 * stride, 2 * block_size + 1, stride):
+        sparda("cpu").update_windows(compressed, source, torch.tensor([end - 1]), table, stride)
+        window = rows[end - 2 * stride : end][None]
+        expected = mean_of_windows(window).to(dtype)[0]
+        torch.testing.assert_close(
+            expected.float(), window.float().mean(1)[0], atol=1e-2, rtol=1e-2
+        )
+        block, slot = (2, 0)[(end - 1) // block_size], (end - 1) % block_size // stride
+        assert compressed[block, :, slot].equal(expected)

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Work beside the computation: order, waiting, the rate of the link, and the end of threads."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from support.lanes import copy_threads, gated_lane
+
+from vllm_sparse.prefetch.lane import LateLane, ThreadLane
+
+
+@pytest.fixture
+def gated():
+    """A lane whose work happens only when the gate is open, and the gate."""
+    with gated_lane() as (lane, gate):
+        yield lane, gate
+
+
+def write(target: torch.Tensor, value: float = 1.0):
+    """Work that writes one number."""
+    return lambda: target.fill_(value)
+
+
+class TestThreadLane:
+    def test_works_in_the_order_of_its_forks(self):
+        lane, done = ThreadLane(), []
+        for number in range(200):
+            ticket = lane.fork(lambda number=number: done.append(number))
+        ticket.wait()
+        assert done == list(range(200))
+        lane.close()
+
+    def test_the_caller_goes_on_while_work_runs(self, gated):
+        lane, gate = gated
+        target = torch.zeros(1)
+        first, second = lane.fork(write(target)), lane.fork(write(torch.zeros(1)))
+        assert not first.done
+        assert not second.done
+        assert target.item() == 0
+        gate.set()
+        second.wait()
+        assert first.done
+        assert second.done
+        assert target.item() == 1
+        assert first.wait() == 0, "waiting for finished work takes no time"
+
+    def test_waiting_reports_how_long_the_caller_stood_still(self, gated):
+        lane, gate = gated
+        ticket = lane.fork(write(torch.zeros(1)))
+        timer = threading.Timer(0.3, gate.set)
+        start = time.perf_counter()
+        timer.start()
+        waited = ticket.wait()
+        assert 0.05 < waited <= time.perf_counter() - start
+        timer.join()
+
+    @pytest.mark.parametrize("jobs", [1, 4])
+    def test_the_link_is_as_slow_as_asked(self, jobs):
+        """80 ms in total, however it is divided; the work itself takes next to nothing."""
+        nbytes = 400_000 // jobs
+        lane = ThreadLane(gb_per_s=400_000 / 0.08 / 1e9)
+        fastest = 10.0
+        for _ in range(5):  # the machine may be busy
+            start = time.perf_counter()
+            tickets = [lane.fork(write(torch.zeros(1)), nbytes) for _ in range(jobs)]
+            waited = sum(ticket.wait() for ticket in tickets)
+            took = time.perf_counter() - start
+            assert waited <= took
+            assert took >= 0.08
+            fastest = min(fastest, took)
+        lane.close()
+        assert fastest < 0.12
+
+    def test_an_idle_link_saves_no_time_up(self):
+        lane = ThreadLane(gb_per_s=4 / 0.03 / 1e9)
+        lane.fork(write(torch.zeros(1)), 4).wait()
+        time.sleep(0.05)
+        start = time.perf_counter()
+        lane.fork(write(torch.zeros(1)), 4).wait()
+        assert time.perf_counter() - start >= 0.03
+        lane.close()
+
+    def test_errors_surface_where_the_work_is_awaited(self):
+        lane, target = ThreadLane(), torch.zeros(1)
+        bad = lane.fork(lambda: target[torch.tensor([7])])
+        good = lane.fork(write(target))
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="copying KV blocks") as error:
+                bad.wait()
+            assert isinstance(error.value.__cause__, IndexError)
+        good.wait()
+        assert target.item() == 1, "the thread survives"
+        lane.close()
+
+    def test_closing_finishes_what_was_forked_and_leaves_no_thread(self):
+        before = copy_threads()
+        lane, done = ThreadLane(), []
+        (thread,) = copy_threads() - before
+        tickets = [
+            lane.fork(lambda number=number: (time.sleep(0.01), done.append(number)))
+            for number in range(5)
+        ]
+        lane.close()
+        assert all(ticket.done for ticket in tickets)
+        assert not any(ticket.wait() for ticket in tickets)
+        assert done == list(range(5))
+        assert not thread.is_alive()
+        lane.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            lane.fork(write(torch.zeros(1)))
+
+    def test_a_forgotten_lane_ends_its_thread(self):
+        before = copy_threads()
+        lane = ThreadLane()
+        lane.fork(write(torch.zeros(1))).wait()
+        (thread,) = copy_threads() - before
+        del lane
+        gc.collect()
+        thread.join(10)
+        assert not thread.is_alive()
+
+    def test_an_exiting_interpreter_finishes_the_work(self, tmp_path):
+        """A thread that Python ends inside C++ takes the process down with an abort."""
+        done = tmp_path / "done"
+        code = (
+            "import sys, time, torch\n"
+            "from pathlib import Path\n"
+            "from vllm_sparse.prefetch.lane import ThreadLane\n"
+            "def work():\n"
+            "    time.sleep(0.3)\n"
+            f"    Path({str(done)!r}).write_text(str(torch.ones(4, 2).sum().item()))\n"
+            "lane = ThreadLane()\n"
+            "lane.fork(work)\n"
+        )
+        ended = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert done.read_text() == "8.0"
+
+
+def test_late_work_runs_in_order_and_only_when_it_is_waited_for():
+    lane, done = LateLane(), []
+    tickets = [lane.fork(lambda name=name: done.append(name)) for name in "abcd"]
+    assert not done
+    assert not any(ticket.done for ticket in tickets)
+    assert tickets[1].wait() == 0.0
+    assert done == ["a", "b"]  # a stream would have run what comes before
+    assert [ticket.done for ticket in tickets] == [True, True, False, False]
+    tickets[0].wait()
+    tickets[2].wait()
+    assert done == ["a", "b", "c"]
+    lane.close()
+    assert done == ["a", "b", "c", "d"]

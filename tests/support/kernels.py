@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""What tests of kernels share: devices, implementations, poisoned inputs, tolerances."""
+
+from __future__ import annotations
+
+import torch
+from vllm_sparse.kernels.dispatch import SpardaKernels, sparda_kernels
+from vllm_sparse.kernels.reference import (
+    sparda_attention,
+    sparda_paging,
+    sparda_prefill,
+    sparda_select,
+    sparda_tokens,
+)
+from vllm_sparse.kernels.types import PageTable
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+FAR = 1 << 30  # outside anything
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+
+REFERENCE = SpardaKernels(
+    sparda_select.select_blocks,
+    sparda_paging.resolve,
+    sparda_paging.copy_pieces,
+    sparda_tokens.write_tokens,
+    sparda_tokens.update_windows,
+    sparda_tokens.record_queries,
+    sparda_attention.attend_frames,
+    sparda_prefill.attend_part,
+    "reference",
+)
+
+
+def sparda(name: str) -> SpardaKernels:
+    """The kernels called ``reference``, ``cpu`` (in C++) or ``triton``."""
+    if name == "reference":
+        return REFERENCE
+    found = sparda_kernels(DEVICE if name == "triton" else torch.device("cpu"), name)
+    assert found.name.startswith(name), "there is a compiler, and a GPU or the interpreter"
+    return found
+
+
+def device_of(kernels: SpardaKernels) -> torch.device:
+    """Where to test them."""
+    return torch.device("cpu") if kernels.name == "cpu" else DEVICE
+
+
+def use_tile(monkeypatch, kernel: str, block: int) -> None:
+    """Let a kernel work in tiles of so many entries."""
+    from vllm_sparse.kernels.triton import launch
+
+    given = tuple(pair._replace(block=block, num_warps=1) for pair in launch._SM80[kernel])
+    monkeypatch.setitem(launch._SM80, kernel, given)
+
+
+def with_gaps(tensor: torch.Tensor, axes: int) -> torch.Tensor:
+    """The same values with NaN between the entries of the first axes."""
+    shape = [size + 1 if axis < axes else size for axis, size in enumerate(tensor.shape)]
+    out = torch.full(shape, torch.nan, dtype=tensor.dtype, device=tensor.device)
+    out = out[tuple(slice(0, size) for size in tensor.shape)]
+    return out.copy_(tensor)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+def close(actual, expected, dtype):
+    tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def scattered_table(
+    rows: int, width: int, generator: torch.Generator, device: torch.device
+) -> torch.Tensor:
+    """Blocks of each row, int32, in rows that are further apart than they are wide."""
+    wide = torch.full((rows, width + 3), FAR, dtype=torch.int32)
+    wide[:, :width] = torch.randperm(rows * width, generator=generator).view(rows, width)
+    return wide.to(device)[:, :width]
+
+
+def noise(*shape, generator, device, dtype=torch.float32, whole=False):
+    """Random values; whole numbers add up to the same in any order."""
+    if whole:
+        return torch.randint(-2, 3, shape, generator=generator).to(device, dtype)
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def empty_table(pieces: int, frames: int, device: torch.device) -> PageTable:
+    """A page table of a slab that holds nothing."""
+    return PageTable(
+        torch.full((pieces,), -1, dtype=torch.int32, device=device),
+        torch.full((frames,), -1, device=device),
+        torch.zeros(frames, dtype=torch.int64, device=device),
+        torch.zeros(frames, dtype=torch.bool, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+    )

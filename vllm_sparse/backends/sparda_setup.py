@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Sets a worker of SPARDA up: sizes, memory, selector, kernels, and what it says at start-up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vllm_sparse import metrics
+from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.kv.host.geometry import GIB, Geometry, plan_frames
+from vllm_sparse.kv.host.pager import Pager
+from vllm_sparse.policies.selectors import (
+    ForecastSelector,
+    PreviousSelector,
+    QuerySelector,
+    Selector,
+)
+from vllm_sparse.prefetch.fetcher import Fetcher
+from vllm_sparse.prefetch.stream import PromptStream
+from vllm_sparse.steps.host_layer import Runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm.config import VllmConfig
+
+    from vllm_sparse.config import SpardaSettings
+    from vllm_sparse.kernels.dispatch import SpardaKernels
+    from vllm_sparse.kv.spec import SpardaSpec
+    from vllm_sparse.prefetch.lane import Lane
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What differs between CPUs and GPUs.
+
+    Attributes:
+        kernels: What layers run.
+        lane: Where copies run.
+        captured: Graphs may replay batches of single tokens.
+        view: Pins host memory and returns it as a GPU sees it; ``None`` where host and device are
+            one memory.
+        attend_fresh: Serves prompt rows without a past; ``None`` if they are streamed like others.
+        release: Called when nobody will use the host memory any more.
+    """
+
+    kernels: SpardaKernels
+    lane: Lane
+    captured: bool
+    view: Callable[[Tensor], Tensor] | None = None
+    attend_fresh: Callable[..., Tensor] | None = None
+    release: Callable[[], None] = lambda: None
+
+    def close(self) -> None:
+        """End what runs beside the computation, and give the memory back."""
+        self.lane.close()
+        self.release()
+
+
+def geometry_of(
+    config: VllmConfig,
+    settings: SpardaSettings,
+    spec: SpardaSpec,
+    num_layers: int,
+    num_blocks: int,
+) -> Geometry:
+    """Sizes of a worker's cache.
+
+    Raises:
+        ConfigError: The slab cannot hold what one step may read.
+    """
+    frames = plan_frames(
+        settings,
+        num_layers=num_layers,
+        num_pieces=num_blocks * spec.num_kv_heads,
+        num_kv_heads=spec.num_kv_heads,
+        piece_bytes=spec.block_size * 2 * spec.head_size * spec.dtype.itemsize,
+        max_num_seqs=config.scheduler_config.max_num_seqs,
+        max_model_len=config.model_config.max_model_len,
+    )
+    shape = num_blocks, spec.num_kv_heads, spec.block_size, spec.head_size
+    return Geometry(num_layers, *shape, spec.dtype.itemsize, frames)
+
+
+def runtime_of(
+    settings: SpardaSettings,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    layers: list[Any],
+    machine: Machine,
+) -> Runtime:
+    """Allocate the host pool and the slab, and what copies between them."""
+    kernels, lane, count = machine.kernels, machine.lane, metrics.counters().add
+    pager = Pager(geometry, dtype, settings.poison, machine.view)
+    return Runtime(
+        settings,
+        layers[0].impl.scale,
+        pager,
+        kernels,
+        _selector(settings, geometry, dtype, layers, machine),
+        Fetcher(pager, kernels, lane, count, settings.prefetch),
+        PromptStream(pager, kernels, lane, settings.staging_blocks, count, settings.prefetch),
+        layers,
+        machine.attend_fresh,
+    )
+
+
+def check_layers(
+    config: VllmConfig, settings: SpardaSettings, spec: SpardaSpec, layers: list[Any]
+) -> None:
+    """Refuse layers that are not all alike.
+
+    Raises:
+        UnsupportedError: Says what differs.
+    """
+    if spec.block_size != settings.block_size:
+        raise UnsupportedError(
+            f"vLLM chose blocks of {spec.block_size} tokens, but vllm_sparse.block_size is "
+            f"{settings.block_size}"
+        )
+    expected = config.model_config.get_num_layers(config.parallel_config)
+    if len(layers) != expected:
+        raise UnsupportedError(
+            f"{len(layers)} of {expected} layers have one kind of attention and one size of KV "
+            "heads; SPARDA looks from each layer to the next and needs them all alike"
+        )
+
+
+def _selector(
+    settings: SpardaSettings,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    layers: list[Any],
+    machine: Machine,
+) -> Selector:
+    """What chooses blocks in these layers.
+
+    Raises:
+        UnsupportedError: It needs a projection that the layers lack.
+    """
+    kind, impl = settings.chosen_selector, layers[0].impl
+    if kind == "query":
+        return QuerySelector(settings.kernel_stride, impl.scale)
+    if kind == "previous":
+        shape = (geometry.num_layers, geometry.num_blocks, impl.num_heads, geometry.head_dim)
+        kept = torch.empty(shape, dtype=dtype, device="cpu")
+        return PreviousSelector(
+            settings.kernel_stride,
+            impl.scale,
+            machine.view(kept) if machine.view else kept,
+            geometry.block_size,
+            machine.kernels.record_queries,
+        )
+    missing = [layer.layer_name for layer in layers[:-1] if not hasattr(layer, "sparda_tap")]
+    if missing:
+        raise UnsupportedError(
+            f"selector {kind} needs a projection beside qkv_proj, which these layers lack: "
+            f"{', '.join(missing)}. Choose selector query or previous"
+        )
+    return ForecastSelector([getattr(layer, "sparda_tap", None) for layer in layers])
+
+
+def start_line(runtime: Runtime, config: VllmConfig) -> str:
+    """What a worker says at start-up."""
+    settings, geometry = runtime.settings, runtime.pager.geometry
+    ranks = config.parallel_config.tensor_parallel_size
+    ahead = runtime.selector.ahead
+    mode = "a layer ahead" if ahead and settings.prefetch else "when a layer runs"
+    if all(geometry.is_resident(layer) for layer in range(geometry.num_layers)):
+        mode = "never, as every block has a frame"
+        if not settings.resident:
+            mode += (
+                f" (--max-num-seqs {config.scheduler_config.max_num_seqs} may need them all; lower "
+                "it, or set slab_gib, to keep fewer on the device)"
+            )
+    kernels = runtime.kernels
+    note = f" (slow: {kernels.note.splitlines()[0]})" if kernels.note else ""
+    total = f" per rank, {geometry.host_bytes * ranks / GIB:.2f} GiB in total" if ranks > 1 else ""
+    tokens = (geometry.num_blocks - 1) * geometry.block_size
+    return (
+        f"SPARDA: selector {settings.chosen_selector}, {settings.blocks_read} blocks of "
+        f"{geometry.block_size} tokens per KV head ({settings.init_blocks} first, "
+        f"{settings.local_blocks} + 1 last), dense up to {settings.dense_len} tokens, prompts "
+        f"{'sparse' if settings.sparse_prefill else 'dense'}; host pool "
+        f"{geometry.host_bytes / GIB:.2f} GiB{total} for {geometry.num_blocks - 1} blocks = "
+        f"{tokens} tokens; device slab {geometry.slab_bytes / GIB:.3f} GiB, "
+        f"{geometry.frames[-1]} frames a layer, staging {runtime.stream.nbytes / GIB:.3f} GiB; "
+        f"fetched {mode}; kernels: {kernels.name}{note}"
+    )

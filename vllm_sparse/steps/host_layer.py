@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Executes one layer's step of SPARDA, on any device: store, choose, fetch ahead, attend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from vllm_sparse.kernels.reference.sparda_select import gather_windows
+from vllm_sparse.kernels.reference.sparda_tokens import mean_of_windows
+from vllm_sparse.kernels.types import Blocks, Selected, Unframed
+from vllm_sparse.policies.sparda import select_blocks
+from vllm_sparse.steps.host_prompt import attend_prompt
+from vllm_sparse.steps.host_step import WindowList
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from vllm_sparse.config import SpardaSettings
+    from vllm_sparse.kernels.dispatch import SpardaKernels
+    from vllm_sparse.kv.host.pager import Pager
+    from vllm_sparse.policies.selectors import Selector, Tokens
+    from vllm_sparse.prefetch.fetcher import Fetcher
+    from vllm_sparse.prefetch.stream import PromptStream
+    from vllm_sparse.steps.host_step import DecodeRows, FreshRows, PromptRow, SpardaStep
+
+# Query tokens whose window scores exist at the same time.
+_SCORED_AT_ONCE = 128
+
+
+class HasCache(Protocol):
+    """An attention layer of the engine, whose cache tensor holds compressed keys."""
+
+    kv_cache: Tensor
+
+
+@dataclass
+class Runtime:
+    """What all layers of one worker share.
+
+    Attributes:
+        settings: The settings.
+        scale: Logit scale.
+        pager: Blocks and frames.
+        kernels: What layers run.
+        selector: Chooses blocks.
+        fetcher: Brings what decode rows read.
+        stream: Earlier blocks of prompts, on their way back.
+        layers: The engine's attention layers, in order.
+        attend_fresh: Serves prompt rows without a past; ``None`` if they are streamed like others.
+    """
+
+    settings: SpardaSettings
+    scale: float
+    pager: Pager
+    kernels: SpardaKernels
+    selector: Selector
+    fetcher: Fetcher
+    stream: PromptStream
+    layers: Sequence[HasCache]
+    attend_fresh: Callable[[Tensor, Tensor, Tensor, FreshRows, float], Tensor] | None = None
+    _views: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _same_for_all: Selected | None = None
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        self.blocks = Blocks(
+            settings.block_size,
+            settings.kernel_stride,
+            settings.init_blocks,
+            settings.local_blocks,
+            settings.blocks_read,
+        )
+
+    @property
+    def step(self) -> Tensor:
+        """Number of the step, int64 ``[1]``."""
+        return self.fetcher.step
+
+    def compressed(self, layer: int) -> Tensor:
+        """A layer's compressed keys, ``[blocks, G, windows per block, D]``, a view."""
+        cache = self.layers[layer].kv_cache
+        seen, view = self._views.get(layer, (None, None))
+        if seen is not cache or view is None:
+            geometry = self.pager.geometry
+            view = cache.view(len(cache), geometry.num_kv_heads, -1, geometry.head_dim)
+            self._views[layer] = cache, view
+        return view
+
+    def begin_step(self, step: SpardaStep) -> None:
+        """Called by the first layer."""
+        self._same_for_all = None
+        self.fetcher.begin_step()
+        self.stream.begin_step(step.tiles)
+
+    def select(self, layer: int, rows: DecodeRows, query: Tensor | None) -> Selected:
+        """What decode rows read in a layer.
+
+        Args:
+            layer: The layer.
+            rows: The rows.
+            query: The layer's queries of the whole batch; ``None`` while the one before computes.
+        """
+        vectors = None
+        if rows.scored:
+            vectors = self.selector.vectors(layer, rows.tokens, query)
+        elif self._same_for_all is not None:
+            return self._same_for_all
+        selected = self.kernels.select_blocks(
+            self.compressed(layer),
+            vectors,
+            rows.table,
+            rows.framed,
+            self.selector.ranking,
+            self.blocks,
+            dense_len=self.settings.dense_len,
+        )
+        if not rows.scored:
+            self._same_for_all = selected
+        return selected
+
+
+class Layer:
+    """One layer.
+
+    Args:
+        runtime: Shared by all layers.
+        number: Position of the layer in the model.
+    """
+
+    def __init__(self, runtime: Runtime, number: int) -> None:
+        self.runtime = runtime
+        self.number = number
+        self.pager = runtime.pager.layers[number]
+        self.last = number + 1 == len(runtime.layers)
+
+    def run(
+        self, query: Tensor, key: Tensor, value: Tensor, step: SpardaStep, output: Tensor
+    ) -> None:
+        """Store the new tokens of a step, and attend.
+
+        Args:
+            query: Post-RoPE queries, ``[tokens, H, D]``.
+            key: ``[tokens, G, D]``.
+            value: ``[tokens, G, D]``.
+            step: The step, whose padding is cut off.
+            output: Written, ``[tokens or more, H, D]``.
+        """
+        runtime, pager = self.runtime, self.pager
+        if self.number == 0:
+            runtime.begin_step(step)
+        # A fetch that is under way would overwrite this step's tokens in a frame.
+        runtime.fetcher.wait(self.number)
+        if pager.poison:
+            pager.poison_fresh(step.slots)
+        runtime.kernels.write_tokens(
+            pager.host, pager.slab, pager.table.frame_of, step.slots, key, value
+        )
+        self._compress(key, step)
+        if step.decode is not None:
+            self._decode(query, step.decode, output)
+        if step.fresh is not None:
+            self._attend_fresh(query, key, value, step.fresh, output)
+        if step.prompts:
+            self._attend_prompts(query, torch.cat((key, value), -1), step, output)
+        runtime.selector.record(self.number, query, step.slots, step.last_in_block)
+        if self.last:
+            runtime.fetcher.end_step()
+
+    def _compress(self, key: Tensor, step: SpardaStep) -> None:
+        """Add the windows that this step completes; they may reach into earlier blocks."""
+        runtime, pager, windows = self.runtime, self.pager, step.windows
+        compressed = runtime.compressed(self.number)
+        if not isinstance(windows, WindowList):
+            runtime.kernels.update_windows(
+                compressed,
+                pager.host,
+                windows.positions,
+                windows.table,
+                runtime.settings.kernel_stride,
+                slab=pager.slab,
+                frame_of=pager.table.frame_of,
+            )
+        elif len(windows.slots):
+            size, per_block = pager.block_size, compressed.shape[2]
+            block, offset = windows.older // size, windows.older % size
+            older = pager.host[block, :, offset, : key.shape[2]]
+            keys = torch.cat((key.to(older.dtype), older))[windows.tokens]
+            means = mean_of_windows(keys).to(compressed.dtype)
+            compressed[windows.slots // per_block, :, windows.slots % per_block] = means
+
+    def _decode(self, query: Tensor, rows: DecodeRows, output: Tensor) -> None:
+        runtime, pager, fetcher = self.runtime, self.pager, self.runtime.fetcher
+        if not fetcher.announced(self.number):
+            chosen = runtime.select(self.number, rows, query)
+            fetcher.announce(self.number, chosen, ahead=False)
+        if runtime.selector.ahead and not self.last:
+            chosen = runtime.select(self.number + 1, rows, None)
+            fetcher.announce(self.number + 1, chosen, ahead=True)
+        frames, lengths = fetcher.take(self.number)
+        unframed = None
+        if rows.unframed is not None:
+            unframed = Unframed(pager.host, rows.table, rows.unframed)
+        if not rows.whole:
+            query = query[rows.tokens.index]
+        target = output[: len(query)] if rows.whole else torch.empty_like(query)
+        runtime.kernels.attend_frames(
+            pager.slab, query, target, frames, lengths, runtime.scale, unframed
+        )
+        if not rows.whole:
+            output[rows.tokens.index] = target
+
+    def _attend_fresh(
+        self, query: Tensor, key: Tensor, value: Tensor, rows: FreshRows, output: Tensor
+    ) -> None:
+        assert self.runtime.attend_fresh is not None, "the planner set such rows apart"
+        mine = (part[rows.index] for part in (query, key, value))
+        output[rows.index] = self.runtime.attend_fresh(*mine, rows, self.runtime.scale)
+
+    def _attend_prompts(
+        self, query: Tensor, rows: Tensor, step: SpardaStep, output: Tensor
+    ) -> None:
+        """Attend the rows that stream their earlier blocks; ``rows`` is ``[tokens, G, 2 * D]``."""
+        runtime, settings = self.runtime, self.runtime.settings
+        for prompt in step.prompts:
+            here = slice(prompt.begin, prompt.end)
+            chosen = None
+            if prompt.sparse_from < len(prompt):
+                chosen = self._choose_prompt(query, prompt)
+            tiles = (
+                (step.tiles[i], runtime.stream.read(self.number, i)) for i in range(*prompt.tiles)
+            )
+            output[here] = attend_prompt(
+                query[here],
+                rows[here],
+                tiles,
+                prompt.start,
+                prompt.sparse_from,
+                chosen,
+                block_size=settings.block_size,
+                tile_tokens=settings.staging_blocks * settings.block_size,
+                attend_part=runtime.kernels.attend_part,
+                scale=runtime.scale,
+            )
+
+    def _choose_prompt(self, query: Tensor, prompt: PromptRow) -> Tensor:
+        """Blocks that the sparse tokens of a row read, bool ``[G, T, blocks]``."""
+        runtime, selector = self.runtime, self.runtime.selector
+        tokens = prompt.tokens[slice(prompt.sparse_from, None)]
+        keys = gather_windows(runtime.compressed(self.number), prompt.blocks)
+        count = len(tokens.positions)
+        shape = (self.pager.num_kv_heads, count, len(prompt.blocks) + 1)
+        chosen = torch.zeros(shape, dtype=torch.bool, device=query.device)
+        for first in range(0, count, _SCORED_AT_ONCE):
+            part: Tokens = tokens[slice(first, first + _SCORED_AT_ONCE)]
+            vectors = selector.vectors(self.number, part, query).transpose(0, 1)
+            scores = selector.scores(vectors, keys, part.positions)
+            blocks = select_blocks(scores, part.positions, **runtime.blocks._asdict())
+            # -1 marks the column beyond the last block, which is cut off.
+            chosen[:, first : first + _SCORED_AT_ONCE].scatter_(2, blocks % chosen.shape[2], True)
+        return chosen[..., :-1]
