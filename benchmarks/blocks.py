@@ -16,7 +16,6 @@ one and the two before it are forced. Reported per layer:
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 import time
@@ -25,16 +24,17 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional
-from transformers import AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks import corpus, harness, needles, oracle
+from benchmarks.results import Recorder
 from vllm_sparse.forecast.weights import load_forecast, lookahead_weights
 from vllm_sparse.policies import sparda
 
 KERNEL = 2 * oracle.STRIDE
 FORECAST = "forecast"
 TASKS = ("multikey", "prose")
+QUICK = {"contexts": [1024], "questions": 2, "passages": 1, "tokens": 8, "top": [6, 8]}
 
 
 class Probe:
@@ -234,10 +234,10 @@ def measure(model: oracle.Model, tokenizer, task: str, context: int, options) ->
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Command line entry point."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.blocks", description=__doc__)
-    parser.add_argument("--model", default="qwen", help="name, alias (smollm2, qwen) or path")
+    parser = harness.parser("blocks", __doc__, "1024 tokens, 2 questions, 1 passage")
+    harness.add_model(parser, "qwen")
     parser.add_argument("--contexts", nargs="+", type=int, default=[4096, 8192])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--top", nargs="+", type=int, default=[8, 16, 32], help="blocks in total")
@@ -249,34 +249,26 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=1, help="more are faster, but only on a quiet machine"
     )
-    parser.add_argument("--quick", action="store_true", help="1024 tokens, 2 questions, 1 passage")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS_DIR / "blocks.json")
-    options = parser.parse_args()
-    if options.quick:
-        options.contexts, options.questions, options.passages, options.tokens = [1024], 2, 1, 8
-        options.top = [6, 8]
-
+    options = harness.parse(parser, arguments, QUICK)
     torch.set_num_threads(options.threads)
-    environment = harness.environment()
-    directory = harness.resolve_model(options.model)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = oracle.Model(directory, Probe(options.top))
-    model.attention.attach(model.network, options.forecast)
-    cells = []
-    for task, context in itertools.product(options.tasks, options.contexts):
-        started = time.perf_counter()
-        cells.append(measure(model, tokenizer, task, context, options))
-        harness.progress(f"{task} {context}: {time.perf_counter() - started:.0f} s")
-        body = {
-            "model": options.model,
-            "seed": options.seed,
-            "forecast": options.forecast.name if options.forecast else None,
-            "block_tokens": oracle.BLOCK,
-            "init_blocks": oracle.INIT_BLOCKS,
-            "local_blocks": oracle.LOCAL_BLOCKS,
-            "cells": cells,
-        }
-        harness.write_result(options.out, "blocks", environment, body)
+    body = {
+        "model": options.model,
+        "seed": options.seed,
+        "forecast": options.forecast.name if options.forecast else None,
+        "block_tokens": oracle.BLOCK,
+        "init_blocks": oracle.INIT_BLOCKS,
+        "local_blocks": oracle.LOCAL_BLOCKS,
+        "cells": [],
+    }
+    with Recorder(options.out, "blocks", body) as record:
+        tokenizer = harness.tokenizer_of(options.model)
+        model = oracle.Model(harness.resolve_model(options.model), Probe(options.top))
+        model.attention.attach(model.network, options.forecast)
+        for task, context in itertools.product(options.tasks, options.contexts):
+            started = time.perf_counter()
+            body["cells"].append(measure(model, tokenizer, task, context, options))
+            record.save()
+            harness.progress(f"{task} {context}: {time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":

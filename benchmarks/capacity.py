@@ -9,61 +9,23 @@ every engine step the benchmark reads vLLM's own gauges (`vllm:num_requests_runn
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import time
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from benchmarks import corpus, harness
-from benchmarks.engine import Worker
+from benchmarks import arms, commands, corpus, harness
+from benchmarks.results import Recorder
+from benchmarks.worker import Worker
+
+if TYPE_CHECKING:
+    import argparse
 
 _CONCURRENCY = re.compile(r"Maximum concurrency for ([\d,]+) tokens per request: ([\d.]+)x")
 _POOL = re.compile(r"KV cache size: ([\d,]+) tokens")
+QUICK = {"context": 4096, "requests": 6, "generate": 128, "eager": True}
 
 
-# Command, executed in the worker process.
-
-
-def serve_all(llm, prompts: list[list[int]], max_tokens: int) -> dict:
-    """Serves all requests; returns what the engine reported after each step, and all outputs."""
-    from vllm import SamplingParams
-
-    from benchmarks.counters import metrics
-
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-    engine = llm.llm_engine
-    started = time.perf_counter()
-    for prompt in prompts:
-        engine.add_request(str(next(llm.request_counter)), {"prompt_token_ids": prompt}, params)
-    steps, finished = [], {}
-    while engine.has_unfinished_requests():
-        outputs = engine.step()
-        for output in outputs:
-            if output.finished:
-                finished[output.request_id] = list(output.outputs[0].token_ids)
-        gauges = metrics(llm)
-        running = int(gauges["vllm:num_requests_running"])
-        steps.append(
-            {
-                "running": running,
-                "usage": gauges["vllm:kv_cache_usage_perc"],
-                # Every running request got a token, so none of them is in prefill.
-                "decoding": len(outputs) == running > 0,
-            }
-        )
-    return {
-        "steps": steps,
-        "outputs": finished,
-        "seconds": time.perf_counter() - started,
-        "metrics": metrics(llm),
-    }
-
-
-# The benchmark.
-
-
-def measure(arm: harness.Arm, options: argparse.Namespace, prompts: list[list[int]]) -> dict:
+def measure(arm: arms.Arm, options: argparse.Namespace, prompts: list[list[int]]) -> dict[str, Any]:
     """Serves the prompts on one arm and summarises what its engine reported."""
     arguments = harness.engine_args(
         harness.resolve_model(options.model),
@@ -72,7 +34,7 @@ def measure(arm: harness.Arm, options: argparse.Namespace, prompts: list[list[in
         num_gpu_blocks_override=options.pool_blocks,
         enforce_eager=options.eager,
     )
-    with Worker("benchmarks.capacity", arm, arguments) as worker:
+    with Worker(arm, arguments) as worker:
         served = worker.call("serve_all", prompts=prompts, max_tokens=options.generate)
         log = worker.log()
     steps = served["steps"]
@@ -92,17 +54,17 @@ def measure(arm: harness.Arm, options: argparse.Namespace, prompts: list[list[in
             sum(blocks) / len(blocks) / peak if blocks else None  # none if prefill never paused
         ),
         "log": {
-            "kv_cache_tokens": int(pool.group(1).replace(",", "")) if pool else None,
-            "maximum_concurrency": float(concurrency.group(2)) if concurrency else None,
+            "kv_cache_tokens": int(pool[1].replace(",", "")) if pool else None,
+            "maximum_concurrency": float(concurrency[2]) if concurrency else None,
         },
-        "metrics": {k: v for k, v in served["metrics"].items() if k.startswith("vllm:sparse")},
+        "metrics": commands.of_the_plugin(served["metrics"]),
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Command line entry point."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.capacity", description=__doc__)
-    parser.add_argument("--model", default="smollm2", help="name, alias (smollm2, qwen) or path")
+    parser = harness.parser("capacity", __doc__, "4096 tokens, 6 requests, eager")
+    harness.add_model(parser, "smollm2")
     parser.add_argument("--context", type=int, default=8192, help="prompt and generation, tokens")
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--generate", type=int, default=256, help="tokens per request")
@@ -111,45 +73,34 @@ def main() -> None:
         type=int,
         help="size of the KV pool; by default it holds half of the prompts",
     )
-    harness.add_arm_options(parser, "dense,rocket-512")
+    arms.add_options(parser, "dense,rocket-512")
     parser.add_argument("--eager", action="store_true", help="no torch.compile: faster start")
-    parser.add_argument("--quick", action="store_true", help="4096 tokens, 6 requests, eager")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS_DIR / "capacity.json")
-    options = parser.parse_args()
-    if options.quick:
-        options.context, options.requests, options.generate = 4096, 6, 128
-        options.eager = True
+    options = harness.parse(parser, arguments, QUICK)
     prompt_tokens = options.context - options.generate
     if options.pool_blocks is None:
         # Room for half of the prompts, but not for what these requests generate. One block is
         # vLLM's null block.
         blocks = -(-prompt_tokens // harness.BLOCK_TOKENS)
         options.pool_blocks = options.requests // 2 * blocks + 2
-
-    harness.exit_cleanly()
-    environment = harness.environment()
-    arms = harness.parse_arms(parser, options)
-    if any(arm.settings and arm.backend == "SPARDA" for arm in arms):
+    chosen = arms.parse_arms(parser, options)
+    if any(arm.settings and arm.backend == "SPARDA" for arm in chosen):
         parser.error("SPARDA's pool is in host memory; use benchmarks.offload serve")
-
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(harness.resolve_model(options.model))
-    prompts = corpus.documents(tokenizer, options.requests, prompt_tokens)
-    results: dict[str, dict] = {}
-    for arm in arms:
-        results[arm.name] = measure(arm, options, prompts)
-        harness.progress(f"{arm.name}: {json.dumps({**results[arm.name], 'metrics': None})}")
-        body = {
-            "model": options.model,
-            "requests": options.requests,
-            "prompt_tokens": prompt_tokens,
-            "generated_tokens": options.generate,
-            "pool_blocks": options.pool_blocks,
-            "block_tokens": harness.BLOCK_TOKENS,
-            "arms": results,
-        }
-        harness.write_result(options.out, "capacity", environment, body)
+    body = {
+        "model": options.model,
+        "requests": options.requests,
+        "prompt_tokens": prompt_tokens,
+        "generated_tokens": options.generate,
+        "pool_blocks": options.pool_blocks,
+        "block_tokens": harness.BLOCK_TOKENS,
+        "arms": {},
+    }
+    with Recorder(options.out, "capacity", body) as record:
+        tokenizer = harness.tokenizer_of(options.model)
+        prompts = corpus.documents(tokenizer, options.requests, prompt_tokens)
+        for arm in chosen:
+            found = body["arms"][arm.name] = measure(arm, options, prompts)
+            record.save()
+            harness.progress(f"{arm.name}: {json.dumps({**found, 'metrics': None})}")
 
 
 if __name__ == "__main__":

@@ -9,19 +9,19 @@ selected keys and values) over the bandwidth of a sequential read, measured in t
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from vllm_sparse.kernels.cpu.memory import back_with_huge_pages
-from vllm_sparse.kernels.cpu.rocketkv import decode_attention
-from vllm_sparse.kernels.layout import PageLayout
-from vllm_sparse.kernels.reference.rocketkv import decode_attention as reference
 
 from benchmarks import harness
+from benchmarks.ops.kernels import PageLayout, cpu_decode_attention, reference
+from benchmarks.results import Recorder
 from vllm_sparse.policies.rocketkv import plan
+
+if TYPE_CHECKING:
+    import argparse
 
 BLOCK_SIZE = 128
 PAGE_SIZE = 4
@@ -56,11 +56,12 @@ def measure(options: argparse.Namespace) -> dict:
         times = [layer(kernel, cache, read_all) for _ in range(rounds) for cache in caches]
         return {"us": statistics.median(times), "us_p10": sorted(times)[len(times) // 10]}
 
-    result = {"fused, small pages": variant(decode_attention, options.rounds)}
+    fused, back_with_huge_pages = cpu_decode_attention()
+    result = {"fused, small pages": variant(fused, options.rounds)}
     back_with_huge_pages(caches)
-    result["fused"] = variant(decode_attention, options.rounds)
-    result["fused, every kept token"] = variant(decode_attention, options.rounds, True)
-    result["reference"] = variant(reference, 1)
+    result["fused"] = variant(fused, options.rounds)
+    result["fused, every kept token"] = variant(fused, options.rounds, True)
+    result["reference"] = variant(reference("decode_attention"), 1)
 
     flat = caches.flatten()
     started = time.perf_counter()
@@ -82,26 +83,28 @@ def measure(options: argparse.Namespace) -> dict:
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Command line entry point."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
-    parser.add_argument("--context", type=int, default=8192)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--budget", type=int, default=512)
-    parser.add_argument("--kv-heads", type=int, default=3, help="default: SmolLM2-135M's shape")
-    parser.add_argument("--group", type=int, default=3)
-    parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=harness.RESULTS_DIR / "kernels.json")
-    options = parser.parse_args()
-    environment = harness.environment()
+    parser = harness.parser("kernels", __doc__)
+    for name, default, about in (
+        ("context", 8192, "tokens of each request"),
+        ("batch", 8, "requests"),
+        ("budget", 512, "token budget"),
+        ("kv-heads", 3, "default: SmolLM2-135M's shape"),
+        ("group", 3, "query heads per KV head"),
+        ("dim", 64, "head size"),
+        ("layers", 30, "each with a cache of its own"),
+        ("rounds", 6, "over all layers"),
+        ("threads", torch.get_num_threads(), "of the processor"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=about)
+    options = harness.parse(parser, arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    body = {"threads": options.threads, "result": measure(options)}
-    harness.write_result(options.out, "kernels", environment, body)
-    harness.progress(str(body["result"]))
+    body = {"threads": options.threads}
+    with Recorder(options.out, "kernels", body):
+        body["result"] = measure(options)
+        harness.progress(str(body["result"]))
 
 
 if __name__ == "__main__":

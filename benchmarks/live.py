@@ -1,33 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Reads and steers a live SPARDA runtime: functions that run in the model's worker.
+"""Reads and steers a live runtime: functions that run in the model's worker.
 
-They are called through `LLM.collective_rpc`, so they get vLLM's worker first.
+They are called through `LLM.collective_rpc`, so they get vLLM's worker first. What SPARDA chooses
+can be forced, and how it fetches be switched. In a captured graph Python runs only at capture; so
+the choice is computed on the device, and each way to fetch has graphs of its own, between which a
+switch costs nothing.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from typing import TYPE_CHECKING, Any
+import math
+import statistics
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from vllm_sparse.kernels.types import Ranking
 
-if TYPE_CHECKING:
-    from vllm_sparse.prefetch.engine import CopyEngine, Ticket
-
-    from vllm_sparse.config import SpardaSettings
-    from vllm_sparse.policies.selectors import Tokens
-
+GOLDEN_RATIO = 0.618
+HEAD_SHIFT = 17
 COUNTED = (
-    "frame_hits",
-    "frame_misses",
-    "prefetch_issued",
-    "prefetch_late",
-    "prefetch_wasted",
-    "host_to_device_bytes",
-    "exposed_wait_seconds",
+    *("frame_hits", "frame_misses", "prefetch_issued", "prefetch_late", "prefetch_wasted"),
+    *("host_to_device_bytes", "exposed_wait_seconds"),
 )
 
 
@@ -45,7 +39,7 @@ def cache_bytes(worker: Any) -> int:
     return sum(storages.values())
 
 
-def sparda_memory(worker: Any) -> dict:
+def sparda_memory(worker: Any) -> dict[str, int]:
     """Bytes of SPARDA's live objects.
 
     Returns:
@@ -64,161 +58,25 @@ def sparda_memory(worker: Any) -> dict:
     }
 
 
+def device_bytes(worker: Any) -> dict[str, int]:
+    """Device memory for keys and values, as allocated.
+
+    ``compressed`` is what vLLM took for compressed keys of the host's blocks.
+    """
+    runtime = sparda_runtime(worker)
+    return {
+        "slab": runtime.pager.geometry.slab_bytes,
+        "staging": runtime.stream.nbytes,
+        "compressed": cache_bytes(worker),
+    }
+
+
 def check_integrity(worker: Any) -> None:
     """Raises if a page table or a frame is wrong."""
     sparda_runtime(worker).pager.check_integrity()
 
 
-class ForcedSelector:
-    """Chooses blocks such that a fixed share of the free picks is new in every step.
-
-    For a fixed batch of decoding requests, whose order does not change. Each step replaces the
-    oldest ``round(rate * free picks)`` free picks by blocks that the request did not read in the
-    step before. If the slab is exactly as large as the working set, all of those are misses, and so
-    is each block that a request begins; nothing else is.
-
-    Attributes:
-        ahead: As if the choice were known a layer ahead.
-        rate: Share of the free picks to replace.
-        new_blocks: Blocks of a request that its previous step did not read, summed over requests
-            and steps, for one KV head of one layer.
-        free_picks: Free picks, summed likewise.
-    """
-
-    ahead = True
-    ranking = Ranking(softmax=False)
-
-    def __init__(self, settings: SpardaSettings, shape: tuple[int, int], kernel: Any) -> None:
-        """Starts without a history.
-
-        Args:
-            settings: Which blocks are forced and how many are read.
-            shape: KV heads and head size.
-            kernel: The selection kernel; it still runs, so that selecting costs what it costs.
-        """
-        self.rate = 0.0
-        self.new_blocks = self.free_picks = 0
-        self._settings = settings
-        self._shape = shape
-        self._kernel = kernel
-        self._free: dict[int, deque[int]] = {}
-        self._last: dict[int, set[int]] = {}
-        self._cursor: dict[int, int] = {}
-        self._layer = 0
-
-    def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
-        """See `vllm_sparse.policies.selectors.Selector`; only notes what is asked for."""
-        self._layer, index = layer, tokens.index
-        return torch.zeros(len(index), *self._shape, device=index.device)
-
-    def select_blocks(
-        self, compressed: Tensor, vectors: Tensor, table: Tensor, positions: Tensor, *rest: Any
-    ) -> Tensor:
-        """Takes the place of the selection kernel; the same blocks for all layers and heads."""
-        vectors = vectors.to(compressed.dtype)
-        self._kernel(compressed, vectors, table, positions, *rest)
-        if self._layer == 0:  # a new step
-            wanted = [self._advance(row, at) for row, at in enumerate(positions.tolist())]
-            self._wanted = torch.tensor(wanted)
-        return self._wanted[:, None].expand(-1, compressed.shape[1], -1)
-
-    def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
-        """Not used: prompts are dense, and decode has a ranking."""
-        raise NotImplementedError
-
-    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
-        """Nothing to keep."""
-
-    def _advance(self, row: int, position: int) -> list[int]:
-        """Returns the blocks that a request reads in its next step."""
-        settings = self._settings
-        own = position // settings.block_size
-        first, end = settings.init_blocks, own - settings.local_blocks
-        forced = {*range(first), *range(end, own + 1)}
-        count = settings.blocks_read - len(forced)
-        last = self._last.get(row)
-        if last is None:
-            free = self._free[row] = deque(range(first, first + count))
-            self._cursor[row] = first
-        else:
-            free = self._free[row]
-            replaced = round(self.rate * count)
-            if replaced + len(last | forced) > own + 1:
-                raise RuntimeError(f"{own + 1} blocks are too few to replace {replaced}")
-            for _ in range(replaced):
-                free.popleft()
-            while len(free) < count:
-                block = first + (self._cursor[row] - first) % (end - first)
-                self._cursor[row] = block + 1
-                if block not in last and block not in free:
-                    free.append(block)
-            self.new_blocks += len({*forced, *free} - last)
-            self.free_picks += count
-        self._last[row] = {*forced, *free}
-        return sorted(self._last[row])
-
-
-class CountingEngine:
-    """Counts the bytes that pass through a copy engine.
-
-    Attributes:
-        nbytes: Bytes submitted so far.
-    """
-
-    def __init__(self, engine: CopyEngine) -> None:
-        """Wraps an engine."""
-        self.nbytes = 0
-        self._engine = engine
-
-    def submit(
-        self, target: Tensor, target_index: Tensor, source: Tensor, source_index: Tensor
-    ) -> Ticket:
-        """See `vllm_sparse.prefetch.engine.CopyEngine`."""
-        self.nbytes += len(source_index) * source[0].nbytes
-        return self._engine.submit(target, target_index, source, source_index)
-
-    def close(self) -> None:
-        """Closes the wrapped engine."""
-        self._engine.close()
-
-
-def force_selection(worker: Any) -> None:
-    """Installs a `ForcedSelector` for decode and a `CountingEngine`."""
-    runtime = sparda_runtime(worker)
-    geometry, kernels = runtime.pager.geometry, runtime.kernels
-    shape = geometry.num_kv_heads, geometry.head_dim
-    selector = ForcedSelector(runtime.settings, shape, kernels.select_blocks)
-    runtime.selector = selector
-    runtime.kernels = kernels._replace(select_blocks=selector.select_blocks)
-    runtime.scheduler._engine = CountingEngine(runtime.scheduler._engine)
-
-
-def set_rate(worker: Any, rate: float) -> None:
-    """Sets the share of the free picks that each step replaces."""
-    sparda_runtime(worker).selector.rate = rate
-
-
-def forced_counts(worker: Any) -> dict[str, float]:
-    """Returns the plugin's counters, and what they have to be.
-
-    ``engine_bytes`` passed through the copy engine; ``expected_misses`` follow from the block sets
-    that were forced, and ``piece_bytes`` is the size of each.
-    """
-    from vllm_sparse import metrics
-
-    runtime = sparda_runtime(worker)
-    geometry, selector = runtime.pager.geometry, runtime.selector
-    paged = sum(not geometry.is_resident(layer) for layer in range(geometry.num_layers))
-    counted = {name: metrics.counters().value(name) for name in COUNTED}
-    counted["engine_bytes"] = runtime.scheduler._engine.nbytes
-    return {
-        **counted,
-        "expected_misses": selector.new_blocks * geometry.num_kv_heads * paged,
-        "free_picks": selector.free_picks * geometry.num_kv_heads * paged,
-    }
-
-
-def shape(worker: Any) -> dict:
+def shape(worker: Any) -> dict[str, Any]:
     """Returns what the arithmetic of a result needs."""
     geometry = sparda_runtime(worker).pager.geometry
     return {
@@ -227,3 +85,282 @@ def shape(worker: Any) -> dict:
         "piece_bytes": geometry.piece_bytes,
         "frames": list(geometry.frames),
     }
+
+
+class Way(NamedTuple):
+    """A way to fetch.
+
+    Attributes:
+        prefetch: A layer ahead; else when the layer runs.
+        copies: Whether blocks are copied. Without, the same kernels move zero bytes, and the
+            attention reads whatever is there: the time is right and the result is not.
+    """
+
+    prefetch: bool
+    copies: bool = True
+
+
+class ForcedChoice:
+    """Takes the place of the selection kernel: a fixed share of the free picks is new in each step.
+
+    The free picks are neighbours on a ring of blocks, along which they move by as many as are to be
+    new. A multiplier spreads neighbours over the context, and each KV head begins elsewhere on the
+    ring; all layers choose the same. If the slab is exactly as large as the working set, each new
+    block is a miss, and so is each block that a request begins; nothing else is.
+
+    Attributes:
+        free_picks: Of each row and KV head.
+        replaced: Free picks that are new in each step, int64 ``[1]``.
+        new: Blocks that the step before did not read, summed over rows and steps, for one KV head
+            of one layer, int64 ``[1]``.
+        picked: Free picks, summed as `new` is.
+    """
+
+    def __init__(self, runtime: Any, shortest: int) -> None:
+        """Starts without anything new.
+
+        Args:
+            runtime: What all layers share.
+            shortest: Tokens of the shortest request that will decode.
+
+        Raises:
+            ValueError: It has too few blocks.
+        """
+        settings, device = runtime.settings, runtime.compressed(0).device
+        always = settings.init_blocks + settings.local_blocks
+        self.free_picks = settings.blocks_read - always - 1
+        self._ring = shortest // settings.block_size - always
+        if self._ring < self.free_picks:
+            raise ValueError(f"requests of {shortest} tokens have too few blocks to choose from")
+        near = range(max(1, int(GOLDEN_RATIO * self._ring)), self._ring + 2)
+        self._multiplier = next(number for number in near if math.gcd(number, self._ring) == 1)
+        parts = torch.zeros(4, 1, dtype=torch.int64, device=device)
+        self.replaced, self.new, self.picked, self._step = parts
+        self._runtime, self._settings = runtime, settings
+        self._kernel = runtime.kernels.select_blocks
+        self._chosen: tuple[Tensor, Tensor] | None = None
+
+    def set_rate(self, rate: float) -> float:
+        """Sets the share of the free picks that is new, and returns what it is after rounding.
+
+        Raises:
+            ValueError: There are not as many other blocks.
+        """
+        replaced = round(rate * self.free_picks)
+        if self.free_picks + replaced > self._ring:
+            raise ValueError(f"{self._ring} blocks are too few to replace {replaced} of them")
+        self.replaced.fill_(replaced)
+        return replaced / self.free_picks
+
+    def __call__(
+        self, compressed: Tensor, vectors: Tensor, table: Tensor, positions: Tensor, *rest: Any,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        """Chooses; the kernel still runs, so that selecting costs what it costs."""
+        selected = self._kernel(compressed, vectors, table, positions, *rest, **options)
+        if compressed.data_ptr() == self._runtime.compressed(0).data_ptr():
+            self._chosen = self._choose(table, positions, compressed.shape[1])
+        assert self._chosen is not None, "layer 0 chooses first"
+        blocks, pieces = self._chosen
+        if isinstance(selected, Tensor):  # what a CPU's kernel returns
+            return blocks
+        room = (0, selected.pieces.shape[2] - pieces.shape[2])
+        blocks, pieces = (
+            torch.nn.functional.pad(part, room, value=-1).int() for part in (blocks, pieces)
+        )
+        return selected._replace(blocks=blocks, pieces=pieces)
+
+    def _choose(self, table: Tensor, positions: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+        """The blocks that each row reads in this step, and their pieces, ``[R, G, blocks]``."""
+        settings, device = self._settings, positions.device
+        self._step.add_(1)
+        own = (positions // settings.block_size)[:, None, None]
+        head = torch.arange(kv_heads, device=device)[None, :, None]
+        place = self._step * self.replaced + HEAD_SHIFT * head
+        place = place + torch.arange(self.free_picks, device=device)
+        free = settings.init_blocks + place * self._multiplier % self._ring
+        first = torch.arange(settings.init_blocks, device=device)
+        last = own - torch.arange(settings.local_blocks, -1, -1, device=device)
+        shape = (len(positions), kv_heads, -1)
+        blocks = torch.cat([part.expand(shape) for part in (first, free, last)], -1)
+        # Rows of warm-ups are shorter than any request; padding rows read nothing.
+        blocks = torch.minimum(blocks, own).clamp(min=0)
+        pieces = table.long().gather(1, blocks.flatten(1)).view_as(blocks) * kv_heads + head
+        padding = positions < 0
+        begun = (positions % settings.block_size == 0).long()
+        self.new.add_((self.replaced + begun).masked_fill(padding, 0).sum())
+        self.picked.add_(self.free_picks * (~padding).sum())
+        nothing = padding[:, None, None]
+        return blocks.masked_fill(nothing, -1), pieces.masked_fill(nothing, -1)
+
+
+class CountingEngine:
+    """Counts the bytes that pass through a CPU's copy engine.
+
+    Attributes:
+        nbytes: Bytes submitted so far.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        """Wraps an engine."""
+        self.nbytes = 0
+        self._engine = engine
+
+    def submit(
+        self, target: Tensor, target_index: Tensor, source: Tensor, source_index: Tensor
+    ) -> Any:
+        """Submits a copy, as a `CopyEngine` does."""
+        self.nbytes += len(source_index) * source[0].nbytes
+        return self._engine.submit(target, target_index, source, source_index)
+
+    def close(self) -> None:
+        """Closes the wrapped engine."""
+        self._engine.close()
+
+
+class _Steering:
+    """Of one worker."""
+
+    def __init__(self, worker: Any, shortest: int) -> None:
+        self.runtime = sparda_runtime(worker)
+        self.choice = ForcedChoice(self.runtime, shortest)
+        self._worker = worker
+        self._copy = self.runtime.kernels.copy_pieces
+        self._none = torch.zeros(1, dtype=torch.int32, device=self.choice.new.device)
+        self._graphs: dict[Way, dict] = {}
+        self.runtime.kernels = self.runtime.kernels._replace(select_blocks=self.choice)
+        self.engine = None
+        if hasattr(self.runtime, "scheduler"):
+            scheduler = self.runtime.scheduler
+            self.engine = scheduler._engine = CountingEngine(scheduler._engine)
+
+    def fetch(self, way: Way) -> None:
+        runtime = self.runtime
+        runtime.settings = runtime.settings.model_copy(update={"prefetch": way.prefetch})
+        copy = self._copy if way.copies else self._copy_nothing
+        runtime.kernels = runtime.kernels._replace(copy_pieces=copy)
+        if not self._worker.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+            return
+        runner = self._worker.model_runner
+        holder, name = graphs_of(runner)
+        new = way not in self._graphs
+        setattr(holder, name, self._graphs.setdefault(way, {}))
+        if new:
+            from vllm.config import set_current_vllm_config
+
+            with set_current_vllm_config(self._worker.vllm_config):
+                runner.capture_model()
+            if not self._graphs[way]:
+                raise RuntimeError("vLLM captured no graph")
+
+    def _copy_nothing(self, *arguments: Any, **options: Any) -> None:
+        self._copy(*arguments[:-1], self._none, **options)  # the last one is how many
+
+    def counted(self) -> dict[str, float]:
+        """Hits, misses and bytes by the names of the plugin's counters."""
+        if self.engine is not None:
+            from vllm_sparse import metrics
+
+            found = {name: metrics.counters().value(name) for name in COUNTED}
+            return {**found, "engine_bytes": self.engine.nbytes}
+        # Metrics come some steps late, what the device counts does not.
+        hits, misses, _ = self.runtime.counters.values.tolist()
+        moved = misses * self.runtime.pager.geometry.piece_bytes
+        return {"frame_hits": hits, "frame_misses": misses, "host_to_device_bytes": moved}
+
+
+def graphs_of(runner: Any) -> tuple[Any, str]:
+    """What holds the graphs of whole decode steps in either model runner, and the attribute."""
+    manager = getattr(runner, "cudagraph_manager", None)
+    return (runner.model, "concrete_cudagraph_entries") if manager is None else (manager, "graphs")
+
+
+def force(worker: Any, shortest: int) -> None:
+    """Installs a `ForcedChoice`, before any request decodes that is to be measured.
+
+    Args:
+        worker: vLLM's.
+        shortest: Tokens of the shortest request that will decode.
+    """
+    worker.steering = _Steering(worker, shortest)
+
+
+def fetch(worker: Any, way: Way) -> None:
+    """Fetches that way from now on; captures graphs for it the first time."""
+    worker.steering.fetch(way)
+
+
+def set_rate(worker: Any, rate: float) -> float:
+    """Sets the share of the free picks that each step replaces; returns it after rounding."""
+    return worker.steering.choice.set_rate(rate)
+
+
+def counts(worker: Any) -> dict[str, float]:
+    """What was counted, and what it has to be.
+
+    Returns:
+        Counters; ``expected_misses`` of pieces, which follow from the block sets that were forced;
+        ``free_picks``. On a CPU also ``engine_bytes``, which passed through the copy engine.
+    """
+    steering = worker.steering
+    geometry = steering.runtime.pager.geometry
+    paged = sum(not geometry.is_resident(layer) for layer in range(geometry.num_layers))
+    per_head = geometry.num_kv_heads * paged
+    return {
+        **steering.counted(),
+        "expected_misses": int(steering.choice.new) * per_head,
+        "free_picks": int(steering.choice.picked) * per_head,
+    }
+
+
+class Locality(NamedTuple):
+    """What one KV head of ROCKETKV selects of one request, the median over layers and heads.
+
+    With random weights the worst case is wanted, tokens that lie scattered. If all keys were alike,
+    ties would select one run of tokens, which is read much faster.
+
+    Attributes:
+        runs: Of slots that follow each other.
+        pages: That are selected: the most runs there can be.
+    """
+
+    runs: float
+    pages: float
+
+    @property
+    def scattered(self) -> bool:
+        """Whether a good part of the pages lie apart."""
+        return self.runs >= 0.25 * self.pages
+
+
+def runs_of(slots: Tensor) -> Tensor:
+    """Runs of slots that follow each other, along the last axis."""
+    return 1 + (slots.sort(-1).values.diff(dim=-1) > 1).sum(-1)
+
+
+def selected(worker: Any, seed: int) -> Locality:
+    """What a random query selects of the first row of the last decode step, in every layer.
+
+    Args:
+        worker: vLLM's, on a GPU or on its path.
+        seed: Of the queries.
+    """
+    from benchmarks.ops.kernels import triton
+
+    builder = worker.model_runner.attn_groups[0][0].get_metadata_builder()
+    rows, count = builder._rows, 1
+    table, lengths, top_r = (part[:count] for part in (rows.block_table, rows.lengths, rows.top_r))
+    generator = torch.Generator(table.device).manual_seed(seed)
+    found: list[int] = []
+    for layer in builder.layers:
+        impl, cache = layer.impl, layer.kv_cache
+        shape = (count, impl.num_heads, impl.head_size)
+        query = torch.randn(shape, generator=generator, device=table.device).to(cache.dtype)
+        common = {"layout": impl.stock_layout, "top_k": impl.top_k}
+        scores = triton("score_pages")(cache, query, table, lengths, top_r, **common)
+        slots = triton("select_slots")(
+            scores, table, lengths, top_r, kv_heads=impl.num_kv_heads, **common
+        )
+        found += runs_of(slots[0]).tolist()
+    taken = min(impl.top_k, int(lengths[0]))
+    return Locality(statistics.median(found), taken / impl.stock_layout.page_size)

@@ -190,14 +190,12 @@ def two_turn(tokenizer, num_tokens: int, count: int, seed: int = 0) -> list[Conv
             return len(chat_prompt(tokenizer, messages, begin[1])) + ANSWER_TOKENS
 
         conversations.append(
-            Conversation(
-                build(_most_sentences(length, num_tokens)),
-                questions,
-                prefixes,
-                values,
-            )
+            Conversation(build(_most_sentences(length, num_tokens)), questions, prefixes, values)
         )
     return conversations
+
+
+SETS = {"single": single, "multikey": multikey}
 
 
 def by_context(questions: Iterable[Question]) -> list[list[int]]:

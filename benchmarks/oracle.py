@@ -13,7 +13,6 @@ last blocks that are always read: what SPARDA would do if its selector knew the 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import tempfile
 import time
@@ -22,11 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks import corpus, harness, needles
-from benchmarks.accuracy import PROSE_CONTEXT, PROSE_TOKENS
+from benchmarks.accuracy import PROSE_CONTEXT, PROSE_TOKENS, judged
+from benchmarks.results import Recorder
 from vllm_sparse.policies.sparda import select_blocks
 
 NAME = "exact_topk"
@@ -194,24 +194,14 @@ def ask(
 ) -> dict[str, dict]:
     """Returns every arm's accuracy on the questions."""
     eos = {tokenizer.eos_token_id}
-    wrong: dict[str, list[dict]] = {name: [] for name in arms}
+    replies: dict[str, list[str]] = {name: [] for name in arms}
     for question in questions:
         model.prefill(question.prompt)
         for name, budget in arms.items():
             model.attention.budget = budget
-            text = tokenizer.decode(model.generate(needles.ANSWER_TOKENS, eos))
-            if not needles.is_correct(text, question.answer):
-                wrong[name].append({**question.detail, "expected": question.answer, "got": text})
-    total = len(questions)
-    return {
-        name: {
-            "accuracy": 1 - len(errors) / total,
-            "correct": total - len(errors),
-            "questions": total,
-            "wrong": errors,
-        }
-        for name, errors in wrong.items()
-    }
+            tokens = model.generate(needles.ANSWER_TOKENS, eos)
+            replies[name].append(tokenizer.decode(tokens))
+    return {name: judged(questions, texts) for name, texts in replies.items()}
 
 
 def prose(
@@ -232,22 +222,15 @@ def prose(
                 np.save(path, model.force(forced))
                 compared[name].append(teacher.compare(reference, path, forced))
     return {
-        name: {
-            "context": prompt_tokens,
-            "passages": cells,
-            **{
-                key: sum(cell[key] for cell in cells) / len(cells)
-                for key in ("kl", "top1_agreement", "nll_dense", "nll")
-            },
-        }
+        name: {"context": prompt_tokens, "passages": cells, **harness.mean_of(cells, teacher.MEANS)}
         for name, cells in compared.items()
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Command line entry point."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.oracle", description=__doc__)
-    parser.add_argument("--model", default="qwen", help="name, alias (smollm2, qwen) or path")
+    parser = harness.parser("oracle", __doc__, "4 questions, 1 passage")
+    harness.add_model(parser, "qwen")
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--k", nargs="*", type=int, default=[64, 128, 256, 512])
     parser.add_argument("--blocks", nargs="*", type=int, default=[8, 16, 32], help="of 64 tokens")
@@ -258,42 +241,37 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=1, help="more are faster, but only on a quiet machine"
     )
-    parser.add_argument("--quick", action="store_true", help="4 questions, 1 passage")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS_DIR / "oracle.json")
-    options = parser.parse_args()
-    if options.quick:
-        options.questions, options.passages = 4, 1
-
+    options = harness.parse(parser, arguments, {"questions": 4, "passages": 1})
     torch.set_num_threads(options.threads)
-    environment = harness.environment()
-    directory = harness.resolve_model(options.model)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = Model(directory)
     arms: dict[str, Budget | None] = {
         DENSE: None,
         **{f"exact-topk-{k}": Budget(k) for k in options.k},
         **{f"exact-blocks-{k}": Budget(k, blocks=True) for k in options.blocks},
     }
-    results: dict[str, dict] = {
+    found: dict[str, dict] = {
         name: {"settings": asdict(budget) if budget else None} for name, budget in arms.items()
     }
-    for task in options.tasks:
-        started = time.perf_counter()
-        if task == "prose":
-            context = min(options.context, PROSE_CONTEXT)
-            passages = corpus.prose_tokens(tokenizer, options.passages, context + PROSE_TOKENS + 1)
-            cells = prose(model, passages, context, arms)
-        else:
-            make = {"single": needles.single, "multikey": needles.multikey}[task]
-            limit = options.context - needles.ANSWER_TOKENS
-            questions = make(tokenizer, limit, options.questions, options.seed)
-            answers = ask(model, tokenizer, questions, arms)
-            cells = {name: {str(options.context): cell} for name, cell in answers.items()}
-        for name, cell in cells.items():
-            results[name][task] = cell
-        harness.progress(f"{task}: {time.perf_counter() - started:.0f} s")
-        body = {"model": options.model, "seed": options.seed, "arms": results}
-        harness.write_result(options.out, "oracle", environment, body)
+    body = {"model": options.model, "seed": options.seed, "arms": found}
+    with Recorder(options.out, "oracle", body) as record:
+        directory = harness.resolve_model(options.model)
+        tokenizer, model = harness.tokenizer_of(options.model), Model(directory)
+        for task in options.tasks:
+            started = time.perf_counter()
+            if task == "prose":
+                context = min(options.context, PROSE_CONTEXT)
+                length = context + PROSE_TOKENS + 1
+                passages = corpus.prose_tokens(tokenizer, options.passages, length)
+                cells = prose(model, passages, context, arms)
+            else:
+                limit = options.context - needles.ANSWER_TOKENS
+                make = needles.SETS[task]
+                questions = make(tokenizer, limit, options.questions, options.seed)
+                answers = ask(model, tokenizer, questions, arms)
+                cells = {name: {str(options.context): cell} for name, cell in answers.items()}
+            for name, cell in cells.items():
+                found[name][task] = cell
+            record.save()
+            harness.progress(f"{task}: {time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-QUALIFIED_NAME = f"{__name__}:ForcedTokens"
+MEANS = ("kl", "top1_agreement", "nll_dense", "nll")  # of what `compare` returns
 
 
 class ForcedTokens(AdapterLogitsProcessor):

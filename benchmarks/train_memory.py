@@ -2,8 +2,6 @@
 # SPDX-FileCopyrightText: The vllm-sparse authors
 """Peak memory and speed of Forecast training against the length of the sequence.
 
-    python -m benchmarks.train_memory --json benchmarks/results/train-memory.json
-
 One optimiser step of one sequence on a random two-layer model (8 query and 2 KV heads of size 64),
 every token a query, with SparDA's teacher; in chunks of query rows and all rows at once. Each point
 runs in a process of its own. Points that would take more than ``--limit-gib`` are left out.
@@ -11,7 +9,6 @@ runs in a process of its own. Points that would take more than ``--limit-gib`` a
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import subprocess
@@ -19,6 +16,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks import harness
+from benchmarks.results import FOLDER, Recorder
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 8, 2, 64, 2
 CHUNK = 256
@@ -80,40 +80,38 @@ def point(tokens: int, chunk: int, teacher: str) -> dict:
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Runs all points, or one of them in this process."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser("train_memory", __doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
     parser.add_argument("--teacher", default="fine", choices=("fine", "query", "block-mass"))
     parser.add_argument("--limit-gib", type=float, default=8.0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, dest="out", help="the same as --out")
     parser.add_argument("--point", type=int, nargs=2, metavar=("TOKENS", "CHUNK"))
-    arguments = parser.parse_args()
-    if arguments.point:
-        print(json.dumps(point(*arguments.point, arguments.teacher)))
+    parser.set_defaults(out=FOLDER / "train-memory.json")
+    options = harness.parse(parser, arguments)
+    if options.point:
+        print(json.dumps(point(*options.point, options.teacher)))
         return
-    results = []
-    for tokens in arguments.lengths:
-        for chunk in (CHUNK, tokens):
+    body: dict = {"teacher": options.teacher, "cells": []}
+    with Recorder(options.out, "train-memory", body) as record:
+        for tokens, chunk in ((n, size) for n in options.lengths for size in (CHUNK, n)):
             expected_gib = _COPIES * HEADS * chunk * tokens * 4 / 2**30
-            if expected_gib > arguments.limit_gib:
-                print(f"{tokens} tokens, chunk {chunk}: left out, needs {expected_gib:.0f} GiB")
-                results.append({"tokens": tokens, "chunk": chunk, "left_out_gib": expected_gib})
-                continue
-            command = [sys.executable, "-m", "benchmarks.train_memory"]
-            command += ["--teacher", arguments.teacher, "--point", str(tokens), str(chunk)]
-            finished = subprocess.run(command, capture_output=True, text=True, check=False)
-            if finished.returncode:
-                raise SystemExit(finished.stderr)
-            result = json.loads(finished.stdout.splitlines()[-1])
-            results.append(result)
-            print(
-                f"{tokens} tokens, chunk {chunk}: {result['peak_beyond_start_mib']} MiB beyond the "
-                f"model, {result['tokens_per_s']} tokens/s, loss {result['loss']:.6f}",
-                flush=True,
-            )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+            cell = {"tokens": tokens, "chunk": chunk, "left_out_gib": expected_gib}
+            if expected_gib <= options.limit_gib:
+                cell = _in_a_process(tokens, chunk, options.teacher)
+            body["cells"].append(cell)
+            record.save()
+            harness.progress(str(cell))
+
+
+def _in_a_process(tokens: int, chunk: int, teacher: str) -> dict:
+    command = [sys.executable, "-m", "benchmarks.train_memory"]
+    command += ["--teacher", teacher, "--point", str(tokens), str(chunk)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise SystemExit(finished.stderr)
+    return json.loads(finished.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -1,22 +1,175 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""The process behind `benchmarks.engine.Worker`: one engine, commands as JSON lines on stdin.
+"""Engines in processes of their own, driven command by command.
 
-The first line says which module's functions are the commands, how to build the engine and where to
-answer; every further line is one command. Answers go to a pipe, because engines print.
+The process gets JSON lines on stdin: the first says how to build the engine and where to answer;
+every further one is a command, a function of `benchmarks.commands`. Answers go to a pipe, because
+engines print.
 """
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 import json
 import os
+import signal
+import subprocess
 import sys
+import tempfile
+import time
 import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.arms import Arm
+
+
+class WorkerError(RuntimeError):
+    """A worker failed; the message carries the end of its log."""
+
+
+class Worker:
+    """One arm's engine in a subprocess; use it in a ``with`` statement.
+
+    Attributes:
+        arm: The side of the comparison.
+        start_seconds: How long the engine took to start.
+    """
+
+    def __init__(
+        self,
+        arm: Arm,
+        engine_args: dict,
+        *,
+        served: bool = False,
+        env: dict[str, str] | None = None,
+    ) -> None:
+        """Starts the engine and waits until it is ready.
+
+        Args:
+            arm: The side of the comparison.
+            engine_args: Arguments of `LLM`, without the arm's.
+            served: Whether the engine core runs in its own process, as under ``vllm serve``.
+                Otherwise it advances only when a command calls ``step()``. The model runs in the
+                same kind of process either way.
+            env: Further environment variables.
+        """
+        self.arm = arm
+        handle, log_name = tempfile.mkstemp(prefix=f"vllm-sparse-{arm.name}-", suffix=".log")
+        self._log_path = Path(log_name)
+        read_end, write_end = os.pipe()
+        arguments = {**engine_args, **arm.engine_args(engine_args)}
+        if not served:
+            # Only in a process that vLLM starts does it bind the threads to cores.
+            arguments.setdefault("distributed_executor_backend", "mp")
+        started = time.perf_counter()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker"],
+            stdin=subprocess.PIPE,
+            stdout=handle,
+            stderr=subprocess.STDOUT,
+            pass_fds=(write_end,),
+            start_new_session=True,
+            cwd=Path(__file__).parent.parent,
+            env=_environment(served, env or {}),
+            text=True,
+        )
+        os.close(write_end)
+        os.close(handle)
+        self._replies = os.fdopen(read_end)
+        self._send({"engine_args": arguments, "reply_fd": write_end})
+        self._receive()
+        self.start_seconds = time.perf_counter() - started
+
+    @property
+    def group(self) -> int:
+        """Process group of the worker and everything that it started."""
+        return self._process.pid
+
+    def call(self, command: str, **arguments):
+        """Runs a command in the worker and returns its result."""
+        self._send({"command": command, "arguments": arguments})
+        return self._receive()
+
+    def pause(self) -> None:
+        """Stops all of the worker's processes, so that it takes no time from another one."""
+        os.killpg(self.group, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Continues after `pause`."""
+        os.killpg(self.group, signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def running(self):
+        """Lets a paused worker run inside the ``with`` block."""
+        self.resume()
+        try:
+            yield self
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                self.pause()
+
+    def log(self) -> str:
+        """Returns everything that the engine has printed."""
+        return self._log_path.read_text(errors="replace")
+
+    def close(self) -> None:
+        """Ends the worker and everything that it started."""
+        with contextlib.suppress(OSError):
+            self.resume()
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.group, signal.SIGKILL)
+        self._process.wait()
+        self._replies.close()
+        self._log_path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _send(self, message: dict) -> None:
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._failure("it has ended") from None
+
+    def _receive(self):
+        line = self._replies.readline()
+        if not line:
+            raise self._failure("it ended without an answer")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise self._failure(reply["error"])
+        return reply["result"]
+
+    def _failure(self, reason: str) -> WorkerError:
+        tail = "\n".join(self.log().splitlines()[-40:])
+        self.close()
+        return WorkerError(f"{tail}\nthe worker of arm {self.arm.name} failed: {reason}")
+
+
+def _environment(served: bool, extra: dict[str, str]) -> dict[str, str]:
+    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+    defaults = {
+        # Without it vLLM leaves one core to the API server, and decoding takes twice as long.
+        "VLLM_CPU_OMP_THREADS_BIND": cores,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    fixed = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1" if served else "0"}
+    return {**defaults, **os.environ, **fixed, **extra}
 
 
 def main() -> None:
-    """Builds the engine, then answers commands until stdin is closed."""
+    """The process: builds the engine, then answers commands until stdin is closed."""
     job = json.loads(sys.stdin.readline())
     with os.fdopen(job["reply_fd"], "w") as replies:
 
@@ -27,7 +180,8 @@ def main() -> None:
         try:
             from vllm import LLM
 
-            module = importlib.import_module(job["module"])
+            from benchmarks import commands
+
             llm = LLM(**job["engine_args"])
         except Exception as error:
             traceback.print_exc()
@@ -37,7 +191,7 @@ def main() -> None:
         for line in sys.stdin:
             request = json.loads(line)
             try:
-                result = getattr(module, request["command"])(llm, **request["arguments"])
+                result = getattr(commands, request["command"])(llm, **request["arguments"])
             except Exception as error:
                 traceback.print_exc()
                 answer({"error": f"{request['command']}: {error}"})

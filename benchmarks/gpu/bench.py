@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks.gpu import check, stages
+from benchmarks.gpu import check, runner, stages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -56,18 +57,11 @@ class Target(NamedTuple):
         return "no" if self.most is not None and self.found > self.most else "yes"
 
 
-def kernels(report: Report, options: argparse.Namespace) -> None:
+def kernels(kind: str, report: Report, options: argparse.Namespace) -> None:
     """Kernels alone."""
-    from benchmarks.gpu import kernels as measured
+    from benchmarks.ops import timings
 
-    measured.measure(report, options)
-
-
-def kernels_sparda(report: Report, options: argparse.Namespace) -> None:
-    """SPARDA's kernels alone."""
-    from benchmarks.gpu import kernels_sparda as measured
-
-    measured.measure(report, options)
+    timings.measure(kind, report, options)
 
 
 def decode(report: Report, options: argparse.Namespace) -> None:
@@ -77,9 +71,9 @@ def decode(report: Report, options: argparse.Namespace) -> None:
     measured.measure(options.stage, report, options)
 
 
-def offload(report: Report, options: argparse.Namespace) -> None:
+def paged_steps(report: Report, options: argparse.Namespace) -> None:
     """One arm of SPARDA."""
-    from benchmarks.gpu import offload as measured
+    from benchmarks.gpu import forced as measured
 
     measured.measure(options.stage.removeprefix("sparda-"), report, options)
 
@@ -99,7 +93,7 @@ def plan(options: argparse.Namespace) -> list[stages.Stage]:
     def paged(name: str, limit_s: float, min_s: float, about: str) -> stages.Stage:
         return stages.Stage(
             f"sparda-{name}",
-            offload,
+            paged_steps,
             limit_s,
             ("smoke",),
             min_s=min_s,
@@ -118,8 +112,8 @@ def plan(options: argparse.Namespace) -> list[stages.Stage]:
     offloaded = paged("offload", 150, 90, "(d) SPARDA, offloaded, both ways to fetch")
     resident = paged("resident", 90, 60, "(d) SPARDA, all on the device")
     kernels_of = {
-        "rocketkv": alone("kernels", kernels, "ROCKETKV's kernels"),
-        "sparda": alone("kernels-sparda", kernels_sparda, "SPARDA's kernels"),
+        "rocketkv": alone("kernels", partial(kernels, "rocketkv"), "ROCKETKV's kernels"),
+        "sparda": alone("kernels-sparda", partial(kernels, "sparda"), "SPARDA's kernels"),
     }
     first = [smoke, dense, rocket, offloaded, resident, *kernels_of.values()]
     parts = {
@@ -317,11 +311,7 @@ def _sparda_kernel_table(results: dict[str, dict]) -> Iterator[str]:
     result = results.get("kernels-sparda", {"rows": [], "facts": {}})
     keys = ("kernel", "programs", "context", "batch", "misses", "us", "gb_per_s")
     lines = [
-        (
-            *(row.get(key) for key in keys),
-            row.get("share_of_copy"),
-            row.get("share_of_link"),
-        )
+        (*(row.get(key) for key in keys), row.get("share_of_copy"), row.get("share_of_link"))
         for row in result["rows"]
         if "us" in row
     ]
@@ -426,7 +416,7 @@ def parser_of() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry point; returns the exit status."""
-    return stages.main(MODULE, NAME, parser_of(), plan, summary, arguments)
+    return runner.main(MODULE, NAME, parser_of(), plan, summary, arguments)
 
 
 if __name__ == "__main__":

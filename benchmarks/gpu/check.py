@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.gpu import host, stages, tokens
+from benchmarks.gpu import machine, runner, stages, tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +54,7 @@ def smoke(report: Report, options: argparse.Namespace) -> None:
         doubled = torch.randn(1 << 20, device="cuda").mul(2).sum()
         if not bool(torch.isfinite(doubled)):
             raise stages.CheckFailedError("the GPU does not compute")
-    install = host.install_command(options.site)
+    install = machine.install_command(options.site)
     vllm = importlib.util.find_spec("vllm")
     if vllm is None or vllm.origin is None:
         raise stages.CheckFailedError(
@@ -70,13 +70,13 @@ def smoke(report: Report, options: argparse.Namespace) -> None:
             raise stages.CheckFailedError(
                 f"vLLM will not find the plugin: no entry point in {group}; run: {install}"
             )
-    stale = host.stale_files(package)
+    stale = machine.stale_files(package)
     if stale:
         raise stages.CheckFailedError(
             f"{package} is not this checkout ({len(stale)} files differ, {stale[0]} first); "
             f"run: {install}"
         )
-    from vllm_sparse.kv.host.memory import available_bytes
+    from vllm_sparse.kv.machine.memory import available_bytes
 
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     report.note(
@@ -86,11 +86,12 @@ def smoke(report: Report, options: argparse.Namespace) -> None:
     )
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
-    from vllm_sparse.kernels.triton import rocketkv as _kernels  # noqa: F401
 
     import vllm_sparse
+    from benchmarks.ops.kernels import triton
     from vllm_sparse.plugin import BACKENDS, register
 
+    triton("decode_attention")
     register()
     found = [name for name in BACKENDS if name in AttentionBackendEnum.__members__]
     report.note(
@@ -102,16 +103,16 @@ def smoke(report: Report, options: argparse.Namespace) -> None:
 
 def kernels(report: Report, options: argparse.Namespace) -> None:
     """Kernel parity."""
-    from benchmarks.gpu import parity
+    from benchmarks.ops import parity
 
     parity.check(report, options)
 
 
 def sanitized(report: Report, options: argparse.Namespace) -> None:
     """Every kernel once with a small shape, for a memory checker to watch."""
-    from benchmarks.gpu import parity, parity_sparda
+    from benchmarks.ops import parity
 
-    parity.check(report, options, parity.SANITIZED, parity_sparda.SANITIZED, graphs=False)
+    parity.check(report, options, parity.cases_of("SANITIZED"), graphs=False)
 
 
 def sanitizer() -> str | None:
@@ -205,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry point; returns the exit status: 1 is wrong, 2 not all was checked."""
     parser = parser_of()
     finish = partial(summary, log=parser.parse_args(arguments).out / f"{NAME}.log")
-    return stages.main(MODULE, NAME, parser, plan, finish, arguments, complete=True)
+    return runner.main(MODULE, NAME, parser, plan, finish, arguments, complete=True)
 
 
 if __name__ == "__main__":

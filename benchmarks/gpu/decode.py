@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from benchmarks import counters, harness, speed
-from benchmarks.gpu import bounds, engines, locality, models, timing
+from benchmarks import arms, bounds, commands, harness, live
+from benchmarks.gpu import llm as engines
+from benchmarks.gpu import shapes
 from benchmarks.gpu.stages import CheckFailedError, NotAvailableError, report_of
+from benchmarks.ops import timing
 
 if TYPE_CHECKING:
     import argparse
 
+    from benchmarks.arms import Arm
     from benchmarks.gpu.stages import Report
-    from benchmarks.harness import Arm
 
 DENSE, COMPILED, LARGE_BLOCKS = "dense", "dense-compiled", "dense-blocks-of-64"
 MOST, AS_DENSE = "most", "most of dense"  # batches known only when the engines are up
@@ -97,7 +99,7 @@ def arm_of(name: str, options: argparse.Namespace) -> Arm:
     if options.tiny:
         name = f"{name.rpartition('-')[0]}-64"
     own = {"min_context": 64, "generation_reserve": 32} if options.tiny else None
-    return harness.parse_arm(name, own)
+    return arms.parse_arm(name, own)
 
 
 def measure(name: str, report: Report, options: argparse.Namespace) -> None:
@@ -106,14 +108,14 @@ def measure(name: str, report: Report, options: argparse.Namespace) -> None:
     Raises:
         CheckFailedError: Steps would not run in graphs.
     """
-    shape = models.TINY if options.tiny else models.LLAMA
+    shape = shapes.TINY if options.tiny else shapes.LLAMA
     cells = TINY_CELLS if options.tiny else CELLS[name]
     device = torch.device(options.device)
     copy = timing.copy_bytes_per_s(device, 0.01 if options.tiny else 2.0)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     longest = max(cell.context for cell in cells) + 2 * GROWTH
-    model = models.write_config(options.work / "shape", shape, longest)
+    model = shapes.write_config(options.work / "shape", shape, longest)
     arm = arm_of(name, options)
     started = time.perf_counter()
     mode = engines.COMPILED if options.compile or name == COMPILED else engines.GRAPHS
@@ -169,7 +171,7 @@ class _Subject:
         self,
         llm: Any,
         arm: Arm,
-        shape: models.Shape,
+        shape: shapes.Shape,
         copy: float,
         report: Report,
         options: argparse.Namespace,
@@ -206,9 +208,9 @@ class _Subject:
     def warm_up(self) -> None:
         """Compiles what a prompt of several chunks and a step need."""
         prompt = self._prompt(self._chunk * 5 // 4, 10**6)
-        speed.begin(self._llm, [prompt], self._steps + 2 * DROPPED_STEPS)
-        speed.decode(self._llm, 2, 1)
-        speed.finish(self._llm)
+        commands.begin(self._llm, [prompt], self._steps + 2 * DROPPED_STEPS)
+        commands.decode(self._llm, 2, 1)
+        commands.finish(self._llm)
 
     def measure(self, cell: Cell, *, look: bool = False) -> None:
         """Times the prefills of a cell, then its batches.
@@ -232,8 +234,8 @@ class _Subject:
                 break
             prompts = [self._request(cell.context, index) for index in range(running, batch)]
             try:
-                seconds = speed.begin(self._llm, prompts, GROWTH * 2)
-                steps = speed.decode(self._llm, self._steps, batch, DROPPED_STEPS)
+                seconds = commands.begin(self._llm, prompts, GROWTH * 2)
+                steps = commands.decode(self._llm, self._steps, batch, DROPPED_STEPS)
             except RuntimeError as error:  # requests were preempted
                 if self._options.device == "cuda":
                     torch.cuda.synchronize()  # raises if it was the device
@@ -246,11 +248,11 @@ class _Subject:
         split = self.split(cell.context)
         if look and running and split is not None and split.stage2 and self._on_gpu:
             self._look()
-        speed.finish(self._llm)
+        commands.finish(self._llm)
 
     def _look(self) -> None:
         seed = self._options.seed
-        (found,) = self._llm.collective_rpc(locality.selected, args=(seed,))
+        (found,) = self._llm.collective_rpc(live.selected, args=(seed,))
         self._report.note(selected_runs=found.runs, selected_pages=found.pages)
         if not found.scattered:
             raise CheckFailedError(
@@ -265,10 +267,10 @@ class _Subject:
         if self._report.left_s < 3 * RESERVE_S:
             return
         try:
-            speed.begin(self._llm, [self._request(context, 0)], GROWTH)
-            speed.decode(self._llm, 1, 1, DROPPED_STEPS)
+            commands.begin(self._llm, [self._request(context, 0)], GROWTH)
+            commands.decode(self._llm, 1, 1, DROPPED_STEPS)
             with profile(activities=[ProfilerActivity.CUDA]) as found:
-                speed.decode(self._llm, PROFILED_STEPS, 1)
+                commands.decode(self._llm, PROFILED_STEPS, 1)
                 torch.cuda.synchronize()
             total: dict[str, list[float]] = {}
             for event in found.key_averages():
@@ -283,7 +285,7 @@ class _Subject:
                     "kernels": [[key, round(ms, 4), n] for key, (ms, n) in ordered[:25]],
                 }
             )
-            speed.finish(self._llm)
+            commands.finish(self._llm)
         except Exception as error:  # a missing profiler must not cost the measurements
             self._report.note(profile_error=str(error)[:300])
 
@@ -295,7 +297,7 @@ class _Subject:
         for index in range(cell.prefills):
             if min(known, default=guess) > self._report.left_s - RESERVE_S:
                 break
-            seconds = speed.prefill(self._llm, self._prompt(cell.context, 1000 + index))
+            seconds = commands.prefill(self._llm, self._prompt(cell.context, 1000 + index))
             known.append(seconds)
             self._report.add(context=cell.context, prefill_s=seconds)
         share = self.held(cell.context) / cell.context if self._shares_prompts else 1.0
@@ -333,7 +335,7 @@ class _Subject:
         )
 
     def _preemptions(self) -> int:
-        return int(counters.sparse(self._llm).get("vllm:num_preemptions", 0))
+        return int(commands.counters(self._llm).get("vllm:num_preemptions", 0))
 
     def _skip(self, cell: Cell, wanted: int | str, batch: int, reason: str) -> None:
         self._report.add(context=cell.context, wanted=wanted, batch=batch, skipped=reason)
@@ -343,11 +345,11 @@ class _Subject:
         if not self._shares_prompts:
             return self._prompt(context, 1000 + index)
         shared = self._prompt(context, 1000)
-        return shared[:-TAIL] + models.random_prompt(index, TAIL, self._shape.vocab)
+        return shared[:-TAIL] + shapes.random_prompt(index, TAIL, self._shape.vocab)
 
     def _prompt(self, context: int, number: int) -> list[int]:
         seed = self._options.seed * 10**8 + number
-        return models.random_prompt(seed + context * 10**9, context, self._shape.vocab)
+        return shapes.random_prompt(seed + context * 10**9, context, self._shape.vocab)
 
 
 def _is_prefill(row: dict, context: int) -> bool:

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks import harness
-from benchmarks.gpu import engines, models
+from benchmarks import arms
+from benchmarks.gpu import llm as engines
+from benchmarks.gpu import shapes
 from benchmarks.gpu.stages import CheckFailedError, Stage, report_of
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def paged(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
     settings = {**settings, **changes}
     piece = settings["block_size"] * BYTES_PER_TOKEN
     slab = REQUESTS * KV_HEADS * settings["top_k"] * LAYERS * piece
-    return {**settings, "slab_gib": slab / harness.GIB}
+    return {**settings, "slab_gib": slab / arms.GIB}
 
 
 class Divergence(NamedTuple):
@@ -233,11 +234,11 @@ def run(name: str, report: Report, options: argparse.Namespace) -> None:
     Raises:
         CheckFailedError: Other tokens without a near-tie, or what should happen did not.
     """
-    from benchmarks import counters
+    from benchmarks import commands
 
     variant = variants(tiny=options.tiny)[name]
-    model = models.write_checkpoint(options.work / "checkpoint", options.seed)
-    prompts = models.parity_prompts(options.seed, tiny=options.tiny)
+    model = shapes.write_checkpoint(options.work / "checkpoint", options.seed)
+    prompts = shapes.parity_prompts(options.seed, tiny=options.tiny)
     dtype = variant.dtype or options.dtype
     arguments: dict[str, Any] = {
         "dtype": dtype,
@@ -260,7 +261,7 @@ def run(name: str, report: Report, options: argparse.Namespace) -> None:
         arguments["num_gpu_blocks_override"] = variant.pool_tokens // block_size
     arm = engines.stock_arm(options)
     if variant.settings is not None:
-        arm = harness.Arm(name, variant.settings, variant.backend)
+        arm = arms.Arm(name, variant.settings, variant.backend)
     started = time.perf_counter()
     llm = engines.build(arm, options, model, **arguments)
     report.note(**engines.facts(llm, started), settings=variant.settings, dtype=dtype)
@@ -268,7 +269,7 @@ def run(name: str, report: Report, options: argparse.Namespace) -> None:
     outputs = generate(llm, prompts, new_tokens, variant.waves)
     counted = {
         key.removeprefix("vllm:").removeprefix("sparse_").removesuffix("_total"): value
-        for key, value in counters.sparse(llm).items()
+        for key, value in commands.counters(llm).items()
     }
     counted["preemptions"] = counted.pop("num_preemptions", 0)
     counted["cached"] = sum(output["cached"] for output in outputs[len(prompts) :])

@@ -17,7 +17,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
-from benchmarks.gpu import check, stages
+from benchmarks.gpu import check, runner, stages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -36,16 +36,16 @@ ROCKETKV_SHARE = 0.6  # of the time to search in
 
 def rocketkv(report: Report, options: argparse.Namespace) -> None:
     """Searches for launches of ROCKETKV's kernels."""
-    from benchmarks.gpu import tuning
+    from benchmarks.ops import launches
 
-    tuning.rocketkv(report, options)
+    launches.tune_rocketkv(report, options)
 
 
 def sparda(report: Report, options: argparse.Namespace) -> None:
     """Searches for launches of SPARDA's kernels."""
-    from benchmarks.gpu import tuning
+    from benchmarks.ops import launches
 
-    tuning.sparda(report, options)
+    launches.tune_sparda(report, options)
 
 
 def parity(report: Report, options: argparse.Namespace) -> None:
@@ -56,10 +56,11 @@ def parity(report: Report, options: argparse.Namespace) -> None:
     """
     import torch
     import triton
-    from vllm_sparse.kernels.triton import launch
 
-    from benchmarks.gpu import parity as compared
+    from benchmarks.ops import kernels
+    from benchmarks.ops import parity as compared
 
+    launch = kernels.launches()
     device = torch.device(options.device)
     rows = list(_found(options))
     if not rows:
@@ -82,8 +83,10 @@ def install(report: Report, options: argparse.Namespace) -> None:
         NotAvailableError: It was not tried, or nobody looks for a table.
     """
     import torch
-    from vllm_sparse.kernels.triton import launch
 
+    from benchmarks.ops import kernels
+
+    launch = kernels.launches()
     if stages.report_of(options, "parity")["status"] != "ok":
         raise stages.CheckFailedError("parity has not passed")
     source = _file(options)
@@ -186,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     finish = partial(summary, source=_file(parser.parse_args(arguments)))
     # A table that was not checked in time is no success.
-    return stages.main(MODULE, NAME, parser, plan, finish, arguments, complete=True)
+    return runner.main(MODULE, NAME, parser, plan, finish, arguments, complete=True)
 
 
 if __name__ == "__main__":

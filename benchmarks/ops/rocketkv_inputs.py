@@ -4,16 +4,13 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from vllm_sparse.kernels.layout import PageLayout
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from benchmarks.ops.kernels import PageLayout, Rows
 
 
 @dataclass(frozen=True)
@@ -53,12 +50,6 @@ class Case:
     def blocks_per_row(self) -> int:
         """Width of the block table."""
         return -(-self.longest // self.block_size) + 1
-
-
-def call(kernel: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """Calls a kernel with those of the arguments that it has."""
-    names = inspect.signature(kernel).parameters
-    return kernel(**{name: arguments[name] for name in names if name in arguments})
 
 
 def make_decode(
@@ -157,7 +148,6 @@ def make_prompts(
     stock = case.layout.tokens(cache)
     for block in stock:  # one at a time: float32 copies of long prompts are large
         block.copy_(torch.randn(block.shape, generator=generator, device=device))
-    halves = stock.flatten(2).unflatten(2, (2, size, case.dim))
     table = torch.randperm(blocks, generator=generator, device=device).view(rows, width).int()
     lengths = torch.tensor([case.longest - 7 * row for row in range(rows)], device=device).int()
     tail = -(-kept // size)
@@ -165,10 +155,8 @@ def make_prompts(
     query = torch.randn(
         (rows, case.heads, window, case.dim), generator=generator, device=device
     ).to(case.dtype)
-    return {
+    arguments = {
         "cache": cache,
-        "keys": halves[:, :, 0],
-        "values": halves[:, :, 1],
         "query_window": query,
         "block_table": table,
         "prompt_lens": lengths,
@@ -180,3 +168,55 @@ def make_prompts(
         "sizes": lengths - window,
         "counts": lengths - window - dropped * size,
     }
+    return with_views(arguments)
+
+
+def with_views(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Adds keys and values: views of the cache in the stock kernel's pages."""
+    layout = arguments["layout"]
+    pages = layout.tokens(arguments["cache"]).flatten(2)
+    halves = pages.unflatten(2, (2, layout.block_size, layout.head_dim))
+    return {**arguments, "keys": halves[:, :, 0], "values": halves[:, :, 1]}
+
+
+def make_rows(
+    case: Case, device: torch.device, generator: torch.Generator, window: int
+) -> dict[str, Any]:
+    """Arguments of a plan, by name: rows in every state of a request.
+
+    Args:
+        case: Sizes.
+        device: Where the tensors are.
+        generator: Of that device.
+        window: Observation window.
+    """
+    size, group = case.block_size, case.heads // case.kv_heads
+    longest, width, count = 40 * size, 41, 40
+    per_block = max(1, 2 * size // case.page_size // group)
+    least = -(-window // per_block) + -(-window // size)  # blocks that the window needs
+
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator, device=device).int()
+
+    prompt_lens = integers(1, longest, count)
+    # Padding, inside the prompt, in its window, decoding.
+    after = torch.cat([integers(low, high, 10) for low, high in ((0, 1), (1, longest))]).repeat(2)
+    near = prompt_lens - integers(-40, 40, count)
+    seq_lens = torch.where(integers(0, 2, count) > 0, after, near).clamp(0, longest)
+    lengths = torch.arange(longest + 1, device=device)
+    dropped = (lengths // size - integers(least, least + 4, longest + 1)).clamp_min(0)
+    top_r = torch.where(dropped > 0, integers(1, case.dim, longest + 1), 0)
+    rules = torch.stack((torch.where(top_r > 0, dropped, 0), top_r), 1).int()
+    return {
+        "rows": Rows(torch.full((count, width), -9, device=device).int(),
+                     *torch.full((3, count), -9, device=device).int()),
+        "counted": torch.zeros(3, dtype=torch.int64, device=device),
+        "seq_lens": seq_lens.int(),
+        "prompt_lens": prompt_lens,
+        "block_table": integers(0, 10**6, count, width),
+        "rules": rules,
+        "block_size": size,
+        "window": window,
+        "per_block": per_block,
+        "top_k": case.top_k,
+    }  # fmt: skip

@@ -5,14 +5,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from vllm_sparse.kernels.reference.paging import PageTable
 
-if TYPE_CHECKING:
-    from vllm_sparse.kernels.reference.selection import Blocks
+from benchmarks.ops.kernels import Blocks, PageTable
 
 # Pinned memory must outlive its registration, and that is for good.
 _PINNED: list[Tensor] = []
@@ -155,3 +153,9 @@ def make_pool(case: PagedCase, device: torch.device, generator: torch.Generator)
         host[table[row, used:].long().cpu()] = torch.nan
         table[row, used:] = 0
     return Pool(*pinned(host, device), compressed, table, positions)
+
+
+def noise(case: PagedCase, *shape: int, generator: torch.Generator) -> Tensor:
+    """Normal values in a case's dtype."""
+    values = torch.randn(shape, generator=generator, device=generator.device)
+    return values.to(case.dtype)

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks.gpu.models import ITEM_BYTES
+from benchmarks.gpu.shapes import ITEM_BYTES
 
 if TYPE_CHECKING:
-    from benchmarks.gpu.models import Shape
+    from benchmarks.gpu.shapes import Shape
 
 
 class Split(NamedTuple):

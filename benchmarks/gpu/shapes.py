@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.gpu import host
+from benchmarks.gpu import machine
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -123,14 +123,19 @@ def write_checkpoint(folder: Path, seed: int) -> Path:
     Dummy weights are so small that attention has no say, and any two backends agree.
     """
     if not (folder / "config.json").exists():
-        # Not as tests.reference: some other package's "tests" may be installed.
-        sys.path.insert(0, str(host.ROOT / "tests"))
-        from reference.hf_rocketkv import save_random_llama
-
         folder.mkdir(parents=True, exist_ok=True)
         sizes = {"layers": 3, "hidden": 256, "heads": 8, "kv_heads": 2, "head_dim": 64}
         save_random_llama(folder, vocab=2048, seed=seed, max_position_embeddings=8192, **sizes)
     return folder
+
+
+def save_random_llama(folder: Path, **sizes: int) -> None:
+    """Writes the random model that the tests use."""
+    # Not as tests.reference: some other package's "tests" may be installed.
+    sys.path.insert(0, str(machine.ROOT / "tests"))
+    from reference import hf_rocketkv
+
+    hf_rocketkv.save_random_llama(folder, **sizes)
 
 
 def random_prompt(seed: int, length: int, vocab: int) -> list[int]:

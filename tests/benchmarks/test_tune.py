@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""The search for launches, without a GPU: a timer that knows the best ones, files, start-up."""
+"""Tuning without a GPU: a timer that knows the best launches, and what becomes of a table."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import stages, tune
+from benchmarks.gpu import runner, stages, tune
+from benchmarks.gpu import shapes as models
 
 pytest.importorskip("triton")
-
 from triton.runtime.errors import OutOfResources
 from vllm_sparse.kernels.triton import launch
 from vllm_sparse.kernels.triton.launch import Launch
 
-from benchmarks.gpu import kernels, models, parity, parity_sparda, timing, tuning
-from vllm_sparse.errors import ConfigError
+from benchmarks.ops import launches, parity, rocketkv, search, sparda, timing
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 SHIPPED = dict(launch._SM80)  # the table itself is what a search changes
-EVERY = (*tuning.ROCKETKV, *tuning.SPARDA)
+EVERY = (*launches.ROCKETKV, *launches.SPARDA)
+# On the GPU of these tests twice the tile and half the warps are best; one entry cannot have it.
+TOO_LARGE = "score_pages"
 
 
 @pytest.fixture(autouse=True)
@@ -49,11 +50,6 @@ def options_of(tmp_path: Path, *arguments: str) -> argparse.Namespace:
     parser.set_defaults(install=True, work=tmp_path)
     every = ["--device", "cpu", "--tiny", "--out", str(tmp_path), *arguments]
     return parser.parse_args(every)
-
-
-# A GPU on which twice the tile and half the warps are best, except that one entry cannot have it.
-
-TOO_LARGE = "score_pages"
 
 
 def best_of(kernel: str) -> Launch:
@@ -80,7 +76,9 @@ def test_the_whole_program_finds_checks_and_installs_the_best(tmp_path, monkeypa
     """Kernels are interpreted, times made up; without --tiny and --device it is the real thing."""
     installed = tmp_path / "cache" / "launches.json"
     monkeypatch.setenv(launch.LAUNCHES_ENV, str(installed))
-    monkeypatch.setattr(tune, "MODULE", "tests.test_gpu_tune")  # whose timer is the one above
+    monkeypatch.setattr(
+        tune, "MODULE", "tests.benchmarks.test_tune"
+    )  # whose timer is the one above
     out = tmp_path / "out"
     status = tune.main(["--device", "cpu", "--tiny", "--skip", "smoke", "--out", str(out)])
     result = json.loads((out / "gpu-tune.json").read_text())
@@ -98,7 +96,7 @@ def test_the_whole_program_finds_checks_and_installs_the_best(tmp_path, monkeypa
     for row in rows:
         assert row["launch"] == list(best_of(row["kernel"]))
         assert row["us"] < row["shipped_us"]
-        assert row["tried"] <= tuning.MOST_CANDIDATES
+        assert row["tried"] <= search.MOST_CANDIDATES
         assert bool(row["unusable"]) == (row["kernel"] == TOO_LARGE)
         assert not row["cut"]
     refused = next(row["unusable"] for row in rows if row["unusable"])
@@ -119,115 +117,6 @@ def test_the_whole_program_finds_checks_and_installs_the_best(tmp_path, monkeypa
     assert f"installed: {installed}" in printed
 
 
-# The search.
-
-
-def found_with(best: Launch, default: Launch, **options) -> tuning.Found:
-    """Searches where every factor of two, or stage, away from the best costs as much again."""
-
-    def measure(candidate: Launch) -> tuple[float, ...]:
-        away = sum(abs(math.log2(at / to)) for at, to in zip(candidate, best, strict=True))
-        return 1.0 + away, 3.0 + 3.0 * away
-
-    return tuning.search(default, measure, **options)
-
-
-@pytest.mark.parametrize(
-    "best", [Launch(128, 4, 3), Launch(32, 8, 2), Launch(64, 2, 1), Launch(64, 4, 2)]
-)
-def test_the_search_finds_the_best(best):
-    found = found_with(best, Launch(64, 4, 2))
-    assert found.best == best
-    assert len(found.times) <= 1 + tuning.MOST_CANDIDATES
-    assert not found.cut
-
-
-def test_the_search_comes_back_to_what_did_not_help_before():
-    """A larger tile is only faster with more warps, which are tried after it."""
-
-    def measure(candidate):
-        return (
-            4 * abs(candidate.num_warps - 8) + abs(candidate.block / candidate.num_warps - 16) + 1,
-        )
-
-    assert tuning.search(Launch(64, 4, 1), measure).best == Launch(128, 8, 1)
-
-
-def test_the_search_stops_at_its_bound():
-    found = found_with(Launch(8192, 16, 5), Launch(16, 1, 2))
-    assert len(found.times) == 1 + tuning.MOST_CANDIDATES
-    assert found.best == Launch(4096, 1, 2)
-    assert not found.cut
-
-
-def test_the_search_stays_within_what_makes_sense():
-    found = found_with(Launch(1, 64, 9), Launch(16, 16, 7))
-    assert found.best == Launch(16, 16, 7)
-    assert all(tuning._is_sane(candidate) for candidate in found.times)
-    assert len(found.times) > 2
-    assert {stages for _, _, stages in found_with(Launch(64, 4, 3), Launch(64, 4, 1)).times} == {1}
-
-
-def test_the_search_only_tries_what_is_valid():
-    tried = found_with(
-        Launch(32, 16, 1), Launch(256, 4, 1), valid=lambda at: at.block >= 32 * at.num_warps
-    ).times
-    assert {Launch(128, 4, 1), Launch(256, 8, 1)} & set(tried)
-    assert all(at.block >= 32 * at.num_warps for at in tried)
-
-
-def test_loops_that_gather_take_two_stages_per_buffer():
-    assert found_with(Launch(64, 4, 7), Launch(64, 4, 5)).best == Launch(64, 4, 7)
-    assert {at.num_stages for at in found_with(Launch(64, 4, 3), Launch(64, 4, 5)).times} == {
-        *(1, 3, 5, 7),
-    }
-
-
-def test_the_search_does_not_follow_noise():
-    def measure(gain):
-        return lambda candidate: (1.0,) if candidate == default else (1.0 - gain,)
-
-    default = Launch(64, 4, 1)
-    assert tuning.search(default, measure(0.02)).best == default
-    assert tuning.search(default, measure(0.04)).best == Launch(128, 4, 1)
-
-
-def test_one_shape_is_not_paid_for_by_another():
-    """The large one has all the time, and gets less than the small one loses."""
-
-    def measure(candidate):
-        return (1.0, 100.0) if candidate == default else (2.0, 60.0)
-
-    default = Launch(64, 4, 1)
-    assert tuning.search(default, measure).best == default
-
-
-def test_the_search_survives_what_cannot_be_used():
-    best, default = Launch(64, 8, 2), Launch(64, 4, 2)
-
-    def measure(candidate):
-        if candidate.block != 64 or candidate == default:
-            return None
-        return (1.0 + abs(candidate.num_warps - best.num_warps),)
-
-    found = tuning.search(default, measure)
-    assert found.best == best
-    assert found.times[default] is None
-    # Fast, but too large in float32.
-    found = tuning.search(default, measure, fits=lambda candidate: candidate.num_warps < 8)
-    assert found.best != best
-    assert found.times[best] is None
-    none = tuning.search(default, lambda candidate: None)
-    assert none.best == default
-
-
-def test_the_search_ends_with_its_time():
-    left = iter([True, True, False])
-    found = found_with(Launch(8192, 4, 2), Launch(64, 4, 2), has_time=lambda: next(left))
-    assert found.cut
-    assert found.best == Launch(256, 4, 2)
-
-
 def test_kernels_without_time_are_named(tmp_path, monkeypatch):
     def slow(runs, device):
         report._deadline = 0.0
@@ -235,10 +124,10 @@ def test_kernels_without_time_are_named(tmp_path, monkeypatch):
 
     report = stages.Report(tmp_path / "tune.json", time.time() + 100)
     monkeypatch.setattr(timing, "seconds_each", slow)
-    tuning.rocketkv(report, options_of(tmp_path))
+    launches.tune_rocketkv(report, options_of(tmp_path))
     assert {row["kernel"] for row in report.rows} == {"attend"}
     assert all(row["cut"] and row["tried"] == 0 for row in report.rows)
-    assert report.facts["no_time_for"] == list(tuning.ROCKETKV[1:])
+    assert report.facts["no_time_for"] == list(launches.ROCKETKV[1:])
     results = {"tune": {"rows": report.rows, "facts": report.facts}}
     text, further = tune.summary(results, tmp_path / "launches.json")
     assert "no time for: score_pages" in text
@@ -250,21 +139,21 @@ def test_kernels_without_time_are_named(tmp_path, monkeypatch):
 def test_a_search_leaves_the_table_as_it_was(tmp_path, monkeypatch):
     report = stages.Report(tmp_path / "tune.json")
     monkeypatch.setattr(timing, "seconds_each", known_seconds)
-    monkeypatch.setattr(tuning, "ROCKETKV", tuning.ROCKETKV[:1])
-    tuning.rocketkv(report, options_of(tmp_path))
+    monkeypatch.setattr(launches, "ROCKETKV", launches.ROCKETKV[:1])
+    launches.tune_rocketkv(report, options_of(tmp_path))
     assert report.rows[0]["launch"] == list(best_of("attend"))
     assert dict(launch._SM80) == SHIPPED
     # What a start-up would refuse is not even tried.
     monkeypatch.setattr(launch, "valid", lambda kernel, candidate: kernel != "attend")
-    tuning.rocketkv(report, options_of(tmp_path))
+    launches.tune_rocketkv(report, options_of(tmp_path))
     assert report.rows[-1]["tried"] == 0
 
 
 def test_decode_steps_are_timed_with_their_newest_token():
     """What no step has stored is NaN, and so would be what attends to it."""
-    (cell,) = kernels.TINY_CELLS
-    found = tuning._decode(models.TINY, cell, torch.Generator().manual_seed(0))
-    run = next(runs[0] for name, runs in found if name == "attend slots")
+    (cell,) = rocketkv.TINY_CELLS
+    found = rocketkv.decode_timings(models.TINY, cell, torch.Generator().manual_seed(0))
+    run = next(work.runs[0] for work in found if work.name == "attend slots")
     run()
     assert bool(run.args[1]["output"].isfinite().all())
 
@@ -275,8 +164,8 @@ def test_a_kernel_that_nothing_can_launch_is_left_as_shipped(tmp_path, monkeypat
 
     report = stages.Report(tmp_path / "tune.json")
     monkeypatch.setattr(timing, "seconds_each", fails)
-    monkeypatch.setattr(tuning, "ROCKETKV", tuning.ROCKETKV[:1])
-    tuning.rocketkv(report, options_of(tmp_path))
+    monkeypatch.setattr(launches, "ROCKETKV", launches.ROCKETKV[:1])
+    launches.tune_rocketkv(report, options_of(tmp_path))
     assert dict(launch._SM80) == SHIPPED
     assert [row["launch"] for row in report.rows] == [None, None]
     results = {"tune": {"rows": report.rows, "facts": report.facts}}
@@ -284,9 +173,6 @@ def test_a_kernel_that_nothing_can_launch_is_left_as_shipped(tmp_path, monkeypat
     checked = run_stage("parity", tmp_path, monkeypatch)
     assert checked["status"] == "failed"
     assert checked["reason"].startswith("no kernel was timed")
-
-
-# What becomes of the table.
 
 
 def tuned(tmp_path: Path, block: int = 128) -> Path:
@@ -354,9 +240,9 @@ def test_a_table_that_is_not_checked_is_no_success(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(tune, "PARITY_S", 3e9)
     report = json.loads(tuned(tmp_path).with_name("tune.json").read_text())
     report["seconds"] = 1.0
-    monkeypatch.setattr(stages, "merged", lambda options, environment: {"tune": report})
+    monkeypatch.setattr(runner, "merged", lambda options, environment: {"tune": report})
     only = ["--only", "tune", "parity", "install"]
-    assert tune.main(["--device", "cpu", "--out", str(tmp_path), *only]) == stages.INCOMPLETE
+    assert tune.main(["--device", "cpu", "--out", str(tmp_path), *only]) == runner.INCOMPLETE
     result = json.loads((tmp_path / "gpu-tune.json").read_text())
     assert [stage["status"] for stage in result["stages"].values()] == ["ok", "skipped", "skipped"]
     assert "NOT installed: no table was checked" in capsys.readouterr().out
@@ -379,9 +265,6 @@ def test_nothing_is_installed_where_nothing_is_read(tmp_path, monkeypatch):
     run_stage("parity", tmp_path, monkeypatch)
     result = run_stage("install", tmp_path, monkeypatch, VLLM_SPARSE_LAUNCHES="")
     assert result["status"] == "not available"
-
-
-# The program.
 
 
 def test_the_plan_is_consistent(tmp_path, capsys):
@@ -424,84 +307,12 @@ def test_the_make_target_runs_the_program():
     assert f"-m {tune.MODULE} $(ARGS)" in text
 
 
-# Start-up.
-
-
 def test_every_entry_of_the_table_is_tuned():
     assert sorted(EVERY) == sorted(launch._SM80)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "not a table of kernel launches"),
-        ("[]", "not a table of kernel launches"),
-        ("{}", "not a table of kernel launches .'launches'"),
-        ('{"launches": {"attend": [[64, 4]]}}', "not a table of kernel launches"),
-        ('{"launches": {"attend": [["x", 4, 2], [64, 4, 2]]}}', "not a table of kernel launches"),
-        ('{"launches": {"attention": [[64, 4, 2], [64, 4, 2]]}}', "of kernels: attention"),
-        ('{"launches": {"pool": [[48, 4, 2], [64, 4, 2]]}}', "of kernels: pool"),
-        ('{"launches": {"pool": [[64, 4, 2], [64, 3, 2]]}}', "of kernels: pool"),
-        ('{"launches": {"pool": [[64, 4, 2], [64, 4, 0]]}}', "of kernels: pool"),
-        ('{"launches": {"pool": [[0, 4, 2], [64, 4, 2]]}}', "of kernels: pool"),
-        ('{"launches": {"pool": [[64, 4, 2]]}}', "of kernels: pool"),
-    ],
-)
-def test_a_broken_table_is_refused_at_start_up(tmp_path, monkeypatch, text, message):
-    path = tmp_path / "broken.json"
-    path.write_text(text)
-    monkeypatch.setenv(launch.LAUNCHES_ENV, str(path))
-    with pytest.raises(ConfigError, match=message) as error:
-        launch.launches(CPU)
-    assert str(path) in str(error.value)
-    assert "make gpu-tune" in str(error.value)
-
-
-def test_a_table_is_read_back_as_it_was_written(tmp_path):
-    table = {"pool": (Launch(64, 2, 1), Launch(16, 1, 5))}
-    path = tmp_path / "new" / "table.json"
-    launch.write_launches(path, table, {"gpu": "some"})
-    assert launch.read_launches(path) == table
-    assert [found.name for found in path.parent.iterdir()] == ["table.json"]
-
-
-def test_where_a_table_is_looked_for(tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_SPARSE_CACHE", str(tmp_path))
-    found = launch.tuned_path("NVIDIA H200")
-    assert found.parent == tmp_path / "launches"
-    assert re.fullmatch(r"NVIDIA-H200-triton-[\d.]+.*\.json", found.name)
-    assert launch.tuned_path("") is None  # the interpreter
-    monkeypatch.setenv(launch.LAUNCHES_ENV, "own.json")
-    assert launch.tuned_path("NVIDIA H200") == launch.tuned_path("") == Path("own.json")
-    monkeypatch.setenv(launch.LAUNCHES_ENV, "")
-    assert launch.tuned_path("NVIDIA H200") is launch.tuned_path("") is None
-
-
-@pytest.mark.parametrize(
-    ("capability", "origin"), [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90")]
-)
-def test_the_start_up_line_says_where_launches_are_from(tmp_path, monkeypatch, capability, origin):
-    gpu = torch.device("cuda:0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    monkeypatch.setenv("VLLM_SPARSE_CACHE", str(tmp_path))
-    assert launch.launches(CPU).origin == "not tuned"
-    shipped = launch.launches(gpu)
-    assert shipped.origin == f"shipped for {origin}"
-    path = launch.tuned_path("NVIDIA H200")
-    launch.write_launches(path, {"pool": (Launch(64, 2, 1), Launch(16, 1, 5))}, {})
-    assert launch.launches(gpu) is shipped  # read once
-    launch.launches.cache_clear()
-    found = launch.launches(gpu)
-    assert found.origin == f"tuned, {path}"
-    assert found.launches == {**shipped.launches, "pool": (Launch(64, 2, 1), Launch(16, 1, 5))}
-    monkeypatch.setenv(launch.LAUNCHES_ENV, "")
-    launch.launches.cache_clear()
-    assert launch.launches(gpu).origin == f"shipped for {origin}"
 
 
 if __name__ == "__main__":
     timing.seconds_each = known_seconds
     if "parity" in sys.argv:  # of ROCKETKV is enough here
-        parity_sparda.TINY = ()
+        sparda.TINY_CASES = ()
     sys.exit(tune.main())

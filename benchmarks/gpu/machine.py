@@ -4,12 +4,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import os
 import shutil
 import subprocess
 from pathlib import Path
+
+from benchmarks import results
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = Path("/tmp/site")
@@ -96,30 +96,8 @@ def stale_files(package: Path) -> list[str]:
 
 def facts() -> dict:
     """GPU and versions for a result file; nothing is imported for it."""
-    versions = {}
-    for name in ("triton", "flashinfer-python", "nvidia-cuda-runtime"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    versions = results.versions(("triton", "flashinfer-python", "nvidia-cuda-runtime"))
     return {"gpu": gpu(), "gpu_versions": versions, "commit": _commit()}
-
-
-def write_redacted(path: Path, content: dict, names: dict[Path, str]) -> None:
-    """Writes a result file, completely or not at all, without the folders of this machine.
-
-    Args:
-        path: The file.
-        content: Of the file.
-        names: Folders, and what to call them.
-    """
-    text = json.dumps(content, indent=1, default=str)
-    for folder, name in ({**names, ROOT: "CHECKOUT", Path.home(): "HOME"}).items():
-        if len(folder.resolve().parts) > 1:
-            text = text.replace(str(folder.resolve()), name)
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(text + "\n")
-    scratch.replace(path)
 
 
 def gpu() -> dict | None:

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.ops.registry import Timed
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    Timed = tuple[Any, ...]
 
 REPLAYS = 15
 HEAD_START_CYCLES = 1_000_000  # about half a millisecond, in which the host launches the work
@@ -55,7 +55,7 @@ def each_seconds(
     Triton's errors have nothing in common but that they are exceptions.
 
     Args:
-        parts: By name; each yields a kernel's name, runs for `seconds_each`, and whatever else.
+        parts: By name; each yields operations.
         device: Where they run.
 
     Yields:
@@ -63,20 +63,20 @@ def each_seconds(
         name and no runs.
     """
     for name, part in parts.items():
-        kernels = part()
+        operations = part()
         while True:
             try:
-                timed = next(kernels)
+                work = next(operations)
             except StopIteration:
                 break
             except Exception as error:
-                yield (name, []), _reason(error, device)
+                yield Timed(name, [], 0), _reason(error, device)
                 break
             try:
-                found: float | str = seconds_each(timed[1], device)
+                found: float | str = seconds_each(work.runs, device)
             except Exception as error:
                 found = _reason(error, device)
-            yield timed, found
+            yield work, found
 
 
 def _reason(error: Exception, device: torch.device) -> str:

@@ -7,15 +7,15 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import harness
-from benchmarks.gpu import models
+from benchmarks import arms
+from benchmarks.gpu import shapes
 from benchmarks.gpu.stages import CheckFailedError
 
 if TYPE_CHECKING:
     import argparse
     from pathlib import Path
 
-    from benchmarks.harness import Arm
+    from benchmarks.arms import Arm
 
 # Graphs of whole decode steps, nothing compiled: starts are short, and both sides have the same.
 GRAPHS = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
@@ -25,7 +25,7 @@ COMPILED: dict[str, Any] = {}  # as vLLM does it by default
 
 def stock_arm(options: argparse.Namespace) -> Arm:
     """Stock vLLM: FlashAttention on a GPU, whatever it uses on a CPU."""
-    return harness.Arm("dense", None, "FLASH_ATTN" if options.device == "cuda" else "")
+    return arms.Arm("dense", None, "FLASH_ATTN" if options.device == "cuda" else "")
 
 
 def build(arm: Arm, options: argparse.Namespace, model: Path, **arguments: Any) -> Any:
@@ -48,14 +48,14 @@ def build(arm: Arm, options: argparse.Namespace, model: Path, **arguments: Any) 
         # Requests of one prompt would be attended together, which no server can count on.
         "disable_cascade_attn": True,
         **arguments,
-        **harness.parse_settings(options.engine_arg),
+        **arms.parse_settings(options.engine_arg),
     }
     own = arm.engine_args(shared)
     if arm.settings is None and arm.backend:
         own = {"attention_backend": arm.backend}
     llm = LLM(**shared, **own)
     if shared.get("load_format") == "dummy":
-        llm.collective_rpc(models.randomise, args=(options.seed,))
+        llm.collective_rpc(shapes.randomise, args=(options.seed,))
     return llm
 
 

@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from benchmarks import harness, speed
-from benchmarks.gpu import bounds, engines, models, steering, timing
+from benchmarks import arms, bounds, commands, harness, live
+from benchmarks.arms import GIB
+from benchmarks.gpu import llm as engines
+from benchmarks.gpu import shapes
 from benchmarks.gpu.stages import NotAvailableError
-from benchmarks.gpu.steering import Way
+from benchmarks.live import Way
+from benchmarks.ops import timing
 
 if TYPE_CHECKING:
     import argparse
@@ -80,7 +83,7 @@ class Plan(NamedTuple):
 
 
 def plan(
-    shape: models.Shape,
+    shape: shapes.Shape,
     arm: str,
     *,
     context: int,
@@ -111,13 +114,13 @@ def plan(
     frames = resident * blocks + (shape.layers - resident) * min(top_k, blocks)
     per_request = frames * per_layer + blocks * compressed
     spare = 2 * (compressed + resident * per_layer)  # null block, rounding
-    batch = int((device_kv_gib * harness.GIB - spare) // per_request)
+    batch = int((device_kv_gib * GIB - spare) // per_request)
     if arm != "resident":
-        batch = min(batch, int(most_host_gib * harness.GIB // (blocks * per_block)))
+        batch = min(batch, int(most_host_gib * GIB // (blocks * per_block)))
     if batch < 1:
         raise NotAvailableError(
             f"{device_kv_gib} GiB hold no request of {context} tokens, which takes "
-            f"{per_request / harness.GIB:.2f} GiB"
+            f"{per_request / GIB:.2f} GiB"
         )
     half = 0.5 * per_layer / shape.kv_heads  # of a piece, against rounding
     slab = (batch * frames + 2 * resident) * per_layer + half
@@ -125,9 +128,9 @@ def plan(
         batch,
         context,
         generated,
-        ((batch * blocks + 2) * per_block + half) / harness.GIB,
-        None if arm == "resident" else slab / harness.GIB,
-        (batch * per_request + spare) / harness.GIB,
+        ((batch * blocks + 2) * per_block + half) / GIB,
+        None if arm == "resident" else slab / GIB,
+        (batch * per_request + spare) / GIB,
     )
 
 
@@ -138,7 +141,7 @@ def measure(arm: str, report: Report, options: argparse.Namespace) -> None:
         CheckFailedError: Steps are not what they are to be.
         NotAvailableError: The engine refuses, or there is no time; says why.
     """
-    shape = models.TINY if options.tiny else models.MINICPM
+    shape = shapes.TINY if options.tiny else shapes.MINICPM
     device = torch.device(options.device)
     size = 0.01 if options.tiny else 1.0
     copy, link = timing.copy_bytes_per_s(device, size), timing.link_bytes_per_s(device, size)
@@ -157,7 +160,7 @@ def measure(arm: str, report: Report, options: argparse.Namespace) -> None:
             report.add(rate=rate, skipped="no time")
         else:
             subject.measure(rate)
-    speed.finish(subject.llm)
+    commands.finish(subject.llm)
 
 
 class _Subject:
@@ -168,7 +171,7 @@ class _Subject:
     def __init__(
         self,
         arm: str,
-        shape: models.Shape,
+        shape: shapes.Shape,
         copy: float,
         link: float,
         report: Report,
@@ -246,9 +249,9 @@ class _Subject:
         if options.device == "cpu":
             arguments["kv_cache_memory_bytes"] = 64 << 20
             del arguments["gpu_memory_utilization"], arguments["cudagraph_capture_sizes"]
-        model = models.write_config(options.work / "sparda-shape", self._shape, sized.context)
+        model = shapes.write_config(options.work / "sparda-shape", self._shape, sized.context)
         started = time.perf_counter()
-        arm = harness.Arm(self._arm, self._settings, "SPARDA")
+        arm = arms.Arm(self._arm, self._settings, "SPARDA")
         try:
             self.llm = engines.build(arm, options, model, **arguments)
         except VllmSparseError as error:
@@ -257,11 +260,11 @@ class _Subject:
             ) from error
         self._report.note(
             **engines.facts(self.llm, started),
-            device_bytes=self.llm.collective_rpc(steering.device_bytes)[0],
+            device_bytes=self.llm.collective_rpc(live.device_bytes)[0],
         )
         engines.check_graphs(self._report.facts, mode)
         for length in (BLOCK, self._chunk + BLOCK):
-            speed.prefill(self.llm, self._prompt(10**6, length))
+            commands.prefill(self.llm, self._prompt(10**6, length))
 
     def begin(self) -> None:
         """Brings all requests to decode; with shorter prompts if there is little time.
@@ -271,7 +274,7 @@ class _Subject:
         """
         sized, report = self._plan, self._report
         length = sized.context - sized.generated
-        seconds = speed.prefill(self.llm, self._prompt(10**5, length))
+        seconds = commands.prefill(self.llm, self._prompt(10**5, length))
         report.note(prefill_s=round(seconds, 2))
         left_s = report.left_s - RESERVE_S - DECODE_S * len(self._ways)
         share = left_s / (seconds * sized.batch)
@@ -281,20 +284,20 @@ class _Subject:
             if length < blocks * BLOCK:
                 raise NotAvailableError(f"no time: a prompt takes {seconds:.1f} s")
         report.note(prompt_tokens=length)
-        self.llm.collective_rpc(steering.force, args=(length,))
+        self.llm.collective_rpc(live.force, args=(length,))
         for way in self._ways.values():
-            self.llm.collective_rpc(steering.fetch, args=(way,))
+            self.llm.collective_rpc(live.fetch, args=(way,))
         prompts = [self._prompt(number, length) for number in range(sized.batch)]
         self._context = length
-        speed.begin(self.llm, prompts, sized.generated)
+        commands.begin(self.llm, prompts, sized.generated)
 
     def measure(self, rate: float) -> None:
         """Measures all ways at one rate, in turns, and adds a row for each that copies."""
-        (share,) = self.llm.collective_rpc(steering.set_rate, args=(rate,))
+        (share,) = self.llm.collective_rpc(live.set_rate, args=(rate,))
         found: dict[str, list[dict]] = {name: [] for name in self._ways}
         for turn in range(TURNS):
             for name in list(self._ways)[:: 1 if turn % 2 == 0 else -1]:
-                self.llm.collective_rpc(steering.fetch, args=(self._ways[name],))
+                self.llm.collective_rpc(live.fetch, args=(self._ways[name],))
                 found[name].append(self._turn())
         for name, way in self._ways.items():
             if way.copies:
@@ -303,10 +306,10 @@ class _Subject:
 
     def _turn(self) -> dict:
         batch = self._plan.batch
-        settling = speed.decode(self.llm, self._steps.settling, batch)
-        before = self.llm.collective_rpc(steering.counts)[0]
-        seconds = speed.decode(self.llm, self._steps.drained + self._steps.timed, batch)
-        after = self.llm.collective_rpc(steering.counts)[0]
+        settling = commands.decode(self.llm, self._steps.settling, batch)
+        before = self.llm.collective_rpc(live.counts)[0]
+        seconds = commands.decode(self.llm, self._steps.drained + self._steps.timed, batch)
+        after = self.llm.collective_rpc(live.counts)[0]
         return {
             "settling": settling,
             "seconds": seconds[self._steps.drained :],
@@ -328,7 +331,7 @@ class _Subject:
             self._plan.batch,
             self._context,
             (self._top_k, BLOCK, WINDOW_STRIDE),
-            counts["bytes"],
+            counts["host_to_device_bytes"],
             self._copy,
             self._link,
         )
@@ -342,9 +345,9 @@ class _Subject:
             # The step after the rate has changed, with (nearly) all free picks new.
             "refill_ms": 1e3 * max(turns[0]["settling"]),
             "tokens_per_s": self._plan.batch * len(seconds) / sum(seconds),
-            "fetched_mib": counts["bytes"] / 2**20,
+            "fetched_mib": counts["host_to_device_bytes"] / 2**20,
             "bound_ms": bound.blocking_ms if name == "blocking" else bound.prefetched_ms,
-            "as_forced": counts["misses"] == counts["expected_misses"],
+            "as_forced": counts["frame_misses"] == counts["expected_misses"],
             "counts_per_step": counts,
         }
         row["share_of_bound"] = row["bound_ms"] / step["median"]
@@ -353,14 +356,14 @@ class _Subject:
             exposed = step["median"] - without["median"]
             row |= {"nothing_copied_ms": without, "exposed_wait_ms": exposed}
             if name == "blocking" and exposed > 0:  # nothing else runs while blocks are copied
-                row["in_flight_gb_per_s"] = counts["bytes"] / exposed / 1e6
+                row["in_flight_gb_per_s"] = counts["host_to_device_bytes"] / exposed / 1e6
         self._report.add(**row)
 
     def _prompt(self, number: int, length: int) -> list[int]:
-        return models.random_prompt(self._options.seed + number, length, self._shape.vocab)
+        return shapes.random_prompt(self._options.seed + number, length, self._shape.vocab)
 
 
 def _available_gib() -> float:
     from vllm_sparse.kv.host.memory import available_bytes
 
-    return available_bytes() / harness.GIB
+    return available_bytes() / GIB

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""What a worker can be told to do: functions of its engine, with arguments that JSON can say."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks import live
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+SETTLING_STEPS = 3  # after the miss rate has changed
+
+
+def complete(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[dict]:
+    """Returns the greedy completions, and how many prompt tokens came from the prefix cache."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    return [
+        {"text": output.outputs[0].text, "cached_tokens": output.num_cached_tokens or 0}
+        for output in outputs
+    ]
+
+
+def forget(llm: LLM) -> None:
+    """Empties the prefix cache."""
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("the prefix cache could not be emptied")
+
+
+def force(
+    llm: LLM, prompts: list[list[int]], forced: list[list[int]], record_to: list[str]
+) -> None:
+    """Generates given continuations and records the log-probabilities."""
+    from benchmarks import teacher
+
+    params = [
+        teacher.sampling_params(tokens, Path(path))
+        for tokens, path in zip(forced, record_to, strict=True)
+    ]
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    for output, tokens in zip(outputs, forced, strict=True):
+        if list(output.outputs[0].token_ids) != list(tokens):
+            raise RuntimeError("the engine did not generate the forced tokens")
+
+
+def metrics(llm: LLM) -> dict[str, float]:
+    """Returns every counter and gauge of vLLM and the plugin, by name (and reason, if any)."""
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    from vllm_sparse.metrics import folder
+
+    values = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    # The plugin's processes share theirs through files.
+    source = folder(llm.llm_engine.vllm_config.instance_id)
+    if source.is_dir():
+        for metric in MultiProcessCollector(CollectorRegistry(), path=str(source)).collect():
+            for sample in metric.samples:
+                reason = sample.labels.get("reason")
+                values[f"{sample.name}{{{reason}}}" if reason else sample.name] = sample.value
+    return values
+
+
+def counters(llm: LLM) -> dict[str, float]:
+    """Returns the plugin's counters and gauges, and vLLM's counter of preemptions."""
+    return of_the_plugin(metrics(llm), "vllm:num_preemptions")
+
+
+def of_the_plugin(values: dict[str, float], *further: str) -> dict[str, float]:
+    """Returns those metrics that the plugin counts, and further ones."""
+    return {k: v for k, v in values.items() if k.startswith("vllm:sparse") or k in further}
+
+
+def prefill(llm: LLM, prompt: list[int]) -> float:
+    """Returns the seconds from adding a request to its first token."""
+    start = time.perf_counter()
+    _add(llm, [prompt], max_tokens=1)
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    return time.perf_counter() - start
+
+
+def begin(llm: LLM, prompts: list[list[int]], max_tokens: int) -> float:
+    """Adds a batch of requests and returns the seconds until every one of them decodes."""
+    start = time.perf_counter()
+    waiting = set(_add(llm, prompts, max_tokens))
+    while waiting:
+        for output in llm.llm_engine.step():
+            waiting.discard(output.request_id)
+    return time.perf_counter() - start
+
+
+def decode(llm: LLM, steps: int, batch: int, dropped: int = 0) -> list[float]:
+    """Returns the seconds of each of `steps` steps, after `dropped` unmeasured ones.
+
+    Raises:
+        RuntimeError: A step did not give every request one token.
+    """
+    seconds = []
+    for _ in range(dropped + steps):
+        start = time.perf_counter()
+        outputs = llm.llm_engine.step()
+        seconds.append(time.perf_counter() - start)
+        if len(outputs) != batch or any(output.finished for output in outputs):
+            raise RuntimeError(f"a step served {len(outputs)} of {batch} requests")
+    return seconds[dropped:]
+
+
+def finish(llm: LLM) -> None:
+    """Aborts all requests; prefix cache and blocks stay as they are."""
+    engine = llm.llm_engine
+    engine.abort_request(list(engine.output_processor.request_states), internal=True)
+    while engine.has_unfinished_requests():
+        engine.step()
+
+
+def serve_all(llm: LLM, prompts: list[list[int]], max_tokens: int) -> dict:
+    """Serves all requests; returns what the engine reported after each step, and all outputs."""
+    engine, started = llm.llm_engine, time.perf_counter()
+    _add(llm, prompts, max_tokens)
+    steps, finished = [], {}
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        for output in outputs:
+            if output.finished:
+                finished[output.request_id] = list(output.outputs[0].token_ids)
+        gauges = metrics(llm)
+        running = int(gauges["vllm:num_requests_running"])
+        steps.append(
+            {
+                "running": running,
+                "usage": gauges["vllm:kv_cache_usage_perc"],
+                # Every running request got a token, so none of them is in prefill.
+                "decoding": len(outputs) == running > 0,
+            }
+        )
+    return {
+        "steps": steps,
+        "outputs": finished,
+        "seconds": time.perf_counter() - started,
+        "metrics": metrics(llm),
+    }
+
+
+def occupy(llm: LLM, prompts: list[list[int]], steps: int) -> dict:
+    """Lets requests decode some steps and returns what they occupy meanwhile."""
+    begin(llm, prompts, max_tokens=steps + 64 * len(prompts))
+    decode(llm, steps, len(prompts))
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    result = {
+        "blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),  # one is the null block
+        "num_blocks": pool.num_gpu_blocks,
+        "block_tokens": scheduler.block_size,
+        "cache_bytes": llm.collective_rpc(live.cache_bytes)[0],
+        **memory_of(llm),
+    }
+    finish(llm)
+    return result
+
+
+def memory_of(llm: LLM) -> dict:
+    """Checks SPARDA's tables and returns the bytes of its pools; empty for other backends."""
+    backend = llm.llm_engine.vllm_config.attention_config.backend
+    if backend is None or backend.name != "SPARDA":
+        return {}
+    llm.collective_rpc(live.check_integrity)
+    return llm.collective_rpc(live.sparda_memory)[0]
+
+
+def begin_forced(llm: LLM, prompts: list[list[int]], max_tokens: int) -> dict:
+    """Brings requests to decode, then takes over the selection."""
+    begin(llm, prompts, max_tokens)
+    llm.collective_rpc(live.force, args=(min(map(len, prompts)),))
+    return llm.collective_rpc(live.shape)[0]
+
+
+def forced(llm: LLM, rate: float, steps: int, batch: int) -> dict:
+    """Decodes at a forced miss rate and returns the seconds of each step, and what was counted."""
+    llm.collective_rpc(live.set_rate, args=(rate,))
+    decode(llm, 0, batch, dropped=SETTLING_STEPS)
+    before = llm.collective_rpc(live.counts)[0]
+    seconds = decode(llm, steps, batch)
+    after = llm.collective_rpc(live.counts)[0]
+    return {"seconds": seconds, "counts": {key: after[key] - before[key] for key in after}}
+
+
+def _add(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[str]:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    ids = []
+    for prompt in prompts:
+        request_id = str(next(llm.request_counter))
+        llm.llm_engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
+        ids.append(request_id)
+    return ids

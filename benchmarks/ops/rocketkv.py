@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""ROCKETKV's operations.
+
+Those that choose are compared on the same scores, and must choose the same; those that compute are
+compared by relative error, outputs poisoned first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import bounds
+from benchmarks.gpu.shapes import LLAMA, TINY, Shape
+from benchmarks.ops.kernels import call, triton
+from benchmarks.ops.registry import (
+    Op,
+    Side,
+    Timed,
+    cache_unlike,
+    cold_layers,
+    differences,
+    error,
+    output_error,
+    same,
+    timed,
+    unless,
+)
+from benchmarks.ops.rocketkv_inputs import Case, make_decode, make_prompts, make_rows, with_views
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from benchmarks.ops.registry import Arguments, Found
+
+WINDOW = 32
+SAME_CHOICE = 0.999
+MOST_BYTES = 24 << 30
+LONGEST = 131072 + 1536  # tokens that an engine's block tables have room for
+SETTINGS = {"min_context": 64}
+# Tokens per page, and most shares of a row. vLLM's pages have 16 unless it is told otherwise.
+FLASH_ATTENTION = ((16, 32), (64, 32), (256, None))
+
+CASES = (
+    Case("llama-8b", 32, 8, 128, 16, 4, 4, 3000, 512),
+    Case("llama-8b, blocks of 64", 32, 8, 128, 64, 4, 3, 6000, 128),
+    Case("minicpm-8b", 32, 2, 128, 32, 4, 3, 4000, 512),
+    Case("qwen-0.5b", 14, 2, 64, 64, 4, 3, 2000, 256),
+    Case("smollm, float16", 9, 3, 64, 16, 2, 3, 1500, 128, torch.float16),
+    Case("one channel group, float32", 8, 8, 128, 16, 1, 2, 700, 64, torch.float32),
+)
+SANITIZED = (Case("sanitized", 8, 2, 64, 16, 4, 3, 400, 64),)
+TINY_CASES = (Case("tiny", 4, 2, 32, 16, 4, 2, 72, 16),)
+
+
+class Cell(NamedTuple):
+    """A shape to time.
+
+    Attributes:
+        context: Tokens of each request's prompt.
+        budget: ROCKETKV's token budget.
+        batch: Requests.
+        block_size: Tokens per block.
+    """
+
+    context: int
+    budget: int
+    batch: int
+    block_size: int = 64
+
+
+# Those that the targets are about come first, in case time runs out.
+CELLS = (
+    Cell(32768, 1024, 27),
+    Cell(32768, 1024, 1),
+    Cell(32768, 1024, 27, block_size=16),
+    Cell(131072, 1024, 1),
+    Cell(32768, 256, 27),
+    Cell(32768, 256, 1),
+    Cell(32768, 1024, 8),
+    Cell(32768, 1024, 1, block_size=16),
+    Cell(131072, 1024, 6),
+    Cell(131072, 256, 1),
+    Cell(8192, 1024, 8),
+    Cell(8192, 256, 8),
+    Cell(32768, 1024, 116),
+)
+TINY_CELLS = (Cell(600, 64, 1, block_size=16),)
+TUNED_CELLS = (Cell(32768, 1024, 27), Cell(131072, 1024, 1))
+
+
+class Sizes(NamedTuple):
+    """What the bytes of an operation follow from."""
+
+    shape: Shape
+    cell: Cell
+    split: bounds.Split
+    max_count: int = 0
+    max_kept: int = 0
+
+
+def _score_error(actual: Side, expected: Side) -> float:
+    # From the newest page on, which is always chosen, the scores may be anything.
+    arguments, logits = expected.arguments, expected.result.logits
+    used = (arguments["lengths"] - 1) // arguments["layout"].page_size
+    used = _mask(used, logits.shape[-1])[:, None].expand_as(logits)
+    return error(actual.result.logits[used], logits[used])
+
+
+def _missed_slots(actual: Side, expected: Side) -> float:
+    shares = [
+        len(set(ours) & set(theirs)) / len(theirs)
+        for ours, theirs in zip(*map(_lists, (actual, expected)), strict=True)
+    ]
+    return 1.0 - min(shares)
+
+
+def _lists(side: Side) -> list[list[int]]:
+    """Chosen slots of each row and KV head."""
+    slots, lengths = side.result, side.arguments["lengths"].tolist()
+    return [
+        slots[row, head, : min(length, side.arguments["top_k"])].tolist()
+        for row, length in enumerate(lengths)
+        for head in range(slots.shape[1])
+    ]
+
+
+def _indices_unlike(actual: Side, expected: Side) -> float:
+    return unless(torch.equal(actual.result, expected.result))
+
+
+def _rows_unlike(actual: Side, expected: Side) -> float:
+    def used(side: Side) -> tuple[Tensor, ...]:
+        rows, size = side.arguments["rows"], side.arguments["block_size"]
+        mask = _mask(-(-rows.lengths // size), rows.block_table.shape[1])
+        return (rows.block_table[mask], *rows[1:], side.arguments["counted"])
+
+    return unless(
+        all(torch.equal(*pair) for pair in zip(*map(used, (actual, expected)), strict=True))
+    )
+
+
+def _mask(counts: Tensor, width: int) -> Tensor:
+    return torch.arange(width, device=counts.device) < counts[:, None]
+
+
+_ATTEND: dict[str, Any] = {
+    "kernel": "attend_slots", "compare": output_error, "writes": ("output",),
+}  # fmt: skip
+STEP = (
+    # A whole step may choose other pages where the estimates of two are closer than rounding, which
+    # changes little of what is attended to.
+    Op(
+        "whole step", "decode_attention", output_error, 5e-2, ("cache", "output"),
+        least=lambda at: bounds.layer_bytes(at.shape, at.cell.batch, at.cell.context, at.split),
+    ),
+    Op(
+        "append", "append_tokens", cache_unlike, 0.0, ("cache",), goes_on=True,
+        timed={"replays": False},
+        least=lambda at: bounds.append_bytes(at.shape, at.cell.batch, at.split.page_size),
+    ),
+    Op(
+        "score pages", "score_pages", _score_error, gives="scores",
+        least=lambda at: bounds.score_bytes(at.shape, at.cell.batch, at.split),
+    ),
+    Op(
+        "select slots", "select_slots", _missed_slots, 1.0 - SAME_CHOICE, gives="slots",
+        least=lambda at: bounds.select_bytes(at.shape, at.cell.batch, at.split),
+    ),
+    Op(
+        "attend slots", **_ATTEND,
+        least=lambda at: bounds.attend_bytes(at.shape, at.cell.batch, at.split.top_k),
+    ),
+    Op(
+        "attend all kept", **_ATTEND, fixed={"slots": None},
+        least=lambda at: bounds.attend_bytes(at.shape, at.cell.batch, at.split.held),
+    ),
+)  # fmt: skip
+PLAN = (Op("plan rows", "plan_rows", _rows_unlike, 0.0, ("rows", "counted")),)
+
+
+def _compact_bytes(at: Sizes) -> int:
+    return bounds.compact_bytes(at.shape, at.max_kept, at.split.page_size)
+
+
+def _score_prompt_bytes(at: Sizes) -> int:
+    window = min(WINDOW, at.cell.context // 8)
+    return bounds.prompt_score_bytes(at.shape, at.cell.context, window)
+
+
+PROMPT = (
+    Op("score prompt", "score_prompt", gives="score", least=_score_prompt_bytes),
+    Op(
+        "top indices", "top_indices", _indices_unlike, 0.0, gives="chosen",
+        least=lambda at: 4 * at.shape.kv_heads * (at.cell.context + at.max_count),
+    ),
+    Op(
+        "compact tokens", "compact_tokens", cache_unlike, 0.0, ("cache",),
+        views=with_views, least=_compact_bytes,
+    ),
+)  # fmt: skip
+WHOLE_PROMPT = Op(
+    "whole stage 1", "compact_prompts", cache_unlike, 0.0, ("cache",),
+    least=lambda at: _score_prompt_bytes(at) + _compact_bytes(at),
+)  # fmt: skip
+
+
+def check(
+    case: Case, device: torch.device, generator: torch.Generator, graphs: bool
+) -> Iterator[Found]:
+    """Yields the name of each operation, its error, and the largest that it may have.
+
+    Args:
+        case: Sizes.
+        device: Where the kernels run.
+        generator: Of that device.
+        graphs: Also replay a captured step.
+    """
+    step = make_decode(case, device, generator)
+    replayed = dict(step) if graphs and device.type == "cuda" else None
+    yield from differences(STEP, step, case.dtype)
+    if replayed is not None:
+        yield "whole step, graph", _replay_error(replayed), 0.0
+    yield from differences(PLAN, make_rows(case, device, generator, WINDOW), case.dtype)
+    prompts = wide_prompts(case, device, generator)
+    yield from differences(PROMPT, prompts, case.dtype)
+    # All in one must be the parts, whatever the reference says.
+    whole, parts = (with_views({**prompts, "cache": prompts["cache"].clone()}) for _ in range(2))
+    call(triton(WHOLE_PROMPT.kernel), whole)
+    for op in PROMPT:
+        found = call(triton(op.kernel), parts)
+        parts |= {op.gives: found} if op.gives else {}
+    yield WHOLE_PROMPT.name, unless(same(whole["cache"], parts["cache"])), 0.0
+
+
+def wide_prompts(case: Case, device: torch.device, generator: torch.Generator) -> Arguments:
+    """Prompts of a case, of which a third is kept."""
+    window = min(WINDOW, case.longest // 8)
+    prompts = make_prompts(case, device, generator, window=window, kept=case.longest // 3)
+    return {**prompts, "max_count": prompts["max_kept"] - window}
+
+
+def _replay_error(step: Arguments) -> float:
+    """Of a captured step that is replayed after other inputs went through it, against a call."""
+    whole, before = triton("decode_attention"), step["cache"]
+    expected = {
+        **step,
+        "cache": before.clone(),
+        "output": torch.full_like(step["output"], torch.nan),
+    }
+    call(whole, expected)
+    static = {
+        name: value.clone() if isinstance(value, Tensor) else value for name, value in step.items()
+    }
+    static["lengths"] = static["final_lengths"] = torch.ones_like(step["lengths"])
+    graph = torch.cuda.CUDAGraph()
+    call(whole, static)  # compiles
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        call(whole, static)
+    graph.replay()
+    static["cache"].copy_(before)
+    static["lengths"].copy_(step["lengths"])
+    static["output"].fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    return error(static["output"], expected["output"])
+
+
+def timings(
+    tiny: bool, cell: Cell, device: torch.device, generator: torch.Generator
+) -> dict[str, Callable[[], Iterator[Timed]]]:
+    """What is timed of a cell, by a name for its set-up."""
+    shape = TINY if tiny else LLAMA
+    parts = {"decode": partial(decode_timings, shape, cell, generator)}
+    if cell.block_size == Cell._field_defaults["block_size"] and device.type == "cuda":
+        parts["FlashAttention"] = partial(_dense, shape, cell, generator)
+    if cell.batch == 1:
+        parts["stage 1"] = partial(prompt_timings, shape, cell, generator)
+    return parts
+
+
+def _split(shape: Shape, cell: Cell) -> bounds.Split:
+    settings = {**SETTINGS, "token_budget": cell.budget}
+    return bounds.split_of(shape, cell.context, settings, cell.block_size)
+
+
+def _case(shape: Shape, cell: Cell, rows: int, longest: int) -> Case:
+    split = _split(shape, cell)
+    heads = shape.heads, shape.kv_heads, shape.head_dim
+    return Case("", *heads, cell.block_size, split.page_size, rows, longest, split.top_k)
+
+
+def decode_timings(shape: Shape, cell: Cell, generator: torch.Generator) -> Iterator[Timed]:
+    """The operations of a decode step over different inputs."""
+    device, split = generator.device, _split(shape, cell)
+    case = _case(shape, cell, cell.batch, split.held)
+    one = cell.batch * split.held * shape.kv_bytes_per_token // shape.layers
+    # More layers than the model has, where a step reads little: the weights that a model reads
+    # between two steps would push everything out of the cache.
+    read = bounds.layer_bytes(shape, cell.batch, cell.context, split)
+    layers = cold_layers(read, device, MOST_BYTES // one)
+    lengths = torch.full((cell.batch,), split.held, dtype=torch.int32, device=device)
+    first = make_decode(case, device, generator, lengths=lengths, top_r=split.top_r)
+    if device.type == "cuda":  # as wide as an engine's, which sets how a row is split
+        width = LONGEST // cell.block_size - first["block_table"].shape[1]
+        first["block_table"] = torch.nn.functional.pad(first["block_table"], (0, max(0, width)))
+    steps = [first]
+    for _ in range(layers - 1):  # the same values in another place, and other queries
+        query = torch.randn_like(first["query"], dtype=torch.float32).to(case.dtype)
+        steps.append({**first, "cache": first["cache"].clone(), "query": query})
+    yield from timed(STEP, steps, Sizes(shape, cell, split))
+
+
+def prompt_timings(shape: Shape, cell: Cell, generator: torch.Generator) -> Iterator[Timed]:
+    """What the end of one prompt costs in one layer."""
+    split, window = _split(shape, cell), min(WINDOW, cell.context // 8)
+    case = _case(shape, cell, 1, cell.context)
+    arguments = make_prompts(case, generator.device, generator, window=window, kept=split.held)
+    kept = arguments["max_kept"]
+    arguments["max_count"] = kept - window
+    sizes = Sizes(shape, cell, split, kept - window, kept)
+    yield from timed((*PROMPT, WHOLE_PROMPT), [arguments], sizes)
+
+
+def _dense(shape: Shape, cell: Cell, generator: torch.Generator) -> Iterator[Timed]:
+    """FlashAttention over the whole context."""
+    for size, splits in FLASH_ATTENTION:
+        yield _flash_attention(shape, cell, size, splits, generator)
+
+
+def _flash_attention(
+    shape: Shape, cell: Cell, size: int, splits: int | None, generator: torch.Generator
+) -> Timed:
+    """FlashAttention 3 with pages of `size` tokens.
+
+    Stock vLLM, in graphs, plans ahead how rows are split, into so many shares at most; None leaves
+    it to the kernel.
+    """
+    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
+
+    rows, device, dtype = cell.batch, generator.device, torch.bfloat16
+    blocks = -(-cell.context // size)
+    one = rows * cell.context * shape.kv_bytes_per_token // shape.layers
+    table = torch.randperm(rows * blocks, generator=generator, device=device).view(rows, -1).int()
+    shaped = (rows * blocks, size, shape.kv_heads, shape.head_dim)
+    caches = [
+        tuple(torch.randn(shaped, device=device, dtype=dtype) for _ in range(2))
+        for _ in range(cold_layers(one, device, 4))
+    ]
+    query = torch.randn(rows, shape.heads, shape.head_dim, device=device, dtype=dtype)
+    output = torch.empty_like(query)
+    starts = torch.arange(rows + 1, device=device, dtype=torch.int32)
+    lengths = torch.full((rows,), cell.context, device=device, dtype=torch.int32)
+    planned: dict[str, Any] = {}
+    if splits is not None:
+        metadata = get_scheduler_metadata(
+            batch_size=rows, max_seqlen_q=1, max_seqlen_k=cell.context, num_heads_q=shape.heads,
+            num_heads_kv=shape.kv_heads, headdim=shape.head_dim, cache_seqlens=lengths,
+            qkv_dtype=dtype, cu_seqlens_q=starts, page_size=size, causal=True, num_splits=splits,
+        )  # fmt: skip
+        planned = {"scheduler_metadata": metadata, "num_splits": splits}
+
+    def run(keys: Tensor, values: Tensor) -> None:
+        flash_attn_varlen_func(
+            q=query, k=keys, v=values, out=output, cu_seqlens_q=starts, max_seqlen_q=1,
+            seqused_k=lengths, max_seqlen_k=cell.context, softmax_scale=shape.head_dim**-0.5,
+            causal=True, block_table=table, fa_version=3, **planned,
+        )  # fmt: skip
+
+    name = f"FlashAttention, pages of {size}" + (", as vLLM plans it" if planned else "")
+    least = bounds.attend_bytes(shape, rows, cell.context)
+    return Timed(name, [partial(run, *pair) for pair in caches], least)
+
+
+def in_float32(case: Case) -> Case:
+    """The case with heads of as many bytes, or it would be launched as larger ones are."""
+    return dataclasses.replace(case, dim=case.dim // 2, dtype=torch.float32)

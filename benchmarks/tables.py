@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Renders each kind of result file as Markdown. What a file does not say stays blank."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import arms
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    Row = dict[str, Any]
+    Columns = Mapping[str, Callable[[Any], object]]
+    Renderer = Callable[[Any], str]
+
+
+def table(rows: Iterable[Any], columns: Columns) -> str:
+    """Returns a Markdown table.
+
+    Args:
+        rows: Anything.
+        columns: By header, what to show of a row; a cell is blank if that is None or not there.
+            Headers that repeat are kept apart by spaces at their end, which are not shown.
+    """
+    cells = [[_cell(show, row) for show in columns.values()] for row in rows]
+    head, *body = (
+        [f" {text.strip()} ".replace("  ", " ") for text in line] for line in [columns, *cells]
+    )
+    return "\n".join(f"|{'|'.join(line)}|" for line in (head, ["---"] * len(head), *body))
+
+
+def _cell(show: Callable[[Any], object], row: Any) -> str:
+    try:
+        value = show(row)
+    except (KeyError, TypeError):  # not measured, or measured as nothing
+        return ""
+    return "" if value is None else str(value)
+
+
+def number(digits: int, *keys: str, unit: str = "", scale: float = 1.0) -> Callable[[Row], str]:
+    """Shows a number with so many digits, found under keys one inside the other."""
+    return lambda row: f"{_at(row, keys) * scale:.{digits}f}{unit}"
+
+
+def mib(*keys: str, digits: int = 2) -> Callable[[Row], str]:
+    """Shows bytes as MiB."""
+    return number(digits, *keys, scale=2**-20)
+
+
+def plain(*keys: str) -> Callable[[Row], object]:
+    """Shows a value as it is."""
+    return lambda row: _at(row, keys)
+
+
+def spread(key: str, digits: int = 1) -> Callable[[Row], str]:
+    """Shows median and quartiles."""
+
+    def show(row: Row) -> str:
+        median, lower, upper = (f"{row[key][name]:.{digits}f}" for name in ("median", "p25", "p75"))
+        return f"{median} ({lower}-{upper})"
+
+    return show
+
+
+def share(key: str, among: str = "questions") -> Callable[[Row], str]:
+    """Shows how many of how many."""
+    return lambda row: f"{row[key]}/{row[among]}"
+
+
+def _at(row: Any, keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        row = row[key]
+    return row
+
+
+def _named(rows: dict[str, Row]) -> list[Row]:
+    return [{"arm": name, **row} for name, row in rows.items()]
+
+
+def speed(result: Row) -> str:
+    """Decode and prefill times."""
+    parts = []
+    for cell in result["cells"]:
+        what, others = cell["cell"], cell.get("cores_used_by_others") or {}
+        kind = ", one shared document" if what["shared"] else ", different documents"
+        bound = f"bound {cell['bound']:.2f}x" if cell["bound"] else "no bound yet"
+        used = f"{others['median']:.2f} cores, at most {others['max']:.2f}" if others else "?"
+        parts.append(
+            f"**{what['model']}, {what['context']} tokens, batch {what['batch']}"
+            f"{kind if what['batch'] > 1 else ''}**: {bound} (other processes used {used})"
+        )
+        columns = {
+            "arm": plain("arm"),
+            "decode step, ms (quartiles)": spread("step_ms"),
+            "at 128 tokens": number(1, "step_ms_at_128_tokens", "median"),
+            "tokens/s": number(1, "decode_tokens_per_second"),
+            "speed-up (by round)": lambda row: (
+                f"{row['speedup']:.2f}x ({row['speedup_by_round']['min']:.2f}-"
+                f"{row['speedup_by_round']['max']:.2f})"
+            ),
+            "of the bound": lambda row: f"{row['share_of_bound']:.0%}",
+            "prefill, s": number(2, "prefill_seconds", "median"),
+            "overhead": lambda row: f"{row['prefill_overhead_percent']:+.1f} %",
+        }
+        parts.append(table(_named(cell["arms"]), columns))
+    return "\n\n".join(parts)
+
+
+def accuracy(result: Row) -> str:
+    """Needles, conversations and prose."""
+    rows = _named(result["arms"])
+
+    def every(task: str) -> list[str]:
+        return list(dict.fromkeys(key for row in rows for key in row.get(task, {})))
+
+    columns: dict[str, Callable[[Row], object]] = {"arm": lambda row: row["arm"]}
+    for task in ("single", "multikey"):
+        for context in every(task):
+            columns[f"{task} {int(context) // 1024}K"] = _inside(task, context, share("correct"))
+    for mode in every("two-turn"):
+        answered = share("second_turn", "conversations")
+        columns[f"2nd turn, {mode}"] = _inside("two-turn", mode, answered)
+    if any("prose" in row for row in rows):
+        columns["prose KL"] = number(3, "prose", "kl")
+        columns["top-1"] = number(3, "prose", "top1_agreement")
+    return f"**{result['model']}**, seed {result['seed']}\n\n{table(rows, columns)}"
+
+
+def _inside(outer: str, inner: str, show: Callable[[Row], object]) -> Callable[[Row], object]:
+    return lambda row: show(row[outer][inner])
+
+
+def capacity(result: Row) -> str:
+    """How many requests a pool holds."""
+    columns = {
+        "arm": plain("arm"),
+        "most running at once": plain("peak_running"),
+        "mean": number(1, "mean_running"),
+        "preemptions": number(0, "preemptions"),
+        "blocks per decoding request": number(1, "blocks_per_decoding_request"),
+        "peak pool usage": number(0, "peak_usage_percent", unit=" %"),
+        "seconds in all": number(0, "seconds"),
+        "vLLM's maximum concurrency": number(2, "log", "maximum_concurrency", unit="x"),
+    }
+    return (
+        f"**{result['model']}**: {_requests(result)}, pool of {result['pool_blocks']} blocks of "
+        f"{result['block_tokens']} tokens\n\n{table(_named(result['arms']), columns)}"
+    )
+
+
+def _requests(result: Row) -> str:
+    return (
+        f"{result['requests']} requests of {result['prompt_tokens']} + "
+        f"{result['generated_tokens']} tokens"
+    )
+
+
+def kernels(result: Row) -> str:
+    """The decode kernel's times on a CPU."""
+    body = result["result"]
+    columns = {
+        "variant": plain("arm"),
+        "us a layer": number(0, "us"),
+        "10th percentile": number(0, "us_p10"),
+    }
+    return (
+        f"{result['threads']} threads, {body['kept_tokens']} kept tokens a request, top_k "
+        f"{body['top_k']}, top_r {body['top_r']}; floor {body['floor_us']:.0f} us a layer "
+        f"({body['bytes_read'] / 1e6:.2f} MB at {body['sequential_read_gb_per_s']:.1f} GB/s): "
+        f"fused is {body['over_floor']:.1f}x the floor\n\n"
+        + table(_named(body["variants"]), columns)
+    )
+
+
+def blocks(result: Row) -> str:
+    """How much attention each selector finds, on average and by layer."""
+    parts = [
+        f"**{result['model']}**, blocks of {result['block_tokens']} tokens, "
+        f"{result['init_blocks']} first and {result['local_blocks']} + 1 last ones forced"
+    ]
+    for cell in result["cells"]:
+        selectors = cell["selectors"]
+        tops = list(next(iter(selectors.values())))
+        columns = {"selector": plain("arm")}
+        layers: dict[str, Any] = {"layer": plain("layer"), "forced blocks": number(2, "forced")}
+        for what, key in (("mass beyond the forced blocks", "captured"), ("misses", "miss_rate")):
+            columns |= {f"{what}, top {top}": number(2, top, key) for top in tops}
+        top = tops[len(tops) // 2]
+        for prefix, key in (("", "captured_by_layer"), ("misses of ", "miss_rate_by_layer")):
+            for name, found in selectors.items():
+                layers[prefix + name] = _layer(found[top][key])
+        by_layer = enumerate(cell["forced_share_by_layer"])
+        parts += [
+            f"{cell['task']}, {cell['context']} tokens, {cell['steps']} steps; the forced blocks "
+            f"hold {cell['forced_share']:.2f} of all mass",
+            table(_named(selectors), columns),
+            f"By layer, top {top}:",
+            table([{"layer": layer, "forced": held} for layer, held in by_layer], layers),
+        ]
+    return "\n\n".join(parts)
+
+
+def _layer(found: list[float]) -> Callable[[Row], str]:
+    return lambda row: f"{found[row['layer']]:.2f}"
+
+
+def memory(result: Row) -> str:
+    """Device memory per request."""
+    rows = [
+        {**arm, "cell": f"{cell['model']}, {cell['tokens']}"}
+        for cell in result["cells"]
+        for arm in _named(cell["arms"])
+    ]
+    parts = ("kv_cache", "frames", "compressed_keys", "staging", "page_table")
+    columns = {
+        "model, tokens": plain("cell"),
+        "arm": plain("arm"),
+        **{part.replace("kv_", "KV ").replace("_", " "): mib("parts", part) for part in parts},
+        "device, MiB a request": mib("device_bytes"),
+        "less than dense": number(2, "times_less_than_dense", unit="x"),
+        "host, MiB": lambda row: mib("host_bytes")(row) if row["host_bytes"] else None,
+    }
+    return f"{result['requests']} request(s) decoding\n\n{table(rows, columns)}"
+
+
+def overlap(result: Row) -> str:
+    """Waiting times at forced miss rates."""
+    order = list(result["settings"])
+    rows = sorted(result["rows"], key=lambda row: (row["rate"], order.index(row["arm"])))
+    columns = {
+        "misses forced (and counted)": lambda row: (
+            f"{row['rate']:.0%} ({row['miss_share_of_free_picks']:.1%})"
+        ),
+        "arm": plain("arm"),
+        "step, ms (quartiles)": spread("step_ms"),
+        "exposed wait, ms a step": number(2, "exposed_wait_ms_per_step"),
+        "late": lambda row: f"{row['late_share']:.0%}" if row["late_share"] is not None else None,
+        "hits a step": number(1, "hits_per_step"),
+        "misses a step": number(1, "misses_per_step"),
+        "MB a step": number(3, "bytes_per_step", scale=1e-6),
+    }
+    return (
+        f"**{result['model']}**, {result['context']} tokens, batch {result['batch']}, "
+        f"{result['top_k']} blocks, copy engine at {result['link_gb_per_s'] or 0:.3f} GB/s; bytes "
+        f"moved equal misses x {result['shape'].get('piece_bytes')} bytes in every turn\n\n"
+        + table(rows, columns)
+    )
+
+
+def serve(result: Row) -> str:
+    """Requests whose KV exceeds the device."""
+    columns = {
+        "arm": plain("arm"),
+        "finished": plain("finished"),
+        "lost": plain("lost"),
+        "of full length": plain("complete"),
+        "preemptions": number(0, "preemptions"),
+        "most running at once": plain("peak_running"),
+        "KV over slab": number(2, "kv_over_slab", unit="x"),
+        "slab, MiB": mib("pools", "slab"),
+        "seconds in all": number(0, "seconds"),
+        "tokens as stock's": lambda row: "{median:.0f} ({min:.0f}-{max:.0f})".format(
+            **row["tokens_before_difference"]
+        ),
+    }
+    rows = table(_named(result["arms"]), columns)
+    return f"**{result['model']}**: {_requests(result)} at once\n\n{rows}"
+
+
+def training(result: Row | list[Row]) -> str:
+    """Memory and speed of Forecast training; older files are lists of points."""
+    cells = result["cells"] if isinstance(result, dict) else result
+    columns = {
+        "tokens": plain("tokens"),
+        "queries at once": plain("chunk"),
+        "MiB beyond the model": plain("peak_beyond_start_mib"),
+        "tokens/s": number(1, "tokens_per_s"),
+        "loss": number(6, "loss"),
+        "left out, needs GiB": number(0, "left_out_gib"),
+    }
+    return table(cells, columns)
+
+
+def recall(result: Row) -> str:
+    """What ``vllm-sparse eval-forecast`` writes."""
+    columns = {
+        "selector": plain("arm"),
+        "recall of the exact best blocks": number(3, "recall"),
+        "attention mass beyond the forced blocks": number(3, "mass"),
+    }
+    return (
+        f"**{result['model']}**, {result['forecast']}, {result['sequences']} documents of "
+        f"{result['seq_len']} tokens, {result['top_k']} blocks\n\n"
+        + table(_named(result["mean"]), columns)
+    )
+
+
+def stages(result: Row) -> str:
+    """What the GPU programs write."""
+    rows = [{"arm": name, **stage} for name, stage in result["stages"].items()]
+    columns = {
+        "stage": plain("arm"),
+        "result": plain("status"),
+        "seconds": number(0, "seconds"),
+        "measurements": lambda row: len(row["rows"]),
+        "reason": plain("reason"),
+    }
+    verdicts = {"target": plain("what"), "found": number(3, "found"), "reached": plain("reached")}
+    targets = result.get("targets")
+    parts = [table(rows, columns), table(targets, verdicts) if targets else ""]
+    return "\n\n".join(filter(None, parts))
+
+
+RENDERERS: dict[str, Renderer] = {
+    "kernels": kernels,
+    "speed": speed,
+    "accuracy": accuracy,
+    "capacity": capacity,
+    "oracle": accuracy,
+    "blocks": blocks,
+    "memory": memory,
+    "overlap": overlap,
+    "serve": serve,
+    "train-memory": training,
+    "forecast-recall": recall,
+    **dict.fromkeys(("gpu-check", "gpu-bench", "gpu-tune"), stages),
+}
+
+
+def kind_of(result: Any) -> str:
+    """Which of `RENDERERS` shows a result; older ones do not say what they are."""
+    if isinstance(result, list):
+        return "train-memory"
+    return result.get("benchmark", "forecast-recall")
+
+
+def labelled(rows: dict[str, Row]) -> list[Row]:
+    """The rows of arms, with what tables call them."""
+    return [{"arm": arms.label(name), "name": name, **row} for name, row in rows.items()]

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Forced selection, ways to fetch, what a selection looks like in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+
+
+def test_a_selection_that_is_one_run_of_memory_is_noticed():
+    import torch
+
+    from benchmarks import live as locality
+
+    slots = torch.tensor([[5, 6, 7, 1, 2, 9], [3, 4, 5, 6, 7, 8]])
+    assert locality.runs_of(slots).tolist() == [3, 1]
+    assert locality.Locality(60, 128).scattered
+    assert not locality.Locality(1, 128).scattered
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.4])
+def test_forced_choices_miss_exactly_what_they_are_to(rate):
+    """With frames for one working set, which the page table then has to replace in every step."""
+    import torch
+    from vllm_sparse.kernels.reference import paging, sparda_steps
+    from vllm_sparse.kernels.reference.selection import Blocks, Ranking
+
+    from benchmarks import live as steering
+    from benchmarks.ops import sparda_inputs as batches_sparda
+    from vllm_sparse.config import SpardaSettings
+
+    settings = SpardaSettings(local_blocks=2, top_k=14, dense_len=0)
+    rows, heads, width, start = 2, 2, 24, 64 * 20 + 50
+    layers = [torch.randn(rows * width + 1, heads, 4, 8) for _ in range(2)]
+    runtime = SimpleNamespace(
+        settings=settings,
+        kernels=SimpleNamespace(select_blocks=sparda_steps.select_blocks),
+        compressed=layers.__getitem__,
+    )
+    choice = steering.ForcedChoice(runtime, start)
+    assert choice.set_rate(rate) == round(10 * rate) / 10
+    with pytest.raises(ValueError, match="too few"):
+        choice.set_rate(0.9)
+    table = (1 + torch.randperm(rows * width)).view(rows, width).int()
+    table = torch.cat((table, torch.zeros(1, width, dtype=torch.int32)))
+    blocks = Blocks(64, 16, 1, 2, 14)
+    frames = batches_sparda.empty_table((rows * width + 1) * heads, rows * heads * 14, table.device)
+    for number in range(30):  # the first row crosses a block border
+        positions = torch.tensor([start + number, start + number + 30, -1])
+        vectors = torch.randn(3, heads, 8)
+        before = int(choice.new)
+        chosen = []
+        for layer in layers:
+            arguments = (layer, vectors, table, positions, Ranking(False), blocks)
+            chosen.append(choice(*arguments, dense_len=0, capacity=16))
+        assert torch.equal(chosen[0].pieces, chosen[1].pieces)
+        selected = chosen[0]
+        assert selected.pieces.dtype == torch.int32
+        assert (selected.pieces[2] == -1).all()
+        assert (selected.pieces[:, :, 14:] == -1).all()
+        logical = selected.blocks[:2, :, :14]
+        assert all(len(set(row.tolist())) == 14 for row in logical.flatten(0, 1))
+        own = positions[:2, None] // 64
+        assert (logical[:, :, 0] == 0).all()
+        assert (logical[:, :, -3:] == own[:, :, None] + torch.tensor([-2, -1, 0])).all()
+        physical = table[:2].gather(1, logical.flatten(1).long()).view_as(logical)
+        assert torch.equal(selected.pieces[:2, :, :14], physical * 2 + torch.tensor([[0], [1]]))
+        found = paging.resolve(frames, selected.pieces.long(), number + 1)
+        if number:
+            assert len(found.missing) == heads * (int(choice.new) - before)
+    assert int(choice.new) == rows * 30 * round(10 * rate) + 1
+
+
+def test_graphs_are_found_in_both_model_runners():
+    from benchmarks import live as steering
+
+    old = SimpleNamespace(model=object())
+    new = SimpleNamespace(model=object(), cudagraph_manager=object())
+    assert steering.graphs_of(old) == (old.model, "concrete_cudagraph_entries")
+    assert steering.graphs_of(new) == (new.cudagraph_manager, "graphs")
+    # Where this vLLM keeps them, and looks for them at replay.
+    from vllm.compilation.cuda_graph import CUDAGraphWrapper
+    from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+
+    assert "self.concrete_cudagraph_entries[" in inspect.getsource(CUDAGraphWrapper.__call__)
+    assert "self.graphs[desc].replay()" in inspect.getsource(CudaGraphManager.run_fullgraph)
+    assert "self.graphs[desc] = graph" in inspect.getsource(CudaGraphManager.capture)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_each_way_to_fetch_has_graphs_of_its_own(graphs):
+    """Captured once, of kernels that copy or not, and found again."""
+    import torch
+    from vllm_sparse.kernels.dispatch import SpardaGpuKernels
+
+    from benchmarks import live as steering
+    from benchmarks.live import Way
+    from vllm_sparse.config import SpardaSettings
+
+    captured, copied = [], []
+
+    class Manager:
+        graphs: ClassVar[dict] = {}
+
+    def capture_model():
+        runtime.kernels.copy_pieces(None, None, None, None, "count")
+        captured.append(runtime.settings.prefetch)
+        manager.graphs[len(captured)] = "graph"
+
+    manager = Manager()
+    fields = dict.fromkeys(SpardaGpuKernels._fields)
+    fields["copy_pieces"] = lambda *arguments: copied.append(arguments[-1])
+    runtime = SimpleNamespace(
+        settings=SpardaSettings(local_blocks=2, top_k=8),
+        compressed=lambda layer: torch.empty(0),
+        kernels=SpardaGpuKernels(**fields),
+    )
+    builder = SimpleNamespace(runtime=runtime)
+    group = SimpleNamespace(get_metadata_builder=lambda: builder)
+    mode = SimpleNamespace(has_full_cudagraphs=lambda: graphs)
+    worker = SimpleNamespace(
+        vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=mode)),
+        model_runner=SimpleNamespace(
+            attn_groups=[[group]], cudagraph_manager=manager, capture_model=capture_model
+        ),
+    )
+    steering.force(worker, 2048)
+    assert runtime.kernels.select_blocks is worker.steering.choice
+    ways = [Way(True), Way(False), Way(True, copies=False)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm.config.set_current_vllm_config", contextlib.nullcontext)
+        for way in [*ways, *ways]:
+            steering.fetch(worker, way)
+            assert runtime.settings.prefetch == way.prefetch
+            assert list(manager.graphs) == ([1 + ways.index(way)] if graphs else [])
+    assert captured == ([True, False, True] if graphs else [])
+    assert [int(count) for count in copied[2:]] == ([0] if graphs else [])
+    assert copied[:2] == (["count", "count"] if graphs else [])

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The GPU host: paths of subprocesses, installed copies, the commit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from benchmarks.gpu import machine
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_commit_may_be_given(monkeypatch):
+    monkeypatch.setenv("VLLM_SPARSE_COMMIT", "abc")
+    assert machine.facts()["commit"] == "abc"
+
+
+def test_stages_see_the_checkout_only_through_links(tmp_path, monkeypatch):
+    site = tmp_path / "site"
+    (site / "vllm").mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(site)]))
+    assert machine.default_site() == site
+    assert str(site) in machine.install_command(site)
+    entries = machine.child_paths(tmp_path).split(os.pathsep)
+    assert entries[1:] == [str(site)]
+    names = sorted(path.name for path in Path(entries[0]).iterdir())
+    assert names == ["benchmarks", "tests"]
+    monkeypatch.delenv("PYTHONPATH")
+    assert machine.default_site() == machine.SITE
+
+
+def test_stale_installed_files_are_found(tmp_path):
+    import shutil
+
+    for folder, target in machine.INSTALLED_AS.items():
+        shutil.copytree(ROOT / folder, tmp_path / target, dirs_exist_ok=True)
+    package = tmp_path / "vllm_sparse"
+    assert machine.stale_files(package) == []
+    (package / "kernels" / "layout.py").write_text("old")
+    (package / "plugin.py").unlink()
+    assert machine.stale_files(package) == ["vllm_sparse/plugin.py", "kernels/layout.py"]
+    assert machine.stale_files(ROOT / "vllm_sparse") == []  # an editable install

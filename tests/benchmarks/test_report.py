@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The report renders every committed result, and README's tables are what the results say."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from benchmarks import readme, report, results, tables
+
+FILES = sorted(results.FOLDER.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_committed_result_is_rendered(path):
+    text = report.render(path)
+    assert text.startswith(f"### {path.stem}\n")
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) > 2
+    for line in rows:
+        assert line.endswith("|")
+    measured = "environment" in json.loads(path.read_text()) if "train" not in path.stem else False
+    assert ("not recorded" not in text) == measured
+
+
+def test_the_report_prints_all_of_them(capsys):
+    report.main([])
+    printed = capsys.readouterr().out
+    assert printed.count("### ") == len(FILES) > 20
+
+
+def test_what_a_result_lacks_stays_blank(tmp_path):
+    path = tmp_path / "early.json"
+    cell = {"model": "m", "context": 8192, "batch": 8, "shared": False}
+    arms = {"dense": {"settings": None, "step_ms_at_128_tokens": {"median": 2.0}}, "rocket-512": {}}
+    body = {"cells": [{"cell": cell, "bound": None, "cores_used_by_others": None, "arms": arms}]}
+    results.write_json(path, {"benchmark": "speed", "interrupted": "KeyboardInterrupt", **body})
+    text = report.render(path)
+    assert "**Ended early: KeyboardInterrupt**" in text
+    assert re.search(r"\| dense \| \| 2\.0 \| \|", text)
+    assert text.endswith("Machine: not recorded; versions: not recorded; date: not recorded")
+
+
+def test_headers_may_repeat():
+    text = tables.table([3], {"n": lambda row: row, "n ": lambda row: None, " ": lambda row: "x"})
+    assert text == "| n | n | |\n|---|---|---|\n| 3 | | x |"
+
+
+def test_the_readme_says_what_the_results_say():
+    text = readme.PATH.read_text()
+    assert readme.filled(text) == text, "run python -m benchmarks.report --readme"
+    marked = re.findall(r"<!-- table: ([\w-]+) -->", text)
+    assert len(marked) == text.count("<!-- end -->") == len(set(marked))
+    # A comparison that is still to be made has no table yet.
+    assert set(readme.TABLES) - set(marked) <= {"policies"}
+
+
+def test_a_changed_result_changes_the_readme(monkeypatch):
+    right = readme.result
+
+    def wrong(name):
+        found = right(name)
+        if name == "capacity":
+            found["arms"]["dense"]["seconds"] += 5
+        return found
+
+    monkeypatch.setattr(readme, "result", wrong)
+    text = readme.PATH.read_text()
+    assert readme.filled(text) != text
+
+
+def test_an_unknown_table_is_an_error():
+    with pytest.raises(KeyError):
+        readme.filled("<!-- table: nothing -->\n<!-- end -->")

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Models that need no download."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks.gpu import shapes as models
+
+LLAMA, MINICPM = models.LLAMA, models.MINICPM
+
+
+def test_model_folders_have_the_published_sizes(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = models.write_config(tmp_path / "m", MINICPM, 4096)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    assert (config.num_key_value_heads, config.head_dim, config.vocab_size) == (2, 128, 73448)
+    assert config.max_position_embeddings == 4096
+    assert LLAMA.kv_bytes_per_token == 131072
+    assert MINICPM.kv_bytes_per_token == 32768
+    assert LLAMA.step_weight_bytes == pytest.approx(15.01e9, rel=1e-3)
+
+
+def test_prompts_are_reproducible_and_share_what_they_should():
+    prompts = models.parity_prompts(3)
+    assert prompts == models.parity_prompts(3) != models.parity_prompts(4)
+    assert len({len(prompt) for prompt in prompts}) == 6
+    assert prompts[0][:1200] == prompts[1][:1200] != prompts[2][:1200]
+
+
+def test_dummy_weights_get_a_spread():
+    import torch
+
+    parts = {"norm": torch.nn.LayerNorm(8), "embed_tokens": torch.nn.Embedding(64, 256)}
+    model = torch.nn.ModuleDict({**parts, "proj": torch.nn.Linear(256, 256, bias=False)})
+    worker = SimpleNamespace(model_runner=SimpleNamespace(get_model=lambda: model))
+    found = []
+    for seed in (3, 3, 4):
+        models.randomise(worker, seed)
+        found.append(model["proj"].weight.detach().clone())
+    assert (model["norm"].weight == 1).all()
+    assert float(model["embed_tokens"].weight.detach().std()) == pytest.approx(1.0, rel=0.1)
+    assert float(found[0].std()) == pytest.approx(0.02, rel=0.1)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])

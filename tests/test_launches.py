@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The table of launches: files, start-up."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from vllm_sparse.kernels.triton import launch
+from vllm_sparse.kernels.triton.launch import Launch
+
+from vllm_sparse.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_table(monkeypatch):
+    """A process reads its table once; each test has its own."""
+    monkeypatch.delenv(launch.LAUNCHES_ENV, raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    launch.launches.cache_clear()
+    yield
+    launch.launches.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a table of kernel launches"),
+        ("[]", "not a table of kernel launches"),
+        ("{}", "not a table of kernel launches .'launches'"),
+        ('{"launches": {"attend": [[64, 4]]}}', "not a table of kernel launches"),
+        ('{"launches": {"attend": [["x", 4, 2], [64, 4, 2]]}}', "not a table of kernel launches"),
+        ('{"launches": {"attention": [[64, 4, 2], [64, 4, 2]]}}', "of kernels: attention"),
+        ('{"launches": {"pool": [[48, 4, 2], [64, 4, 2]]}}', "of kernels: pool"),
+        ('{"launches": {"pool": [[64, 4, 2], [64, 3, 2]]}}', "of kernels: pool"),
+        ('{"launches": {"pool": [[64, 4, 2], [64, 4, 0]]}}', "of kernels: pool"),
+        ('{"launches": {"pool": [[0, 4, 2], [64, 4, 2]]}}', "of kernels: pool"),
+        ('{"launches": {"pool": [[64, 4, 2]]}}', "of kernels: pool"),
+    ],
+)
+def test_a_broken_table_is_refused_at_start_up(tmp_path, monkeypatch, text, message):
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+    monkeypatch.setenv(launch.LAUNCHES_ENV, str(path))
+    with pytest.raises(ConfigError, match=message) as error:
+        launch.launches(CPU)
+    assert str(path) in str(error.value)
+    assert "make gpu-tune" in str(error.value)
+
+
+def test_a_table_is_read_back_as_it_was_written(tmp_path):
+    table = {"pool": (Launch(64, 2, 1), Launch(16, 1, 5))}
+    path = tmp_path / "new" / "table.json"
+    launch.write_launches(path, table, {"gpu": "some"})
+    assert launch.read_launches(path) == table
+    assert [found.name for found in path.parent.iterdir()] == ["table.json"]
+
+
+def test_where_a_table_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_SPARSE_CACHE", str(tmp_path))
+    found = launch.tuned_path("NVIDIA H200")
+    assert found.parent == tmp_path / "launches"
+    assert re.fullmatch(r"NVIDIA-H200-triton-[\d.]+.*\.json", found.name)
+    assert launch.tuned_path("") is None  # the interpreter
+    monkeypatch.setenv(launch.LAUNCHES_ENV, "own.json")
+    assert launch.tuned_path("NVIDIA H200") == launch.tuned_path("") == Path("own.json")
+    monkeypatch.setenv(launch.LAUNCHES_ENV, "")
+    assert launch.tuned_path("NVIDIA H200") is launch.tuned_path("") is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "origin"), [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90")]
+)
+def test_the_start_up_line_says_where_launches_are_from(tmp_path, monkeypatch, capability, origin):
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setenv("VLLM_SPARSE_CACHE", str(tmp_path))
+    assert launch.launches(CPU).origin == "not tuned"
+    shipped = launch.launches(gpu)
+    assert shipped.origin == f"shipped for {origin}"
+    path = launch.tuned_path("NVIDIA H200")
+    launch.write_launches(path, {"pool": (Launch(64, 2, 1), Launch(16, 1, 5))}, {})
+    assert launch.launches(gpu) is shipped  # read once
+    launch.launches.cache_clear()
+    found = launch.launches(gpu)
+    assert found.origin == f"tuned, {path}"
+    assert found.launches == {**shipped.launches, "pool": (Launch(64, 2, 1), Launch(16, 1, 5))}
+    monkeypatch.setenv(launch.LAUNCHES_ENV, "")
+    launch.launches.cache_clear()
+    assert launch.launches(gpu).origin == f"shipped for {origin}"
