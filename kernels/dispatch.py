@@ -42,9 +42,9 @@ def rocketkv_decode(device: str, dtype: torch.dtype) -> DecodeKernel:
     fused, note = _fused(device)
     if not fused:
         return DecodeKernel(reference.decode_attention, "reference", note)
-    from vllm_sparse.kernels.cpu import rocketkv
+    from vllm_sparse.kernels.cpu import decode
 
-    return DecodeKernel(rocketkv.decode_attention, "cpu")
+    return DecodeKernel(decode.decode_attention, "cpu")
 
 
 def _fused(device: str) -> tuple[bool, str]:
