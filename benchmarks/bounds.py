@@ -36,20 +36,14 @@ class Split(NamedTuple):
 
 def split_of(shape: Shape, context: int, settings: dict, block_size: int = 16) -> Split:
     """The split of a prompt of `context` tokens, by the rule that the engine follows."""
-    from vllm_sparse.kv.tail.retention import RetentionRule
-
-    from vllm_sparse.config import RocketKVSettings
+    from vllm_sparse.policies.protocol import Shape as CacheShape
+    from vllm_sparse.policies.rocketkv import RocketKV, RocketKVSettings
 
     own = RocketKVSettings.model_validate(settings)
-    fields = RetentionRule.__dataclass_fields__.keys() & RocketKVSettings.model_fields.keys()
-    rule = RetentionRule(
-        **own.model_dump(include=set(fields)),
-        head_dim=shape.head_dim,
-        group_size=shape.heads // shape.kv_heads,
-        block_size=block_size,
-        max_model_len=2 * context,
+    group = shape.heads // shape.kv_heads
+    found = RocketKV(own, CacheShape(shape.head_dim, group, block_size, 2 * context)).retention(
+        context
     )
-    found = rule(context)
     held = context - found.dropped_blocks * block_size
     stage2 = own.stage2 and found.sparse
     return Split(held, found.page_size, found.top_r, own.token_budget // 2, stage2)

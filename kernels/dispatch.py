@@ -46,9 +46,9 @@ def policy_cpu() -> PolicyKernels:
     fused, note = _fused("cpu")
     run, name = decode.decode_attention, "reference"
     if fused:
-        from vllm_sparse.kernels.cpu import rocketkv
+        from vllm_sparse.kernels.cpu import decode as fused_decode
 
-        run, name = rocketkv.decode_attention, "cpu"
+        run, name = fused_decode.decode_attention, "cpu"
     return PolicyKernels(run, rows.plan_rows, None, None, None, name, note)
 
 

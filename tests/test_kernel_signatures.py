@@ -15,9 +15,6 @@ import vllm_sparse.kernels.reference
 FOLDERS = ("reference", "cpu", "triton")
 ROOT = Path(vllm_sparse.kernels.reference.__path__[0]).parent
 
-# Files whose functions do not match yet.
-NOT_YET = {"rocketkv", "prompt", "rows", "stage2"}
-
 
 def functions(folder: str, name: str) -> dict[str, inspect.Signature]:
     """Public functions that a module defines itself."""
@@ -38,7 +35,7 @@ def names(folder: str) -> set[str]:
 
 @pytest.mark.parametrize(("first", "second"), list(combinations(FOLDERS, 2)))
 def test_functions_of_one_name_have_one_signature(first, second):
-    shared = (names(first) & names(second)) - NOT_YET
+    shared = names(first) & names(second)
     assert any(name.startswith("sparda_") for name in shared)
     for name in sorted(shared):
         one, other = functions(first, name), functions(second, name)

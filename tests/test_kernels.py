@@ -11,7 +11,7 @@ import torch
 from reference import rocketkv_bruteforce as brute
 from vllm_sparse.kernels import dispatch
 from vllm_sparse.kernels.cpu import build
-from vllm_sparse.kernels.cpu import rocketkv as fused
+from vllm_sparse.kernels.cpu import decode as fused
 from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kernels.reference import decode as reference
 

@@ -89,15 +89,16 @@ def smoke(report: Report, options: argparse.Namespace) -> None:
 
     import vllm_sparse
     from benchmarks.ops.kernels import triton
-    from vllm_sparse.plugin import BACKENDS, register
+    from vllm_sparse.plugin import register
+    from vllm_sparse.registry import entries
 
     triton("decode_attention")
     register()
-    found = [name for name in BACKENDS if name in AttentionBackendEnum.__members__]
+    found = [name for name in entries() if name in AttentionBackendEnum.__members__]
     report.note(
         backends=found, platform=type(current_platform).__name__, version=vllm_sparse.__version__
     )
-    if sorted(found) != sorted(BACKENDS):
+    if sorted(found) != sorted(entries()):
         raise stages.CheckFailedError(f"only {found} are registered with vLLM")
 
 

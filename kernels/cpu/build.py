@@ -74,8 +74,8 @@ def load() -> ctypes.CDLL:
             built.replace(library)
     kernels = ctypes.CDLL(str(library))
     pointer = ctypes.c_void_p
-    kernels.vllm_sparse_rocketkv_decode.argtypes = (
-        ctypes.c_int, *([pointer] * 9), ctypes.POINTER(ctypes.c_int64), ctypes.c_float, ctypes.c_int
+    kernels.vllm_sparse_decode.argtypes = (
+        ctypes.c_int, *([pointer] * 10), ctypes.c_float, ctypes.c_int
     )  # fmt: skip
     kernels.vllm_sparse_attend_frames.argtypes = (ctypes.c_int, *([pointer] * 6), ctypes.c_float)
     kernels.vllm_sparse_select_blocks.argtypes = (ctypes.c_int, *([pointer] * 8))

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: The vllm-sparse authors
 //
-// Vectors of sixteen floats, and the three cache dtypes.
+// Vectors of sixteen floats, the three cache dtypes, and dot products of them.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -38,6 +38,7 @@ inline vec load(const bf16* p) {
 inline vec load(const _Float16* p) {
   return __builtin_convertvector(*reinterpret_cast<const half_vec*>(p), vec);
 }
+inline void store(float* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
 
 inline float to_float(float x) { return x; }
 inline float to_float(_Float16 x) { return static_cast<float>(x); }
@@ -59,6 +60,63 @@ inline bf16 from_float<bf16>(float x) {  // round to nearest even; inputs are fi
   return bf16{static_cast<uint16_t>(bits >> 16)};
 }
 
+// Calls run(T{}) with the element type that `dtype` names: 0 float32, 1 bfloat16, 2 float16.
+// Returns 0, or 2 if there is none.
+template <typename Run>
+int with_dtype(int dtype, Run&& run) {
+  switch (dtype) {
+    case 0: run(float{}); return 0;
+    case 1: run(bf16{}); return 0;
+    case 2: run(_Float16{}); return 0;
+  }
+  return 2;
+}
+
+// Two products a lane: acc + a[0] * b[0] + a[1] * b[1] over pairs of elements of T with queries.
+template <typename T>
+struct Dot {
+  typedef float query;  // how queries are held
+  struct pairs {
+    vec first, second;
+  };
+  // Thirty-two consecutive elements.
+  template <typename X>
+  static pairs along(const X* p) {
+    return {load(p), load(p + kLanes)};
+  }
+  // Sixteen elements of each of two rows.
+  static pairs across(const T* a, const T* b) { return {load(a), load(b)}; }
+  // Two elements, in all lanes.
+  static pairs broadcast(const query* p) { return {vec{} + p[0], vec{} + p[1]}; }
+  static vec add(vec acc, pairs a, pairs b) { return acc + a.first * b.first + a.second * b.second; }
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Dot<bf16> {
+  typedef bf16 query;
+  typedef __m512i pairs;
+  static pairs along(const bf16* p) { return _mm512_loadu_si512(p); }
+  static pairs across(const bf16* a, const bf16* b) {
+    const __m512i order = _mm512_set_epi16(
+        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,  //
+        39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    auto half = [](const bf16* p) {
+      return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    };
+    return _mm512_permutex2var_epi16(half(a), order, half(b));
+  }
+  static pairs broadcast(const bf16* p) {
+    int32_t both;
+    std::memcpy(&both, p, sizeof(both));
+    return _mm512_set1_epi32(both);
+  }
+  static vec add(vec acc, pairs a, pairs b) {
+    return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
 typedef float v8 __attribute__((vector_size(32), aligned(4)));
 typedef float v4 __attribute__((vector_size(16), aligned(4)));
 
@@ -79,11 +137,20 @@ inline v4 sum4(vec a, vec b, vec c, vec d) {
          __builtin_shufflevector(all, all, 4, 5, 6, 7);
 }
 inline float sum(vec v) { return sum4(v, v, v, v)[0]; }
+inline float largest(vec v) {
+  float top = v[0];
+  for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
 
 // One bit per lane that is true.
 inline uint32_t lane_bits(ivec truth) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
   return _mm512_cmplt_epi32_mask((__m512i)truth, _mm512_setzero_si512());
+#elif defined(__AVX2__)
+  __m256 half[2];
+  std::memcpy(half, &truth, sizeof(half));
+  return _mm256_movemask_ps(half[0]) | _mm256_movemask_ps(half[1]) << 8;
 #else
   uint32_t bits = 0;
   for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(truth[i] != 0) << i;

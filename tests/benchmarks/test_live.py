@@ -27,8 +27,8 @@ def test_a_selection_that_is_one_run_of_memory_is_noticed():
 def test_forced_choices_miss_exactly_what_they_are_to(rate):
     """With frames for one working set, which the page table then has to replace in every step."""
     import torch
-    from vllm_sparse.kernels.reference import paging, sparda_steps
-    from vllm_sparse.kernels.reference.selection import Blocks, Ranking
+    from vllm_sparse.kernels.reference import sparda_select
+    from vllm_sparse.kernels.types import Blocks, Ranking
 
     from benchmarks import live as steering
     from benchmarks.ops import sparda_inputs as batches_sparda
@@ -39,7 +39,7 @@ def test_forced_choices_miss_exactly_what_they_are_to(rate):
     layers = [torch.randn(rows * width + 1, heads, 4, 8) for _ in range(2)]
     runtime = SimpleNamespace(
         settings=settings,
-        kernels=SimpleNamespace(select_blocks=sparda_steps.select_blocks),
+        kernels=SimpleNamespace(select_blocks=sparda_select.select_blocks),
         compressed=layers.__getitem__,
     )
     choice = steering.ForcedChoice(runtime, start)

@@ -17,6 +17,29 @@ if TYPE_CHECKING:
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+class DecodeSizes(ctypes.Structure):
+    """Mirrors the struct of this name in ``pages.h``; strides count elements."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            "tokens",
+            "kv_heads",
+            "group",
+            "dim",
+            "block_size",
+            "page_size",
+            "top_k",
+            "block_stride",
+            "head_stride",
+            "table_stride",
+            "query_stride",
+            "out_stride",
+            "key_stride",
+        )
+    )
+
+
 def decode_attention(
     cache: Tensor,
     query: Tensor,
@@ -52,25 +75,24 @@ def decode_attention(
     assert output.stride(1) == dim
     assert cache.stride(-1) == 1
     assert cache.stride(-2) == cache.shape[-1]
-    sizes = (ctypes.c_int64 * 14)(
-        tokens,
-        kv_heads,
-        heads // kv_heads,
-        dim,
-        layout.block_size,
-        layout.page_size,
-        top_k,
-        cache.stride(0),
-        cache.stride(1),
-        block_table.stride(0),
-        block_table.shape[1] * layout.block_size,
-        query.stride(0),
-        output.stride(0),
-        key.stride(0),
+    sizes = DecodeSizes(
+        tokens=tokens,
+        kv_heads=kv_heads,
+        group=heads // kv_heads,
+        dim=dim,
+        block_size=layout.block_size,
+        page_size=layout.page_size,
+        top_k=top_k,
+        block_stride=cache.stride(0),
+        head_stride=cache.stride(1),
+        table_stride=block_table.stride(0),
+        query_stride=query.stride(0),
+        out_stride=output.stride(0),
+        key_stride=key.stride(0),
     )
     pointers = (t.data_ptr() for t in (cache, query, key, value, output, *integers))
-    status = build.load().vllm_sparse_rocketkv_decode(
-        DTYPES.get(cache.dtype, -1), *pointers, sizes, scale, int(read_all)
+    status = build.load().vllm_sparse_decode(
+        DTYPES.get(cache.dtype, -1), *pointers, ctypes.byref(sizes), scale, int(read_all)
     )
     if status:
         raise ValueError(f"the CPU decode kernel does not support {cache.dtype}, head size {dim}")

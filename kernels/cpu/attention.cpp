@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: The vllm-sparse authors
+//
+// Exact decode attention on a CPU over what others have selected: frames that hold blocks of SparDA,
+// or single tokens of a paged cache. `kernels/reference/paging.py` and `kernels/reference/stage2.py`
+// are the readable definitions.
+
+#include "attention.h"
+
+#include <cstdint>
+#include <cstring>
+
+#include "simd.h"
+
+namespace {
+
+// Mirrored by paging.py. Frames are contiguous; strides count elements.
+struct FrameSizes {
+  int64_t tokens;
+  int64_t kv_heads;
+  int64_t group;
+  int64_t dim;
+  int64_t block_size;
+  int64_t table_stride;
+  int64_t max_tokens;
+  int64_t query_stride;
+  int64_t out_stride;
+};
+
+// Mirrored by SlotSizes in attention.py. Strides count elements.
+struct SlotSizes {
+  int64_t tokens;
+  int64_t kv_heads;
+  int64_t group;
+  int64_t dim;
+  int64_t block_size;
+  int64_t top_k;
+  int64_t block_stride;
+  int64_t head_stride;
+  int64_t table_stride;
+  int64_t slot_stride;
+  int64_t query_stride;
+  int64_t out_stride;
+};
+
+template <typename T>
+struct Workspace {
+  Attention<T> attention;
+  std::vector<typename Dot<T>::query> query;
+  std::vector<Run<T>> runs;
+  Lines none;
+};
+
+// Kept between calls. Not inlined, for the compiler would look a thread's own up again and again.
+template <typename T>
+__attribute__((noinline)) Workspace<T>& workspace() {
+  static thread_local Workspace<T> own;
+  return own;
+}
+
+// collect(token, kv_head, runs) lists what to attend to; nothing gives zeros.
+template <typename T, typename Sizes, typename Collect>
+void attend(const Sizes& s, const void* query, void* out, float scale, Collect&& collect) {
+#pragma omp parallel
+  {
+    Workspace<T>& own = workspace<T>();
+    Attention<T>& attention = own.attention;
+    std::vector<Run<T>>& runs = own.runs;
+    attention.group = s.group;
+    attention.dim = s.dim;
+    attention.scale = scale;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < s.tokens * s.kv_heads; ++task) {
+      const int64_t t = task / s.kv_heads, h = task % s.kv_heads, first = h * s.group * s.dim;
+      T* target = static_cast<T*>(out) + t * s.out_stride + first;
+      runs.clear();
+      collect(t, h, runs);
+      if (runs.empty()) {
+        std::memset(static_cast<void*>(target), 0, s.group * s.dim * sizeof(T));
+        continue;
+      }
+      attention.hold(static_cast<const T*>(query) + t * s.query_stride + first, s.group * s.dim, own.query);
+      attention.attend(own.query.data(), runs, target, own.none);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// frames: pages of [block_size][2 * D]; table: [tokens][kv_heads][table_stride]; lengths: [tokens].
+// Returns 1 for a head size and 2 for a dtype that is not supported; see with_dtype.
+int vllm_sparse_attend_frames(int dtype, const void* frames, const void* query, void* out,
+                              const int32_t* table, const int32_t* lengths, const FrameSizes* sizes,
+                              float scale) {
+  const FrameSizes& s = *sizes;
+  if (s.dim > kMaxDim) return 1;
+  return with_dtype(dtype, [&](auto zero) {
+    typedef decltype(zero) T;
+    attend<T>(s, query, out, scale, [&](int64_t t, int64_t h, std::vector<Run<T>>& runs) {
+      const int32_t* frame = table + (t * s.kv_heads + h) * s.table_stride;
+      for (int64_t slot = 0; slot < lengths[t]; slot += s.block_size)
+        runs.push_back({static_cast<const T*>(frames) + *frame++ * s.block_size * 2 * s.dim,
+                        std::min(s.block_size, lengths[t] - slot)});
+    });
+  });
+}
+
+// slots: ascending block * block_size + slot, [tokens][kv_heads][slot_stride], of which the first
+// min(top_k, length) count; null, or top_r[t] of 0, attends to all of the block table. Returns 1 for
+// a head size and 2 for a dtype that is not supported; see with_dtype.
+int vllm_sparse_attend_slots(int dtype, const void* cache, const void* query, void* out,
+                             const int32_t* slots, const int32_t* table, const int32_t* lengths,
+                             const int32_t* top_r, const SlotSizes* sizes, float scale) {
+  const SlotSizes& s = *sizes;
+  if (s.dim > kMaxDim) return 1;
+  return with_dtype(dtype, [&](auto zero) {
+    typedef decltype(zero) T;
+    attend<T>(s, query, out, scale, [&](int64_t t, int64_t h, std::vector<Run<T>>& runs) {
+      auto row = [&](int64_t block, int64_t slot) {
+        return static_cast<const T*>(cache) + block * s.block_stride + h * s.head_stride +
+               slot * 2 * s.dim;
+      };
+      const int64_t length = lengths[t];
+      if (!slots || top_r[t] <= 0) {
+        for (int64_t slot = 0; slot < length; slot += s.block_size)
+          runs.push_back({row(table[t * s.table_stride + slot / s.block_size], 0),
+                          std::min(s.block_size, length - slot)});
+        return;
+      }
+      const int32_t* slot = slots + (t * s.kv_heads + h) * s.slot_stride;
+      for (int64_t i = 0; i < std::min(length, s.top_k); ++i)
+        runs.push_back({row(slot[i] / s.block_size, slot[i] % s.block_size), 1});
+    });
+  });
+}
+}

@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: The vllm-sparse authors
+//
+// Exact attention of one decode token's query group over runs of token rows.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "simd.h"
+
+namespace {
+
+constexpr int64_t kMaxDim = 1024;
+
+// Cache lines that a later phase will read. Scattered reads are bound by latency: asked for one
+// phase ahead, they arrive in the second-level cache while the core computes.
+struct Lines {
+  static constexpr int64_t kMost = 2048;  // half of a small second-level cache, in lines of 64 bytes
+  const char* at[kMost];
+  int64_t count = 0, next = 0;
+
+  void clear() { count = next = 0; }
+  void add(const void* first, int64_t bytes) {
+    const char* p = static_cast<const char*>(first);
+    for (const char* end = p + bytes; p < end && count < kMost; p += 64) at[count++] = p;
+  }
+  void pull(int64_t lines) {
+    for (const int64_t end = std::min(count, next + lines); next < end; ++next)
+      __builtin_prefetch(at[next], 0, 2);
+  }
+  // What each of `steps` steps has to pull.
+  int64_t share(int64_t steps) const { return steps ? (count - next + steps - 1) / steps : 0; }
+};
+
+// Consecutive token rows: each is a key, then a value.
+template <typename T>
+struct Run {
+  const T* rows;
+  int64_t tokens;
+};
+
+template <typename T>
+struct Attention {
+  typedef Dot<T> D;
+  typedef typename D::query Query;
+  int64_t group, dim;
+  float scale;
+
+  static void hold(const T* source, int64_t count, std::vector<Query>& query) {
+    query.resize(count);
+    if constexpr (std::is_same_v<T, Query>)
+      std::memcpy(query.data(), source, count * sizeof(T));
+    else
+      for (int64_t i = 0; i < count; ++i) query[i] = to_float(source[i]);
+  }
+
+  // query and out: [group][dim]. Pulls all of `later` on the way.
+  void attend(const Query* query, const std::vector<Run<T>>& runs, T* out, Lines& later) const {
+    int64_t g = 0;
+    for (; group - g >= 4; g += 4) heads<4>(query, runs, out, g, later);
+    switch (group - g) {
+      case 1: return heads<1>(query, runs, out, g, later);
+      case 2: return heads<2>(query, runs, out, g, later);
+      case 3: return heads<3>(query, runs, out, g, later);
+    }
+  }
+
+ private:
+  // Tokens whose keys and values stay in the first-level cache between logits and weighted sums.
+  static constexpr int kChunk = 32;
+  typedef const T* Rows[kChunk];
+
+  template <int G>
+  void heads(const Query* query, const std::vector<Run<T>>& runs, T* out, int64_t g,
+             Lines& later) const {
+    switch (dim) {
+      case 64: return heads<G, 2>(query + g * dim, runs, out + g * dim, later);
+      case 128: return heads<G, 4>(query + g * dim, runs, out + g * dim, later);
+      default: return heads<G, 0>(query + g * dim, runs, out + g * dim, later);
+    }
+  }
+
+  // Up to four query heads, by an online softmax. P is the number of 32-element pieces of a head
+  // (0: not known at compile time); with it, queries stay in registers.
+  template <int G, int P>
+  void heads(const Query* query, const std::vector<Run<T>>& runs, T* out, Lines& later) const {
+    size_t run = 0;
+    int64_t taken = 0, tokens = 0;
+    for (const Run<T>& r : runs) tokens += r.tokens;
+    auto next = [&](Rows& rows) {
+      int count = 0;
+      while (count < kChunk && run < runs.size()) {
+        rows[count++] = runs[run].rows + taken * 2 * dim;
+        if (++taken == runs[run].tokens) ++run, taken = 0;
+      }
+      return count;
+    };
+    const int64_t share = later.share(tokens);
+    float sums[4 * kMaxDim];
+    std::fill(sums, sums + G * dim, 0.0f);
+    vec top = vec{} - INFINITY, mass = {};  // lane i: of head i % 4
+    Rows chunks[2];
+    int count = next(chunks[0]);
+    for (int i = 0; count; i ^= 1) {
+      const int following = next(chunks[i ^ 1]);
+      float weights[4 * kChunk];  // [token][head]
+      for (int t = 0; t < count; ++t) {
+        if (t < following) ask(chunks[i ^ 1][t]);
+        later.pull(share);
+        const v4 dots = logits<G, P>(query, chunks[i][t]);
+        *reinterpret_cast<v4*>(weights + 4 * t) = dots;
+      }
+      const vec decay = softmax(weights, count, top, mass);
+      weigh_all<G, P>(chunks[i], count, weights, decay, sums);
+      count = following;
+    }
+    for (int g = 0; g < G; ++g) {
+      const float inverse = 1.0f / ((mass[g] + mass[g + 4]) + (mass[g + 8] + mass[g + 12]));
+      for (int64_t j = 0; j < dim; ++j) out[g * dim + j] = from_float<T>(sums[g * dim + j] * inverse);
+    }
+  }
+
+  void ask(const T* row) const {
+    const char* p = reinterpret_cast<const char*>(row);
+    for (int64_t b = 0; b < 2 * dim * static_cast<int64_t>(sizeof(T)); b += 64)
+      __builtin_prefetch(p + b);
+  }
+
+  template <int G, int P>
+  v4 logits(const Query* query, const T* key) const {
+    const int64_t pieces = P ? P : dim / 32;
+    vec acc[4] = {};
+    for (int64_t p = 0; p < pieces; ++p) {
+      const auto k = D::along(key + 32 * p);
+      for (int g = 0; g < G; ++g) acc[g] = D::add(acc[g], k, D::along(query + g * dim + 32 * p));
+    }
+    v4 dots = sum4(acc[0], acc[1], acc[2], acc[3]);
+    if (!P)
+      for (int64_t j = 32 * pieces; j < dim; ++j)
+        for (int g = 0; g < G; ++g) dots[g] += to_float(key[j]) * to_float(query[g * dim + j]);
+    return dots * scale;
+  }
+
+  // Exponentials of `count` more logits; returns by how much earlier sums shrink.
+  static vec softmax(float* x, int count, vec& top, vec& mass) {
+    const int padded = (4 * count + kLanes - 1) / kLanes * kLanes;
+    std::fill(x + 4 * count, x + padded, -INFINITY);
+    const vec before = top;
+    for (int i = 0; i < padded; i += kLanes) top = load(x + i) > top ? load(x + i) : top;
+    for (int shift : {4, 8}) {  // the largest of a head's four lanes, in all of them
+      vec other;
+      for (int lane = 0; lane < kLanes; ++lane) other[lane] = top[(lane + shift) % kLanes];
+      top = other > top ? other : top;
+    }
+    const vec decay = exp_nonpositive(before - top);
+    mass *= decay;
+    for (int i = 0; i < padded; i += kLanes) {
+      const vec e = exp_nonpositive(load(x + i) - top);
+      store(x + i, e);
+      mass += e;
+    }
+    return decay;
+  }
+
+  template <int G, int P>
+  void weigh_all(const Rows& rows, int count, const float* weights, vec decay, float* sums) const {
+    const int64_t vectors = P ? 2 * P : dim / kLanes;
+    int64_t v = 0;
+    for (; v + 4 <= vectors; v += 4) weigh<G, 4>(rows, count, weights, decay, v, sums);
+    if (P) return;
+    for (; v < vectors; ++v) weigh<G, 1>(rows, count, weights, decay, v, sums);
+    for (int64_t j = v * kLanes; j < dim; ++j)
+      for (int g = 0; g < G; ++g) {
+        float total = sums[g * dim + j] * decay[g];
+        for (int t = 0; t < count; ++t) total += to_float(rows[t][dim + j]) * weights[4 * t + g];
+        sums[g * dim + j] = total;
+      }
+  }
+
+  // W vectors of the values, from vector `first` of the head.
+  template <int G, int W>
+  void weigh(const Rows& rows, int count, const float* weights, vec decay, int64_t first,
+             float* sums) const {
+    sums += first * kLanes;
+    vec acc[G][W];
+    for (int g = 0; g < G; ++g)
+      for (int w = 0; w < W; ++w) acc[g][w] = load(sums + g * dim + w * kLanes) * decay[g];
+    for (int t = 0; t < count; ++t)
+      for (int w = 0; w < W; ++w) {
+        const vec value = load(rows[t] + dim + (first + w) * kLanes);
+        for (int g = 0; g < G; ++g) acc[g][w] += value * weights[4 * t + g];
+      }
+    for (int g = 0; g < G; ++g)
+      for (int w = 0; w < W; ++w) store(sums + g * dim + w * kLanes, acc[g][w]);
+  }
+};
+
+}  // namespace

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: The vllm-sparse authors
+//
+// RocketKV decode attention on a CPU: append, page extrema, page scores, top-k and exact attention
+// over the selection, fused so that each byte of the paged KV cache is read once and nothing is
+// materialised. `kernels/reference/decode.py` is the readable definition.
+//
+// A task is one KV head of one token. Each thread has up to three of them in flight, so that memory
+// is always busy: while it scores one, the rows that the one before has selected are on their way;
+// while it attends to those, the extrema of the one after are.
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+
+#include <omp.h>
+
+#include "attention.h"
+#include "pages.h"
+#include "simd.h"
+
+namespace {
+
+template <typename T>
+struct Arguments {
+  const DecodeSizes& s;
+  T* cache;
+  const T *query, *key, *value;
+  T* out;
+  const int32_t *table, *lengths, *final_lengths, *top_r;
+  float scale;
+  bool read_all;
+
+  HeadCache<T> head(int64_t task) const {
+    return {s, cache, table + task / s.kv_heads * s.table_stride, task % s.kv_heads};
+  }
+  void append(int64_t task) const {
+    const int64_t t = task / s.kv_heads, at = t * s.key_stride + task % s.kv_heads * s.dim;
+    if (lengths[t] > 0) head(task).append(lengths[t] - 1, key + at, value + at);
+  }
+  // Only the last token that a step writes to a page stores the page's extrema.
+  void refresh(int64_t task) const {
+    const int64_t t = task / s.kv_heads, n = lengths[t];
+    if (n > 0 && top_r[t] > 0 && (n == final_lengths[t] || n % s.page_size == 0))
+      head(task).refresh(n);
+  }
+};
+
+template <typename T>
+struct Task {
+  int64_t id = -1;  // none
+  bool selects;
+  std::vector<typename Dot<T>::query> query;
+  Channels<T> channels;
+  Lines extrema, rows;
+  std::vector<Run<T>> runs;
+
+  void begin(const Arguments<T>& a, int64_t task) {
+    const DecodeSizes& s = a.s;
+    const int64_t t = task / s.kv_heads, h = task % s.kv_heads, n = a.lengths[t];
+    const HeadCache<T> head = a.head(task);
+    id = task;
+    selects = !a.read_all && a.top_r[t] > 0 && n > s.top_k;
+    extrema.clear();
+    rows.clear();
+    runs.clear();
+    Attention<T>::hold(a.query + t * s.query_stride + h * s.group * s.dim, s.group * s.dim, query);
+    if (selects) {
+      channels.choose(query.data(), s.group, s.dim, a.top_r[t]);
+      const int64_t pages = head.pages_per_block();
+      for (int64_t b = 0; b * s.block_size < n; ++b) {
+        const T* first = head.extrema(b);
+        for (int32_t row : channels.rows) extrema.add(first + row * pages, pages * sizeof(T));
+      }
+    } else {
+      for (int64_t slot = 0; slot < n; slot += s.block_size)
+        runs.push_back({head.row(slot), std::min(s.block_size, n - slot)});
+      ask_for_rows(s.dim);
+    }
+  }
+
+  void select(const Arguments<T>& a, PageSelection<T>& selection, Lines& earlier) {
+    if (!selects) return;
+    const DecodeSizes& s = a.s;
+    const HeadCache<T> head = a.head(id);
+    const int64_t n = a.lengths[id / s.kv_heads];
+    const int64_t last = selection.select(head, channels, s.group, n, extrema, earlier);
+    for (int32_t page : selection.pages) {
+      const int64_t visible = std::min(s.page_size, n - page * s.page_size);
+      runs.push_back({head.row(page * s.page_size), visible});
+    }
+    runs.back().tokens = std::min(runs.back().tokens, last);
+    ask_for_rows(s.dim);
+  }
+
+  void attend(const Arguments<T>& a, Attention<T>& attention, Lines& later) {
+    const DecodeSizes& s = a.s;
+    T* out = a.out + id / s.kv_heads * s.out_stride + id % s.kv_heads * s.group * s.dim;
+    if (runs.empty()) std::memset(static_cast<void*>(out), 0, s.group * s.dim * sizeof(T));
+    else attention.attend(query.data(), runs, out, later);
+  }
+
+ private:
+  void ask_for_rows(int64_t dim) {
+    for (const Run<T>& run : runs) rows.add(run.rows, run.tokens * 2 * dim * sizeof(T));
+  }
+};
+
+template <typename T>
+struct Workspace {
+  Task<T> tasks[3];
+  PageSelection<T> selection;
+  Attention<T> attention;
+};
+
+// Kept between calls: allocating it would cost as much as a small selection. Not inlined, for the
+// compiler would look a thread's own up again and again.
+template <typename T>
+__attribute__((noinline)) Workspace<T>& workspace() {
+  static thread_local Workspace<T> own;
+  return own;
+}
+
+template <typename T>
+void decode(const Arguments<T>& a) {
+  const DecodeSizes& s = a.s;
+  const int64_t tasks = s.tokens * s.kv_heads;
+  // A replayed request brings several tokens: all are appended before any is read.
+  bool replays = false;
+  for (int64_t t = 0; t < s.tokens; ++t) replays |= a.lengths[t] != a.final_lengths[t];
+  std::atomic<int64_t> claimed{0};
+#pragma omp parallel
+  {
+    Workspace<T>& own = workspace<T>();
+    Attention<T>& attention = own.attention;
+    attention.group = s.group;
+    attention.dim = s.dim;
+    attention.scale = a.scale;
+    if (replays) {
+#pragma omp for schedule(static)
+      for (int64_t task = 0; task < tasks; ++task) a.append(task);
+#pragma omp for schedule(static)
+      for (int64_t task = 0; task < tasks; ++task) a.refresh(task);
+    }
+    Task<T> *before = &own.tasks[0], *now = &own.tasks[1], *after = &own.tasks[2];
+    auto begin = [&](Task<T>* task, int64_t id) {
+      task->id = -1;
+      if (id >= tasks) return;
+      if (!replays) {
+        a.append(id);
+        a.refresh(id);
+      }
+      task->begin(a, id);
+    };
+    before->id = -1;
+    // Every thread starts with one, so that a small batch is spread.
+    begin(now, omp_get_thread_num());
+    const int64_t threads = omp_get_num_threads();
+    while (now->id >= 0 || before->id >= 0) {
+      if (now->id >= 0) now->select(a, own.selection, before->rows);
+      begin(after, now->id < 0 ? tasks : threads + claimed.fetch_add(1));
+      if (before->id >= 0) {
+        before->rows.pull(Lines::kMost);
+        before->attend(a, attention, after->extrema);
+      }
+      std::swap(before, now);  // now: done
+      std::swap(now, after);
+    }
+  }
+}
+
+}  // namespace
+
+// dtype: see with_dtype. final_lengths[t] is the length of t's request after this step. Returns 1
+// for a head size and 2 for a dtype that is not supported.
+extern "C" int vllm_sparse_decode(int dtype, void* cache, const void* query, const void* key,
+                                  const void* value, void* out, const int32_t* table,
+                                  const int32_t* lengths, const int32_t* final_lengths,
+                                  const int32_t* top_r, const DecodeSizes* sizes, float scale,
+                                  int read_all) {
+  if (sizes->dim > kMaxDim) return 1;
+  return with_dtype(dtype, [&](auto zero) {
+    typedef decltype(zero) T;
+    decode<T>({*sizes, static_cast<T*>(cache), static_cast<const T*>(query),
+               static_cast<const T*>(key), static_cast<const T*>(value), static_cast<T*>(out), table,
+               lengths, final_lengths, top_r, scale, read_all != 0});
+  });
+}

@@ -1,0 +1,317 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: The vllm-sparse authors
+//
+// RocketKV's key extrema on a CPU: keeping them, scoring pages by them, choosing the best pages.
+//
+// What one KV head has in one block of the cache is a contiguous run of elements:
+//     [block_size][2 * D]                 one row per token: its key, then its value
+//     [2 * D][block_size / page_size]     channel-major page extrema: D rows of minima, D of maxima
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "attention.h"
+#include "simd.h"
+
+namespace {
+
+// Mirrored by DecodeSizes in decode.py. Strides count elements.
+struct DecodeSizes {
+  int64_t tokens;
+  int64_t kv_heads;
+  int64_t group;
+  int64_t dim;
+  int64_t block_size;
+  int64_t page_size;
+  int64_t top_k;
+  int64_t block_stride;
+  int64_t head_stride;
+  int64_t table_stride;
+  int64_t query_stride;
+  int64_t out_stride;
+  int64_t key_stride;
+};
+
+// The cache of one KV head of one request.
+template <typename T>
+struct HeadCache {
+  const DecodeSizes& s;
+  T* cache;
+  const int32_t* table;  // block ids, from the first kept block
+  int64_t head;
+
+  T* block(int64_t index) const {
+    return cache + table[index] * s.block_stride + head * s.head_stride;
+  }
+  T* row(int64_t slot) const {
+    const uint32_t size = s.block_size, at = slot;  // 64-bit division is slow
+    return block(at / size) + at % size * 2 * s.dim;
+  }
+  T* extrema(int64_t index) const { return block(index) + s.block_size * 2 * s.dim; }
+  int64_t pages_per_block() const { return s.block_size / s.page_size; }
+
+  void append(int64_t slot, const T* key, const T* value) const {
+    std::memcpy(row(slot), key, s.dim * sizeof(T));
+    std::memcpy(row(slot) + s.dim, value, s.dim * sizeof(T));
+  }
+
+  // Element-wise extrema of the keys in slots [first, last), which are of one page.
+  void bounds(int64_t first, int64_t last, float* low, float* high) const {
+    std::fill(low, low + s.dim, INFINITY);
+    std::fill(high, high + s.dim, -INFINITY);
+    const T* key = row(first);
+    for (int64_t slot = first; slot < last; ++slot, key += 2 * s.dim) {
+      int64_t j = 0;
+      for (; j + kLanes <= s.dim; j += kLanes) {
+        const vec x = load(key + j), least = load(low + j), most = load(high + j);
+        store(low + j, x < least ? x : least);
+        store(high + j, x > most ? x : most);
+      }
+      for (; j < s.dim; ++j) {
+        const float x = to_float(key[j]);
+        low[j] = std::min(low[j], x);
+        high[j] = std::max(high[j], x);
+      }
+    }
+  }
+
+  // Stores the extrema of the page that the last of `tokens` tokens is in.
+  void refresh(int64_t tokens) const {
+    float low[kMaxDim], high[kMaxDim];
+    const int64_t page = (tokens - 1) / s.page_size, stride = pages_per_block();
+    bounds(page * s.page_size, tokens, low, high);
+    T* target = extrema(page / stride) + page % stride;
+    for (int64_t j = 0; j < s.dim; ++j) {
+      target[j * stride] = from_float<T>(low[j]);
+      target[(s.dim + j) * stride] = from_float<T>(high[j]);
+    }
+  }
+};
+
+// The channels that estimate a query group's logits, and how.
+template <typename T>
+struct Channels {
+  typedef typename Dot<T>::query Query;
+  std::vector<int32_t> rows;   // of the extrema, ascending by channel; even in number
+  std::vector<Query> weights;  // [group][rows]
+  std::vector<float> inverse_temperature;
+
+  // query: [group][dim]. Channels with the largest group magnitude; minima for a non-positive sum.
+  void choose(const Query* query, int64_t group, int64_t dim, int64_t top_r) {
+    top_r = std::min(top_r, dim);
+    float magnitude[kMaxDim + kLanes], total[kMaxDim];
+    std::fill(magnitude, magnitude + dim, 0.0f);
+    std::fill(total, total + dim, 0.0f);
+    for (int64_t g = 0; g < group; ++g)
+      for (int64_t j = 0; j < dim; ++j) {
+        const float x = to_float(query[g * dim + j]);
+        magnitude[j] += std::fabs(x);
+        total[j] += x;
+      }
+    std::fill(magnitude + dim, magnitude + dim + kLanes, -1.0f);
+    int32_t order[kMaxDim];
+    int64_t kept = 0;
+    for (int64_t j = 0; j < dim && kept < top_r; ++j) {
+      int rank = 0;  // larger ones, and equal ones of lower channels
+      for (int64_t i = 0; i < dim; i += kLanes) {
+        const vec other = load(magnitude + i);
+        const uint32_t lower = j <= i ? 0 : j - i >= kLanes ? ~0u : (1u << (j - i)) - 1;
+        rank += __builtin_popcount(lane_bits(other > magnitude[j]) |
+                                   (lane_bits(other == magnitude[j]) & lower));
+      }
+      if (rank < top_r) order[kept++] = static_cast<int32_t>(j);
+    }
+    const int64_t even = top_r + top_r % 2;
+    rows.resize(even);
+    for (int64_t i = 0; i < top_r; ++i)
+      rows[i] = order[i] + (total[order[i]] > 0 ? static_cast<int32_t>(dim) : 0);
+    if (even > top_r) rows[top_r] = rows[top_r - 1];
+    weights.assign(group * even, from_float<Query>(0.0f));
+    inverse_temperature.resize(group);
+    for (int64_t g = 0; g < group; ++g) {
+      const Query *from = query + g * dim, *to = weights.data() + g * even;
+      for (int64_t i = 0; i < top_r; ++i) weights[g * even + i] = from[order[i]];
+      const float chosen = magnitude_sum(to, even), all = magnitude_sum(from, dim);
+      inverse_temperature[g] = all > 0 ? 1.0f / std::sqrt(dim * (chosen / all)) : 1.0f;
+    }
+  }
+
+ private:
+  static float magnitude_sum(const Query* x, int64_t count) {
+    float total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < count; ++i) total += std::fabs(to_float(x[i]));
+    return total;
+  }
+};
+
+// Hybrid sparse attention's choice of pages for one query group.
+template <typename T>
+struct PageSelection {
+  typedef Dot<T> D;
+  std::vector<float> score, probability;
+  std::vector<int32_t> pages;
+
+  // Fills `pages`, the newest first; returns how many tokens of the last one are taken. `own` are
+  // the extrema in the order of their use; `earlier` is pulled on the way.
+  int64_t select(const HeadCache<T>& head, const Channels<T>& channels, int64_t group,
+                 int64_t tokens, Lines& own, Lines& earlier) {
+    const DecodeSizes& s = head.s;
+    const int64_t count = (tokens + s.page_size - 1) / s.page_size, newest = count - 1;
+    const int64_t newest_tokens = tokens - newest * s.page_size;
+    const int64_t per_block = head.pages_per_block(), blocks = (count + per_block - 1) / per_block;
+    const int64_t padded = (blocks * per_block + kLanes - 1) / kLanes * kLanes;
+    score.resize(group * padded + kLanes);
+    const int64_t own_share = own.count / blocks + 1, earlier_share = earlier.share(2 * blocks);
+    own.pull(3 * own_share);
+    for (int64_t b = 0; b < blocks; ++b) {
+      own.pull(own_share);
+      earlier.pull(earlier_share);
+      score_block(head.extrema(b), per_block, channels, group, score.data() + b * per_block, padded);
+    }
+    // The newest page may have grown since (or, for a replayed token, shrunk to what it saw).
+    float bound[2 * kMaxDim];
+    head.bounds(newest * s.page_size, tokens, bound, bound + s.dim);
+    const int64_t width = channels.rows.size();
+    for (int64_t g = 0; g < group; ++g) {
+      float value = 0;
+      for (int64_t i = 0; i < width; ++i)
+        value += to_float(channels.weights[g * width + i]) * bound[channels.rows[i]];
+      score[g * padded + newest] = value;
+      for (int64_t p = count; p < padded; ++p) score[g * padded + p] = -INFINITY;
+    }
+    rank(channels, group, padded, newest, newest_tokens, s.page_size, earlier);
+
+    pages.assign(1, static_cast<int32_t>(newest));
+    const int64_t rest = s.top_k - newest_tokens;
+    if (rest <= 0) return s.top_k;
+    const int64_t full = std::min(rest / s.page_size, newest);
+    const int64_t remainder = full < newest ? rest - full * s.page_size : 0;
+    take_top(newest, full + (remainder > 0), earlier);
+    if (pages.size() < 2) return newest_tokens;  // NaN scores rank nothing
+    if (!remainder) return s.page_size;
+    // The lowest-ranked page is the one taken in part; it goes last.
+    size_t lowest = 1;
+    for (size_t i = 2; i < pages.size(); ++i)
+      if (probability[pages[i]] <= probability[pages[lowest]]) lowest = i;
+    std::rotate(pages.begin() + lowest, pages.begin() + lowest + 1, pages.end());
+    return remainder;
+  }
+
+ private:
+  static void score_block(const T* extrema, int64_t pages, const Channels<T>& channels,
+                          int64_t group, float* out, int64_t out_stride) {
+    int64_t g = 0;
+    for (; group - g >= 4; g += 4) score_heads<4>(extrema, pages, channels, g, out, out_stride);
+    switch (group - g) {
+      case 1: return score_heads<1>(extrema, pages, channels, g, out, out_stride);
+      case 2: return score_heads<2>(extrema, pages, channels, g, out, out_stride);
+      case 3: return score_heads<3>(extrema, pages, channels, g, out, out_stride);
+    }
+  }
+
+  template <int G>
+  static void score_heads(const T* extrema, int64_t pages, const Channels<T>& channels,
+                          int64_t first, float* out, int64_t out_stride) {
+    out += first * out_stride;
+    int64_t p = 0;
+    for (; p + 2 * kLanes <= pages; p += 2 * kLanes)
+      score_tile<G, 2>(extrema + p, pages, channels, first, out + p, out_stride);
+    for (; p + kLanes <= pages; p += kLanes)
+      score_tile<G, 1>(extrema + p, pages, channels, first, out + p, out_stride);
+    const int64_t width = channels.rows.size();
+    for (; p < pages; ++p)
+      for (int g = 0; g < G; ++g) {
+        float total = 0;
+        for (int64_t i = 0; i < width; ++i)
+          total += to_float(extrema[channels.rows[i] * pages + p]) *
+                   to_float(channels.weights[(first + g) * width + i]);
+        out[g * out_stride + p] = total;
+      }
+  }
+
+  template <int G, int W>
+  static void score_tile(const T* extrema, int64_t pages, const Channels<T>& channels,
+                         int64_t first, float* out, int64_t out_stride) {
+    const int64_t width = channels.rows.size();
+    const int32_t* rows = channels.rows.data();
+    const auto* weights = channels.weights.data() + first * width;
+    vec acc[G][W] = {};
+    for (int64_t i = 0; i < width; i += 2) {
+      const T *a = extrema + rows[i] * pages, *b = extrema + rows[i + 1] * pages;
+      typename D::pairs bound[W];
+      for (int w = 0; w < W; ++w) bound[w] = D::across(a + w * kLanes, b + w * kLanes);
+      for (int g = 0; g < G; ++g) {
+        const auto weight = D::broadcast(weights + g * width + i);
+        for (int w = 0; w < W; ++w) acc[g][w] = D::add(acc[g][w], bound[w], weight);
+      }
+    }
+    for (int g = 0; g < G; ++g)
+      for (int w = 0; w < W; ++w) store(out + g * out_stride + w * kLanes, acc[g][w]);
+  }
+
+  // Softmax of the scores over tokens (each page counts once per token), summed over the group.
+  void rank(const Channels<T>& channels, int64_t group, int64_t padded, int64_t newest,
+            int64_t newest_tokens, int64_t page_size, Lines& earlier) {
+    const int64_t share = earlier.share(2 * group * padded / kLanes);
+    probability.assign(padded + kLanes, 0.0f);
+    for (int64_t g = 0; g < group; ++g) {
+      float* x = score.data() + g * padded;
+      const float inverse = channels.inverse_temperature[g];
+      vec tops = load(x);
+      for (int64_t p = kLanes; p < padded; p += kLanes) tops = load(x + p) > tops ? load(x + p) : tops;
+      const float top = largest(tops);
+      vec mass = {};
+      for (int64_t p = 0; p < padded; p += kLanes) {
+        earlier.pull(share);
+        const vec e = exp_nonpositive((load(x + p) - top) * inverse);
+        store(x + p, e);
+        mass += e;
+      }
+      const float total = page_size * sum(mass) - (page_size - newest_tokens) * x[newest];
+      for (int64_t p = 0; p < padded; p += kLanes)
+        store(&probability[p], load(&probability[p]) + load(x + p) * (1.0f / total));
+    }
+  }
+
+  // Appends the `count` most probable of the first n pages, ascending, ties to the lower page.
+  // Non-negative floats order as integers, so bisecting the bit pattern of the count-th largest
+  // takes at most 31 branch-free passes.
+  void take_top(int64_t n, int64_t count, Lines& earlier) {
+    const int64_t share = earlier.share(16);
+    if (count <= 0) return;
+    const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+    for (int64_t p = n; p < padded; ++p) probability[p] = -1.0f;
+    auto bits = [&](int64_t p) { return (ivec)load(&probability[p]); };
+    auto at_least = [&](int32_t threshold) {
+      earlier.pull(share);
+      int64_t found = 0;
+      for (int64_t p = 0; p < padded; p += kLanes)
+        found += __builtin_popcount(lane_bits(bits(p) >= threshold));
+      return found;
+    };
+    int32_t low = 0, high = 0x7f800000;  // at_least(low) >= count > at_least(high)
+    while (high - low > 1) {
+      const int32_t middle = low + (high - low) / 2;
+      const int64_t found = at_least(middle);
+      (found >= count ? low : high) = middle;
+      if (found == count) break;
+    }
+    int64_t ties = count - at_least(low + 1);
+    for (int64_t p = 0; p < padded; p += kLanes) {
+      const uint32_t larger = lane_bits(bits(p) > low);
+      for (uint32_t rest = larger | lane_bits(bits(p) == low); rest; rest &= rest - 1) {
+        const int lane = __builtin_ctz(rest);
+        // If more than `count` share the smallest kept value, the first ones win.
+        if ((larger >> lane & 1) || ties-- > 0) pages.push_back(static_cast<int32_t>(p + lane));
+      }
+    }
+  }
+};
+
+}  // namespace
