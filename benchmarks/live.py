@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 GOLDEN_RATIO = 0.618
 HEAD_SHIFT = 17
@@ -48,7 +51,8 @@ def sparda_memory(worker: Any) -> dict[str, int]:
     """
     runtime = sparda_runtime(worker)
     pager = runtime.pager
-    read = sum(int((layer.table.last_use == layer._step).sum()) for layer in pager.layers)
+    step = runtime.fetcher.step
+    read = sum(int((layer.table.last_use == step).sum()) for layer in pager.layers)
     return {
         "working_set": read * pager.geometry.piece_bytes,
         "slab": sum(layer.slab.nbytes for layer in pager.layers),
@@ -162,8 +166,6 @@ class ForcedChoice:
             self._chosen = self._choose(table, positions, compressed.shape[1])
         assert self._chosen is not None, "layer 0 chooses first"
         blocks, pieces = self._chosen
-        if isinstance(selected, Tensor):  # what a CPU's kernel returns
-            return blocks
         room = (0, selected.pieces.shape[2] - pieces.shape[2])
         blocks, pieces = (
             torch.nn.functional.pad(part, room, value=-1).int() for part in (blocks, pieces)
@@ -194,28 +196,22 @@ class ForcedChoice:
         return blocks.masked_fill(nothing, -1), pieces.masked_fill(nothing, -1)
 
 
-class CountingEngine:
-    """Counts the bytes that pass through a CPU's copy engine.
+class CountingLane:
+    """Counts the bytes that pass through a lane, where the host knows them.
 
     Attributes:
-        nbytes: Bytes submitted so far.
+        nbytes: Bytes forked so far.
     """
 
-    def __init__(self, engine: Any) -> None:
-        """Wraps an engine."""
+    def __init__(self, lane: Any) -> None:
+        """Wraps a lane."""
         self.nbytes = 0
-        self._engine = engine
+        self._lane = lane
 
-    def submit(
-        self, target: Tensor, target_index: Tensor, source: Tensor, source_index: Tensor
-    ) -> Any:
-        """Submits a copy, as a `CopyEngine` does."""
-        self.nbytes += len(source_index) * source[0].nbytes
-        return self._engine.submit(target, target_index, source, source_index)
-
-    def close(self) -> None:
-        """Closes the wrapped engine."""
-        self._engine.close()
+    def fork(self, work: Callable[[], object], nbytes: int = 0) -> Any:
+        """Forks work, as a `Lane` does."""
+        self.nbytes += nbytes
+        return self._lane.fork(work, nbytes)
 
 
 class _Steering:
@@ -229,16 +225,14 @@ class _Steering:
         self._none = torch.zeros(1, dtype=torch.int32, device=self.choice.new.device)
         self._graphs: dict[Way, dict] = {}
         self.runtime.kernels = self.runtime.kernels._replace(select_blocks=self.choice)
-        self.engine = None
-        if hasattr(self.runtime, "scheduler"):
-            scheduler = self.runtime.scheduler
-            self.engine = scheduler._engine = CountingEngine(scheduler._engine)
+        fetcher = self.runtime.fetcher
+        self.lane = fetcher._lane = CountingLane(fetcher._lane)
 
     def fetch(self, way: Way) -> None:
-        runtime = self.runtime
-        runtime.settings = runtime.settings.model_copy(update={"prefetch": way.prefetch})
+        fetcher = self.runtime.fetcher
+        fetcher.prefetch = way.prefetch
         copy = self._copy if way.copies else self._copy_nothing
-        runtime.kernels = runtime.kernels._replace(copy_pieces=copy)
+        fetcher.kernels = fetcher.kernels._replace(copy_pieces=copy)
         if not self._worker.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
             return
         runner = self._worker.model_runner
@@ -258,13 +252,13 @@ class _Steering:
 
     def counted(self) -> dict[str, float]:
         """Hits, misses and bytes by the names of the plugin's counters."""
-        if self.engine is not None:
+        if self.choice.new.device.type == "cpu":
             from vllm_sparse import metrics
 
             found = {name: metrics.counters().value(name) for name in COUNTED}
-            return {**found, "engine_bytes": self.engine.nbytes}
+            return {**found, "engine_bytes": self.lane.nbytes}
         # Metrics come some steps late, what the device counts does not.
-        hits, misses, _ = self.runtime.counters.values.tolist()
+        hits, misses, _ = self.runtime.fetcher.counters.values.view(2, 3).sum(0).tolist()
         moved = misses * self.runtime.pager.geometry.piece_bytes
         return {"frame_hits": hits, "frame_misses": misses, "host_to_device_bytes": moved}
 
@@ -300,7 +294,7 @@ def counts(worker: Any) -> dict[str, float]:
 
     Returns:
         Counters; ``expected_misses`` of pieces, which follow from the block sets that were forced;
-        ``free_picks``. On a CPU also ``engine_bytes``, which passed through the copy engine.
+        ``free_picks``. On a CPU also ``engine_bytes``, which passed through the lane.
     """
     steering = worker.steering
     geometry = steering.runtime.pager.geometry

@@ -206,7 +206,8 @@ def make_rows(
     lengths = torch.arange(longest + 1, device=device)
     dropped = (lengths // size - integers(least, least + 4, longest + 1)).clamp_min(0)
     top_r = torch.where(dropped > 0, integers(1, case.dim, longest + 1), 0)
-    rules = torch.stack((torch.where(top_r > 0, dropped, 0), top_r), 1).int()
+    gone = torch.where(top_r > 0, dropped, 0)
+    rules = torch.stack((gone, top_r, gone), 1).int()
     return {
         "rows": Rows(torch.full((count, width), -9, device=device).int(),
                      *torch.full((3, count), -9, device=device).int()),

@@ -26,7 +26,7 @@ class _PagedLayer:
     """Chooses, fetches beside the computation and attends, as one layer of the engine does."""
 
     def __init__(self, case: PagedCase, pool: Pool, generator: torch.Generator) -> None:
-        from vllm_sparse.prefetch.lanes import LateLane, StreamLane
+        from vllm_sparse.prefetch.lane import LateLane, StreamLane
 
         self._case, self._pool, self._generator = case, pool, generator
         device = pool.table.device

@@ -55,14 +55,21 @@ def decode_attention(
     top_k: int,
     scale: float,
     read_all: bool = False,
+    replays: bool = True,
+    parked: Tensor | None = None,
+    per_block: int = 0,
 ) -> None:
     """Same contract as :func:`vllm_sparse.kernels.reference.decode.decode_attention`.
 
     Integer tensors must be int32; head and channel axes of all tensors must be contiguous.
 
     Raises:
-        ValueError: Unsupported dtype or head size.
+        ValueError: Unsupported dtype or head size, or queries that wait: only a captured batch,
+            which a CPU has not, holds a prompt's token beside decode rows.
     """
+    del replays, per_block
+    if parked is not None:
+        raise ValueError("the CPU decode kernel lets no queries wait for their prompt's end")
     tokens, heads, dim = query.shape
     kv_heads = cache.shape[1]
     if key.stride(0) != value.stride(0):

@@ -27,7 +27,7 @@ def test_a_selection_that_is_one_run_of_memory_is_noticed():
 def test_forced_choices_miss_exactly_what_they_are_to(rate):
     """With frames for one working set, which the page table then has to replace in every step."""
     import torch
-    from vllm_sparse.kernels.reference import sparda_select
+    from vllm_sparse.kernels.reference import sparda_paging, sparda_select
     from vllm_sparse.kernels.types import Blocks, Ranking
 
     from benchmarks import live as steering
@@ -70,9 +70,10 @@ def test_forced_choices_miss_exactly_what_they_are_to(rate):
         assert (logical[:, :, -3:] == own[:, :, None] + torch.tensor([-2, -1, 0])).all()
         physical = table[:2].gather(1, logical.flatten(1).long()).view_as(logical)
         assert torch.equal(selected.pieces[:2, :, :14], physical * 2 + torch.tensor([[0], [1]]))
-        found = paging.resolve(frames, selected.pieces.long(), number + 1)
+        step, counted = torch.tensor([number + 1]), torch.zeros(3, dtype=torch.int64)
+        found = sparda_paging.resolve(frames, selected.pieces.contiguous(), step, counted)
         if number:
-            assert len(found.missing) == heads * (int(choice.new) - before)
+            assert int(found.misses) == heads * (int(choice.new) - before)
     assert int(choice.new) == rows * 30 * round(10 * rate) + 1
 
 
@@ -96,7 +97,7 @@ def test_graphs_are_found_in_both_model_runners():
 def test_each_way_to_fetch_has_graphs_of_its_own(graphs):
     """Captured once, of kernels that copy or not, and found again."""
     import torch
-    from vllm_sparse.kernels.dispatch import SpardaGpuKernels
+    from vllm_sparse.kernels.dispatch import SpardaKernels
 
     from benchmarks import live as steering
     from benchmarks.live import Way
@@ -108,17 +109,19 @@ def test_each_way_to_fetch_has_graphs_of_its_own(graphs):
         graphs: ClassVar[dict] = {}
 
     def capture_model():
-        runtime.kernels.copy_pieces(None, None, None, None, "count")
-        captured.append(runtime.settings.prefetch)
+        fetcher.kernels.copy_pieces(None, None, None, None, "count")
+        captured.append(fetcher.prefetch)
         manager.graphs[len(captured)] = "graph"
 
     manager = Manager()
-    fields = dict.fromkeys(SpardaGpuKernels._fields)
+    fields = dict.fromkeys(SpardaKernels._fields)
     fields["copy_pieces"] = lambda *arguments: copied.append(arguments[-1])
+    fetcher = SimpleNamespace(kernels=SpardaKernels(**fields), prefetch=True, _lane=None)
     runtime = SimpleNamespace(
         settings=SpardaSettings(local_blocks=2, top_k=8),
         compressed=lambda layer: torch.empty(0),
-        kernels=SpardaGpuKernels(**fields),
+        kernels=fetcher.kernels,
+        fetcher=fetcher,
     )
     builder = SimpleNamespace(runtime=runtime)
     group = SimpleNamespace(get_metadata_builder=lambda: builder)
@@ -136,7 +139,7 @@ def test_each_way_to_fetch_has_graphs_of_its_own(graphs):
         patch.setattr("vllm.config.set_current_vllm_config", contextlib.nullcontext)
         for way in [*ways, *ways]:
             steering.fetch(worker, way)
-            assert runtime.settings.prefetch == way.prefetch
+            assert fetcher.prefetch == way.prefetch
             assert list(manager.graphs) == ([1 + ways.index(way)] if graphs else [])
     assert captured == ([True, False, True] if graphs else [])
     assert [int(count) for count in copied[2:]] == ([0] if graphs else [])
