@@ -170,13 +170,13 @@ def _known(backend: str, settings: dict) -> dict:
     Raises:
         ValueError: Some setting belongs to no backend.
     """
-    from vllm_sparse.config import SETTINGS
+    from vllm_sparse.registry import entries, settings_class
 
-    fields = {name: set(model.model_fields) for name, model in SETTINGS.items()}
+    fields = {name: set(settings_class(name.lower()).model_fields) for name in entries()}
     strange = set(settings) - set.union(*fields.values())
     if strange:
         raise ValueError(f"no backend has a setting {sorted(strange)[0]!r}")
-    own = fields.get(backend.lower(), set())
+    own = fields.get(backend, set())
     return {key: value for key, value in settings.items() if key in own}
 
 
