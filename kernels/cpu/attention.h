@@ -26,8 +26,14 @@ struct Lines {
 
   void clear() { count = next = 0; }
   void add(const void* first, int64_t bytes) {
-    const char* p = static_cast<const char*>(first);
-    for (const char* end = p + bytes; p < end && count < kMost; p += 64) at[count++] = p;
+    const int64_t lines = std::min((bytes + 63) / 64, kMost - count);
+    for (int64_t i = 0; i < lines; ++i) at[count + i] = static_cast<const char*>(first) + 64 * i;
+    count += lines;
+  }
+  void add(const void* first, const std::vector<int32_t>& offsets) {
+    const int64_t lines = std::min<int64_t>(offsets.size(), kMost - count);
+    for (int64_t i = 0; i < lines; ++i) at[count + i] = static_cast<const char*>(first) + offsets[i];
+    count += lines;
   }
   void pull(int64_t lines) {
     for (const int64_t end = std::min(count, next + lines); next < end; ++next)

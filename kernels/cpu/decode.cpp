@@ -53,6 +53,7 @@ struct Task {
   std::vector<typename Dot<T>::query> query;
   Channels<T> channels;
   Lines extrema, rows;
+  std::vector<int32_t> offsets;  // in bytes, of the lines that a block's chosen extrema are in
   std::vector<Run<T>> runs;
 
   void begin(const Arguments<T>& a, int64_t task) {
@@ -67,11 +68,11 @@ struct Task {
     Attention<T>::hold(a.query + t * s.query_stride + h * s.group * s.dim, s.group * s.dim, query);
     if (selects) {
       channels.choose(query.data(), s.group, s.dim, a.top_r[t]);
-      const int64_t pages = head.pages_per_block();
-      for (int64_t b = 0; b * s.block_size < n; ++b) {
-        const T* first = head.extrema(b);
-        for (int32_t row : channels.rows) extrema.add(first + row * pages, pages * sizeof(T));
-      }
+      const int32_t bytes = head.pages_per_block() * sizeof(T);
+      offsets.clear();
+      for (int32_t row : channels.rows)
+        for (int32_t b = 0; b < bytes; b += 64) offsets.push_back(row * bytes + b);
+      for (int64_t b = 0; b * s.block_size < n; ++b) extrema.add(head.extrema(b), offsets);
     } else {
       for (int64_t slot = 0; slot < n; slot += s.block_size)
         runs.push_back({head.row(slot), std::min(s.block_size, n - slot)});
