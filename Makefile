@@ -4,11 +4,12 @@
 BIN := .venv/bin
 MODEL := smollm2-135m-instruct
 CONFIG := smollm2-135m
+TREE := build/tree
 # A GPU host need not have .venv: see benchmarks/gpu.
 PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast lint format bench gpu-check gpu-bench gpu-tune clean
+.PHONY: help setup demo serve test test-fast lint style tree types layers format bench gpu-check gpu-bench gpu-tune clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,10 +32,22 @@ test: setup ## Run all tests that this machine can run
 test-fast: setup ## Run the tests that need no engine, no model and little time
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not vllm and not model"
 
-lint: setup ## Check style and types
+lint: setup style types layers ## Check style, types and layers
+
+style:
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
+
+# The package as it is installed: tools that read the sources do not know how it is mapped.
+tree:
+	@rm -rf $(TREE) && mkdir -p $(TREE)
+	@cp -a vllm_sparse $(TREE) && cp -a kernels configs $(TREE)/vllm_sparse
+
+types: tree
+	@cd $(TREE) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
+
+layers: tree
+	@cd $(TREE) && ../../$(BIN)/lint-imports --no-cache --no-logo ../../pyproject.toml
 
 format: setup ## Format the code and fix what can be fixed
 	@$(BIN)/ruff check --fix .

@@ -12,7 +12,7 @@ import json
 import os
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -159,7 +159,9 @@ def read_launches(path: Path) -> dict[str, tuple[Launch, Launch]]:
     return found  # type: ignore[return-value]
 
 
-def write_launches(path: Path, table: dict[str, tuple[Launch, Launch]], facts: dict) -> None:
+def write_launches(
+    path: Path, table: dict[str, tuple[Launch, Launch]], facts: dict[str, Any]
+) -> None:
     """Writes what :func:`read_launches` reads.
 
     Args:

@@ -81,6 +81,8 @@ def _fork_for_every_job() -> None:
     os.dup2(2, 1)  # whatever is printed while importing is no answer
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
         _interpret_triton()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        importlib.import_module("support.interpreter").patch_language_once_per_launch()
     for name in _IMPORTED:
         importlib.import_module(name)
     gc.freeze()  # or every child would collect all that was imported, several times

@@ -250,6 +250,7 @@ def _tokenizer(metadata: _Metadata) -> Tokenizer:
 
 
 def _set_pre_tokenizer(tokenizer: Tokenizer, kind: str) -> None:
+    split: pre_tokenizers.PreTokenizer
     if kind == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
         split = pre_tokenizers.Split(Regex(_QWEN2_SPLIT), "isolated")

@@ -231,7 +231,7 @@ class Stream:
 
 def report(stock: Outcome, sparse: Outcome) -> str:
     """Returns the table that compares both servers."""
-    rows = [("", stock.name, sparse.name, "ratio")]
+    rows: list[tuple[str, ...]] = [("", stock.name, sparse.name, "ratio")]
     for fact, dense_answer, sparse_answer in zip(
         document.FACTS, stock.answers, sparse.answers, strict=True
     ):

@@ -8,7 +8,8 @@ Notation: H query heads, G KV heads of this rank, D head size.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,8 @@ class Taps:
         tap.fill(part, weight, bias)
 
 
-class _Layer(NamedTuple):
+@dataclass(frozen=True)
+class _Layer:
     attention: Any  # the model's attention module
     index: int
 
@@ -140,7 +142,8 @@ def install_taps(model: nn.Module, vllm_config: Any) -> Taps:
         tap = ForecastTap(layer.attention.rotary_emb, layer.linear.input_size, values, has_bias)
         # A plain attribute, or the tap would be a submodule twice.
         layer.attn.__dict__["sparda_tap"] = tap
-        layer.linear.__class__ = tapped_projection(type(layer.linear))
+        projection: Any = type(layer.linear)
+        layer.linear.__class__ = tapped_projection(projection)
         layer.linear.forecast_tap = tap
         taps._taps.append(tap)
     if weights is not None:
@@ -238,7 +241,7 @@ def _attention_layers(model: nn.Module, vllm_config: Any) -> list[_Layer]:
     known = {id(layer): layer for layer in context if isinstance(layer, Attention)}
     layers = []
     for module in model.modules():
-        attn = module._modules.get("attn")
+        attn: Any = module._modules.get("attn")
         if id(attn) not in known:
             continue
         del known[id(attn)]

@@ -201,7 +201,8 @@ def _numpy_globals() -> list[Any]:
     """What numpy's random state and scalars need, under the names of numpy 1 and 2."""
     import numpy
 
-    multiarray = numpy._core.multiarray
+    core: Any = numpy._core  # type: ignore[attr-defined]
+    multiarray = core.multiarray
     names: list[Any] = [
         numpy.ndarray,
         numpy.dtype,

@@ -28,7 +28,7 @@ def _tapped_model(architecture: str) -> type[nn.Module]:
     # What the registry has under the name, which another plugin may have replaced.
     base: Any = ModelRegistry.models[architecture].load_model_cls()
 
-    class Tapped(base):  # type: ignore[misc]
+    class Tapped(base):
         def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             self.__dict__["forecast_taps"] = install_taps(self, vllm_config)

@@ -64,9 +64,10 @@ class PromptAwareManager(FullAttentionManager):
         """Longest hit that leaves everything else to be computed by the request itself."""
         spec = kwargs["kv_cache_spec"] if "kv_cache_spec" in kwargs else args[2]
         request = cls._requests.get(id(block_hashes))
-        known = request is not None and request.block_hashes is block_hashes
         # vLLM looks up at most all tokens but the last.
-        prompt_len = request.num_prompt_tokens if known else max_length + 1
+        prompt_len = max_length + 1
+        if request is not None and request.block_hashes is block_hashes:
+            prompt_len = request.num_prompt_tokens
         limit = spec.publishable_tokens(prompt_len)
         if limit is not None:
             max_length = min(max_length, limit)

@@ -35,8 +35,8 @@ class LayerView:
         inputs: What its projections are applied to, ``[n, hidden]``.
         query: After RoPE, ``[H, n, D]``.
         keys: After RoPE, ``[G, n, D]``.
-        cos: RoPE table, ``[n, rotated]``; ``rotated`` is D unless RoPE is partial.
-        sin: Likewise.
+        cos: RoPE table of cosines, ``[n, rotated]``; ``rotated`` is D unless RoPE is partial.
+        sin: Its sines, ``[n, rotated]``.
     """
 
     layer: int
@@ -246,7 +246,7 @@ class Backbone:
                 "attention in every layer is supported"
             )
 
-    def _remember(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._visit is None:
             return
         inputs = args[0] if args else kwargs["hidden_states"]
@@ -317,7 +317,7 @@ def _load_minicpm(source: str, values: dict[str, Any], dtype: torch.dtype) -> nn
         for key, value in values.items()
         if key not in ("model_type", "architectures", "auto_map", "sparse_config")
     }
-    model = LlamaModel.from_pretrained(source, config=LlamaConfig(**kept), dtype=dtype)
+    model: Any = LlamaModel.from_pretrained(source, config=LlamaConfig(**kept), dtype=dtype)
     with torch.no_grad():
         for weight, scale in (
             (model.embed_tokens.weight, scale_embedding),

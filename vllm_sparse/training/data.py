@@ -119,9 +119,11 @@ def pack(
     rest = np.empty(0, np.int32)
     longest = 0
     for document in documents:
-        tokens = document
-        if isinstance(document, str):
-            tokens = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens: list[int] = (
+            tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+            if isinstance(document, str)
+            else document
+        )
         longest = max(longest, len(tokens))
         if packing == "concat":
             rest = np.concatenate((rest, np.array(tokens + end, np.int32)))

@@ -37,7 +37,7 @@ class Report:
 
     Attributes:
         recall: For each selector, ``[layers, G]``.
-        mass: Likewise.
+        mass: For each selector, ``[layers, G]``.
         queries: Queries counted, per layer.
     """
 

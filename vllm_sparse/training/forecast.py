@@ -59,8 +59,8 @@ class Forecast(nn.Module):
         Args:
             layer: The layer served.
             inputs: What :func:`input_layer` of it sees, ``[T, hidden]``.
-            cos: RoPE table at the rows' own positions, ``[T, rotated]``.
-            sin: Likewise.
+            cos: RoPE table of cosines at the rows' own positions, ``[T, rotated]``.
+            sin: Its sines, ``[T, rotated]``.
 
         Returns:
             ``[G, T, D]``.

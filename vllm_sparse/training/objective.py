@@ -57,7 +57,9 @@ def attention(query: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
 class Teacher(Protocol):
     """What a layer attends to, for a fixed list of query rows."""
 
-    per_block: bool
+    @property
+    def per_block(self) -> bool:
+        """Whether columns are blocks."""
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Distributions of some rows, float32 ``[G, stop - start, C or B]``, each with sum one."""
@@ -76,7 +78,7 @@ class StoredTeacher:
     per_block: bool
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """See :class:`Teacher`."""
+        """Distributions of some rows, ``[G, stop - start, C or B]``."""
         return self.table[:, start:stop]
 
 
@@ -118,7 +120,7 @@ class LiveTeacher:
         self._keys = keys
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """See :class:`Teacher`."""
+        """Distributions of some rows, ``[G, stop - start, C or B]``."""
         query, positions = self._query[:, start:stop], self._positions[start:stop]
         scores = {"fine": self._fine, "query": self._windows, "block-mass": self._blocks}[
             self.kind
@@ -313,7 +315,7 @@ class _ChunkedKL(torch.autograd.Function):
         return torch.cat(losses, 1).sum() / count
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (upstream * gradient, *(None,) * 7)
 
@@ -338,13 +340,14 @@ def forecast_loss(
         positions: Ascending positions of the rows, ``[T]``.
         tokens: Length of the sequence.
         geometry: Block sizes and counts.
-        supervision: See :func:`row_losses`.
+        supervision: ``selected`` or ``free``, as explained at :func:`row_losses`.
         chunk: Rows at a time; None for all at once. Changes memory, not the result.
 
     Returns:
         float32 scalar.
     """
     chunk = chunk or max(1, forecast.shape[1])
-    return _ChunkedKL.apply(
+    apply: Any = _ChunkedKL.apply
+    return apply(
         forecast, teacher, compressed_keys, positions, tokens, geometry, supervision, chunk
     )

@@ -34,8 +34,8 @@ class LayerSample:
     Attributes:
         layer: The layer served.
         inputs: What its Forecast sees, ``[T, hidden]``.
-        cos: RoPE table at the rows, ``[T, rotated]``.
-        sin: Likewise.
+        cos: RoPE table of cosines at the rows, ``[T, rotated]``.
+        sin: Its sines, ``[T, rotated]``.
         positions: The rows, ascending, ``[T]``.
         compressed_keys: The layer's own, ``[G, C, D]``.
         teacher: Where the layer attends.
@@ -204,7 +204,7 @@ class CachedSource:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def visit(self, index: int, tokens: Tensor, use: Callable[[LayerSample], None]) -> None:
-        """See :meth:`SampleSource.visit`."""
+        """Calls ``use`` for each layer, in order; the arguments are those of the source."""
         digest = hashlib.sha256(tokens.to(torch.int64).numpy().tobytes()).hexdigest()[:12]
         path = self._folder / f"{index:06d}-{digest}.safetensors"
         if not path.exists():
