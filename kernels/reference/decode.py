@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from vllm_sparse.kernels.reference.append import append_tokens
 
-from vllm_sparse.policies.rocketkv import page_probabilities, select_pages
+from vllm_sparse.policies.pages import page_probabilities, select_pages
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout

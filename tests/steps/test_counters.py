@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparse.steps.counters import DeviceCounters
+from vllm_sparse.counters import DeviceCounters
 
 
 def published(every: int = 3) -> tuple[DeviceCounters, dict[str, int]]:

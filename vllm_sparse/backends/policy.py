@@ -114,7 +114,9 @@ class PolicyBackend(SparseBackend):
         return PolicySpec.wrap(spec, policy, context.backend, context.instance_id)
 
 
-def set_up_layer(config: VllmConfig, stock: type, arguments: tuple[Any, ...], named: dict) -> None:
+def set_up_layer(
+    config: VllmConfig, stock: type, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> None:
     """Check a layer that is about to be built and note what its spec will need.
 
     Args:

@@ -23,12 +23,12 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm_sparse.backends.base import most_rows, prompt_lengths, sequence_lengths, withdraw
 from vllm_sparse.backends.gpu import GpuBackend, check_block_size, warn_of_gpus
 from vllm_sparse.backends.policy import Planning, PolicyBackend, attend_step, set_up_layer
+from vllm_sparse.counters import DeviceCounters
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.dispatch import policy_triton
 from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kernels.types import Rows
 from vllm_sparse.kv.tail.codec import PlainReader
-from vllm_sparse.steps.counters import DeviceCounters
 from vllm_sparse.steps.split import PromptEnd, SparseRows, StepMetadata
 from vllm_sparse.upload import upload
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Pages of consecutive tokens: their extrema, and the best pages as tokens."""
+"""Pages of consecutive tokens: their extrema, their scores, and the best pages as tokens."""
 
 from __future__ import annotations
 
@@ -44,6 +44,53 @@ def extrema(keys: Tensor, present: Tensor) -> Tensor:
     low = keys.masked_fill(absent, torch.inf).amin(-2)
     high = keys.masked_fill(absent, -torch.inf).amax(-2)
     return torch.cat((low, high), -1)
+
+
+def page_probabilities(
+    query: Tensor,
+    key_min: Tensor,
+    key_max: Tensor,
+    num_tokens: Tensor,
+    page_size: int,
+    top_r: Tensor,
+) -> Tensor:
+    """Approximate attention that each page's tokens receive, per token, summed over the group.
+
+    RocketKV, section 3.4, steps 1 and 2: the ``top_r`` channels with the largest group magnitude,
+    the maximum or minimum of a page by the sign of the group's sum, SparQ's temperature, and a
+    softmax over tokens (every token has its page's score) before the group is summed.
+
+    Args:
+        query: Post-RoPE queries, ``[..., G, H / G, D]``.
+        key_min: ``[..., G, pages, D]``.
+        key_max: ``[..., G, pages, D]``.
+        num_tokens: Tokens of each row, ``[...]``; pages beyond them are ignored.
+        page_size: Tokens per page.
+        top_r: Channels of each row, ``[...]``.
+
+    Returns:
+        ``[..., G, pages]`` float32, zero for pages beyond ``num_tokens``.
+    """
+    query = query.float()
+    dim = query.shape[-1]
+    magnitude = query.abs().sum(-2)
+    rank = magnitude.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
+    kept = rank < top_r[..., None, None]
+    selected = query * kept.unsqueeze(-2)
+    norm = query.abs().sum(-1, keepdim=True)
+    temperature = (dim * selected.abs().sum(-1, keepdim=True) / norm).sqrt()
+    selected = torch.where(norm > 0, selected / temperature, selected)
+    positive = (query.sum(-2, keepdim=True) > 0).transpose(-1, -2)
+    upper = torch.where(positive.transpose(-1, -2), selected, 0.0)
+    score = upper @ key_max.float().transpose(-1, -2)
+    score += (selected - upper) @ key_min.float().transpose(-1, -2)
+
+    pages = key_min.shape[-2]
+    first_token = torch.arange(pages, device=query.device) * page_size
+    tokens = (num_tokens[..., None] - first_token).clamp(0, page_size)[..., None, None, :]
+    score = score.masked_fill(tokens == 0, -torch.inf)
+    weight = (score - score.amax(-1, keepdim=True)).exp()
+    return (weight / (weight * tokens).sum(-1, keepdim=True)).sum(-2)
 
 
 def select_pages(

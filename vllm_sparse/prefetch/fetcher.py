@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from vllm_sparse.counters import DeviceCounters
 from vllm_sparse.errors import VllmSparseError
-from vllm_sparse.steps.counters import DeviceCounters
 
 if TYPE_CHECKING:
     from collections.abc import Callable
