@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from vllm_sparse.kernels.types import Ranking
+from vllm_sparse.kernels.types import Ranking, Selected
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vllm_sparse.config import SpardaSettings
     from vllm_sparse.policies.selectors import Tokens
-    from vllm_sparse.prefetch.engine import CopyEngine, Ticket
+    from vllm_sparse.prefetch.lane import Lane, Ticket
 
 COUNTED = (
     "frame_hits",
@@ -53,7 +55,7 @@ def sparda_memory(worker: Any) -> dict:
     """
     runtime = sparda_runtime(worker)
     pager = runtime.pager
-    read = sum(int((layer.table.last_use == layer._step).sum()) for layer in pager.layers)
+    read = sum(int((layer.table.last_use == runtime.step).sum()) for layer in pager.layers)
     return {
         "working_set": read * pager.geometry.piece_bytes,
         "slab": sum(layer.slab.nbytes for layer in pager.layers),
@@ -111,15 +113,25 @@ class ForcedSelector:
         return torch.zeros(len(index), *self._shape, device=index.device)
 
     def select_blocks(
-        self, compressed: Tensor, vectors: Tensor, table: Tensor, positions: Tensor, *rest: Any
-    ) -> Tensor:
+        self,
+        compressed: Tensor,
+        vectors: Tensor,
+        table: Tensor,
+        positions: Tensor,
+        *rest: Any,
+        **options: Any,
+    ) -> Selected:
         """Takes the place of the selection kernel; the same blocks for all layers and heads."""
         vectors = vectors.to(compressed.dtype)
-        self._kernel(compressed, vectors, table, positions, *rest)
+        selected = self._kernel(compressed, vectors, table, positions, *rest, **options)
         if self._layer == 0:  # a new step
             wanted = [self._advance(row, at) for row, at in enumerate(positions.tolist())]
-            self._wanted = torch.tensor(wanted)
-        return self._wanted[:, None].expand(-1, compressed.shape[1], -1)
+            self._wanted = torch.tensor(wanted, dtype=torch.int32)
+        heads = compressed.shape[1]
+        blocks = self._wanted[:, None].expand(-1, heads, -1).contiguous()
+        physical = table.gather(1, self._wanted.long())[:, None]
+        head = torch.arange(heads, dtype=torch.int32)[:, None]
+        return selected._replace(blocks=blocks, pieces=physical * heads + head)
 
     def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
         """Not used: prompts are dense, and decode has a ranking."""
@@ -157,39 +169,34 @@ class ForcedSelector:
         return sorted(self._last[row])
 
 
-class CountingEngine:
-    """Counts the bytes that pass through a copy engine.
+class CountingLane:
+    """Counts the bytes that pass through a lane.
 
     Attributes:
-        nbytes: Bytes submitted so far.
+        nbytes: Bytes forked so far.
     """
 
-    def __init__(self, engine: CopyEngine) -> None:
-        """Wraps an engine."""
+    def __init__(self, lane: Lane) -> None:
+        """Wraps a lane."""
         self.nbytes = 0
-        self._engine = engine
+        self._lane = lane
+        self.close = lane.close
 
-    def submit(
-        self, target: Tensor, target_index: Tensor, source: Tensor, source_index: Tensor
-    ) -> Ticket:
-        """See `vllm_sparse.prefetch.engine.CopyEngine`."""
-        self.nbytes += len(source_index) * source[0].nbytes
-        return self._engine.submit(target, target_index, source, source_index)
-
-    def close(self) -> None:
-        """Closes the wrapped engine."""
-        self._engine.close()
+    def fork(self, work: Callable[[], object], nbytes: int = 0) -> Ticket:
+        """See `vllm_sparse.prefetch.lane.Lane`."""
+        self.nbytes += nbytes
+        return self._lane.fork(work, nbytes)
 
 
 def force_selection(worker: Any) -> None:
-    """Installs a `ForcedSelector` for decode and a `CountingEngine`."""
+    """Installs a `ForcedSelector` for decode and a `CountingLane`."""
     runtime = sparda_runtime(worker)
     geometry, kernels = runtime.pager.geometry, runtime.kernels
     shape = geometry.num_kv_heads, geometry.head_dim
     selector = ForcedSelector(runtime.settings, shape, kernels.select_blocks)
     runtime.selector = selector
     runtime.kernels = kernels._replace(select_blocks=selector.select_blocks)
-    runtime.scheduler._engine = CountingEngine(runtime.scheduler._engine)
+    runtime.fetcher._lane = CountingLane(runtime.fetcher._lane)
 
 
 def set_rate(worker: Any, rate: float) -> None:
@@ -200,7 +207,7 @@ def set_rate(worker: Any, rate: float) -> None:
 def forced_counts(worker: Any) -> dict[str, float]:
     """Returns the plugin's counters, and what they have to be.
 
-    ``engine_bytes`` passed through the copy engine; ``expected_misses`` follow from the block sets
+    ``engine_bytes`` passed through the lane; ``expected_misses`` follow from the block sets
     that were forced, and ``piece_bytes`` is the size of each.
     """
     from vllm_sparse import metrics
@@ -209,7 +216,7 @@ def forced_counts(worker: Any) -> dict[str, float]:
     geometry, selector = runtime.pager.geometry, runtime.selector
     paged = sum(not geometry.is_resident(layer) for layer in range(geometry.num_layers))
     counted = {name: metrics.counters().value(name) for name in COUNTED}
-    counted["engine_bytes"] = runtime.scheduler._engine.nbytes
+    counted["engine_bytes"] = runtime.fetcher._lane.nbytes
     return {
         **counted,
         "expected_misses": selector.new_blocks * geometry.num_kv_heads * paged,

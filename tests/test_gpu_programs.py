@@ -549,8 +549,8 @@ def test_with_little_time_prompts_are_shorter(tmp_path, monkeypatch, seconds, sh
 def test_forced_choices_miss_exactly_what_they_are_to(rate):
     """With frames for one working set, which the page table then has to replace in every step."""
     import torch
-    from vllm_sparse.kernels.reference import paging, sparda_steps
-    from vllm_sparse.kernels.reference.selection import Blocks, Ranking
+    from vllm_sparse.kernels.reference import sparda_paging, sparda_select
+    from vllm_sparse.kernels.types import Blocks, Ranking
 
     from benchmarks.gpu import batches_sparda, steering
     from vllm_sparse.config import SpardaSettings
@@ -561,7 +561,7 @@ def test_forced_choices_miss_exactly_what_they_are_to(rate):
     runtime = SimpleNamespace(
         settings=settings,
         step=torch.zeros(1, dtype=torch.int64),
-        kernels=SimpleNamespace(select_blocks=sparda_steps.select_blocks),
+        kernels=SimpleNamespace(select_blocks=sparda_select.select_blocks),
         compressed=layers.__getitem__,
     )
     choice = steering.ForcedChoice(runtime, start)
@@ -593,9 +593,10 @@ def test_forced_choices_miss_exactly_what_they_are_to(rate):
         assert (logical[:, :, -3:] == own[:, :, None] + torch.tensor([-2, -1, 0])).all()
         physical = table[:2].gather(1, logical.flatten(1).long()).view_as(logical)
         assert torch.equal(selected.pieces[:2, :, :14], physical * 2 + torch.tensor([[0], [1]]))
-        found = paging.resolve(frames, selected.pieces.long(), number + 1)
+        counters = torch.zeros(3, dtype=torch.int64)
+        found = sparda_paging.resolve(frames, selected.pieces, torch.tensor([number + 1]), counters)
         if number:
-            assert len(found.missing) == heads * (int(choice.new) - before)
+            assert int(found.misses) == heads * (int(choice.new) - before)
     assert int(choice.new) == rows * 30 * round(10 * rate) + 1
 
 
@@ -619,7 +620,7 @@ def test_graphs_are_found_in_both_model_runners():
 def test_each_way_to_fetch_has_graphs_of_its_own(graphs):
     """Captured once, of kernels that copy or not, and found again."""
     import torch
-    from vllm_sparse.kernels.dispatch import SpardaGpuKernels
+    from vllm_sparse.kernels.dispatch import SpardaKernels
 
     from benchmarks.gpu import steering
     from benchmarks.gpu.steering import Way
@@ -631,17 +632,18 @@ def test_each_way_to_fetch_has_graphs_of_its_own(graphs):
         graphs: ClassVar[dict] = {}
 
     def capture_model():
-        runtime.kernels.copy_pieces(None, None, None, None, "count")
-        captured.append(runtime.settings.prefetch)
+        runtime.fetcher.kernels.copy_pieces(None, None, None, None, "count")
+        captured.append(runtime.fetcher.prefetch)
         manager.graphs[len(captured)] = "graph"
 
     manager = Manager()
-    fields = dict.fromkeys(SpardaGpuKernels._fields)
+    fields = dict.fromkeys(SpardaKernels._fields)
     fields["copy_pieces"] = lambda *arguments: copied.append(arguments[-1])
     runtime = SimpleNamespace(
         settings=SpardaSettings(local_blocks=2, top_k=8),
         step=torch.zeros(1, dtype=torch.int64),
-        kernels=SpardaGpuKernels(**fields),
+        kernels=SpardaKernels(**fields),
+        fetcher=SimpleNamespace(kernels=None, prefetch=None),
     )
     builder = SimpleNamespace(runtime=runtime)
     group = SimpleNamespace(get_metadata_builder=lambda: builder)
@@ -659,7 +661,7 @@ def test_each_way_to_fetch_has_graphs_of_its_own(graphs):
         patch.setattr("vllm.config.set_current_vllm_config", contextlib.nullcontext)
         for way in [*ways, *ways]:
             steering.fetch(worker, way)
-            assert runtime.settings.prefetch == way.prefetch
+            assert runtime.fetcher.prefetch == way.prefetch
             assert list(manager.graphs) == ([1 + ways.index(way)] if graphs else [])
     assert captured == ([True, False, True] if graphs else [])
     assert [int(count) for count in copied[2:]] == ([0] if graphs else [])

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from vllm_sparse.kernels.reference.paging import PageTable
+from vllm_sparse.kernels.types import PageTable
 
 if TYPE_CHECKING:
-    from vllm_sparse.kernels.reference.selection import Blocks
+    from vllm_sparse.kernels.types import Blocks
 
 # Pinned memory must outlive its registration, and that is for good.
 _PINNED: list[Tensor] = []

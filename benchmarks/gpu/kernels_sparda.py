@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from vllm_sparse.kernels.reference.selection import Blocks, Ranking
+from vllm_sparse.kernels.types import Blocks, Ranking
 
 from benchmarks.gpu import bounds, timing
 from benchmarks.gpu.batches_sparda import empty_table, pinned

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from vllm_sparse.kernels.reference.selection import Blocks, Ranking
+from vllm_sparse.kernels.types import Blocks, Ranking, Unframed
 
 from benchmarks.gpu.batches_sparda import PagedCase, Pool, empty_table, make_pool, pinned
 from benchmarks.gpu.compare import COMPUTED, WRONG, error, same, unless
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
-    from vllm_sparse.kernels.reference.sparda_steps import Selected
+    from vllm_sparse.kernels.types import Selected
 
     Found = tuple[str, float, float]
 
@@ -58,7 +58,7 @@ def _noise(case: PagedCase, *shape: int, generator: torch.Generator) -> Tensor:
 
 
 def _selection(case: PagedCase, pool: Pool, generator: torch.Generator) -> Iterator[Found]:
-    from vllm_sparse.kernels.reference import sparda_steps as ref
+    from vllm_sparse.kernels.reference import sparda_select as ref
     from vllm_sparse.kernels.triton import sparda_select
 
     for name, ranking, heads in (
@@ -97,7 +97,7 @@ def _share(case: PagedCase, pool: Pool, actual: Selected, expected: Selected) ->
 
 def _resolves_alike(case: PagedCase, device: torch.device, generator: torch.Generator) -> bool:
     """Whether tables and lists are the same after each of some steps, and blocks had to leave."""
-    from vllm_sparse.kernels.reference import sparda_steps as ref
+    from vllm_sparse.kernels.reference import sparda_paging as ref
     from vllm_sparse.kernels.triton import sparda_paging
 
     pieces, size = case.num_blocks * case.kv_heads, case.wanted
@@ -136,7 +136,7 @@ def _resolves_alike(case: PagedCase, device: torch.device, generator: torch.Gene
 
 def _copies_alike(case: PagedCase, device: torch.device, generator: torch.Generator) -> bool:
     """Whether no, some and all pieces of a list arrive where they should, and nothing else does."""
-    from vllm_sparse.kernels.reference import sparda_steps as ref
+    from vllm_sparse.kernels.reference import sparda_paging as ref
     from vllm_sparse.kernels.triton import sparda_paging
 
     size, most = case.blocks.block_size, case.wanted
@@ -160,7 +160,7 @@ class _PagedLayer:
     """Chooses, fetches beside the computation and attends, as one layer of the engine does."""
 
     def __init__(self, case: PagedCase, pool: Pool, generator: torch.Generator) -> None:
-        from vllm_sparse.prefetch.lanes import LateLane, StreamLane
+        from vllm_sparse.prefetch.lane import LateLane, StreamLane
 
         self._case, self._pool, self._generator = case, pool, generator
         device = pool.table.device
@@ -213,10 +213,10 @@ class _PagedLayer:
 
     def error(self, output: Tensor, chosen: Selected) -> float:
         """Of a step's output, against attention over the pieces where they come from."""
-        from vllm_sparse.kernels.reference import paging
+        from vllm_sparse.kernels.reference import sparda_attention
 
         expected = torch.full_like(output, torch.nan)
-        paging.attend_frames(
+        sparda_attention.attend_frames(
             self._pool.pieces, self._query, expected, chosen.pieces, chosen.lengths,
             self._case.dim**-0.5,
         )  # fmt: skip
@@ -262,7 +262,7 @@ def _paged_steps(
 
 
 def _attention(case: PagedCase, device: torch.device, generator: torch.Generator) -> float:
-    from vllm_sparse.kernels.reference import paging
+    from vllm_sparse.kernels.reference import sparda_attention as ref
     from vllm_sparse.kernels.triton import sparda_attention
 
     size, count, total = case.blocks.block_size, case.blocks.top_k, case.wanted
@@ -284,14 +284,14 @@ def _attention(case: PagedCase, device: torch.device, generator: torch.Generator
         for _ in range(2)
     ]
     arguments = frames, lengths.int(), case.dim**-0.5
-    paging.attend_frames(slab, query.contiguous(), outputs[0], *arguments)
+    ref.attend_frames(slab, query.contiguous(), outputs[0], *arguments)
     sparda_attention.attend_frames(slab, query, outputs[1], *arguments)
     return error(outputs[1], outputs[0])
 
 
 def _host_rows(case: PagedCase, pool: Pool, generator: torch.Generator) -> float:
     """Rows without frames beside rows that have nothing to read."""
-    from vllm_sparse.kernels.reference import sparda_steps
+    from vllm_sparse.kernels.reference import sparda_attention as ref
     from vllm_sparse.kernels.triton import sparda_attention
 
     lengths = (pool.positions + 1).int()
@@ -300,16 +300,16 @@ def _host_rows(case: PagedCase, pool: Pool, generator: torch.Generator) -> float
     slab = torch.full_like(pool.pieces[:1], torch.nan, device=query.device)
     frames = torch.full((case.rows, case.kv_heads, 1), -1, dtype=torch.int32, device=query.device)
     outputs = [torch.full_like(query, torch.nan) for _ in range(2)]
-    for module, output in zip((sparda_steps, sparda_attention), outputs, strict=True):
+    for module, output in zip((ref, sparda_attention), outputs, strict=True):
         module.attend_frames(
             slab, query, output, frames, torch.zeros_like(lengths), case.dim**-0.5,
-            sparda_steps.Unframed(pool.seen, pool.table, lengths),
+            Unframed(pool.seen, pool.table, lengths),
         )  # fmt: skip
     return error(outputs[1], outputs[0])
 
 
 def _parts(case: PagedCase, device: torch.device, generator: torch.Generator) -> Iterator[Found]:
-    from vllm_sparse.kernels.reference import sparda_steps as ref
+    from vllm_sparse.kernels.reference import sparda_prefill as ref
     from vllm_sparse.kernels.triton import sparda_prefill
 
     size, tokens, scale = case.blocks.block_size, case.tokens, case.dim**-0.5
@@ -347,7 +347,7 @@ def _parts(case: PagedCase, device: torch.device, generator: torch.Generator) ->
 
 def _tokens(case: PagedCase, pool: Pool, generator: torch.Generator) -> Iterator[Found]:
     """Stores a step's tokens, then the windows that they complete."""
-    from vllm_sparse.kernels.reference import sparda_steps as ref
+    from vllm_sparse.kernels.reference import sparda_tokens as ref
     from vllm_sparse.kernels.triton import sparda_tokens
 
     size, stride, device = case.blocks.block_size, case.blocks.kernel_stride, pool.table.device

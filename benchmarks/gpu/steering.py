@@ -136,9 +136,9 @@ class _Steering:
 
     def fetch(self, way: Way) -> None:
         runtime = self.runtime
-        runtime.settings = runtime.settings.model_copy(update={"prefetch": way.prefetch})
+        runtime.fetcher.prefetch = way.prefetch
         copy = self._copy if way.copies else self._copy_nothing
-        runtime.kernels = runtime.kernels._replace(copy_pieces=copy)
+        runtime.fetcher.kernels = runtime.kernels._replace(copy_pieces=copy)
         if not self._worker.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
             return
         runner = self._worker.model_runner
@@ -208,7 +208,7 @@ def counts(worker: Any) -> dict[str, int]:
     runtime, choice = worker.steering.runtime, worker.steering.choice
     geometry = runtime.pager.geometry
     paged = sum(not geometry.is_resident(layer) for layer in range(geometry.num_layers))
-    hits, misses, _ = runtime.counters.values.tolist()
+    hits, misses, _ = runtime.fetcher.counters.values.view(-1, 3).sum(0).tolist()
     return {
         "hits": hits,
         "misses": misses,

@@ -16,8 +16,8 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from vllm_sparse.kernels.types import Ranking
 from vllm_sparse.kernels.triton import launch
+from vllm_sparse.kernels.types import Ranking
 
 from benchmarks.gpu import bounds, kernels, kernels_sparda, parity, parity_sparda, timing
 from benchmarks.gpu.batches import call, make_decode, make_prompts
