@@ -114,7 +114,8 @@ def sparda_kernels(device: torch.device, kernels: str = "auto") -> SpardaKernels
 
     Args:
         device: Where they run.
-        kernels: The setting of that name: ``triton`` runs Triton's kernels on a CPU as well.
+        kernels: The setting of that name: ``triton`` runs Triton's kernels on a CPU as well. For
+            comparisons also ``reference``.
 
     Returns:
         Triton's on a GPU, or in Triton's interpreter if that was chosen before Triton was imported;
@@ -123,8 +124,17 @@ def sparda_kernels(device: torch.device, kernels: str = "auto") -> SpardaKernels
     Raises:
         ValueError: Triton's kernels are asked for on a CPU without the interpreter.
     """
-    note = ""
-    if device.type != "cpu" or kernels == "triton":
+    if kernels == "reference":
+        from vllm_sparse.kernels.reference import (
+            sparda_attention,
+            sparda_paging,
+            sparda_prefill,
+            sparda_select,
+            sparda_tokens,
+        )
+
+        name = kernels
+    elif device.type != "cpu" or kernels == "triton":
         _check_triton(device)
         from vllm_sparse.kernels.triton import (
             launch,
@@ -140,21 +150,17 @@ def sparda_kernels(device: torch.device, kernels: str = "auto") -> SpardaKernels
         from vllm_sparse.kernels.cpu import sparda_prefill
 
         fused, note = _fused(device.type)
-        name = "cpu" if fused else "reference"
-        if fused:
-            from vllm_sparse.kernels.cpu import (
-                sparda_attention,
-                sparda_paging,
-                sparda_select,
-                sparda_tokens,
-            )
-        else:
-            from vllm_sparse.kernels.reference import (
-                sparda_attention,
-                sparda_paging,
-                sparda_select,
-                sparda_tokens,
-            )
+        if not fused:
+            slow = sparda_kernels(device, "reference")
+            return slow._replace(attend_part=sparda_prefill.attend_part, note=note)
+        from vllm_sparse.kernels.cpu import (
+            sparda_attention,
+            sparda_paging,
+            sparda_select,
+            sparda_tokens,
+        )
+
+        name = "cpu"
     return SpardaKernels(
         sparda_select.select_blocks,
         sparda_paging.resolve,
@@ -165,7 +171,6 @@ def sparda_kernels(device: torch.device, kernels: str = "auto") -> SpardaKernels
         sparda_attention.attend_frames,
         sparda_prefill.attend_part,
         name,
-        note,
     )
 
 

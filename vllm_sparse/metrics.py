@@ -15,6 +15,7 @@ import contextlib
 import os
 import tempfile
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +111,16 @@ class Counters:
             self.set_gauge(name, value)
 
     def _write(self, key: tuple[str, str]) -> None:
-        name, reason = key
-        metric = f"vllm:sparse_{name}"
-        labels = {"reason": reason} if reason else {}
-        names, values = list(labels), list(labels.values())
-        encoded = mmap_key(metric, f"{metric}_total", names, values, COUNTERS[name])
-        self._files["counter"].write_value(encoded, self._values[key], 0.0)
+        self._files["counter"].write_value(_encoded(*key), self._values[key], 0.0)
+
+
+@cache
+def _encoded(name: str, reason: str) -> str:
+    """A counter's key in a file."""
+    metric = f"vllm:sparse_{name}"
+    labels = {"reason": reason} if reason else {}
+    names, values = list(labels), list(labels.values())
+    return mmap_key(metric, f"{metric}_total", names, values, COUNTERS[name])
 
 
 def _remove(path: Path) -> None:

@@ -30,7 +30,7 @@ def resolve(table: PageTable, wanted: Tensor, step: Tensor, counters: Tensor) ->
     frames = torch.empty_like(wanted)
     missing, targets = torch.empty(2, total, dtype=torch.int32).unbind()
     misses = torch.empty(1, dtype=torch.int32)
-    parts = _Table(*(part.data_ptr() for part in table), len(table.piece_of))
+    parts = _Table(*(part.data_ptr() for part in table), table.piece_of.shape[0])
     build.load().vllm_sparse_resolve(
         ctypes.byref(parts), wanted.data_ptr(), total, step.data_ptr(), counters.data_ptr(),
         frames.data_ptr(), missing.data_ptr(), targets.data_ptr(), misses.data_ptr(),

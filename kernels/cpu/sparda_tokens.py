@@ -90,7 +90,7 @@ def update_windows(
     assert compressed.stride(3) == block_table.stride(1) == 1
     positions = positions.to(torch.int64).contiguous()
     sizes = _WindowSizes(
-        len(positions), kv_heads, block_size, width // 2, stride, block_table.stride(0),
+        positions.shape[0], kv_heads, block_size, width // 2, stride, block_table.stride(0),
         *compressed.stride()[:3],
     )  # fmt: skip
     status = build.load().vllm_sparse_update_windows(
@@ -115,7 +115,7 @@ def record_queries(
     assert kept.is_contiguous()
     assert query.stride(2) == 1
     sizes = _RecordSizes(
-        len(last), query.shape[1], block_size, query.shape[2] * size, query.stride(0) * size,
+        last.shape[0], query.shape[1], block_size, query.shape[2] * size, query.stride(0) * size,
         query.stride(1) * size,
     )  # fmt: skip
     build.load().vllm_sparse_record_queries(

@@ -15,8 +15,8 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from support.block_pool import Allocator, Request, Row
 from support.kernels import REFERENCE, sparda
-from support.requests import Allocator, Request, Row
 from vllm_sparse.kernels.types import Ranking, Selected
 
 from vllm_sparse.config import SpardaSettings

@@ -6,13 +6,6 @@ from __future__ import annotations
 
 import torch
 from vllm_sparse.kernels.dispatch import SpardaKernels, sparda_kernels
-from vllm_sparse.kernels.reference import (
-    sparda_attention,
-    sparda_paging,
-    sparda_prefill,
-    sparda_select,
-    sparda_tokens,
-)
 from vllm_sparse.kernels.types import PageTable
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -20,24 +13,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FAR = 1 << 30  # outside anything
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
-REFERENCE = SpardaKernels(
-    sparda_select.select_blocks,
-    sparda_paging.resolve,
-    sparda_paging.copy_pieces,
-    sparda_tokens.write_tokens,
-    sparda_tokens.update_windows,
-    sparda_tokens.record_queries,
-    sparda_attention.attend_frames,
-    sparda_prefill.attend_part,
-    "reference",
-)
+REFERENCE = sparda_kernels(DEVICE, "reference")
 
 
 def sparda(name: str) -> SpardaKernels:
     """The kernels called ``reference``, ``cpu`` (in C++) or ``triton``."""
-    if name == "reference":
-        return REFERENCE
-    found = sparda_kernels(DEVICE if name == "triton" else torch.device("cpu"), name)
+    found = sparda_kernels(torch.device("cpu") if name == "cpu" else DEVICE, name)
     assert found.name.startswith(name), "there is a compiler, and a GPU or the interpreter"
     return found
 

@@ -148,21 +148,16 @@ class SpardaPlanner:
         if not len(rows):
             return None
         lens = seq_lens[rows]
-        self.count_rows(lens)
-        blocks, everything, _ = self._reads(lens)
+        scored = self.count_rows(lens)
         own = tokens[query_start[:-1][rows]]
         return DecodeRows(
             own,
             own.positions,
-            table[rows, : int(blocks.max())].int(),
+            table[rows, : -(-int(lens.max()) // self._settings.block_size)].int(),
             None,
-            not bool(everything.all()),
+            scored,
             False,
         )
-
-    def scored(self, seq_lens: Tensor) -> bool:
-        """Whether a row of so many tokens, host ``[R]``, has more blocks than it reads."""
-        return not bool(self._reads(seq_lens)[1].all())
 
     def _fresh(
         self, prompts: tuple[PromptRow, ...]
@@ -179,23 +174,25 @@ class SpardaPlanner:
         rows = FreshRows(index, starts, max(map(len, fresh)))
         return tuple(compress(prompts, map(not_, alone))), rows
 
-    def count_rows(self, seq_lens: Tensor) -> None:
+    def count_rows(self, seq_lens: Tensor) -> bool:
         """Count what rows that decode one token read.
 
         Args:
             seq_lens: Host ``[R]``: tokens of each row after the step, 0 for padding rows.
-        """
-        blocks, _, reads = self._reads(seq_lens.long())
-        self._count("decode_rows", int((seq_lens > 0).sum()))
-        self._count("visible_blocks", int(blocks.sum()))
-        self._count("selected_blocks", int(reads.sum()))
 
-    def _reads(self, lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Blocks of each row, whether it reads them all, and how many it reads."""
-        settings = self._settings
-        blocks = (lens + settings.block_size - 1) // settings.block_size
-        everything = (lens <= settings.dense_len) | (blocks <= settings.blocks_read)
-        return blocks, everything, torch.where(everything, blocks, settings.blocks_read)
+        Returns:
+            Whether a row has more blocks than it reads.
+        """
+        settings, size = self._settings, self._settings.block_size
+        blocks = [-(-length // size) for length in seq_lens.tolist()]
+        reads = [
+            count if length <= settings.dense_len else min(count, settings.blocks_read)
+            for count, length in zip(blocks, seq_lens.tolist(), strict=True)
+        ]
+        self._count("decode_rows", sum(count > 0 for count in blocks))
+        self._count("visible_blocks", sum(blocks))
+        self._count("selected_blocks", sum(reads))
+        return reads != blocks
 
     def _prompts(
         self,

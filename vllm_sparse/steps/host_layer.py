@@ -185,7 +185,7 @@ class Layer:
                 slab=pager.slab,
                 frame_of=pager.table.frame_of,
             )
-        elif len(windows.slots):
+        elif windows.slots.shape[0]:
             size, per_block = pager.block_size, compressed.shape[2]
             block, offset = windows.older // size, windows.older % size
             older = pager.host[block, :, offset, : key.shape[2]]
@@ -207,7 +207,7 @@ class Layer:
             unframed = Unframed(pager.host, rows.table, rows.unframed)
         if not rows.whole:
             query = query[rows.tokens.index]
-        target = output[: len(query)] if rows.whole else torch.empty_like(query)
+        target = output[: query.shape[0]] if rows.whole else torch.empty_like(query)
         runtime.kernels.attend_frames(
             pager.slab, query, target, frames, lengths, runtime.scale, unframed
         )

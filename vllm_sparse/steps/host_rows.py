@@ -67,10 +67,8 @@ class RowPlanner:
             The metadata; ``None`` if the other planner must do it.
         """
         size, device, rows = self._settings.block_size, self._device, len(seq_lens)
-        scored = True
         if not self._captured:
             block_table = block_table[:, : max(-(-int(host_lens.max()) // size), 1)]
-            scored = planner.scored(host_lens)
         table, positions, clamped, slots, previous, framed, unframed, index, nowhere = (
             part[:rows] for part in self._room(block_table.shape[1])
         )
@@ -101,7 +99,7 @@ class RowPlanner:
             planner.count_requests(host_lens - 1, host_lens, prompts)
             if dense_prompts:
                 host_lens = host_lens.where(host_lens > prompts, 0)
-        planner.count_rows(host_lens)
+        scored = planner.count_rows(host_lens) or self._captured
         return SpardaStep(
             num_tokens=rows,
             slots=slots,
