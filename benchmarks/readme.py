@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import arms, results
-from benchmarks.tables import mib, number, plain, table
+from benchmarks.tables import mib, number, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,7 +72,7 @@ def accuracy() -> str:
         "arm": "exact top-k tokens, k = 64 / 128 / 256 / 512",
         "shown": {task: _all_alike(exact, task, 4096) for task in ("single", "multikey")},
     }
-    columns: dict[str, Callable[[Row], object]] = {" ": plain("arm")}
+    columns: dict[str, Callable[[Row], object]] = {" ": "arm"}
     for task, first, apart in (("single", "single ", ""), ("multikey", "multi-key ", " ")):
         columns[f"{first}2K"] = _either(task, 2048)
         columns |= {f"{n}K{apart}": _either(task, 1024 * n) for n in (4, 8)}
@@ -96,7 +96,7 @@ def policies() -> str:
     """The policies at equal budgets."""
     rows = _merged("accuracy-policies")
     columns = {
-        "4K, of 20": plain("arm"),
+        "4K, of 20": "arm",
         "single": _correct("single", 4096),
         "multi-key": _correct("multikey", 4096),
         "prose KL": _fraction("prose", "kl"),
@@ -132,13 +132,13 @@ def speed() -> str:
         )
     step = {"unit": " ms"}
     columns = {
-        "SmolLM2-135M, bf16, t = 512": plain("what"),
+        "SmolLM2-135M, bf16, t = 512": "what",
         "stock's step": number(1, "stock", "step_ms", "median", **step),
         "ROCKETKV's step": number(1, "ours", "step_ms", "median", **step),
-        "speed-up": plain("gain"),
-        "bound": plain("bound"),
-        "share of bound": plain("share"),
-        "prefill": plain("prefill"),
+        "speed-up": "gain",
+        "bound": "bound",
+        "share of bound": "share",
+        "prefill": "prefill",
     }
     return table(lines, columns)
 
@@ -149,10 +149,10 @@ def capacity() -> str:
     needed = -(-(found["prompt_tokens"] + found["generated_tokens"]) // found["block_tokens"])
     stock, ours = found["arms"]["dense"], found["arms"]["rocket-512"]
     columns = {
-        " ": plain("arm"),
-        "running at once": plain("running"),
-        "preemptions": plain("preemptions"),
-        "blocks per decoding request": plain("blocks"),
+        " ": "arm",
+        "running at once": "running",
+        "preemptions": "preemptions",
+        "blocks per decoding request": "blocks",
         "all done after": number(0, "seconds", unit=" s"),
     }
     held = f"**{ours['blocks_per_decoding_request']:.1f}**"
@@ -185,7 +185,7 @@ def selectors() -> str:
         {**rows["forecast-16"], "arm": trained},
     ]
     columns = {
-        "selector, blocks read": plain("arm"),
+        "selector, blocks read": "arm",
         "4K": _either("multikey", 4096),
         "8K": _either("multikey", 8192),
     }
@@ -236,10 +236,10 @@ def memory() -> str:
         less = LESS[times >= 2].format(times)
         lines.append({"what": what, "stock": found["dense"], "ours": found[arm], "less": less})
     columns = {
-        "model, context, blocks read": plain("what"),
+        "model, context, blocks read": "what",
         "stock": lambda row: mib("stock", "device_bytes", digits=1)(row) + " MiB",
         "SPARDA": lambda row: mib("ours", "device_bytes", digits=1)(row) + " MiB",
-        " ": plain("less"),
+        " ": "less",
     }
     return table(lines, columns)
 

@@ -6,36 +6,55 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import arms
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     Row = dict[str, Any]
-    Columns = Mapping[str, Callable[[Any], object]]
+    Columns = Mapping[str, str | Callable[[Any], object]]
     Renderer = Callable[[Any], str]
 
 
-def table(rows: Iterable[Any], columns: Columns) -> str:
-    """Returns a Markdown table.
+def table(rows: Iterable[Any], columns: Columns, *, aligned: bool = False) -> str:
+    """Returns a Markdown table, or an aligned one for a terminal.
 
     Args:
         rows: Anything.
-        columns: By header, what to show of a row; a cell is blank if that is None or not there.
-            Headers that repeat are kept apart by spaces at their end, which are not shown.
+        columns: By header, the key of what to show of a row, or what makes it of the row; blank if
+            that is None or not there. Headers that repeat are kept apart by spaces at their end,
+            which are not shown.
+        aligned: Numbers to the right; ``-`` for what is not there.
     """
     cells = [[_cell(show, row) for show in columns.values()] for row in rows]
-    head, *body = (
+    if aligned:
+        return _aligned([list(columns), *([text or "-" for text in line] for line in cells)])
+    every = [
         [f" {text.strip()} ".replace("  ", " ") for text in line] for line in [columns, *cells]
+    ]
+    every.insert(1, ["---"] * len(columns))
+    return "\n".join(f"|{'|'.join(line)}|" for line in every)
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    columns = list(zip(*lines, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [all(text[:1].isdigit() or text[0] in "-+" for text in each[1:]) for each in columns]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if number else text.ljust(width)
+            for text, width, number in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in lines
     )
-    return "\n".join(f"|{'|'.join(line)}|" for line in (head, ["---"] * len(head), *body))
 
 
-def _cell(show: Callable[[Any], object], row: Any) -> str:
+def _cell(show: str | Callable[[Any], object], row: Any) -> str:
     try:
-        value = show(row)
+        value = row.get(show) if isinstance(show, str) else show(row)
     except (KeyError, TypeError):  # not measured, or measured as nothing
         return ""
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return "" if value is None else str(value)
 
 
@@ -47,11 +66,6 @@ def number(digits: int, *keys: str, unit: str = "", scale: float = 1.0) -> Calla
 def mib(*keys: str, digits: int = 2) -> Callable[[Row], str]:
     """Shows bytes as MiB."""
     return number(digits, *keys, scale=2**-20)
-
-
-def plain(*keys: str) -> Callable[[Row], object]:
-    """Shows a value as it is."""
-    return lambda row: _at(row, keys)
 
 
 def spread(key: str, digits: int = 1) -> Callable[[Row], str]:
@@ -92,7 +106,7 @@ def speed(result: Row) -> str:
             f"{kind if what['batch'] > 1 else ''}**: {bound} (other processes used {used})"
         )
         columns = {
-            "arm": plain("arm"),
+            "arm": "arm",
             "decode step, ms (quartiles)": spread("step_ms"),
             "at 128 tokens": number(1, "step_ms_at_128_tokens", "median"),
             "tokens/s": number(1, "decode_tokens_per_second"),
@@ -115,7 +129,7 @@ def accuracy(result: Row) -> str:
     def every(task: str) -> list[str]:
         return list(dict.fromkeys(key for row in rows for key in row.get(task, {})))
 
-    columns: dict[str, Callable[[Row], object]] = {"arm": lambda row: row["arm"]}
+    columns: dict[str, Any] = {"arm": "arm"}
     for task in ("single", "multikey"):
         for context in every(task):
             columns[f"{task} {int(context) // 1024}K"] = _inside(task, context, share("correct"))
@@ -135,8 +149,8 @@ def _inside(outer: str, inner: str, show: Callable[[Row], object]) -> Callable[[
 def capacity(result: Row) -> str:
     """How many requests a pool holds."""
     columns = {
-        "arm": plain("arm"),
-        "most running at once": plain("peak_running"),
+        "arm": "arm",
+        "most running at once": "peak_running",
         "mean": number(1, "mean_running"),
         "preemptions": number(0, "preemptions"),
         "blocks per decoding request": number(1, "blocks_per_decoding_request"),
@@ -161,7 +175,7 @@ def kernels(result: Row) -> str:
     """The decode kernel's times on a CPU."""
     body = result["result"]
     columns = {
-        "variant": plain("arm"),
+        "variant": "arm",
         "us a layer": number(0, "us"),
         "10th percentile": number(0, "us_p10"),
     }
@@ -183,8 +197,8 @@ def blocks(result: Row) -> str:
     for cell in result["cells"]:
         selectors = cell["selectors"]
         tops = list(next(iter(selectors.values())))
-        columns = {"selector": plain("arm")}
-        layers: dict[str, Any] = {"layer": plain("layer"), "forced blocks": number(2, "forced")}
+        columns = {"selector": "arm"}
+        layers: dict[str, Any] = {"layer": "layer", "forced blocks": number(2, "forced")}
         for what, key in (("mass beyond the forced blocks", "captured"), ("misses", "miss_rate")):
             columns |= {f"{what}, top {top}": number(2, top, key) for top in tops}
         top = tops[len(tops) // 2]
@@ -215,8 +229,8 @@ def memory(result: Row) -> str:
     ]
     parts = ("kv_cache", "frames", "compressed_keys", "staging", "page_table")
     columns = {
-        "model, tokens": plain("cell"),
-        "arm": plain("arm"),
+        "model, tokens": "cell",
+        "arm": "arm",
         **{part.replace("kv_", "KV ").replace("_", " "): mib("parts", part) for part in parts},
         "device, MiB a request": mib("device_bytes"),
         "less than dense": number(2, "times_less_than_dense", unit="x"),
@@ -233,7 +247,7 @@ def overlap(result: Row) -> str:
         "misses forced (and counted)": lambda row: (
             f"{row['rate']:.0%} ({row['miss_share_of_free_picks']:.1%})"
         ),
-        "arm": plain("arm"),
+        "arm": "arm",
         "step, ms (quartiles)": spread("step_ms"),
         "exposed wait, ms a step": number(2, "exposed_wait_ms_per_step"),
         "late": lambda row: f"{row['late_share']:.0%}" if row["late_share"] is not None else None,
@@ -252,12 +266,12 @@ def overlap(result: Row) -> str:
 def serve(result: Row) -> str:
     """Requests whose KV exceeds the device."""
     columns = {
-        "arm": plain("arm"),
-        "finished": plain("finished"),
-        "lost": plain("lost"),
-        "of full length": plain("complete"),
+        "arm": "arm",
+        "finished": "finished",
+        "lost": "lost",
+        "of full length": "complete",
         "preemptions": number(0, "preemptions"),
-        "most running at once": plain("peak_running"),
+        "most running at once": "peak_running",
         "KV over slab": number(2, "kv_over_slab", unit="x"),
         "slab, MiB": mib("pools", "slab"),
         "seconds in all": number(0, "seconds"),
@@ -273,9 +287,9 @@ def training(result: Row | list[Row]) -> str:
     """Memory and speed of Forecast training; older files are lists of points."""
     cells = result["cells"] if isinstance(result, dict) else result
     columns = {
-        "tokens": plain("tokens"),
-        "queries at once": plain("chunk"),
-        "MiB beyond the model": plain("peak_beyond_start_mib"),
+        "tokens": "tokens",
+        "queries at once": "chunk",
+        "MiB beyond the model": "peak_beyond_start_mib",
         "tokens/s": number(1, "tokens_per_s"),
         "loss": number(6, "loss"),
         "left out, needs GiB": number(0, "left_out_gib"),
@@ -286,7 +300,7 @@ def training(result: Row | list[Row]) -> str:
 def recall(result: Row) -> str:
     """What ``vllm-sparse eval-forecast`` writes."""
     columns = {
-        "selector": plain("arm"),
+        "selector": "arm",
         "recall of the exact best blocks": number(3, "recall"),
         "attention mass beyond the forced blocks": number(3, "mass"),
     }
@@ -301,13 +315,13 @@ def stages(result: Row) -> str:
     """What the GPU programs write."""
     rows = [{"arm": name, **stage} for name, stage in result["stages"].items()]
     columns = {
-        "stage": plain("arm"),
-        "result": plain("status"),
+        "stage": "arm",
+        "result": "status",
         "seconds": number(0, "seconds"),
         "measurements": lambda row: len(row["rows"]),
-        "reason": plain("reason"),
+        "reason": "reason",
     }
-    verdicts = {"target": plain("what"), "found": number(3, "found"), "reached": plain("reached")}
+    verdicts = {"target": "what", "found": number(3, "found"), "reached": "reached"}
     targets = result.get("targets")
     parts = [table(rows, columns), table(targets, verdicts) if targets else ""]
     return "\n\n".join(filter(None, parts))
@@ -334,8 +348,3 @@ def kind_of(result: Any) -> str:
     if isinstance(result, list):
         return "train-memory"
     return result.get("benchmark", "forecast-recall")
-
-
-def labelled(rows: dict[str, Row]) -> list[Row]:
-    """The rows of arms, with what tables call them."""
-    return [{"arm": arms.label(name), "name": name, **row} for name, row in rows.items()]

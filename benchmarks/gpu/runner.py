@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import harness, results
 from benchmarks.gpu import machine
-from benchmarks.gpu.stages import PASSED, Stage, run_stage, table
+from benchmarks.gpu.stages import PASSED, Stage, run_stage
+from benchmarks.tables import table
 
 if TYPE_CHECKING:
     import argparse
@@ -247,14 +248,6 @@ def chosen(stages: Iterable[Stage], options: argparse.Namespace) -> list[Stage]:
     ]
 
 
-def stage_table(results: dict[str, dict]) -> str:
-    """Returns which stage ended how."""
-    return table(
-        ("stage", "result", "seconds"),
-        [(name, result["status"], result["seconds"]) for name, result in results.items()],
-    )
-
-
 def merged(options: argparse.Namespace, environment: dict) -> dict[str, dict]:
     """Results of an earlier run on the same machine, of stages that need not run again.
 
@@ -309,8 +302,9 @@ def main(
         parser.error(f"no such stage: {', '.join(sorted(unknown))}; see --list")
     stages = chosen(every, options)
     if options.list or options.dry_run:
-        rows = [(s.name, s.limit_s, ", ".join(s.needs), s.about) for s in stages]
-        print(table(("stage", "limit s", "needs", "about"), rows))
+        columns = {"stage": "name", "limit s": "limit_s", "needs": "needs", "about": "about"}
+        rows = [{**vars(stage), "needs": ", ".join(stage.needs)} for stage in stages]
+        print(table(rows, columns, aligned=True))
         return 0
     harness.exit_cleanly()
     environment = {**results.environment(), **machine.facts(), "seed": options.seed}
@@ -324,7 +318,10 @@ def main(
     run.write(**further)
     gpu = environment["gpu"] or {"name": "no GPU"}
     wrong = [f"{stage}: {r['reason']}" for stage, r in ended.items() if r["status"] != "ok"]
-    print("\n\n".join(filter(None, ("", stage_table(ended), "\n".join(wrong), text))))
+    columns = {"stage": "name", "result": "status", "seconds": "seconds"}
+    rows = [{"name": stage, **result} for stage, result in ended.items()]
+    parts = ("", table(rows, columns, aligned=True), "\n".join(wrong), text)
+    print("\n\n".join(filter(None, parts)))
     print(f"\n{name} on {gpu['name']}; full result: {options.out / f'{name}.json'}")
     missed = [stage for stage in stages if ended[stage.name]["status"] == "skipped"]
     if missed:

@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from benchmarks.gpu import check, runner, stages
+from benchmarks.tables import table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -149,8 +150,17 @@ def summary(results: dict[str, dict], source: Path) -> tuple[str, dict]:
     rows = [row for search in SEARCHES for row in results.get(search, {}).get("rows", [])]
     parts = []
     if rows:
-        header = ("kernel", "shape", "shipped", "us", "found", "us", "times", "tried", "unusable")
-        parts.append(stages.table(header, [_line(row) for row in rows]))
+        columns = {
+            **{"kernel": "kernel", "shape": "shape"},
+            "shipped": lambda row: _tiles(row["shipped"]),
+            "us": "shipped_us",
+            "found": lambda row: _tiles(row["launch"]),
+            "us ": "us",
+            "times": lambda row: row["shipped_us"] / row["us"],
+            "tried": "tried",
+            "unusable": lambda row: len(row["unusable"]),
+        }
+        parts.append(table(rows, columns, aligned=True))
     facts = [results.get(search, {}).get("facts", {}) for search in SEARCHES]
     missed = [name for found in facts for name in found.get("no_time_for", [])]
     if missed:
@@ -165,15 +175,6 @@ def summary(results: dict[str, dict], source: Path) -> tuple[str, dict]:
         written = "found" in results.get("parity", {}).get("facts", {})
         parts.append(f"NOT installed: {source if written else 'no table was checked'}")
     return "\n\n".join(parts), {"no_time_for": missed, "installed": installed}
-
-
-def _line(row: dict) -> tuple:
-    works = row["shipped_us"] and row["us"]
-    return (
-        *(row["kernel"], row["shape"], _tiles(row["shipped"]), row["shipped_us"]),
-        *(_tiles(row["launch"]), row["us"], row["shipped_us"] / row["us"] if works else None),
-        *(row["tried"], len(row["unusable"])),
-    )
 
 
 def _tiles(found: list[int] | None) -> str | None:

@@ -75,3 +75,12 @@ def test_a_changed_result_changes_the_readme(monkeypatch):
 def test_an_unknown_table_is_an_error():
     with pytest.raises(KeyError):
         readme.filled("<!-- table: nothing -->\n<!-- end -->")
+
+
+def test_tables_are_aligned():
+    rows = [{"name": "a", "n": 1}, {"name": "long", "n": 12345.6}, {"name": "c", "n": None}]
+    columns = {"name": "name", "n": "n"}
+    lines = tables.table(rows, columns, aligned=True).splitlines()
+    assert lines[0] == "name      n"
+    assert [line.split() for line in lines[2:]] == [["a", "1"], ["long", "12346"], ["c", "-"]]
+    assert tables.table([], {"x": "x"}, aligned=True).splitlines()[0] == "x"
