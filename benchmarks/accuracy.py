@@ -254,12 +254,7 @@ class _Run:
 
 
 def run(options: argparse.Namespace, chosen: list[arms.Arm]) -> list[str]:
-    """Measures all arms and returns the names of those whose engine failed.
-
-    Args:
-        options: From the command line.
-        chosen: The arms, the dense one first.
-    """
+    """Measures all arms and returns the names of those whose engine failed."""
     body = {
         "model": options.model,
         "seed": options.seed,

@@ -181,13 +181,7 @@ def _known(backend: str, settings: dict) -> dict:
 
 
 def add_options(parser: argparse.ArgumentParser, default: str, note: str = "") -> None:
-    """Adds the options that say which arms to run: --arms, --setting, --forecast.
-
-    Args:
-        parser: A benchmark's parser.
-        default: Comma-separated names of arms.
-        note: Appended to the help of --arms.
-    """
+    """Adds the options that say which arms to run: --arms, --setting, --forecast."""
     parser.add_argument(
         "--arms", default=default, help=f"comma-separated{note}, or a group: {', '.join(GROUPS)}"
     )

@@ -71,12 +71,7 @@ class Probe:
         self._chosen: dict[tuple, torch.Tensor] = {}
 
     def attach(self, model, forecast: Path | None) -> None:
-        """Watches the layers' inputs and prepares what projects them.
-
-        Args:
-            model: Of transformers.
-            forecast: Trained weights, if there are any.
-        """
+        """Watches the layers' inputs and prepares what projects them."""
         layers, config = model.model.layers, model.config
         if hasattr(layers[0].self_attn, "q_norm"):
             raise ValueError("models with a query norm are not supported here")

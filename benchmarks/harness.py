@@ -20,13 +20,7 @@ BLOCK_TOKENS = 128  # vLLM's default block size on CPU
 
 
 def parser(name: str, about: str | None, quick: str = "") -> argparse.ArgumentParser:
-    """The parser of a benchmark, with --out.
-
-    Args:
-        name: Of its module and of its result.
-        about: Its module's docstring.
-        quick: Help of --quick, if there is one.
-    """
+    """The parser of a benchmark, with --out."""
     made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
     made.add_argument("--out", type=Path, default=results.FOLDER / f"{name}.json")
     if quick:

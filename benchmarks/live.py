@@ -119,10 +119,6 @@ class ForcedChoice:
     def __init__(self, runtime: Any, shortest: int) -> None:
         """Starts without anything new.
 
-        Args:
-            runtime: What all layers share.
-            shortest: Tokens of the shortest request that will decode.
-
         Raises:
             ValueError: It has too few blocks.
         """
@@ -339,12 +335,7 @@ def runs_of(slots: Tensor) -> Tensor:
 
 
 def selected(worker: Any, seed: int) -> Locality:
-    """What a random query selects of the first row of the last decode step, in every layer.
-
-    Args:
-        worker: vLLM's, on a GPU or on its path.
-        seed: Of the queries.
-    """
+    """What a random query selects of the first row of the last decode step, in every layer."""
     from benchmarks.ops.kernels import triton
 
     builder = worker.model_runner.attn_groups[0][0].get_metadata_builder()

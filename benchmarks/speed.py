@@ -102,16 +102,7 @@ def measure(
     patience_s: float = 0.0,
     overrides: dict | None = None,
 ) -> dict[str, Any]:
-    """Measures one cell.
-
-    Args:
-        cell: What to measure.
-        chosen: The sides of the comparison, stock vLLM first.
-        save: Gets the result after every turn.
-        prefills: Number of prompts whose prefill is timed on every side.
-        patience_s: How long to wait in all for neighbours on the machine to be quiet.
-        overrides: Further arguments of `LLM`, for every side.
-    """
+    """Measures one cell."""
     tokenizer = harness.tokenizer_of(cell.model)
     prompts = _prompts(cell, tokenizer)
     # Centred on 128 tokens over the steps that are measured.

@@ -60,12 +60,12 @@ def _cell(show: str | Callable[[Any], object], row: Any) -> str:
 
 def number(digits: int, *keys: str, unit: str = "", scale: float = 1.0) -> Callable[[Row], str]:
     """Shows a number with so many digits, found under keys one inside the other."""
-    return lambda row: f"{_at(row, keys) * scale:.{digits}f}{unit}"
+    return lambda row: f"{inside(row, keys) * scale:.{digits}f}{unit}"
 
 
-def mib(*keys: str, digits: int = 2) -> Callable[[Row], str]:
+def mib(*keys: str, digits: int = 2, unit: str = "") -> Callable[[Row], str]:
     """Shows bytes as MiB."""
-    return number(digits, *keys, scale=2**-20)
+    return number(digits, *keys, unit=unit, scale=2**-20)
 
 
 def spread(key: str, digits: int = 1) -> Callable[[Row], str]:
@@ -83,7 +83,8 @@ def share(key: str, among: str = "questions") -> Callable[[Row], str]:
     return lambda row: f"{row[key]}/{row[among]}"
 
 
-def _at(row: Any, keys: tuple[str, ...]) -> Any:
+def inside(row: Any, keys: tuple[str, ...]) -> Any:
+    """What is found under keys one inside the other."""
     for key in keys:
         row = row[key]
     return row
@@ -132,17 +133,17 @@ def accuracy(result: Row) -> str:
     columns: dict[str, Any] = {"arm": "arm"}
     for task in ("single", "multikey"):
         for context in every(task):
-            columns[f"{task} {int(context) // 1024}K"] = _inside(task, context, share("correct"))
+            columns[f"{task} {int(context) // 1024}K"] = _below(task, context, share("correct"))
     for mode in every("two-turn"):
         answered = share("second_turn", "conversations")
-        columns[f"2nd turn, {mode}"] = _inside("two-turn", mode, answered)
+        columns[f"2nd turn, {mode}"] = _below("two-turn", mode, answered)
     if any("prose" in row for row in rows):
         columns["prose KL"] = number(3, "prose", "kl")
         columns["top-1"] = number(3, "prose", "top1_agreement")
     return f"**{result['model']}**, seed {result['seed']}\n\n{table(rows, columns)}"
 
 
-def _inside(outer: str, inner: str, show: Callable[[Row], object]) -> Callable[[Row], object]:
+def _below(outer: str, inner: str, show: Callable[[Row], object]) -> Callable[[Row], object]:
     return lambda row: show(row[outer][inner])
 
 

@@ -134,8 +134,7 @@ def measure(name: str, report: Report, options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     engines.check_graphs(report.facts, mode)
-    suffix = "-more" if name.endswith("-more") else ""
-    subject = _Subject(llm, arm, shape, copy, report, options, suffix)
+    subject = _Subject(llm, arm, copy, report, options)
     subject.warm_up()
     report.note(
         largest={str(cell.context): subject.most(cell.context) for cell in cells},
@@ -168,17 +167,10 @@ class _Subject:
     """An engine under measurement."""
 
     def __init__(
-        self,
-        llm: Any,
-        arm: Arm,
-        shape: shapes.Shape,
-        copy: float,
-        report: Report,
-        options: argparse.Namespace,
-        suffix: str,
+        self, llm: Any, arm: Arm, copy: float, report: Report, options: argparse.Namespace
     ) -> None:
-        self._suffix = suffix  # of the stage, and of that of stock vLLM
-        self._llm, self._arm, self._shape, self._copy = llm, arm, shape, copy
+        self._llm, self._arm, self._copy = llm, arm, copy
+        self._shape = shapes.TINY if options.tiny else shapes.LLAMA
         self._report, self._options = report, options
         self._block_size = report.facts["block_size"]
         self._steps = 5 if options.tiny else STEPS
@@ -215,10 +207,6 @@ class _Subject:
     def measure(self, cell: Cell, *, look: bool = False) -> None:
         """Times the prefills of a cell, then its batches.
 
-        Args:
-            cell: What to measure.
-            look: At what is selected, too.
-
         Raises:
             CheckFailedError: It is no fair load.
         """
@@ -228,9 +216,10 @@ class _Subject:
             batch = min(self._batch(wanted, cell.context), self._max_seqs)
             if batch <= running:
                 continue
-            patience = self._report.left_s - RESERVE_S
-            if (batch - running) * expected > patience:
-                self._skip(cell, wanted, batch, f"would take {(batch - running) * expected:.0f} s")
+            row = {"context": cell.context, "wanted": wanted, "batch": batch}
+            needed = (batch - running) * expected
+            if needed > self._report.left_s - RESERVE_S:
+                self._report.add(**row, skipped=f"would take {needed:.0f} s")
                 break
             prompts = [self._request(cell.context, index) for index in range(running, batch)]
             try:
@@ -239,12 +228,12 @@ class _Subject:
             except RuntimeError as error:  # requests were preempted
                 if self._options.device == "cuda":
                     torch.cuda.synchronize()  # raises if it was the device
-                self._skip(cell, wanted, batch, str(error))
+                self._report.add(**row, skipped=str(error))
                 break
             if len(prompts) > 1:
                 expected = seconds / len(prompts)
             running = batch
-            self._add(cell.context, wanted, batch, steps, seconds)
+            self._add(row, steps, seconds)
         split = self.split(cell.context)
         if look and running and split is not None and split.stage2 and self._on_gpu:
             self._look()
@@ -309,22 +298,20 @@ class _Subject:
         if wanted == MOST:
             return self.most(context)
         try:
-            dense = report_of(self._options, DENSE + self._suffix)
+            suffix = "-more" if self._options.stage.endswith("-more") else ""
+            dense = report_of(self._options, DENSE + suffix)
             return dense["facts"]["largest"][str(context)]
         except (NotAvailableError, KeyError):
             return bounds.most_rows(self._report.facts["pool_tokens"], context + GROWTH)
 
-    def _add(
-        self, context: int, wanted: int | str, batch: int, steps: list[float], seconds: float
-    ) -> None:
+    def _add(self, cell: dict[str, Any], steps: list[float], seconds: float) -> None:
         step = harness.summary([1e3 * second for second in steps])
+        batch, context = cell["batch"], cell["context"]
         read = bounds.step_bytes(self._shape, batch, context, self.split(context))
         least = 1e3 * read / self._copy
         before, self._preempted = self._preempted, self._preemptions()
         self._report.add(
-            context=context,
-            wanted=wanted,
-            batch=batch,
+            **cell,
             step_ms=step,
             tokens_per_s=batch * len(steps) / sum(steps),
             least_bytes=read,
@@ -336,9 +323,6 @@ class _Subject:
 
     def _preemptions(self) -> int:
         return int(commands.counters(self._llm).get("vllm:num_preemptions", 0))
-
-    def _skip(self, cell: Cell, wanted: int | str, batch: int, reason: str) -> None:
-        self._report.add(context=cell.context, wanted=wanted, batch=batch, skipped=reason)
 
     def _request(self, context: int, index: int) -> list[int]:
         """Prompt of a request of the batch; the first one's prefill has been timed."""

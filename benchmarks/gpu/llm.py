@@ -62,10 +62,6 @@ def build(arm: Arm, options: argparse.Namespace, model: Path, **arguments: Any) 
 def check_graphs(facts: dict[str, Any], mode: dict[str, Any]) -> None:
     """Raises unless decode steps run in captured graphs where they should; vLLM would only warn.
 
-    Args:
-        facts: Of the engine.
-        mode: `GRAPHS`, `EAGER` or `COMPILED`.
-
     Raises:
         CheckFailedError: They do not.
     """

@@ -79,12 +79,7 @@ class Report:
     """
 
     def __init__(self, path: Path, deadline: float = float("inf")) -> None:
-        """Starts a report.
-
-        Args:
-            path: File to write.
-            deadline: When the stage will be stopped, as of `time.time`.
-        """
+        """Starts a report."""
         self.rows: list[dict] = []
         self.facts: dict[str, Any] = {}
         self._path = path
@@ -116,12 +111,7 @@ class Report:
 
 
 def add_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """Adds the options that both programs have.
-
-    Args:
-        parser: The program's.
-        name: Of the result file, without suffix.
-    """
+    """Adds the options that both programs have."""
     parser.add_argument("--out", type=Path, default=Path("build") / name, help="folder")
     parser.add_argument("--budget-s", type=float, default=460, help="for all stages together")
     parser.add_argument("--jobs", type=int, default=1, help="stages at once; not to measure time")

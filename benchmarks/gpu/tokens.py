@@ -60,12 +60,7 @@ LAYERS, KV_HEADS = 3, 2
 
 
 def paged(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """SPARDA's settings with the smallest slab that start-up accepts.
-
-    Args:
-        settings: `PAGED` or `TINY_PAGED`.
-        **changes: Other settings.
-    """
+    """SPARDA's settings with the smallest slab that start-up accepts."""
     settings = {**settings, **changes}
     piece = settings["block_size"] * BYTES_PER_TOKEN
     slab = REQUESTS * KV_HEADS * settings["top_k"] * LAYERS * piece
@@ -330,12 +325,7 @@ def generate(llm: Any, prompts: list[list[int]], new_tokens: int, waves: int) ->
 
 
 def step_of(token: int, likely: dict[int, float]) -> dict:
-    """One step: its token, and by how much other likely ones are behind it.
-
-    Args:
-        token: What was generated.
-        likely: Log-probabilities, its own among them.
-    """
+    """One step: its token, and by how much other likely ones are behind it."""
     behind = {str(key): round(likely[token] - value, 5) for key, value in likely.items()}
     return {
         "token": token,

@@ -122,13 +122,7 @@ def _copy(value: Any) -> Any:
 
 
 def differences(ops: Iterable[Op], arguments: Arguments, dtype: torch.dtype) -> Iterator[Found]:
-    """Yields name, error and largest error of each operation; all go on from the reference's.
-
-    Args:
-        ops: A chain.
-        arguments: Of its first operation; gets what the others need.
-        dtype: Sets what rounding is allowed.
-    """
+    """Yields name, error and largest error of each operation; all go on from the reference's."""
     for op in ops:
         actual, expected = sides(op, arguments)
         limit = COMPUTED[dtype] if op.limit is None else op.limit

@@ -213,14 +213,7 @@ WHOLE_PROMPT = Op(
 def check(
     case: Case, device: torch.device, generator: torch.Generator, graphs: bool
 ) -> Iterator[Found]:
-    """Yields the name of each operation, its error, and the largest that it may have.
-
-    Args:
-        case: Sizes.
-        device: Where the kernels run.
-        generator: Of that device.
-        graphs: Also replay a captured step.
-    """
+    """Yields the name of each operation, its error, and the largest that it may have."""
     step = make_decode(case, device, generator)
     replayed = dict(step) if graphs and device.type == "cuda" else None
     yield from differences(STEP, step, case.dtype)

@@ -182,14 +182,7 @@ def with_views(arguments: dict[str, Any]) -> dict[str, Any]:
 def make_rows(
     case: Case, device: torch.device, generator: torch.Generator, window: int
 ) -> dict[str, Any]:
-    """Arguments of a plan, by name: rows in every state of a request.
-
-    Args:
-        case: Sizes.
-        device: Where the tensors are.
-        generator: Of that device.
-        window: Observation window.
-    """
+    """Arguments of a plan, by name: rows in every state of a request."""
     size, group = case.block_size, case.heads // case.kv_heads
     longest, width, count = 40 * size, 41, 40
     per_block = max(1, 2 * size // case.page_size // group)

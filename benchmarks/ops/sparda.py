@@ -129,14 +129,7 @@ def _named(op: Op, suffix: str) -> Op:
 def check(
     case: PagedCase, device: torch.device, generator: torch.Generator, graphs: bool
 ) -> Iterator[Found]:
-    """Yields the name of each operation, its error, and the largest that it may have.
-
-    Args:
-        case: Sizes.
-        device: Where the kernels run.
-        generator: Of that device.
-        graphs: Also replay captured steps.
-    """
+    """Yields the name of each operation, its error, and the largest that it may have."""
     compare = partial(differences, dtype=case.dtype)
     pool = make_pool(case, device, generator)
     for name, arguments in selections(case, pool, generator).items():

@@ -118,13 +118,7 @@ def empty_table(pieces: int, frames: int, device: torch.device) -> PageTable:
 
 
 def make_pool(case: PagedCase, device: torch.device, generator: torch.Generator) -> Pool:
-    """One layer of a batch; whatever a row must not read is NaN, the null block too.
-
-    Args:
-        case: Sizes; the first row is the longest, the second short, the last padding.
-        device: That sees the pool.
-        generator: Of that device.
-    """
+    """One layer of a batch; whatever a row must not read is NaN, the null block too."""
     size, stride = case.blocks.block_size, case.blocks.kernel_stride
     per_block = size // stride
     positions = torch.randint(

@@ -54,10 +54,6 @@ def each_seconds(
 
     Triton's errors have nothing in common but that they are exceptions.
 
-    Args:
-        parts: By name; each yields operations.
-        device: Where they run.
-
     Yields:
         What the part has yielded, and the seconds or why there are none. If its set-up fails, its
         name and no runs.

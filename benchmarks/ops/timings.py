@@ -29,13 +29,7 @@ KINDS: dict[str, tuple[Any, Any, shapes.Shape]] = {
 
 
 def measure(kind: str, report: Report, options: argparse.Namespace) -> None:
-    """Measures all cells, as long as there is time.
-
-    Args:
-        kind: One of `KINDS`.
-        report: Gets a row for each operation and cell.
-        options: From the command line.
-    """
+    """Measures all cells, as long as there is time."""
     ops, timings, shape = KINDS[kind]
     device, size = torch.device(options.device), 0.01 if options.tiny else 2.0
     copy = timing.copy_bytes_per_s(device, size)

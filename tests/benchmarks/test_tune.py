@@ -124,7 +124,7 @@ def test_kernels_without_time_are_named(tmp_path, monkeypatch):
 
     report = stages.Report(tmp_path / "tune.json", time.time() + 100)
     monkeypatch.setattr(timing, "seconds_each", slow)
-    launches.tune_rocketkv(report, options_of(tmp_path))
+    launches.tune("rocketkv", report, options_of(tmp_path))
     assert {row["kernel"] for row in report.rows} == {"attend"}
     assert all(row["cut"] and row["tried"] == 0 for row in report.rows)
     assert report.facts["no_time_for"] == list(launches.ROCKETKV[1:])
@@ -140,12 +140,12 @@ def test_a_search_leaves_the_table_as_it_was(tmp_path, monkeypatch):
     report = stages.Report(tmp_path / "tune.json")
     monkeypatch.setattr(timing, "seconds_each", known_seconds)
     monkeypatch.setattr(launches, "ROCKETKV", launches.ROCKETKV[:1])
-    launches.tune_rocketkv(report, options_of(tmp_path))
+    launches.tune("rocketkv", report, options_of(tmp_path))
     assert report.rows[0]["launch"] == list(best_of("attend"))
     assert dict(launch._SM80) == SHIPPED
     # What a start-up would refuse is not even tried.
     monkeypatch.setattr(launch, "valid", lambda kernel, candidate: kernel != "attend")
-    launches.tune_rocketkv(report, options_of(tmp_path))
+    launches.tune("rocketkv", report, options_of(tmp_path))
     assert report.rows[-1]["tried"] == 0
 
 
@@ -165,7 +165,7 @@ def test_a_kernel_that_nothing_can_launch_is_left_as_shipped(tmp_path, monkeypat
     report = stages.Report(tmp_path / "tune.json")
     monkeypatch.setattr(timing, "seconds_each", fails)
     monkeypatch.setattr(launches, "ROCKETKV", launches.ROCKETKV[:1])
-    launches.tune_rocketkv(report, options_of(tmp_path))
+    launches.tune("rocketkv", report, options_of(tmp_path))
     assert dict(launch._SM80) == SHIPPED
     assert [row["launch"] for row in report.rows] == [None, None]
     results = {"tune": {"rows": report.rows, "facts": report.facts}}
