@@ -156,13 +156,9 @@ class Probe:
         scores = {}
         for name, vectors, at in (("query", query, position), ("previous", before, position - 1)):
             scores[name] = sparda.query_scores(
-                vectors,
-                compressed,
-                torch.tensor([at]),
-                kernel_size=KERNEL,
-                kernel_stride=oracle.STRIDE,
-                scale=scaling,
-            )[:, 0]
+                vectors, compressed, torch.tensor([at]), kernel_size=KERNEL,
+                kernel_stride=oracle.STRIDE, scale=scaling,
+            )[:, 0]  # fmt: skip
         source = self._inputs[max(module.layer_idx - 1, 0)]
         rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
         for name, projections in self._projections.items():

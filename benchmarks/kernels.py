@@ -65,15 +65,10 @@ def measure(options: argparse.Namespace) -> dict:
     bytes_read = 2 * rows * options.kv_heads * (channels + split.top_k * 2 * options.dim)
     floor = bytes_read / bandwidth * 1e6
     return {
-        "kept_tokens": kept,
-        "top_r": split.top_r,
-        "top_k": split.top_k,
-        "bytes_read": bytes_read,
-        "sequential_read_gb_per_s": bandwidth / 1e9,
-        "floor_us": floor,
-        "over_floor": result["fused"]["us"] / floor,
-        "variants": result,
-    }
+        "kept_tokens": kept, "top_r": split.top_r, "top_k": split.top_k, "bytes_read": bytes_read,
+        "sequential_read_gb_per_s": bandwidth / 1e9, "floor_us": floor,
+        "over_floor": result["fused"]["us"] / floor, "variants": result,
+    }  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -190,30 +190,6 @@ class ForcedChoice:
         return blocks.masked_fill(nothing, -1), pieces.masked_fill(nothing, -1)
 
 
-class CountingEngine:
-    """Counts the bytes that pass through a CPU's copy engine.
-
-    Attributes:
-        nbytes: Bytes submitted so far.
-    """
-
-    def __init__(self, engine: Any) -> None:
-        """Wraps an engine."""
-        self.nbytes = 0
-        self._engine = engine
-
-    def submit(
-        self, target: Tensor, target_index: Tensor, source: Tensor, source_index: Tensor
-    ) -> Any:
-        """Submits a copy, as a `CopyEngine` does."""
-        self.nbytes += len(source_index) * source[0].nbytes
-        return self._engine.submit(target, target_index, source, source_index)
-
-    def close(self) -> None:
-        """Closes the wrapped engine."""
-        self._engine.close()
-
-
 class _Steering:
     """Of one worker."""
 
@@ -225,10 +201,11 @@ class _Steering:
         self._none = torch.zeros(1, dtype=torch.int32, device=self.choice.new.device)
         self._graphs: dict[Way, dict] = {}
         self.runtime.kernels = self.runtime.kernels._replace(select_blocks=self.choice)
-        self.engine = None
-        if hasattr(self.runtime, "scheduler"):
-            scheduler = self.runtime.scheduler
-            self.engine = scheduler._engine = CountingEngine(scheduler._engine)
+        self._on_host = hasattr(self.runtime, "scheduler")
+        self._engine_bytes = 0
+        if self._on_host:  # counts what passes through the copy engine
+            engine = self.runtime.scheduler._engine
+            self._submit, engine.submit = engine.submit, self._counted_submit
 
     def fetch(self, way: Way) -> None:
         runtime = self.runtime
@@ -252,13 +229,17 @@ class _Steering:
     def _copy_nothing(self, *arguments: Any, **options: Any) -> None:
         self._copy(*arguments[:-1], self._none, **options)  # the last one is how many
 
+    def _counted_submit(self, target: Tensor, to: Tensor, source: Tensor, index: Tensor) -> Any:
+        self._engine_bytes += len(index) * source[0].nbytes
+        return self._submit(target, to, source, index)
+
     def counted(self) -> dict[str, float]:
         """Hits, misses and bytes by the names of the plugin's counters."""
-        if self.engine is not None:
+        if self._on_host:
             from vllm_sparse import metrics
 
             found = {name: metrics.counters().value(name) for name in COUNTED}
-            return {**found, "engine_bytes": self.engine.nbytes}
+            return {**found, "engine_bytes": self._engine_bytes}
         # Metrics come some steps late, what the device counts does not.
         hits, misses, _ = self.runtime.counters.values.tolist()
         moved = misses * self.runtime.pager.geometry.piece_bytes
@@ -309,49 +290,37 @@ def counts(worker: Any) -> dict[str, float]:
     }
 
 
-class Locality(NamedTuple):
-    """What one KV head of ROCKETKV selects of one request, the median over layers and heads.
-
-    With random weights the worst case is wanted, tokens that lie scattered. If all keys were alike,
-    ties would select one run of tokens, which is read much faster.
-
-    Attributes:
-        runs: Of slots that follow each other.
-        pages: That are selected: the most runs there can be.
-    """
-
-    runs: float
-    pages: float
-
-    @property
-    def scattered(self) -> bool:
-        """Whether a good part of the pages lie apart."""
-        return self.runs >= 0.25 * self.pages
-
-
 def runs_of(slots: Tensor) -> Tensor:
     """Runs of slots that follow each other, along the last axis."""
     return 1 + (slots.sort(-1).values.diff(dim=-1) > 1).sum(-1)
 
 
-def selected(worker: Any, seed: int) -> Locality:
-    """What a random query selects of the first row of the last decode step, in every layer."""
+def locality(worker: Any, seed: int) -> tuple[float, float]:
+    """What a random query makes ROCKETKV select of the last decode step's first row.
+
+    With random weights the worst case is wanted, tokens that lie scattered. If all keys were alike,
+    ties would select one run of tokens, which is read much faster.
+
+    Returns:
+        Runs of slots that follow each other, the median over layers and KV heads; and pages that
+        are selected, the most runs there can be.
+    """
     from benchmarks.ops.kernels import triton
 
     builder = worker.model_runner.attn_groups[0][0].get_metadata_builder()
-    rows, count = builder._rows, 1
-    table, lengths, top_r = (part[:count] for part in (rows.block_table, rows.lengths, rows.top_r))
+    rows = builder._rows
+    table, lengths, top_r = (part[:1] for part in (rows.block_table, rows.lengths, rows.top_r))
     generator = torch.Generator(table.device).manual_seed(seed)
     found: list[int] = []
     for layer in builder.layers:
         impl, cache = layer.impl, layer.kv_cache
-        shape = (count, impl.num_heads, impl.head_size)
+        shape = (1, impl.num_heads, impl.head_size)
         query = torch.randn(shape, generator=generator, device=table.device).to(cache.dtype)
         common = {"layout": impl.stock_layout, "top_k": impl.top_k}
         scores = triton("score_pages")(cache, query, table, lengths, top_r, **common)
-        slots = triton("select_slots")(
-            scores, table, lengths, top_r, kv_heads=impl.num_kv_heads, **common
-        )
-        found += runs_of(slots[0]).tolist()
+        common["kv_heads"] = impl.num_kv_heads
+        found += runs_of(
+            triton("select_slots")(scores, table, lengths, top_r, **common)[0]
+        ).tolist()
     taken = min(impl.top_k, int(lengths[0]))
-    return Locality(statistics.median(found), taken / impl.stock_layout.page_size)
+    return statistics.median(found), taken / impl.stock_layout.page_size

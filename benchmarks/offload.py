@@ -46,7 +46,9 @@ def measure_memory(cell: str, options: argparse.Namespace, chosen: list[arms.Arm
             overrides["skip_tokenizer_init"] = True
         else:
             model = harness.resolve_model(name)
-            prompts = corpus.documents_for(model, options.requests, context - generated)
+            prompts = corpus.documents(
+                harness.tokenizer_of(str(model)), options.requests, context - generated
+            )
         arguments = harness.engine_args(model, context, options.requests * context, **overrides)
         rows: dict[str, dict] = {}
         for arm in chosen:
@@ -108,7 +110,9 @@ def run_memory(options: argparse.Namespace, settings: dict) -> None:
 def run_serve(options: argparse.Namespace, settings: dict) -> None:
     """Runs ``serve``: stock vLLM with memory for all requests, then SPARDA."""
     model = harness.resolve_model(options.model)
-    prompts = corpus.documents_for(model, options.requests, options.context - options.generate)
+    prompts = corpus.documents(
+        harness.tokenizer_of(str(model)), options.requests, options.context - options.generate
+    )
     arguments = harness.engine_args(
         model,
         options.context,

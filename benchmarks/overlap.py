@@ -58,7 +58,9 @@ def run(options: argparse.Namespace, settings: dict) -> None:
     turns = options.rounds * len(options.rates)
     generated = turns * (options.steps + SETTLING_STEPS) + options.link_steps + SETTLING_STEPS
     generated += 64  # what the first request generates before the last one begins
-    prompts = corpus.documents_for(model, options.batch, options.context - generated)
+    prompts = corpus.documents(
+        harness.tokenizer_of(str(model)), options.batch, options.context - generated
+    )
     arguments = harness.engine_args(
         model,
         options.context,

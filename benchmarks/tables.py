@@ -267,19 +267,14 @@ def overlap(result: Row) -> str:
 def serve(result: Row) -> str:
     """Requests whose KV exceeds the device."""
     columns = {
-        "arm": "arm",
-        "finished": "finished",
-        "lost": "lost",
-        "of full length": "complete",
-        "preemptions": number(0, "preemptions"),
-        "most running at once": "peak_running",
-        "KV over slab": number(2, "kv_over_slab", unit="x"),
-        "slab, MiB": mib("pools", "slab"),
+        "arm": "arm", "finished": "finished", "lost": "lost", "of full length": "complete",
+        "preemptions": number(0, "preemptions"), "most running at once": "peak_running",
+        "KV over slab": number(2, "kv_over_slab", unit="x"), "slab, MiB": mib("pools", "slab"),
         "seconds in all": number(0, "seconds"),
         "tokens as stock's": lambda row: "{median:.0f} ({min:.0f}-{max:.0f})".format(
             **row["tokens_before_difference"]
         ),
-    }
+    }  # fmt: skip
     rows = table(_named(result["arms"]), columns)
     return f"**{result['model']}**: {_requests(result)} at once\n\n{rows}"
 
@@ -329,19 +324,11 @@ def stages(result: Row) -> str:
 
 
 RENDERERS: dict[str, Renderer] = {
-    "kernels": kernels,
-    "speed": speed,
-    "accuracy": accuracy,
-    "capacity": capacity,
-    "oracle": accuracy,
-    "blocks": blocks,
-    "memory": memory,
-    "overlap": overlap,
-    "serve": serve,
-    "train-memory": training,
-    "forecast-recall": recall,
+    "kernels": kernels, "speed": speed, "accuracy": accuracy, "capacity": capacity,
+    "oracle": accuracy, "blocks": blocks, "memory": memory, "overlap": overlap, "serve": serve,
+    "train-memory": training, "forecast-recall": recall,
     **dict.fromkeys(("gpu-check", "gpu-bench", "gpu-tune"), stages),
-}
+}  # fmt: skip
 
 
 def kind_of(result: Any) -> str:

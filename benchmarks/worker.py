@@ -65,16 +65,10 @@ class Worker:
             arguments.setdefault("distributed_executor_backend", "mp")
         started = time.perf_counter()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker"],
-            stdin=subprocess.PIPE,
-            stdout=handle,
-            stderr=subprocess.STDOUT,
-            pass_fds=(write_end,),
-            start_new_session=True,
-            cwd=Path(__file__).parent.parent,
-            env=_environment(served, env or {}),
-            text=True,
-        )
+            [sys.executable, "-m", "benchmarks.worker"], stdin=subprocess.PIPE, stdout=handle,
+            stderr=subprocess.STDOUT, pass_fds=(write_end,), start_new_session=True,
+            cwd=Path(__file__).parent.parent, env=_environment(served, env or {}), text=True,
+        )  # fmt: skip
         os.close(write_end)
         os.close(handle)
         self._replies = os.fdopen(read_end)

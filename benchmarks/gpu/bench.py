@@ -62,14 +62,9 @@ def plan(options: argparse.Namespace) -> list[stages.Stage]:
 
     def paged(name: str, limit_s: float, min_s: float, about: str) -> stages.Stage:
         return stages.Stage(
-            f"sparda-{name}",
-            paged_steps,
-            limit_s,
-            ("smoke",),
-            min_s=min_s,
-            env=interpreted,
+            f"sparda-{name}", paged_steps, limit_s, ("smoke",), min_s=min_s, env=interpreted,
             about=about,
-        )
+        )  # fmt: skip
 
     def alone(name: str, run: Callable[..., None], about: str) -> stages.Stage:
         return stages.Stage(

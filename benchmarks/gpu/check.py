@@ -139,16 +139,11 @@ def plan(options: argparse.Namespace) -> list[stages.Stage]:
         stages.Stage("smoke", smoke, 60, about="GPU, vLLM, installed plugin"),
         stages.Stage("kernels", kernels, 190, env=interpreted, about="Triton kernels = references"),
         stages.Stage(
-            "sanitizer",
-            sanitized if checker else no_sanitizer,
-            150,
-            needs=("smoke",),
-            prefix=prefix,
-            env=watched,
-            about="small steps under memcheck",
+            "sanitizer", sanitized if checker else no_sanitizer, 150, needs=("smoke",),
+            prefix=prefix, env=watched, about="small steps under memcheck",
         ),
         *tokens.stages(options),
-    ]
+    ]  # fmt: skip
 
 
 def summary(results: dict[str, dict], log: Path | None = None) -> tuple[str, dict]:

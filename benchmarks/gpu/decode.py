@@ -19,7 +19,7 @@ from benchmarks import arms, bounds, commands, harness, live
 from benchmarks.gpu import llm as engines
 from benchmarks.gpu import shapes
 from benchmarks.gpu.stages import CheckFailedError, NotAvailableError, report_of
-from benchmarks.ops import timing
+from benchmarks.ops import timings
 
 if TYPE_CHECKING:
     import argparse
@@ -34,17 +34,15 @@ GROWTH = 768  # tokens that a request may generate while the batch grows
 STEPS, DROPPED_STEPS = 64, 4
 PROFILED_STEPS = 5
 RESERVE_S = 8.0
+SCATTERED = 0.25  # least share of selected pages that must lie apart
 CAPTURED = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256]
 TAIL = 64  # tokens at the end of a shared prompt that differ
 
 
 class Cell(NamedTuple):
-    """Batches of one context, in ascending order.
+    """Batches of one context, in ascending order, and how many cold prefills are timed.
 
-    Attributes:
-        context: Prompt tokens of each request.
-        batches: Numbers, `AS_DENSE` (as many as fit stock vLLM), `MOST` (as many as fit here).
-        prefills: Cold prompts whose prefill is timed.
+    A batch is a number, `AS_DENSE` (as many as fit stock vLLM) or `MOST` (as many as fit here).
     """
 
     context: int
@@ -57,26 +55,16 @@ _MORE = (Cell(8 * K, (1, AS_DENSE, MOST), 0), Cell(128 * K, (1, AS_DENSE, MOST),
 # The most wanted first, in case time runs out: a context may come again with larger batches.
 CELLS: dict[str, tuple[Cell, ...]] = {
     DENSE: (
-        Cell(32 * K, (1,)),
-        Cell(128 * K, (1,), 2),
-        Cell(16 * K, (1,)),
-        Cell(32 * K, (8, MOST), 0),
-        Cell(8 * K, (1, 8)),
+        Cell(32 * K, (1,)), Cell(128 * K, (1,), 2), Cell(16 * K, (1,)),
+        Cell(32 * K, (8, MOST), 0), Cell(8 * K, (1, 8)),
     ),
     "rocket-1024": (
-        Cell(32 * K, (1,)),
-        Cell(128 * K, (1,), 2),
-        Cell(16 * K, (1,)),
-        Cell(32 * K, (8, AS_DENSE, MOST), 0),
-        Cell(8 * K, (1, 8)),
+        Cell(32 * K, (1,)), Cell(128 * K, (1,), 2), Cell(16 * K, (1,)),
+        Cell(32 * K, (8, AS_DENSE, MOST), 0), Cell(8 * K, (1, 8)),
     ),
     "rocket-256": (
-        Cell(32 * K, (1,)),
-        Cell(128 * K, (1,), 1),
-        Cell(16 * K, (1,), 1),
-        Cell(32 * K, (8, AS_DENSE), 0),
-        Cell(8 * K, (1, 8), 1),
-        Cell(32 * K, (MOST,), 0),
+        Cell(32 * K, (1,)), Cell(128 * K, (1,), 1), Cell(16 * K, (1,), 1),
+        Cell(32 * K, (8, AS_DENSE), 0), Cell(8 * K, (1, 8), 1), Cell(32 * K, (MOST,), 0),
     ),
     "stage1-1024": (Cell(32 * K, (1, 8, AS_DENSE), 1),),
     "stage2-1024": (Cell(32 * K, (1, 8), 1),),
@@ -87,7 +75,7 @@ CELLS: dict[str, tuple[Cell, ...]] = {
     "dense-more": (Cell(8 * K, (1, MOST), 0), Cell(128 * K, (1, MOST), 0)),
     "rocket-1024-more": _MORE,
     "rocket-256-more": _MORE,
-}
+}  # fmt: skip
 TINY_CELLS = (Cell(512, (1, 2), 1),)
 
 
@@ -111,7 +99,7 @@ def measure(name: str, report: Report, options: argparse.Namespace) -> None:
     shape = shapes.TINY if options.tiny else shapes.LLAMA
     cells = TINY_CELLS if options.tiny else CELLS[name]
     device = torch.device(options.device)
-    copy = timing.copy_bytes_per_s(device, 0.01 if options.tiny else 2.0)
+    copy = timings.copy_bytes_per_s(device, 0.01 if options.tiny else 2.0)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     longest = max(cell.context for cell in cells) + 2 * GROWTH
@@ -126,13 +114,9 @@ def measure(name: str, report: Report, options: argparse.Namespace) -> None:
         arguments["block_size"] = 64
     llm = engines.build(arm, options, model, **arguments)
     report.note(
-        **engines.facts(llm, started),
-        arm=arm.name,
-        settings=arm.settings,
-        shape=shape.name,
-        copy_gb_per_s=round(copy / 1e9, 1),
-        seed=options.seed,
-    )
+        **engines.facts(llm, started), arm=arm.name, settings=arm.settings, shape=shape.name,
+        copy_gb_per_s=round(copy / 1e9, 1), seed=options.seed,
+    )  # fmt: skip
     engines.check_graphs(report.facts, mode)
     subject = _Subject(llm, arm, copy, report, options)
     subject.warm_up()
@@ -241,12 +225,12 @@ class _Subject:
 
     def _look(self) -> None:
         seed = self._options.seed
-        (found,) = self._llm.collective_rpc(live.selected, args=(seed,))
-        self._report.note(selected_runs=found.runs, selected_pages=found.pages)
-        if not found.scattered:
+        ((runs, pages),) = self._llm.collective_rpc(live.locality, args=(seed,))
+        self._report.note(selected_runs=runs, selected_pages=pages)
+        if runs < SCATTERED * pages:
             raise CheckFailedError(
-                f"{found.pages:.0f} selected pages are {found.runs:.0f} runs of slots: keys are "
-                "too much alike for a fair load"
+                f"{pages:.0f} selected pages are {runs:.0f} runs of slots: keys are too much alike "
+                "for a fair load"
             )
 
     def profile(self, context: int) -> None:
@@ -311,15 +295,10 @@ class _Subject:
         least = 1e3 * read / self._copy
         before, self._preempted = self._preempted, self._preemptions()
         self._report.add(
-            **cell,
-            step_ms=step,
-            tokens_per_s=batch * len(steps) / sum(steps),
-            least_bytes=read,
-            bound_ms=least,
-            share_of_bound=least / step["median"],
-            grown_in_s=round(seconds, 2),
+            **cell, step_ms=step, tokens_per_s=batch * len(steps) / sum(steps), least_bytes=read,
+            bound_ms=least, share_of_bound=least / step["median"], grown_in_s=round(seconds, 2),
             preemptions=self._preempted - before,
-        )
+        )  # fmt: skip
 
     def _preemptions(self) -> int:
         return int(commands.counters(self._llm).get("vllm:num_preemptions", 0))

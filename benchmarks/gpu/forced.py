@@ -24,7 +24,7 @@ from benchmarks.gpu import llm as engines
 from benchmarks.gpu import shapes
 from benchmarks.gpu.stages import NotAvailableError
 from benchmarks.live import Way
-from benchmarks.ops import timing
+from benchmarks.ops import timings
 
 if TYPE_CHECKING:
     import argparse
@@ -49,12 +49,8 @@ MOST_OF_HOST = 0.85
 
 
 class Steps(NamedTuple):
-    """Of one turn.
-
-    Attributes:
-        settling: After another rate or way.
-        drained: Counted but not timed: reading counters has emptied the engine's queue.
-        timed: Counted and timed.
+    """Of one turn: unmeasured after another rate or way; counted but not timed, because reading
+    counters has emptied the engine's queue; counted and timed.
     """
 
     settling: int = 3
@@ -65,13 +61,9 @@ class Steps(NamedTuple):
 class Plan(NamedTuple):
     """What an arm serves and holds.
 
-    Attributes:
-        batch: Requests.
-        context: Tokens of each at the end.
-        generated: Of which generated.
-        host_gib: Host memory for keys and values.
-        slab_gib: Device memory for frames; None if every block is resident.
-        device_gib: Device memory for frames and compressed keys together.
+    Requests, tokens of each at the end, and how many of them are generated; host memory for keys
+    and values; device memory for frames, None if every block is resident, and that for frames and
+    compressed keys together.
     """
 
     batch: int
@@ -125,13 +117,9 @@ def plan(
     half = 0.5 * per_layer / shape.kv_heads  # of a piece, against rounding
     slab = (batch * frames + 2 * resident) * per_layer + half
     return Plan(
-        batch,
-        context,
-        generated,
-        ((batch * blocks + 2) * per_block + half) / GIB,
-        None if arm == "resident" else slab / GIB,
-        (batch * per_request + spare) / GIB,
-    )
+        batch, context, generated, ((batch * blocks + 2) * per_block + half) / GIB,
+        None if arm == "resident" else slab / GIB, (batch * per_request + spare) / GIB,
+    )  # fmt: skip
 
 
 def measure(arm: str, report: Report, options: argparse.Namespace) -> None:
@@ -142,7 +130,7 @@ def measure(arm: str, report: Report, options: argparse.Namespace) -> None:
         NotAvailableError: The engine refuses, or there is no time; says why.
     """
     device, size = torch.device(options.device), 0.01 if options.tiny else 1.0
-    copy, link = timing.copy_bytes_per_s(device, size), timing.link_bytes_per_s(device, size)
+    copy, link = timings.copy_bytes_per_s(device, size), timings.link_bytes_per_s(device, size)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     subject = _Subject(arm, copy, link["host_to_device"], report, options)
@@ -305,14 +293,9 @@ class _Subject:
         counts = harness.mean_of([turn["counts"] for turn in turns], tuple(turns[0]["counts"]))
         moved = counts["host_to_device_bytes"]
         bound = bounds.paged_step(
-            self._shape,
-            batch,
-            self._context,
-            (self._top_k, BLOCK, WINDOW_STRIDE),
-            moved,
-            self._copy,
-            self._link,
-        )
+            self._shape, batch, self._context, (self._top_k, BLOCK, WINDOW_STRIDE), moved,
+            self._copy, self._link,
+        )  # fmt: skip
         least = bound.blocking_ms if name == "blocking" else bound.prefetched_ms
         row = {
             "batch": batch,

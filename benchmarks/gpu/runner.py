@@ -32,15 +32,7 @@ INCOMPLETE = 2
 
 @dataclass
 class _Child:
-    """A stage under way.
-
-    Attributes:
-        stage: Which.
-        process: Leads a session of its own.
-        log: What it prints.
-        started: As of `time.monotonic`.
-        limit_s: Longest time it may take.
-    """
+    """A stage under way; its process leads a session of its own."""
 
     stage: Stage
     process: subprocess.Popen
@@ -121,19 +113,14 @@ class Run:
         results.write_json(
             self._options.out / f"{self._name}.json",
             {
-                "benchmark": self._name,
-                "environment": self._environment,
-                "stages": {**self.results, **running},
-                **further,
+                "benchmark": self._name, "environment": self._environment,
+                "stages": {**self.results, **running}, **further,
             },
             {
-                self._options.out: "OUT",
-                self._options.site: "SITE",
-                self._work: "WORK",
-                machine.ROOT: "CHECKOUT",
-                Path.home(): "HOME",
+                self._options.out: "OUT", self._options.site: "SITE", self._work: "WORK",
+                machine.ROOT: "CHECKOUT", Path.home(): "HOME",
             },
-        )
+        )  # fmt: skip
 
     @property
     def left_s(self) -> float:

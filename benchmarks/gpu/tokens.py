@@ -44,16 +44,9 @@ TINY_LITTLE = {**LITTLE, "token_budget": 160}
 # more than a step may read, so that every block which is chosen anew drives another one out.
 REQUESTS = 6
 PAGED = {
-    "block_size": 64,
-    "kernel_stride": 16,
-    "init_blocks": 1,
-    "local_blocks": 1,
-    "top_k": 8,
-    "dense_len": 0,
-    "staging_blocks": 8,
-    "selector": "previous",
-    "host_gib": 24 / 1024,
-}
+    "block_size": 64, "kernel_stride": 16, "init_blocks": 1, "local_blocks": 1, "top_k": 8,
+    "dense_len": 0, "staging_blocks": 8, "selector": "previous", "host_gib": 24 / 1024,
+}  # fmt: skip
 TINY_PAGED = {**PAGED, "block_size": 32, "top_k": 6, "staging_blocks": 4, "host_gib": 8 / 1024}
 BYTES_PER_TOKEN = 256  # of the checkpoint's keys and values in one layer and KV head, in 16 bit
 LAYERS, KV_HEADS = 3, 2
@@ -68,12 +61,9 @@ def paged(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 class Divergence(NamedTuple):
-    """Where a request first differs from the baseline.
+    """Where a request's output first differs from the baseline's.
 
-    Attributes:
-        request: Its number.
-        position: Of the token, in the output.
-        gap: By how much the baseline's token leads the other one there, in log-probability.
+    `gap` is by how much the baseline's token leads the other one there, in log-probability.
     """
 
     request: int

@@ -119,15 +119,11 @@ def plan(options: argparse.Namespace) -> list[stages.Stage]:
         find("tune", "rocketkv", ROCKETKV_SHARE),
         find("tune-sparda", "sparda", 1 - ROCKETKV_SHARE),
         stages.Stage(
-            "parity",
-            parity,
-            PARITY_S,
-            ("smoke",),
-            env={LAUNCHES_ENV: str(_file(options)), **interpreted},
-            beside=SEARCHES,
+            "parity", parity, PARITY_S, ("smoke",),
+            env={LAUNCHES_ENV: str(_file(options)), **interpreted}, beside=SEARCHES,
             about="Triton kernels = references",
         ),
-    ]
+    ]  # fmt: skip
     if options.install:
         about = "for every later start on this GPU"
         every.append(stages.Stage("install", install, INSTALL_S, ("parity",), about=about))

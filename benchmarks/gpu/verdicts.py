@@ -21,14 +21,9 @@ WHOLE = ("whole step", "whole stage 1", "FlashAttention, pages of 16, as vLLM pl
 
 
 class Target(NamedTuple):
-    """What is to be reached on one H200.
+    """What is to be reached on one H200: at least `least`, or at most `most`.
 
-    Attributes:
-        what: In words.
-        found: What was measured; None if it was not.
-        least: Reached if found is at least this.
-        bound: What bandwidth allows, for a reader; None if there is no bound.
-        most: Reached if found is at most this, in place of `least`.
+    `found` is None if it was not measured; `bound` is what bandwidth allows, if there is a bound.
     """
 
     what: str

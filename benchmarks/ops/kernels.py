@@ -25,16 +25,11 @@ if TYPE_CHECKING:
 
 # By kernel: modules of vllm_sparse.kernels.reference and vllm_sparse.kernels.triton.
 MODULES = {
-    "append_tokens": ("rocketkv", "append"),
-    "score_pages": ("stage2", "pages"),
-    "select_slots": ("stage2", "pages"),
-    "attend_slots": ("stage2", "attention"),
-    "decode_attention": ("rocketkv", "rocketkv"),
-    "plan_rows": ("rows", "rows"),
-    "score_prompt": ("prompt", "prompt"),
-    "top_indices": ("prompt", "topk"),
-    "compact_tokens": ("prompt", "compaction"),
-    "compact_prompts": ("prompt", "rocketkv"),
+    "append_tokens": ("rocketkv", "append"), "score_pages": ("stage2", "pages"),
+    "select_slots": ("stage2", "pages"), "attend_slots": ("stage2", "attention"),
+    "decode_attention": ("rocketkv", "rocketkv"), "plan_rows": ("rows", "rows"),
+    "score_prompt": ("prompt", "prompt"), "top_indices": ("prompt", "topk"),
+    "compact_tokens": ("prompt", "compaction"), "compact_prompts": ("prompt", "rocketkv"),
     "select_blocks": ("sparda_steps", "sparda_select"),
     "resolve": ("sparda_steps", "sparda_paging"),
     "copy_pieces": ("sparda_steps", "sparda_paging"),
@@ -43,7 +38,7 @@ MODULES = {
     "write_tokens": ("sparda_steps", "sparda_tokens"),
     "update_windows": ("sparda_steps", "sparda_tokens"),
     "record_queries": ("sparda_steps", "sparda_tokens"),
-}
+}  # fmt: skip
 
 
 def reference(name: str) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from benchmarks.gpu.shapes import LLAMA, MINICPM, TINY
-from benchmarks.ops import kernels, rocketkv, sparda, sparda_timings, timing
+from benchmarks.ops import kernels, rocketkv, sparda, sparda_timings, timings
 from benchmarks.ops.kernels import call, triton
 from benchmarks.ops.rocketkv_inputs import make_decode
 from benchmarks.ops.search import MOST_CANDIDATES, search
@@ -43,13 +43,10 @@ HOST_BYTES, TINY_HOST_BYTES = sparda_timings.HOST_BYTES, 10 << 20
 
 
 class Kernel(NamedTuple):
-    """What a search needs.
+    """An entry of the table, and by shape the runs that it is timed with.
 
-    Attributes:
-        name: Of an entry of the table.
-        runs: By shape, what `timing.seconds_each` times.
-        others: Run once with a launch that is about to be chosen. What is not tuned for, float32
-            above all, has the same launches and must fit too.
+    `others` run once with a launch that is about to be chosen: what is not tuned for, float32 above
+    all, has the same launches and must fit too.
     """
 
     name: str
@@ -105,7 +102,7 @@ def _tune(
             slowest = max(slowest, time.monotonic() - started)
 
     def seconds() -> Seconds:
-        return tuple(timing.seconds_each(runs, device) for runs in kernel.runs.values())
+        return tuple(timings.seconds_each(runs, device) for runs in kernel.runs.values())
 
     def once() -> Seconds:
         for run in kernel.others:
@@ -123,17 +120,13 @@ def _tune(
     first, best = found.times[default], found.times[found.best]
     for index, shape in enumerate(kernel.runs):
         report.add(
-            kernel=kernel.name,
-            shape=shape,
-            shipped=list(default),
+            kernel=kernel.name, shape=shape, shipped=list(default),
             shipped_us=None if first is None else round(1e6 * first[index], 2),
-            launch=None if best is None else list(found.best),
-            larger_heads=list(large),
-            us=None if best is None else round(1e6 * best[index], 2),
-            tried=len(found.times) - 1,
+            launch=None if best is None else list(found.best), larger_heads=list(large),
+            us=None if best is None else round(1e6 * best[index], 2), tried=len(found.times) - 1,
             unusable={tiles: reason[:200] for tiles, reason in reasons.items()},
             cut=found.cut,
-        )
+        )  # fmt: skip
 
 
 # Inputs, built when their turn comes.

@@ -50,12 +50,7 @@ def unless(equal: bool) -> float:
 
 
 class Side(NamedTuple):
-    """What became of an operation on one side of a comparison.
-
-    Attributes:
-        result: What it returned.
-        arguments: What it was given, as it left them.
-    """
+    """What an operation returned on one side of a comparison, and its arguments as it left them."""
 
     result: Any
     arguments: Arguments
@@ -134,14 +129,9 @@ def differences(ops: Iterable[Op], arguments: Arguments, dtype: torch.dtype) -> 
 
 
 class Timed(NamedTuple):
-    """An operation to be timed.
+    """An operation to be timed: runs on different inputs, and the fewest bytes that each moves.
 
-    Attributes:
-        name: Of the operation.
-        runs: It on different inputs.
-        least: Fewest bytes that each moves.
-        over: ``copy`` or ``link``: whose bandwidth bounds it.
-        further: Facts.
+    `over` says whose bandwidth bounds it: that of a ``copy``, or of the ``link``.
     """
 
     name: str

@@ -39,13 +39,7 @@ TINY_CASES = (PagedCase("sparda, tiny", 4, 2, 32, 4, 300, Blocks(32, 16, 1, 1, 4
 
 
 class Cell(NamedTuple):
-    """A shape to time.
-
-    Attributes:
-        context: Tokens of each request.
-        batch: Requests.
-        blocks: Which blocks are read; MiniCPM4.1's.
-    """
+    """A shape to time: tokens of each request, requests, blocks read (MiniCPM4.1's)."""
 
     context: int
     batch: int
@@ -313,21 +307,14 @@ def _tokens(case: PagedCase, pool: Pool, generator: torch.Generator) -> Argument
     query = noise(case, case.rows, case.heads, case.dim, generator=generator)
     empty = partial(torch.full, fill_value=torch.nan, dtype=case.dtype, device=device)
     return {
-        "slab": empty((len(held) + 1, size, 2 * case.dim)),
-        "frame_of": frame_of,
+        "slab": empty((len(held) + 1, size, 2 * case.dim)), "frame_of": frame_of,
         "slots": torch.where(positions < 0, -1, block * size + at % size),
-        "key": fused[:, 1 : 1 + case.kv_heads],
-        "value": fused[:, -case.kv_heads :],
-        "kept": empty((case.num_blocks, case.heads, case.dim)),
-        "query": query,
-        "last": torch.arange(case.rows, device=device),
-        "block_size": size,
-        "compressed": torch.full_like(pool.compressed, torch.nan),
-        "source": pool.seen,
-        "positions": positions,
-        "block_table": pool.table,
-        "stride": stride,
-    }
+        "key": fused[:, 1 : 1 + case.kv_heads], "value": fused[:, -case.kv_heads :],
+        "kept": empty((case.num_blocks, case.heads, case.dim)), "query": query,
+        "last": torch.arange(case.rows, device=device), "block_size": size,
+        "compressed": torch.full_like(pool.compressed, torch.nan), "source": pool.seen,
+        "positions": positions, "block_table": pool.table, "stride": stride,
+    }  # fmt: skip
 
 
 def _writes_alike(tokens: Arguments, pool: Pool) -> bool:

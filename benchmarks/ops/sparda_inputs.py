@@ -21,16 +21,8 @@ PAGE = 4096
 class PagedCase:
     """Sizes of a batch.
 
-    Attributes:
-        name: Short.
-        heads: Query heads.
-        kv_heads: KV heads.
-        dim: Head size.
-        rows: Requests.
-        longest: Tokens of the longest request.
-        blocks: Which blocks are read.
-        tokens: Of a chunk of a prompt.
-        dtype: Of the cache.
+    Query heads, KV heads and head size; requests and tokens of the longest one; which blocks are
+    read; tokens of a chunk of a prompt; dtype of the cache.
     """
 
     name: str

@@ -122,16 +122,12 @@ def paging(
     for programs in PROGRAMS:
         runs = [
             partial(
-                triton("copy_pieces"),
-                slab,
-                torch.randperm(frames, generator=generator, device=device).int(),
-                source,
-                scattered[n * misses :][:misses].clone(),
-                amount,
-                programs=programs,
+                triton("copy_pieces"), slab,
+                torch.randperm(frames, generator=generator, device=device).int(), source,
+                scattered[n * misses :][:misses].clone(), amount, programs=programs,
             )
             for n in range(max(1, min(16, len(scattered) // misses)))
-        ]
+        ]  # fmt: skip
         least = misses * source[0].nbytes
         yield Timed("copy pieces", runs, least, "link", {"misses": misses, "programs": programs})
 
