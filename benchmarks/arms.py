@@ -186,12 +186,9 @@ def add_options(parser: argparse.ArgumentParser, default: str, note: str = "") -
         "--arms", default=default, help=f"comma-separated{note}, or a group: {', '.join(GROUPS)}"
     )
     parser.add_argument(
-        "--setting",
-        nargs="+",
-        default=[],
-        metavar="KEY=JSON",
+        "--setting", nargs="+", default=[], metavar="KEY=JSON",
         help="of a backend, for every arm that has it",
-    )
+    )  # fmt: skip
     parser.add_argument("--forecast", metavar="FILE", help="weights for forecast arms")
 
 

@@ -243,14 +243,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = harness.parse(parser, arguments, QUICK)
     torch.set_num_threads(options.threads)
     body = {
-        "model": options.model,
-        "seed": options.seed,
+        "model": options.model, "seed": options.seed,
         "forecast": options.forecast.name if options.forecast else None,
-        "block_tokens": oracle.BLOCK,
-        "init_blocks": oracle.INIT_BLOCKS,
-        "local_blocks": oracle.LOCAL_BLOCKS,
-        "cells": [],
-    }
+        "block_tokens": oracle.BLOCK, "init_blocks": oracle.INIT_BLOCKS,
+        "local_blocks": oracle.LOCAL_BLOCKS, "cells": [],
+    }  # fmt: skip
     with Recorder(options.out, "blocks", body) as record:
         tokenizer = harness.tokenizer_of(options.model)
         model = oracle.Model(harness.resolve_model(options.model), Probe(options.top))

@@ -152,13 +152,6 @@ def documents(tokenizer, count: int, num_tokens: int) -> list[list[int]]:
     return result
 
 
-def documents_for(model: Path, count: int, num_tokens: int) -> list[list[int]]:
-    """Returns `documents` in the tokens of the model in a directory."""
-    from transformers import AutoTokenizer
-
-    return documents(AutoTokenizer.from_pretrained(model), count, num_tokens)
-
-
 def prose_tokens(tokenizer, count: int, num_tokens: int) -> list[list[int]]:
     """Returns `count` passages of prose of `num_tokens` tokens, spread over the prose works."""
     tokens = _tokens(tokenizer, *PROSE)

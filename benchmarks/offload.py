@@ -114,12 +114,9 @@ def run_serve(options: argparse.Namespace, settings: dict) -> None:
         harness.tokenizer_of(str(model)), options.requests, options.context - options.generate
     )
     arguments = harness.engine_args(
-        model,
-        options.context,
-        options.requests * options.context,
-        enforce_eager=options.eager,
+        model, options.context, options.requests * options.context, enforce_eager=options.eager,
         max_num_seqs=options.requests,
-    )
+    )  # fmt: skip
     kv_bytes = options.requests * options.context * harness.kv_bytes_per_token(model)
     settings = {**settings, "slab_gib": kv_bytes / options.times / GIB}
     body: dict = {
@@ -187,12 +184,9 @@ def _parser(quick: bool) -> argparse.ArgumentParser:
     kinds = parser.add_subparsers(dest="kind", required=True)
     memory, waits, serve = (kinds.add_parser(name) for name in RUNS)
     memory.add_argument(
-        "--cells",
-        nargs="+",
-        default=["smollm2-8192", "qwen-32768", f"{TINY}-131072"],
-        metavar="MODEL-TOKENS",
-        help="model and context; tiny is a random model of two layers",
-    )
+        "--cells", nargs="+", default=["smollm2-8192", "qwen-32768", f"{TINY}-131072"],
+        metavar="MODEL-TOKENS", help="model and context; tiny is a random model of two layers",
+    )  # fmt: skip
     memory.add_argument(
         "--arms",
         default="dense,sparda-96-local-32,sparda-32",

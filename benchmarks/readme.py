@@ -108,12 +108,12 @@ def speed() -> str:
     sparse = number(0, *share, unit=" %", scale=100)
     columns = {
         "SmolLM2-135M, bf16, t = 512": "what",
-        "stock's step": number(1, "dense", "step_ms", "median", unit=" ms"),
+        "stock's step": "{dense[step_ms][median]:.1f} ms",
         "ROCKETKV's step": number(1, "rocket-512", "step_ms", "median", unit=" ms"),
         "speed-up": lambda row: (
             f"**{row['gain']:.2f}x**" if row["gain"] > 2 else f"{row['gain']:.2f}x"
         ),
-        "bound": number(2, "bound", unit="x"),
+        "bound": "{bound:.2f}x",
         "share of bound": lambda row: sparse(row) if row["bound"] > 1.01 else "\N{EN DASH}",
         "prefill": lambda row: f"{inside(row, over):+.1f} %".replace("-", "\N{MINUS SIGN}"),
     }
@@ -134,7 +134,7 @@ def capacity() -> str:
     columns = {
         **{" ": "arm", "running at once": "peak_running", "preemptions": "preemptions"},
         "blocks per decoding request": "blocks",
-        "all done after": number(0, "seconds", unit=" s"),
+        "all done after": "{seconds:.0f} s",
     }
     return table(lines, columns)
 
@@ -211,8 +211,8 @@ def overlap() -> str:
 
     columns = {
         "misses of the free picks": lambda row: f"{row['rate']:.1f} %" if row["rate"] else "0 %",
-        "resident": lambda row: f"{row['ms'][0]:.1f} ms",
-        "fetched when needed": lambda row: f"{row['ms'][1]:.1f} ms",
+        "resident": "{ms[0]:.1f} ms",
+        "fetched when needed": "{ms[1]:.1f} ms",
         "fetched a layer ahead": ahead,
         "exposed wait": lambda row: (
             " → ".join(f"{ms:.1f}" if ms else "0" for ms in row["waits"]) + " ms"

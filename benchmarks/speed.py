@@ -287,13 +287,10 @@ def main(arguments: list[str] | None = None) -> None:
                 record.save()
 
             result = measure(
-                replace(cell, rounds=options.rounds or rounds),
-                chosen,
-                save,
-                prefills=options.prefills,
-                patience_s=options.patience,
+                replace(cell, rounds=options.rounds or rounds), chosen, save,
+                prefills=options.prefills, patience_s=options.patience,
                 overrides=arms.parse_settings(options.engine_arg),
-            )
+            )  # fmt: skip
             print(tables.speed({"cells": [result]}), flush=True)
 
 

@@ -96,10 +96,7 @@ def plan(options: argparse.Namespace) -> list[stages.Stage]:
         "more": [
             smoke,
             arm(
-                "dense-more",
-                200,
-                90,
-                "(b) FLASH_ATTN, largest batches at 8K and 128K",
+                "dense-more", 200, 90, "(b) FLASH_ATTN, largest batches at 8K and 128K",
                 "dense-more",
             ),
             arm("rocket-1024-more", 200, 90, "(b) ROCKETKV, the same", "dense-more"),
@@ -107,7 +104,7 @@ def plan(options: argparse.Namespace) -> list[stages.Stage]:
             arm("dense-blocks-of-64", 70, 50, "(b) FLASH_ATTN with blocks of 64 tokens", DENSE),
             arm("dense-compiled", 150, 100, "(b) FLASH_ATTN as vLLM compiles it", DENSE),
         ],
-    }
+    }  # fmt: skip
     if options.part:
         return parts[options.part]
     every = [*first, *(stage for part in parts.values() for stage in part)]

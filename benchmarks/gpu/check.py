@@ -169,7 +169,7 @@ def summary(results: dict[str, dict], log: Path | None = None) -> tuple[str, dic
     if engines:
         columns = {
             "engine": "name",
-            "same": lambda row: f"{row['same']}/{row['requests']}",
+            "same": "{same}/{requests}",
             "parted": lambda row: len(row["gaps"]),
             "largest gap": lambda row: max(row["gaps"], default=None),
             "graphs": lambda row: row["graphs"].removeprefix("CUDAGraphMode."),

@@ -138,13 +138,10 @@ def _arguments(longest: int, options: argparse.Namespace) -> dict[str, Any]:
             **({"block_size": 32} if options.device == "cpu" else {}),
         }  # fmt: skip
     return {
-        "load_format": "dummy",
-        "max_model_len": longest,
-        "max_num_seqs": MAX_SEQS,
-        "max_num_batched_tokens": 16 * K,
-        "gpu_memory_utilization": 0.9,
+        "load_format": "dummy", "max_model_len": longest, "max_num_seqs": MAX_SEQS,
+        "max_num_batched_tokens": 16 * K, "gpu_memory_utilization": 0.9,
         "cudagraph_capture_sizes": CAPTURED,
-    }
+    }  # fmt: skip
 
 
 class _Subject:

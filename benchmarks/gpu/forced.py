@@ -170,15 +170,12 @@ class _Subject:
         device_kv_gib = 0.0012 if tiny else options.device_kv_gib
         turns = TURNS * len(self._ways) * len(self.rates)
         self._plan = plan(
-            self._shape,
-            arm,
-            context=640 if tiny else options.sparda_context,
-            top_k=self._top_k,
+            self._shape, arm, context=640 if tiny else options.sparda_context, top_k=self._top_k,
             device_kv_gib=device_kv_gib,
             most_host_gib=min(options.host_gib, MOST_OF_HOST * available),
             # While the last prompt is computed, the first request generates.
             generated=sum(self._steps) * turns + (16 if tiny else 256),
-        )
+        )  # fmt: skip
         self._settings: dict[str, Any] = {
             **{"init_blocks": INIT_BLOCKS, "local_blocks": local, "top_k": self._top_k},
             # It costs what a Forecast costs, and its choice is replaced.
@@ -191,12 +188,9 @@ class _Subject:
         if self._plan.slab_gib is not None:
             self._settings["slab_gib"] = self._plan.slab_gib
         report.note(
-            shape=self._shape.name,
-            settings=self._settings,
-            device_kv_gib=device_kv_gib,
-            host_available_gib=round(available, 1),
-            plan=self._plan._asdict(),
-        )
+            shape=self._shape.name, settings=self._settings, device_kv_gib=device_kv_gib,
+            host_available_gib=round(available, 1), plan=self._plan._asdict(),
+        )  # fmt: skip
 
     def start(self) -> None:
         """Starts the engine, and compiles what prompts need.

@@ -181,13 +181,10 @@ class Run:
         log = self._work / f"{stage.name}.log"
         with log.open("w") as handle:
             process = subprocess.Popen(
-                command,
-                stdout=handle,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
+                command, stdout=handle, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                 env={**machine.ENVIRONMENT, **os.environ, **stage.env, "PYTHONPATH": self._paths},
                 start_new_session=True,
-            )
+            )  # fmt: skip
         return _Child(stage, process, log, time.monotonic(), limit)
 
     def _finish(self, child: _Child, *, interrupted: bool = False) -> None:

@@ -144,12 +144,9 @@ def variants(*, tiny: bool = False) -> dict[str, Variant]:
             expected = {"expect": "frame_misses", "beyond": "slab_frames"}
         common = {"dtype": "float16", **expected, **changes}
         return Variant(
-            settings,
-            baseline=baseline,
-            arguments={"max_num_seqs": REQUESTS},
-            backend="SPARDA",
+            settings, baseline=baseline, arguments={"max_num_seqs": REQUESTS}, backend="SPARDA",
             **common,
-        )
+        )  # fmt: skip
 
     ahead = {"sparse_prefill": True, "selector": "lookahead-query"}
     unlike = {"differs_from": STOCK}
@@ -201,16 +198,13 @@ def stages(options: argparse.Namespace) -> list[Stage]:
     every = variants(tiny=options.tiny)
     return [
         Stage(
-            name,
-            partial(run, name),
-            limit_s=150 if variant.mode is engines.COMPILED else 110,
-            min_s=40,
-            alone=variant.profiled,
+            name, partial(run, name), limit_s=150 if variant.mode is engines.COMPILED else 110,
+            min_s=40, alone=variant.profiled,
             needs=("smoke", *filter(None, (variant.baseline, variant.differs_from))),
             about=ABOUT.get(name, f"= {variant.baseline}"),
         )
         for name, variant in every.items()
-    ]
+    ]  # fmt: skip
 
 
 def run(name: str, report: Report, options: argparse.Namespace) -> None:
@@ -226,14 +220,11 @@ def run(name: str, report: Report, options: argparse.Namespace) -> None:
     prompts = shapes.parity_prompts(options.seed, tiny=options.tiny)
     dtype = variant.dtype or options.dtype
     arguments: dict[str, Any] = {
-        "dtype": dtype,
-        "max_model_len": 1024 if options.tiny else 4096,
-        "kv_cache_memory_bytes": (64 << 20) if options.tiny else (256 << 20),
-        "max_num_seqs": 8,
+        "dtype": dtype, "max_model_len": 1024 if options.tiny else 4096,
+        "kv_cache_memory_bytes": (64 << 20) if options.tiny else (256 << 20), "max_num_seqs": 8,
         "max_num_batched_tokens": 1024 if options.tiny else 4096,
-        **(engines.EAGER if options.device == "cpu" else variant.mode),
-        **variant.arguments,
-    }
+        **(engines.EAGER if options.device == "cpu" else variant.mode), **variant.arguments,
+    }  # fmt: skip
     if options.device == "cuda":
         # Of all memory; with bytes for the cache only a check at the start, of several engines.
         arguments["gpu_memory_utilization"] = 0.15

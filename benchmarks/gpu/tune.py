@@ -137,14 +137,11 @@ def summary(results: dict[str, dict], source: Path) -> tuple[str, dict]:
     if rows:
         columns = {
             **{"kernel": "kernel", "shape": "shape"},
-            "shipped": lambda row: _tiles(row["shipped"]),
-            "us": "shipped_us",
-            "found": lambda row: _tiles(row["launch"]),
-            "us ": "us",
-            "times": lambda row: row["shipped_us"] / row["us"],
-            "tried": "tried",
+            "shipped": lambda row: _tiles(row["shipped"]), "us": "shipped_us",
+            "found": lambda row: _tiles(row["launch"]), "us ": "us",
+            "times": lambda row: row["shipped_us"] / row["us"], "tried": "tried",
             "unusable": lambda row: len(row["unusable"]),
-        }
+        }  # fmt: skip
         parts.append(table(rows, columns, aligned=True))
     facts = [results.get(search, {}).get("facts", {}) for search in SEARCHES]
     missed = [name for found in facts for name in found.get("no_time_for", [])]

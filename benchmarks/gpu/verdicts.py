@@ -211,8 +211,8 @@ def _step_tables(results: Results) -> Iterator[str]:
         yield table(facts, columns, aligned=True)
         measured = {
             **{"arm": "arm", "context": "context", "batch": "batch"},
-            "step ms": lambda row: row["step_ms"]["median"],
-            "p99": lambda row: row["step_ms"]["p99"],
+            "step ms": "{step_ms[median]:.3g}",
+            "p99": "{step_ms[p99]:.3g}",
             **{"bound ms": "bound_ms", "tokens/s": "tokens_per_s", "preempted": "preemptions"},
             **{"x dense": "faster", "bound": "bound"},
         }
@@ -232,8 +232,8 @@ def _paged_tables(results: Results) -> Iterator[str]:
     columns = {
         **{"arm": "arm", "context": "context", "batch": "batch"},
         "new %": lambda row: 100 * row["new_share"],
-        "step ms": lambda row: row["step_ms"]["median"],
-        "p99": lambda row: row["step_ms"]["p99"],
+        "step ms": "{step_ms[median]:.3g}",
+        "p99": "{step_ms[p99]:.3g}",
         **{"bound ms": "bound_ms", "wait ms": "exposed_wait_ms", "tokens/s": "tokens_per_s"},
         **{"MiB/step": "fetched_mib", "GB/s in flight": "in_flight_gb_per_s"},
         "as forced": "as_forced",

@@ -153,12 +153,9 @@ def selections(case: PagedCase, pool: Pool, generator: torch.Generator) -> dict[
         found[name] = {
             "compressed": pool.compressed,
             "vectors": noise(case, case.rows, heads + 1, case.dim, generator=generator)[:, :heads],
-            "block_table": pool.table,
-            "positions": pool.positions,
-            "ranking": ranking,
-            "blocks": case.blocks,
-            "dense_len": 2 * case.blocks.block_size,
-        }
+            "block_table": pool.table, "positions": pool.positions, "ranking": ranking,
+            "blocks": case.blocks, "dense_len": 2 * case.blocks.block_size,
+        }  # fmt: skip
     return found
 
 
@@ -242,13 +239,10 @@ def _frames(case: PagedCase, device: torch.device, generator: torch.Generator) -
 def attention_arguments(slab: Tensor, query: Tensor, frames: Tensor, lengths: Tensor) -> Arguments:
     """Arguments of an attention over frames; the output is poisoned."""
     return {
-        "slab": slab,
-        "query": query,
+        "slab": slab, "query": query,
         "output": torch.full(query.shape, torch.nan, dtype=query.dtype, device=query.device),
-        "frames": frames,
-        "lengths": lengths,
-        "scale": query.shape[-1] ** -0.5,
-    }
+        "frames": frames, "lengths": lengths, "scale": query.shape[-1] ** -0.5,
+    }  # fmt: skip
 
 
 def _host_rows(case: PagedCase, pool: Pool, generator: torch.Generator) -> Arguments:
