@@ -29,7 +29,6 @@ from benchmarks.worker import Worker, WorkerError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
 
 TASKS = ("single", "multikey", "two-turn", "prose")
 MIN_CONTEXT = 1024  # below every prompt, so that the arms are sparse at 2048 tokens too
@@ -195,12 +194,9 @@ class _Run:
         # More requests than fit the pool never run; without the limit SPARDA would plan its device
         # memory for so many that everything stayed on the device.
         arguments = harness.engine_args(
-            harness.resolve_model(self._options.model),
-            context,
-            int(pool * context),
-            enforce_eager=not self._options.compiled,
-            max_num_seqs=POOL_CONTEXTS,
-        )
+            harness.resolve_model(self._options.model), context, int(pool * context),
+            enforce_eager=not self._options.compiled, max_num_seqs=POOL_CONTEXTS,
+        )  # fmt: skip
         if "prose" in self._options.tasks:
             arguments["logits_processors"] = ["benchmarks.teacher:ForcedTokens"]
         return Worker(arm, arguments, served=True)
@@ -254,19 +250,11 @@ class _Run:
 
 
 def run(options: argparse.Namespace, chosen: list[arms.Arm]) -> list[str]:
-    """Measures all arms and returns the names of those whose engine failed.
-
-    Args:
-        options: From the command line.
-        chosen: The arms, the dense one first.
-    """
+    """Measures all arms and returns the names of those whose engine failed."""
     body = {
-        "model": options.model,
-        "seed": options.seed,
-        "two_turn_context": options.two_turn_context,
-        "questions": options.questions,
-        "arms": {},
-    }
+        "model": options.model, "seed": options.seed,
+        "two_turn_context": options.two_turn_context, "questions": options.questions, "arms": {},
+    }  # fmt: skip
     failed = []
     record = Recorder(options.out, "accuracy", body, resume=options.resume)
     with record, tempfile.TemporaryDirectory(prefix="vllm-sparse-prose-") as scratch:
@@ -282,7 +270,7 @@ def run(options: argparse.Namespace, chosen: list[arms.Arm]) -> list[str]:
     return failed
 
 
-def main(arguments: list[str] | None = None, measure: Callable[..., list[str]] = run) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Command line entry point."""
     parser = harness.parser("accuracy", __doc__, "4 questions, 2 conversations, 1 text")
     harness.add_model(parser, "qwen")
@@ -300,7 +288,7 @@ def main(arguments: list[str] | None = None, measure: Callable[..., list[str]] =
     options = harness.parse(parser, arguments, QUICK, PRESETS)
     chosen = arms.parse_arms(parser, options, {"min_context": MIN_CONTEXT}, baseline=True)
     try:
-        failed = measure(options, chosen)
+        failed = run(options, chosen)
     except OtherResultError as error:
         parser.error(str(error))
     if failed:

@@ -181,23 +181,14 @@ def _known(backend: str, settings: dict) -> dict:
 
 
 def add_options(parser: argparse.ArgumentParser, default: str, note: str = "") -> None:
-    """Adds the options that say which arms to run: --arms, --setting, --forecast.
-
-    Args:
-        parser: A benchmark's parser.
-        default: Comma-separated names of arms.
-        note: Appended to the help of --arms.
-    """
+    """Adds the options that say which arms to run: --arms, --setting, --forecast."""
     parser.add_argument(
         "--arms", default=default, help=f"comma-separated{note}, or a group: {', '.join(GROUPS)}"
     )
     parser.add_argument(
-        "--setting",
-        nargs="+",
-        default=[],
-        metavar="KEY=JSON",
+        "--setting", nargs="+", default=[], metavar="KEY=JSON",
         help="of a backend, for every arm that has it",
-    )
+    )  # fmt: skip
     parser.add_argument("--forecast", metavar="FILE", help="weights for forecast arms")
 
 

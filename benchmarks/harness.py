@@ -20,13 +20,7 @@ BLOCK_TOKENS = 128  # vLLM's default block size on CPU
 
 
 def parser(name: str, about: str | None, quick: str = "") -> argparse.ArgumentParser:
-    """The parser of a benchmark, with --out.
-
-    Args:
-        name: Of its module and of its result.
-        about: Its module's docstring.
-        quick: Help of --quick, if there is one.
-    """
+    """The parser of a benchmark, with --out."""
     made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
     made.add_argument("--out", type=Path, default=results.FOLDER / f"{name}.json")
     if quick:
@@ -91,14 +85,10 @@ def engine_args(model: Path, max_model_len: int, pool_tokens: int, **overrides: 
     """Returns the arguments of `LLM` that both sides of a comparison share."""
     pool_blocks = -(-pool_tokens // BLOCK_TOKENS) + 2
     return {
-        "model": str(model),
-        "dtype": "bfloat16",
-        "max_model_len": max_model_len,
+        "model": str(model), "dtype": "bfloat16", "max_model_len": max_model_len,
         "kv_cache_memory_bytes": pool_blocks * BLOCK_TOKENS * kv_bytes_per_token(model),
-        "seed": 0,
-        "disable_log_stats": False,
-        **overrides,
-    }
+        "seed": 0, "disable_log_stats": False, **overrides,
+    }  # fmt: skip
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -109,14 +99,9 @@ def summary(values: list[float]) -> dict[str, float]:
     else:
         lower = upper = slowest = values[0]
     return {
-        "median": statistics.median(values),
-        "p25": lower,
-        "p75": upper,
-        "p99": slowest,
-        "min": min(values),
-        "max": max(values),
-        "n": len(values),
-    }
+        "median": statistics.median(values), "p25": lower, "p75": upper, "p99": slowest,
+        "min": min(values), "max": max(values), "n": len(values),
+    }  # fmt: skip
 
 
 def mean_of(rows: list[dict], keys: tuple[str, ...]) -> dict[str, float]:

@@ -16,39 +16,33 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks import harness
-from benchmarks.ops.kernels import PageLayout, cpu_decode_attention, reference
+from benchmarks.ops import kernels
+from benchmarks.ops.rocketkv_inputs import Case, make_decode
 from benchmarks.results import Recorder
 from vllm_sparse.policies.rocketkv import plan
 
 if TYPE_CHECKING:
     import argparse
 
-BLOCK_SIZE = 128
-PAGE_SIZE = 4
+BLOCK_SIZE, PAGE_SIZE = 128, 4
 
 
 def measure(options: argparse.Namespace) -> dict:
     """Returns microseconds a layer of each variant, and the floor."""
     split = plan(options.context - 128, 128, options.budget, options.dim, page_sizes=(PAGE_SIZE,))
-    blocks = -(-split.capacity // BLOCK_SIZE)
-    layout = PageLayout(BLOCK_SIZE, options.dim, PAGE_SIZE)
-    content = 2 * options.dim + 2 * options.dim // PAGE_SIZE
-    shape = (options.layers, options.batch * blocks, options.kv_heads, BLOCK_SIZE, content)
-    noise = torch.randn(shape[1:]).bfloat16()
-    caches = torch.empty(shape, dtype=torch.bfloat16)
-    caches[:] = noise
-    table = torch.randperm(shape[1]).int().view(options.batch, blocks)
-    lengths = torch.full((options.batch,), blocks * BLOCK_SIZE, dtype=torch.int32)
-    top_r = torch.full_like(lengths, split.top_r)
-    heads = options.kv_heads * options.group
-    query = torch.randn(options.batch, heads, options.dim).bfloat16()
-    key = torch.randn(options.batch, options.kv_heads, options.dim).bfloat16()
-    output = torch.empty_like(query)
+    kept = -(-split.capacity // BLOCK_SIZE) * BLOCK_SIZE
+    heads, rows = options.kv_heads * options.group, options.batch
+    sizes = (heads, options.kv_heads, options.dim, BLOCK_SIZE, PAGE_SIZE, rows, kept, split.top_k)
+    lengths = torch.full((rows,), kept, dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    step = make_decode(
+        Case("", *sizes), lengths.device, generator, lengths=lengths, top_r=split.top_r
+    )
+    caches = step["cache"].expand(options.layers, *step["cache"].shape).contiguous()
 
-    def layer(kernel, cache: torch.Tensor, read_all: bool = False) -> float:
+    def layer(kernel, cache: torch.Tensor, read_all: bool) -> float:
         started = time.perf_counter()
-        kernel(cache, query, key, key, output, table, lengths, lengths, top_r, layout=layout,
-               top_k=split.top_k, scale=options.dim**-0.5, read_all=read_all)  # fmt: skip
+        kernels.call(kernel, {**step, "cache": cache, "read_all": read_all})
         return (time.perf_counter() - started) * 1e6
 
     def variant(kernel, rounds: int, read_all: bool = False) -> dict:
@@ -56,31 +50,25 @@ def measure(options: argparse.Namespace) -> dict:
         times = [layer(kernel, cache, read_all) for _ in range(rounds) for cache in caches]
         return {"us": statistics.median(times), "us_p10": sorted(times)[len(times) // 10]}
 
-    fused, back_with_huge_pages = cpu_decode_attention()
+    fused = kernels.cpu("decode").decode_attention
     result = {"fused, small pages": variant(fused, options.rounds)}
-    back_with_huge_pages(caches)
+    kernels.cpu("memory").back_with_huge_pages(caches)
     result["fused"] = variant(fused, options.rounds)
     result["fused, every kept token"] = variant(fused, options.rounds, True)
-    result["reference"] = variant(reference("decode_attention"), 1)
+    result["reference"] = variant(kernels.reference("decode_attention"), 1)
 
     flat = caches.flatten()
     started = time.perf_counter()
     flat.view(torch.int64).sum()
     bandwidth = flat.nbytes / (time.perf_counter() - started)
-    rows = options.batch * options.kv_heads
-    channels = split.top_r * blocks * BLOCK_SIZE // PAGE_SIZE
-    bytes_read = 2 * rows * (channels + split.top_k * 2 * options.dim)
+    channels = split.top_r * kept // PAGE_SIZE
+    bytes_read = 2 * rows * options.kv_heads * (channels + split.top_k * 2 * options.dim)
     floor = bytes_read / bandwidth * 1e6
     return {
-        "kept_tokens": blocks * BLOCK_SIZE,
-        "top_r": split.top_r,
-        "top_k": split.top_k,
-        "bytes_read": bytes_read,
-        "sequential_read_gb_per_s": bandwidth / 1e9,
-        "floor_us": floor,
-        "over_floor": result["fused"]["us"] / floor,
-        "variants": result,
-    }
+        "kept_tokens": kept, "top_r": split.top_r, "top_k": split.top_k, "bytes_read": bytes_read,
+        "sequential_read_gb_per_s": bandwidth / 1e9, "floor_us": floor,
+        "over_floor": result["fused"]["us"] / floor, "variants": result,
+    }  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -100,7 +88,6 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=about)
     options = harness.parse(parser, arguments)
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
     body = {"threads": options.threads}
     with Recorder(options.out, "kernels", body):
         body["result"] = measure(options)

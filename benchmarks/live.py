@@ -123,10 +123,6 @@ class ForcedChoice:
     def __init__(self, runtime: Any, shortest: int) -> None:
         """Starts without anything new.
 
-        Args:
-            runtime: What all layers share.
-            shortest: Tokens of the shortest request that will decode.
-
         Raises:
             ValueError: It has too few blocks.
         """
@@ -307,54 +303,37 @@ def counts(worker: Any) -> dict[str, float]:
     }
 
 
-class Locality(NamedTuple):
-    """What one KV head of ROCKETKV selects of one request, the median over layers and heads.
-
-    With random weights the worst case is wanted, tokens that lie scattered. If all keys were alike,
-    ties would select one run of tokens, which is read much faster.
-
-    Attributes:
-        runs: Of slots that follow each other.
-        pages: That are selected: the most runs there can be.
-    """
-
-    runs: float
-    pages: float
-
-    @property
-    def scattered(self) -> bool:
-        """Whether a good part of the pages lie apart."""
-        return self.runs >= 0.25 * self.pages
-
-
 def runs_of(slots: Tensor) -> Tensor:
     """Runs of slots that follow each other, along the last axis."""
     return 1 + (slots.sort(-1).values.diff(dim=-1) > 1).sum(-1)
 
 
-def selected(worker: Any, seed: int) -> Locality:
-    """What a random query selects of the first row of the last decode step, in every layer.
+def locality(worker: Any, seed: int) -> tuple[float, float]:
+    """What a random query makes ROCKETKV select of the last decode step's first row.
 
-    Args:
-        worker: vLLM's, on a GPU or on its path.
-        seed: Of the queries.
+    With random weights the worst case is wanted, tokens that lie scattered. If all keys were alike,
+    ties would select one run of tokens, which is read much faster.
+
+    Returns:
+        Runs of slots that follow each other, the median over layers and KV heads; and pages that
+        are selected, the most runs there can be.
     """
     from benchmarks.ops.kernels import triton
 
     builder = worker.model_runner.attn_groups[0][0].get_metadata_builder()
-    rows, count = builder._rows, 1
-    table, lengths, top_r = (part[:count] for part in (rows.block_table, rows.lengths, rows.top_r))
+    rows = builder._rows
+    table, lengths, top_r = (part[:1] for part in (rows.block_table, rows.lengths, rows.top_r))
     generator = torch.Generator(table.device).manual_seed(seed)
     found: list[int] = []
     for layer in builder.layers:
         impl, cache = layer.impl, layer.kv_cache
-        shape = (count, impl.num_heads, impl.head_size)
+        shape = (1, impl.num_heads, impl.head_size)
         query = torch.randn(shape, generator=generator, device=table.device).to(cache.dtype)
         common = {"layout": impl.stock_layout, "top_k": impl.top_k}
         scores = triton("score_pages")(cache, query, table, lengths, top_r, **common)
-        slots = triton("select_slots")(
-            scores, table, lengths, top_r, kv_heads=impl.num_kv_heads, **common
-        )
-        found += runs_of(slots[0]).tolist()
+        common["kv_heads"] = impl.num_kv_heads
+        found += runs_of(
+            triton("select_slots")(scores, table, lengths, top_r, **common)[0]
+        ).tolist()
     taken = min(impl.top_k, int(lengths[0]))
-    return Locality(statistics.median(found), taken / impl.stock_layout.page_size)
+    return statistics.median(found), taken / impl.stock_layout.page_size

@@ -48,13 +48,10 @@ _WAREHOUSES = _words(
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt with a known answer.
+    """One prompt with a known answer, a value that has to appear in the completion.
 
-    Attributes:
-        context_id: Questions with the same number share most of their prompt.
-        prompt: Token ids, the chat template and the beginning of the answer included.
-        answer: The value that has to appear in the completion.
-        detail: What was varied, for the record.
+    Token ids include the chat template and the beginning of the answer. Questions with the same
+    `context_id` share most of their prompt; `detail` says what was varied.
     """
 
     context_id: int
@@ -67,11 +64,8 @@ class Question:
 class Conversation:
     """Two questions about one context; the second is only answerable from the context.
 
-    Attributes:
-        context: The first user message up to the question, needles included.
-        questions: The two questions.
-        prefixes: The beginnings of the two answers, which the model continues.
-        answers: The two values.
+    The context is the first user message up to the question, needles included; the model continues
+    the prefixes of the two answers.
     """
 
     context: str
@@ -120,11 +114,7 @@ def single(tokenizer, num_tokens: int, count: int, seed: int = 0) -> list[Questi
 def multikey(tokenizer, num_tokens: int, count: int, seed: int = 0) -> list[Question]:
     """Four needles with different keys per context, one question for each.
 
-    Args:
-        tokenizer: The model's tokenizer; its chat template is used.
-        num_tokens: Upper bound of the prompt's length, reached within one sentence.
-        count: Number of questions.
-        seed: Same seed, same questions.
+    A prompt has at most `num_tokens` tokens, reached within one sentence.
     """
     rng = random.Random(f"multikey-{seed}")
     questions: list[Question] = []
@@ -150,13 +140,8 @@ def two_turn(tokenizer, num_tokens: int, count: int, seed: int = 0) -> list[Conv
     """Conversations with two needles that share no wording.
 
     The first turn's question says nothing of the second needle, so that an algorithm that keeps
-    only what the first question attends to loses it.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        num_tokens: Upper bound of the second turn's prompt, reached within one sentence.
-        count: Number of conversations.
-        seed: Same seed, same conversations.
+    only what the first question attends to loses it. The second turn's prompt has at most
+    `num_tokens` tokens, reached within one sentence.
     """
     rng = random.Random(f"two-turn-{seed}")
     conversations = []

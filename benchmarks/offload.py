@@ -46,7 +46,9 @@ def measure_memory(cell: str, options: argparse.Namespace, chosen: list[arms.Arm
             overrides["skip_tokenizer_init"] = True
         else:
             model = harness.resolve_model(name)
-            prompts = corpus.documents_for(model, options.requests, context - generated)
+            prompts = corpus.documents(
+                harness.tokenizer_of(str(model)), options.requests, context - generated
+            )
         arguments = harness.engine_args(model, context, options.requests * context, **overrides)
         rows: dict[str, dict] = {}
         for arm in chosen:
@@ -108,14 +110,13 @@ def run_memory(options: argparse.Namespace, settings: dict) -> None:
 def run_serve(options: argparse.Namespace, settings: dict) -> None:
     """Runs ``serve``: stock vLLM with memory for all requests, then SPARDA."""
     model = harness.resolve_model(options.model)
-    prompts = corpus.documents_for(model, options.requests, options.context - options.generate)
-    arguments = harness.engine_args(
-        model,
-        options.context,
-        options.requests * options.context,
-        enforce_eager=options.eager,
-        max_num_seqs=options.requests,
+    prompts = corpus.documents(
+        harness.tokenizer_of(str(model)), options.requests, options.context - options.generate
     )
+    arguments = harness.engine_args(
+        model, options.context, options.requests * options.context, enforce_eager=options.eager,
+        max_num_seqs=options.requests,
+    )  # fmt: skip
     kv_bytes = options.requests * options.context * harness.kv_bytes_per_token(model)
     settings = {**settings, "slab_gib": kv_bytes / options.times / GIB}
     body: dict = {
@@ -183,12 +184,9 @@ def _parser(quick: bool) -> argparse.ArgumentParser:
     kinds = parser.add_subparsers(dest="kind", required=True)
     memory, waits, serve = (kinds.add_parser(name) for name in RUNS)
     memory.add_argument(
-        "--cells",
-        nargs="+",
-        default=["smollm2-8192", "qwen-32768", f"{TINY}-131072"],
-        metavar="MODEL-TOKENS",
-        help="model and context; tiny is a random model of two layers",
-    )
+        "--cells", nargs="+", default=["smollm2-8192", "qwen-32768", f"{TINY}-131072"],
+        metavar="MODEL-TOKENS", help="model and context; tiny is a random model of two layers",
+    )  # fmt: skip
     memory.add_argument(
         "--arms",
         default="dense,sparda-96-local-32,sparda-32",

@@ -37,12 +37,7 @@ INIT_BLOCKS, LOCAL_BLOCKS = 1, 2
 
 @dataclass(frozen=True)
 class Budget:
-    """What one decode step may read per KV head.
-
-    Attributes:
-        k: Tokens, or blocks in total.
-        blocks: Whether `k` counts blocks.
-    """
+    """What one decode step may read per KV head: `k` tokens, or blocks in total."""
 
     k: int
     blocks: bool = False
@@ -69,14 +64,9 @@ def heaviest_blocks(mass: torch.Tensor, position: int, top_k: int) -> torch.Tens
 def choose_blocks(scores: torch.Tensor, position: int, top_k: int) -> torch.Tensor:
     """SPARDA's choice for one token from window scores [G, windows]: [G, top_k]."""
     chosen = select_blocks(
-        scores.unsqueeze(1),
-        torch.tensor([position]),
-        block_size=BLOCK,
-        init_blocks=INIT_BLOCKS,
-        local_blocks=LOCAL_BLOCKS,
-        top_k=top_k,
-        kernel_stride=STRIDE,
-    )
+        scores.unsqueeze(1), torch.tensor([position]), block_size=BLOCK, init_blocks=INIT_BLOCKS,
+        local_blocks=LOCAL_BLOCKS, top_k=top_k, kernel_stride=STRIDE,
+    )  # fmt: skip
     return chosen.squeeze(1)
 
 

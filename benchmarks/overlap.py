@@ -58,22 +58,18 @@ def run(options: argparse.Namespace, settings: dict) -> None:
     turns = options.rounds * len(options.rates)
     generated = turns * (options.steps + SETTLING_STEPS) + options.link_steps + SETTLING_STEPS
     generated += 64  # what the first request generates before the last one begins
-    prompts = corpus.documents_for(model, options.batch, options.context - generated)
-    arguments = harness.engine_args(
-        model,
-        options.context,
-        options.batch * options.context,
-        enforce_eager=options.eager,
-        max_num_seqs=options.batch,
+    prompts = corpus.documents(
+        harness.tokenizer_of(str(model)), options.batch, options.context - generated
     )
+    arguments = harness.engine_args(
+        model, options.context, options.batch * options.context, enforce_eager=options.eager,
+        max_num_seqs=options.batch,
+    )  # fmt: skip
     body: dict[str, Any] = {
-        "model": options.model,
-        "context": options.context,
-        "batch": options.batch,
-        "top_k": options.top_k,
-        "link_gb_per_s": options.link_gb_per_s,
+        "model": options.model, "context": options.context, "batch": options.batch,
+        "top_k": options.top_k, "link_gb_per_s": options.link_gb_per_s,
         **{"shape": {}, "frames": {}, "settings": {}, "rows": []},
-    }
+    }  # fmt: skip
     found: dict[tuple[str, float], list[dict]] = {}
     with Recorder(options.out, "overlap", body) as record, contextlib.ExitStack() as stack:
         workers = []

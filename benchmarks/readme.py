@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import arms, results
-from benchmarks.tables import mib, number, plain, table
+from benchmarks.tables import inside, mib, number, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +21,7 @@ PATH = Path(__file__).parents[1] / "README.md"
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 BUDGETS = ("rocket-128", "rocket-256", "rocket-512", "rocket-1024")
 ABLATIONS = ("stage1-256", "stage2-256", "page1-256", "page2-256", "skip1-256")
-LESS = "{:.2f}x less", "{:.2g}x less"
+SELECTORS = [f"{kind}-{top}" for kind in ("query", "lookahead", "previous") for top in (8, 16, 32)]
 
 
 def result(name: str) -> Any:
@@ -29,21 +29,34 @@ def result(name: str) -> Any:
     return json.loads((results.FOLDER / f"{name}.json").read_text())
 
 
+def _cells(name: str) -> dict[str, Row]:
+    """The arms of an accuracy result, and how many questions each answered."""
+    rows = result(name)["arms"]
+    found = {arm: {"arm": arms.label(arm), "prose": row.get("prose")} for arm, row in rows.items()}
+    for arm, row in rows.items():
+        for task in ("single", "multikey"):
+            counted = {context: cell["correct"] for context, cell in row.get(task, {}).items()}
+            found[arm] |= {f"{task} {context}": n for context, n in counted.items()}
+    return found
+
+
 def _merged(*names: str) -> dict[str, Row]:
-    """Cells of each arm, from several files; a later file's cells win."""
+    """Cells of several files; a later file's win, and what it lacks does not."""
     merged: dict[str, Row] = {}
     for name in names:
-        for arm, row in result(name)["arms"].items():
-            into = merged.setdefault(arm, {"arm": arms.label(arm)})
-            for task in ("single", "multikey"):
-                into.setdefault(task, {}).update(row.get(task, {}))
-            if "prose" in row:
-                into["prose"] = row["prose"]
+        for arm, row in _cells(name).items():
+            merged.setdefault(arm, {}).update({k: v for k, v in row.items() if v is not None})
     return merged
 
 
-def _correct(task: str, context: int) -> Callable[[Row], object]:
-    return lambda row: row[task][str(context)]["correct"]
+def _exact(kind: str, label: str) -> Row:
+    """Arms of the oracle in one line, with what they have in common."""
+    rows = [row for arm, row in _cells("oracle-qwen-4k").items() if kind in arm]
+    line = {"arm": label}
+    for key in ("single 4096", "multikey 4096"):
+        found = [str(row[key]) for row in rows]
+        line[key] = f"each {found[0]}" if len(set(found)) == 1 else " / ".join(found)
+    return line
 
 
 def _fraction(*keys: str) -> Callable[[Row], str]:
@@ -52,57 +65,30 @@ def _fraction(*keys: str) -> Callable[[Row], str]:
     return lambda row: show(row).lstrip("0") if 0 < float(show(row)) < 1 else number(0, *keys)(row)
 
 
-def _all_alike(rows: list[Row], task: str, context: int) -> str:
-    """What several rows have in common; all of them in one cell if they differ."""
-    found = [str(_correct(task, context)(row)) for row in rows]
-    return f"each {found[0]}" if len(set(found)) == 1 else " / ".join(found)
+PROSE = {"prose KL": _fraction("prose", "kl"), "top-1": _fraction("prose", "top1_agreement")}
 
 
 def accuracy() -> str:
     """Needles and prose of ROCKETKV."""
     # The first file's multi-key questions were ambiguous.
-    rows = _merged("accuracy-qwen", "accuracy-qwen-multikey", "accuracy-qwen-8k-single")
-    for name, row in result("accuracy-qwen-8k-multikey")["arms"].items():
-        rows[name]["multikey"] |= row["multikey"]
-    ablations = result("accuracy-qwen-ablations")["arms"]
-    for name in ABLATIONS:  # of fewer passages: only the divergence is shown
-        rows[name]["prose"] = {"kl": ablations[name]["prose"]["kl"]} if name in ablations else {}
-    exact = [row for name, row in _merged("oracle-qwen-4k").items() if "topk" in name]
-    best = {
-        "arm": "exact top-k tokens, k = 64 / 128 / 256 / 512",
-        "shown": {task: _all_alike(exact, task, 4096) for task in ("single", "multikey")},
-    }
-    columns: dict[str, Callable[[Row], object]] = {" ": plain("arm")}
+    names = ("", "-multikey", "-8k-single", "-8k-multikey")
+    rows = _merged(*(f"accuracy-qwen{name}" for name in names))
+    ablations = _cells("accuracy-qwen-ablations")
+    for name in set(ABLATIONS) & set(ablations):  # of fewer passages: only the divergence is shown
+        rows[name]["prose"] = {"kl": ablations[name]["prose"]["kl"]}
+    columns: dict[str, Any] = {" ": "arm"}
     for task, first, apart in (("single", "single ", ""), ("multikey", "multi-key ", " ")):
-        columns[f"{first}2K"] = _either(task, 2048)
-        columns |= {f"{n}K{apart}": _either(task, 1024 * n) for n in (4, 8)}
-    columns["prose KL"] = _fraction("prose", "kl")
-    columns["top-1"] = _fraction("prose", "top1_agreement")
-    return table([rows["dense"], best, *(rows[name] for name in (*BUDGETS, *ABLATIONS))], columns)
-
-
-def _either(task: str, context: int) -> Callable[[Row], object]:
-    counted = _correct(task, context)
-
-    def show(row: Row) -> object:
-        if "shown" in row:
-            return row["shown"][task] if context == 4096 else None
-        return counted(row)
-
-    return show
+        columns[f"{first}2K"] = f"{task} 2048"
+        columns |= {f"{n}K{apart}": f"{task} {1024 * n}" for n in (4, 8)}
+    best = _exact("topk", "exact top-k tokens, k = 64 / 128 / 256 / 512")
+    lines = [rows["dense"], best, *(rows[name] for name in (*BUDGETS, *ABLATIONS))]
+    return table(lines, {**columns, **PROSE})
 
 
 def policies() -> str:
     """The policies at equal budgets."""
-    rows = _merged("accuracy-policies")
-    columns = {
-        "4K, of 20": plain("arm"),
-        "single": _correct("single", 4096),
-        "multi-key": _correct("multikey", 4096),
-        "prose KL": _fraction("prose", "kl"),
-        "top-1": _fraction("prose", "top1_agreement"),
-    }
-    return table(rows.values(), columns)
+    columns = {"4K, of 20": "arm", "single": "single 4096", "multi-key": "multikey 4096", **PROSE}
+    return table(_cells("accuracy-policies").values(), columns)
 
 
 def speed() -> str:
@@ -114,31 +100,22 @@ def speed() -> str:
         ("speed-smollm2", 1, "1K, batch 1 (dense below `min_context`)"),
     ):
         found = result(name)["cells"][cell]
-        ours = found["arms"]["rocket-512"]
-        sparse = found["bound"] > 1.01
-        gain = f"{ours['speedup']:.2f}x"
-        lines.append(
-            {
-                "what": what,
-                "stock": found["arms"]["dense"],
-                "ours": ours,
-                "gain": f"**{gain}**" if ours["speedup"] > 2 else gain,
-                "bound": f"{found['bound']:.2f}x",
-                "share": f"{100 * ours['share_of_bound']:.0f} %" if sparse else "\N{EN DASH}",
-                "prefill": f"{ours['prefill_overhead_percent']:+.1f} %".replace(
-                    "-", "\N{MINUS SIGN}"
-                ),
-            }
-        )
-    step = {"unit": " ms"}
+        line = {"what": what, "bound": found["bound"], **found["arms"]}
+        lines.append(line | {"gain": line["rocket-512"]["speedup"]})
+    share, over = (
+        (*("rocket-512", key),) for key in ("share_of_bound", "prefill_overhead_percent")
+    )
+    sparse = number(0, *share, unit=" %", scale=100)
     columns = {
-        "SmolLM2-135M, bf16, t = 512": plain("what"),
-        "stock's step": number(1, "stock", "step_ms", "median", **step),
-        "ROCKETKV's step": number(1, "ours", "step_ms", "median", **step),
-        "speed-up": plain("gain"),
-        "bound": plain("bound"),
-        "share of bound": plain("share"),
-        "prefill": plain("prefill"),
+        "SmolLM2-135M, bf16, t = 512": "what",
+        "stock's step": "{dense[step_ms][median]:.1f} ms",
+        "ROCKETKV's step": number(1, "rocket-512", "step_ms", "median", unit=" ms"),
+        "speed-up": lambda row: (
+            f"**{row['gain']:.2f}x**" if row["gain"] > 2 else f"{row['gain']:.2f}x"
+        ),
+        "bound": "{bound:.2f}x",
+        "share of bound": lambda row: sparse(row) if row["bound"] > 1.01 else "\N{EN DASH}",
+        "prefill": lambda row: f"{inside(row, over):+.1f} %".replace("-", "\N{MINUS SIGN}"),
     }
     return table(lines, columns)
 
@@ -148,77 +125,49 @@ def capacity() -> str:
     found = result("capacity")
     needed = -(-(found["prompt_tokens"] + found["generated_tokens"]) // found["block_tokens"])
     stock, ours = found["arms"]["dense"], found["arms"]["rocket-512"]
-    columns = {
-        " ": plain("arm"),
-        "running at once": plain("running"),
-        "preemptions": plain("preemptions"),
-        "blocks per decoding request": plain("blocks"),
-        "all done after": number(0, "seconds", unit=" s"),
-    }
     held = f"**{ours['blocks_per_decoding_request']:.1f}**"
-    return table(
-        [
-            {
-                **stock,
-                "arm": "stock",
-                "running": stock["peak_running"],
-                "blocks": f"{needed} needed",
-            },
-            {**ours, "arm": "ROCKETKV", "running": f"**{ours['peak_running']}**", "blocks": held},
-        ],
-        columns,
-    )
+    running = f"**{ours['peak_running']}**"
+    lines = [
+        {"arm": "stock", **stock, "blocks": f"{needed} needed"},
+        {"arm": "ROCKETKV", **ours, "peak_running": running, "blocks": held},
+    ]
+    columns = {
+        **{" ": "arm", "running at once": "peak_running", "preemptions": "preemptions"},
+        "blocks per decoding request": "blocks",
+        "all done after": "{seconds:.0f} s",
+    }
+    return table(lines, columns)
 
 
 def selectors() -> str:
     """Needles of SPARDA's selectors."""
-    rows = _merged("accuracy-qwen-sparda", "accuracy-qwen-sparda-more", "accuracy-qwen-forecast")
-    exact = [row for name, row in _merged("oracle-qwen-4k").items() if "blocks" in name]
-    best = {
-        "arm": "exact attention mass per block, 8 / 16 / 32",
-        "shown": {"multikey": _all_alike(exact, "multikey", 4096)},
-    }
-    names = [f"{kind}-{top}" for kind in ("query", "lookahead", "previous") for top in (8, 16, 32)]
-    trained = "**`forecast`, 16**, trained at 4K on one CPU core"
-    lines = [
-        *(rows["dense"], best, *(rows[name] for name in names)),
-        {**rows["forecast-16"], "arm": trained},
-    ]
-    columns = {
-        "selector, blocks read": plain("arm"),
-        "4K": _either("multikey", 4096),
-        "8K": _either("multikey", 8192),
-    }
-    return table(lines, columns)
+    rows = _merged(*(f"accuracy-qwen-{name}" for name in ("sparda", "sparda-more", "forecast")))
+    best = _exact("blocks", "exact attention mass per block, 8 / 16 / 32")
+    trained = {"arm": "**`forecast`, 16**, trained at 4K on one CPU core"}
+    lines = [rows["dense"], best, *(rows[name] for name in SELECTORS)]
+    columns = {"selector, blocks read": "arm", "4K": "multikey 4096", "8K": "multikey 8192"}
+    return table([*lines, rows["forecast-16"] | trained], columns)
 
 
 def mass() -> str:
     """Attention mass that each selector finds."""
     cells = {(cell["task"], cell["context"]): cell for cell in result("blocks-qwen")["cells"]}
-    kept = {"exact": "exact mass"}
     names = ("exact", "query", "lookahead-query", "previous", "forecast")
-    columns: dict[str, Callable[[str], object]] = {" ": lambda name: kept.get(name, f"`{name}`")}
-    for index, (task, context) in enumerate((("multikey", 4), ("multikey", 8), ("prose", 8))):
-        found = cells[task, 1024 * context]["selectors"]
-        title = f"{'needles' if task == 'multikey' else task} {context}K"
-        columns[title] = _held(found)
-        columns["misses" + " " * index] = _missed(found)
+    columns: dict[str, Any] = {" ": lambda at: "exact mass" if at == "exact" else f"`{at}`"}
+    for index, (task, title, n) in enumerate(
+        (("multikey", "needles", 4), ("multikey", "needles", 8), ("prose", "prose", 8))
+    ):
+        found = cells[task, 1024 * n]["selectors"]
+        columns[f"{title} {n}K"] = lambda at, found=found: " / ".join(
+            f"{found[at][top]['captured']:.2f}".lstrip("0") for top in ("8", "16", "32")
+        )
+        columns["misses" + " " * index] = lambda at, found=found: _missed(found[at]["16"])
     return table(names, columns)
 
 
-def _held(found: dict[str, Row]) -> Callable[[str], str]:
-    return lambda name: " / ".join(
-        f"{found[name][top]['captured']:.2f}".lstrip("0") for top in ("8", "16", "32")
-    )
-
-
-def _missed(found: dict[str, Row]) -> Callable[[str], str]:
-    def show(name: str) -> str:
-        row = found[name]["16"]
-        layers = row["miss_rate_by_layer"]
-        return f"{row['miss_rate']:.0%} ({min(layers):.0%}-{max(layers):.0%}".replace("%", "") + ")"
-
-    return lambda name: show(name).replace(" (", " % (")
+def _missed(row: Row) -> str:
+    least, most = (100 * bound(row["miss_rate_by_layer"]) for bound in (min, max))
+    return f"{100 * row['miss_rate']:.0f} % ({least:.0f}-{most:.0f})"
 
 
 def memory() -> str:
@@ -233,13 +182,13 @@ def memory() -> str:
     ):
         found = result(name)["cells"][cell]["arms"]
         times = found[arm]["times_less_than_dense"]
-        less = LESS[times >= 2].format(times)
+        less = f"{times:.2g}x less" if times > 2 else f"{times:.2f}x less"
         lines.append({"what": what, "stock": found["dense"], "ours": found[arm], "less": less})
     columns = {
-        "model, context, blocks read": plain("what"),
-        "stock": lambda row: mib("stock", "device_bytes", digits=1)(row) + " MiB",
-        "SPARDA": lambda row: mib("ours", "device_bytes", digits=1)(row) + " MiB",
-        " ": plain("less"),
+        "model, context, blocks read": "what",
+        "stock": mib("stock", "device_bytes", digits=1, unit=" MiB"),
+        "SPARDA": mib("ours", "device_bytes", digits=1, unit=" MiB"),
+        " ": "less",
     }
     return table(lines, columns)
 
@@ -247,71 +196,52 @@ def memory() -> str:
 def overlap() -> str:
     """Steps at forced miss rates."""
     found = {(row["arm"], row["rate"]): row for row in result("sparda-overlap")["rows"]}
-    lines = [
-        {arm: found[arm, rate] for arm in ("resident", "no prefetch", "prefetch")}
-        for rate in sorted({rate for _, rate in found})
-    ]
-
-    def step(row: Row) -> float:
-        return row["step_ms"]["median"]
+    lines = []
+    for rate in sorted({rate for _, rate in found}):
+        rows = [found[arm, rate] for arm in ("resident", "no prefetch", "prefetch")]
+        line = {"rate": 100 * rows[1]["miss_share_of_free_picks"]}
+        line["ms"] = [row["step_ms"]["median"] for row in rows]
+        line["waits"] = [row["exposed_wait_ms_per_step"] for row in rows[1:]]
+        lines.append(line)
 
     def ahead(row: Row) -> str:
-        shown = f"{step(row['prefetch']):.1f} ms"
-        if not row["prefetch"]["rate"]:
-            return shown
-        return f"**{shown}** ({step(row['no prefetch']) / step(row['prefetch']):.2f}x)"
-
-    def wait(row: Row) -> str:
-        waits = [row[arm]["exposed_wait_ms_per_step"] for arm in ("no prefetch", "prefetch")]
-        return " → ".join(f"{ms:.1f}" if ms else "0" for ms in waits) + " ms"
-
-    def missed(row: Row) -> str:
-        found = 100 * row["no prefetch"]["miss_share_of_free_picks"]
-        return f"{found:.1f} %" if found else "0 %"
+        _, blocking, prefetched = row["ms"]
+        shown = f"{prefetched:.1f} ms"
+        return f"**{shown}** ({blocking / prefetched:.2f}x)" if row["rate"] else shown
 
     columns = {
-        "misses of the free picks": missed,
-        "resident": number(1, "resident", "step_ms", "median", unit=" ms"),
-        "fetched when needed": number(1, "no prefetch", "step_ms", "median", unit=" ms"),
+        "misses of the free picks": lambda row: f"{row['rate']:.1f} %" if row["rate"] else "0 %",
+        "resident": "{ms[0]:.1f} ms",
+        "fetched when needed": "{ms[1]:.1f} ms",
         "fetched a layer ahead": ahead,
-        "exposed wait": wait,
+        "exposed wait": lambda row: (
+            " → ".join(f"{ms:.1f}" if ms else "0" for ms in row["waits"]) + " ms"
+        ),
     }
     return table(lines, columns)
 
 
 def training() -> str:
     """Memory of training against the length of the sequence."""
-    found: dict[int, list[Row]] = {}
+    found: dict[int, list[str]] = {}
     for cell in result("train-memory"):
-        found.setdefault(cell["tokens"], []).append(cell)
-
-    def shown(index: int) -> Callable[[int], str]:
-        def show(tokens: int) -> str:
-            cell = found[tokens][index]
-            if "left_out_gib" in cell:
-                return f"would need {cell['left_out_gib']:.0f} GiB"
-            return f"{cell['peak_beyond_start_mib']:,} MiB, {cell['tokens_per_s']:,.0f} tokens/s"
-
-        return show
-
+        shown = f"would need {cell.get('left_out_gib', 0):.0f} GiB"
+        if "tokens_per_s" in cell:
+            shown = f"{cell['peak_beyond_start_mib']:,} MiB, {cell['tokens_per_s']:,.0f} tokens/s"
+        found.setdefault(cell["tokens"], []).append(shown)
     columns = {
         "tokens": lambda tokens: f"{tokens:,}",
-        f"in chunks of {found[2048][0]['chunk']} queries": shown(0),
-        "all queries at once": shown(1),
+        "in chunks of 256 queries": lambda tokens: found[tokens][0],
+        "all queries at once": lambda tokens: found[tokens][1],
     }
     return table(found, columns)
 
 
 TABLES = {
-    "accuracy": accuracy,
-    "policies": policies,
-    "speed": speed,
-    "capacity": capacity,
-    "selectors": selectors,
-    "mass": mass,
-    "memory": memory,
-    "overlap": overlap,
-    "training": training,
+    make.__name__: make
+    for make in (
+        *(accuracy, policies, speed, capacity, selectors, mass, memory, overlap, training),
+    )
 }
 
 

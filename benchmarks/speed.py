@@ -34,15 +34,9 @@ DROPPED_STEPS = 4
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement.
+    """One measurement: how many requests decode together, how long, about one document or several.
 
-    Attributes:
-        model: Name of the model.
-        context: Length of prompt and generation together, in tokens.
-        batch: Number of requests that decode together.
-        shared: Whether all requests are about one document.
-        rounds: How many times each engine gets its turn.
-        steps: Decode steps per turn.
+    `context` counts prompt and generation, in tokens; each engine gets `rounds` turns of `steps`.
     """
 
     model: str
@@ -78,13 +72,9 @@ CELLS = {
 
 @dataclass
 class Measured:
-    """Seconds by arm, as far as they were measured.
+    """Seconds by arm, as far as they were measured; cores that others used in each turn.
 
-    Attributes:
-        short: Decode steps at 128 tokens, by turn.
-        long: Decode steps at the cell's context, by turn.
-        prefills: Of each prompt.
-        others: Cores that other processes used in each turn.
+    Decode steps at 128 tokens and at the cell's context are listed by turn, prefills by prompt.
     """
 
     short: Turns = field(default_factory=dict)
@@ -102,16 +92,7 @@ def measure(
     patience_s: float = 0.0,
     overrides: dict | None = None,
 ) -> dict[str, Any]:
-    """Measures one cell.
-
-    Args:
-        cell: What to measure.
-        chosen: The sides of the comparison, stock vLLM first.
-        save: Gets the result after every turn.
-        prefills: Number of prompts whose prefill is timed on every side.
-        patience_s: How long to wait in all for neighbours on the machine to be quiet.
-        overrides: Further arguments of `LLM`, for every side.
-    """
+    """Measures one cell."""
     tokenizer = harness.tokenizer_of(cell.model)
     prompts = _prompts(cell, tokenizer)
     # Centred on 128 tokens over the steps that are measured.
@@ -306,13 +287,10 @@ def main(arguments: list[str] | None = None) -> None:
                 record.save()
 
             result = measure(
-                replace(cell, rounds=options.rounds or rounds),
-                chosen,
-                save,
-                prefills=options.prefills,
-                patience_s=options.patience,
+                replace(cell, rounds=options.rounds or rounds), chosen, save,
+                prefills=options.prefills, patience_s=options.patience,
                 overrides=arms.parse_settings(options.engine_arg),
-            )
+            )  # fmt: skip
             print(tables.speed({"cells": [result]}), flush=True)
 
 

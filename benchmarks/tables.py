@@ -4,72 +4,90 @@
 
 from __future__ import annotations
 
+import string
 from typing import TYPE_CHECKING, Any
-
-from benchmarks import arms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     Row = dict[str, Any]
-    Columns = Mapping[str, Callable[[Any], object]]
+    Columns = Mapping[str, str | Callable[[Any], object]]
     Renderer = Callable[[Any], str]
 
 
-def table(rows: Iterable[Any], columns: Columns) -> str:
-    """Returns a Markdown table.
+STEP = "{step_ms[median]:.1f} ({step_ms[p25]:.1f}-{step_ms[p75]:.1f})"
+
+
+def table(rows: Iterable[Any], columns: Columns, *, aligned: bool = False) -> str:
+    """Returns a Markdown table, or an aligned one for a terminal.
 
     Args:
         rows: Anything.
-        columns: By header, what to show of a row; a cell is blank if that is None or not there.
-            Headers that repeat are kept apart by spaces at their end, which are not shown.
+        columns: By header, the key of what to show of a row, a format for it, or what makes it of
+            the row; blank if that is None or not there. Headers that repeat are kept apart by
+            spaces at their end, which are not shown.
+        aligned: Numbers to the right; ``-`` for what is not there.
     """
     cells = [[_cell(show, row) for show in columns.values()] for row in rows]
-    head, *body = (
+    if aligned:
+        return _aligned([list(columns), *([text or "-" for text in line] for line in cells)])
+    every = [
         [f" {text.strip()} ".replace("  ", " ") for text in line] for line in [columns, *cells]
+    ]
+    every.insert(1, ["---"] * len(columns))
+    return "\n".join(f"|{'|'.join(line)}|" for line in every)
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    columns = list(zip(*lines, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [all(text[:1].isdigit() or text[0] in "-+" for text in each[1:]) for each in columns]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if number else text.ljust(width)
+            for text, width, number in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in lines
     )
-    return "\n".join(f"|{'|'.join(line)}|" for line in (head, ["---"] * len(head), *body))
 
 
-def _cell(show: Callable[[Any], object], row: Any) -> str:
+class _Fields(string.Formatter):
+    """Formats whose fields are a row's keys, one inside the other: ``{step_ms[median]:.1f}``."""
+
+    def get_field(self, name: str, args: Any, row: Any) -> tuple[Any, str]:
+        first, *further = name.replace("]", "").split("[")
+        value = row[first]
+        for key in further:
+            value = value[int(key) if isinstance(value, list) else key]
+        return value, first
+
+
+def _cell(show: str | Callable[[Any], object], row: Any) -> str:
     try:
-        value = show(row)
+        if callable(show):
+            value = show(row)
+        else:
+            value = _Fields().vformat(show, (), row) if "{" in show else row.get(show)
     except (KeyError, TypeError):  # not measured, or measured as nothing
         return ""
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return "" if value is None else str(value)
 
 
 def number(digits: int, *keys: str, unit: str = "", scale: float = 1.0) -> Callable[[Row], str]:
     """Shows a number with so many digits, found under keys one inside the other."""
-    return lambda row: f"{_at(row, keys) * scale:.{digits}f}{unit}"
+    return lambda row: f"{inside(row, keys) * scale:.{digits}f}{unit}"
 
 
-def mib(*keys: str, digits: int = 2) -> Callable[[Row], str]:
+def mib(*keys: str, digits: int = 2, unit: str = "") -> Callable[[Row], str]:
     """Shows bytes as MiB."""
-    return number(digits, *keys, scale=2**-20)
+    return number(digits, *keys, unit=unit, scale=2**-20)
 
 
-def plain(*keys: str) -> Callable[[Row], object]:
-    """Shows a value as it is."""
-    return lambda row: _at(row, keys)
-
-
-def spread(key: str, digits: int = 1) -> Callable[[Row], str]:
-    """Shows median and quartiles."""
-
-    def show(row: Row) -> str:
-        median, lower, upper = (f"{row[key][name]:.{digits}f}" for name in ("median", "p25", "p75"))
-        return f"{median} ({lower}-{upper})"
-
-    return show
-
-
-def share(key: str, among: str = "questions") -> Callable[[Row], str]:
-    """Shows how many of how many."""
-    return lambda row: f"{row[key]}/{row[among]}"
-
-
-def _at(row: Any, keys: tuple[str, ...]) -> Any:
+def inside(row: Any, keys: tuple[str, ...]) -> Any:
+    """What is found under keys one inside the other."""
     for key in keys:
         row = row[key]
     return row
@@ -92,17 +110,16 @@ def speed(result: Row) -> str:
             f"{kind if what['batch'] > 1 else ''}**: {bound} (other processes used {used})"
         )
         columns = {
-            "arm": plain("arm"),
-            "decode step, ms (quartiles)": spread("step_ms"),
-            "at 128 tokens": number(1, "step_ms_at_128_tokens", "median"),
-            "tokens/s": number(1, "decode_tokens_per_second"),
-            "speed-up (by round)": lambda row: (
-                f"{row['speedup']:.2f}x ({row['speedup_by_round']['min']:.2f}-"
-                f"{row['speedup_by_round']['max']:.2f})"
+            "arm": "arm",
+            "decode step, ms (quartiles)": STEP,
+            "at 128 tokens": "{step_ms_at_128_tokens[median]:.1f}",
+            "tokens/s": "{decode_tokens_per_second:.1f}",
+            "speed-up (by round)": (
+                "{speedup:.2f}x ({speedup_by_round[min]:.2f}-{speedup_by_round[max]:.2f})"
             ),
-            "of the bound": lambda row: f"{row['share_of_bound']:.0%}",
-            "prefill, s": number(2, "prefill_seconds", "median"),
-            "overhead": lambda row: f"{row['prefill_overhead_percent']:+.1f} %",
+            "of the bound": "{share_of_bound:.0%}",
+            "prefill, s": "{prefill_seconds[median]:.2f}",
+            "overhead": "{prefill_overhead_percent:+.1f} %",
         }
         parts.append(table(_named(cell["arms"]), columns))
     return "\n\n".join(parts)
@@ -115,35 +132,30 @@ def accuracy(result: Row) -> str:
     def every(task: str) -> list[str]:
         return list(dict.fromkeys(key for row in rows for key in row.get(task, {})))
 
-    columns: dict[str, Callable[[Row], object]] = {"arm": lambda row: row["arm"]}
+    columns: dict[str, Any] = {"arm": "arm"}
     for task in ("single", "multikey"):
         for context in every(task):
-            columns[f"{task} {int(context) // 1024}K"] = _inside(task, context, share("correct"))
+            cell = f"{task}[{context}]"
+            title = f"{task} {int(context) // 1024}K"
+            columns[title] = f"{{{cell}[correct]}}/{{{cell}[questions]}}"
     for mode in every("two-turn"):
-        answered = share("second_turn", "conversations")
-        columns[f"2nd turn, {mode}"] = _inside("two-turn", mode, answered)
+        cell = f"two-turn[{mode}]"
+        columns[f"2nd turn, {mode}"] = f"{{{cell}[second_turn]}}/{{{cell}[conversations]}}"
     if any("prose" in row for row in rows):
-        columns["prose KL"] = number(3, "prose", "kl")
-        columns["top-1"] = number(3, "prose", "top1_agreement")
+        columns["prose KL"] = "{prose[kl]:.3f}"
+        columns["top-1"] = "{prose[top1_agreement]:.3f}"
     return f"**{result['model']}**, seed {result['seed']}\n\n{table(rows, columns)}"
-
-
-def _inside(outer: str, inner: str, show: Callable[[Row], object]) -> Callable[[Row], object]:
-    return lambda row: show(row[outer][inner])
 
 
 def capacity(result: Row) -> str:
     """How many requests a pool holds."""
     columns = {
-        "arm": plain("arm"),
-        "most running at once": plain("peak_running"),
-        "mean": number(1, "mean_running"),
-        "preemptions": number(0, "preemptions"),
-        "blocks per decoding request": number(1, "blocks_per_decoding_request"),
-        "peak pool usage": number(0, "peak_usage_percent", unit=" %"),
-        "seconds in all": number(0, "seconds"),
-        "vLLM's maximum concurrency": number(2, "log", "maximum_concurrency", unit="x"),
-    }
+        "arm": "arm", "most running at once": "peak_running", "mean": "{mean_running:.1f}",
+        "preemptions": "{preemptions:.0f}",
+        "blocks per decoding request": "{blocks_per_decoding_request:.1f}",
+        "peak pool usage": "{peak_usage_percent:.0f} %", "seconds in all": "{seconds:.0f}",
+        "vLLM's maximum concurrency": "{log[maximum_concurrency]:.2f}x",
+    }  # fmt: skip
     return (
         f"**{result['model']}**: {_requests(result)}, pool of {result['pool_blocks']} blocks of "
         f"{result['block_tokens']} tokens\n\n{table(_named(result['arms']), columns)}"
@@ -161,9 +173,9 @@ def kernels(result: Row) -> str:
     """The decode kernel's times on a CPU."""
     body = result["result"]
     columns = {
-        "variant": plain("arm"),
-        "us a layer": number(0, "us"),
-        "10th percentile": number(0, "us_p10"),
+        "variant": "arm",
+        "us a layer": "{us:.0f}",
+        "10th percentile": "{us_p10:.0f}",
     }
     return (
         f"{result['threads']} threads, {body['kept_tokens']} kept tokens a request, top_k "
@@ -183,27 +195,25 @@ def blocks(result: Row) -> str:
     for cell in result["cells"]:
         selectors = cell["selectors"]
         tops = list(next(iter(selectors.values())))
-        columns = {"selector": plain("arm")}
-        layers: dict[str, Any] = {"layer": plain("layer"), "forced blocks": number(2, "forced")}
+        columns = {"selector": "arm"}
+        layers: dict[str, Any] = {"layer": "layer", "forced blocks": "{forced:.2f}"}
         for what, key in (("mass beyond the forced blocks", "captured"), ("misses", "miss_rate")):
-            columns |= {f"{what}, top {top}": number(2, top, key) for top in tops}
+            columns |= {f"{what}, top {n}": f"{{{n}[{key}]:.2f}}" for n in tops}
         top = tops[len(tops) // 2]
+        rows = [{"layer": at, "forced": x} for at, x in enumerate(cell["forced_share_by_layer"])]
         for prefix, key in (("", "captured_by_layer"), ("misses of ", "miss_rate_by_layer")):
             for name, found in selectors.items():
-                layers[prefix + name] = _layer(found[top][key])
-        by_layer = enumerate(cell["forced_share_by_layer"])
+                layers[prefix + name] = f"{{{prefix + name}:.2f}}"
+                for row, share in zip(rows, found[top][key], strict=True):
+                    row[prefix + name] = share
         parts += [
             f"{cell['task']}, {cell['context']} tokens, {cell['steps']} steps; the forced blocks "
             f"hold {cell['forced_share']:.2f} of all mass",
             table(_named(selectors), columns),
             f"By layer, top {top}:",
-            table([{"layer": layer, "forced": held} for layer, held in by_layer], layers),
+            table(rows, layers),
         ]
     return "\n\n".join(parts)
-
-
-def _layer(found: list[float]) -> Callable[[Row], str]:
-    return lambda row: f"{found[row['layer']]:.2f}"
 
 
 def memory(result: Row) -> str:
@@ -215,11 +225,11 @@ def memory(result: Row) -> str:
     ]
     parts = ("kv_cache", "frames", "compressed_keys", "staging", "page_table")
     columns = {
-        "model, tokens": plain("cell"),
-        "arm": plain("arm"),
+        "model, tokens": "cell",
+        "arm": "arm",
         **{part.replace("kv_", "KV ").replace("_", " "): mib("parts", part) for part in parts},
         "device, MiB a request": mib("device_bytes"),
-        "less than dense": number(2, "times_less_than_dense", unit="x"),
+        "less than dense": "{times_less_than_dense:.2f}x",
         "host, MiB": lambda row: mib("host_bytes")(row) if row["host_bytes"] else None,
     }
     return f"{result['requests']} request(s) decoding\n\n{table(rows, columns)}"
@@ -230,17 +240,12 @@ def overlap(result: Row) -> str:
     order = list(result["settings"])
     rows = sorted(result["rows"], key=lambda row: (row["rate"], order.index(row["arm"])))
     columns = {
-        "misses forced (and counted)": lambda row: (
-            f"{row['rate']:.0%} ({row['miss_share_of_free_picks']:.1%})"
-        ),
-        "arm": plain("arm"),
-        "step, ms (quartiles)": spread("step_ms"),
-        "exposed wait, ms a step": number(2, "exposed_wait_ms_per_step"),
-        "late": lambda row: f"{row['late_share']:.0%}" if row["late_share"] is not None else None,
-        "hits a step": number(1, "hits_per_step"),
-        "misses a step": number(1, "misses_per_step"),
+        "misses forced (and counted)": "{rate:.0%} ({miss_share_of_free_picks:.1%})",
+        "arm": "arm", "step, ms (quartiles)": STEP,
+        "exposed wait, ms a step": "{exposed_wait_ms_per_step:.2f}", "late": "{late_share:.0%}",
+        "hits a step": "{hits_per_step:.1f}", "misses a step": "{misses_per_step:.1f}",
         "MB a step": number(3, "bytes_per_step", scale=1e-6),
-    }
+    }  # fmt: skip
     return (
         f"**{result['model']}**, {result['context']} tokens, batch {result['batch']}, "
         f"{result['top_k']} blocks, copy engine at {result['link_gb_per_s'] or 0:.3f} GB/s; bytes "
@@ -252,19 +257,15 @@ def overlap(result: Row) -> str:
 def serve(result: Row) -> str:
     """Requests whose KV exceeds the device."""
     columns = {
-        "arm": plain("arm"),
-        "finished": plain("finished"),
-        "lost": plain("lost"),
-        "of full length": plain("complete"),
-        "preemptions": number(0, "preemptions"),
-        "most running at once": plain("peak_running"),
-        "KV over slab": number(2, "kv_over_slab", unit="x"),
-        "slab, MiB": mib("pools", "slab"),
-        "seconds in all": number(0, "seconds"),
-        "tokens as stock's": lambda row: "{median:.0f} ({min:.0f}-{max:.0f})".format(
-            **row["tokens_before_difference"]
+        "arm": "arm", "finished": "finished", "lost": "lost", "of full length": "complete",
+        "preemptions": "{preemptions:.0f}", "most running at once": "peak_running",
+        "KV over slab": "{kv_over_slab:.2f}x", "slab, MiB": mib("pools", "slab"),
+        "seconds in all": "{seconds:.0f}",
+        "tokens as stock's": (
+            "{tokens_before_difference[median]:.0f} "
+            "({tokens_before_difference[min]:.0f}-{tokens_before_difference[max]:.0f})"
         ),
-    }
+    }  # fmt: skip
     rows = table(_named(result["arms"]), columns)
     return f"**{result['model']}**: {_requests(result)} at once\n\n{rows}"
 
@@ -273,22 +274,19 @@ def training(result: Row | list[Row]) -> str:
     """Memory and speed of Forecast training; older files are lists of points."""
     cells = result["cells"] if isinstance(result, dict) else result
     columns = {
-        "tokens": plain("tokens"),
-        "queries at once": plain("chunk"),
-        "MiB beyond the model": plain("peak_beyond_start_mib"),
-        "tokens/s": number(1, "tokens_per_s"),
-        "loss": number(6, "loss"),
-        "left out, needs GiB": number(0, "left_out_gib"),
-    }
+        "tokens": "tokens", "queries at once": "chunk",
+        "MiB beyond the model": "peak_beyond_start_mib", "tokens/s": "{tokens_per_s:.1f}",
+        "loss": "{loss:.6f}", "left out, needs GiB": "{left_out_gib:.0f}",
+    }  # fmt: skip
     return table(cells, columns)
 
 
 def recall(result: Row) -> str:
     """What ``vllm-sparse eval-forecast`` writes."""
     columns = {
-        "selector": plain("arm"),
-        "recall of the exact best blocks": number(3, "recall"),
-        "attention mass beyond the forced blocks": number(3, "mass"),
+        "selector": "arm",
+        "recall of the exact best blocks": "{recall:.3f}",
+        "attention mass beyond the forced blocks": "{mass:.3f}",
     }
     return (
         f"**{result['model']}**, {result['forecast']}, {result['sequences']} documents of "
@@ -301,32 +299,21 @@ def stages(result: Row) -> str:
     """What the GPU programs write."""
     rows = [{"arm": name, **stage} for name, stage in result["stages"].items()]
     columns = {
-        "stage": plain("arm"),
-        "result": plain("status"),
-        "seconds": number(0, "seconds"),
-        "measurements": lambda row: len(row["rows"]),
-        "reason": plain("reason"),
-    }
-    verdicts = {"target": plain("what"), "found": number(3, "found"), "reached": plain("reached")}
+        "stage": "arm", "result": "status", "seconds": "{seconds:.0f}",
+        "measurements": lambda row: len(row["rows"]), "reason": "reason",
+    }  # fmt: skip
+    verdicts = {"target": "what", "found": "{found:.3f}", "reached": "reached"}
     targets = result.get("targets")
     parts = [table(rows, columns), table(targets, verdicts) if targets else ""]
     return "\n\n".join(filter(None, parts))
 
 
 RENDERERS: dict[str, Renderer] = {
-    "kernels": kernels,
-    "speed": speed,
-    "accuracy": accuracy,
-    "capacity": capacity,
-    "oracle": accuracy,
-    "blocks": blocks,
-    "memory": memory,
-    "overlap": overlap,
-    "serve": serve,
-    "train-memory": training,
-    "forecast-recall": recall,
+    "kernels": kernels, "speed": speed, "accuracy": accuracy, "capacity": capacity,
+    "oracle": accuracy, "blocks": blocks, "memory": memory, "overlap": overlap, "serve": serve,
+    "train-memory": training, "forecast-recall": recall,
     **dict.fromkeys(("gpu-check", "gpu-bench", "gpu-tune"), stages),
-}
+}  # fmt: skip
 
 
 def kind_of(result: Any) -> str:
@@ -334,8 +321,3 @@ def kind_of(result: Any) -> str:
     if isinstance(result, list):
         return "train-memory"
     return result.get("benchmark", "forecast-recall")
-
-
-def labelled(rows: dict[str, Row]) -> list[Row]:
-    """The rows of arms, with what tables call them."""
-    return [{"arm": arms.label(name), "name": name, **row} for name, row in rows.items()]

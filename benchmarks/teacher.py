@@ -96,9 +96,6 @@ def compare(reference: Path, other: Path, forced_tokens: list[int], first: int =
         nll_p.append(-p[forced_tokens[row]].item())
         nll_q.append(-q[forced_tokens[row]].item())
     return {
-        "kl": float(np.mean(kl)),
-        "top1_agreement": float(np.mean(agreement)),
-        "nll_dense": float(np.mean(nll_p)),
-        "nll": float(np.mean(nll_q)),
-        "tokens": len(kl),
-    }
+        "kl": float(np.mean(kl)), "top1_agreement": float(np.mean(agreement)),
+        "nll_dense": float(np.mean(nll_p)), "nll": float(np.mean(nll_q)), "tokens": len(kl),
+    }  # fmt: skip

@@ -39,25 +39,15 @@ def point(tokens: int, chunk: int, teacher: str) -> dict:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=HEADS * HEAD_DIM,
-        intermediate_size=1024,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
+        vocab_size=256, hidden_size=HEADS * HEAD_DIM, intermediate_size=1024,
+        num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
         max_position_embeddings=tokens,
-    )
+    )  # fmt: skip
     backbone = Backbone(LlamaModel(config).bfloat16(), "random")
     settings = TrainSettings(
-        seq_len=tokens,
-        local_blocks=4,
-        top_k=16,
-        teacher=teacher,
-        sparse_forward=False,
-        batch_size=1,
-        steps=1,
-        chunk=chunk,
-    )
+        seq_len=tokens, local_blocks=4, top_k=16, teacher=teacher, sparse_forward=False,
+        batch_size=1, steps=1, chunk=chunk,
+    )  # fmt: skip
     forecast = Forecast(LAYERS, HEADS * HEAD_DIM, KV_HEADS, HEAD_DIM)
     forecast.initialise("lookahead", backbone, 0)
     source = SampleSource(backbone, settings.geometry, teacher, chunk=chunk)
@@ -70,14 +60,10 @@ def point(tokens: int, chunk: int, teacher: str) -> dict:
         seconds = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "tokens": tokens,
-        "chunk": chunk,
-        "teacher": teacher,
-        "peak_mib": round(peak / 1024),
+        "tokens": tokens, "chunk": chunk, "teacher": teacher, "peak_mib": round(peak / 1024),
         "peak_beyond_start_mib": round((peak - before) / 1024),
-        "tokens_per_s": round(tokens / seconds, 1),
-        "loss": entry.loss,
-    }
+        "tokens_per_s": round(tokens / seconds, 1), "loss": entry.loss,
+    }  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -37,14 +37,7 @@ class Worker:
         start_seconds: How long the engine took to start.
     """
 
-    def __init__(
-        self,
-        arm: Arm,
-        engine_args: dict,
-        *,
-        served: bool = False,
-        env: dict[str, str] | None = None,
-    ) -> None:
+    def __init__(self, arm: Arm, engine_args: dict, *, served: bool = False) -> None:
         """Starts the engine and waits until it is ready.
 
         Args:
@@ -53,7 +46,6 @@ class Worker:
             served: Whether the engine core runs in its own process, as under ``vllm serve``.
                 Otherwise it advances only when a command calls ``step()``. The model runs in the
                 same kind of process either way.
-            env: Further environment variables.
         """
         self.arm = arm
         handle, log_name = tempfile.mkstemp(prefix=f"vllm-sparse-{arm.name}-", suffix=".log")
@@ -65,16 +57,10 @@ class Worker:
             arguments.setdefault("distributed_executor_backend", "mp")
         started = time.perf_counter()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker"],
-            stdin=subprocess.PIPE,
-            stdout=handle,
-            stderr=subprocess.STDOUT,
-            pass_fds=(write_end,),
-            start_new_session=True,
-            cwd=Path(__file__).parent.parent,
-            env=_environment(served, env or {}),
-            text=True,
-        )
+            [sys.executable, "-m", "benchmarks.worker"], stdin=subprocess.PIPE, stdout=handle,
+            stderr=subprocess.STDOUT, pass_fds=(write_end,), start_new_session=True,
+            cwd=Path(__file__).parent.parent, env=_environment(served), text=True,
+        )  # fmt: skip
         os.close(write_end)
         os.close(handle)
         self._replies = os.fdopen(read_end)
@@ -155,7 +141,7 @@ class Worker:
         return WorkerError(f"{tail}\nthe worker of arm {self.arm.name} failed: {reason}")
 
 
-def _environment(served: bool, extra: dict[str, str]) -> dict[str, str]:
+def _environment(served: bool) -> dict[str, str]:
     cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
     defaults = {
         # Without it vLLM leaves one core to the API server, and decoding takes twice as long.
@@ -165,7 +151,7 @@ def _environment(served: bool, extra: dict[str, str]) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     fixed = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1" if served else "0"}
-    return {**defaults, **os.environ, **fixed, **extra}
+    return {**defaults, **os.environ, **fixed}
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.gpu import machine, runner, stages, tokens
+from benchmarks.tables import table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -139,16 +140,11 @@ def plan(options: argparse.Namespace) -> list[stages.Stage]:
         stages.Stage("smoke", smoke, 60, about="GPU, vLLM, installed plugin"),
         stages.Stage("kernels", kernels, 190, env=interpreted, about="Triton kernels = references"),
         stages.Stage(
-            "sanitizer",
-            sanitized if checker else no_sanitizer,
-            150,
-            needs=("smoke",),
-            prefix=prefix,
-            env=watched,
-            about="small steps under memcheck",
+            "sanitizer", sanitized if checker else no_sanitizer, 150, needs=("smoke",),
+            prefix=prefix, env=watched, about="small steps under memcheck",
         ),
         *tokens.stages(options),
-    ]
+    ]  # fmt: skip
 
 
 def summary(results: dict[str, dict], log: Path | None = None) -> tuple[str, dict]:
@@ -160,29 +156,26 @@ def summary(results: dict[str, dict], log: Path | None = None) -> tuple[str, dic
         if row["error"] >= worst.get(row["kernel"], row)["error"]:
             worst[row["kernel"]] = row
     if worst:
-        parts.append(
-            stages.table(
-                ("kernel", "largest error", "limit", "ok", "in"),
-                [
-                    (name, r["error"], r["limit"], "yes" if r["ok"] else "NO", r["case"])
-                    for name, r in worst.items()
-                ],
-            )
-        )
+        columns = {
+            **{"kernel": "kernel", "largest error": "error", "limit": "limit"},
+            "ok": lambda row: "yes" if row["ok"] else "NO",
+            "in": "case",
+        }
+        parts.append(table(worst.values(), columns, aligned=True))
     engines = [
-        (
-            name,
-            f"{facts['same']}/{facts['requests']}",
-            len(result["rows"]),
-            max((row["gap"] for row in result["rows"]), default=None),
-            facts.get("graphs", "").removeprefix("CUDAGraphMode."),
-        )
+        {**result["facts"], "name": name, "gaps": [row["gap"] for row in result["rows"]]}
         for name, result in results.items()
-        if "same" in (facts := result["facts"])
+        if "same" in result["facts"]
     ]
     if engines:
-        header = ("engine", "same", "parted", "largest gap", "graphs")
-        parts.append(stages.table(header, engines))
+        columns = {
+            "engine": "name",
+            "same": "{same}/{requests}",
+            "parted": lambda row: len(row["gaps"]),
+            "largest gap": lambda row: max(row["gaps"], default=None),
+            "graphs": lambda row: row["graphs"].removeprefix("CUDAGraphMode."),
+        }
+        parts.append(table(engines, columns, aligned=True))
     if log is not None and log.exists():
         found = re.findall(r"ERROR SUMMARY: (\d+) error", log.read_text(errors="replace"))
         errors = int(found[-1]) if found else None

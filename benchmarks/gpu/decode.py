@@ -19,7 +19,7 @@ from benchmarks import arms, bounds, commands, harness, live
 from benchmarks.gpu import llm as engines
 from benchmarks.gpu import shapes
 from benchmarks.gpu.stages import CheckFailedError, NotAvailableError, report_of
-from benchmarks.ops import timing
+from benchmarks.ops import timings
 
 if TYPE_CHECKING:
     import argparse
@@ -34,17 +34,15 @@ GROWTH = 768  # tokens that a request may generate while the batch grows
 STEPS, DROPPED_STEPS = 64, 4
 PROFILED_STEPS = 5
 RESERVE_S = 8.0
+SCATTERED = 0.25  # least share of selected pages that must lie apart
 CAPTURED = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256]
 TAIL = 64  # tokens at the end of a shared prompt that differ
 
 
 class Cell(NamedTuple):
-    """Batches of one context, in ascending order.
+    """Batches of one context, in ascending order, and how many cold prefills are timed.
 
-    Attributes:
-        context: Prompt tokens of each request.
-        batches: Numbers, `AS_DENSE` (as many as fit stock vLLM), `MOST` (as many as fit here).
-        prefills: Cold prompts whose prefill is timed.
+    A batch is a number, `AS_DENSE` (as many as fit stock vLLM) or `MOST` (as many as fit here).
     """
 
     context: int
@@ -57,26 +55,16 @@ _MORE = (Cell(8 * K, (1, AS_DENSE, MOST), 0), Cell(128 * K, (1, AS_DENSE, MOST),
 # The most wanted first, in case time runs out: a context may come again with larger batches.
 CELLS: dict[str, tuple[Cell, ...]] = {
     DENSE: (
-        Cell(32 * K, (1,)),
-        Cell(128 * K, (1,), 2),
-        Cell(16 * K, (1,)),
-        Cell(32 * K, (8, MOST), 0),
-        Cell(8 * K, (1, 8)),
+        Cell(32 * K, (1,)), Cell(128 * K, (1,), 2), Cell(16 * K, (1,)),
+        Cell(32 * K, (8, MOST), 0), Cell(8 * K, (1, 8)),
     ),
     "rocket-1024": (
-        Cell(32 * K, (1,)),
-        Cell(128 * K, (1,), 2),
-        Cell(16 * K, (1,)),
-        Cell(32 * K, (8, AS_DENSE, MOST), 0),
-        Cell(8 * K, (1, 8)),
+        Cell(32 * K, (1,)), Cell(128 * K, (1,), 2), Cell(16 * K, (1,)),
+        Cell(32 * K, (8, AS_DENSE, MOST), 0), Cell(8 * K, (1, 8)),
     ),
     "rocket-256": (
-        Cell(32 * K, (1,)),
-        Cell(128 * K, (1,), 1),
-        Cell(16 * K, (1,), 1),
-        Cell(32 * K, (8, AS_DENSE), 0),
-        Cell(8 * K, (1, 8), 1),
-        Cell(32 * K, (MOST,), 0),
+        Cell(32 * K, (1,)), Cell(128 * K, (1,), 1), Cell(16 * K, (1,), 1),
+        Cell(32 * K, (8, AS_DENSE), 0), Cell(8 * K, (1, 8), 1), Cell(32 * K, (MOST,), 0),
     ),
     "stage1-1024": (Cell(32 * K, (1, 8, AS_DENSE), 1),),
     "stage2-1024": (Cell(32 * K, (1, 8), 1),),
@@ -87,7 +75,7 @@ CELLS: dict[str, tuple[Cell, ...]] = {
     "dense-more": (Cell(8 * K, (1, MOST), 0), Cell(128 * K, (1, MOST), 0)),
     "rocket-1024-more": _MORE,
     "rocket-256-more": _MORE,
-}
+}  # fmt: skip
 TINY_CELLS = (Cell(512, (1, 2), 1),)
 
 
@@ -111,7 +99,7 @@ def measure(name: str, report: Report, options: argparse.Namespace) -> None:
     shape = shapes.TINY if options.tiny else shapes.LLAMA
     cells = TINY_CELLS if options.tiny else CELLS[name]
     device = torch.device(options.device)
-    copy = timing.copy_bytes_per_s(device, 0.01 if options.tiny else 2.0)
+    copy = timings.copy_bytes_per_s(device, 0.01 if options.tiny else 2.0)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     longest = max(cell.context for cell in cells) + 2 * GROWTH
@@ -126,16 +114,11 @@ def measure(name: str, report: Report, options: argparse.Namespace) -> None:
         arguments["block_size"] = 64
     llm = engines.build(arm, options, model, **arguments)
     report.note(
-        **engines.facts(llm, started),
-        arm=arm.name,
-        settings=arm.settings,
-        shape=shape.name,
-        copy_gb_per_s=round(copy / 1e9, 1),
-        seed=options.seed,
-    )
+        **engines.facts(llm, started), arm=arm.name, settings=arm.settings, shape=shape.name,
+        copy_gb_per_s=round(copy / 1e9, 1), seed=options.seed,
+    )  # fmt: skip
     engines.check_graphs(report.facts, mode)
-    suffix = "-more" if name.endswith("-more") else ""
-    subject = _Subject(llm, arm, shape, copy, report, options, suffix)
+    subject = _Subject(llm, arm, copy, report, options)
     subject.warm_up()
     report.note(
         largest={str(cell.context): subject.most(cell.context) for cell in cells},
@@ -155,30 +138,20 @@ def _arguments(longest: int, options: argparse.Namespace) -> dict[str, Any]:
             **({"block_size": 32} if options.device == "cpu" else {}),
         }  # fmt: skip
     return {
-        "load_format": "dummy",
-        "max_model_len": longest,
-        "max_num_seqs": MAX_SEQS,
-        "max_num_batched_tokens": 16 * K,
-        "gpu_memory_utilization": 0.9,
+        "load_format": "dummy", "max_model_len": longest, "max_num_seqs": MAX_SEQS,
+        "max_num_batched_tokens": 16 * K, "gpu_memory_utilization": 0.9,
         "cudagraph_capture_sizes": CAPTURED,
-    }
+    }  # fmt: skip
 
 
 class _Subject:
     """An engine under measurement."""
 
     def __init__(
-        self,
-        llm: Any,
-        arm: Arm,
-        shape: shapes.Shape,
-        copy: float,
-        report: Report,
-        options: argparse.Namespace,
-        suffix: str,
+        self, llm: Any, arm: Arm, copy: float, report: Report, options: argparse.Namespace
     ) -> None:
-        self._suffix = suffix  # of the stage, and of that of stock vLLM
-        self._llm, self._arm, self._shape, self._copy = llm, arm, shape, copy
+        self._llm, self._arm, self._copy = llm, arm, copy
+        self._shape = shapes.TINY if options.tiny else shapes.LLAMA
         self._report, self._options = report, options
         self._block_size = report.facts["block_size"]
         self._steps = 5 if options.tiny else STEPS
@@ -215,10 +188,6 @@ class _Subject:
     def measure(self, cell: Cell, *, look: bool = False) -> None:
         """Times the prefills of a cell, then its batches.
 
-        Args:
-            cell: What to measure.
-            look: At what is selected, too.
-
         Raises:
             CheckFailedError: It is no fair load.
         """
@@ -228,9 +197,10 @@ class _Subject:
             batch = min(self._batch(wanted, cell.context), self._max_seqs)
             if batch <= running:
                 continue
-            patience = self._report.left_s - RESERVE_S
-            if (batch - running) * expected > patience:
-                self._skip(cell, wanted, batch, f"would take {(batch - running) * expected:.0f} s")
+            row = {"context": cell.context, "wanted": wanted, "batch": batch}
+            needed = (batch - running) * expected
+            if needed > self._report.left_s - RESERVE_S:
+                self._report.add(**row, skipped=f"would take {needed:.0f} s")
                 break
             prompts = [self._request(cell.context, index) for index in range(running, batch)]
             try:
@@ -239,12 +209,12 @@ class _Subject:
             except RuntimeError as error:  # requests were preempted
                 if self._options.device == "cuda":
                     torch.cuda.synchronize()  # raises if it was the device
-                self._skip(cell, wanted, batch, str(error))
+                self._report.add(**row, skipped=str(error))
                 break
             if len(prompts) > 1:
                 expected = seconds / len(prompts)
             running = batch
-            self._add(cell.context, wanted, batch, steps, seconds)
+            self._add(row, steps, seconds)
         split = self.split(cell.context)
         if look and running and split is not None and split.stage2 and self._on_gpu:
             self._look()
@@ -252,12 +222,12 @@ class _Subject:
 
     def _look(self) -> None:
         seed = self._options.seed
-        (found,) = self._llm.collective_rpc(live.selected, args=(seed,))
-        self._report.note(selected_runs=found.runs, selected_pages=found.pages)
-        if not found.scattered:
+        ((runs, pages),) = self._llm.collective_rpc(live.locality, args=(seed,))
+        self._report.note(selected_runs=runs, selected_pages=pages)
+        if runs < SCATTERED * pages:
             raise CheckFailedError(
-                f"{found.pages:.0f} selected pages are {found.runs:.0f} runs of slots: keys are "
-                "too much alike for a fair load"
+                f"{pages:.0f} selected pages are {runs:.0f} runs of slots: keys are too much alike "
+                "for a fair load"
             )
 
     def profile(self, context: int) -> None:
@@ -309,36 +279,26 @@ class _Subject:
         if wanted == MOST:
             return self.most(context)
         try:
-            dense = report_of(self._options, DENSE + self._suffix)
+            suffix = "-more" if self._options.stage.endswith("-more") else ""
+            dense = report_of(self._options, DENSE + suffix)
             return dense["facts"]["largest"][str(context)]
         except (NotAvailableError, KeyError):
             return bounds.most_rows(self._report.facts["pool_tokens"], context + GROWTH)
 
-    def _add(
-        self, context: int, wanted: int | str, batch: int, steps: list[float], seconds: float
-    ) -> None:
+    def _add(self, cell: dict[str, Any], steps: list[float], seconds: float) -> None:
         step = harness.summary([1e3 * second for second in steps])
+        batch, context = cell["batch"], cell["context"]
         read = bounds.step_bytes(self._shape, batch, context, self.split(context))
         least = 1e3 * read / self._copy
         before, self._preempted = self._preempted, self._preemptions()
         self._report.add(
-            context=context,
-            wanted=wanted,
-            batch=batch,
-            step_ms=step,
-            tokens_per_s=batch * len(steps) / sum(steps),
-            least_bytes=read,
-            bound_ms=least,
-            share_of_bound=least / step["median"],
-            grown_in_s=round(seconds, 2),
+            **cell, step_ms=step, tokens_per_s=batch * len(steps) / sum(steps), least_bytes=read,
+            bound_ms=least, share_of_bound=least / step["median"], grown_in_s=round(seconds, 2),
             preemptions=self._preempted - before,
-        )
+        )  # fmt: skip
 
     def _preemptions(self) -> int:
         return int(commands.counters(self._llm).get("vllm:num_preemptions", 0))
-
-    def _skip(self, cell: Cell, wanted: int | str, batch: int, reason: str) -> None:
-        self._report.add(context=cell.context, wanted=wanted, batch=batch, skipped=reason)
 
     def _request(self, context: int, index: int) -> list[int]:
         """Prompt of a request of the batch; the first one's prefill has been timed."""

@@ -24,7 +24,7 @@ from benchmarks.gpu import llm as engines
 from benchmarks.gpu import shapes
 from benchmarks.gpu.stages import NotAvailableError
 from benchmarks.live import Way
-from benchmarks.ops import timing
+from benchmarks.ops import timings
 
 if TYPE_CHECKING:
     import argparse
@@ -49,12 +49,8 @@ MOST_OF_HOST = 0.85
 
 
 class Steps(NamedTuple):
-    """Of one turn.
-
-    Attributes:
-        settling: After another rate or way.
-        drained: Counted but not timed: reading counters has emptied the engine's queue.
-        timed: Counted and timed.
+    """Of one turn: unmeasured after another rate or way; counted but not timed, because reading
+    counters has emptied the engine's queue; counted and timed.
     """
 
     settling: int = 3
@@ -65,13 +61,9 @@ class Steps(NamedTuple):
 class Plan(NamedTuple):
     """What an arm serves and holds.
 
-    Attributes:
-        batch: Requests.
-        context: Tokens of each at the end.
-        generated: Of which generated.
-        host_gib: Host memory for keys and values.
-        slab_gib: Device memory for frames; None if every block is resident.
-        device_gib: Device memory for frames and compressed keys together.
+    Requests, tokens of each at the end, and how many of them are generated; host memory for keys
+    and values; device memory for frames, None if every block is resident, and that for frames and
+    compressed keys together.
     """
 
     batch: int
@@ -125,13 +117,9 @@ def plan(
     half = 0.5 * per_layer / shape.kv_heads  # of a piece, against rounding
     slab = (batch * frames + 2 * resident) * per_layer + half
     return Plan(
-        batch,
-        context,
-        generated,
-        ((batch * blocks + 2) * per_block + half) / GIB,
-        None if arm == "resident" else slab / GIB,
-        (batch * per_request + spare) / GIB,
-    )
+        batch, context, generated, ((batch * blocks + 2) * per_block + half) / GIB,
+        None if arm == "resident" else slab / GIB, (batch * per_request + spare) / GIB,
+    )  # fmt: skip
 
 
 def measure(arm: str, report: Report, options: argparse.Namespace) -> None:
@@ -141,13 +129,11 @@ def measure(arm: str, report: Report, options: argparse.Namespace) -> None:
         CheckFailedError: Steps are not what they are to be.
         NotAvailableError: The engine refuses, or there is no time; says why.
     """
-    shape = shapes.TINY if options.tiny else shapes.MINICPM
-    device = torch.device(options.device)
-    size = 0.01 if options.tiny else 1.0
-    copy, link = timing.copy_bytes_per_s(device, size), timing.link_bytes_per_s(device, size)
+    device, size = torch.device(options.device), 0.01 if options.tiny else 1.0
+    copy, link = timings.copy_bytes_per_s(device, size), timings.link_bytes_per_s(device, size)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    subject = _Subject(arm, shape, copy, link["host_to_device"], report, options)
+    subject = _Subject(arm, copy, link["host_to_device"], report, options)
     report.note(
         copy_gb_per_s=round(copy / 1e9, 1),
         link_gb_per_s={key: round(value / 1e9, 2) for key, value in link.items()},
@@ -169,44 +155,31 @@ class _Subject:
     llm: Any
 
     def __init__(
-        self,
-        arm: str,
-        shape: shapes.Shape,
-        copy: float,
-        link: float,
-        report: Report,
-        options: argparse.Namespace,
+        self, arm: str, copy: float, link: float, report: Report, options: argparse.Namespace
     ) -> None:
-        self._arm, self._shape, self._copy, self._link = arm, shape, copy, link
+        tiny, available = options.tiny, _available_gib()
+        self._arm, self._copy, self._link = arm, copy, link
         self._report, self._options = report, options
-        tiny = options.tiny
+        self._shape = shapes.TINY if tiny else shapes.MINICPM
         self.rates = (0.25,) if tiny else RATES
         # Nothing is copied where everything is resident, so its rates and ways are alike.
         self._ways = {"resident": WAYS["prefetch"]} if arm == "resident" else WAYS
         self._steps = Steps(1, 1, 2) if tiny else Steps()
         self._chunk = 256 if tiny else CHUNK
         self._top_k, local = (8, 2) if tiny else (96, 32)
-        context = 640 if tiny else options.sparda_context
         device_kv_gib = 0.0012 if tiny else options.device_kv_gib
-        available = _available_gib()
+        turns = TURNS * len(self._ways) * len(self.rates)
         self._plan = plan(
-            shape,
-            arm,
-            context=context,
-            top_k=self._top_k,
+            self._shape, arm, context=640 if tiny else options.sparda_context, top_k=self._top_k,
             device_kv_gib=device_kv_gib,
             most_host_gib=min(options.host_gib, MOST_OF_HOST * available),
             # While the last prompt is computed, the first request generates.
-            generated=TURNS * sum(self._steps) * len(self._ways) * len(self.rates)
-            + (16 if tiny else 256),
-        )
+            generated=sum(self._steps) * turns + (16 if tiny else 256),
+        )  # fmt: skip
         self._settings: dict[str, Any] = {
-            "init_blocks": INIT_BLOCKS,
-            "local_blocks": local,
-            "top_k": self._top_k,
-            "dense_len": 0,
+            **{"init_blocks": INIT_BLOCKS, "local_blocks": local, "top_k": self._top_k},
             # It costs what a Forecast costs, and its choice is replaced.
-            "selector": "lookahead-query",
+            **{"dense_len": 0, "selector": "lookahead-query"},
             "host_gib": self._plan.host_gib,
             "resident": arm == "resident",
             "resident_first_layer": arm == "first",
@@ -215,12 +188,9 @@ class _Subject:
         if self._plan.slab_gib is not None:
             self._settings["slab_gib"] = self._plan.slab_gib
         report.note(
-            shape=shape.name,
-            settings=self._settings,
-            device_kv_gib=device_kv_gib,
-            host_available_gib=round(available, 1),
-            plan=self._plan._asdict(),
-        )
+            shape=self._shape.name, settings=self._settings, device_kv_gib=device_kv_gib,
+            host_available_gib=round(available, 1), plan=self._plan._asdict(),
+        )  # fmt: skip
 
     def start(self) -> None:
         """Starts the engine, and compiles what prompts need.
@@ -232,36 +202,31 @@ class _Subject:
         from vllm_sparse.errors import VllmSparseError
 
         options, sized = self._options, self._plan
-        mode = engines.GRAPHS
-        if options.device == "cpu" or options.sparda_eager:
-            mode = engines.EAGER
+        on_cpu = options.device == "cpu"
+        mode = engines.EAGER if on_cpu or options.sparda_eager else engines.GRAPHS
         arguments: dict[str, Any] = {
             "load_format": "dummy",
             "max_model_len": sized.context,
             "max_num_seqs": sized.batch,
             "max_num_batched_tokens": self._chunk,
             "enable_prefix_caching": False,  # blocks that requests share have one frame
-            "cudagraph_capture_sizes": [sized.batch],
-            # SPARDA's blocks are in pools of its own; what vLLM allocates are compressed keys.
-            "gpu_memory_utilization": 0.5,
             **mode,
         }
-        if options.device == "cpu":
+        if on_cpu:
             arguments["kv_cache_memory_bytes"] = 64 << 20
-            del arguments["gpu_memory_utilization"], arguments["cudagraph_capture_sizes"]
+        else:
+            # SPARDA's blocks are in pools of its own; what vLLM allocates are compressed keys.
+            arguments |= {"cudagraph_capture_sizes": [sized.batch], "gpu_memory_utilization": 0.5}
         model = shapes.write_config(options.work / "sparda-shape", self._shape, sized.context)
         started = time.perf_counter()
         arm = arms.Arm(self._arm, self._settings, "SPARDA")
         try:
             self.llm = engines.build(arm, options, model, **arguments)
         except VllmSparseError as error:
-            raise NotAvailableError(
-                f"the engine refuses: {' '.join(str(error).split())}"
-            ) from error
-        self._report.note(
-            **engines.facts(self.llm, started),
-            device_bytes=self.llm.collective_rpc(live.device_bytes)[0],
-        )
+            reason = " ".join(str(error).split())
+            raise NotAvailableError(f"the engine refuses: {reason}") from error
+        held = self.llm.collective_rpc(live.device_bytes)[0]
+        self._report.note(**engines.facts(self.llm, started), device_bytes=held)
         engines.check_graphs(self._report.facts, mode)
         for length in (BLOCK, self._chunk + BLOCK):
             commands.prefill(self.llm, self._prompt(10**6, length))
@@ -287,8 +252,8 @@ class _Subject:
         self.llm.collective_rpc(live.force, args=(length,))
         for way in self._ways.values():
             self.llm.collective_rpc(live.fetch, args=(way,))
-        prompts = [self._prompt(number, length) for number in range(sized.batch)]
         self._context = length
+        prompts = [self._prompt(number, length) for number in range(sized.batch)]
         commands.begin(self.llm, prompts, sized.generated)
 
     def measure(self, rate: float) -> None:
@@ -301,8 +266,8 @@ class _Subject:
                 found[name].append(self._turn())
         for name, way in self._ways.items():
             if way.copies:
-                nothing = found.get(f"{name}, nothing copied")
-                self._add(name, rate, share, found[name], nothing)
+                row = self._row(name, found[name], found.get(f"{name}, nothing copied"))
+                self._report.add(arm=name, rate=rate, new_share=share, **row)
 
     def _turn(self) -> dict:
         batch = self._plan.batch
@@ -316,51 +281,43 @@ class _Subject:
             "counts": {key: (after[key] - before[key]) / len(seconds) for key in after},
         }
 
-    def _add(
-        self, name: str, rate: float, share: float, turns: list[dict], nothing: list[dict] | None
-    ) -> None:
+    def _row(self, name: str, turns: list[dict], nothing: list[dict] | None) -> dict[str, Any]:
         """One measurement, next to its bound."""
-        seconds = [second for turn in turns for second in turn["seconds"]]
-        step = harness.summary([1e3 * second for second in seconds])
-        counts = {
-            key: sum(turn["counts"][key] for turn in turns) / len(turns)
-            for key in turns[0]["counts"]
-        }
+        batch, steps = self._plan.batch, _milliseconds(turns)
+        counts = harness.mean_of([turn["counts"] for turn in turns], tuple(turns[0]["counts"]))
+        moved = counts["host_to_device_bytes"]
         bound = bounds.paged_step(
-            self._shape,
-            self._plan.batch,
-            self._context,
-            (self._top_k, BLOCK, WINDOW_STRIDE),
-            counts["host_to_device_bytes"],
-            self._copy,
-            self._link,
-        )
+            self._shape, batch, self._context, (self._top_k, BLOCK, WINDOW_STRIDE), moved,
+            self._copy, self._link,
+        )  # fmt: skip
+        least = bound.blocking_ms if name == "blocking" else bound.prefetched_ms
         row = {
-            "arm": name,
-            "rate": rate,
-            "new_share": share,
-            "batch": self._plan.batch,
+            "batch": batch,
             "context": self._context,
-            "step_ms": step,
+            "step_ms": (step := harness.summary(steps)),
             # The step after the rate has changed, with (nearly) all free picks new.
             "refill_ms": 1e3 * max(turns[0]["settling"]),
-            "tokens_per_s": self._plan.batch * len(seconds) / sum(seconds),
-            "fetched_mib": counts["host_to_device_bytes"] / 2**20,
-            "bound_ms": bound.blocking_ms if name == "blocking" else bound.prefetched_ms,
+            "tokens_per_s": 1e3 * batch * len(steps) / sum(steps),
+            "fetched_mib": moved / 2**20,
+            "bound_ms": least,
+            "share_of_bound": least / step["median"],
             "as_forced": counts["frame_misses"] == counts["expected_misses"],
             "counts_per_step": counts,
         }
-        row["share_of_bound"] = row["bound_ms"] / step["median"]
         if nothing is not None:
-            without = harness.summary([1e3 * s for turn in nothing for s in turn["seconds"]])
+            without = harness.summary(_milliseconds(nothing))
             exposed = step["median"] - without["median"]
             row |= {"nothing_copied_ms": without, "exposed_wait_ms": exposed}
             if name == "blocking" and exposed > 0:  # nothing else runs while blocks are copied
-                row["in_flight_gb_per_s"] = counts["host_to_device_bytes"] / exposed / 1e6
-        self._report.add(**row)
+                row["in_flight_gb_per_s"] = moved / exposed / 1e6
+        return row
 
     def _prompt(self, number: int, length: int) -> list[int]:
         return shapes.random_prompt(self._options.seed + number, length, self._shape.vocab)
+
+
+def _milliseconds(turns: list[dict]) -> list[float]:
+    return [1e3 * second for turn in turns for second in turn["seconds"]]
 
 
 def _available_gib() -> float:

@@ -40,16 +40,13 @@ def build(arm: Arm, options: argparse.Namespace, model: Path, **arguments: Any) 
     from vllm import LLM
 
     shared = {
-        "model": str(model),
-        "dtype": "bfloat16",
-        "seed": options.seed,
-        "skip_tokenizer_init": True,
-        "disable_log_stats": False,
+        "model": str(model), "dtype": "bfloat16", "seed": options.seed,
+        "skip_tokenizer_init": True, "disable_log_stats": False,
         # Requests of one prompt would be attended together, which no server can count on.
         "disable_cascade_attn": True,
         **arguments,
         **arms.parse_settings(options.engine_arg),
-    }
+    }  # fmt: skip
     own = arm.engine_args(shared)
     if arm.settings is None and arm.backend:
         own = {"attention_backend": arm.backend}
@@ -61,10 +58,6 @@ def build(arm: Arm, options: argparse.Namespace, model: Path, **arguments: Any) 
 
 def check_graphs(facts: dict[str, Any], mode: dict[str, Any]) -> None:
     """Raises unless decode steps run in captured graphs where they should; vLLM would only warn.
-
-    Args:
-        facts: Of the engine.
-        mode: `GRAPHS`, `EAGER` or `COMPILED`.
 
     Raises:
         CheckFailedError: They do not.

@@ -31,15 +31,11 @@ INSTALLED_AS = {
     "configs": "vllm_sparse/configs",
 }
 _QUERY = {
-    "name": "name",
-    "driver": "driver_version",
-    "memory_mib": "memory.total",
-    "pcie_generation": "pcie.link.gen.current",
-    "pcie_width": "pcie.link.width.current",
-    "sm_clock_mhz": "clocks.sm",
-    "memory_clock_mhz": "clocks.mem",
+    "name": "name", "driver": "driver_version", "memory_mib": "memory.total",
+    "pcie_generation": "pcie.link.gen.current", "pcie_width": "pcie.link.width.current",
+    "sm_clock_mhz": "clocks.sm", "memory_clock_mhz": "clocks.mem",
     "temperature_c": "temperature.gpu",
-}
+}  # fmt: skip
 
 
 def default_site() -> Path:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import harness, results
 from benchmarks.gpu import machine
-from benchmarks.gpu.stages import PASSED, Stage, run_stage, table
+from benchmarks.gpu.stages import PASSED, Stage, run_stage
+from benchmarks.tables import table
 
 if TYPE_CHECKING:
     import argparse
@@ -31,15 +32,7 @@ INCOMPLETE = 2
 
 @dataclass
 class _Child:
-    """A stage under way.
-
-    Attributes:
-        stage: Which.
-        process: Leads a session of its own.
-        log: What it prints.
-        started: As of `time.monotonic`.
-        limit_s: Longest time it may take.
-    """
+    """A stage under way; its process leads a session of its own."""
 
     stage: Stage
     process: subprocess.Popen
@@ -120,19 +113,14 @@ class Run:
         results.write_json(
             self._options.out / f"{self._name}.json",
             {
-                "benchmark": self._name,
-                "environment": self._environment,
-                "stages": {**self.results, **running},
-                **further,
+                "benchmark": self._name, "environment": self._environment,
+                "stages": {**self.results, **running}, **further,
             },
             {
-                self._options.out: "OUT",
-                self._options.site: "SITE",
-                self._work: "WORK",
-                machine.ROOT: "CHECKOUT",
-                Path.home(): "HOME",
+                self._options.out: "OUT", self._options.site: "SITE", self._work: "WORK",
+                machine.ROOT: "CHECKOUT", Path.home(): "HOME",
             },
-        )
+        )  # fmt: skip
 
     @property
     def left_s(self) -> float:
@@ -193,13 +181,10 @@ class Run:
         log = self._work / f"{stage.name}.log"
         with log.open("w") as handle:
             process = subprocess.Popen(
-                command,
-                stdout=handle,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
+                command, stdout=handle, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                 env={**machine.ENVIRONMENT, **os.environ, **stage.env, "PYTHONPATH": self._paths},
                 start_new_session=True,
-            )
+            )  # fmt: skip
         return _Child(stage, process, log, time.monotonic(), limit)
 
     def _finish(self, child: _Child, *, interrupted: bool = False) -> None:
@@ -245,14 +230,6 @@ def chosen(stages: Iterable[Stage], options: argparse.Namespace) -> list[Stage]:
         for stage in stages
         if (options.only is None or stage.name in options.only) and stage.name not in options.skip
     ]
-
-
-def stage_table(results: dict[str, dict]) -> str:
-    """Returns which stage ended how."""
-    return table(
-        ("stage", "result", "seconds"),
-        [(name, result["status"], result["seconds"]) for name, result in results.items()],
-    )
 
 
 def merged(options: argparse.Namespace, environment: dict) -> dict[str, dict]:
@@ -309,8 +286,9 @@ def main(
         parser.error(f"no such stage: {', '.join(sorted(unknown))}; see --list")
     stages = chosen(every, options)
     if options.list or options.dry_run:
-        rows = [(s.name, s.limit_s, ", ".join(s.needs), s.about) for s in stages]
-        print(table(("stage", "limit s", "needs", "about"), rows))
+        columns = {"stage": "name", "limit s": "limit_s", "needs": "needs", "about": "about"}
+        rows = [{**vars(stage), "needs": ", ".join(stage.needs)} for stage in stages]
+        print(table(rows, columns, aligned=True))
         return 0
     harness.exit_cleanly()
     environment = {**results.environment(), **machine.facts(), "seed": options.seed}
@@ -324,7 +302,10 @@ def main(
     run.write(**further)
     gpu = environment["gpu"] or {"name": "no GPU"}
     wrong = [f"{stage}: {r['reason']}" for stage, r in ended.items() if r["status"] != "ok"]
-    print("\n\n".join(filter(None, ("", stage_table(ended), "\n".join(wrong), text))))
+    columns = {"stage": "name", "result": "status", "seconds": "seconds"}
+    rows = [{"name": stage, **result} for stage, result in ended.items()]
+    parts = ("", table(rows, columns, aligned=True), "\n".join(wrong), text)
+    print("\n\n".join(filter(None, parts)))
     print(f"\n{name} on {gpu['name']}; full result: {options.out / f'{name}.json'}")
     missed = [stage for stage in stages if ended[stage.name]["status"] == "skipped"]
     if missed:

@@ -21,19 +21,7 @@ LINEAR_SPREAD = 0.02
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder-only model with grouped query attention and a gated MLP.
-
-    Attributes:
-        name: Of the model whose shape it is.
-        layers: Attention layers.
-        hidden: Width.
-        intermediate: Width of the MLP.
-        heads: Query heads.
-        kv_heads: Key and value heads.
-        head_dim: D.
-        vocab: Tokens.
-        rope_theta: Base of the rotary embedding.
-    """
+    """A decoder-only model with grouped query attention and a gated MLP, `intermediate` wide."""
 
     name: str
     layers: int
@@ -63,26 +51,15 @@ class Shape:
         Only sizes matter for time, so that scaled embeddings or residuals are left out.
         """
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "vocab_size": self.vocab,
-            "max_position_embeddings": positions,
-            "rope_theta": self.rope_theta,
-            "rms_norm_eps": 1e-5,
-            "hidden_act": "silu",
-            "tie_word_embeddings": False,
-            "attention_bias": False,
-            "mlp_bias": False,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "torch_dtype": "bfloat16",
-        }
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+            "hidden_size": self.hidden, "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
+            "vocab_size": self.vocab, "max_position_embeddings": positions,
+            "rope_theta": self.rope_theta, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+            "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+            "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
+        }  # fmt: skip
 
 
 LLAMA = Shape("Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128, 128256, 500000.0)

@@ -22,7 +22,7 @@ from benchmarks import results
 from benchmarks.gpu import machine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
 PASSED = ("ok", "not available")
 MERGE = "an earlier result on this machine, whose finished stages do not run again unless in --only"
@@ -79,12 +79,7 @@ class Report:
     """
 
     def __init__(self, path: Path, deadline: float = float("inf")) -> None:
-        """Starts a report.
-
-        Args:
-            path: File to write.
-            deadline: When the stage will be stopped, as of `time.time`.
-        """
+        """Starts a report."""
         self.rows: list[dict] = []
         self.facts: dict[str, Any] = {}
         self._path = path
@@ -116,12 +111,7 @@ class Report:
 
 
 def add_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """Adds the options that both programs have.
-
-    Args:
-        parser: The program's.
-        name: Of the result file, without suffix.
-    """
+    """Adds the options that both programs have."""
     parser.add_argument("--out", type=Path, default=Path("build") / name, help="folder")
     parser.add_argument("--budget-s", type=float, default=460, help="for all stages together")
     parser.add_argument("--jobs", type=int, default=1, help="stages at once; not to measure time")
@@ -186,29 +176,3 @@ def _one_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     # vLLM's and pydantic's messages are paragraphs; the log has all of it.
     return " ".join(text.split())[:400]
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Returns an aligned table; numbers are right-aligned."""
-    cells = [[_cell(value) for value in row] for row in rows]
-    columns = list(zip(header, *cells, strict=True))
-    widths = [max(len(text) for text in column) for column in columns]
-    numeric = [
-        all(text[:1].isdigit() or text[:1] in "-+" for text in column[1:]) for column in columns
-    ]
-
-    def line(row: Sequence[str]) -> str:
-        parts = zip(row, widths, numeric, strict=True)
-        return "  ".join(
-            text.rjust(width) if right else text.ljust(width) for text, width, right in parts
-        ).rstrip()
-
-    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, cells)])
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return str(value)

@@ -44,28 +44,16 @@ TINY_LITTLE = {**LITTLE, "token_budget": 160}
 # more than a step may read, so that every block which is chosen anew drives another one out.
 REQUESTS = 6
 PAGED = {
-    "block_size": 64,
-    "kernel_stride": 16,
-    "init_blocks": 1,
-    "local_blocks": 1,
-    "top_k": 8,
-    "dense_len": 0,
-    "staging_blocks": 8,
-    "selector": "previous",
-    "host_gib": 24 / 1024,
-}
+    "block_size": 64, "kernel_stride": 16, "init_blocks": 1, "local_blocks": 1, "top_k": 8,
+    "dense_len": 0, "staging_blocks": 8, "selector": "previous", "host_gib": 24 / 1024,
+}  # fmt: skip
 TINY_PAGED = {**PAGED, "block_size": 32, "top_k": 6, "staging_blocks": 4, "host_gib": 8 / 1024}
 BYTES_PER_TOKEN = 256  # of the checkpoint's keys and values in one layer and KV head, in 16 bit
 LAYERS, KV_HEADS = 3, 2
 
 
 def paged(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """SPARDA's settings with the smallest slab that start-up accepts.
-
-    Args:
-        settings: `PAGED` or `TINY_PAGED`.
-        **changes: Other settings.
-    """
+    """SPARDA's settings with the smallest slab that start-up accepts."""
     settings = {**settings, **changes}
     piece = settings["block_size"] * BYTES_PER_TOKEN
     slab = REQUESTS * KV_HEADS * settings["top_k"] * LAYERS * piece
@@ -73,12 +61,9 @@ def paged(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 class Divergence(NamedTuple):
-    """Where a request first differs from the baseline.
+    """Where a request's output first differs from the baseline's.
 
-    Attributes:
-        request: Its number.
-        position: Of the token, in the output.
-        gap: By how much the baseline's token leads the other one there, in log-probability.
+    `gap` is by how much the baseline's token leads the other one there, in log-probability.
     """
 
     request: int
@@ -159,12 +144,9 @@ def variants(*, tiny: bool = False) -> dict[str, Variant]:
             expected = {"expect": "frame_misses", "beyond": "slab_frames"}
         common = {"dtype": "float16", **expected, **changes}
         return Variant(
-            settings,
-            baseline=baseline,
-            arguments={"max_num_seqs": REQUESTS},
-            backend="SPARDA",
+            settings, baseline=baseline, arguments={"max_num_seqs": REQUESTS}, backend="SPARDA",
             **common,
-        )
+        )  # fmt: skip
 
     ahead = {"sparse_prefill": True, "selector": "lookahead-query"}
     unlike = {"differs_from": STOCK}
@@ -216,16 +198,13 @@ def stages(options: argparse.Namespace) -> list[Stage]:
     every = variants(tiny=options.tiny)
     return [
         Stage(
-            name,
-            partial(run, name),
-            limit_s=150 if variant.mode is engines.COMPILED else 110,
-            min_s=40,
-            alone=variant.profiled,
+            name, partial(run, name), limit_s=150 if variant.mode is engines.COMPILED else 110,
+            min_s=40, alone=variant.profiled,
             needs=("smoke", *filter(None, (variant.baseline, variant.differs_from))),
             about=ABOUT.get(name, f"= {variant.baseline}"),
         )
         for name, variant in every.items()
-    ]
+    ]  # fmt: skip
 
 
 def run(name: str, report: Report, options: argparse.Namespace) -> None:
@@ -241,14 +220,11 @@ def run(name: str, report: Report, options: argparse.Namespace) -> None:
     prompts = shapes.parity_prompts(options.seed, tiny=options.tiny)
     dtype = variant.dtype or options.dtype
     arguments: dict[str, Any] = {
-        "dtype": dtype,
-        "max_model_len": 1024 if options.tiny else 4096,
-        "kv_cache_memory_bytes": (64 << 20) if options.tiny else (256 << 20),
-        "max_num_seqs": 8,
+        "dtype": dtype, "max_model_len": 1024 if options.tiny else 4096,
+        "kv_cache_memory_bytes": (64 << 20) if options.tiny else (256 << 20), "max_num_seqs": 8,
         "max_num_batched_tokens": 1024 if options.tiny else 4096,
-        **(engines.EAGER if options.device == "cpu" else variant.mode),
-        **variant.arguments,
-    }
+        **(engines.EAGER if options.device == "cpu" else variant.mode), **variant.arguments,
+    }  # fmt: skip
     if options.device == "cuda":
         # Of all memory; with bytes for the cache only a check at the start, of several engines.
         arguments["gpu_memory_utilization"] = 0.15
@@ -330,12 +306,7 @@ def generate(llm: Any, prompts: list[list[int]], new_tokens: int, waves: int) ->
 
 
 def step_of(token: int, likely: dict[int, float]) -> dict:
-    """One step: its token, and by how much other likely ones are behind it.
-
-    Args:
-        token: What was generated.
-        likely: Log-probabilities, its own among them.
-    """
+    """One step: its token, and by how much other likely ones are behind it."""
     behind = {str(key): round(likely[token] - value, 5) for key, value in likely.items()}
     return {
         "token": token,

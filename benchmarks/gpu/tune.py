@@ -18,14 +18,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from benchmarks.gpu import check, runner, stages
+from benchmarks.tables import table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from benchmarks.gpu.stages import Report
-
-    Search = Callable[[Report, argparse.Namespace], None]
 
 MODULE, NAME = "benchmarks.gpu.tune", "gpu-tune"
 LAUNCHES_ENV = "VLLM_SPARSE_LAUNCHES"  # launch.LAUNCHES_ENV, which cannot be had without torch
@@ -34,18 +33,11 @@ PARITY_S, INSTALL_S, SMOKE_S = 190, 30, 60
 ROCKETKV_SHARE = 0.6  # of the time to search in
 
 
-def rocketkv(report: Report, options: argparse.Namespace) -> None:
-    """Searches for launches of ROCKETKV's kernels."""
+def search(kind: str, report: Report, options: argparse.Namespace) -> None:
+    """Searches for launches of the kernels of ROCKETKV or SPARDA."""
     from benchmarks.ops import launches
 
-    launches.tune_rocketkv(report, options)
-
-
-def sparda(report: Report, options: argparse.Namespace) -> None:
-    """Searches for launches of SPARDA's kernels."""
-    from benchmarks.ops import launches
-
-    launches.tune_sparda(report, options)
+    launches.tune(kind, report, options)
 
 
 def parity(report: Report, options: argparse.Namespace) -> None:
@@ -116,23 +108,22 @@ def plan(options: argparse.Namespace) -> list[stages.Stage]:
     shipped = {LAUNCHES_ENV: "", **interpreted}  # not what an earlier run has found
     search_s = max(60, options.budget_s - PARITY_S - INSTALL_S - SMOKE_S)
 
-    def search(name: str, run: Search, limit_s: float, about: str) -> stages.Stage:
-        return stages.Stage(name, run, limit_s, ("smoke",), env=shipped, alone=True, about=about)
+    def find(name: str, kind: str, share: float) -> stages.Stage:
+        run, limit_s = partial(search, kind), share * search_s
+        return stages.Stage(
+            name, run, limit_s, ("smoke",), env=shipped, alone=True, about=kind.upper()
+        )
 
     every = [
         stages.Stage("smoke", check.smoke, SMOKE_S, about="GPU, vLLM, installed plugin"),
-        search("tune", rocketkv, ROCKETKV_SHARE * search_s, "ROCKETKV"),
-        search("tune-sparda", sparda, (1 - ROCKETKV_SHARE) * search_s, "SPARDA"),
+        find("tune", "rocketkv", ROCKETKV_SHARE),
+        find("tune-sparda", "sparda", 1 - ROCKETKV_SHARE),
         stages.Stage(
-            "parity",
-            parity,
-            PARITY_S,
-            ("smoke",),
-            env={LAUNCHES_ENV: str(_file(options)), **interpreted},
-            beside=SEARCHES,
+            "parity", parity, PARITY_S, ("smoke",),
+            env={LAUNCHES_ENV: str(_file(options)), **interpreted}, beside=SEARCHES,
             about="Triton kernels = references",
         ),
-    ]
+    ]  # fmt: skip
     if options.install:
         about = "for every later start on this GPU"
         every.append(stages.Stage("install", install, INSTALL_S, ("parity",), about=about))
@@ -140,17 +131,18 @@ def plan(options: argparse.Namespace) -> list[stages.Stage]:
 
 
 def summary(results: dict[str, dict], source: Path) -> tuple[str, dict]:
-    """Returns the tables to print last, and what to write beside the stages.
-
-    Args:
-        results: Of the stages.
-        source: Where a table that was found is, once it came to checking it.
-    """
+    """Returns the tables to print last, and what to write beside the stages."""
     rows = [row for search in SEARCHES for row in results.get(search, {}).get("rows", [])]
     parts = []
     if rows:
-        header = ("kernel", "shape", "shipped", "us", "found", "us", "times", "tried", "unusable")
-        parts.append(stages.table(header, [_line(row) for row in rows]))
+        columns = {
+            **{"kernel": "kernel", "shape": "shape"},
+            "shipped": lambda row: _tiles(row["shipped"]), "us": "shipped_us",
+            "found": lambda row: _tiles(row["launch"]), "us ": "us",
+            "times": lambda row: row["shipped_us"] / row["us"], "tried": "tried",
+            "unusable": lambda row: len(row["unusable"]),
+        }  # fmt: skip
+        parts.append(table(rows, columns, aligned=True))
     facts = [results.get(search, {}).get("facts", {}) for search in SEARCHES]
     missed = [name for found in facts for name in found.get("no_time_for", [])]
     if missed:
@@ -165,15 +157,6 @@ def summary(results: dict[str, dict], source: Path) -> tuple[str, dict]:
         written = "found" in results.get("parity", {}).get("facts", {})
         parts.append(f"NOT installed: {source if written else 'no table was checked'}")
     return "\n\n".join(parts), {"no_time_for": missed, "installed": installed}
-
-
-def _line(row: dict) -> tuple:
-    works = row["shipped_us"] and row["us"]
-    return (
-        *(row["kernel"], row["shape"], _tiles(row["shipped"]), row["shipped_us"]),
-        *(_tiles(row["launch"]), row["us"], row["shipped_us"] / row["us"] if works else None),
-        *(row["tried"], len(row["unusable"])),
-    )
 
 
 def _tiles(found: list[int] | None) -> str | None:

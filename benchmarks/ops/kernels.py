@@ -7,35 +7,24 @@ Kernels are looked up when they are called, so that a test may put another one i
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from vllm_sparse.kernels.layout import PageLayout
-from vllm_sparse.kernels.types import Blocks, PageTable, Ranking, Rows, Selected, Unframed
+from vllm_sparse.kernels.layout import PageLayout as PageLayout
+from vllm_sparse.kernels.types import Blocks as Blocks
+from vllm_sparse.kernels.types import PageTable as PageTable
+from vllm_sparse.kernels.types import Ranking as Ranking
+from vllm_sparse.kernels.types import Rows as Rows
+from vllm_sparse.kernels.types import Selected as Selected
+from vllm_sparse.kernels.types import Unframed as Unframed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
 
-__all__ = [
-    "Blocks",
-    "PageLayout",
-    "PageTable",
-    "Ranking",
-    "Rows",
-    "Selected",
-    "Unframed",
-    "call",
-    "cpu_decode_attention",
-    "launches",
-    "reference",
-    "triton",
-]
-
 # The file of each kernel, the same in every folder of implementations.
-_FILES = {
+FILES = {
     "append_tokens": "append",
     "decode_attention": "decode",
     **dict.fromkeys(("score_pages", "select_slots"), "pages"),
@@ -52,37 +41,31 @@ _FILES = {
 }
 
 
-@functools.cache
-def _module(folder: str, kernel: str) -> ModuleType:
-    return importlib.import_module(f"vllm_sparse.kernels.{folder}.{_FILES[kernel]}")
-
-
 def reference(name: str) -> Callable[..., Any]:
     """The PyTorch reference of a kernel."""
-    return getattr(_module("reference", name), name)
+    return getattr(_module("reference", FILES[name]), name)
 
 
 def triton(name: str) -> Callable[..., Any]:
     """The Triton kernel."""
-    return getattr(_module("triton", name), name)
+    return getattr(_module("triton", FILES[name]), name)
+
+
+def launches() -> ModuleType:
+    """The module that says how Triton kernels are launched."""
+    return _module("triton", "launch")
+
+
+def cpu(module: str) -> ModuleType:
+    """A module of kernels for CPUs."""
+    return _module("cpu", module)
+
+
+def _module(*path: str) -> ModuleType:
+    return importlib.import_module(".".join(("vllm_sparse.kernels", *path)))
 
 
 def call(kernel: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """Calls a kernel with those of the arguments that it has."""
     names = inspect.signature(kernel).parameters
     return kernel(**{name: arguments[name] for name in names if name in arguments})
-
-
-def launches() -> Any:
-    """The module that says how kernels are launched."""
-    from vllm_sparse.kernels.triton import launch
-
-    return launch
-
-
-def cpu_decode_attention() -> tuple[Callable[..., None], Callable[..., None]]:
-    """ROCKETKV's fused decode kernel for CPUs, and what puts its cache on huge pages."""
-    from vllm_sparse.kernels.cpu.decode import decode_attention
-    from vllm_sparse.kernels.cpu.memory import back_with_huge_pages
-
-    return decode_attention, back_with_huge_pages

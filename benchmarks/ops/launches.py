@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from benchmarks.gpu.shapes import LLAMA, MINICPM, TINY
-from benchmarks.ops import kernels, rocketkv, sparda, sparda_timings, timing
+from benchmarks.ops import kernels, rocketkv, sparda, sparda_timings, timings
 from benchmarks.ops.kernels import call, triton
 from benchmarks.ops.rocketkv_inputs import make_decode
 from benchmarks.ops.search import MOST_CANDIDATES, search
@@ -43,13 +43,10 @@ HOST_BYTES, TINY_HOST_BYTES = sparda_timings.HOST_BYTES, 10 << 20
 
 
 class Kernel(NamedTuple):
-    """What a search needs.
+    """An entry of the table, and by shape the runs that it is timed with.
 
-    Attributes:
-        name: Of an entry of the table.
-        runs: By shape, what `timing.seconds_each` times.
-        others: Run once with a launch that is about to be chosen. What is not tuned for, float32
-            above all, has the same launches and must fit too.
+    `others` run once with a launch that is about to be chosen: what is not tuned for, float32 above
+    all, has the same launches and must fit too.
     """
 
     name: str
@@ -57,25 +54,17 @@ class Kernel(NamedTuple):
     others: Sequence[Callable[[], object]] = ()
 
 
-def tune_rocketkv(report: Report, options: argparse.Namespace) -> None:
-    """Tunes the kernels of ROCKETKV, and the one that SPARDA has in common with it."""
-    _tune_all(report, options, ROCKETKV, _rocketkv)
+def tune(kind: str, report: Report, options: argparse.Namespace) -> None:
+    """Tunes one kernel after the other, each beside what was found for those before.
 
-
-def tune_sparda(report: Report, options: argparse.Namespace) -> None:
-    """Tunes the kernels that only SPARDA has."""
-    _tune_all(report, options, SPARDA, _sparda)
-
-
-def _tune_all(
-    report: Report,
-    options: argparse.Namespace,
-    names: Sequence[str],
-    inputs: Callable[..., Iterator[Kernel]],
-) -> None:
-    """Tunes one kernel after the other, each beside what was found for those before."""
+    Args:
+        kind: ``rocketkv``, with what SPARDA has in common with it, or ``sparda``.
+        report: Gets a row for each kernel and shape.
+        options: From the command line.
+    """
     device = torch.device(options.device)
-    every = inputs(options, torch.Generator(device).manual_seed(options.seed))
+    names, inputs = {"rocketkv": (ROCKETKV, _rocketkv), "sparda": (SPARDA, _sparda)}[kind]
+    every = inputs(options.tiny, torch.Generator(device).manual_seed(options.seed))
     table = kernels.launches().launches(device)
     before = dict(table.launches)
     report.note(launches=table.origin, most_candidates=MOST_CANDIDATES, no_time_for=list(names))
@@ -113,7 +102,7 @@ def _tune(
             slowest = max(slowest, time.monotonic() - started)
 
     def seconds() -> Seconds:
-        return tuple(timing.seconds_each(runs, device) for runs in kernel.runs.values())
+        return tuple(timings.seconds_each(runs, device) for runs in kernel.runs.values())
 
     def once() -> Seconds:
         for run in kernel.others:
@@ -131,54 +120,37 @@ def _tune(
     first, best = found.times[default], found.times[found.best]
     for index, shape in enumerate(kernel.runs):
         report.add(
-            kernel=kernel.name,
-            shape=shape,
-            shipped=list(default),
+            kernel=kernel.name, shape=shape, shipped=list(default),
             shipped_us=None if first is None else round(1e6 * first[index], 2),
-            launch=None if best is None else list(found.best),
-            larger_heads=list(large),
-            us=None if best is None else round(1e6 * best[index], 2),
-            tried=len(found.times) - 1,
+            launch=None if best is None else list(found.best), larger_heads=list(large),
+            us=None if best is None else round(1e6 * best[index], 2), tried=len(found.times) - 1,
             unusable={tiles: reason[:200] for tiles, reason in reasons.items()},
             cut=found.cut,
-        )
+        )  # fmt: skip
 
 
 # Inputs, built when their turn comes.
 
 
-def _rocketkv(options: argparse.Namespace, generator: torch.Generator) -> Iterator[Kernel]:
-    tiny = options.tiny
+def _rocketkv(tiny: bool, generator: torch.Generator) -> Iterator[Kernel]:
     shape, cells = (TINY, rocketkv.TINY_CELLS) if tiny else (LLAMA, rocketkv.TUNED_CELLS)
     case = rocketkv.in_float32((rocketkv.TINY_CASES if tiny else rocketkv.CASES)[0])
-    step = make_decode(case, generator.device, generator)
-    wide = _once(rocketkv.STEP, step)
-    runs = _by_shape(
-        ("score pages", "select slots", "attend slots"),
-        {
-            f"{shape.name}, {cell.context} x {cell.batch}": rocketkv.decode_timings(
-                shape, cell, generator
-            )
-            for cell in cells
-        },
-    )
-    frames = {f"{name}, frames": found for name, found in _frames(options, generator).items()}
-    others = [wide["attend slots"], wide["attend all kept"]]
-    yield Kernel("attend", runs["attend slots"] | frames, others)
+    wide = _once(rocketkv.STEP, make_decode(case, generator.device, generator))
+    names = ("score pages", "select slots", "attend slots")
+    runs = _runs(names, shape, cells, rocketkv.decode_timings, generator)
+    # SPARDA attends with the same launch.
+    frames = _paged(tiny, ("attend frames",), sparda_timings.attention, generator)
+    both = runs["attend slots"] | {
+        f"{name}, frames": found for name, found in frames["attend frames"].items()
+    }
+    yield Kernel("attend", both, [wide["attend slots"], wide["attend all kept"]])
     yield Kernel("score_pages", runs["score pages"], [wide["score pages"]])
     yield Kernel("select_slots", runs["select slots"])
-    del runs, step, frames
+    del runs, frames, both
 
     wide = _once(rocketkv.PROMPT, rocketkv.wide_prompts(case, generator.device, generator))
-    runs = _by_shape(
-        ("score prompt", "top indices", "compact tokens"),
-        {
-            f"{shape.name}, {cell.context} x {cell.batch}": rocketkv.prompt_timings(
-                shape, cell, generator
-            )
-            for cell in cells
-        },
-    )
+    names = ("score prompt", "top indices", "compact tokens")
+    runs = _runs(names, shape, cells, rocketkv.prompt_timings, generator)
     yield Kernel("prompt", runs["score prompt"], [wide["score prompt"]])
     yield Kernel("top_indices", runs["top indices"])
     yield Kernel("compact", runs["compact tokens"], [wide["compact tokens"]])
@@ -189,50 +161,34 @@ def _once(ops: Sequence[Op], arguments: Arguments) -> dict[str, Callable[[], obj
     """Runs a chain, and returns its operations to be run again."""
     runs = {}
     for op in ops:
-        own = {**arguments, **op.fixed}
-        runs[op.name] = partial(call, triton(op.kernel), own)
+        runs[op.name] = partial(call, triton(op.kernel), {**arguments, **op.fixed})
         found = runs[op.name]()
         if op.gives:
             arguments[op.gives] = found
     return runs
 
 
-def _sparda(options: argparse.Namespace, generator: torch.Generator) -> Iterator[Kernel]:
-    runs = _paged(options, ("select blocks",), generator, sparda_timings.selection)
-    others = [_wide_selection(options, generator)]
-    yield Kernel("score_blocks", runs["select blocks"], others)
+def _sparda(tiny: bool, generator: torch.Generator) -> Iterator[Kernel]:
+    runs = _paged(tiny, ("select blocks",), sparda_timings.selection, generator)
+    # A softmax, whose tiles are products of matrices, which a Forecast's are not.
+    case = (sparda.TINY_CASES if tiny else sparda.CASES)[0]
+    case = dataclasses.replace(case, dtype=torch.float32)
+    arguments = sparda.selections(case, make_pool(case, generator.device, generator), generator)
+    wide = partial(call, triton("select_blocks"), {**arguments["softmax"], "dense_len": 0})
+    yield Kernel("score_blocks", runs["select blocks"], [wide])
     yield Kernel("choose_blocks", runs["select blocks"])
-    del runs
+    del runs, arguments, wide
 
-    size = TINY_HOST_BYTES if options.tiny else HOST_BYTES
-    runs = _paged(options, ("resolve", "copy pieces"), generator, partial(_paging, size))
+    paging = partial(_paging, TINY_HOST_BYTES if tiny else HOST_BYTES)
+    runs = _paged(tiny, ("resolve", "copy pieces"), paging, generator)
     yield Kernel("replace", runs["resolve"])
     yield Kernel("wanted", runs["resolve"])
     yield Kernel("copy_pieces", runs["copy pieces"])
     del runs
 
-    parts, wide = (_parts(options, generator, dtype) for dtype in (torch.bfloat16, torch.float32))
+    parts, wide = (_parts(tiny, generator, dtype) for dtype in (torch.bfloat16, torch.float32))
     yield Kernel("attend_part", parts, [run for runs in wide.values() for run in runs])
     yield Kernel("list_blocks", {name: runs for name, runs in parts.items() if "chosen" in name})
-
-
-def _paged(
-    options: argparse.Namespace,
-    names: tuple[str, ...],
-    generator: torch.Generator,
-    timings: Callable[..., Iterator[Timed]],
-) -> dict[str, dict[str, Runs]]:
-    shape, cells = (TINY, sparda.TINY_CELLS) if options.tiny else (MINICPM, sparda.TUNED_CELLS)
-    found = {
-        f"{shape.name}, {cell.context} x {cell.batch}": timings(shape, cell, generator)
-        for cell in cells
-    }
-    return _by_shape(names, found)
-
-
-def _frames(options: argparse.Namespace, generator: torch.Generator) -> dict[str, Runs]:
-    """SPARDA attends with the same launch as ROCKETKV."""
-    return _paged(options, ("attend frames",), generator, sparda_timings.attention)["attend frames"]
 
 
 def _paging(size: int, shape: Any, cell: Any, generator: torch.Generator) -> Iterator[Timed]:
@@ -243,56 +199,54 @@ def _paging(size: int, shape: Any, cell: Any, generator: torch.Generator) -> Ite
             yield work
 
 
-def _wide_selection(
-    options: argparse.Namespace, generator: torch.Generator
-) -> Callable[[], object]:
-    """A softmax, whose tiles are products of matrices, which a Forecast's are not."""
-    case = (sparda.TINY_CASES if options.tiny else sparda.CASES)[0]
-    case = dataclasses.replace(case, dtype=torch.float32)
-    pool = make_pool(case, generator.device, generator)
-    arguments = sparda.selections(case, pool, generator)["softmax"]
-    return partial(call, triton("select_blocks"), {**arguments, "dense_len": 0})
-
-
-def _parts(
-    options: argparse.Namespace, generator: torch.Generator, dtype: torch.dtype
-) -> dict[str, Runs]:
+def _parts(tiny: bool, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Runs]:
     """A chunk of a prompt against a tile of what came before: all of it, and chosen blocks."""
-    shape, cells = (TINY, sparda.TINY_CELLS) if options.tiny else (MINICPM, sparda.TUNED_CELLS)
+    shape, cells = _shapes(tiny)
     blocks, context = cells[0].blocks, cells[0].context
-    tokens, staged = (TINY_CHUNK, TINY_STAGED) if options.tiny else (CHUNK, STAGED)
-    group, size = shape.heads // shape.kv_heads, blocks.block_size
-    device = generator.device
+    tokens, staged = (TINY_CHUNK, TINY_STAGED) if tiny else (CHUNK, STAGED)
+    group, size, device = shape.heads // shape.kv_heads, blocks.block_size, generator.device
 
     def noise(*sizes: int) -> torch.Tensor:
         return torch.randn(sizes, generator=generator, device=device).to(dtype)
 
     query = noise(tokens, shape.kv_heads, group, shape.head_dim).permute(1, 2, 0, 3)
     rows = noise(shape.kv_heads, staged * size, 2 * shape.head_dim).split(shape.head_dim, -1)
-    share = blocks.top_k * size / context
     chance = torch.rand((shape.kv_heads, tokens, staged), generator=generator, device=device)
-    scale = shape.head_dim**-0.5
-    attend = triton("attend_part")
+    chosen = chance < blocks.top_k * size / context
+    attend = partial(triton("attend_part"), query, *rows, causal=False, block_size=size)
+    name = f"{shape.name}, {tokens} x {staged * size}"
     return {
-        f"{shape.name}, {tokens} x {staged * size}{name}": [
-            partial(attend, query, *rows, chosen, False, scale, block_size=size)
-        ]
-        for name, chosen in (("", None), (", chosen", chance < share))
+        f"{name}{suffix}": [partial(attend, chosen=which, scale=shape.head_dim**-0.5)]
+        for suffix, which in (("", None), (", chosen", chosen))
     }
 
 
-def _by_shape(
-    names: tuple[str, ...], found: dict[str, Iterator[Timed]]
+def _shapes(tiny: bool) -> tuple[Any, Any]:
+    return (TINY, sparda.TINY_CELLS) if tiny else (MINICPM, sparda.TUNED_CELLS)
+
+
+def _paged(
+    tiny: bool, names: tuple[str, ...], timings: Callable[..., Any], generator: torch.Generator
+) -> dict[str, dict[str, Runs]]:
+    return _runs(names, *_shapes(tiny), timings, generator)
+
+
+def _runs(
+    names: tuple[str, ...],
+    shape: Any,
+    cells: Sequence[Any],
+    timings: Callable[..., Iterator[Timed]],
+    generator: torch.Generator,
 ) -> dict[str, dict[str, Runs]]:
     """The runs of these operations, by operation and shape.
 
     What follows the last of them is not even built.
     """
     runs: dict[str, dict[str, Runs]] = {name: {} for name in names}
-    for shape, works in found.items():
-        for work in works:
+    for cell in cells:
+        for work in timings(shape, cell, generator):
             if work.name in runs:
-                runs[work.name][shape] = work.runs
+                runs[work.name][f"{shape.name}, {cell.context} x {cell.batch}"] = work.runs
             if work.name == names[-1]:
                 break
     return runs

@@ -50,12 +50,7 @@ def unless(equal: bool) -> float:
 
 
 class Side(NamedTuple):
-    """What became of an operation on one side of a comparison.
-
-    Attributes:
-        result: What it returned.
-        arguments: What it was given, as it left them.
-    """
+    """What an operation returned on one side of a comparison, and its arguments as it left them."""
 
     result: Any
     arguments: Arguments
@@ -122,13 +117,7 @@ def _copy(value: Any) -> Any:
 
 
 def differences(ops: Iterable[Op], arguments: Arguments, dtype: torch.dtype) -> Iterator[Found]:
-    """Yields name, error and largest error of each operation; all go on from the reference's.
-
-    Args:
-        ops: A chain.
-        arguments: Of its first operation; gets what the others need.
-        dtype: Sets what rounding is allowed.
-    """
+    """Yields name, error and largest error of each operation; all go on from the reference's."""
     for op in ops:
         actual, expected = sides(op, arguments)
         limit = COMPUTED[dtype] if op.limit is None else op.limit
@@ -140,14 +129,9 @@ def differences(ops: Iterable[Op], arguments: Arguments, dtype: torch.dtype) -> 
 
 
 class Timed(NamedTuple):
-    """An operation to be timed.
+    """An operation to be timed: runs on different inputs, and the fewest bytes that each moves.
 
-    Attributes:
-        name: Of the operation.
-        runs: It on different inputs.
-        least: Fewest bytes that each moves.
-        over: ``copy`` or ``link``: whose bandwidth bounds it.
-        further: Facts.
+    `over` says whose bandwidth bounds it: that of a ``copy``, or of the ``link``.
     """
 
     name: str

@@ -59,14 +59,7 @@ TINY_CASES = (Case("tiny", 4, 2, 32, 16, 4, 2, 72, 16),)
 
 
 class Cell(NamedTuple):
-    """A shape to time.
-
-    Attributes:
-        context: Tokens of each request's prompt.
-        budget: ROCKETKV's token budget.
-        batch: Requests.
-        block_size: Tokens per block.
-    """
+    """A shape to time: tokens of each prompt, token budget, requests, tokens per block."""
 
     context: int
     budget: int
@@ -76,20 +69,11 @@ class Cell(NamedTuple):
 
 # Those that the targets are about come first, in case time runs out.
 CELLS = (
-    Cell(32768, 1024, 27),
-    Cell(32768, 1024, 1),
-    Cell(32768, 1024, 27, block_size=16),
-    Cell(131072, 1024, 1),
-    Cell(32768, 256, 27),
-    Cell(32768, 256, 1),
-    Cell(32768, 1024, 8),
-    Cell(32768, 1024, 1, block_size=16),
-    Cell(131072, 1024, 6),
-    Cell(131072, 256, 1),
-    Cell(8192, 1024, 8),
-    Cell(8192, 256, 8),
-    Cell(32768, 1024, 116),
-)
+    Cell(32768, 1024, 27), Cell(32768, 1024, 1), Cell(32768, 1024, 27, block_size=16),
+    Cell(131072, 1024, 1), Cell(32768, 256, 27), Cell(32768, 256, 1), Cell(32768, 1024, 8),
+    Cell(32768, 1024, 1, block_size=16), Cell(131072, 1024, 6), Cell(131072, 256, 1),
+    Cell(8192, 1024, 8), Cell(8192, 256, 8), Cell(32768, 1024, 116),
+)  # fmt: skip
 TINY_CELLS = (Cell(600, 64, 1, block_size=16),)
 TUNED_CELLS = (Cell(32768, 1024, 27), Cell(131072, 1024, 1))
 
@@ -213,14 +197,7 @@ WHOLE_PROMPT = Op(
 def check(
     case: Case, device: torch.device, generator: torch.Generator, graphs: bool
 ) -> Iterator[Found]:
-    """Yields the name of each operation, its error, and the largest that it may have.
-
-    Args:
-        case: Sizes.
-        device: Where the kernels run.
-        generator: Of that device.
-        graphs: Also replay a captured step.
-    """
+    """Yields the name of each operation, its error, and the largest that it may have."""
     step = make_decode(case, device, generator)
     replayed = dict(step) if graphs and device.type == "cuda" else None
     yield from differences(STEP, step, case.dtype)

@@ -17,17 +17,8 @@ from benchmarks.ops.kernels import PageLayout, Rows
 class Case:
     """Sizes of a batch.
 
-    Attributes:
-        name: Short.
-        heads: Query heads.
-        kv_heads: KV heads.
-        dim: Head size.
-        block_size: Tokens per block.
-        page_size: Tokens per page of extrema.
-        rows: Requests.
-        longest: Tokens of the longest request.
-        top_k: Tokens to attend to.
-        dtype: Of the cache.
+    Query heads, KV heads and head size; tokens per block and per page of extrema; requests, tokens
+    of the longest one, and tokens to attend to; dtype of the cache.
     """
 
     name: str
@@ -105,20 +96,12 @@ def make_decode(
         channels = torch.full_like(lengths, top_r)
     query = (noise(rows, case.heads, dim) * 1.5).to(case.dtype)
     return {
-        "cache": cache,
-        "query": query,
-        "key": noise(rows, kv_heads, dim).to(case.dtype),
+        "cache": cache, "query": query, "key": noise(rows, kv_heads, dim).to(case.dtype),
         "value": noise(rows, kv_heads, dim).to(case.dtype),
-        "output": torch.full_like(query, torch.nan),
-        "block_table": table,
-        "lengths": lengths,
-        "final_lengths": lengths,
-        "top_r": channels,
-        "layout": layout,
-        "top_k": case.top_k,
-        "scale": dim**-0.5,
-        "kv_heads": kv_heads,
-    }
+        "output": torch.full_like(query, torch.nan), "block_table": table, "lengths": lengths,
+        "final_lengths": lengths, "top_r": channels, "layout": layout, "top_k": case.top_k,
+        "scale": dim**-0.5, "kv_heads": kv_heads,
+    }  # fmt: skip
 
 
 def make_prompts(
@@ -156,18 +139,11 @@ def make_prompts(
         (rows, case.heads, window, case.dim), generator=generator, device=device
     ).to(case.dtype)
     arguments = {
-        "cache": cache,
-        "query_window": query,
-        "block_table": table,
-        "prompt_lens": lengths,
-        "dropped_blocks": dropped,
-        "layout": case.layout,
-        "pool_kernel": pool_kernel,
-        "window": window,
-        "max_kept": int((lengths - dropped * size).max()),
-        "sizes": lengths - window,
-        "counts": lengths - window - dropped * size,
-    }
+        "cache": cache, "query_window": query, "block_table": table, "prompt_lens": lengths,
+        "dropped_blocks": dropped, "layout": case.layout, "pool_kernel": pool_kernel,
+        "window": window, "max_kept": int((lengths - dropped * size).max()),
+        "sizes": lengths - window, "counts": lengths - window - dropped * size,
+    }  # fmt: skip
     return with_views(arguments)
 
 
@@ -182,14 +158,7 @@ def with_views(arguments: dict[str, Any]) -> dict[str, Any]:
 def make_rows(
     case: Case, device: torch.device, generator: torch.Generator, window: int
 ) -> dict[str, Any]:
-    """Arguments of a plan, by name: rows in every state of a request.
-
-    Args:
-        case: Sizes.
-        device: Where the tensors are.
-        generator: Of that device.
-        window: Observation window.
-    """
+    """Arguments of a plan, by name: rows in every state of a request."""
     size, group = case.block_size, case.heads // case.kv_heads
     longest, width, count = 40 * size, 41, 40
     per_block = max(1, 2 * size // case.page_size // group)

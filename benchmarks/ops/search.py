@@ -24,12 +24,9 @@ BLOCKS, WARPS, STAGES = (16, 8192), (1, 16), (1, 7)
 
 
 class Found(NamedTuple):
-    """What a search has found.
+    """The fastest launch, and each shape's time by launch in the order of trial.
 
-    Attributes:
-        best: The fastest launch.
-        times: Of each shape, by launch in the order of trial; ``None`` for one that cannot be used.
-        cut: Whether time ran out.
+    A launch that cannot be used has ``None``; `cut` says whether time ran out.
     """
 
     best: Launch

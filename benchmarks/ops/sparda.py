@@ -39,13 +39,7 @@ TINY_CASES = (PagedCase("sparda, tiny", 4, 2, 32, 4, 300, Blocks(32, 16, 1, 1, 4
 
 
 class Cell(NamedTuple):
-    """A shape to time.
-
-    Attributes:
-        context: Tokens of each request.
-        batch: Requests.
-        blocks: Which blocks are read; MiniCPM4.1's.
-    """
+    """A shape to time: tokens of each request, requests, blocks read (MiniCPM4.1's)."""
 
     context: int
     batch: int
@@ -129,14 +123,7 @@ def _named(op: Op, suffix: str) -> Op:
 def check(
     case: PagedCase, device: torch.device, generator: torch.Generator, graphs: bool
 ) -> Iterator[Found]:
-    """Yields the name of each operation, its error, and the largest that it may have.
-
-    Args:
-        case: Sizes.
-        device: Where the kernels run.
-        generator: Of that device.
-        graphs: Also replay captured steps.
-    """
+    """Yields the name of each operation, its error, and the largest that it may have."""
     compare = partial(differences, dtype=case.dtype)
     pool = make_pool(case, device, generator)
     for name, arguments in selections(case, pool, generator).items():
@@ -166,12 +153,9 @@ def selections(case: PagedCase, pool: Pool, generator: torch.Generator) -> dict[
         found[name] = {
             "compressed": pool.compressed,
             "vectors": noise(case, case.rows, heads + 1, case.dim, generator=generator)[:, :heads],
-            "block_table": pool.table,
-            "positions": pool.positions,
-            "ranking": ranking,
-            "blocks": case.blocks,
-            "dense_len": 2 * case.blocks.block_size,
-        }
+            "block_table": pool.table, "positions": pool.positions, "ranking": ranking,
+            "blocks": case.blocks, "dense_len": 2 * case.blocks.block_size,
+        }  # fmt: skip
     return found
 
 
@@ -255,13 +239,10 @@ def _frames(case: PagedCase, device: torch.device, generator: torch.Generator) -
 def attention_arguments(slab: Tensor, query: Tensor, frames: Tensor, lengths: Tensor) -> Arguments:
     """Arguments of an attention over frames; the output is poisoned."""
     return {
-        "slab": slab,
-        "query": query,
+        "slab": slab, "query": query,
         "output": torch.full(query.shape, torch.nan, dtype=query.dtype, device=query.device),
-        "frames": frames,
-        "lengths": lengths,
-        "scale": query.shape[-1] ** -0.5,
-    }
+        "frames": frames, "lengths": lengths, "scale": query.shape[-1] ** -0.5,
+    }  # fmt: skip
 
 
 def _host_rows(case: PagedCase, pool: Pool, generator: torch.Generator) -> Arguments:
@@ -320,21 +301,14 @@ def _tokens(case: PagedCase, pool: Pool, generator: torch.Generator) -> Argument
     query = noise(case, case.rows, case.heads, case.dim, generator=generator)
     empty = partial(torch.full, fill_value=torch.nan, dtype=case.dtype, device=device)
     return {
-        "slab": empty((len(held) + 1, size, 2 * case.dim)),
-        "frame_of": frame_of,
+        "slab": empty((len(held) + 1, size, 2 * case.dim)), "frame_of": frame_of,
         "slots": torch.where(positions < 0, -1, block * size + at % size),
-        "key": fused[:, 1 : 1 + case.kv_heads],
-        "value": fused[:, -case.kv_heads :],
-        "kept": empty((case.num_blocks, case.heads, case.dim)),
-        "query": query,
-        "last": torch.arange(case.rows, device=device),
-        "block_size": size,
-        "compressed": torch.full_like(pool.compressed, torch.nan),
-        "source": pool.seen,
-        "positions": positions,
-        "block_table": pool.table,
-        "stride": stride,
-    }
+        "key": fused[:, 1 : 1 + case.kv_heads], "value": fused[:, -case.kv_heads :],
+        "kept": empty((case.num_blocks, case.heads, case.dim)), "query": query,
+        "last": torch.arange(case.rows, device=device), "block_size": size,
+        "compressed": torch.full_like(pool.compressed, torch.nan), "source": pool.seen,
+        "positions": positions, "block_table": pool.table, "stride": stride,
+    }  # fmt: skip
 
 
 def _writes_alike(tokens: Arguments, pool: Pool) -> bool:

@@ -21,16 +21,8 @@ PAGE = 4096
 class PagedCase:
     """Sizes of a batch.
 
-    Attributes:
-        name: Short.
-        heads: Query heads.
-        kv_heads: KV heads.
-        dim: Head size.
-        rows: Requests.
-        longest: Tokens of the longest request.
-        blocks: Which blocks are read.
-        tokens: Of a chunk of a prompt.
-        dtype: Of the cache.
+    Query heads, KV heads and head size; requests and tokens of the longest one; which blocks are
+    read; tokens of a chunk of a prompt; dtype of the cache.
     """
 
     name: str
@@ -118,13 +110,7 @@ def empty_table(pieces: int, frames: int, device: torch.device) -> PageTable:
 
 
 def make_pool(case: PagedCase, device: torch.device, generator: torch.Generator) -> Pool:
-    """One layer of a batch; whatever a row must not read is NaN, the null block too.
-
-    Args:
-        case: Sizes; the first row is the longest, the second short, the last padding.
-        device: That sees the pool.
-        generator: Of that device.
-    """
+    """One layer of a batch; whatever a row must not read is NaN, the null block too."""
     size, stride = case.blocks.block_size, case.blocks.kernel_stride
     per_block = size // stride
     positions = torch.randint(

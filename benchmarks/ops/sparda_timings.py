@@ -76,23 +76,22 @@ def selection(shape: Shape, cell: Cell, generator: torch.Generator) -> Iterator[
     device, rows, blocks = generator.device, cell.batch, cell.blocks
     width = -(-cell.context // blocks.block_size)
     windows = blocks.block_size // blocks.kernel_stride
-    table = torch.randperm(rows * width, generator=generator, device=device).view(rows, -1).int()
-    compressed = torch.randn(
-        (rows * width, shape.kv_heads, windows, shape.head_dim), generator=generator, device=device
-    ).bfloat16()
-    steps = []
-    for _ in range(cold_layers(compressed.nbytes, device)):
-        size = (rows, shape.kv_heads, shape.head_dim)
-        steps.append(
-            {
-                "compressed": compressed.clone(),
-                "vectors": torch.randn(size, generator=generator, device=device).bfloat16(),
-                "block_table": table,
-                "positions": torch.full((rows,), cell.context - 1, device=device),
-                "ranking": Ranking(False),
-                "blocks": blocks,
-            }
-        )
+    randn = partial(torch.randn, generator=generator, device=device)
+    compressed = randn((rows * width, shape.kv_heads, windows, shape.head_dim)).bfloat16()
+    table = torch.randperm(rows * width, generator=generator, device=device)
+    common = {
+        "block_table": table.view(rows, -1).int(),
+        "positions": torch.full((rows,), cell.context - 1, device=device),
+        "ranking": Ranking(False),
+        "blocks": blocks,
+    }
+    steps = [
+        {
+            **{"compressed": compressed.clone(), **common},
+            "vectors": randn((rows, shape.kv_heads, shape.head_dim)).bfloat16(),
+        }
+        for _ in range(cold_layers(compressed.nbytes, device))
+    ]
     yield from timed([SELECT], steps, Sizes(shape, cell))
 
 
@@ -123,16 +122,12 @@ def paging(
     for programs in PROGRAMS:
         runs = [
             partial(
-                triton("copy_pieces"),
-                slab,
-                torch.randperm(frames, generator=generator, device=device).int(),
-                source,
-                scattered[n * misses :][:misses].clone(),
-                amount,
-                programs=programs,
+                triton("copy_pieces"), slab,
+                torch.randperm(frames, generator=generator, device=device).int(), source,
+                scattered[n * misses :][:misses].clone(), amount, programs=programs,
             )
             for n in range(max(1, min(16, len(scattered) // misses)))
-        ]
+        ]  # fmt: skip
         least = misses * source[0].nbytes
         yield Timed("copy pieces", runs, least, "link", {"misses": misses, "programs": programs})
 
@@ -154,15 +149,13 @@ def attention(shape: Shape, cell: Cell, generator: torch.Generator) -> Iterator[
     """Attention over frames."""
     device, rows, blocks = generator.device, cell.batch, cell.blocks
     frames = rows * shape.kv_heads * blocks.top_k
-    slab = torch.randn(
-        (frames, blocks.block_size, 2 * shape.head_dim), generator=generator, device=device
-    ).bfloat16()
-    tokens = blocks.top_k * blocks.block_size
-    lengths = torch.full((rows,), tokens, dtype=torch.int32, device=device)
+    randn = partial(torch.randn, generator=generator, device=device)
+    slab = randn((frames, blocks.block_size, 2 * shape.head_dim)).bfloat16()
+    lengths = torch.full((rows,), blocks.top_k * blocks.block_size, device=device).int()
     steps = []
     for _ in range(cold_layers(slab.nbytes, device)):
         place = torch.randperm(frames, generator=generator, device=device).int()
-        query = torch.randn((rows, shape.heads, shape.head_dim), generator=generator, device=device)
+        query = randn((rows, shape.heads, shape.head_dim)).bfloat16()
         place = place.view(rows, shape.kv_heads, -1)
-        steps.append(attention_arguments(slab.clone(), query.bfloat16(), place, lengths))
+        steps.append(attention_arguments(slab.clone(), query, place, lengths))
     yield from timed([ATTEND], steps, Sizes(shape, cell))

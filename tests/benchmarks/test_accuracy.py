@@ -147,7 +147,7 @@ def test_an_arm_that_fails_does_not_cost_the_others(tmp_path, monkeypatch, capsy
 def test_the_preset_measures_the_policies(monkeypatch):
     seen = []
     monkeypatch.setattr(accuracy, "run", lambda *given: seen.append(given) or [])
-    accuracy.main(["--preset", "policies", "--passages", "1"], accuracy.run)
+    accuracy.main(["--preset", "policies", "--passages", "1"])
     ((options, chosen),) = seen
     assert len(chosen) == 13
     assert (options.contexts, options.questions, options.passages) == ([4096], 20, 1)

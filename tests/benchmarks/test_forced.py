@@ -46,7 +46,7 @@ def offload_subject(tmp_path, report=None):
     options = options_of(tmp_path)
     options.work = tmp_path
     report = report or stages.Report(tmp_path / "offload.json")
-    return offload._Subject("offload", MINICPM, 4e12, 50e9, report, options)
+    return offload._Subject("offload", 4e12, 50e9, report, options)
 
 
 def test_only_what_the_plugin_refuses_is_not_available(tmp_path, monkeypatch):

@@ -10,17 +10,27 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+import torch
+
+from benchmarks import live
+from benchmarks.gpu import decode, stages
 
 
-def test_a_selection_that_is_one_run_of_memory_is_noticed():
-    import torch
-
-    from benchmarks import live as locality
-
+def test_runs_of_memory_are_counted():
     slots = torch.tensor([[5, 6, 7, 1, 2, 9], [3, 4, 5, 6, 7, 8]])
-    assert locality.runs_of(slots).tolist() == [3, 1]
-    assert locality.Locality(60, 128).scattered
-    assert not locality.Locality(1, 128).scattered
+    assert live.runs_of(slots).tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(("runs", "fine"), [(60, True), (1, False)])
+def test_a_selection_that_is_one_run_of_memory_is_noticed(runs, fine):
+    notes = {}
+    subject = decode._Subject.__new__(decode._Subject)
+    subject._options = SimpleNamespace(seed=0)
+    subject._llm = SimpleNamespace(collective_rpc=lambda *_, **__: [(runs, 128)])
+    subject._report = SimpleNamespace(note=notes.update)
+    with contextlib.nullcontext() if fine else pytest.raises(stages.CheckFailedError):
+        subject._look()
+    assert notes == {"selected_runs": runs, "selected_pages": 128}
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.4])

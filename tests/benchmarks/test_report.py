@@ -22,6 +22,13 @@ def test_every_committed_result_is_rendered(path):
     assert len(rows) > 2
     for line in rows:
         assert line.endswith("|")
+    # What all rows lack has no column, but for what a kind of file has not always said.
+    for found in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        head, _, *cells = (
+            [cell.strip() for cell in line.split("|")] for line in found.splitlines()
+        )
+        blank = [name for name, *column in zip(head, *cells, strict=True) if not any(column)]
+        assert set(blank) <= {"", "blocks per decoding request", "left out, needs GiB"}, blank
     measured = "environment" in json.loads(path.read_text()) if "train" not in path.stem else False
     assert ("not recorded" not in text) == measured
 
@@ -75,3 +82,12 @@ def test_a_changed_result_changes_the_readme(monkeypatch):
 def test_an_unknown_table_is_an_error():
     with pytest.raises(KeyError):
         readme.filled("<!-- table: nothing -->\n<!-- end -->")
+
+
+def test_tables_are_aligned():
+    rows = [{"name": "a", "n": 1}, {"name": "long", "n": 12345.6}, {"name": "c", "n": None}]
+    columns = {"name": "name", "n": "n"}
+    lines = tables.table(rows, columns, aligned=True).splitlines()
+    assert lines[0] == "name      n"
+    assert [line.split() for line in lines[2:]] == [["a", "1"], ["long", "12346"], ["c", "-"]]
+    assert tables.table([], {"x": "x"}, aligned=True).splitlines()[0] == "x"

@@ -224,13 +224,6 @@ def test_an_unknown_stage_is_refused(tmp_path):
         run(tmp_path, "--only", "nothing")
 
 
-def test_tables_are_aligned():
-    lines = stages.table(("name", "n"), [("a", 1), ("long", 12345.6), ("c", None)]).splitlines()
-    assert lines[0] == "name      n"
-    assert [line.split() for line in lines[2:]] == [["a", "1"], ["long", "12346"], ["c", "-"]]
-    assert stages.table(("x",), []).splitlines()[0] == "x"
-
-
 if __name__ == "__main__":
     chosen = argparse.ArgumentParser()
     stages.add_options(chosen, "tried")

@@ -24,7 +24,7 @@ from triton.runtime.errors import OutOfResources
 from vllm_sparse.kernels.triton import launch
 from vllm_sparse.kernels.triton.launch import Launch
 
-from benchmarks.ops import launches, parity, rocketkv, search, sparda, timing
+from benchmarks.ops import launches, parity, rocketkv, search, sparda, timings
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -123,8 +123,8 @@ def test_kernels_without_time_are_named(tmp_path, monkeypatch):
         return 1.0
 
     report = stages.Report(tmp_path / "tune.json", time.time() + 100)
-    monkeypatch.setattr(timing, "seconds_each", slow)
-    launches.tune_rocketkv(report, options_of(tmp_path))
+    monkeypatch.setattr(timings, "seconds_each", slow)
+    launches.tune("rocketkv", report, options_of(tmp_path))
     assert {row["kernel"] for row in report.rows} == {"attend"}
     assert all(row["cut"] and row["tried"] == 0 for row in report.rows)
     assert report.facts["no_time_for"] == list(launches.ROCKETKV[1:])
@@ -138,14 +138,14 @@ def test_kernels_without_time_are_named(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("error:invalid value")  # what no step has stored is NaN
 def test_a_search_leaves_the_table_as_it_was(tmp_path, monkeypatch):
     report = stages.Report(tmp_path / "tune.json")
-    monkeypatch.setattr(timing, "seconds_each", known_seconds)
+    monkeypatch.setattr(timings, "seconds_each", known_seconds)
     monkeypatch.setattr(launches, "ROCKETKV", launches.ROCKETKV[:1])
-    launches.tune_rocketkv(report, options_of(tmp_path))
+    launches.tune("rocketkv", report, options_of(tmp_path))
     assert report.rows[0]["launch"] == list(best_of("attend"))
     assert dict(launch._SM80) == SHIPPED
     # What a start-up would refuse is not even tried.
     monkeypatch.setattr(launch, "valid", lambda kernel, candidate: kernel != "attend")
-    launches.tune_rocketkv(report, options_of(tmp_path))
+    launches.tune("rocketkv", report, options_of(tmp_path))
     assert report.rows[-1]["tried"] == 0
 
 
@@ -163,9 +163,9 @@ def test_a_kernel_that_nothing_can_launch_is_left_as_shipped(tmp_path, monkeypat
         raise OutOfResources(300_000, 232_448, "shared memory")
 
     report = stages.Report(tmp_path / "tune.json")
-    monkeypatch.setattr(timing, "seconds_each", fails)
+    monkeypatch.setattr(timings, "seconds_each", fails)
     monkeypatch.setattr(launches, "ROCKETKV", launches.ROCKETKV[:1])
-    launches.tune_rocketkv(report, options_of(tmp_path))
+    launches.tune("rocketkv", report, options_of(tmp_path))
     assert dict(launch._SM80) == SHIPPED
     assert [row["launch"] for row in report.rows] == [None, None]
     results = {"tune": {"rows": report.rows, "facts": report.facts}}
@@ -312,7 +312,7 @@ def test_every_entry_of_the_table_is_tuned():
 
 
 if __name__ == "__main__":
-    timing.seconds_each = known_seconds
+    timings.seconds_each = known_seconds
     if "parity" in sys.argv:  # of ROCKETKV is enough here
         sparda.TINY_CASES = ()
     sys.exit(tune.main())
