@@ -11,7 +11,7 @@ from vllm.platforms.interface import PlatformEnum
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_sparse.errors import UnsupportedError
-from vllm_sparse.registry import backend_path, is_ours
+from vllm_sparse.registry import backend_path, entries, is_ours
 
 _StockPlatform: Any = resolve_obj_by_qualname(
     cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform"
@@ -24,10 +24,11 @@ def _get_attn_backend_cls(
     """Path of our backend where it was chosen, else the stock choice."""
     if is_ours(selected_backend):
         if attn_selector_config.has_sliding_window:
-            if selected_backend.name == "SPARDA":
+            if entries()[selected_backend.name].needs_every_layer:
                 raise UnsupportedError(
-                    "this model has sliding-window layers, but SPARDA looks from each layer to the "
-                    "next and needs them all alike. Use --attention-backend ROCKETKV"
+                    f"this model has sliding-window layers, but {selected_backend.name} looks from "
+                    "each layer to the next and needs them all alike. Use --attention-backend "
+                    "ROCKETKV"
                 )
             # Sliding-window layers have nothing to evict and stay stock.
             selected_backend = None

@@ -10,16 +10,18 @@ asked for.
 from __future__ import annotations
 
 import importlib
+import logging
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-from vllm_sparse.errors import ConfigError
 
 if TYPE_CHECKING:
     from vllm_sparse.config import CommonSettings
 
 ENTRY_POINTS = "vllm_sparse.policies"
+
+# A child of vLLM's logger: others have no handler in its processes.
+logger = logging.getLogger("vllm.sparse")
 
 
 class Entry(NamedTuple):
@@ -29,11 +31,13 @@ class Entry(NamedTuple):
         settings: The settings class, or a policy that has one.
         cpu: vLLM backend on CPUs.
         gpu: vLLM backend on GPUs, and on CPUs where kernels are interpreted.
+        needs_every_layer: Sliding-window layers cannot stay stock beside it.
     """
 
     settings: str
     cpu: str = "vllm_sparse.backends.policy_cpu:PolicyCpuBackend"
     gpu: str = "vllm_sparse.backends.policy_gpu:PolicyGpuBackend"
+    needs_every_layer: bool = False
 
 
 _BUILT_IN = {
@@ -45,6 +49,7 @@ _BUILT_IN = {
         "vllm_sparse.config:SpardaSettings",
         cpu="vllm_sparse.backends.sparda_cpu:SpardaCpuBackend",
         gpu="vllm_sparse.backends.sparda_gpu:SpardaGpuBackend",
+        needs_every_layer=True,
     ),
 }
 
@@ -53,17 +58,21 @@ _BUILT_IN = {
 def entries() -> dict[str, Entry]:
     """Every name, those of other packages included.
 
-    Raises:
-        ConfigError: Another package claims a name of ours, or one that is not in capitals.
+    A name that is taken, or not in capitals, is left out with a warning: who chose another backend
+    must not be stopped by it.
     """
     found = dict(_BUILT_IN)
     for point in entry_points(group=ENTRY_POINTS):
         if point.name in found or point.name != point.name.upper():
-            raise ConfigError(
-                f"the entry point {point.name!r} = {point.value!r} in {ENTRY_POINTS!r} "
-                f"{'is taken' if point.name in found else 'is not in capitals'}; its package must "
-                "choose another name"
+            logger.warning(
+                "The entry point %s = %s in %s %s, so it is ignored; its package must choose "
+                "another name",
+                point.name,
+                point.value,
+                ENTRY_POINTS,
+                "is taken" if point.name in found else "is not in capitals",
             )
+            continue
         found[point.name] = Entry(point.value)
     return found
 

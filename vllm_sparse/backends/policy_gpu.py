@@ -29,6 +29,7 @@ from vllm_sparse.kernels.dispatch import policy_triton
 from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kernels.types import Rows
 from vllm_sparse.kv.tail.codec import PlainReader
+from vllm_sparse.steps.select import MOST_INDEX_BYTES
 from vllm_sparse.steps.split import PromptEnd, SparseRows, StepMetadata
 from vllm_sparse.upload import upload
 
@@ -251,6 +252,8 @@ class PolicyGpuImpl(FlashAttentionImpl):
             dtype=config.model_config.dtype,
             device=device,
         )
+        if not policy.kernel:
+            needed += MOST_INDEX_BYTES
         torch.empty(needed, dtype=torch.uint8, device=device)
 
 

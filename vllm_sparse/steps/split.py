@@ -236,7 +236,8 @@ class StepPlanner:
         if not self.policy.moves:
             size = self.policy.page_sizes[0]
             last = torch.arange(num_tokens) == (query_start[1:] - 1)[row]
-            closing = (((position + 1) % size == 0) | last).nonzero()[:, 0]
+            closes = ((position + 1) % size == 0) | last
+            closing = closes.nonzero()[:, 0] if self.policy.index_width else position[:0]
             reads_all = bool(groups) and self.policy.settings.skip_layers > 0
             pages = Pages(
                 slots[:num_tokens],
