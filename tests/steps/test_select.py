@@ -117,3 +117,7 @@ def test_an_earlier_token_does_not_see_later_ones_in_its_page(pool):
         chosen = select.select_tokens(cache, query, table[2:], torch.tensor([n]), **options)
         expected = hf_policies.Quest(1, PAGE, 16, 0).visible_tokens(0, query[0], keys[2, :, :n])
         assert torch.equal(chosen[0], torch.stack(expected))
+        index = select._index(cache, table[2:], torch.tensor([n]), policy, reader, layout)
+        newest = (n - 1) // PAGE
+        page = keys[2, :, newest * PAGE : n]
+        assert torch.equal(index[0, :, newest], torch.cat((page.amin(1), page.amax(1)), -1))
