@@ -5,7 +5,7 @@ BIN := .venv/bin
 MODEL := smollm2-135m-instruct
 CONFIG := smollm2-135m
 TREE := build/tree
-# A GPU host need not have .venv: see benchmarks/gpu.
+# A GPU host need not have .venv: its Python then has what a GPU needs.
 PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 .DEFAULT_GOAL := help
@@ -27,10 +27,10 @@ serve: setup ## Serve the demo model with ROCKETKV on port 8000
 		--additional-config '{"vllm_sparse": {"config": "$(CONFIG)"}}'
 
 test: setup ## Run all tests that this machine can run
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-fast: setup ## Run the tests that need no engine, no model and little time
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not vllm and not model"
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not vllm and not model"
 
 lint: setup style types layers ## Check style, types and layers
 

@@ -62,7 +62,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same for Qwen2: biased projections, another group size."""
+    """A random Qwen2, for biased projections and another group size."""
     path = tmp_path_factory.mktemp("models") / "qwen2"
     hf_rocketkv.save_random_llama(path, arch="qwen2")
     return path
@@ -70,7 +70,7 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def windowed(llama: Path, tmp_path_factory) -> Path:
-    """The same weights, with window layers around a full one."""
+    """The random Llama with window layers around a full one."""
     model = tmp_path_factory.mktemp("models") / "windowed"
     shutil.copytree(llama, model)
     config = json.loads((model / "config.json").read_text())
@@ -97,11 +97,11 @@ def sparse_run(llama: Path, prompts: list[list[int]]) -> dict:
 
 @pytest.fixture(scope="session")
 def stock_run(llama: Path, prompts: list[list[int]]) -> dict:
-    """Stock vLLM on the same prompts."""
+    """Stock vLLM on the six prompts."""
     return run_engine(llama, prompts, block_size=BLOCK_SIZE)
 
 
 @pytest.fixture(scope="session")
 def sparda_run(llama: Path, prompts: list[list[int]]) -> dict:
-    """SPARDA's undisturbed run; itself compared with Hugging Face."""
+    """SPARDA's undisturbed run on the six prompts; itself compared with Hugging Face."""
     return run_engine(llama, prompts, settings=SPARDA_SETTINGS, backend="sparda", max_num_seqs=6)

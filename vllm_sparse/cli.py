@@ -3,14 +3,17 @@
 """The ``vllm-sparse`` command.
 
 Each command lives in a module of its own, which offers ``add_command(subparsers)``: it adds its
-parser and sets ``run``, a function from the parsed arguments to the exit status. These modules
-import heavy packages only when they run.
+parser and sets ``run``, a function from the parsed arguments to the exit status, which may raise
+``VllmSparseError``. These modules import heavy packages only when they run.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from importlib import import_module, metadata
+
+from vllm_sparse.errors import VllmSparseError
 
 COMMAND_MODULES = (
     "vllm_sparse.demo.models",
@@ -35,7 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     arguments = build_parser().parse_args(argv)
-    status: int = arguments.run(arguments)
+    try:
+        status: int = arguments.run(arguments)
+    except VllmSparseError as error:
+        print(f"vllm-sparse: {error}", file=sys.stderr)
+        return 1
     return status
 
 

@@ -68,8 +68,8 @@ def test_rotation_partial_and_long(partial, long, monkeypatch):
 
 def test_an_unfilled_tap_shows():
     from vllm_sparse.errors import IntegrityError
-    from vllm_sparse.forecast.install import Taps
     from vllm_sparse.forecast.tap import ForecastTap
+    from vllm_sparse.forecast.tapped import Taps
 
     tap = ForecastTap(None, 16, torch.zeros(8, 2, KV_HEADS, DIM), has_bias=True)
     weight, bias = torch.randn(KV_HEADS * DIM, 16), torch.randn(KV_HEADS * DIM)

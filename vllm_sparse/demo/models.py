@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sparse import paths
+from vllm_sparse.errors import VllmSparseError
 
 _PROVENANCE = "provenance.json"
 
 
-class ModelUnavailableError(RuntimeError):
+class ModelUnavailableError(VllmSparseError, RuntimeError):
     """A demo model could not be obtained; the message says why and what to do."""
 
 
@@ -149,11 +150,7 @@ def add_command(subparsers: Any) -> None:
 
 
 def _run_fetch(arguments: argparse.Namespace) -> int:
-    try:
-        print(fetch(arguments.name, arguments.cache_dir))
-    except ModelUnavailableError as error:
-        print(f"vllm-sparse: {error}", file=sys.stderr)
-        return 1
+    print(fetch(arguments.name, arguments.cache_dir))
     return 0
 
 

@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_sparse.errors import VllmSparseError
-
 if TYPE_CHECKING:
     import argparse
 
@@ -37,20 +35,16 @@ def _run(arguments: argparse.Namespace) -> int:
     from vllm_sparse.forecast.official import convert_official, export_official
 
     suffix = arguments.target.suffix
-    try:
-        if suffix == ".safetensors":
-            convert_official(arguments.source, arguments.target, arguments.base_model)
-        elif suffix in (".pt", ".bin"):
-            export_official(arguments.source, arguments.target)
-        else:
-            print(
-                f"vllm-sparse: the target {arguments.target} should end in .safetensors, .pt or "
-                ".bin, which decides the direction",
-                file=sys.stderr,
-            )
-            return 2
-    except VllmSparseError as error:
-        print(f"vllm-sparse: {error}", file=sys.stderr)
-        return 1
+    if suffix == ".safetensors":
+        convert_official(arguments.source, arguments.target, arguments.base_model)
+    elif suffix in (".pt", ".bin"):
+        export_official(arguments.source, arguments.target)
+    else:
+        print(
+            f"vllm-sparse: the target {arguments.target} should end in .safetensors, .pt or "
+            ".bin, which decides the direction",
+            file=sys.stderr,
+        )
+        return 2
     print(arguments.target)
     return 0

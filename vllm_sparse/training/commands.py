@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from vllm_sparse.errors import ConfigError, VllmSparseError
+from vllm_sparse.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,7 +74,9 @@ def _add_eval(subparsers: Any) -> None:
     )
     parser.add_argument("--model", required=True, help="Hugging Face directory or hub name")
     parser.add_argument("--forecast", type=Path, help="Forecast to judge beside the others")
-    parser.add_argument("--data", required=True, nargs="+", help="as for train-forecast")
+    parser.add_argument(
+        "--data", required=True, nargs="+", help=".txt, .jsonl, folders, or datasets (NAME:split)"
+    )
     parser.add_argument("--seq-len", type=int, default=4096, help="tokens per sequence")
     parser.add_argument("--sequences", type=int, default=4, help="how many, spread over the data")
     parser.add_argument(
@@ -106,21 +108,16 @@ def _setting_fields() -> dict[str, str]:
 
 
 def _guarded(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """Prints expected errors without a traceback."""
+    """Says what to install if a package is missing."""
 
     def run(arguments: argparse.Namespace) -> int:
         try:
             return command(arguments)
-        except VllmSparseError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
         except ModuleNotFoundError as error:
-            print(
-                f"error: the package {error.name} is missing; "
-                "install it with: pip install 'vllm-sparse[train]'",
-                file=sys.stderr,
-            )
-            return 1
+            raise ConfigError(
+                f"the package {error.name} is missing; install it with: "
+                "pip install 'vllm-sparse[train]'"
+            ) from error
 
     return run
 

@@ -164,7 +164,8 @@ class Trainer:
             Interrupted: Ctrl-C; a checkpoint of the last complete step is saved.
             OutOfMemoryError: With advice.
         """
-        log = _CsvLog(self._folder / "log.csv", self.step) if self.is_main else None
+        layers = self._backbone.num_layers
+        log = _CsvLog(self._folder / "log.csv", self.step, layers) if self.is_main else None
         with self.interrupt.installed():
             try:
                 while self.step < self.settings.steps:
@@ -326,7 +327,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 class _CsvLog:
     """One line per step; lines of steps that are trained again are dropped."""
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, layers: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept: list[list[str]] = []
         if path.exists():
@@ -336,17 +337,14 @@ class _CsvLog:
                     for row in csv.reader(file)
                     if row and row[0].isdigit() and int(row[0]) <= step
                 ]
-        self._path, self._kept = path, kept
-        self._started = False
+        header = ["step", "loss", "gradient_norm", "lr", "seconds"]
+        header += [f"layer_{layer}" for layer in range(layers)]
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([header, *kept])
+        self._path = path
 
     def write(self, entry: StepLog) -> None:
         """Appends a step."""
         row = [entry.step, entry.loss, entry.gradient_norm, entry.lr, round(entry.seconds, 3)]
-        if not self._started:
-            header = ["step", "loss", "gradient_norm", "lr", "seconds"]
-            header += [f"layer_{layer}" for layer in range(len(entry.layers))]
-            with self._path.open("w", newline="") as file:
-                csv.writer(file).writerows([header, *self._kept])
-            self._started = True
         with self._path.open("a", newline="") as file:
             csv.writer(file).writerow([*row, *entry.layers])

@@ -232,7 +232,7 @@ def test_spawned_workers_build_the_tapped_class(models, runs, tmp_path):
 
 
 def _layers(**changes: Any) -> list:
-    from vllm_sparse.forecast.install import _Layer
+    from vllm_sparse.forecast.tapped import _Layer
 
     rotary = object()
     linear = {
@@ -251,7 +251,7 @@ def _layers(**changes: Any) -> list:
 
 
 def test_layers_that_cannot_be_tapped_are_refused():
-    from vllm_sparse.forecast.install import _check_uniform, _query_norm, _query_rows
+    from vllm_sparse.forecast.tapped import _check_uniform, _query_norm, _query_rows
 
     _check_uniform(_layers(), "Model")
     for changes, message in (
@@ -289,7 +289,7 @@ def test_layers_that_cannot_be_tapped_are_refused():
 def test_attention_of_another_shape_is_refused(broken):
     from vllm.model_executor.layers.attention import Attention
 
-    from vllm_sparse.forecast.install import _attention_layers
+    from vllm_sparse.forecast.tapped import _attention_layers
 
     class Odd(torch.nn.Module):
         pass

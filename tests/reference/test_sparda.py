@@ -1,26 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Checks of the SparDA references against each other, plain Hugging Face and hand-made examples.
+"""SPARDA's references by hand, against each other and against plain Hugging Face."""
 
-Run from the tests folder: ``python -m reference.selfcheck_sparda``.
-"""
+from __future__ import annotations
 
 import json
 import math
 import random
-import tempfile
-import time
-from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AttentionInterface
 
-from . import hf_sparda as hf
-from . import sparda_bruteforce as bf
+from reference import hf_sparda as hf
+from reference import sparda_bruteforce as bf
 
 SMALL = {"block_size": 32, "kernel_stride": 8, "local_blocks": 2, "top_k": 5, "dense_len": 100}
 LARGE = {"block_size": 64, "kernel_stride": 16, "local_blocks": 1, "top_k": 3, "dense_len": 0}
+CASES = [pytest.param("llama", LARGE, id="llama-large")] + [
+    pytest.param(arch, SMALL, id=f"{arch}-small") for arch in hf.ARCHITECTURES
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module", params=hf.ARCHITECTURES)
+def saved(request, tmp_path_factory):
+    """A model and a Forecast file for it."""
+    folder = tmp_path_factory.mktemp("model")
+    path, forecast = folder / request.param, folder / "forecast.safetensors"
+    hf.save_random_model(path, request.param, layers=3)
+    hf.save_random_forecast(forecast, path, bias=request.param == "qwen2")
+    return hf.load_model(path), forecast
 
 
 def prompt(seed, length=300):
@@ -30,7 +46,7 @@ def prompt(seed, length=300):
 # ---- the brute force, by hand --------------------------------------------------------------------
 
 
-def check_by_hand():
+def test_by_hand():
     # Windows of 4 every 2 tokens: 0123, 2345, 4567; the ninth token completes none.
     keys = torch.arange(9.0).view(1, 9, 1)
     assert bf.compress_keys(keys, 4, 2) == [[[1.5], [3.5], [5.5]]]
@@ -71,7 +87,7 @@ def check_by_hand():
     assert hf.cut_gap([8.0, 4.0], 2, False) == hf.cut_gap([8.0], 0, False) == math.inf
 
 
-def check_selection_random():
+def test_fast_selection_equals_brute_force():
     """The fast selection of the Hugging Face reference against the brute force."""
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     for _ in range(200):
@@ -99,33 +115,35 @@ def check_selection_random():
 # ---- generation ----------------------------------------------------------------------------------
 
 
-def check_dense(model, forecast):
+def test_dense_and_everything_equal_hugging_face(saved):
     """Dense lengths, and budgets as large as the context, give the tokens of model.generate."""
-    ids = prompt(0)
-    config = {"do_sample": False, "max_new_tokens": 30, "min_new_tokens": 30}
+    model, forecast = saved
+    ids = prompt(0, 318)
+    config = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
     inputs = torch.tensor([ids])
     expected = model.generate(inputs, attention_mask=torch.ones_like(inputs), **config)
     expected = expected[0, len(ids) :].tolist()
-    assert hf.generate(model, ids, 30, dense_len=330).tokens == expected
+    assert hf.generate(model, ids, 12, dense_len=330).tokens == expected
     for selector in hf.SELECTORS:
         run = {"selector": selector, "forecast": forecast, "sparse_prefill": True}
-        everything = hf.generate(model, ids, 30, **{**SMALL, **run, "top_k": 11})
+        everything = hf.generate(model, ids, 12, **{**SMALL, **run, "top_k": 11})
         assert everything.tokens == expected
         assert everything.min_gap == math.inf
         assert everything.blocks[-1][0][0, 0].tolist() == [*range(11)]  # 329 tokens of 32
-        assert hf.generate(model, ids, 30, **{**SMALL, **run}).tokens != expected
-        last = hf.generate(model, ids, 30, **{**SMALL, **run, "dense_len": 329}).blocks
+        assert hf.generate(model, ids, 12, **{**SMALL, **run}).tokens != expected
+        last = hf.generate(model, ids, 12, **{**SMALL, **run, "dense_len": 329}).blocks
         assert all(bool((layer == -1).all()) for step in last for layer in step)
         # 329 tokens seen by the last step, which is dense up to 329 and sparse above 328.
-        last = hf.generate(model, ids, 30, **{**SMALL, **run, "dense_len": 328}).blocks
+        last = hf.generate(model, ids, 12, **{**SMALL, **run, "dense_len": 328}).blocks
         assert all(bool((layer == -1).all()) for step in last[:-1] for layer in step)
         assert all(bool((layer >= 0).all()) for layer in last[-1])
     assert model.config._attn_implementation != hf.ATTENTION_NAME
 
 
-def check_rows(model, forecast, settings, steps=40):
-    """Prefill and cached decode equal one forward over everything. Returns the differences."""
-    worst = 0.0
+@pytest.mark.parametrize(("saved", "settings"), CASES, indirect=["saved"])
+def test_decoding_equals_one_pass(saved, settings):
+    """Prefill and cached decode equal one forward over everything."""
+    (model, forecast), steps, worst = saved, 16, 0.0
     for selector in hf.SELECTORS:
         for sparse_prefill in (False, True):
             run = {"selector": selector, "forecast": forecast, "sparse_prefill": sparse_prefill}
@@ -144,13 +162,13 @@ def check_rows(model, forecast, settings, steps=40):
             # Fed tokens: the same rows.
             fed = hf.generate(model, ids, 5, continuation=whole[len(ids) :][:4], **settings, **run)
             assert torch.equal(fed.logits, decoded.logits[:5])
-    assert worst < 1e-4, worst
-    return worst
+    assert worst < 1e-4
 
 
-def check_every_layer_against_brute_force(model, forecast, settings, steps=6):
+@pytest.mark.parametrize(("saved", "settings"), CASES, indirect=["saved"])
+def test_every_layer_equals_brute_force(saved, settings):
     """Each layer's blocks from its own q, k and inputs, computed apart with loops."""
-    compared = near_ties = 0
+    (model, forecast), steps, compared = saved, 6, 0
     future, current = hf.load_forecast(forecast)
     config = model.config
     num_groups = config.num_key_value_heads
@@ -173,8 +191,9 @@ def check_every_layer_against_brute_force(model, forecast, settings, steps=6):
         result = []
         for g in range(num_groups):
             if run.settings.selector == "forecast":
-                weight = (future[layer - 1] if layer else current)[g * dim : (g + 1) * dim]
-                weight, bias = weight.double(), torch.zeros(dim).double()
+                weight, bias = future[layer - 1] if layer else current
+                weight = weight[g * dim : (g + 1) * dim].double()
+                bias = bias[g * dim : (g + 1) * dim] if bias is not None else torch.zeros(dim)
             else:
                 weight, bias = torch.zeros(dim, x.shape[1]).double(), torch.zeros(dim).double()
                 for h in range(g * heads_per_group, (g + 1) * heads_per_group):
@@ -182,12 +201,14 @@ def check_every_layer_against_brute_force(model, forecast, settings, steps=6):
                     weight += attention.q_proj.weight[part].double() / heads_per_group
                     if attention.q_proj.bias is not None:
                         bias += attention.q_proj.bias[part].double() / heads_per_group
+                if hasattr(attention, "q_norm"):
+                    weight *= attention.q_norm.weight[:, None].double()
             vectors = [weight @ x[t] + bias for t in rows]
             result.append([rope(v.tolist(), i) for v, i in zip(vectors, positions, strict=True)])
         return torch.tensor(result, dtype=torch.float64)
 
     def checked(module, query, key, *args, **kwargs):
-        nonlocal compared, near_ties
+        nonlocal compared
         run, layer, s = kwargs["sparda_run"], module.layer_idx, kwargs["sparda_run"].settings
         output = own(module, query, key, *args, **kwargs)
         n, num_tokens = key.shape[2], query.shape[2]
@@ -224,7 +245,6 @@ def check_every_layer_against_brute_force(model, forecast, settings, steps=6):
             for g in range(num_groups):
                 if row[g].tolist() != expected[g][0]:
                     assert run.gap < 1e-5, (layer, i, row[g].tolist(), expected[g][0])
-                    near_ties += 1
         return output
 
     AttentionInterface.register(hf.ATTENTION_NAME, checked)
@@ -237,11 +257,11 @@ def check_every_layer_against_brute_force(model, forecast, settings, steps=6):
     finally:
         AttentionInterface.register(hf.ATTENTION_NAME, own)
     assert compared > 100
-    return compared, near_ties
 
 
-def check_attended_tokens(model, forecast):
+def test_hidden_values_change_nothing(saved):
     """Changing a value that no layer may see changes nothing; one that may, does."""
+    model, forecast = saved
     ids = prompt(3, 260)
     run = {"selector": "query", "forecast": forecast, **SMALL}
     seen = []
@@ -277,9 +297,10 @@ def check_attended_tokens(model, forecast):
     assert len(seen) == 3 * 2 * 2
 
 
-def check_variety(model, forecast):
+@pytest.mark.parametrize("saved", ["llama"], indirect=True)
+def test_continuations_vary(saved):
     """Prompts, selectors and settings give different, non-constant continuations."""
-    runs = []
+    (model, forecast), runs = saved, []
     for seed in range(2):
         ids = prompt(seed, 400)
         runs.append(hf.generate(model, ids, 60).tokens)
@@ -302,27 +323,23 @@ def check_variety(model, forecast):
         {"selector": "best"},
         {"selector": "forecast"},
     ):
-        try:
+        with pytest.raises(ValueError, match=r"."):
             hf.generate(model, prompt(0), 1, **{**SMALL, **wrong})
-        except ValueError:
-            continue
-        raise AssertionError(f"accepted {wrong}")
-    return min(len(set(run)) for run in runs)
 
 
 # ---- MiniCPM -------------------------------------------------------------------------------------
 
 
-def check_minicpm_arithmetic(path, model):
+def test_minicpm_is_computed_as_described(tmp_path):
     """Granite with our mapping equals MiniCPM's description, written out: scaled embedding,
 
     scaled residual branches, divided last hidden state, longrope with a factor per frequency.
     """
-    config = json.loads((Path(path) / "config.json").read_text())
-    w = {
-        name: tensor.double()
-        for name, tensor in load_file(Path(path) / "model.safetensors").items()
-    }
+    path = tmp_path / "model"
+    hf.save_random_model(path, "minicpm", layers=3)
+    model = hf.load_model(path)
+    config = json.loads((path / "config.json").read_text())
+    w = {name: tensor.double() for name, tensor in load_file(path / "model.safetensors").items()}
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     dim = hidden // heads
@@ -365,35 +382,4 @@ def check_minicpm_arithmetic(path, model):
     logits = x @ w["lm_head.weight"].T
     ours, _, _ = hf.evaluate(model, ids, len(ids))
     worst = float((ours - logits).abs().max())
-    assert worst < 1e-4 * float(logits.abs().max()), worst
-    return worst
-
-
-def main():
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
-    for check in (check_by_hand, check_selection_random):
-        start = time.perf_counter()
-        check()
-        print(f"{check.__name__}: ok ({time.perf_counter() - start:.1f} s)")
-    for arch in hf.ARCHITECTURES:
-        start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            path, forecast = Path(folder) / arch, Path(folder) / "forecast.safetensors"
-            hf.save_random_model(path, arch, layers=3)
-            hf.save_random_forecast(forecast, path)
-            model = hf.load_model(path)
-            if arch == "minicpm":
-                print(f"minicpm: arithmetic differs by {check_minicpm_arithmetic(path, model):.1e}")
-            check_dense(model, forecast)
-            for settings in (SMALL, LARGE):
-                worst = check_rows(model, forecast, settings)
-                compared, ties = check_every_layer_against_brute_force(model, forecast, settings)
-                print(f"{arch}: decode differs by {worst:.1e}; {compared} rows, {ties} near ties")
-            check_attended_tokens(model, forecast)
-            print(f"{arch}: at least {check_variety(model, forecast)} different tokens of 60")
-        print(f"{arch}: ok ({time.perf_counter() - start:.1f} s)")
-
-
-if __name__ == "__main__":
-    main()
+    assert worst < 1e-4 * float(logits.abs().max())
