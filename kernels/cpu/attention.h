@@ -79,20 +79,21 @@ struct Attention {
  private:
   // Tokens whose keys and values stay in the first-level cache between logits and weighted sums.
   static constexpr int kChunk = 32;
+  static constexpr int kPiece = 2 * kLanes;  // elements
   typedef const T* Rows[kChunk];
 
   template <int G>
   void heads(const Query* query, const std::vector<Run<T>>& runs, T* out, int64_t g,
              Lines& later) const {
     switch (dim) {
-      case 64: return heads<G, 2>(query + g * dim, runs, out + g * dim, later);
-      case 128: return heads<G, 4>(query + g * dim, runs, out + g * dim, later);
+      case 64: return heads<G, 64 / kPiece>(query + g * dim, runs, out + g * dim, later);
+      case 128: return heads<G, 128 / kPiece>(query + g * dim, runs, out + g * dim, later);
       default: return heads<G, 0>(query + g * dim, runs, out + g * dim, later);
     }
   }
 
-  // Up to four query heads, by an online softmax. P is the number of 32-element pieces of a head
-  // (0: not known at compile time); with it, queries stay in registers.
+  // Up to four query heads, by an online softmax. P is the number of pieces of a head (0: not
+  // known at compile time); with it, queries stay in registers.
   template <int G, int P>
   void heads(const Query* query, const std::vector<Run<T>>& runs, T* out, Lines& later) const {
     size_t run = 0;
@@ -109,24 +110,31 @@ struct Attention {
     const int64_t share = later.share(tokens);
     float sums[4 * kMaxDim];
     std::fill(sums, sums + G * dim, 0.0f);
-    vec top = vec{} - INFINITY, mass = {};  // lane i: of head i % 4
+    v4 top = v4{} - INFINITY;
+    vec mass = {};  // lane i: of head i % 4
     Rows chunks[2];
     int count = next(chunks[0]);
     for (int i = 0; count; i ^= 1) {
       const int following = next(chunks[i ^ 1]);
       float weights[4 * kChunk];  // [token][head]
+      v4 highest = top;
       for (int t = 0; t < count; ++t) {
         if (t < following) ask(chunks[i ^ 1][t]);
         later.pull(share);
         const v4 dots = logits<G, P>(query, chunks[i][t]);
         *reinterpret_cast<v4*>(weights + 4 * t) = dots;
+        highest = dots > highest ? dots : highest;
       }
-      const vec decay = softmax(weights, count, top, mass);
+      const vec decay = exp_nonpositive(repeat(top - highest));
+      top = highest;
+      mass = mass * decay + exponentials(weights, count, top);
       weigh_all<G, P>(chunks[i], count, weights, decay, sums);
       count = following;
     }
     for (int g = 0; g < G; ++g) {
-      const float inverse = 1.0f / ((mass[g] + mass[g + 4]) + (mass[g + 8] + mass[g + 12]));
+      float total = 0;
+      for (int lane = g; lane < kLanes; lane += 4) total += mass[lane];
+      const float inverse = 1.0f / total;
       for (int64_t j = 0; j < dim; ++j) out[g * dim + j] = from_float<T>(sums[g * dim + j] * inverse);
     }
   }
@@ -139,38 +147,31 @@ struct Attention {
 
   template <int G, int P>
   v4 logits(const Query* query, const T* key) const {
-    const int64_t pieces = P ? P : dim / 32;
+    const int64_t pieces = P ? P : dim / kPiece;
     vec acc[4] = {};
     for (int64_t p = 0; p < pieces; ++p) {
-      const auto k = D::along(key + 32 * p);
-      for (int g = 0; g < G; ++g) acc[g] = D::add(acc[g], k, D::along(query + g * dim + 32 * p));
+      const auto k = D::along(key + kPiece * p);
+      for (int g = 0; g < G; ++g)
+        acc[g] = D::add(acc[g], k, D::along(query + g * dim + kPiece * p));
     }
     v4 dots = sum4(acc[0], acc[1], acc[2], acc[3]);
     if (!P)
-      for (int64_t j = 32 * pieces; j < dim; ++j)
+      for (int64_t j = kPiece * pieces; j < dim; ++j)
         for (int g = 0; g < G; ++g) dots[g] += to_float(key[j]) * to_float(query[g * dim + j]);
     return dots * scale;
   }
 
-  // Exponentials of `count` more logits; returns by how much earlier sums shrink.
-  static vec softmax(float* x, int count, vec& top, vec& mass) {
+  // Turns the logits of `count` tokens into weights; returns their sums.
+  static vec exponentials(float* x, int count, v4 top) {
     const int padded = (4 * count + kLanes - 1) / kLanes * kLanes;
     std::fill(x + 4 * count, x + padded, -INFINITY);
-    const vec before = top;
-    for (int i = 0; i < padded; i += kLanes) top = load(x + i) > top ? load(x + i) : top;
-    for (int shift : {4, 8}) {  // the largest of a head's four lanes, in all of them
-      vec other;
-      for (int lane = 0; lane < kLanes; ++lane) other[lane] = top[(lane + shift) % kLanes];
-      top = other > top ? other : top;
-    }
-    const vec decay = exp_nonpositive(before - top);
-    mass *= decay;
+    vec sums = {};
     for (int i = 0; i < padded; i += kLanes) {
-      const vec e = exp_nonpositive(load(x + i) - top);
+      const vec e = exp_nonpositive(load(x + i) - repeat(top));
       store(x + i, e);
-      mass += e;
+      sums += e;
     }
-    return decay;
+    return sums;
   }
 
   template <int G, int P>
