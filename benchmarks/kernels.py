@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import torch
-from vllm_sparse.kernels.cpu.memory import back_with_huge_pages
 from vllm_sparse.kernels.cpu.decode import decode_attention
+from vllm_sparse.kernels.cpu.memory import back_with_huge_pages
 from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kernels.reference.rocketkv import decode_attention as reference
 

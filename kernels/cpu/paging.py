@@ -9,7 +9,6 @@ import ctypes
 import torch
 from torch import Tensor
 from vllm_sparse.kernels.cpu import build
-from vllm_sparse.kernels.cpu.decode import DTYPES
 from vllm_sparse.kernels.reference.paging import PageTable, Resolved, SlabFullError
 
 
@@ -90,7 +89,7 @@ def attend_frames(
     )
     pointers = (t.data_ptr() for t in (slab, query, output, frames, lengths))
     status = build.load().vllm_sparse_attend_frames(
-        DTYPES.get(slab.dtype, -1), *pointers, sizes, scale
+        build.DTYPES.get(slab.dtype, -1), *pointers, sizes, scale
     )
     if status:
         raise ValueError(f"the CPU kernel does not support {slab.dtype}, head size {dim}")

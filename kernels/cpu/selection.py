@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from vllm_sparse.kernels.cpu import build
-from vllm_sparse.kernels.cpu.decode import DTYPES
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.reference.selection import Blocks, Ranking
@@ -55,7 +54,10 @@ def select_blocks(
     )
     tensors = (compressed, vectors, table, positions.contiguous(), chosen)
     status = build.load().vllm_sparse_select_blocks(
-        DTYPES.get(compressed.dtype, -1), *(t.data_ptr() for t in tensors), sizes, ranking.scale
+        build.DTYPES.get(compressed.dtype, -1),
+        *(t.data_ptr() for t in tensors),
+        sizes,
+        ranking.scale,
     )
     if status:
         raise ValueError(f"the CPU selection kernel does not support {compressed.dtype}")
