@@ -48,7 +48,7 @@ struct Workspace {
   Attention<T> attention;
   std::vector<typename Dot<T>::query> query;
   std::vector<Run<T>> runs;
-  Lines none;
+  Lines rows;
 };
 
 // Kept between calls. Not inlined, for the compiler would look a thread's own up again and again.
@@ -80,7 +80,10 @@ void attend(const Sizes& s, const void* query, void* out, float scale, Collect&&
         continue;
       }
       attention.hold(static_cast<const T*>(query) + t * s.query_stride + first, s.group * s.dim, own.query);
-      attention.attend(own.query.data(), runs, target, own.none);
+      own.rows.clear();
+      for (const Run<T>& run : runs) own.rows.add(run.rows, run.tokens * 2 * s.dim * sizeof(T));
+      own.rows.pull(Lines::kMost / 4);  // a head start; the rest is asked for on the way
+      attention.attend(own.query.data(), runs, target, own.rows);
     }
   }
 }
