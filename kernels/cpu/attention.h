@@ -17,30 +17,42 @@ namespace {
 
 constexpr int64_t kMaxDim = 1024;
 
-// Cache lines that a later phase will read. Scattered reads are bound by latency: asked for one
-// phase ahead, they arrive in the second-level cache while the core computes.
+// Cache lines (of 64 bytes) that a later phase will read. Scattered reads are bound by latency:
+// asked for one phase ahead, they arrive in the second-level cache while the core computes.
 struct Lines {
-  static constexpr int64_t kMost = 2048;  // half of a small second-level cache, in lines of 64 bytes
-  const char* at[kMost];
+  static constexpr int64_t kAhead = 2048;  // at most; two lists may be on their way, 256 KiB
+  std::vector<const char*> at;
   int64_t count = 0, next = 0;
 
   void clear() { count = next = 0; }
+  // Consecutive lines, as far as they are read ahead.
   void add(const void* first, int64_t bytes) {
-    const int64_t lines = std::min((bytes + 63) / 64, kMost - count);
-    for (int64_t i = 0; i < lines; ++i) at[count + i] = static_cast<const char*>(first) + 64 * i;
-    count += lines;
+    const char* p = static_cast<const char*>(first);
+    const int64_t lines = std::min((bytes + 63) / 64, kAhead - count);
+    const char** target = more(lines);
+    for (int64_t i = 0; i < lines; ++i) target[i] = p + 64 * i;
   }
   void add(const void* first, const std::vector<int32_t>& offsets) {
-    const int64_t lines = std::min<int64_t>(offsets.size(), kMost - count);
-    for (int64_t i = 0; i < lines; ++i) at[count + i] = static_cast<const char*>(first) + offsets[i];
-    count += lines;
+    const char* p = static_cast<const char*>(first);
+    const char** target = more(offsets.size());
+    for (size_t i = 0; i < offsets.size(); ++i) target[i] = p + offsets[i];
   }
   void pull(int64_t lines) {
     for (const int64_t end = std::min(count, next + lines); next < end; ++next)
       __builtin_prefetch(at[next], 0, 2);
   }
   // What each of `steps` steps has to pull.
-  int64_t share(int64_t steps) const { return steps ? (count - next + steps - 1) / steps : 0; }
+  int64_t share(int64_t steps) const {
+    const int64_t lines = std::min(count, kAhead) - next;
+    return steps && lines > 0 ? (lines + steps - 1) / steps : 0;
+  }
+
+ private:
+  const char** more(int64_t lines) {
+    count += lines;
+    if (static_cast<int64_t>(at.size()) < count) at.resize(2 * count);
+    return at.data() + count - lines;
+  }
 };
 
 // Consecutive token rows: each is a key, then a value.
@@ -50,6 +62,8 @@ struct Run {
   int64_t tokens;
 };
 
+// Exact attention of a query group; a group of more than four heads reads the rows again for each
+// further four.
 template <typename T>
 struct Attention {
   typedef Dot<T> D;
@@ -57,6 +71,7 @@ struct Attention {
   int64_t group, dim;
   float scale;
 
+  // Copies a query group to where attend() wants it.
   static void hold(const T* source, int64_t count, std::vector<Query>& query) {
     query.resize(count);
     if constexpr (std::is_same_v<T, Query>)
@@ -134,8 +149,8 @@ struct Attention {
     for (int g = 0; g < G; ++g) {
       float total = 0;
       for (int lane = g; lane < kLanes; lane += 4) total += mass[lane];
-      const float inverse = 1.0f / total;
-      for (int64_t j = 0; j < dim; ++j) out[g * dim + j] = from_float<T>(sums[g * dim + j] * inverse);
+      for (int64_t j = 0; j < dim; ++j)
+        out[g * dim + j] = from_float<T>(sums[g * dim + j] * (1.0f / total));
     }
   }
 

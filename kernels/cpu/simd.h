@@ -92,7 +92,9 @@ struct Dot {
   static pairs across(const T* a, const T* b) { return {load(a), load(b)}; }
   // Two elements, in all lanes.
   static pairs broadcast(const query* p) { return {vec{} + p[0], vec{} + p[1]}; }
-  static vec add(vec acc, pairs a, pairs b) { return acc + a.first * b.first + a.second * b.second; }
+  static vec add(vec acc, pairs a, pairs b) {
+    return acc + a.first * b.first + a.second * b.second;
+  }
 };
 
 #ifdef __AVX512BF16__
