@@ -7,7 +7,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from vllm_sparse.kernels.reference import decode, rows
+from vllm_sparse.kernels.reference import attention, decode, rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,8 +23,7 @@ class PolicyKernels(NamedTuple):
         decode: RocketKV's whole decode step; with ``read_all`` that of any policy which reads all
             it kept.
         plan_rows: Plans a batch of single tokens on the device.
-        attend_slots: Attention over selected places of plain pages; ``None`` where the stock
-            kernel packs pages its own way.
+        attend_slots: Attention over selected places of plain pages.
         compact_prompts: RocketKV's stage 1; ``None`` has it composed of the policy's functions.
         decode_scratch_bytes: What ``decode`` holds at a time; ``None`` where nobody plans for it.
         name: For the start-up line.
@@ -33,7 +32,7 @@ class PolicyKernels(NamedTuple):
 
     decode: Callable[..., None]
     plan_rows: Callable[..., None]
-    attend_slots: Callable[..., None] | None
+    attend_slots: Callable[..., None]
     compact_prompts: Callable[..., None] | None
     decode_scratch_bytes: Callable[..., int] | None
     name: str
@@ -44,12 +43,14 @@ class PolicyKernels(NamedTuple):
 def policy_cpu() -> PolicyKernels:
     """The fused C++ kernels, or the PyTorch reference on a machine without a compiler."""
     fused, note = _fused("cpu")
-    run, name = decode.decode_attention, "reference"
-    if fused:
-        from vllm_sparse.kernels.cpu import decode as fused_decode
+    if not fused:
+        run, attend = decode.decode_attention, attention.attend_slots
+        return PolicyKernels(run, rows.plan_rows, attend, None, None, "reference", note)
+    from vllm_sparse.kernels.cpu import attention as fused_attention
+    from vllm_sparse.kernels.cpu import decode as fused_decode
 
-        run, name = fused_decode.decode_attention, "cpu"
-    return PolicyKernels(run, rows.plan_rows, None, None, None, name, note)
+    run, attend = fused_decode.decode_attention, fused_attention.attend_slots
+    return PolicyKernels(run, rows.plan_rows, attend, None, None, "cpu")
 
 
 @cache

@@ -4,15 +4,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from reference import rocketkv_bruteforce as brute
 from vllm_sparse.kernels import dispatch
-from vllm_sparse.kernels.cpu import build
+from vllm_sparse.kernels.cpu import attention, build
 from vllm_sparse.kernels.cpu import decode as fused
 from vllm_sparse.kernels.layout import PageLayout
+from vllm_sparse.kernels.reference import attention as ref_attention
 from vllm_sparse.kernels.reference import decode as reference
 
 from vllm_sparse.policies.rocketkv import page_extrema
@@ -171,6 +174,45 @@ def test_strided_projections_are_read_in_place():
     _, expected = run(fused.decode_attention, batch, 32)
     _, output = run(fused.decode_attention, batch._replace(query=query, key=key, value=value), 32)
     assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(f"{k}{v}" for k, v in s.items()))
+@pytest.mark.parametrize("every_token", [False, True])
+def test_attention_over_slots_equals_reference(shape, every_token):
+    """With a padding row, a row that reads everything, and one shorter than the selection."""
+    batch = make_batch(**shape)
+    size, top_k = batch.layout.block_size, 37
+    cache, _ = run(reference.decode_attention, batch, top_k)
+    lengths, top_r = batch.lengths.clone(), batch.top_r.clone()
+    lengths[1], lengths[3], top_r[2] = 0, 20, 0
+    generator = torch.Generator().manual_seed(1)
+    slots = torch.full((len(lengths), cache.shape[1], top_k), -1, dtype=torch.int32)
+    for row, length in enumerate(lengths.tolist()):
+        for head in range(cache.shape[1]):
+            token = torch.randperm(length, generator=generator)[:top_k].sort().values
+            block = batch.table[row][token // size]
+            slots[row, head, : len(token)] = (block * size + token % size).int()
+    outputs = []
+    for kernel in (ref_attention.attend_slots, attention.attend_slots):
+        output = torch.full_like(batch.query, torch.nan)
+        kernel(cache, batch.query, output, None if every_token else slots, batch.table, lengths,
+               top_r, layout=batch.layout, top_k=top_k, scale=0.11)  # fmt: skip
+        outputs.append(output)
+    tolerance = 2e-5 if cache.dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=tolerance, atol=tolerance)
+    assert not outputs[1][1].any()
+    assert outputs[1][0].any()
+
+
+@pytest.mark.parametrize("mirror", [fused.DecodeSizes, attention.SlotSizes])
+def test_sizes_are_what_the_kernels_read(mirror):
+    folder = Path(build.__file__).parent
+    text = "".join(
+        path.read_text() for pattern in ("*.h", "*.cpp") for path in folder.glob(pattern)
+    )
+    (body,) = re.findall(rf"struct {mirror.__name__} {{(.*?)}};", text, re.DOTALL)
+    members = re.findall(r"(\w+) (\w+);", body)
+    assert members == [("int64_t", name) for name, _ in mirror._fields_]
 
 
 def test_dispatch_prefers_the_fused_kernel_and_says_why_not(monkeypatch):

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: The vllm-sparse authors
 //
-// Exact decode attention on a CPU over what others have selected: frames that hold blocks of SparDA,
-// or single tokens of a paged cache. `kernels/reference/paging.py` and `kernels/reference/stage2.py`
-// are the readable definitions.
+// Exact decode attention on a CPU over what others have selected: frames that hold blocks of
+// SparDA, or single tokens of a paged cache. The readable definitions are in
+// `kernels/reference/paging.py` and `kernels/reference/stage2.py`.
 
 #include "attention.h"
 
@@ -48,7 +48,7 @@ struct Workspace {
   Attention<T> attention;
   std::vector<typename Dot<T>::query> query;
   std::vector<Run<T>> runs;
-  Lines none;
+  Lines rows;
 };
 
 // Kept between calls. Not inlined, for the compiler would look a thread's own up again and again.
@@ -79,8 +79,12 @@ void attend(const Sizes& s, const void* query, void* out, float scale, Collect&&
         std::memset(static_cast<void*>(target), 0, s.group * s.dim * sizeof(T));
         continue;
       }
-      attention.hold(static_cast<const T*>(query) + t * s.query_stride + first, s.group * s.dim, own.query);
-      attention.attend(own.query.data(), runs, target, own.none);
+      const T* source = static_cast<const T*>(query) + t * s.query_stride + first;
+      attention.hold(source, s.group * s.dim, own.query);
+      own.rows.clear();
+      for (const Run<T>& run : runs) own.rows.add(run.rows, run.tokens * 2 * s.dim * sizeof(T));
+      own.rows.pull(Lines::kAhead / 4);  // a head start; the rest is asked for on the way
+      attention.attend(own.query.data(), runs, target, own.rows);
     }
   }
 }
@@ -108,8 +112,8 @@ int vllm_sparse_attend_frames(int dtype, const void* frames, const void* query, 
 }
 
 // slots: ascending block * block_size + slot, [tokens][kv_heads][slot_stride], of which the first
-// min(top_k, length) count; null, or top_r[t] of 0, attends to all of the block table. Returns 1 for
-// a head size and 2 for a dtype that is not supported; see with_dtype.
+// min(top_k, length) count; null, or top_r[t] of 0, attends to all of the block table. Returns 1
+// for a head size and 2 for a dtype that is not supported; see with_dtype.
 int vllm_sparse_attend_slots(int dtype, const void* cache, const void* query, void* out,
                              const int32_t* slots, const int32_t* table, const int32_t* lengths,
                              const int32_t* top_r, const SlotSizes* sizes, float scale) {

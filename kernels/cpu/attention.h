@@ -17,30 +17,42 @@ namespace {
 
 constexpr int64_t kMaxDim = 1024;
 
-// Cache lines that a later phase will read. Scattered reads are bound by latency: asked for one
-// phase ahead, they arrive in the second-level cache while the core computes.
+// Cache lines (of 64 bytes) that a later phase will read. Scattered reads are bound by latency:
+// asked for one phase ahead, they arrive in the second-level cache while the core computes.
 struct Lines {
-  static constexpr int64_t kMost = 2048;  // half of a small second-level cache, in lines of 64 bytes
-  const char* at[kMost];
+  static constexpr int64_t kAhead = 2048;  // at most; two lists may be on their way, 256 KiB
+  std::vector<const char*> at;
   int64_t count = 0, next = 0;
 
   void clear() { count = next = 0; }
+  // Consecutive lines, as far as they are read ahead.
   void add(const void* first, int64_t bytes) {
-    const int64_t lines = std::min((bytes + 63) / 64, kMost - count);
-    for (int64_t i = 0; i < lines; ++i) at[count + i] = static_cast<const char*>(first) + 64 * i;
-    count += lines;
+    const char* p = static_cast<const char*>(first);
+    const int64_t lines = std::min((bytes + 63) / 64, kAhead - count);
+    const char** target = more(lines);
+    for (int64_t i = 0; i < lines; ++i) target[i] = p + 64 * i;
   }
   void add(const void* first, const std::vector<int32_t>& offsets) {
-    const int64_t lines = std::min<int64_t>(offsets.size(), kMost - count);
-    for (int64_t i = 0; i < lines; ++i) at[count + i] = static_cast<const char*>(first) + offsets[i];
-    count += lines;
+    const char* p = static_cast<const char*>(first);
+    const char** target = more(offsets.size());
+    for (size_t i = 0; i < offsets.size(); ++i) target[i] = p + offsets[i];
   }
   void pull(int64_t lines) {
     for (const int64_t end = std::min(count, next + lines); next < end; ++next)
       __builtin_prefetch(at[next], 0, 2);
   }
   // What each of `steps` steps has to pull.
-  int64_t share(int64_t steps) const { return steps ? (count - next + steps - 1) / steps : 0; }
+  int64_t share(int64_t steps) const {
+    const int64_t lines = std::min(count, kAhead) - next;
+    return steps && lines > 0 ? (lines + steps - 1) / steps : 0;
+  }
+
+ private:
+  const char** more(int64_t lines) {
+    count += lines;
+    if (static_cast<int64_t>(at.size()) < count) at.resize(2 * count);
+    return at.data() + count - lines;
+  }
 };
 
 // Consecutive token rows: each is a key, then a value.
@@ -50,6 +62,8 @@ struct Run {
   int64_t tokens;
 };
 
+// Exact attention of a query group; a group of more than four heads reads the rows again for each
+// further four.
 template <typename T>
 struct Attention {
   typedef Dot<T> D;
@@ -57,6 +71,7 @@ struct Attention {
   int64_t group, dim;
   float scale;
 
+  // Copies a query group to where attend() wants it.
   static void hold(const T* source, int64_t count, std::vector<Query>& query) {
     query.resize(count);
     if constexpr (std::is_same_v<T, Query>)
@@ -79,20 +94,21 @@ struct Attention {
  private:
   // Tokens whose keys and values stay in the first-level cache between logits and weighted sums.
   static constexpr int kChunk = 32;
+  static constexpr int kPiece = 2 * kLanes;  // elements
   typedef const T* Rows[kChunk];
 
   template <int G>
   void heads(const Query* query, const std::vector<Run<T>>& runs, T* out, int64_t g,
              Lines& later) const {
     switch (dim) {
-      case 64: return heads<G, 2>(query + g * dim, runs, out + g * dim, later);
-      case 128: return heads<G, 4>(query + g * dim, runs, out + g * dim, later);
+      case 64: return heads<G, 64 / kPiece>(query + g * dim, runs, out + g * dim, later);
+      case 128: return heads<G, 128 / kPiece>(query + g * dim, runs, out + g * dim, later);
       default: return heads<G, 0>(query + g * dim, runs, out + g * dim, later);
     }
   }
 
-  // Up to four query heads, by an online softmax. P is the number of 32-element pieces of a head
-  // (0: not known at compile time); with it, queries stay in registers.
+  // Up to four query heads, by an online softmax. P is the number of pieces of a head (0: not
+  // known at compile time); with it, queries stay in registers.
   template <int G, int P>
   void heads(const Query* query, const std::vector<Run<T>>& runs, T* out, Lines& later) const {
     size_t run = 0;
@@ -109,25 +125,32 @@ struct Attention {
     const int64_t share = later.share(tokens);
     float sums[4 * kMaxDim];
     std::fill(sums, sums + G * dim, 0.0f);
-    vec top = vec{} - INFINITY, mass = {};  // lane i: of head i % 4
+    v4 top = v4{} - INFINITY;
+    vec mass = {};  // lane i: of head i % 4
     Rows chunks[2];
     int count = next(chunks[0]);
     for (int i = 0; count; i ^= 1) {
       const int following = next(chunks[i ^ 1]);
       float weights[4 * kChunk];  // [token][head]
+      v4 highest = top;
       for (int t = 0; t < count; ++t) {
         if (t < following) ask(chunks[i ^ 1][t]);
         later.pull(share);
         const v4 dots = logits<G, P>(query, chunks[i][t]);
         *reinterpret_cast<v4*>(weights + 4 * t) = dots;
+        highest = dots > highest ? dots : highest;
       }
-      const vec decay = softmax(weights, count, top, mass);
+      const vec decay = exp_nonpositive(repeat(top - highest));
+      top = highest;
+      mass = mass * decay + exponentials(weights, count, top);
       weigh_all<G, P>(chunks[i], count, weights, decay, sums);
       count = following;
     }
     for (int g = 0; g < G; ++g) {
-      const float inverse = 1.0f / ((mass[g] + mass[g + 4]) + (mass[g + 8] + mass[g + 12]));
-      for (int64_t j = 0; j < dim; ++j) out[g * dim + j] = from_float<T>(sums[g * dim + j] * inverse);
+      float total = 0;
+      for (int lane = g; lane < kLanes; lane += 4) total += mass[lane];
+      for (int64_t j = 0; j < dim; ++j)
+        out[g * dim + j] = from_float<T>(sums[g * dim + j] * (1.0f / total));
     }
   }
 
@@ -139,38 +162,31 @@ struct Attention {
 
   template <int G, int P>
   v4 logits(const Query* query, const T* key) const {
-    const int64_t pieces = P ? P : dim / 32;
+    const int64_t pieces = P ? P : dim / kPiece;
     vec acc[4] = {};
     for (int64_t p = 0; p < pieces; ++p) {
-      const auto k = D::along(key + 32 * p);
-      for (int g = 0; g < G; ++g) acc[g] = D::add(acc[g], k, D::along(query + g * dim + 32 * p));
+      const auto k = D::along(key + kPiece * p);
+      for (int g = 0; g < G; ++g)
+        acc[g] = D::add(acc[g], k, D::along(query + g * dim + kPiece * p));
     }
     v4 dots = sum4(acc[0], acc[1], acc[2], acc[3]);
     if (!P)
-      for (int64_t j = 32 * pieces; j < dim; ++j)
+      for (int64_t j = kPiece * pieces; j < dim; ++j)
         for (int g = 0; g < G; ++g) dots[g] += to_float(key[j]) * to_float(query[g * dim + j]);
     return dots * scale;
   }
 
-  // Exponentials of `count` more logits; returns by how much earlier sums shrink.
-  static vec softmax(float* x, int count, vec& top, vec& mass) {
+  // Turns the logits of `count` tokens into weights; returns their sums.
+  static vec exponentials(float* x, int count, v4 top) {
     const int padded = (4 * count + kLanes - 1) / kLanes * kLanes;
     std::fill(x + 4 * count, x + padded, -INFINITY);
-    const vec before = top;
-    for (int i = 0; i < padded; i += kLanes) top = load(x + i) > top ? load(x + i) : top;
-    for (int shift : {4, 8}) {  // the largest of a head's four lanes, in all of them
-      vec other;
-      for (int lane = 0; lane < kLanes; ++lane) other[lane] = top[(lane + shift) % kLanes];
-      top = other > top ? other : top;
-    }
-    const vec decay = exp_nonpositive(before - top);
-    mass *= decay;
+    vec sums = {};
     for (int i = 0; i < padded; i += kLanes) {
-      const vec e = exp_nonpositive(load(x + i) - top);
+      const vec e = exp_nonpositive(load(x + i) - repeat(top));
       store(x + i, e);
-      mass += e;
+      sums += e;
     }
-    return decay;
+    return sums;
   }
 
   template <int G, int P>

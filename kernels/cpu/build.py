@@ -18,8 +18,13 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from vllm_sparse.errors import VllmSparseError
 from vllm_sparse.paths import cache_dir
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""What the kernels call a dtype."""
 
 _SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cpp")))
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared")
@@ -27,6 +32,17 @@ _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "
 
 class KernelBuildError(VllmSparseError, RuntimeError):
     """The C++ kernels could not be compiled."""
+
+
+def sizes(name: str, *fields: str) -> type[ctypes.Structure]:
+    """The mirror of a C++ struct of 64-bit integers.
+
+    Args:
+        name: Name of both.
+        fields: Names of the integers, in the order of the C++ struct.
+    """
+    members = [(field, ctypes.c_int64) for field in fields]
+    return type(name, (ctypes.Structure,), {"_fields_": members})
 
 
 def _cpu_fingerprint() -> str:
@@ -78,6 +94,7 @@ def load() -> ctypes.CDLL:
         ctypes.c_int, *([pointer] * 10), ctypes.c_float, ctypes.c_int
     )  # fmt: skip
     kernels.vllm_sparse_attend_frames.argtypes = (ctypes.c_int, *([pointer] * 6), ctypes.c_float)
+    kernels.vllm_sparse_attend_slots.argtypes = (ctypes.c_int, *([pointer] * 8), ctypes.c_float)
     kernels.vllm_sparse_select_blocks.argtypes = (ctypes.c_int, *([pointer] * 8))
     kernels.vllm_sparse_update_windows.argtypes = (ctypes.c_int, *([pointer] * 7))
     number = ctypes.c_int64

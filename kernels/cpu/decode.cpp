@@ -161,7 +161,7 @@ void decode(const Arguments<T>& a) {
       if (now->id >= 0) now->select(a, own.selection, before->rows);
       begin(after, now->id < 0 ? tasks : threads + claimed.fetch_add(1));
       if (before->id >= 0) {
-        before->rows.pull(Lines::kMost);
+        before->rows.pull(Lines::kAhead);
         before->attend(a, attention, after->extrema);
       }
       std::swap(before, now);  // now: done
@@ -183,7 +183,7 @@ extern "C" int vllm_sparse_decode(int dtype, void* cache, const void* query, con
   return with_dtype(dtype, [&](auto zero) {
     typedef decltype(zero) T;
     decode<T>({*sizes, static_cast<T*>(cache), static_cast<const T*>(query),
-               static_cast<const T*>(key), static_cast<const T*>(value), static_cast<T*>(out), table,
-               lengths, final_lengths, top_r, scale, read_all != 0});
+               static_cast<const T*>(key), static_cast<const T*>(value), static_cast<T*>(out),
+               table, lengths, final_lengths, top_r, scale, read_all != 0});
   });
 }

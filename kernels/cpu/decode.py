@@ -14,30 +14,22 @@ from vllm_sparse.kernels.cpu import build
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-class DecodeSizes(ctypes.Structure):
-    """Mirrors the struct of this name in ``pages.h``; strides count elements."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in (
-            "tokens",
-            "kv_heads",
-            "group",
-            "dim",
-            "block_size",
-            "page_size",
-            "top_k",
-            "block_stride",
-            "head_stride",
-            "table_stride",
-            "query_stride",
-            "out_stride",
-            "key_stride",
-        )
-    )
+DecodeSizes = build.sizes(
+    "DecodeSizes",
+    "tokens",
+    "kv_heads",
+    "group",
+    "dim",
+    "block_size",
+    "page_size",
+    "top_k",
+    "block_stride",
+    "head_stride",
+    "table_stride",
+    "query_stride",
+    "out_stride",
+    "key_stride",
+)
 
 
 def decode_attention(
@@ -99,7 +91,7 @@ def decode_attention(
     )
     pointers = (t.data_ptr() for t in (cache, query, key, value, output, *integers))
     status = build.load().vllm_sparse_decode(
-        DTYPES.get(cache.dtype, -1), *pointers, ctypes.byref(sizes), scale, int(read_all)
+        build.DTYPES.get(cache.dtype, -1), *pointers, ctypes.byref(sizes), scale, int(read_all)
     )
     if status:
         raise ValueError(f"the CPU decode kernel does not support {cache.dtype}, head size {dim}")

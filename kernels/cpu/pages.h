@@ -172,7 +172,8 @@ struct PageSelection {
     for (int64_t b = 0; b < blocks; ++b) {
       own.pull(own_share);
       earlier.pull(earlier_share);
-      score_block(head.extrema(b), per_block, channels, group, score.data() + b * per_block, padded);
+      float* out = score.data() + b * per_block;
+      score_block(head.extrema(b), per_block, channels, group, out, padded);
     }
     // The newest page may have grown since (or, for a replayed token, shrunk to what it saw).
     float bound[2 * kMaxDim];
@@ -264,7 +265,8 @@ struct PageSelection {
       float* x = score.data() + g * padded;
       const float inverse = channels.inverse_temperature[g];
       vec tops = load(x);
-      for (int64_t p = kLanes; p < padded; p += kLanes) tops = load(x + p) > tops ? load(x + p) : tops;
+      for (int64_t p = kLanes; p < padded; p += kLanes)
+        tops = load(x + p) > tops ? load(x + p) : tops;
       const float top = largest(tops);
       vec mass = {};
       for (int64_t p = 0; p < padded; p += kLanes) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: The vllm-sparse authors
 //
-// Vectors of sixteen floats, the three cache dtypes, and dot products of them.
+// Vectors of floats as wide as the CPU has them, the three cache dtypes, and dot products of them.
 
 #pragma once
 
@@ -15,7 +15,11 @@
 
 namespace {
 
+#ifdef __AVX512F__
 constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
 typedef float vec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
 typedef uint32_t uvec __attribute__((vector_size(kLanes * sizeof(uint32_t)), aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(kLanes * sizeof(int32_t)), aligned(4)));
@@ -79,16 +83,18 @@ struct Dot {
   struct pairs {
     vec first, second;
   };
-  // Thirty-two consecutive elements.
+  // Consecutive elements, two vectors of them.
   template <typename X>
   static pairs along(const X* p) {
     return {load(p), load(p + kLanes)};
   }
-  // Sixteen elements of each of two rows.
+  // A vector of each of two rows.
   static pairs across(const T* a, const T* b) { return {load(a), load(b)}; }
   // Two elements, in all lanes.
   static pairs broadcast(const query* p) { return {vec{} + p[0], vec{} + p[1]}; }
-  static vec add(vec acc, pairs a, pairs b) { return acc + a.first * b.first + a.second * b.second; }
+  static vec add(vec acc, pairs a, pairs b) {
+    return acc + a.first * b.first + a.second * b.second;
+  }
 };
 
 #ifdef __AVX512BF16__
@@ -120,10 +126,18 @@ struct Dot<bf16> {
 typedef float v8 __attribute__((vector_size(32), aligned(4)));
 typedef float v4 __attribute__((vector_size(16), aligned(4)));
 
+#ifdef __AVX512F__
 inline v8 halves(vec v) {
   return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
          __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
 }
+inline vec repeat(v4 v) {
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+}
+#else
+inline v8 halves(vec v) { return v; }
+inline vec repeat(v4 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 0, 1, 2, 3); }
+#endif
 // Sums of four vectors, as one.
 inline v4 sum4(vec a, vec b, vec c, vec d) {
   const v8 w = halves(a), x = halves(b), y = halves(c), z = halves(d);
@@ -148,9 +162,7 @@ inline uint32_t lane_bits(ivec truth) {
 #if defined(__AVX512F__)
   return _mm512_cmplt_epi32_mask((__m512i)truth, _mm512_setzero_si512());
 #elif defined(__AVX2__)
-  __m256 half[2];
-  std::memcpy(half, &truth, sizeof(half));
-  return _mm256_movemask_ps(half[0]) | _mm256_movemask_ps(half[1]) << 8;
+  return _mm256_movemask_ps((__m256)truth);
 #else
   uint32_t bits = 0;
   for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(truth[i] != 0) << i;

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from vllm_sparse.kernels.cpu import build
-from vllm_sparse.kernels.cpu.decode import DTYPES
+from vllm_sparse.kernels.cpu.build import DTYPES
 from vllm_sparse.kernels.reference.sparda_attention import unframed_rows
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from vllm_sparse.kernels.cpu import build
-from vllm_sparse.kernels.cpu.decode import DTYPES
+from vllm_sparse.kernels.cpu.build import DTYPES
 from vllm_sparse.kernels.types import Selected
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import ctypes
 import torch
 from torch import Tensor
 from vllm_sparse.kernels.cpu import build
-from vllm_sparse.kernels.cpu.decode import DTYPES
+from vllm_sparse.kernels.cpu.build import DTYPES
 
 
 def _integers(*names: str) -> tuple[tuple[str, type], ...]:

@@ -275,9 +275,7 @@ def _start_line(spec: PolicySpec, config: VllmConfig, kernels: PolicyKernels) ->
 
 def _decode_kernel(policy: Policy, kernels: PolicyKernels) -> str:
     fused = policy.moves and (policy.kernel or policy.top_k is None)
-    if fused:
-        return kernels.name
-    return "PyTorch" if kernels.attend_slots is None else f"PyTorch and {kernels.name}"
+    return kernels.name if fused else "PyTorch"
 
 
 def attend_step(

@@ -58,6 +58,7 @@ class SparseLayer:
         self._prompt_reader = reader
         # What was moved is plain, what stays in place is as the stock kernel wrote it.
         self._reader = PlainReader(self.stock_layout) if policy.moves else reader
+        self._plain = isinstance(self._reader, PlainReader)
         self._kernels = kernels
         self._scale = scale
         self._fused = policy.moves and (bool(policy.kernel) or self.reads_all)
@@ -255,7 +256,7 @@ class SparseLayer:
             positions = select_tokens(
                 cache, query, table, lengths, policy=self.policy, reader=reader, layout=layout
             )
-        if self._kernels.attend_slots is None:
+        if not self._plain:
             assert positions is not None
             attend_tokens(
                 cache, query, output, positions, table, lengths, reader=reader, layout=layout,

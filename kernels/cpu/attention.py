@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The C++ attention over selected tokens behind the reference's interface."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from vllm_sparse.kernels.cpu import build
+
+if TYPE_CHECKING:
+    from vllm_sparse.kernels.layout import PageLayout
+
+SlotSizes = build.sizes(
+    "SlotSizes",
+    "tokens",
+    "kv_heads",
+    "group",
+    "dim",
+    "block_size",
+    "top_k",
+    "block_stride",
+    "head_stride",
+    "table_stride",
+    "slot_stride",
+    "query_stride",
+    "out_stride",
+)
+
+
+def attend_slots(
+    cache: Tensor,
+    query: Tensor,
+    output: Tensor,
+    slots: Tensor | None,
+    block_table: Tensor,
+    lengths: Tensor,
+    top_r: Tensor,
+    *,
+    layout: PageLayout,
+    top_k: int,
+    scale: float,
+) -> None:
+    """Same contract as :func:`vllm_sparse.kernels.reference.stage2.attend_slots`.
+
+    Integer tensors must be int32, ``slots`` contiguous, and so the head and channel axes of all
+    other tensors.
+
+    Raises:
+        ValueError: Unsupported dtype or head size.
+    """
+    tokens, heads, dim = query.shape
+    kv_heads = cache.shape[1]
+    assert all(t.dtype == torch.int32 and t.stride(-1) == 1 for t in (block_table, lengths, top_r))
+    assert slots is None or (slots.dtype == torch.int32 and slots.is_contiguous())
+    assert query.stride(1) == output.stride(1) == dim
+    assert cache.stride(-1) == 1
+    sizes = SlotSizes(
+        tokens=tokens,
+        kv_heads=kv_heads,
+        group=heads // kv_heads,
+        dim=dim,
+        block_size=layout.block_size,
+        top_k=top_k,
+        block_stride=cache.stride(0),
+        head_stride=cache.stride(1),
+        table_stride=block_table.stride(0),
+        slot_stride=0 if slots is None else slots.shape[-1],
+        query_stride=query.stride(0),
+        out_stride=output.stride(0),
+    )
+    status = build.load().vllm_sparse_attend_slots(
+        build.DTYPES.get(cache.dtype, -1),
+        cache.data_ptr(),
+        query.data_ptr(),
+        output.data_ptr(),
+        None if slots is None else slots.data_ptr(),
+        block_table.data_ptr(),
+        lengths.data_ptr(),
+        top_r.data_ptr(),
+        ctypes.byref(sizes),
+        scale,
+    )
+    if status:
+        raise ValueError(
+            f"the CPU attention kernel does not support {cache.dtype}, head size {dim}"
+        )
