@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def run_engine(
     Returns:
         ``tokens[wave][request]``, ``cached[wave][request]`` (prefix-cache hits in tokens),
         ``counters`` (of the worker and scheduler if in process), ``preemptions``, ``free_blocks``
-        ``[before, after]`` and ``log``.
+        ``[before, after]``, ``copy_threads`` after the
+        engine has shut down (if in process) and ``log``.
     """
     arguments = {
         "max_model_len": 1024,
@@ -161,6 +163,11 @@ def _main(path: str) -> None:
         metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
     )
     result["free_blocks"] = [before, _free_blocks(llm)]
+    if before is not None:
+        llm.llm_engine.engine_core.shutdown()
+        result["copy_threads"] = [thread.name for thread in threading.enumerate()].count(
+            "sparda-copy"
+        )
     Path(job["result"]).write_text(json.dumps(result))
 
 
