@@ -208,7 +208,7 @@ def counts(worker: Any) -> dict[str, int]:
     runtime, choice = worker.steering.runtime, worker.steering.choice
     geometry = runtime.pager.geometry
     paged = sum(not geometry.is_resident(layer) for layer in range(geometry.num_layers))
-    hits, misses, _ = runtime.fetcher.counters.values.view(-1, 3).sum(0).tolist()
+    hits, misses, *_ = runtime.fetcher.counters.values.view(-1, 4).sum(0).tolist()
     return {
         "hits": hits,
         "misses": misses,
