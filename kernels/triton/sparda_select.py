@@ -166,7 +166,8 @@ def select_blocks(
     lengths = torch.empty(rows, dtype=torch.int32, device=device)
     if not rows:
         return Selected(logical, pieces, lengths)
-    best = first = lengths  # unused where every row reads all its blocks
+    # Not read where every row reads all its blocks.
+    best = first = torch.empty(1, dtype=torch.float32, device=device)
     if vectors is not None and width > whole:
         best, first = score_blocks(
             compressed, vectors, block_table, positions, ranking, blocks, dense_len
