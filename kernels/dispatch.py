@@ -163,16 +163,10 @@ def sparda_kernels(device: torch.device, kernels: str = "auto") -> SpardaKernels
 
         name = "cpu"
     return SpardaKernels(
-        sparda_select.select_blocks,
-        sparda_paging.resolve,
-        sparda_paging.copy_pieces,
-        sparda_tokens.write_tokens,
-        sparda_tokens.update_windows,
-        sparda_tokens.record_queries,
-        sparda_attention.attend_frames,
-        sparda_prefill.attend_part,
-        name,
-    )
+        sparda_select.select_blocks, sparda_paging.resolve, sparda_paging.copy_pieces,
+        sparda_tokens.write_tokens, sparda_tokens.update_windows, sparda_tokens.record_queries,
+        sparda_attention.attend_frames, sparda_prefill.attend_part, name,
+    )  # fmt: skip
 
 
 def _check_triton(device: torch.device) -> None:

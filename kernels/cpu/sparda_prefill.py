@@ -12,17 +12,9 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def attend_part(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    chosen: Tensor | None,
-    causal: bool,
-    scale: float,
-    *,
-    first_position: int = 0,
-    block_size: int = 0,
-    past_from: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, keys: Tensor, values: Tensor, chosen: Tensor | None, causal: bool,
+    scale: float, *, first_position: int = 0, block_size: int = 0, past_from: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Same contract as :func:`vllm_sparse.kernels.reference.sparda_prefill.attend_part`."""
     if not (query.numel() and keys.numel()):  # which the kernel does not survive
         return query.new_zeros(query.shape).float(), query.new_full(

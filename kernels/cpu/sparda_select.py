@@ -30,16 +30,9 @@ class _Sizes(ctypes.Structure):
 
 
 def select_blocks(
-    compressed: Tensor,
-    vectors: Tensor | None,
-    block_table: Tensor,
-    positions: Tensor,
-    ranking: Ranking,
-    blocks: Blocks,
-    *,
-    dense_len: int = 0,
-    capacity: int | None = None,
-) -> Selected:
+    compressed: Tensor, vectors: Tensor | None, block_table: Tensor, positions: Tensor,
+    ranking: Ranking, blocks: Blocks, *, dense_len: int = 0, capacity: int | None = None,
+) -> Selected:  # fmt: skip
     """Same contract as :func:`vllm_sparse.kernels.reference.sparda_select.select_blocks`.
 
     Channels of ``compressed`` and ``vectors`` and entries of ``block_table`` are contiguous.

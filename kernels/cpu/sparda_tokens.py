@@ -66,15 +66,9 @@ def write_tokens(
 
 
 def update_windows(
-    compressed: Tensor,
-    source: Tensor,
-    positions: Tensor,
-    block_table: Tensor,
-    stride: int,
-    *,
-    slab: Tensor | None = None,
-    frame_of: Tensor | None = None,
-) -> None:
+    compressed: Tensor, source: Tensor, positions: Tensor, block_table: Tensor, stride: int, *,
+    slab: Tensor | None = None, frame_of: Tensor | None = None,
+) -> None:  # fmt: skip
     """Same contract as :func:`vllm_sparse.kernels.reference.sparda_tokens.update_windows`.
 
     Memory is contiguous, but for rows of the table and blocks, heads and windows of ``compressed``.

@@ -25,30 +25,11 @@ if TYPE_CHECKING:
 # How wide a table is changes from step to step, which must not compile variants.
 @triton.jit(do_not_specialize=["least", "stride_table"])
 def _attend_frames_kernel(
-    slab,
-    query,
-    frames,
-    lengths,
-    host,
-    table,
-    unframed,
-    partial,
-    lse_out,
-    count,
-    least,
-    scale_log2,
-    stride_query_row,
-    stride_query_head,
-    stride_table,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    UNFRAMED: tl.constexpr,
-):
+    slab, query, frames, lengths, host, table, unframed, partial, lse_out, count, least,
+    scale_log2, stride_query_row, stride_query_head, stride_table, HEADS: tl.constexpr,
+    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UNFRAMED: tl.constexpr,
+):  # fmt: skip
     """All query heads of one KV head against one share of its tokens."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -146,29 +127,10 @@ def attend_frames(
     query = query.to(slab.dtype)
     scratch = make_shares(output, shares)
     _attend_frames_kernel[(rows, kv_heads, shares)](
-        slab,
-        query,
-        frames,
-        lengths,
-        host,
-        table,
-        whole,
-        *scratch,
-        count,
-        least,
-        scale * 1.4426950408889634,
-        query.stride(0),
-        query.stride(1),
-        table.stride(0),
-        HEADS=kv_heads,
-        GROUP=heads // kv_heads,
-        DIM=dim,
-        BLOCK_SIZE=block_size,
-        BLOCK_M=row_block(heads // kv_heads),
-        BLOCK_N=block,
-        BLOCK_D=dim_block(dim),
-        UNFRAMED=unframed is not None,
-        num_warps=warps,
-        num_stages=stages,
-    )
+        slab, query, frames, lengths, host, table, whole, *scratch, count, least,
+        scale * 1.4426950408889634, query.stride(0), query.stride(1), table.stride(0),
+        HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim, BLOCK_SIZE=block_size,
+        BLOCK_M=row_block(heads // kv_heads), BLOCK_N=block, BLOCK_D=dim_block(dim),
+        UNFRAMED=unframed is not None, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
     merge_shares(scratch, lengths, output, whole if unframed else None)

@@ -27,16 +27,8 @@ _RANK = tl.constexpr(-(2**30))
 # The number of rows changes from step to step, which must not compile variants.
 @triton.jit(do_not_specialize=["total"])
 def _look_up_kernel(
-    wanted,
-    frame_of,
-    last_use,
-    recent,
-    step,
-    arrived,
-    counters,
-    total,
-    BLOCK: tl.constexpr,
-):
+    wanted, frame_of, last_use, recent, step, arrived, counters, total, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Marks the frames that are there; the first of those who want an absent piece claims it."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     piece = tl.load(wanted + index, mask=index < total, other=-1)
@@ -58,22 +50,9 @@ def _look_up_kernel(
 
 @triton.jit(do_not_specialize=["total"])
 def _replace_kernel(
-    wanted,
-    frame_of,
-    piece_of,
-    last_use,
-    recent,
-    hand,
-    step,
-    ranks,
-    targets,
-    misses,
-    arrived,
-    counters,
-    total,
-    num_frames,
-    TILE: tl.constexpr,
-):
+    wanted, frame_of, piece_of, last_use, recent, hand, step, ranks, targets, misses, arrived,
+    counters, total, num_frames, TILE: tl.constexpr,
+):  # fmt: skip
     """Counts the absent pieces, tile by tile; the last program to do so finds all of them frames.
 
     Which piece gets which of these frames is left to the next launch.
@@ -139,18 +118,9 @@ def _replace_kernel(
 
 @triton.jit(do_not_specialize=["total"])
 def _fill_kernel(
-    wanted,
-    frame_of,
-    piece_of,
-    ranks,
-    targets,
-    misses,
-    missing,
-    frames,
-    total,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    wanted, frame_of, piece_of, ranks, targets, misses, missing, frames, total,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Gives the absent pieces their frames, and everyone theirs.
 
     All who want an absent piece write the same, so whoever comes late may find the frame or, as
@@ -195,49 +165,17 @@ def resolve(table: PageTable, wanted: Tensor, step: Tensor, counters: Tensor) ->
     ranks, arrived = (torch.empty(size, dtype=torch.int32, device=device) for size in (tiles, 1))
     recent = table.recent.view(torch.uint8)
     _look_up_kernel[(lookups,)](
-        wanted,
-        table.frame_of,
-        table.last_use,
-        recent,
-        step,
-        arrived,
-        counters,
-        total,
-        BLOCK=block,
-        num_warps=warps,
-    )
+        wanted, table.frame_of, table.last_use, recent, step, arrived, counters, total,
+        BLOCK=block, num_warps=warps,
+    )  # fmt: skip
     _replace_kernel[(tiles,)](
-        wanted,
-        table.frame_of,
-        table.piece_of,
-        table.last_use,
-        recent,
-        table.hand,
-        step,
-        ranks,
-        targets,
-        misses,
-        arrived,
-        counters,
-        total,
-        num_frames,
-        TILE=tile,
-        num_warps=tile_warps,
-    )
+        wanted, table.frame_of, table.piece_of, table.last_use, recent, table.hand, step, ranks,
+        targets, misses, arrived, counters, total, num_frames, TILE=tile, num_warps=tile_warps,
+    )  # fmt: skip
     _fill_kernel[(lookups,)](
-        wanted,
-        table.frame_of,
-        table.piece_of,
-        ranks,
-        targets,
-        misses,
-        missing,
-        frames,
-        total,
-        TILE=tile,
-        BLOCK=block,
-        num_warps=warps,
-    )
+        wanted, table.frame_of, table.piece_of, ranks, targets, misses, missing, frames, total,
+        TILE=tile, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
     return result
 
 
@@ -293,12 +231,7 @@ def copy_pieces(
     assert size % 16 == 0, "pieces are copied in runs of 16 bytes"
     block, warps, _ = launch("copy_pieces", target.device)
     _copy_kernel[(programs,)](
-        target.view(-1).view(torch.int32),
-        target_index,
-        source.view(-1).view(torch.int32),
-        source_index,
-        count,
-        WORDS=size // 4,
-        BLOCK=min(block, triton.next_power_of_2(size // 4)),
+        target.view(-1).view(torch.int32), target_index, source.view(-1).view(torch.int32),
+        source_index, count, WORDS=size // 4, BLOCK=min(block, triton.next_power_of_2(size // 4)),
         num_warps=warps,
-    )
+    )  # fmt: skip

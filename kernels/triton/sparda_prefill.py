@@ -27,22 +27,10 @@ _ROWS = 128
     ]
 )  # fmt: skip
 def _list_blocks_kernel(
-    chosen,
-    lists,
-    tokens,
-    first_block,
-    end_block,
-    past_from,
-    stride_chosen_head,
-    stride_chosen_token,
-    stride_list,
-    GROUP: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
+    chosen, lists, tokens, first_block, end_block, past_from, stride_chosen_head,
+    stride_chosen_token, stride_list, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
     """How many and which blocks any token of a tile of queries reads, ascending."""
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -73,37 +61,13 @@ def _list_blocks_kernel(
     ]
 )  # fmt: skip
 def _attend_part_kernel(
-    query,
-    keys,
-    values,
-    chosen,
-    lists,
-    output,
-    lse_out,
-    scale_log2,
-    tokens,
-    num_keys,
-    first_position,
-    past_from,
-    stride_query_head,
-    stride_query_member,
-    stride_query_token,
-    stride_key_head,
-    stride_key_token,
-    stride_value_head,
-    stride_value_token,
-    stride_chosen_head,
-    stride_chosen_token,
-    stride_list,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CHOSEN: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
+    query, keys, values, chosen, lists, output, lse_out, scale_log2, tokens, num_keys,
+    first_position, past_from, stride_query_head, stride_query_member, stride_query_token,
+    stride_key_head, stride_key_token, stride_value_head, stride_value_token, stride_chosen_head,
+    stride_chosen_token, stride_list, GROUP: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHOSEN: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
     """The tokens and heads of one tile, which share their KV head, against its keys."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the longest past first
     head = tl.program_id(1).to(tl.int64)
@@ -161,17 +125,9 @@ def _attend_part_kernel(
 
 
 def attend_part(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    chosen: Tensor | None,
-    causal: bool,
-    scale: float,
-    *,
-    first_position: int = 0,
-    block_size: int = 0,
-    past_from: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, keys: Tensor, values: Tensor, chosen: Tensor | None, causal: bool,
+    scale: float, *, first_position: int = 0, block_size: int = 0, past_from: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Same contract as :func:`vllm_sparse.kernels.reference.sparda_prefill.attend_part`.
 
     Queries are rounded to the dtype of the keys. One launch, or two with ``chosen``: the first
@@ -222,48 +178,16 @@ def attend_part(
         strides = (chosen.stride(0), chosen.stride(1), listed)
         width, list_warps, _ = launch("list_blocks", device)
         _list_blocks_kernel[(tiles, kv_heads)](
-            marks,
-            lists,
-            tokens,
-            first_block,
-            end_block,
-            past_from,
-            *strides,
-            **shape,
-            BLOCK_M=rows,
-            BLOCK_T=triton.next_power_of_2(-(-rows // group) + (rows % group > 0)),
-            BLOCK=width,
-            num_warps=list_warps,
-        )
+            marks, lists, tokens, first_block, end_block, past_from, *strides, **shape,
+            BLOCK_M=rows, BLOCK_T=triton.next_power_of_2(-(-rows // group) + (rows % group > 0)),
+            BLOCK=width, num_warps=list_warps,
+        )  # fmt: skip
         block = min(block, block_size)
     _attend_part_kernel[(tiles, kv_heads)](
-        query,
-        keys,
-        values,
-        marks,
-        lists,
-        output,
-        lse,
-        scale * 1.4426950408889634,
-        tokens,
-        num_keys,
-        first_position,
-        past_from,
-        query.stride(0),
-        query.stride(1),
-        query.stride(2),
-        keys.stride(0),
-        keys.stride(1),
-        values.stride(0),
-        values.stride(1),
-        *strides,
-        **shape,
-        DIM=dim,
-        BLOCK_M=rows,
-        BLOCK_N=block,
-        BLOCK_D=dim_block(dim),
-        CHOSEN=chosen is not None,
-        num_warps=warps,
-        num_stages=stages,
-    )
+        query, keys, values, marks, lists, output, lse, scale * 1.4426950408889634, tokens,
+        num_keys, first_position, past_from, query.stride(0), query.stride(1), query.stride(2),
+        keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), *strides, **shape,
+        DIM=dim, BLOCK_M=rows, BLOCK_N=block, BLOCK_D=dim_block(dim), CHOSEN=chosen is not None,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
     return output, lse

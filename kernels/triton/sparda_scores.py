@@ -60,9 +60,9 @@ def _store_scores(best, first, score, start, end, WINDOWS: tl.constexpr):
 
     Args:
         best: For each block of a row.
-        first: Likewise.
+        first: For each block of a row.
         score: Scores of the windows from ``start`` on.
-        start: At the beginning of a block, as ``end``.
+        start: At the beginning of a block.
         end: Windows from here on are somebody else's.
         WINDOWS: Windows per block.
     """
@@ -91,31 +91,11 @@ def _share_of_free_blocks(
 # number of rows, on which it depends how often they are split.
 @triton.jit(do_not_specialize=["width", "least", "stride_table"])
 def _forecast_kernel(
-    compressed,
-    vectors,
-    table,
-    positions,
-    best,
-    first,
-    lag,
-    top_k,
-    dense_len,
-    local_blocks,
-    width,
-    least,
-    stride_block,
-    stride_head,
-    stride_slot,
-    stride_vector_row,
-    stride_vector_head,
-    stride_table,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    compressed, vectors, table, positions, best, first, lag, top_k, dense_len, local_blocks,
+    width, least, stride_block, stride_head, stride_slot, stride_vector_row, stride_vector_head,
+    stride_table, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Scores of one share of a row's windows by the vector of its KV head."""
     WINDOWS: tl.constexpr = BLOCK_SIZE // STRIDE
     row = tl.program_id(0).to(tl.int64)
@@ -147,34 +127,12 @@ def _forecast_kernel(
 
 @triton.jit(do_not_specialize=["width", "least", "stride_table"])
 def _logits_kernel(
-    compressed,
-    vectors,
-    table,
-    positions,
-    logits,
-    peaks,
-    masses,
-    scale_log2,
-    lag,
-    top_k,
-    dense_len,
-    width,
-    least,
-    stride_block,
-    stride_head,
-    stride_slot,
-    stride_vector_row,
-    stride_vector_head,
-    stride_table,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    compressed, vectors, table, positions, logits, peaks, masses, scale_log2, lag, top_k,
+    dense_len, width, least, stride_block, stride_head, stride_slot, stride_vector_row,
+    stride_vector_head, stride_table, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     """Logits of one share of a row's windows, the largest and their softmax mass, per query head.
 
     The compressed keys are read once: even sixteen logits are a quarter of a key of 128 channels.
@@ -228,27 +186,10 @@ def _logits_kernel(
 
 @triton.jit(do_not_specialize=["width", "shares", "least"])
 def _softmax_kernel(
-    positions,
-    logits,
-    peaks,
-    masses,
-    best,
-    first,
-    lag,
-    top_k,
-    dense_len,
-    local_blocks,
-    width,
-    shares,
-    least,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MOST: tl.constexpr,
-):
+    positions, logits, peaks, masses, best, first, lag, top_k, dense_len, local_blocks, width,
+    shares, least, HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
     """Scores of one share of a row's windows: probabilities, summed over the group."""
     WINDOWS: tl.constexpr = BLOCK_SIZE // STRIDE
     row = tl.program_id(0).to(tl.int64)

@@ -79,24 +79,10 @@ def _take_in_passes(
 
 @triton.jit(do_not_specialize=["width", "capacity", "stride_table"])
 def _choose_kernel(
-    best,
-    first,
-    table,
-    positions,
-    blocks,
-    pieces,
-    lengths,
-    init_blocks,
-    local_blocks,
-    top_k,
-    dense_len,
-    width,
-    capacity,
-    stride_table,
-    HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    best, first, table, positions, blocks, pieces, lengths, init_blocks, local_blocks, top_k,
+    dense_len, width, capacity, stride_table, HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     lane = tl.arange(0, BLOCK)
@@ -143,16 +129,9 @@ def _choose_kernel(
 
 
 def select_blocks(
-    compressed: Tensor,
-    vectors: Tensor | None,
-    block_table: Tensor,
-    positions: Tensor,
-    ranking: Ranking,
-    blocks: Blocks,
-    *,
-    dense_len: int = 0,
-    capacity: int | None = None,
-) -> Selected:
+    compressed: Tensor, vectors: Tensor | None, block_table: Tensor, positions: Tensor,
+    ranking: Ranking, blocks: Blocks, *, dense_len: int = 0, capacity: int | None = None,
+) -> Selected:  # fmt: skip
     """Same contract as :func:`vllm_sparse.kernels.reference.sparda_select.select_blocks`.
 
     Three launches for a softmax, two for a Forecast, one if the table is so narrow that every row
@@ -187,31 +166,16 @@ def select_blocks(
     lengths = torch.empty(rows, dtype=torch.int32, device=device)
     if not rows:
         return Selected(logical, pieces, lengths)
-    best = first = lengths  # unused where every row reads all its blocks
+    # Not read where every row reads all its blocks.
+    best = first = torch.empty(1, dtype=torch.float32, device=device)
     if vectors is not None and width > whole:
         best, first = score_blocks(
             compressed, vectors, block_table, positions, ranking, blocks, dense_len
         )
     block, warps, stages = launch("choose_blocks", device)
     _choose_kernel[(rows, kv_heads)](
-        best,
-        first,
-        block_table,
-        positions,
-        logical,
-        pieces,
-        lengths,
-        blocks.init_blocks,
-        blocks.local_blocks,
-        blocks.top_k,
-        dense_len,
-        width,
-        capacity,
-        block_table.stride(0),
-        HEADS=kv_heads,
-        BLOCK_SIZE=size,
-        BLOCK=block,
-        num_warps=warps,
-        num_stages=stages,
-    )
+        best, first, block_table, positions, logical, pieces, lengths, blocks.init_blocks,
+        blocks.local_blocks, blocks.top_k, dense_len, width, capacity, block_table.stride(0),
+        HEADS=kv_heads, BLOCK_SIZE=size, BLOCK=block, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
     return Selected(logical, pieces, lengths)

@@ -19,21 +19,10 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _write_tokens_kernel(
-    host,
-    slab,
-    frame_of,
-    slots,
-    key,
-    value,
-    stride_key_row,
-    stride_key_head,
-    stride_value_row,
-    stride_value_head,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    host, slab, frame_of, slots, key, value, stride_key_row, stride_key_head, stride_value_row,
+    stride_value_head, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     slot = tl.load(slots + row)
@@ -78,45 +67,19 @@ def write_tokens(
     if not rows:
         return
     _write_tokens_kernel[(rows, kv_heads)](
-        host,
-        slab,
-        frame_of,
-        slots,
-        key,
-        value,
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
-        HEADS=kv_heads,
-        DIM=dim,
-        BLOCK_SIZE=host.shape[2],
-        BLOCK_D=dim_block(dim),
-        num_warps=1,
-    )
+        host, slab, frame_of, slots, key, value, key.stride(0), key.stride(1), value.stride(0),
+        value.stride(1), HEADS=kv_heads, DIM=dim, BLOCK_SIZE=host.shape[2],
+        BLOCK_D=dim_block(dim), num_warps=1,
+    )  # fmt: skip
 
 
 # How wide a table is changes from step to step, which must not compile variants.
 @triton.jit(do_not_specialize=["stride_table"])
 def _update_windows_kernel(
-    compressed,
-    source,
-    slab,
-    frame_of,
-    positions,
-    table,
-    stride_block,
-    stride_head,
-    stride_slot,
-    stride_table,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    FRAMES: tl.constexpr,
-):
+    compressed, source, slab, frame_of, positions, table, stride_block, stride_head, stride_slot,
+    stride_table, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, FRAMES: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     end = tl.load(positions + row).to(tl.int32) + 1
@@ -156,15 +119,9 @@ def _update_windows_kernel(
 
 
 def update_windows(
-    compressed: Tensor,
-    source: Tensor,
-    positions: Tensor,
-    block_table: Tensor,
-    stride: int,
-    *,
-    slab: Tensor | None = None,
-    frame_of: Tensor | None = None,
-) -> None:
+    compressed: Tensor, source: Tensor, positions: Tensor, block_table: Tensor, stride: int, *,
+    slab: Tensor | None = None, frame_of: Tensor | None = None,
+) -> None:  # fmt: skip
     """Same contract as :func:`vllm_sparse.kernels.reference.sparda_tokens.update_windows`.
 
     Args:
@@ -192,39 +149,18 @@ def update_windows(
     if not len(positions):
         return
     _update_windows_kernel[(len(positions), kv_heads)](
-        compressed,
-        source,
-        slab,
-        frame_of,
-        positions,
-        block_table,
-        *compressed.stride()[:3],
-        block_table.stride(0),
-        HEADS=kv_heads,
-        DIM=dim,
-        BLOCK_SIZE=block_size,
-        STRIDE=stride,
-        BLOCK_N=triton.next_power_of_2(2 * stride),
-        BLOCK_D=dim_block(dim),
-        FRAMES=frames,
+        compressed, source, slab, frame_of, positions, block_table, *compressed.stride()[:3],
+        block_table.stride(0), HEADS=kv_heads, DIM=dim, BLOCK_SIZE=block_size, STRIDE=stride,
+        BLOCK_N=triton.next_power_of_2(2 * stride), BLOCK_D=dim_block(dim), FRAMES=frames,
         num_warps=4,
-    )
+    )  # fmt: skip
 
 
 @triton.jit
 def _record_queries_kernel(
-    kept,
-    query,
-    slots,
-    last,
-    stride_query_row,
-    stride_query_head,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    kept, query, slots, last, stride_query_row, stride_query_head, HEADS: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     row = tl.load(last + tl.program_id(0))
     slot = tl.load(slots + row)
     if slot < 0:
@@ -259,16 +195,6 @@ def record_queries(
     if not len(last):
         return
     _record_queries_kernel[(len(last), triton.cdiv(heads, _HEADS))](
-        kept,
-        query,
-        slots,
-        last,
-        query.stride(0),
-        query.stride(1),
-        HEADS=heads,
-        DIM=dim,
-        BLOCK_SIZE=block_size,
-        BLOCK_H=_HEADS,
-        BLOCK_D=dim_block(dim),
-        num_warps=4,
-    )
+        kept, query, slots, last, query.stride(0), query.stride(1), HEADS=heads, DIM=dim,
+        BLOCK_SIZE=block_size, BLOCK_H=_HEADS, BLOCK_D=dim_block(dim), num_warps=4,
+    )  # fmt: skip

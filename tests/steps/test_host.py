@@ -395,6 +395,13 @@ def test_padding_rows_read_and_write_nothing() -> None:
     assert counts["decode_rows", ""] == 1
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_prompt_that_ends_with_a_lone_token_starts_to_decode_densely(captured) -> None:
+    rows = [Row(4, 1, 5, [1]), Row(0, 0, 0, [])]
+    _, counts = plan_rows(simple(dense_len=16), rows, captured)
+    assert counts["dense_fallbacks", "shorter_than_dense_len"] == 1
+
+
 def test_a_captured_step_never_moves() -> None:
     """What a graph reads is where it was, whatever the lengths."""
     planner = RowPlanner(simple(), 8, torch.device("cpu"), captured=True)

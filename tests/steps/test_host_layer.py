@@ -110,16 +110,19 @@ class LayerMachine(RuleBasedStateMachine):
         geometry = Geometry(LAYERS, BLOCKS, HEADS, SIZE, DIM, 4, frames)
         self.pager = Pager(geometry, torch.float32, poison=True)
 
-        def copy(*arguments) -> None:
-            time.sleep(1e-4 if lane == "slow thread" else 0)
-            base.copy_pieces(*arguments)
+        def torn_copy(target, target_index, source, source_index, count) -> None:
+            """What was read is old when it is written."""
+            first = slice(int(count))
+            held = source[source_index[first].long()]
+            time.sleep(1e-4)
+            target[target_index[first].long()] = held
 
         def resolve(table, wanted, *rest):
             self.wanted += len(wanted[wanted >= 0].unique())
             return base.resolve(table, wanted, *rest)
 
         kernels = base._replace(
-            copy_pieces=copy,
+            copy_pieces=torn_copy if lane == "slow thread" else base.copy_pieces,
             resolve=resolve,
             select_blocks=self._select,
             attend_frames=self._check_frames,

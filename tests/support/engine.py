@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def run_engine(
     Returns:
         ``tokens[wave][request]``, ``cached[wave][request]`` (prefix-cache hits in tokens),
         ``counters`` (of the worker and scheduler if in process), ``preemptions``, ``free_blocks``
-        ``[before, after]`` and ``log``.
+        ``[before, after]``, ``copy_threads`` after the
+        engine has shut down (if in process) and ``log``.
     """
     arguments = {
         "max_model_len": 1024,
@@ -143,6 +145,11 @@ def serve(job: dict[str, Any]) -> None:
         metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
     )
     result["free_blocks"] = [before, _free_blocks(llm)]
+    if before is not None:
+        llm.llm_engine.engine_core.shutdown()
+        result["copy_threads"] = [thread.name for thread in threading.enumerate()].count(
+            "sparda-copy"
+        )
     Path(job["result"]).write_text(json.dumps(result))
 
 

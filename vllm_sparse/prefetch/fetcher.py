@@ -34,10 +34,11 @@ class _Fetch(NamedTuple):
     ahead: bool
 
 
-# What resolving counts: for layers that are about to run, and for those after them.
+# What resolving counts: for layers that are about to run, and for those after them. The two begin
+# 32 bytes apart, or Triton would compile kernels for the alignment of each.
 _COUNTED = (
-    *("frame_hits", "frame_misses", "slab_full"),
-    *("frame_hits", "prefetch_issued", "slab_full"),
+    *("frame_hits", "frame_misses", "slab_full", "unused"),
+    *("frame_hits", "prefetch_issued", "slab_full", "unused"),
 )
 
 
@@ -79,7 +80,7 @@ class Fetcher:
         self._readable = device.type == "cpu"
         self.step = torch.ones(1, dtype=torch.int64, device=device)
         self.counters = DeviceCounters(_COUNTED, device, self._publish)
-        self._counted = self.counters.values.view(2, 3).unbind()
+        self._counted = self.counters.values.view(2, 4)[:, :3].unbind()
         self._copies = [0, 0]
         self._announced: dict[int, Selected] = {}
         self._fetches: dict[int, _Fetch] = {}

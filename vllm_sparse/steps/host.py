@@ -240,9 +240,9 @@ class SpardaPlanner:
 
         Args:
             start: Host ``[R]``: position of each row's first token.
-            seq_lens: Host ``[R]``: tokens of each row after the step.
+            seq_lens: Host ``[R]``: tokens of each row after the step, 0 for padding rows.
             prompt_lens: Host ``[R]``: prompt tokens of each row's request.
         """
-        finished = (start < prompt_lens) & (seq_lens >= prompt_lens)
+        finished = (start < prompt_lens) & (seq_lens >= prompt_lens) & (seq_lens > 0)
         if short := int((prompt_lens[finished] < self._settings.dense_len).sum()):
             self._count("dense_fallbacks", short, "shorter_than_dense_len")

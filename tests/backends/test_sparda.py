@@ -86,6 +86,10 @@ def test_blocks_leave_the_slab_and_come_back(sparda_run):
     assert sparda_run["free_blocks"][0] == sparda_run["free_blocks"][1]
 
 
+def test_threads_end_with_the_engine(sparda_run):
+    assert sparda_run["copy_threads"] == 0
+
+
 @pytest.mark.parametrize("selector", ["query", "previous", "forecast"])
 def test_selectors_equal_hugging_face(qwen2, prompts, tmp_path, selector):
     changes: dict[str, Any] = {"selector": selector}

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""SPARDA's GPU path in whole engines on a CPU; see ``test_gpu_path``.
+"""SPARDA's GPU path in whole engines on a CPU; interpreted kernels, late copies.
 
 Copies run as late as they may, over memory full of NaN. The runs that they are compared with are
-compared with Hugging Face in ``test_sparda_engine``.
+compared with Hugging Face in ``test_sparda``.
 """
 
 from __future__ import annotations
 
 import pytest
+import torch
 from support.engine import SPARDA_SETTINGS, run_engine
+
+from vllm_sparse.config import SpardaSettings
+from vllm_sparse.errors import ConfigError
+from vllm_sparse.kv.host.geometry import GIB, Geometry
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -71,3 +76,18 @@ def test_gpu_path_gives_the_cpu_path_s_tokens(llama, prompts, case):
     names = ["decode_rows", "visible_blocks", "selected_blocks", "device_to_host_bytes"]
     assert [run["counters"][k] for k in names] == [reference["counters"][k] for k in names]
     assert run["counters"]["frame_misses"] > 0
+
+
+def test_a_slab_that_the_gpu_cannot_hold_is_refused(monkeypatch):
+    from vllm_sparse.backends import sparda_gpu
+
+    geometry = Geometry(2, 65, 2, 64, 128, 2, frames=(64, 130))  # 32 KiB a frame: 6.06 MiB
+    options = SpardaSettings(selector="query", staging_blocks=16)  # 2 MiB
+    needed = geometry.slab_bytes + 2 * 16 * 2 * geometry.piece_bytes
+    for free, fits in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, GIB))
+        if fits:
+            sparda_gpu._check_memory(geometry, options, torch.device("cuda"))
+        else:
+            with pytest.raises(ConfigError, match=r"slab_gib: 0\.01 GiB of frames"):
+                sparda_gpu._check_memory(geometry, options, torch.device("cuda"))

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Memory that the machine or its container can still give."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from vllm_sparse.kv.host.memory import available_bytes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class TestAvailableBytes:
+    @pytest.fixture(autouse=True)
+    def _machine(self, monkeypatch):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+
+    @staticmethod
+    def cgroup(folder: Path, limit: str, used: str = "500\n", stat: str | None = None) -> Path:
+        (folder / "memory.max").write_text(limit)
+        (folder / "memory.current").write_text(used)
+        stat = "anon 300\ninactive_file 150\nactive_file 50\n" if stat is None else stat
+        (folder / "memory.stat").write_text(stat)
+        return folder
+
+    def test_the_containers_limit_counts_without_its_page_cache(self, tmp_path):
+        assert available_bytes(self.cgroup(tmp_path, "800\n")) == 800 - 500 + 150
+
+    def test_the_machine_counts_where_it_has_less(self, tmp_path):
+        assert available_bytes(self.cgroup(tmp_path, "9000\n")) == 1000
+
+    @pytest.mark.parametrize(
+        ("limit", "used"), [("max\n", "500\n"), ("nonsense", "500\n"), ("800\n", "")]
+    )
+    def test_no_limit_or_none_that_can_be_read(self, tmp_path, limit, used):
+        if limit == "nonsense":
+            (tmp_path / "memory.max").write_text("800\n")  # the other files are missing
+        else:
+            self.cgroup(tmp_path, limit, used)
+        assert available_bytes(tmp_path) == 1000
+
+    def test_no_control_group(self, tmp_path):
+        assert available_bytes(tmp_path / "none") == 1000
+
+    def test_old_statistics(self, tmp_path):
+        assert available_bytes(self.cgroup(tmp_path, "800\n", stat="anon 300\n")) == 300

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""What SPARDA refuses at start-up, and what it makes of vLLM's cache."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_sparse import startup
+from vllm_sparse.errors import ConfigError, UnsupportedError
+from vllm_sparse.kv.host.geometry import (
+    GIB,
+)
+
+
+class Model(SimpleNamespace):
+    """A model of 4 layers and 2 KV heads of 8 bfloat16 numbers: 8 KiB per block of 32 tokens."""
+
+    use_mla = is_attention_free = is_hybrid = enable_sleep_mode = False
+    runner_type = "generate"
+    max_model_len = 1024
+    dtype = torch.bfloat16
+    kv_heads = 2
+
+    @property
+    def architecture(self) -> str:
+        return self.hf_config.architectures[0]
+
+    def get_num_layers(self, parallel) -> int:
+        return 4
+
+    def get_total_num_kv_heads(self) -> int:
+        return self.kv_heads
+
+    def get_num_kv_heads(self, parallel) -> int:
+        return max(1, self.kv_heads // parallel.tensor_parallel_size)
+
+    def get_head_size(self) -> int:
+        return 8
+
+
+BLOCK_BYTES = 8192
+
+
+def config(settings=None, **changes) -> SimpleNamespace:
+    """The parts of a vLLM config that the guard reads; 40 blocks of host memory."""
+    section = {
+        **{"selector": "query", "block_size": 32, "kernel_stride": 8, "local_blocks": 1},
+        **{"top_k": 4, "dense_len": 0, "host_gib": 40 * BLOCK_BYTES / GIB},
+        **(settings or {}),
+    }
+    values = {
+        "attention_config": SimpleNamespace(
+            backend=SimpleNamespace(name="SPARDA"), use_non_causal=False
+        ),
+        "additional_config": {"vllm_sparse": section},
+        "model_config": Model(hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"])),
+        "cache_config": SimpleNamespace(
+            cache_dtype="auto",
+            block_size=16,
+            user_specified_block_size=False,
+            num_gpu_blocks_override=None,
+        ),
+        "speculative_config": None,
+        "kv_transfer_config": None,
+        "lora_config": None,
+        "scheduler_config": SimpleNamespace(max_num_seqs=4),
+        "parallel_config": SimpleNamespace(
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            pipeline_parallel_size=1,
+            tensor_parallel_size=1,
+            data_parallel_size_local=1,
+            use_ubatching=False,
+        ),
+    }
+    for key, value in changes.items():
+        head, _, tail = key.partition("__")
+        if tail:
+            setattr(values[head], tail, value)
+        else:
+            values[head] = value
+    return SimpleNamespace(**values)
+
+
+class TestGuard:
+    @pytest.fixture(autouse=True)
+    def _machine(self, monkeypatch):
+        monkeypatch.setattr(startup, "available_bytes", lambda: 100 * BLOCK_BYTES)
+
+    def test_vllm_gets_the_host_pools_size(self):
+        accepted = config()
+        startup.check_config(accepted)
+        assert accepted.cache_config.block_size == 32
+        assert accepted.cache_config.num_gpu_blocks_override == 40
+        assert accepted.model_config.architecture == "LlamaForCausalLM"
+
+    def test_twice_is_like_once(self):
+        accepted = config()
+        startup.check_config(accepted)
+        once = copy.deepcopy(vars(accepted.cache_config))
+        startup.check_config(accepted)
+        assert vars(accepted.cache_config) == once
+
+    @pytest.mark.vllm
+    def test_twice_is_like_once_for_the_models_class(self):
+        pytest.importorskip("vllm")
+        accepted = config({"selector": "lookahead-query"})
+        for _ in range(2):
+            startup.check_config(accepted)
+            assert accepted.model_config.hf_config.architectures == ["SpardaLlamaForCausalLM"]
+
+    def test_another_backend_is_left_alone(self):
+        other = config(attention_config__backend=SimpleNamespace(name="FLASH_ATTN"))
+        other.lora_config = object()
+        before = copy.deepcopy(vars(other.cache_config))
+        startup.check_config(other)
+        assert vars(other.cache_config) == before
+
+    @pytest.mark.parametrize(
+        ("changes", "why"),
+        [
+            ({"lora_config": object()}, "--enable-lora"),
+            ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
+            ({"parallel_config__tensor_parallel_size": 4}, "--tensor-parallel-size 4.* 2 KV heads"),
+            ({"model_config__use_mla": True}, "MLA"),
+            ({"model_config__enable_sleep_mode": True}, "--enable-sleep-mode"),
+            ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        ],
+    )
+    def test_unsupported_combinations_are_refused(self, changes, why):
+        refused = config(**changes)
+        before = copy.deepcopy(vars(refused.cache_config))
+        with pytest.raises(UnsupportedError, match=why):
+            startup.check_config(refused)
+        assert vars(refused.cache_config) == before
+
+    def test_every_reason_is_listed(self):
+        with pytest.raises(UnsupportedError, match=r"SPARDA .*speculative.*pipeline.*LoRA"):
+            startup.check_config(
+                config(
+                    speculative_config=object(),
+                    lora_config=object(),
+                    parallel_config__pipeline_parallel_size=2,
+                )
+            )
+
+    def test_these_do_not_concern_the_other_backend(self):
+        startup.check_config(
+            config(
+                attention_config__backend=SimpleNamespace(name="ROCKETKV"),
+                additional_config={},
+                lora_config=object(),
+            )
+        )
+
+    def test_one_head_per_rank_is_enough(self):
+        accepted = config(parallel_config__tensor_parallel_size=2)
+        startup.check_config(accepted)
+        assert accepted.cache_config.num_gpu_blocks_override == 80, "half the bytes per rank"
+
+    def test_contradicting_block_sizes(self):
+        given = {"cache_config__user_specified_block_size": True, "cache_config__block_size": 64}
+        with pytest.raises(ConfigError, match=r"--block-size 64 .*vllm_sparse\.block_size=32"):
+            startup.check_config(config(**given))
+        startup.check_config(config(**{**given, "cache_config__block_size": 32}))
+
+    def test_an_override_may_lower_but_not_raise(self):
+        smaller = config(cache_config__num_gpu_blocks_override=36)
+        startup.check_config(smaller)
+        assert smaller.cache_config.num_gpu_blocks_override == 36
+        startup.check_config(config(cache_config__num_gpu_blocks_override=40))
+        with pytest.raises(ConfigError, match=r"--num-gpu-blocks-override 41 .*host_gib.* 40 b"):
+            startup.check_config(config(cache_config__num_gpu_blocks_override=41))
+
+    def test_a_pool_for_less_than_one_request(self):
+        with pytest.raises(ConfigError, match=r"host_gib.* hold 32 blocks .* needs 33"):
+            startup.check_config(config({"host_gib": 32 * BLOCK_BYTES / GIB}))
+
+    def test_a_pool_larger_than_memory(self, monkeypatch):
+        startup.check_config(config({"host_gib": 100 * BLOCK_BYTES / GIB}))
+        with pytest.raises(ConfigError, match=r"vllm_sparse\.host_gib.*available.*Lower host_gib"):
+            startup.check_config(config({"host_gib": 101 * BLOCK_BYTES / GIB}))
+
+    def test_all_ranks_pools_together_must_fit(self):
+        halves = config(
+            {"host_gib": 51 * BLOCK_BYTES / GIB}, parallel_config__tensor_parallel_size=2
+        )
+        with pytest.raises(ConfigError, match="on all ranks together"):
+            startup.check_config(halves)
+
+    def test_a_slab_too_small_stops_the_start(self):
+        """4 rows, 2 heads, 4 blocks, 4 layers of 1 KiB pieces."""
+        startup.check_config(config({"slab_gib": 128 * 1024 / GIB}))
+        with pytest.raises(ConfigError, match=r"slab_gib.*--max-num-seqs 4 x 2 KV heads x 4 blo"):
+            startup.check_config(config({"slab_gib": 127 * 1024 / GIB}))
+
+    def test_wrong_settings_stop_the_start(self):
+        with pytest.raises(ConfigError, match="top_k=2"):
+            startup.check_config(config({"top_k": 2}))
