@@ -40,7 +40,7 @@ WHOLE = {"token_budget": 1 << 16, "stage1": False, "min_context": 64}
 LITTLE = {"token_budget": 512, "min_context": 64, "generation_reserve": 64}
 TINY_LITTLE = {**LITTLE, "token_budget": 160}
 
-# SPARDA's, as many tokens as above. Host memory for all requests and little more; frames for no
+# SPARDA's, with as many tokens read. Host memory for all requests and little more; frames for no
 # more than a step may read, so that every block which is chosen anew drives another one out.
 REQUESTS = 6
 PAGED = {
@@ -78,7 +78,7 @@ def divergences(
 
     Args:
         tokens: Output of each request.
-        baseline: Steps of each request; see `step_of`.
+        baseline: Steps of each request, as `step_of` makes them.
     """
     found = []
     for request, (ours, steps) in enumerate(zip(tokens, baseline, strict=True)):
@@ -285,7 +285,7 @@ def generate(llm: Any, prompts: list[list[int]], new_tokens: int, waves: int) ->
     """Greedy outputs of all requests, wave by wave, with what else was likely in each step.
 
     Returns:
-        ``steps`` (see `step_of`) and ``cached`` tokens of each request.
+        ``steps``, as `step_of` makes them, and ``cached`` tokens of each request.
     """
     from vllm import SamplingParams
 

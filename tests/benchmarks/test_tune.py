@@ -236,7 +236,7 @@ def test_only_a_table_that_passes_parity_is_installed(tmp_path, monkeypatch, end
 
 
 def test_a_table_that_is_not_checked_is_no_success(tmp_path, monkeypatch, capsys):
-    """Time runs out after the search; a table that fails is told apart by `stages`, see there."""
+    """Time runs out after the search; a table that fails is another ending."""
     monkeypatch.setattr(tune, "PARITY_S", 3e9)
     report = json.loads(tuned(tmp_path).with_name("tune.json").read_text())
     report["seconds"] = 1.0
