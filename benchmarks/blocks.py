@@ -104,7 +104,7 @@ class Probe:
         self._rope = output
 
     def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
-        """Attends densely; see `oracle.ExactTopK` for the arguments."""
+        """Attends densely, and measures decode steps; arguments are those of transformers."""
         if query.shape[2] == 1:
             self._measure(module, query[0], key[0], scaling)
         return sdpa_attention_forward(

@@ -27,7 +27,7 @@ class Recorder:
     """One result file, which is rewritten as a whole after every measurement.
 
     In a ``with`` block that ends early, by an error or Ctrl-C, the file says so and keeps what was
-    measured.
+    measured; before anything is saved, an earlier file stays as it is.
 
     Attributes:
         path: The file.
@@ -52,6 +52,7 @@ class Recorder:
         self.path, self._benchmark = path, benchmark
         self.body, self._environment = body, environment()
         self._resumed: list[dict] = []
+        self._saved = False
         if resume and path.exists():
             self._continue(json.loads(path.read_text()))
 
@@ -73,6 +74,7 @@ class Recorder:
 
     def save(self, **further: Any) -> None:
         """Writes the file."""
+        self._saved = True
         resumed = {"resumed": self._resumed} if self._resumed else {}
         head = {"benchmark": self._benchmark, "environment": self._environment, **resumed}
         write_json(self.path, {**head, **self.body, **further})
@@ -83,7 +85,7 @@ class Recorder:
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         if kind is None:
             self.save()
-        else:
+        elif self._saved:  # else an earlier result would be lost for nothing
             self.save(interrupted=f"{kind.__name__}: {error}".rstrip(": "))
 
 

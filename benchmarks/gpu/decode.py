@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from benchmarks import arms, bounds, commands, harness, live
-from benchmarks.gpu import llm as engines
-from benchmarks.gpu import shapes
+from benchmarks.gpu import llms, shapes
 from benchmarks.gpu.stages import CheckFailedError, NotAvailableError, report_of
 from benchmarks.ops import timings
 
@@ -82,7 +81,7 @@ TINY_CELLS = (Cell(512, (1, 2), 1),)
 def arm_of(name: str, options: argparse.Namespace) -> Arm:
     """The arm of a stage."""
     if name.startswith(DENSE):
-        return engines.stock_arm(options)
+        return llms.stock_arm(options)
     name = name.removesuffix("-more")
     if options.tiny:
         name = f"{name.rpartition('-')[0]}-64"
@@ -106,18 +105,18 @@ def measure(name: str, report: Report, options: argparse.Namespace) -> None:
     model = shapes.write_config(options.work / "shape", shape, longest)
     arm = arm_of(name, options)
     started = time.perf_counter()
-    mode = engines.COMPILED if options.compile or name == COMPILED else engines.GRAPHS
+    mode = llms.COMPILED if options.compile or name == COMPILED else llms.GRAPHS
     if device.type == "cpu":
-        mode = engines.EAGER
+        mode = llms.EAGER
     arguments = {**mode, **_arguments(longest, options)}
     if name == LARGE_BLOCKS:
         arguments["block_size"] = 64
-    llm = engines.build(arm, options, model, **arguments)
+    llm = llms.build(arm, options, model, **arguments)
     report.note(
-        **engines.facts(llm, started), arm=arm.name, settings=arm.settings, shape=shape.name,
+        **llms.facts(llm, started), arm=arm.name, settings=arm.settings, shape=shape.name,
         copy_gb_per_s=round(copy / 1e9, 1), seed=options.seed,
     )  # fmt: skip
-    engines.check_graphs(report.facts, mode)
+    llms.check_graphs(report.facts, mode)
     subject = _Subject(llm, arm, copy, report, options)
     subject.warm_up()
     report.note(

@@ -20,8 +20,7 @@ import torch
 
 from benchmarks import arms, bounds, commands, harness, live
 from benchmarks.arms import GIB
-from benchmarks.gpu import llm as engines
-from benchmarks.gpu import shapes
+from benchmarks.gpu import llms, shapes
 from benchmarks.gpu.stages import NotAvailableError
 from benchmarks.live import Way
 from benchmarks.ops import timings
@@ -203,7 +202,7 @@ class _Subject:
 
         options, sized = self._options, self._plan
         on_cpu = options.device == "cpu"
-        mode = engines.EAGER if on_cpu or options.sparda_eager else engines.GRAPHS
+        mode = llms.EAGER if on_cpu or options.sparda_eager else llms.GRAPHS
         arguments: dict[str, Any] = {
             "load_format": "dummy",
             "max_model_len": sized.context,
@@ -221,13 +220,13 @@ class _Subject:
         started = time.perf_counter()
         arm = arms.Arm(self._arm, self._settings, "SPARDA")
         try:
-            self.llm = engines.build(arm, options, model, **arguments)
+            self.llm = llms.build(arm, options, model, **arguments)
         except VllmSparseError as error:
             reason = " ".join(str(error).split())
             raise NotAvailableError(f"the engine refuses: {reason}") from error
         held = self.llm.collective_rpc(live.device_bytes)[0]
-        self._report.note(**engines.facts(self.llm, started), device_bytes=held)
-        engines.check_graphs(self._report.facts, mode)
+        self._report.note(**llms.facts(self.llm, started), device_bytes=held)
+        llms.check_graphs(self._report.facts, mode)
         for length in (BLOCK, self._chunk + BLOCK):
             commands.prefill(self.llm, self._prompt(10**6, length))
 

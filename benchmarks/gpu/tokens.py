@@ -15,8 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks import arms
-from benchmarks.gpu import llm as engines
-from benchmarks.gpu import shapes
+from benchmarks.gpu import llms, shapes
 from benchmarks.gpu.stages import CheckFailedError, Stage, report_of
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ WHOLE = {"token_budget": 1 << 16, "stage1": False, "min_context": 64}
 LITTLE = {"token_budget": 512, "min_context": 64, "generation_reserve": 64}
 TINY_LITTLE = {**LITTLE, "token_budget": 160}
 
-# SPARDA's, as many tokens as above. Host memory for all requests and little more; frames for no
+# SPARDA's, with as many tokens read. Host memory for all requests and little more; frames for no
 # more than a step may read, so that every block which is chosen anew drives another one out.
 REQUESTS = 6
 PAGED = {
@@ -78,7 +77,7 @@ def divergences(
 
     Args:
         tokens: Output of each request.
-        baseline: Steps of each request; see `step_of`.
+        baseline: Steps of each request, as `step_of` makes them.
     """
     found = []
     for request, (ours, steps) in enumerate(zip(tokens, baseline, strict=True)):
@@ -112,7 +111,7 @@ class Variant:
     """
 
     settings: dict[str, Any] | None
-    mode: dict[str, Any] = field(default_factory=lambda: engines.GRAPHS)
+    mode: dict[str, Any] = field(default_factory=lambda: llms.GRAPHS)
     dtype: str | None = None
     baseline: str | None = None
     differs_from: str | None = None
@@ -154,7 +153,7 @@ def variants(*, tiny: bool = False) -> dict[str, Variant]:
         STOCK: Variant(None),
         "whole-graphs": Variant(WHOLE, baseline=STOCK, expect="decode_rows"),
         SPARSE: evicting(None, differs_from=STOCK, expect="prompts_compacted"),
-        "whole-eager": Variant(WHOLE, engines.EAGER, baseline=STOCK, expect="decode_rows"),
+        "whole-eager": Variant(WHOLE, llms.EAGER, baseline=STOCK, expect="decode_rows"),
         "chunked": evicting(arguments=chunk, expect="prompts_compacted"),
         "prefix-cache": evicting(waves=2, expect="cached"),
         # A prompt that is begun without room for all of it runs out of blocks on the way.
@@ -164,15 +163,15 @@ def variants(*, tiny: bool = False) -> dict[str, Variant]:
             expect="preemptions",
         ),
         "sparda-whole": sparda(STOCK, paged(choosing, **everything), dtype=None, beyond=None),
-        SPARDA: sparda(None, {**choosing, "resident": True}, mode=engines.EAGER, **unlike),
+        SPARDA: sparda(None, {**choosing, "resident": True}, mode=llms.EAGER, **unlike),
         "sparda-offload": sparda(SPARDA, paged(choosing)),
         "sparda-blocking": sparda(SPARDA, paged(choosing, prefetch=False)),
-        SPARDA_AHEAD: sparda(None, paged(choosing, **ahead), mode=engines.EAGER, **unlike),
+        SPARDA_AHEAD: sparda(None, paged(choosing, **ahead), mode=llms.EAGER, **unlike),
         "sparda-graphs": sparda(SPARDA_AHEAD, paged(choosing, **ahead)),
         "sparda-profiled": sparda(SPARDA, paged(choosing), profiled=True),
-        "sparse-eager": evicting(mode=engines.EAGER, expect="blocks_evicted"),
-        "whole-compiled": Variant(WHOLE, engines.COMPILED, baseline=STOCK, expect="decode_rows"),
-        "stock-eager": Variant(None, engines.EAGER, baseline=STOCK),
+        "sparse-eager": evicting(mode=llms.EAGER, expect="blocks_evicted"),
+        "whole-compiled": Variant(WHOLE, llms.COMPILED, baseline=STOCK, expect="decode_rows"),
+        "stock-eager": Variant(None, llms.EAGER, baseline=STOCK),
     }
 
 
@@ -198,7 +197,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
     every = variants(tiny=options.tiny)
     return [
         Stage(
-            name, partial(run, name), limit_s=150 if variant.mode is engines.COMPILED else 110,
+            name, partial(run, name), limit_s=150 if variant.mode is llms.COMPILED else 110,
             min_s=40, alone=variant.profiled,
             needs=("smoke", *filter(None, (variant.baseline, variant.differs_from))),
             about=ABOUT.get(name, f"= {variant.baseline}"),
@@ -223,7 +222,7 @@ def run(name: str, report: Report, options: argparse.Namespace) -> None:
         "dtype": dtype, "max_model_len": 1024 if options.tiny else 4096,
         "kv_cache_memory_bytes": (64 << 20) if options.tiny else (256 << 20), "max_num_seqs": 8,
         "max_num_batched_tokens": 1024 if options.tiny else 4096,
-        **(engines.EAGER if options.device == "cpu" else variant.mode), **variant.arguments,
+        **(llms.EAGER if options.device == "cpu" else variant.mode), **variant.arguments,
     }  # fmt: skip
     if options.device == "cuda":
         # Of all memory; with bytes for the cache only a check at the start, of several engines.
@@ -235,12 +234,12 @@ def run(name: str, report: Report, options: argparse.Namespace) -> None:
     if variant.pool_tokens:
         block_size = report_of(options, SPARSE)["facts"]["block_size"]
         arguments["num_gpu_blocks_override"] = variant.pool_tokens // block_size
-    arm = engines.stock_arm(options)
+    arm = llms.stock_arm(options)
     if variant.settings is not None:
         arm = arms.Arm(name, variant.settings, variant.backend)
     started = time.perf_counter()
-    llm = engines.build(arm, options, model, **arguments)
-    report.note(**engines.facts(llm, started), settings=variant.settings, dtype=dtype)
+    llm = llms.build(arm, options, model, **arguments)
+    report.note(**llms.facts(llm, started), settings=variant.settings, dtype=dtype)
     new_tokens = 24 if options.tiny else NEW_TOKENS
     outputs = generate(llm, prompts, new_tokens, variant.waves)
     counted = {
@@ -253,7 +252,7 @@ def run(name: str, report: Report, options: argparse.Namespace) -> None:
     report.note(outputs=outputs)
     problems = []
     if options.device == "cuda":
-        engines.check_graphs(report.facts, variant.mode)
+        llms.check_graphs(report.facts, variant.mode)
     if variant.expect and not counted.get(variant.expect):
         problems.append(f"{variant.expect} is 0, so this proves nothing")
     elif variant.beyond and counted[variant.expect] <= counted[variant.beyond]:
@@ -285,7 +284,7 @@ def generate(llm: Any, prompts: list[list[int]], new_tokens: int, waves: int) ->
     """Greedy outputs of all requests, wave by wave, with what else was likely in each step.
 
     Returns:
-        ``steps`` (see `step_of`) and ``cached`` tokens of each request.
+        ``steps``, as `step_of` makes them, and ``cached`` tokens of each request.
     """
     from vllm import SamplingParams
 

@@ -200,7 +200,7 @@ def _step_tables(results: Results) -> Iterator[str]:
             times.append({"arm": arm, "context": context, "seconds": seconds, "over": over})
     if rows:
         arms = dict.fromkeys(row["arm"] for row in rows)
-        facts = [{"arm": arm, **results[arm]["facts"]} for arm in arms]
+        facts = [{**results[arm]["facts"], "arm": arm} for arm in arms]
         columns = {
             "arm": "arm",
             "graphs": lambda row: row["graphs"].rpartition(".")[2],

@@ -22,35 +22,35 @@ def options_of(tmp_path, *arguments: str) -> argparse.Namespace:
 
 
 def test_offload_arms_have_the_same_device_memory():
-    from benchmarks.gpu import forced as offload
+    from benchmarks.gpu import forced
 
     default = bench.parser_of().parse_args([])
     sizes = {"context": default.sparda_context, "top_k": 96, "generated": 400}
     sizes["device_kv_gib"] = default.device_kv_gib
-    found = {arm: offload.plan(MINICPM, arm, most_host_gib=64, **sizes) for arm in offload.ARMS}
+    found = {arm: forced.plan(MINICPM, arm, most_host_gib=64, **sizes) for arm in forced.ARMS}
     batches = {arm: sized.batch for arm, sized in found.items()}
     assert batches == {"resident": 4, "offload": 19, "first": 17}
     assert found["offload"].slab_gib == pytest.approx(19 * 0.1875, rel=1e-4)
     # Whole requests leave some of it unused, no arm much more than another.
     for sized in found.values():
         assert 0.94 * default.device_kv_gib < sized.device_gib <= default.device_kv_gib
-    little = offload.plan(MINICPM, "offload", most_host_gib=5, **sizes)
+    little = forced.plan(MINICPM, "offload", most_host_gib=5, **sizes)
     assert little.batch == 5
     with pytest.raises(stages.NotAvailableError, match="hold no request"):
-        offload.plan(MINICPM, "resident", most_host_gib=64, **{**sizes, "device_kv_gib": 0.5})
+        forced.plan(MINICPM, "resident", most_host_gib=64, **{**sizes, "device_kv_gib": 0.5})
 
 
 def offload_subject(tmp_path, report=None):
-    from benchmarks.gpu import forced as offload
+    from benchmarks.gpu import forced
 
     options = options_of(tmp_path)
     options.work = tmp_path
     report = report or stages.Report(tmp_path / "offload.json")
-    return offload._Subject("offload", 4e12, 50e9, report, options)
+    return forced._Subject("offload", 4e12, 50e9, report, options)
 
 
 def test_only_what_the_plugin_refuses_is_not_available(tmp_path, monkeypatch):
-    from benchmarks.gpu import llm as engines
+    from benchmarks.gpu import llms
     from vllm_sparse.errors import ConfigError
 
     for error, expected in (
@@ -61,7 +61,7 @@ def test_only_what_the_plugin_refuses_is_not_available(tmp_path, monkeypatch):
         def fails(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr(engines, "build", fails)
+        monkeypatch.setattr(llms, "build", fails)
         with pytest.raises(expected):
             offload_subject(tmp_path).start()
 
@@ -73,12 +73,12 @@ def test_with_little_time_prompts_are_shorter(tmp_path, monkeypatch, seconds, sh
     import torch
 
     from benchmarks import commands, live
-    from benchmarks.gpu import forced as offload
+    from benchmarks.gpu import forced
     from vllm_sparse.config import load_settings
 
     calls, begun = [], []
     llm = SimpleNamespace(collective_rpc=lambda run, args: calls.append((run, *args)))
-    monkeypatch.setattr(offload, "_available_gib", lambda: 100.0)
+    monkeypatch.setattr(forced, "_available_gib", lambda: 100.0)
     monkeypatch.setattr(commands, "prefill", lambda *_: seconds)
     monkeypatch.setattr(commands, "begin", lambda _, prompts, generated: begun.append(prompts))
     report = stages.Report(tmp_path / "offload.json", deadline=time.time() + 100)

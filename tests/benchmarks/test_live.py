@@ -40,8 +40,7 @@ def test_forced_choices_miss_exactly_what_they_are_to(rate):
     from vllm_sparse.kernels.reference import sparda_paging, sparda_select
     from vllm_sparse.kernels.types import Blocks, Ranking
 
-    from benchmarks import live as steering
-    from benchmarks.ops import sparda_inputs as batches_sparda
+    from benchmarks.ops import sparda_inputs
     from vllm_sparse.config import SpardaSettings
 
     settings = SpardaSettings(local_blocks=2, top_k=14, dense_len=0)
@@ -52,14 +51,14 @@ def test_forced_choices_miss_exactly_what_they_are_to(rate):
         kernels=SimpleNamespace(select_blocks=sparda_select.select_blocks),
         compressed=layers.__getitem__,
     )
-    choice = steering.ForcedChoice(runtime, start)
+    choice = live.ForcedChoice(runtime, start)
     assert choice.set_rate(rate) == round(10 * rate) / 10
     with pytest.raises(ValueError, match="too few"):
         choice.set_rate(0.9)
     table = (1 + torch.randperm(rows * width)).view(rows, width).int()
     table = torch.cat((table, torch.zeros(1, width, dtype=torch.int32)))
     blocks = Blocks(64, 16, 1, 2, 14)
-    frames = batches_sparda.empty_table((rows * width + 1) * heads, rows * heads * 14, table.device)
+    frames = sparda_inputs.empty_table((rows * width + 1) * heads, rows * heads * 14, table.device)
     for number in range(30):  # the first row crosses a block border
         positions = torch.tensor([start + number, start + number + 30, -1])
         vectors = torch.randn(3, heads, 8)
@@ -88,12 +87,11 @@ def test_forced_choices_miss_exactly_what_they_are_to(rate):
 
 
 def test_graphs_are_found_in_both_model_runners():
-    from benchmarks import live as steering
 
     old = SimpleNamespace(model=object())
     new = SimpleNamespace(model=object(), cudagraph_manager=object())
-    assert steering.graphs_of(old) == (old.model, "concrete_cudagraph_entries")
-    assert steering.graphs_of(new) == (new.cudagraph_manager, "graphs")
+    assert live.graphs_of(old) == (old.model, "concrete_cudagraph_entries")
+    assert live.graphs_of(new) == (new.cudagraph_manager, "graphs")
     # Where this vLLM keeps them, and looks for them at replay.
     from vllm.compilation.cuda_graph import CUDAGraphWrapper
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
@@ -109,7 +107,6 @@ def test_each_way_to_fetch_has_graphs_of_its_own(graphs):
     import torch
     from vllm_sparse.kernels.dispatch import SpardaKernels
 
-    from benchmarks import live as steering
     from benchmarks.live import Way
     from vllm_sparse.config import SpardaSettings
 
@@ -142,13 +139,13 @@ def test_each_way_to_fetch_has_graphs_of_its_own(graphs):
             attn_groups=[[group]], cudagraph_manager=manager, capture_model=capture_model
         ),
     )
-    steering.force(worker, 2048)
+    live.force(worker, 2048)
     assert runtime.kernels.select_blocks is worker.steering.choice
     ways = [Way(True), Way(False), Way(True, copies=False)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vllm.config.set_current_vllm_config", contextlib.nullcontext)
         for way in [*ways, *ways]:
-            steering.fetch(worker, way)
+            live.fetch(worker, way)
             assert fetcher.prefetch == way.prefetch
             assert list(manager.graphs) == ([1 + ways.index(way)] if graphs else [])
     assert captured == ([True, False, True] if graphs else [])

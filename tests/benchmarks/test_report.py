@@ -91,3 +91,16 @@ def test_tables_are_aligned():
     assert lines[0] == "name      n"
     assert [line.split() for line in lines[2:]] == [["a", "1"], ["long", "12346"], ["c", "-"]]
     assert tables.table([], {"x": "x"}, aligned=True).splitlines()[0] == "x"
+
+
+def test_results_of_the_gpu_programs_are_rendered(tmp_path):
+    path = tmp_path / "gpu-bench.json"
+    stage = {"status": "ok", "reason": "", "seconds": 12.0, "facts": {}, "rows": [{}, {}]}
+    targets = [{"what": "32K: x dense", "found": 1.5, "reached": "yes"}]
+    environment = {**results.environment(), "gpu": {"name": "NVIDIA H200"}}
+    body = {"environment": environment, "stages": {"dense": stage}, "targets": targets}
+    results.write_json(path, {"benchmark": "gpu-bench", **body})
+    text = report.render(path)
+    assert "| dense | ok | 12 | 2 | |" in text
+    assert "| 32K: x dense | 1.500 | yes |" in text
+    assert "NVIDIA H200" in text

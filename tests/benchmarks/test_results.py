@@ -33,6 +33,7 @@ def interrupted(path, error: BaseException, body: dict) -> None:
     """Measures one thing and ends early."""
     with Recorder(path, "accuracy", body) as record:
         record.body["arms"]["dense"] = {"single": 1}
+        record.save()
         raise error
 
 
@@ -44,6 +45,14 @@ def test_a_run_that_ends_early_keeps_what_it_has_and_says_so(tmp_path, error):
     found = read(path)
     assert found["arms"] == {"dense": {"single": 1}}
     assert found["interrupted"] == f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def test_a_run_that_measures_nothing_leaves_an_earlier_file_alone(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text("earlier")
+    with pytest.raises(ValueError, match="no"), Recorder(path, "accuracy", {"arms": {}}):
+        raise ValueError("no such cell")
+    assert path.read_text() == "earlier"
 
 
 def test_a_file_is_continued_under_its_first_environment(tmp_path, monkeypatch):

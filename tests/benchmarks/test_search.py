@@ -11,17 +11,17 @@ import pytest
 pytest.importorskip("triton")
 from vllm_sparse.kernels.triton.launch import Launch
 
-from benchmarks.ops import search as tuning
+from benchmarks.ops import search
 
 
-def found_with(best: Launch, default: Launch, **options) -> tuning.Found:
+def found_with(best: Launch, default: Launch, **options) -> search.Found:
     """Searches where every factor of two, or stage, away from the best costs as much again."""
 
     def measure(candidate: Launch) -> tuple[float, ...]:
         away = sum(abs(math.log2(at / to)) for at, to in zip(candidate, best, strict=True))
         return 1.0 + away, 3.0 + 3.0 * away
 
-    return tuning.search(default, measure, **options)
+    return search.search(default, measure, **options)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def found_with(best: Launch, default: Launch, **options) -> tuning.Found:
 def test_the_search_finds_the_best(best):
     found = found_with(best, Launch(64, 4, 2))
     assert found.best == best
-    assert len(found.times) <= 1 + tuning.MOST_CANDIDATES
+    assert len(found.times) <= 1 + search.MOST_CANDIDATES
     assert not found.cut
 
 
@@ -42,12 +42,12 @@ def test_the_search_comes_back_to_what_did_not_help_before():
             4 * abs(candidate.num_warps - 8) + abs(candidate.block / candidate.num_warps - 16) + 1,
         )
 
-    assert tuning.search(Launch(64, 4, 1), measure).best == Launch(128, 8, 1)
+    assert search.search(Launch(64, 4, 1), measure).best == Launch(128, 8, 1)
 
 
 def test_the_search_stops_at_its_bound():
     found = found_with(Launch(8192, 16, 5), Launch(16, 1, 2))
-    assert len(found.times) == 1 + tuning.MOST_CANDIDATES
+    assert len(found.times) == 1 + search.MOST_CANDIDATES
     assert found.best == Launch(4096, 1, 2)
     assert not found.cut
 
@@ -55,7 +55,7 @@ def test_the_search_stops_at_its_bound():
 def test_the_search_stays_within_what_makes_sense():
     found = found_with(Launch(1, 64, 9), Launch(16, 16, 7))
     assert found.best == Launch(16, 16, 7)
-    assert all(tuning.is_sane(candidate) for candidate in found.times)
+    assert all(search.is_sane(candidate) for candidate in found.times)
     assert len(found.times) > 2
     assert {stages for _, _, stages in found_with(Launch(64, 4, 3), Launch(64, 4, 1)).times} == {1}
 
@@ -80,8 +80,8 @@ def test_the_search_does_not_follow_noise():
         return lambda candidate: (1.0,) if candidate == default else (1.0 - gain,)
 
     default = Launch(64, 4, 1)
-    assert tuning.search(default, measure(0.02)).best == default
-    assert tuning.search(default, measure(0.04)).best == Launch(128, 4, 1)
+    assert search.search(default, measure(0.02)).best == default
+    assert search.search(default, measure(0.04)).best == Launch(128, 4, 1)
 
 
 def test_one_shape_is_not_paid_for_by_another():
@@ -91,7 +91,7 @@ def test_one_shape_is_not_paid_for_by_another():
         return (1.0, 100.0) if candidate == default else (2.0, 60.0)
 
     default = Launch(64, 4, 1)
-    assert tuning.search(default, measure).best == default
+    assert search.search(default, measure).best == default
 
 
 def test_the_search_survives_what_cannot_be_used():
@@ -102,14 +102,14 @@ def test_the_search_survives_what_cannot_be_used():
             return None
         return (1.0 + abs(candidate.num_warps - best.num_warps),)
 
-    found = tuning.search(default, measure)
+    found = search.search(default, measure)
     assert found.best == best
     assert found.times[default] is None
     # Fast, but too large in float32.
-    found = tuning.search(default, measure, fits=lambda candidate: candidate.num_warps < 8)
+    found = search.search(default, measure, fits=lambda candidate: candidate.num_warps < 8)
     assert found.best != best
     assert found.times[best] is None
-    none = tuning.search(default, lambda candidate: None)
+    none = search.search(default, lambda candidate: None)
     assert none.best == default
 
 

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.gpu import shapes as models
+from benchmarks.gpu import shapes
 
-LLAMA, MINICPM = models.LLAMA, models.MINICPM
+LLAMA, MINICPM = shapes.LLAMA, shapes.MINICPM
 
 
 def test_model_folders_have_the_published_sizes(tmp_path):
     transformers = pytest.importorskip("transformers")
-    folder = models.write_config(tmp_path / "m", MINICPM, 4096)
+    folder = shapes.write_config(tmp_path / "m", MINICPM, 4096)
     config = transformers.AutoConfig.from_pretrained(folder)
     assert (config.num_key_value_heads, config.head_dim, config.vocab_size) == (2, 128, 73448)
     assert config.max_position_embeddings == 4096
@@ -25,8 +25,8 @@ def test_model_folders_have_the_published_sizes(tmp_path):
 
 
 def test_prompts_are_reproducible_and_share_what_they_should():
-    prompts = models.parity_prompts(3)
-    assert prompts == models.parity_prompts(3) != models.parity_prompts(4)
+    prompts = shapes.parity_prompts(3)
+    assert prompts == shapes.parity_prompts(3) != shapes.parity_prompts(4)
     assert len({len(prompt) for prompt in prompts}) == 6
     assert prompts[0][:1200] == prompts[1][:1200] != prompts[2][:1200]
 
@@ -39,7 +39,7 @@ def test_dummy_weights_get_a_spread():
     worker = SimpleNamespace(model_runner=SimpleNamespace(get_model=lambda: model))
     found = []
     for seed in (3, 3, 4):
-        models.randomise(worker, seed)
+        shapes.randomise(worker, seed)
         found.append(model["proj"].weight.detach().clone())
     assert (model["norm"].weight == 1).all()
     assert float(model["embed_tokens"].weight.detach().std()) == pytest.approx(1.0, rel=0.1)

@@ -8,8 +8,7 @@ import contextlib
 
 import pytest
 
-from benchmarks.gpu import shapes as models
-from benchmarks.gpu import stages, tokens
+from benchmarks.gpu import shapes, stages, tokens
 
 
 def test_the_first_difference_of_each_request_is_found_with_its_gap():
@@ -38,7 +37,7 @@ def test_the_slabs_of_sparda_are_as_small_as_start_up_allows(tiny):
     from vllm_sparse.errors import ConfigError
     from vllm_sparse.kv.host.geometry import GIB, block_bytes, host_blocks, plan_frames
 
-    longest = max(map(len, models.parity_prompts(0, tiny=tiny))) + (24 if tiny else 80)
+    longest = max(map(len, shapes.parity_prompts(0, tiny=tiny))) + (24 if tiny else 80)
     max_model_len = 1024 if tiny else 4096
     seen = []
     for name, variant in tokens.variants(tiny=tiny).items():
@@ -71,28 +70,28 @@ def test_the_slabs_of_sparda_are_as_small_as_start_up_allows(tiny):
 
 
 def test_graphs_are_compared_with_eager_steps():
-    from benchmarks.gpu import llm as engines
+    from benchmarks.gpu import llms
 
     every = tokens.variants()
     for name in (tokens.SPARDA, tokens.SPARDA_AHEAD):
-        assert every[name].mode == engines.EAGER
+        assert every[name].mode == llms.EAGER
         compared = [variant for variant in every.values() if variant.baseline == name]
-        assert all(variant.mode == engines.GRAPHS for variant in compared)
+        assert all(variant.mode == llms.GRAPHS for variant in compared)
         paged = [variant.settings for variant in compared if "slab_gib" in variant.settings]
         assert paged
 
 
 def test_steps_without_the_graphs_that_were_asked_for_are_an_error():
-    from benchmarks.gpu import llm as engines
+    from benchmarks.gpu import llms
 
     for mode, found, fine in (
-        (engines.GRAPHS, "FULL_DECODE_ONLY", True),
-        (engines.GRAPHS, "NONE", False),
-        (engines.GRAPHS, "PIECEWISE", False),
-        (engines.EAGER, "NONE", True),
-        (engines.COMPILED, "FULL_AND_PIECEWISE", True),
-        (engines.COMPILED, "PIECEWISE", False),
+        (llms.GRAPHS, "FULL_DECODE_ONLY", True),
+        (llms.GRAPHS, "NONE", False),
+        (llms.GRAPHS, "PIECEWISE", False),
+        (llms.EAGER, "NONE", True),
+        (llms.COMPILED, "FULL_AND_PIECEWISE", True),
+        (llms.COMPILED, "PIECEWISE", False),
     ):
         facts = {"graphs": f"CUDAGraphMode.{found}"}
         with contextlib.nullcontext() if fine else pytest.raises(stages.CheckFailedError):
-            engines.check_graphs(facts, mode)
+            llms.check_graphs(facts, mode)

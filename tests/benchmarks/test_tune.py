@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import runner, stages, tune
-from benchmarks.gpu import shapes as models
+from benchmarks.gpu import runner, shapes, stages, tune
 
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
@@ -152,7 +151,7 @@ def test_a_search_leaves_the_table_as_it_was(tmp_path, monkeypatch):
 def test_decode_steps_are_timed_with_their_newest_token():
     """What no step has stored is NaN, and so would be what attends to it."""
     (cell,) = rocketkv.TINY_CELLS
-    found = rocketkv.decode_timings(models.TINY, cell, torch.Generator().manual_seed(0))
+    found = rocketkv.decode_timings(shapes.TINY, cell, torch.Generator().manual_seed(0))
     run = next(work.runs[0] for work in found if work.name == "attend slots")
     run()
     assert bool(run.args[1]["output"].isfinite().all())
@@ -236,7 +235,7 @@ def test_only_a_table_that_passes_parity_is_installed(tmp_path, monkeypatch, end
 
 
 def test_a_table_that_is_not_checked_is_no_success(tmp_path, monkeypatch, capsys):
-    """Time runs out after the search; a table that fails is told apart by `stages`, see there."""
+    """Time runs out after the search; a table that fails is another ending."""
     monkeypatch.setattr(tune, "PARITY_S", 3e9)
     report = json.loads(tuned(tmp_path).with_name("tune.json").read_text())
     report["seconds"] = 1.0

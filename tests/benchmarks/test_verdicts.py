@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from benchmarks.gpu import verdicts as bench
+from benchmarks.gpu import verdicts
 
 
 def measured(step_ms: float, bound_ms: float, **row) -> dict:
@@ -66,13 +66,13 @@ def results_of_a_bench() -> dict[str, dict]:
     }
 
 
-def verdicts(results: dict[str, dict]) -> dict[str, str]:
-    return {target.what: target.verdict for target in bench.targets(results)}
+def reached(results: dict[str, dict]) -> dict[str, str]:
+    return {target.what: target.verdict for target in verdicts.targets(results)}
 
 
 def test_targets_are_judged_next_to_their_bounds():
     results = results_of_a_bench()
-    found = {target.what: target for target in bench.targets(results)}
+    found = {target.what: target for target in verdicts.targets(results)}
     unknown = "not measured"
     assert {what: target.verdict for what, target in found.items()} == {
         "16K, batch 1, t = 1024: x dense": "yes",
@@ -101,7 +101,7 @@ def test_targets_are_judged_next_to_their_bounds():
     assert resident.found == pytest.approx(19 / 4 * 4.2 / 6)
     assert resident.bound == pytest.approx(19 / 4 * 4 / 5)
     results["rocket-1024"]["rows"][1]["step_ms"]["median"] = 5.0
-    assert verdicts(results)["32K, batch 1, t = 1024: x dense"] == "no"
+    assert reached(results)["32K, batch 1, t = 1024: x dense"] == "no"
 
 
 def test_what_did_not_run_as_it_was_to_reaches_no_target():
@@ -109,7 +109,7 @@ def test_what_did_not_run_as_it_was_to_reaches_no_target():
     results["sparda-offload"]["rows"][0]["as_forced"] = False
     results["rocket-1024"]["rows"][3]["preemptions"] = 2
     results["dense"]["rows"][0]["preemptions"] = 1
-    found = verdicts(results)
+    found = reached(results)
     for what in (
         "SPARDA, 10% misses: tokens/s, prefetch over blocking",
         "32K, t = 1024: largest batch over stock's",
@@ -119,7 +119,7 @@ def test_what_did_not_run_as_it_was_to_reaches_no_target():
 
 
 def test_tables_show_what_was_measured():
-    text, further = bench.summary(results_of_a_bench())
+    text, further = verdicts.summary(results_of_a_bench())
     assert "not measured" in text
     assert re.search(r"append +8192 +1 +4 +12 +256 +64 +0\.003", text)
     assert re.search(r"copy pieces +32768 +16 +200 +50 +32 +307 +- +0\.9", text)
@@ -129,4 +129,4 @@ def test_tables_show_what_was_measured():
     assert re.search(r"rocket-1024 +32768 +27 +6 +- +4 +4500 +0 +5 +6\.75", text)
     assert re.search(r"rocket-1024 +FULL_DECODE_ONLY", text)
     assert [verdict["reached"] for verdict in further["targets"]][1] == "yes"
-    assert bench.summary({})[1]["targets"][0]["reached"] == "not measured"
+    assert verdicts.summary({})[1]["targets"][0]["reached"] == "not measured"
