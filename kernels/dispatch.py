@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_sparse.kernels.reference import attention, decode, rows
 
@@ -125,48 +126,35 @@ def sparda_kernels(device: torch.device, kernels: str = "auto") -> SpardaKernels
     Raises:
         ValueError: Triton's kernels are asked for on a CPU without the interpreter.
     """
+    note = ""
     if kernels == "reference":
-        from vllm_sparse.kernels.reference import (
-            sparda_attention,
-            sparda_paging,
-            sparda_prefill,
-            sparda_select,
-            sparda_tokens,
-        )
-
-        name = kernels
+        folder = name = "reference"
     elif device.type != "cpu" or kernels == "triton":
         _check_triton(device)
-        from vllm_sparse.kernels.triton import (
-            launch,
-            sparda_attention,
-            sparda_paging,
-            sparda_prefill,
-            sparda_select,
-            sparda_tokens,
-        )
+        from vllm_sparse.kernels.triton import launch
 
-        name = f"triton, launches {launch.launches(device).origin}"
+        folder, name = "triton", f"triton, launches {launch.launches(device).origin}"
     else:
-        from vllm_sparse.kernels.cpu import sparda_prefill
-
         fused, note = _fused(device.type)
-        if not fused:
+        if not fused:  # prompts need no compiler
             slow = sparda_kernels(device, "reference")
-            return slow._replace(attend_part=sparda_prefill.attend_part, note=note)
-        from vllm_sparse.kernels.cpu import (
-            sparda_attention,
-            sparda_paging,
-            sparda_select,
-            sparda_tokens,
-        )
-
-        name = "cpu"
+            attend_part = _implementation("cpu", "sparda_prefill").attend_part
+            return slow._replace(attend_part=attend_part, note=note)
+        folder = name = "cpu"
+    select, paging, tokens, attention, prefill = (
+        _implementation(folder, f"sparda_{part}")
+        for part in ("select", "paging", "tokens", "attention", "prefill")
+    )
     return SpardaKernels(
-        sparda_select.select_blocks, sparda_paging.resolve, sparda_paging.copy_pieces,
-        sparda_tokens.write_tokens, sparda_tokens.update_windows, sparda_tokens.record_queries,
-        sparda_attention.attend_frames, sparda_prefill.attend_part, name,
+        select.select_blocks, paging.resolve, paging.copy_pieces, tokens.write_tokens,
+        tokens.update_windows, tokens.record_queries, attention.attend_frames,
+        prefill.attend_part, name, note,
     )  # fmt: skip
+
+
+def _implementation(folder: str, name: str) -> Any:
+    """One file's functions, of ``reference``, ``cpu`` or ``triton``."""
+    return importlib.import_module(f"vllm_sparse.kernels.{folder}.{name}")
 
 
 def _check_triton(device: torch.device) -> None:

@@ -51,11 +51,12 @@ def select_blocks(
     assert windows * blocks.kernel_stride == size
     assert block_table.dtype == torch.int32
     assert compressed.stride(-1) == block_table.stride(-1) == 1
-    group, vector_strides, vector_at = 0, (0, 0), 0
+    group, row_stride, head_stride, vector_at = 0, 0, 0, 0
     if vectors is not None:
         vectors = vectors.to(compressed.dtype)
         assert vectors.stride(-1) == 1
-        group, vector_strides = vectors.shape[1] // kv_heads, vectors.stride()[:2]
+        group = vectors.shape[1] // kv_heads
+        row_stride, head_stride = vectors.stride()[:2]
         vector_at = vectors.data_ptr()
     positions = positions.to(torch.int64).contiguous()
     chosen, pieces = torch.empty(2, rows, kv_heads, capacity, dtype=torch.int32).unbind()
@@ -63,7 +64,7 @@ def select_blocks(
     sizes = _Sizes(
         rows, kv_heads, group, dim, windows, blocks.kernel_stride, width, block_table.stride(0),
         blocks.init_blocks, blocks.local_blocks, blocks.top_k, ranking.lag, ranking.softmax,
-        dense_len, capacity, *vector_strides, *compressed.stride()[:3], ranking.scale,
+        dense_len, capacity, row_stride, head_stride, *compressed.stride()[:3], ranking.scale,
     )  # fmt: skip
     status = build.load().vllm_sparse_select_blocks(
         DTYPES.get(compressed.dtype, -1), compressed.data_ptr(), vector_at, block_table.data_ptr(),

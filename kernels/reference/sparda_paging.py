@@ -54,9 +54,13 @@ def resolve(table: PageTable, wanted: Tensor, step: Tensor, counters: Tensor) ->
         found[i] = int(table.frame_of[piece])
     counters += torch.tensor([hits, len(missing), int(full)], device=counters.device)
     room = [0] * (len(flat) - len(missing))
+    copied, into = torch.tensor(
+        [missing + room, targets + room], dtype=torch.int32, device=device
+    ).unbind()
     return Resolution(
         torch.tensor(found, dtype=torch.int32, device=device).view(wanted.shape),
-        *(torch.tensor(x + room, dtype=torch.int32, device=device) for x in (missing, targets)),
+        copied,
+        into,
         torch.tensor([len(missing)], dtype=torch.int32, device=device),
     )
 

@@ -10,6 +10,7 @@ replay of a preempted request) streams its earlier blocks back.
 from __future__ import annotations
 
 import weakref
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -44,8 +45,6 @@ from vllm_sparse.steps.host_rows import RowPlanner
 from vllm_sparse.steps.host_step import SpardaStep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import torch
     from torch import Tensor
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -79,11 +78,6 @@ class SpardaBackend(SparseBackend):
     _context: ClassVar[Context | None] = None
 
     @staticmethod
-    def get_name() -> str:
-        """The registered name."""
-        return "SPARDA"
-
-    @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         """Any: start-up makes vLLM use the block size of the settings."""
         return [MultipleOf(1)]
@@ -105,7 +99,10 @@ class SpardaBackend(SparseBackend):
 class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
     """Sets the worker up, and plans every step once for all layers."""
 
-    machine: ClassVar[Callable[[SpardaSettings, Geometry, torch.device], Machine]]
+    @staticmethod
+    @abstractmethod
+    def machine(settings: SpardaSettings, geometry: Geometry, device: torch.device) -> Machine:
+        """What this kind of device brings."""
 
     def __init__(
         self,
@@ -125,7 +122,7 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         geometry = geometry_of(
             vllm_config, settings, kv_cache_spec, len(layers), serving or _BLOCKS_TO_PROFILE
         )
-        machine = type(self).machine(settings, geometry, device)
+        machine = self.machine(settings, geometry, device)
         # Threads and pinned memory end with the builder: its model runner has gone, or has built
         # another one. When the process ends, the thread ends itself and the driver unpins.
         weakref.finalize(self, machine.close).atexit = False

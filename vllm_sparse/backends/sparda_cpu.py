@@ -29,11 +29,10 @@ class SpardaCpuBackend(SpardaBackend, CPUAttentionBackend):
         return SpardaCpuBuilder
 
 
-def _machine(settings: SpardaSettings, geometry: Geometry, device: torch.device) -> Machine:
-    return Machine(sparda_kernels(device), ThreadLane(settings.link_gb_per_s), captured=False)
-
-
 class SpardaCpuBuilder(SpardaBuilder):
     """For CPUs."""
 
-    machine = staticmethod(_machine)
+    @staticmethod
+    def machine(settings: SpardaSettings, geometry: Geometry, device: torch.device) -> Machine:
+        """Two pools in one memory, and a thread that copies between them."""
+        return Machine(sparda_kernels(device), ThreadLane(settings.link_gb_per_s), captured=False)

@@ -46,31 +46,29 @@ class SpardaGpuBackend(SpardaBackend, GpuBackend):
         return SpardaGpuBuilder
 
 
-def _machine(settings: SpardaSettings, geometry: Geometry, device: torch.device) -> Machine:
-    """A GPU; or on a CPU, what is most like one."""
-    warn_of_gpus("SPARDA")
-    check_block_size(geometry.block_size)
-    kernels = sparda_kernels(device, "triton")
-    version = flash_attn.get_flash_attn_version(head_size=geometry.head_dim)
-    fresh = None if version is None else partial(_attend_fresh, version)
-    if device.type != "cuda":
-        return Machine(kernels, LateLane(), captured=True, attend_fresh=fresh)
-    _check_memory(geometry, settings, device)
-    pinned: list[Tensor] = []
-    return Machine(
-        kernels,
-        StreamLane(device),
-        captured=True,
-        view=partial(_pinned_view, pinned),
-        attend_fresh=fresh,
-        release=partial(_unpin, pinned),
-    )
-
-
 class SpardaGpuBuilder(SpardaBuilder):
     """For GPUs, whose graphs of batches of single tokens are captured."""
 
-    machine = staticmethod(_machine)
+    @staticmethod
+    def machine(settings: SpardaSettings, geometry: Geometry, device: torch.device) -> Machine:
+        """A GPU; or on a CPU, what is most like one."""
+        warn_of_gpus("SPARDA")
+        check_block_size(geometry.block_size)
+        kernels = sparda_kernels(device, "triton")
+        version = flash_attn.get_flash_attn_version(head_size=geometry.head_dim)
+        fresh = None if version is None else partial(_attend_fresh, version)
+        if device.type != "cuda":
+            return Machine(kernels, LateLane(), captured=True, attend_fresh=fresh)
+        _check_memory(geometry, settings, device)
+        pinned: list[Tensor] = []
+        return Machine(
+            kernels,
+            StreamLane(device),
+            captured=True,
+            view=partial(_pinned_view, pinned),
+            attend_fresh=fresh,
+            release=partial(_unpin, pinned),
+        )
 
     @classmethod
     def get_cudagraph_support(

@@ -218,7 +218,7 @@ class Layer:
         self, query: Tensor, key: Tensor, value: Tensor, rows: FreshRows, output: Tensor
     ) -> None:
         assert self.runtime.attend_fresh is not None, "the planner set such rows apart"
-        mine = (part[rows.index] for part in (query, key, value))
+        mine = query[rows.index], key[rows.index], value[rows.index]
         output[rows.index] = self.runtime.attend_fresh(*mine, rows, self.runtime.scale)
 
     def _attend_prompts(

@@ -154,7 +154,7 @@ def _moved(item: Any, device: torch.device) -> Any:
         return upload(item, device)
     if isinstance(item, tuple):
         return tuple(_moved(part, device) for part in item)
-    if not dataclasses.is_dataclass(item):
+    if not dataclasses.is_dataclass(item) or isinstance(item, type):
         return item
     parts = (part.name for part in dataclasses.fields(item))
-    return type(item)(**{name: _moved(getattr(item, name), device) for name in parts})
+    return dataclasses.replace(item, **{x: _moved(getattr(item, x), device) for x in parts})
