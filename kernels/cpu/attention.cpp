@@ -16,31 +16,14 @@ namespace {
 
 // Mirrored by paging.py. Frames are contiguous; strides count elements.
 struct FrameSizes {
-  int64_t tokens;
-  int64_t kv_heads;
-  int64_t group;
-  int64_t dim;
-  int64_t block_size;
-  int64_t table_stride;
-  int64_t max_tokens;
-  int64_t query_stride;
-  int64_t out_stride;
+  int64_t tokens, kv_heads, group, dim, block_size, table_stride, max_tokens;
+  int64_t query_stride, out_stride;
 };
 
 // Mirrored by SlotSizes in attention.py. Strides count elements.
 struct SlotSizes {
-  int64_t tokens;
-  int64_t kv_heads;
-  int64_t group;
-  int64_t dim;
-  int64_t block_size;
-  int64_t top_k;
-  int64_t block_stride;
-  int64_t head_stride;
-  int64_t table_stride;
-  int64_t slot_stride;
-  int64_t query_stride;
-  int64_t out_stride;
+  int64_t tokens, kv_heads, group, dim, block_size, top_k, block_stride;
+  int64_t head_stride, table_stride, slot_stride, query_stride, out_stride;
 };
 
 template <typename T>

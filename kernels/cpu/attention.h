@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #include <vector>
 
 #include "simd.h"
@@ -82,13 +81,16 @@ struct Attention {
 
   // query and out: [group][dim]. Pulls all of `later` on the way.
   void attend(const Query* query, const std::vector<Run<T>>& runs, T* out, Lines& later) const {
-    int64_t g = 0;
-    for (; group - g >= 4; g += 4) heads<4>(query, runs, out, g, later);
-    switch (group - g) {
-      case 1: return heads<1>(query, runs, out, g, later);
-      case 2: return heads<2>(query, runs, out, g, later);
-      case 3: return heads<3>(query, runs, out, g, later);
-    }
+    by_four(group, [&](auto count, int64_t first) {
+      constexpr int G = decltype(count)::value;
+      const Query* q = query + first * dim;
+      T* target = out + first * dim;
+      switch (dim) {
+        case 64: return heads<G, 64 / kPiece>(q, runs, target, later);
+        case 128: return heads<G, 128 / kPiece>(q, runs, target, later);
+        default: return heads<G, 0>(q, runs, target, later);
+      }
+    });
   }
 
  private:
@@ -96,16 +98,6 @@ struct Attention {
   static constexpr int kChunk = 32;
   static constexpr int kPiece = 2 * kLanes;  // elements
   typedef const T* Rows[kChunk];
-
-  template <int G>
-  void heads(const Query* query, const std::vector<Run<T>>& runs, T* out, int64_t g,
-             Lines& later) const {
-    switch (dim) {
-      case 64: return heads<G, 64 / kPiece>(query + g * dim, runs, out + g * dim, later);
-      case 128: return heads<G, 128 / kPiece>(query + g * dim, runs, out + g * dim, later);
-      default: return heads<G, 0>(query + g * dim, runs, out + g * dim, later);
-    }
-  }
 
   // Up to four query heads, by an online softmax. P is the number of pieces of a head (0: not
   // known at compile time); with it, queries stay in registers.

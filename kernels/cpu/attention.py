@@ -16,18 +16,8 @@ if TYPE_CHECKING:
 
 SlotSizes = build.sizes(
     "SlotSizes",
-    "tokens",
-    "kv_heads",
-    "group",
-    "dim",
-    "block_size",
-    "top_k",
-    "block_stride",
-    "head_stride",
-    "table_stride",
-    "slot_stride",
-    "query_stride",
-    "out_stride",
+    "tokens kv_heads group dim block_size top_k block_stride "
+    "head_stride table_stride slot_stride query_stride out_stride",
 )
 
 

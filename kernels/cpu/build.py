@@ -34,14 +34,14 @@ class KernelBuildError(VllmSparseError, RuntimeError):
     """The C++ kernels could not be compiled."""
 
 
-def sizes(name: str, *fields: str) -> type[ctypes.Structure]:
+def sizes(name: str, fields: str) -> type[ctypes.Structure]:
     """The mirror of a C++ struct of 64-bit integers.
 
     Args:
         name: Name of both.
-        fields: Names of the integers, in the order of the C++ struct.
+        fields: Names of the integers, in the order of the C++ struct, between spaces.
     """
-    members = [(field, ctypes.c_int64) for field in fields]
+    members = [(field, ctypes.c_int64) for field in fields.split()]
     return type(name, (ctypes.Structure,), {"_fields_": members})
 
 

@@ -16,19 +16,8 @@ if TYPE_CHECKING:
 
 DecodeSizes = build.sizes(
     "DecodeSizes",
-    "tokens",
-    "kv_heads",
-    "group",
-    "dim",
-    "block_size",
-    "page_size",
-    "top_k",
-    "block_stride",
-    "head_stride",
-    "table_stride",
-    "query_stride",
-    "out_stride",
-    "key_stride",
+    "tokens kv_heads group dim block_size page_size top_k "
+    "block_stride head_stride table_stride query_stride out_stride key_stride",
 )
 
 

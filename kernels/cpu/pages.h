@@ -22,19 +22,8 @@ namespace {
 
 // Mirrored by DecodeSizes in decode.py. Strides count elements.
 struct DecodeSizes {
-  int64_t tokens;
-  int64_t kv_heads;
-  int64_t group;
-  int64_t dim;
-  int64_t block_size;
-  int64_t page_size;
-  int64_t top_k;
-  int64_t block_stride;
-  int64_t head_stride;
-  int64_t table_stride;
-  int64_t query_stride;
-  int64_t out_stride;
-  int64_t key_stride;
+  int64_t tokens, kv_heads, group, dim, block_size, page_size, top_k;
+  int64_t block_stride, head_stride, table_stride, query_stride, out_stride, key_stride;
 };
 
 // The cache of one KV head of one request.
@@ -173,7 +162,10 @@ struct PageSelection {
       own.pull(own_share);
       earlier.pull(earlier_share);
       float* out = score.data() + b * per_block;
-      score_block(head.extrema(b), per_block, channels, group, out, padded);
+      by_four(group, [&](auto heads, int64_t first) {
+        score_heads<decltype(heads)::value>(head.extrema(b), per_block, channels, first, out,
+                                            padded);
+      });
     }
     // The newest page may have grown since (or, for a replayed token, shrunk to what it saw).
     float bound[2 * kMaxDim];
@@ -205,17 +197,6 @@ struct PageSelection {
   }
 
  private:
-  static void score_block(const T* extrema, int64_t pages, const Channels<T>& channels,
-                          int64_t group, float* out, int64_t out_stride) {
-    int64_t g = 0;
-    for (; group - g >= 4; g += 4) score_heads<4>(extrema, pages, channels, g, out, out_stride);
-    switch (group - g) {
-      case 1: return score_heads<1>(extrema, pages, channels, g, out, out_stride);
-      case 2: return score_heads<2>(extrema, pages, channels, g, out, out_stride);
-      case 3: return score_heads<3>(extrema, pages, channels, g, out, out_stride);
-    }
-  }
-
   template <int G>
   static void score_heads(const T* extrema, int64_t pages, const Channels<T>& channels,
                           int64_t first, float* out, int64_t out_stride) {

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -74,6 +75,18 @@ int with_dtype(int dtype, Run&& run) {
     case 2: run(_Float16{}); return 0;
   }
   return 2;
+}
+
+// Calls run(G, first) for each group of up to four of `count` query heads; G is a constant.
+template <typename Run>
+void by_four(int64_t count, Run&& run) {
+  int64_t first = 0;
+  for (; count - first >= 4; first += 4) run(std::integral_constant<int, 4>{}, first);
+  switch (count - first) {
+    case 1: return run(std::integral_constant<int, 1>{}, first);
+    case 2: return run(std::integral_constant<int, 2>{}, first);
+    case 3: return run(std::integral_constant<int, 3>{}, first);
+  }
 }
 
 // Two products a lane: acc + a[0] * b[0] + a[1] * b[1] over pairs of elements of T with queries.
