@@ -17,7 +17,6 @@ from support.kernels import (
     empty_table,
     noise,
     scattered_table,
-    sparda,
 )
 from vllm_sparse.kernels.types import Blocks, PageTable, Ranking, Unframed
 
@@ -113,18 +112,25 @@ def test_kernels_compile_without_a_gpu(capability, tmp_path):
 
 def compile_everything(capability: int) -> None:
     """Launch every kernel."""
+    from vllm_sparse.kernels.triton import (
+        sparda_attention,
+        sparda_paging,
+        sparda_prefill,
+        sparda_select,
+        sparda_tokens,
+    )
+
     compile_only(capability)
     step, hand = (torch.zeros(1, dtype=torch.int64) for _ in range(2))
     counters = torch.zeros(3, dtype=torch.int64)
     table = torch.zeros(3, 40, dtype=torch.int32)
     positions = torch.zeros(3, dtype=torch.int64)
-    kernels = sparda("triton")
     for dtype, dim in ((torch.bfloat16, 256), (torch.float32, 64)):
         host = torch.zeros(9, 2, 64, 2 * dim, dtype=dtype)
         slab, compressed = host.flatten(0, 1), host.view(9, 2, 4, -1)[..., :dim]
         query, key = (torch.zeros(3, heads, dim, dtype=dtype) for heads in (8, 2))
         for ranking in (Ranking(False), Ranking(True, 0.2, lag=1)):
-            chosen = kernels.select_blocks(
+            chosen = sparda_select.select_blocks(
                 compressed, query if ranking.softmax else key, table, positions, ranking,
                 Blocks(64, 16, 1, 2, 9),
             )  # fmt: skip
@@ -132,20 +138,22 @@ def compile_everything(capability: int) -> None:
             torch.zeros(18, dtype=torch.int32), torch.zeros(18, dtype=torch.int64),
             torch.zeros(18, dtype=torch.int64), torch.zeros(18, dtype=torch.bool), hand,
         )  # fmt: skip
-        found = kernels.resolve(state, chosen.pieces, step, counters)
-        kernels.copy_pieces(slab, found.targets, slab, found.missing, found.misses)
+        found = sparda_paging.resolve(state, chosen.pieces, step, counters)
+        sparda_paging.copy_pieces(slab, found.targets, slab, found.missing, found.misses)
         whole = Unframed(host, table, chosen.lengths)
         for unframed in (None, whole):
-            kernels.attend_frames(slab, query, query, found.frames, chosen.lengths, 0.1, unframed)
-        kernels.write_tokens(host, slab, state.frame_of, positions, key, key)
+            sparda_attention.attend_frames(
+                slab, query, query, found.frames, chosen.lengths, 0.1, unframed
+            )
+        sparda_tokens.write_tokens(host, slab, state.frame_of, positions, key, key)
         for frames in ({}, {"slab": slab, "frame_of": state.frame_of}):
-            kernels.update_windows(compressed, host, positions, table, 16, **frames)
-        kernels.record_queries(query.clone(), query, positions, positions, 64)
+            sparda_tokens.update_windows(compressed, host, positions, table, 16, **frames)
+        sparda_tokens.record_queries(query.clone(), query, positions, positions, 64)
         prompt = torch.zeros(2, 4, 300, dim, dtype=dtype)
         picked = torch.zeros(2, 300, 9, dtype=torch.bool)
         part = prompt, prompt[:, 0], prompt[:, 0]
-        kernels.attend_part(*part, None, True, 0.1)
-        kernels.attend_part(*part, picked, False, 0.1, block_size=64)
+        sparda_prefill.attend_part(*part, None, True, 0.1)
+        sparda_prefill.attend_part(*part, picked, False, 0.1, block_size=64)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 
 def compiled(file: str, what: object, cache_dir: object) -> list[str]:
@@ -22,6 +23,7 @@ def compiled(file: str, what: object, cache_dir: object) -> list[str]:
     """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(cache_dir)
+    env["PYTHONPATH"] = str(Path(__file__).parent.parent)
     result = subprocess.run(
         [sys.executable, file, str(what)],
         env=env, capture_output=True, text=True, check=False,
