@@ -163,8 +163,7 @@ class SparseLayer:
         if index is not None:
             query, key, value = query[index], key[index], value[index]
             target = torch.empty_like(query)
-        else:
-            count = len(rows.lengths)
+        elif (count := len(rows.lengths)) != len(query):
             query, key, value, target = query[:count], key[:count], value[:count], output[:count]
         layout = self.layouts[rows.page_size]
         tables = rows.block_table, rows.lengths, rows.final_lengths, rows.top_r

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,6 +110,16 @@ class StepMetadata:
     rows: Rows | None = None
 
 
+class _Steady(NamedTuple):
+    """What does not change while the same rows decode one token a step."""
+
+    query_start: Tensor
+    prompt_lens: Tensor
+    dropped: Tensor
+    top_r: Tensor
+    page_size: int
+
+
 class StepPlanner:
     """Splits a batch as the policy says; only ending prompts are looped over.
 
@@ -127,6 +137,7 @@ class StepPlanner:
         self._page_size = torch.tensor([row.page_size for row in rows], dtype=torch.int32)
         self._top_r = torch.tensor([row.top_r for row in rows], dtype=torch.int32)
         self._reasons = [row.reason for row in rows]
+        self._steady: _Steady | None = None
         shared = policy.shared_blocks if policy.moves else lambda _: 0
         self._shared = torch.tensor(
             [shared(length) if row.sparse else 0 for length, row in enumerate(rows)],
@@ -168,6 +179,15 @@ class StepPlanner:
         Returns:
             The metadata.
         """
+        steady = self._steady
+        if (
+            steady is not None
+            and torch.equal(query_start, steady.query_start)
+            and torch.equal(prompt_lens, steady.prompt_lens)
+            and bool((seq_lens > prompt_lens).all())
+        ):
+            return self._next(steady, seq_lens, block_table, count)
+        self._steady = None
         num_tokens = int(query_start[-1])
         query_lens = query_start.diff()
         sparse_row = self._is_sparse(prompt_lens)
@@ -227,11 +247,12 @@ class StepPlanner:
                     page_size,
                 )
             )
-            count("decode_rows", len(index))
-            count("visible_tokens", int((position[index] + 1).sum()))
-            top_k = self.policy.top_k
-            read = lengths if top_k is None else lengths.clamp(max=top_k)
-            count("selected_tokens", int(read.sum()))
+            self._count_rows(position[index] + 1, lengths, count)
+            if whole and self.policy.moves and num_tokens == len(seq_lens):
+                top_r = groups[-1].top_r
+                self._steady = _Steady(
+                    query_start.clone(), prompt_lens.clone(), dropped, top_r, page_size
+                )
         pages = None
         if not self.policy.moves:
             size = self.policy.page_sizes[0]
@@ -245,6 +266,30 @@ class StepPlanner:
                 dense_metadata(None, None, None) if reads_all else None,
             )
         return StepMetadata(num_tokens, dense, dense_index, prompts, tuple(groups), pages)
+
+    def _next(
+        self, steady: _Steady, seq_lens: Tensor, block_table: Tensor, count: Callable[..., None]
+    ) -> StepMetadata:
+        """The plan of the rows of the step before, each of which decodes one token again."""
+        device = block_table.device
+        lengths = (seq_lens - steady.dropped * self.block_size).int()
+        width = -(-int(lengths.max()) // self.block_size)
+        columns = steady.dropped[:, None].long() + torch.arange(width)
+        columns = upload(columns.clamp_(max=block_table.shape[1] - 1), device)
+        self._count_rows(seq_lens, lengths, count)
+        lengths = upload(lengths, device)
+        rows = SparseRows(
+            None, block_table.gather(1, columns), lengths, lengths, steady.top_r, steady.page_size
+        )
+        return StepMetadata(len(seq_lens), None, sparse=(rows,))
+
+    def _count_rows(self, visible: Tensor, lengths: Tensor, count: Callable[..., None]) -> None:
+        """Count decode rows by the tokens that they would see densely, and those that they hold."""
+        top_k = self.policy.top_k
+        read = lengths if top_k is None else lengths.clamp(max=top_k)
+        count("decode_rows", len(lengths))
+        count("visible_tokens", int(visible.sum()))
+        count("selected_tokens", int(read.sum()))
 
     def ending_prompts(
         self,
