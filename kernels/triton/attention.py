@@ -10,12 +10,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vllm_sparse.kernels.triton.launch import MOST_SHARES, dim_block, launch, row_block, split_rows
+from vllm_sparse.kernels.triton.launch import (
+    LOG2_E,
+    MOST_SHARES,
+    dim_block,
+    row_block,
+    split_kernel,
+)
 from vllm_sparse.kernels.triton.ops import attend_tile, share_of
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
-    from vllm_sparse.kernels.triton.launch import Launch, Split
 
 
 @triton.jit
@@ -158,23 +163,6 @@ def _combine_kernel(
     tl.store(target, merged.to(output.dtype.element_ty), mask=inside)
 
 
-def split_attention(
-    programs: int, tokens: int, dim: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Launch, Split]:
-    """How to attend to rows.
-
-    Args:
-        programs: Rows times KV heads.
-        tokens: Tokens that the longest row may read.
-        dim: D.
-        dtype: Of keys and values.
-        device: Where.
-    """
-    found = launch("attend", device, dim, dtype)
-    # A program starts with a chain of loads, which fewer tokens are not worth.
-    return found, split_rows(programs, tokens, found.block, device, worth=512)
-
-
 class Shares(NamedTuple):
     """Where the shares of each row go.
 
@@ -251,8 +239,8 @@ def attend_slots(
     assert slots is None or slots.is_contiguous()
     # Some rows may read everything. Programs that find nothing to read end at once.
     most = block_table.shape[1] * layout.block_size
-    (block, warps, stages), (shares, least) = split_attention(
-        rows * kv_heads, most, dim, cache.dtype, device
+    (block, warps, stages), (shares, least) = split_kernel(
+        "attend", rows * kv_heads, most, dim, cache.dtype, device
     )
     query = query.to(cache.dtype)
     scratch = make_shares(output, shares)
@@ -267,7 +255,7 @@ def attend_slots(
         top_k,
         0 if slots is None else slots.shape[-1],
         least,
-        scale * 1.4426950408889634,
+        scale * LOG2_E,
         cache.stride(0),
         cache.stride(1),
         query.stride(0),

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from vllm_sparse.kernels.triton.append import append_tokens
-from vllm_sparse.kernels.triton.attention import attend_slots, split_attention
-from vllm_sparse.kernels.triton.pages import score_pages, select_slots, split_scores
+from vllm_sparse.kernels.triton.attention import attend_slots
+from vllm_sparse.kernels.triton.launch import split_kernel
+from vllm_sparse.kernels.triton.pages import score_pages, select_slots
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,9 +126,9 @@ def decode_scratch_bytes(
     most = 0
     for count in range(1, rows + 1):
         part = min(_rows_at_once(count, heads, kv_heads, pages), count)
-        _, split = split_scores(part * kv_heads, pages, dim, dtype, device)
+        _, split = split_kernel("score_pages", part * kv_heads, pages, dim, dtype, device)
         scores = part * (heads * (pages + 2 * split.shares) + kv_heads * pages)
-        _, split = split_attention(count * kv_heads, tokens, dim, dtype, device)
+        _, split = split_kernel("attend", count * kv_heads, tokens, dim, dtype, device)
         attended = count * heads * split.shares * (dim + 1)
         slots = count * kv_heads * min(top_k, tokens)
         most = max(most, 4 * (slots + max(scores, attended)))

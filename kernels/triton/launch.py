@@ -9,6 +9,7 @@ gpu-tune` finds a better one for one kind of GPU, and leaves it in a file that i
 from __future__ import annotations
 
 import json
+import math
 import os
 from functools import cache
 from pathlib import Path
@@ -203,6 +204,9 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+# Kernels take powers of two, which GPUs compute faster.
+LOG2_E = math.log2(math.e)
+
 # Shares of a row at most: what kernels that merge them have room for.
 MOST_SHARES = 64
 
@@ -257,6 +261,33 @@ def split_rows(programs: int, entries: int, block: int, device: torch.device, wo
     # Programs without a share end at once, but tens of thousands of them take time all the same.
     shares = max(filling, min(16, 64 * multiprocessors(device) // max(programs, 1)))
     return Split(max(1, min(shares, -(-entries // (least * block)), MOST_SHARES)), least)
+
+
+# Entries that are worth a program where rows alone fill the GPU. A program starts by ranking
+# channels (pages) or with a chain of loads (tokens), for which fewer entries do not pay.
+_WORTH = {"score_pages": 1024, "attend": 512, "score_blocks": 512}
+
+
+def split_kernel(
+    kernel: str,
+    programs: int,
+    entries: int,
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Launch, Split]:
+    """How a kernel that splits rows is launched.
+
+    Args:
+        kernel: A key of the table of launches.
+        programs: Programs without splitting: rows times KV heads.
+        entries: Pages, tokens or windows that the longest row may have.
+        dim: D.
+        dtype: Of the cache.
+        device: Where the kernel runs.
+    """
+    found = launch(kernel, device, dim, dtype)
+    return found, split_rows(programs, entries, found.block, device, _WORTH[kernel])
 
 
 def row_block(rows: int) -> int:

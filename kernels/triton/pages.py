@@ -10,14 +10,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vllm_sparse.kernels.triton.launch import MOST_SHARES, dim_block, launch, row_block, split_rows
+from vllm_sparse.kernels.triton.launch import (
+    MOST_SHARES,
+    dim_block,
+    launch,
+    row_block,
+    split_kernel,
+)
 from vllm_sparse.kernels.triton.ops import dot, share_of
 from vllm_sparse.kernels.triton.topk import choose, radix_threshold, tile_threshold
 from vllm_sparse.kernels.types import PageScores
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
-    from vllm_sparse.kernels.triton.launch import Launch, Split
 
 
 # How wide a table is changes from step to step, which must not compile variants.
@@ -138,23 +143,6 @@ def _score_pages_kernel(
     tl.store(mass_out + part, mass, mask=member_inside)
 
 
-def split_scores(
-    programs: int, pages: int, dim: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Launch, Split]:
-    """How to score the pages of rows.
-
-    Args:
-        programs: Rows times KV heads.
-        pages: Pages that the longest row may have.
-        dim: D.
-        dtype: Of the cache.
-        device: Where.
-    """
-    found = launch("score_pages", device, dim, dtype)
-    # A program starts by ranking channels, which fewer pages are not worth.
-    return found, split_rows(programs, pages, found.block, device, worth=1024)
-
-
 def score_pages(
     cache: Tensor,
     query: Tensor,
@@ -171,8 +159,8 @@ def score_pages(
     assert query.stride(-1) == block_table.stride(-1) == cache.stride(-1) == 1
     assert cache.stride(-2) == cache.shape[-1], "a page must be one contiguous run"
     width = block_table.shape[1] * layout.pages_per_block
-    (block, warps, stages), (shares, least) = split_scores(
-        rows * kv_heads, width, dim, cache.dtype, device
+    (block, warps, stages), (shares, least) = split_kernel(
+        "score_pages", rows * kv_heads, width, dim, cache.dtype, device
     )
     query = query.to(cache.dtype)
     logits = torch.empty(rows, heads, width, dtype=torch.float32, device=device)

@@ -11,10 +11,9 @@ import triton.language as tl
 from vllm_sparse.kernels.triton.attention import (
     make_shares,
     merge_shares,
-    split_attention,
     store_share,
 )
-from vllm_sparse.kernels.triton.launch import dim_block, row_block
+from vllm_sparse.kernels.triton.launch import LOG2_E, dim_block, row_block, split_kernel
 from vllm_sparse.kernels.triton.ops import attend_tile, share_of
 
 if TYPE_CHECKING:
@@ -121,14 +120,14 @@ def attend_frames(
         assert host.dtype == slab.dtype
         assert table.stride(-1) == 1
         assert whole.is_contiguous()
-    (block, warps, stages), (shares, least) = split_attention(
-        rows * kv_heads, count * block_size, dim, slab.dtype, device
+    (block, warps, stages), (shares, least) = split_kernel(
+        "attend", rows * kv_heads, count * block_size, dim, slab.dtype, device
     )
     query = query.to(slab.dtype)
     scratch = make_shares(output, shares)
     _attend_frames_kernel[(rows, kv_heads, shares)](
         slab, query, frames, lengths, host, table, whole, *scratch, count, least,
-        scale * 1.4426950408889634, query.stride(0), query.stride(1), table.stride(0),
+        scale * LOG2_E, query.stride(0), query.stride(1), table.stride(0),
         HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim, BLOCK_SIZE=block_size,
         BLOCK_M=row_block(heads // kv_heads), BLOCK_N=block, BLOCK_D=dim_block(dim),
         UNFRAMED=unframed is not None, num_warps=warps, num_stages=stages,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.triton.launch import dim_block, launch, row_block
+from vllm_sparse.kernels.triton.launch import LOG2_E, dim_block, launch, row_block
 from vllm_sparse.kernels.triton.ops import attend_tile
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def attend_part(
         )  # fmt: skip
         block = min(block, block_size)
     _attend_part_kernel[(tiles, kv_heads)](
-        query, keys, values, marks, lists, output, lse, scale * 1.4426950408889634, tokens,
+        query, keys, values, marks, lists, output, lse, scale * LOG2_E, tokens,
         num_keys, first_position, past_from, query.stride(0), query.stride(1), query.stride(2),
         keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), *strides, **shape,
         DIM=dim, BLOCK_M=rows, BLOCK_N=block, BLOCK_D=dim_block(dim), CHOSEN=chosen is not None,

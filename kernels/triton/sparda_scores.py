@@ -10,20 +10,17 @@ import torch
 import triton
 import triton.language as tl
 from vllm_sparse.kernels.triton.launch import (
+    LOG2_E,
     MOST_SHARES,
     dim_block,
-    launch,
     row_block,
-    split_rows,
+    split_kernel,
 )
 from vllm_sparse.kernels.triton.ops import dot, share_of
 
 if TYPE_CHECKING:
     from torch import Tensor
     from vllm_sparse.kernels.types import Blocks, Ranking
-
-# Windows that are worth a program where rows alone fill the GPU.
-_WORTH = 512
 
 # Logits that exist at the same time; more rows take turns.
 _MOST_LOGITS = 1 << 24
@@ -252,8 +249,9 @@ def score_blocks(
         vectors = vectors.to(compressed.dtype)
         # Slices of four rows begin where the whole does: at 16 bytes.
         at_once = min(rows, max(_MOST_LOGITS // (heads * width * windows) // 4 * 4, 4))
-    block, warps, stages = launch("score_blocks", device, dim, compressed.dtype)
-    shares, least = split_rows(at_once * kv_heads, width * windows, block, device, _WORTH)
+    (block, warps, stages), (shares, least) = split_kernel(
+        "score_blocks", at_once * kv_heads, width * windows, dim, compressed.dtype, device
+    )
     rows_of = {
         "lag": ranking.lag, "top_k": blocks.top_k, "dense_len": dense_len, "width": width,
         "HEADS": kv_heads, "BLOCK_SIZE": blocks.block_size, "STRIDE": blocks.kernel_stride,
@@ -284,7 +282,7 @@ def score_blocks(
         grid = (len(positions[part]), kv_heads, shares)
         _logits_kernel[grid](
             compressed, vectors[part], table[part], positions[part], logits, peaks, masses,
-            scale_log2=ranking.scale * 1.4426950408889634, least=least, GROUP=group,
+            scale_log2=ranking.scale * LOG2_E, least=least, GROUP=group,
             BLOCK_M=row_block(group), BLOCK_N=block, **rows_of, **keys,
         )  # fmt: skip
         _softmax_kernel[grid](

@@ -52,6 +52,13 @@ def _splitting(request, monkeypatch):
     monkeypatch.setattr(launch, "multiprocessors", lambda device: request.param)
 
 
+@pytest.fixture(params=[1, 64], ids=["whole", "split"])
+def _splitting_rows(request, monkeypatch):
+    """One program per row and KV head, or as many as there are tiles of pages or tokens."""
+    launch = pytest.importorskip("vllm_sparse.kernels.triton.launch")
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: request.param)
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Many tiles without large inputs."""

@@ -142,11 +142,11 @@ def test_rows_whose_logits_would_be_too_many_take_turns(monkeypatch):
     monkeypatch.setattr(sparda_scores, "_MOST_LOGITS", 1)
     sizes = []
 
-    def split_rows(programs, *args):
+    def split_kernel(kernel, programs, *args):
         sizes.append(programs)
-        return launch.Split(1, 1)
+        return launch.launch(kernel, DEVICE), launch.Split(1, 1)
 
-    monkeypatch.setattr(sparda_scores, "split_rows", split_rows)
+    monkeypatch.setattr(sparda_scores, "split_kernel", split_kernel)
     actual = sparda_select.select_blocks(*arguments, dense_len=dense)
     assert sizes == [4 * 2]  # rows at once, KV heads
     assert all(a.equal(b) for a, b in zip(actual, expected, strict=True))

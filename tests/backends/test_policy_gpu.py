@@ -4,7 +4,7 @@
 
 Triton is interpreted and FlashAttention is PyTorch. ``captured_graphs`` lets layers see the
 metadata of the first batch of a size only, as a CUDA graph does. The runs that they are compared
-with are compared with Hugging Face and stock vLLM in ``test_engine``.
+with are compared with Hugging Face and stock vLLM in ``test_policy_cpu``.
 """
 
 from __future__ import annotations

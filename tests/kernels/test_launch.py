@@ -96,3 +96,30 @@ def test_the_start_up_line_says_where_launches_are_from(tmp_path, monkeypatch, c
     monkeypatch.setenv(launch.LAUNCHES_ENV, "")
     launch.launches.cache_clear()
     assert launch.launches(gpu).origin == f"shipped for {origin}"
+
+
+def test_shares_follow_from_shapes(monkeypatch):
+    """Few rows fill the GPU; more are split for the sake of long ones, as far as that is cheap."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    entries = [(1, 1 << 17), (1, 300), (4, 1 << 17), (64, 1 << 17), (64, 600), (512, 1 << 17)]
+    found = [launch.split_rows(8 * rows, most, 32, CPU, 512) for rows, most in entries]
+    assert found == [(64, 1), (10, 1), (17, 1), (16, 8), (3, 8), (2, 16)]
+
+
+def test_launches_follow_the_bytes_of_a_head(monkeypatch):
+    entry = launch.Launch(64, 4, 2), launch.Launch(32, 8, 2)
+    monkeypatch.setitem(launch._SM80, "attend", entry)
+    sizes = [(128, torch.bfloat16), (64, torch.float32), (256, torch.float16), (128, torch.float32)]
+    found = [launch.launch("attend", torch.device("cpu"), *size) for size in sizes]
+    assert found == [entry[0], entry[0], entry[1], entry[1]]
+    wide = launch.launch("attend", torch.device("cpu"), 256, torch.float32)
+    assert wide == (16, 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "block", "warps"), [("top_indices", 128, 4), ("select_slots", 1024, 8)]
+)
+def test_threads_that_count_have_an_entry_each(kernel, block, warps):
+    assert launch.valid(kernel, launch.Launch(block, warps, 1))
+    assert not launch.valid(kernel, launch.Launch(block, 2 * warps, 1))
+    assert launch.valid("attend", launch.Launch(block, 2 * warps, 1))

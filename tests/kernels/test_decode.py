@@ -6,63 +6,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from reference import rocketkv_bruteforce as brute
+from support.pages import Batch, make_batch
 from vllm_sparse.kernels import dispatch
 from vllm_sparse.kernels.cpu import attention, build
 from vllm_sparse.kernels.cpu import decode as fused
-from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kernels.reference import attention as ref_attention
 from vllm_sparse.kernels.reference import decode as reference
-
-from vllm_sparse.policies.rocketkv import page_extrema
-
-
-class Batch(NamedTuple):
-    layout: PageLayout
-    cache: torch.Tensor
-    table: torch.Tensor
-    lengths: torch.Tensor
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    top_r: torch.Tensor
-    history: list[torch.Tensor]  # [G, n - 1, 2D] of each row
-
-
-def make_batch(rows=5, kv_heads=2, group=3, dim=64, block_size=32, page_size=4, longest=300,
-               dtype=torch.float32, seed=0) -> Batch:  # fmt: skip
-    """Rows of unlike lengths in scattered blocks; whatever a row does not own is NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    layout = PageLayout(block_size, dim, page_size)
-    width = -(-longest // block_size) + 1
-    blocks = rows * width + 1
-    cache = torch.full((blocks, kv_heads, block_size, 2 * dim + 2 * dim // page_size), torch.nan)
-    cache = cache.to(dtype)
-    table = (torch.randperm(blocks - 1, generator=generator) + 1).view(rows, width).int()
-    lengths = torch.randint(longest // 2, longest + 1, (rows,), generator=generator).int()
-    lengths[0] = longest
-    history = []
-    for row in range(rows):
-        past = torch.randn(kv_heads, int(lengths[row]) - 1, 2 * dim, generator=generator).to(dtype)
-        history.append(past)
-        slot = torch.arange(past.shape[1])
-        block = table[row].long()[slot // block_size]
-        layout.tokens(cache)[block, :, slot % block_size] = past.transpose(0, 1)
-        bounds = torch.cat(page_extrema(past[..., :dim], page_size), -1).transpose(0, 1)
-        page = torch.arange(len(bounds))
-        block = table[row].long()[page // layout.pages_per_block]
-        layout.extrema(cache)[block, :, :, page % layout.pages_per_block] = bounds
-
-    def noise(heads: int) -> torch.Tensor:
-        return (torch.randn(rows, heads, dim, generator=generator) * 1.5).to(dtype)
-
-    top_r = torch.randint(1, dim + 1, (rows,), generator=generator).int()
-    return Batch(layout, cache, table, lengths, noise(kv_heads * group), noise(kv_heads),
-                 noise(kv_heads), top_r, history)  # fmt: skip
 
 
 def run(kernel, batch: Batch, top_k: int, read_all: bool = False):

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Storing tokens, extrema and queries that wait."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from support.kernels import DEVICE, same, with_gaps
+from support.pages import batch_on_device
+from vllm_sparse.kernels.reference import append as ref_append
+from vllm_sparse.kernels.reference import decode as reference
+from vllm_sparse.kernels.triton import append
+
+from vllm_sparse.kv.tail.compaction import QueryParking
+
+
+@pytest.mark.parametrize("replays", [True, False])
+@pytest.mark.parametrize("page_size", [1, 2, 4, 16])
+def test_append_equals_reference(page_size, replays):
+    batch = batch_on_device(rows=6, dim=40, longest=60, page_size=page_size, block_size=16)
+    lengths = torch.tensor([60, 1, 0, 16, 17, 35], dtype=torch.int32, device=DEVICE)
+    caches = [with_gaps(batch.cache, 2) for _ in range(2)]
+    top_r = batch.top_r.clone()
+    top_r[3:5] = 0  # nobody needs their extrema
+    arguments = batch.key, batch.value, batch.table, lengths, lengths, top_r, batch.layout
+    reference.append_tokens(caches[0], *arguments)
+    append.append_tokens(caches[1], *arguments, replays=replays)
+    assert same(*caches)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_parked_queries_equal_reference_and_what_is_loaded(group):
+    batch = batch_on_device(rows=4, group=group, longest=120)
+    layout, per_block = batch.layout, 2 * batch.layout.pages_per_block // group
+    tail = batch.table[1, :2].clone()
+    place = torch.tensor([-1, 0, per_block - 1, per_block], device=DEVICE)
+    parked = tail.long()[place // per_block] * per_block + place % per_block
+    parked = torch.where(place < 0, -1, parked).int()
+    # Rows whose queries wait read everything and leave the extrema alone.
+    top_r = torch.where(parked >= 0, 0, batch.top_r)
+    caches = [with_gaps(batch.cache, 2) for _ in range(2)]
+    rows = batch.key, batch.value, batch.table, batch.lengths, batch.lengths, top_r, layout
+    reference.append_tokens(caches[0], *rows)
+    ref_append.park_queries(caches[0], batch.query, parked, layout, per_block)
+    append.append_tokens(caches[1], *rows, replays=False, query=batch.query, parked=parked,
+                         per_block=per_block)  # fmt: skip
+    assert same(*caches)
+    loaded = QueryParking(layout, group).load(caches[1], tail, per_block + 1)
+    assert torch.equal(loaded[[0, per_block - 1, per_block]], batch.query[1:])

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Planning a batch of single tokens on the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from support.kernels import DEVICE
+from vllm_sparse.kernels.reference import rows as ref_rows
+from vllm_sparse.kernels.triton import rows as rows_kernel
+from vllm_sparse.kernels.types import Rows
+
+
+def make_rows(count, width):
+    """Buffers that hold what an earlier step left there."""
+    table = torch.full((count, width), 1 << 30, dtype=torch.int32, device=DEVICE)
+    return Rows(table, *(torch.full((count,), 7, dtype=torch.int32, device=DEVICE) for _ in "abc"))
+
+
+@pytest.mark.parametrize("window", [8, 0])
+def test_planned_rows_equal_reference(window):
+    """Sparse, dense, inside the prompt, inside its window, padding."""
+    generator = torch.Generator().manual_seed(0)
+    rules = torch.zeros(301, 3, dtype=torch.int32)
+    rules[100:, 0] = torch.arange(201) // 40
+    rules[100:, 1] = torch.randint(1, 64, (201,), generator=generator)
+    rules[100:, 2] = rules[100:, 0] // 2
+    seq_lens = torch.tensor([0, 51, 299, 180, 201, 196, 191, 192, 200, 300, 260])
+    prompts = torch.tensor([9, 50, 120, 200, 200, 200, 200, 199, 200, 299, 1000])
+    table = torch.randint(1, 999, (len(seq_lens), 25), generator=generator).int().to(DEVICE)
+    table = with_gaps_int(table)
+    arguments = [part.int().to(DEVICE) for part in (seq_lens, prompts)]
+    options = {"block_size": 16, "window": window, "per_block": 3, "top_k": 90}
+    results = []
+    for module in (ref_rows, rows_kernel):
+        rows = make_rows(len(seq_lens), 25)
+        counted = torch.ones(3, dtype=torch.int64, device=DEVICE)
+        module.plan_rows(rows, *arguments, table, rules.to(DEVICE), counted, **options)
+        results.append((*rows, counted))
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(expected, actual)
+    table_out, lengths, top_r, parked, counted = results[1]
+    assert lengths.tolist()[:5] == [0, 51, 299, 180, 201 - 2 * 16]
+    assert top_r.bool().tolist() == [False, False, True, False, True, *[False] * 3, False, True,
+                                     False]  # fmt: skip
+    assert int(table_out[4, 0]) == int(table[4, 2])
+    window_rows = [5, 7, 8] if window else []
+    assert (parked >= 0).nonzero()[:, 0].tolist() == window_rows
+    assert int(counted[0]) == 4
+
+
+def with_gaps_int(table: torch.Tensor) -> torch.Tensor:
+    wide = torch.full((len(table), table.shape[1] + 3), -5, dtype=table.dtype, device=DEVICE)
+    return wide[:, : table.shape[1]].copy_(table)
