@@ -380,24 +380,10 @@ def select_slots(
     block, warps, stages = launch("select_slots", device)
     if rows:
         _select_slots_kernel[(rows, kv_heads)](
-            *(t.contiguous() for t in scores),
-            block_table,
-            lengths,
-            top_r,
-            probability,
-            slots,
-            top_k,
-            width,
-            scores.peak.shape[-1],
-            capacity,
-            block_table.stride(0),
-            HEADS=kv_heads,
-            GROUP=heads // kv_heads,
-            BLOCK_SIZE=layout.block_size,
-            PAGE=layout.page_size,
-            BLOCK=block,
-            MOST=MOST_SHARES,
-            num_warps=warps,
-            num_stages=stages,
-        )
+            *(t.contiguous() for t in scores), block_table, lengths, top_r, probability, slots,
+            top_k, width, scores.peak.shape[-1], capacity, block_table.stride(0),
+            HEADS=kv_heads, GROUP=heads // kv_heads, BLOCK_SIZE=layout.block_size,
+            PAGE=layout.page_size, BLOCK=block, MOST=MOST_SHARES,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
     return slots
