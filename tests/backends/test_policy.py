@@ -107,7 +107,7 @@ def run(llama, outside, case) -> Callable[..., dict[str, Any]]:
     def start(prompts, settings=case.settings, env=None, **changes):
         return run_engine(
             llama, prompts, backend=case.name, settings=settings, block_size=BLOCK_SIZE,
-            new_tokens=NEW_TOKENS, env={**outside, **(env or {})}, **changes,
+            env={**outside, **(env or {})}, **{"new_tokens": NEW_TOKENS, **changes},
         )  # fmt: skip
 
     return start
@@ -183,12 +183,12 @@ def test_the_gpu_path_gives_the_same_tokens(run, case, prompts, whole):
     """Model Runner V2, interpreted kernels, FlashAttention in PyTorch, batches as captured."""
     settings = {**case.settings, "kernels": "triton"}
     again = run(
-        prompts[:2], settings, max_num_batched_tokens=200, timeout=900,
-        env={"VLLM_USE_V2_MODEL_RUNNER": "1"},
+        prompts[:2], settings, max_num_batched_tokens=320, timeout=900, new_tokens=16,
+        kv_cache_memory_bytes=6 << 20, env={"VLLM_USE_V2_MODEL_RUNNER": "1"},
         stand_ins=("flash_attention", "captured_graphs", "profiled_graphs"),
     )  # fmt: skip
     for got, expected in zip(again["tokens"][0], whole["tokens"][0], strict=False):
-        assert got == expected
+        assert got == expected[:16]
     assert again["counters"]["decode_rows"] > 0
 
 

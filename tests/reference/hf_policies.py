@@ -51,14 +51,13 @@ class Quest(Run):
             return [torch.arange(n)] * groups
         found = []
         for g, heads in enumerate(query.double().view(groups, -1, dim)):
-            total = torch.zeros(-(-n // self.page_size), dtype=torch.float64)
+            pages = keys[g].double().split(self.page_size)
+            low = torch.stack([page.min(0).values for page in pages])
+            high = torch.stack([page.max(0).values for page in pages])
+            total = torch.zeros(len(pages), dtype=torch.float64)
             for head in heads:
-                bounds = []
-                for start in range(0, n, self.page_size):
-                    page = keys[g, start : start + self.page_size].double()
-                    low, high = page.min(0).values, page.max(0).values
-                    bounds.append(torch.maximum(head * low, head * high).sum() / math.sqrt(dim))
-                total += torch.stack(bounds).softmax(0)
+                bounds = torch.maximum(head * low, head * high).sum(1) / math.sqrt(dim)
+                total += bounds.softmax(0)
             found.append(self.pages(total, n, self.page_size, self.top_k))
         return found
 
