@@ -310,7 +310,8 @@ def attend_step(
     if step.rows is not None:
         sparse.decode_rows(cache, query, key, value, step.rows, output)
         return output
-    tokens = sparse.stock_layout.tokens(cache)
+    if step.dense is not None or step.pages is not None:
+        tokens = sparse.stock_layout.tokens(cache)
     if step.pages is not None:
         count = len(step.pages.slots)
         stock.do_kv_cache_update(layer, key[:count], value[:count], tokens, step.pages.slots)
