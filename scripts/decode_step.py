@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Times pure decode steps of the vLLM and the plugin that this Python has.
+
+For comparing two checkouts: run it with each one's ``.venv/bin/python`` from its folder, in turns.
+Random prompts of one length, eager, in one process; prints a line of JSON. Within one checkout,
+``python -m benchmarks.speed`` says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import time
+
+
+def main() -> None:
+    """Command line entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="folder of a checkpoint")
+    parser.add_argument("backend", help="ROCKETKV, SPARDA, ..., or stock")
+    parser.add_argument("--settings", type=json.loads, default={}, help="of the backend, as JSON")
+    parser.add_argument("--context", type=int, default=8000, help="prompt tokens")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=64, help="generated per request")
+    options = parser.parse_args()
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM, SamplingParams
+
+    ours = {}
+    if options.backend != "stock":
+        ours = {
+            "attention_backend": options.backend,
+            "additional_config": {"vllm_sparse": options.settings},
+        }
+    engine = LLM(
+        model=options.model,
+        dtype="bfloat16",
+        max_model_len=options.context + options.tokens + 64,
+        max_num_seqs=options.batch,
+        max_num_batched_tokens=4096,
+        kv_cache_memory_bytes=3 << 30,
+        enable_prefix_caching=False,
+        enforce_eager=True,
+        seed=0,
+        **ours,
+    ).llm_engine
+    sampling = SamplingParams(
+        max_tokens=options.tokens, temperature=0, ignore_eos=True, detokenize=False
+    )
+    chance = random.Random(0)
+    for number in range(options.batch):
+        prompt = [chance.randrange(1000, 20000) for _ in range(options.context)]
+        engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
+    started: set[str] = set()
+    times: list[float] = []
+    while engine.has_unfinished_requests():
+        begin = time.perf_counter()
+        outputs = engine.step()
+        took = 1e3 * (time.perf_counter() - begin)
+        started |= {output.request_id for output in outputs}
+        if len(started) == len(outputs) == options.batch:
+            times.append(took)
+    times = sorted(times[3:])
+    print(
+        json.dumps(
+            {
+                "backend": options.backend,
+                "steps": len(times),
+                "median_ms": round(statistics.median(times), 2),
+                "least_ms": round(times[0], 2),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
