@@ -36,7 +36,7 @@ def compact_tokens(
     Args:
         cache: ``[blocks, G, block_size, C]``, modified in the prompts' tails only.
         keys: ``[blocks, G, block_size, D]``; may be a view of ``cache``.
-        values: Likewise.
+        values: ``[blocks, G, block_size, D]``; may be a view of ``cache``.
         block_table: Each prompt's blocks, int32 ``[R, max_blocks]``.
         prompt_lens: P, int32 ``[R]``; 0 marks a padding row.
         dropped_blocks: int32 ``[R]``.
@@ -86,7 +86,7 @@ def compact_prompts(
     Args:
         cache: ``[blocks, G, block_size, C]``, modified in the prompts' tails only.
         keys: ``[blocks, G, block_size, D]``; may be a view of ``cache``.
-        values: Likewise.
+        values: ``[blocks, G, block_size, D]``; may be a view of ``cache``.
         query_window: Post-RoPE queries of each prompt's last ``w`` positions, ``[R, H, w, D]``.
         block_table: Each prompt's blocks, int32 ``[R, max_blocks]``.
         prompt_lens: P, int32 ``[R]``; 0 marks a padding row.

@@ -115,7 +115,7 @@ def append_tokens(
     With ``parked`` also that of :func:`vllm_sparse.kernels.reference.append.park_queries`.
 
     Args:
-        cache: See there, as for the others.
+        cache: A page must be contiguous.
         key: Channels contiguous.
         value: Channels contiguous.
         block_table: int32.
@@ -127,7 +127,7 @@ def append_tokens(
             token and the extrema are written by one launch instead of two.
         query: Channels contiguous; needed with ``parked``, which needs ``replays=False``.
         parked: int32.
-        per_block: See :func:`vllm_sparse.kernels.reference.rows.plan_rows`.
+        per_block: Window queries that a block has room for.
     """
     rows, kv_heads, dim = key.shape
     assert key.stride(-1) == value.stride(-1) == block_table.stride(-1) == 1

@@ -28,14 +28,14 @@ def store_share(partial, lse_out, at, inside, mask, peak, mass, b_o, DIM: tl.con
     """Stores the attention over one share of a row's tokens, for merging.
 
     Args:
-        partial: See :class:`Shares`, as for the next.
-        lse_out: See there.
+        partial: Output of each share, float32 ``[shares, D]`` of all rows and heads.
+        lse_out: Log-sum-exp of each share, base 2.
         at: Index of the share, ``[M]``.
         inside: Entries that exist, ``[M]``.
-        mask: Likewise, ``[M, D]``.
-        peak: See :func:`.ops.attend_tile`, as for the next two.
-        mass: See there.
-        b_o: See there.
+        mask: Channels that exist, ``[M, D]``.
+        peak: Largest logit so far, base 2, ``[M]``.
+        mass: Sum of weights relative to it, ``[M]``.
+        b_o: Weighted sum of values, ``[M, D]``.
         DIM: Head size.
     """
     dim = tl.arange(0, b_o.shape[1])

@@ -45,24 +45,6 @@ def decode_attention(
     so must a page of the cache; other strides are free. Integer tensors are int32. Queries are
     rounded to the cache's dtype. Scratch: see :func:`decode_scratch_bytes`; to bound it, pages
     are scored and selected for so many rows at a time.
-
-    Args:
-        cache: See there, as for the others.
-        query: ``[T, H, D]``.
-        key: ``[T, G, D]``.
-        value: ``[T, G, D]``.
-        output: ``[T, H, D]``.
-        block_table: ``[T, max_blocks]``.
-        lengths: ``[T]``.
-        final_lengths: ``[T]``.
-        top_r: ``[T]``.
-        layout: Page geometry.
-        top_k: Tokens to attend to per KV head.
-        scale: Logit scale.
-        read_all: Attend to every token.
-        replays: See :func:`.append.append_tokens`; false saves a launch.
-        parked: See :func:`.append.append_tokens`.
-        per_block: Likewise.
     """
     append_tokens(
         cache,

@@ -93,8 +93,8 @@ def choose(score, inside, threshold, room, tied_before):
     Args:
         score: float32 ``[BLOCK]``.
         inside: Entries that exist, ``[BLOCK]``.
-        threshold: See :func:`radix_threshold`.
-        room: Likewise.
+        threshold: Sort key of the lowest entry that is selected.
+        room: Entries equal to the threshold that are selected.
         tied_before: Entries of earlier tiles that equal the threshold.
 
     Returns:
