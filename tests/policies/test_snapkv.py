@@ -40,7 +40,7 @@ def test_the_budget_stays_and_the_window_has_room(prompt_len, block_size, group,
     kept = prompt_len - retention.dropped_blocks * block_size
     assert budget <= kept < budget + 2 * block_size
     per_block = 2 * (block_size // 8) // group
-    shared = policy.shared_blocks(prompt_len)
+    shared = policy.shared_blocks(prompt_len, retention.dropped_blocks)
     assert 0 <= shared <= retention.dropped_blocks
     # Whole blocks behind the shared ones, before the first of the window's tokens.
     assert ((prompt_len - 32) // block_size - shared) * per_block >= 32

@@ -134,16 +134,17 @@ class Policy(ABC):
         retention = self.retention(prompt_len)
         if not retention.sparse:
             return None
-        return self.shared_blocks(prompt_len) * self.shape.block_size if self.moves else prompt_len
+        if not self.moves:
+            return prompt_len
+        return self.shared_blocks(prompt_len, retention.dropped_blocks) * self.shape.block_size
 
-    def shared_blocks(self, prompt_len: int) -> int:
+    def shared_blocks(self, prompt_len: int, dropped_blocks: int) -> int:
         """Leading prompt blocks that are not private, if the policy :attr:`moves` tokens.
 
         Behind them lie the tail and, if that is smaller, the blocks in which window queries wait.
         """
-        dropped = self.retention(prompt_len).dropped_blocks
         waiting = prompt_len // self.shape.block_size - self.room_for_window()
-        return max(min(dropped, waiting), 0)
+        return max(min(dropped_blocks, waiting), 0)
 
     def keep(self, query_window: Tensor, keys: Tensor, count: int) -> Tensor:
         """Prompt tokens that stay, if the policy :attr:`moves` them.

@@ -172,7 +172,8 @@ class SparseLayer:
         else:
             if self.policy.moves:  # where tokens stay in place, all of the step are written first
                 self._store(cache, key, value, *tables, layout)
-            self._decode_selected(cache, query, target, *tables, layout)
+            held = rows.block_table, rows.lengths, rows.top_r
+            self._decode_selected(cache, query, target, *held, layout)
         if index is not None:
             output[index] = target
 
@@ -203,7 +204,8 @@ class SparseLayer:
         if self.parking is not None:
             self.parking.store_at(cache, query, rows.parked)
         self._store(cache, key, value, *tables, layout)
-        self._decode_selected(cache, query, output, *tables, layout)
+        held = rows.block_table, rows.lengths, rows.top_r
+        self._decode_selected(cache, query, output, *held, layout)
 
     def _decode_fused(self, *arguments: Tensor, layout: PageLayout, **options: Any) -> None:
         self._kernels.decode(
@@ -246,7 +248,6 @@ class SparseLayer:
         output: Tensor,
         block_table: Tensor,
         lengths: Tensor,
-        _: Tensor,
         top_r: Tensor,
         layout: PageLayout,
     ) -> None:

@@ -138,9 +138,11 @@ class StepPlanner:
         self._top_r = torch.tensor([row.top_r for row in rows], dtype=torch.int32)
         self._reasons = [row.reason for row in rows]
         self._steady: _Steady | None = None
-        shared = policy.shared_blocks if policy.moves else lambda _: 0
         self._shared = torch.tensor(
-            [shared(length) if row.sparse else 0 for length, row in enumerate(rows)],
+            [
+                policy.shared_blocks(length, row.dropped_blocks) if row.sparse else 0
+                for length, row in enumerate(rows)
+            ],
             dtype=torch.int32,
         )
 
