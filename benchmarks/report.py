@@ -14,8 +14,10 @@ import json
 from pathlib import Path
 
 from benchmarks import readme, results, tables
+from benchmarks.quality import report as quality
 
 UNKNOWN = "not recorded"
+RENDERERS = {**tables.RENDERERS, "quality": quality.render}
 
 
 def render(path: Path) -> str:
@@ -27,7 +29,7 @@ def render(path: Path) -> str:
     machine = f"{env['cpu']}, {env['cores']} cores, {env['memory_gib']} GiB" if env else UNKNOWN
     gpu = f", {env['gpu']['name']}" if env.get("gpu") else ""
     command = f"`{env['command']}`" if env else UNKNOWN
-    parts = [f"### {path.stem}", f"Command: {command}", tables.RENDERERS[kind](result)]
+    parts = [f"### {path.stem}", f"Command: {command}", RENDERERS[kind](result)]
     if isinstance(result, dict) and "interrupted" in result:
         parts.insert(1, f"**Ended early: {result['interrupted']}**")
     date = env.get("date", UNKNOWN)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Judges arms by tasks that are harder than needles, in a server or outside of it.
+
+``python -m benchmarks.quality.judge`` starts an engine per arm, asks it every question and writes
+each cell as soon as it exists; run again, it goes on where it was. ``--lab`` answers outside the
+server: one dense prompt per question serves all arms, oracles and candidates of
+`benchmarks.quality.candidates` included, at a fraction of the time. ``--check`` says how often the
+two agree on the tokens.
+
+All arms answer the same questions, greedily; scores are compared in pairs with the first arm's.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import arms, harness
+from benchmarks.quality import questions
+from benchmarks.results import OtherResultError, Recorder
+from benchmarks.worker import Worker, WorkerError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+    from benchmarks.quality.questions import Question
+
+MIN_CONTEXT = 1024
+BATCH = 4  # requests at a time in a server, whose prompts then share no step with many others
+QUICK = {"questions": 2, "contexts": [4096], "tasks": ["vt", "niah_multikey_2"]}
+
+
+def serve(options: argparse.Namespace, chosen: list[arms.Arm], record: Recorder) -> list[str]:
+    """Asks an engine of each arm what the file lacks; returns the arms whose engine failed."""
+    failed = []
+    for arm in chosen:
+        cells = record.body["arms"].setdefault(arm.name, {"settings": arm.settings})
+        for context in options.contexts:
+            missing = list(_missing(options, cells, context))
+            if not missing:
+                continue
+            arguments = harness.engine_args(
+                harness.resolve_model(options.model), context, (BATCH + 1) * context,
+                enforce_eager=True, max_num_seqs=BATCH,
+            )  # fmt: skip
+            try:
+                with Worker(arm, arguments, served=True) as worker:
+                    for question in missing:
+                        reply = worker.call(
+                            "complete", prompts=[question.prompt], max_tokens=question.max_tokens
+                        )
+                        _note(record, cells, context, question, reply[0]["text"])
+            except WorkerError as error:
+                harness.progress(f"{error}\n{arm.name} at {context} failed")
+                failed.append(arm.name)
+    return failed
+
+
+def experiment(options: argparse.Namespace, names: list[str], record: Recorder) -> None:
+    """Answers outside the server, all arms of a question at once."""
+    from benchmarks.quality import candidates, lab, prompts
+
+    network = prompts.Network(harness.resolve_model(options.model))
+    tokenizer = harness.tokenizer_of(options.model)
+    eos = network.eos | {tokenizer.eos_token_id}
+    for context in options.contexts:
+        schemes = candidates.schemes(names, context, network)
+        everything = record.body["arms"]
+        for name in schemes:
+            everything.setdefault(name, {})
+        for question in _questions(options, context):
+            todo = {
+                name: scheme
+                for name, scheme in schemes.items()
+                if not _has(everything[name], context, question)
+            }
+            if not todo:
+                continue
+            file = options.scratch / f"{context}-{question.key}.pt"
+            prompt = prompts.saved(network, question.prompt, file if options.keep else None)
+            found = lab.Lab(network, prompt, question.max_tokens, eos)
+            for name, tokens in found.answers(todo).items():
+                _note(record, everything[name], context, question, tokenizer.decode(tokens))
+            if question.index < options.recall:
+                for name, scheme in schemes.items():
+                    cell = everything[name].setdefault("recall", {}).setdefault(str(context), {})
+                    kept, read = found.recall(scheme)
+                    cell.setdefault(question.task, []).append({"kept": kept, "read": read})
+                record.save()
+
+
+def _questions(options: argparse.Namespace, context: int) -> Iterator[Question]:
+    for task in options.tasks:
+        yield from questions.load(options.model, context, task, options.questions, options.seed)
+
+
+def _has(cells: dict[str, Any], context: int, question: Question) -> bool:
+    return str(question.index) in cells.get(str(context), {}).get(question.task, {})
+
+
+def _missing(
+    options: argparse.Namespace, cells: dict[str, Any], context: int
+) -> Iterator[Question]:
+    return (each for each in _questions(options, context) if not _has(cells, context, each))
+
+
+def _note(
+    record: Recorder, cells: dict[str, Any], context: int, question: Question, reply: str
+) -> None:
+    score = question.score(reply)
+    of_task = cells.setdefault(str(context), {}).setdefault(question.task, {})
+    of_task[str(question.index)] = {"score": round(score, 4), "reply": reply}
+    record.save()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line entry point."""
+    parser = harness.parser("quality.judge", __doc__, "2 questions of 2 tasks")
+    harness.add_model(parser, "qwen")
+    parser.add_argument("--contexts", nargs="+", type=int, default=[4096, 8192])
+    arms.add_options(parser, "dense,rocketkv-1024", "; the first one is dense")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=questions.TASKS, default=list(questions.TASKS)
+    )
+    parser.add_argument("--questions", type=int, default=20, help="of each task, at most 100")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lab", action="store_true", help="outside the server")
+    parser.add_argument("--recall", type=int, default=0, help="questions of each task, with --lab")
+    parser.add_argument(
+        "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "vllm-sparse-prompts",
+        help="for dense prompts, 17 KB a token of Qwen 0.5B, with --lab",
+    )  # fmt: skip
+    parser.add_argument("--keep", action="store_true", help="keep dense prompts there")
+    options = harness.parse(parser, arguments, QUICK)
+    body = {"model": options.model, "seed": options.seed, "lab": options.lab, "arms": {}}
+    try:
+        with Recorder(options.out, "quality", body, resume=True) as record:
+            if options.lab:
+                experiment(options, options.arms.split(","), record)
+                return
+            chosen = arms.parse_arms(parser, options, {"min_context": MIN_CONTEXT}, baseline=True)
+            failed = serve(options, chosen, record)
+    except OtherResultError as error:
+        parser.error(str(error))
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

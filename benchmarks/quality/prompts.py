@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Dense prompts: keys, values and queries of every layer, computed once per question.
+
+Policies are pure functions of them, so one prompt serves every arm. The model runs in transformers;
+what it leaves is kept in a scratch folder, because prompts are what costs time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LAST = 256  # queries at the prompt's end that are kept
+STRIDE = 16  # and every so many-th of all
+
+
+@dataclass
+class Prompt:
+    """A processed prompt, after RoPE, in the model's dtype.
+
+    Attributes:
+        keys: ``[L, G, n, D]``.
+        values: ``[L, G, n, D]``.
+        last: Queries of the last tokens, ``[L, H, min(n, LAST), D]``.
+        spread: Queries of tokens 0, STRIDE, 2 * STRIDE, ..., ``[L, H, ceil(n / STRIDE), D]``.
+        logits: Of the first generated token, ``[vocabulary]``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    last: Tensor
+    spread: Tensor
+    logits: Tensor
+
+
+class Network:
+    """A model whose prompts run in transformers, and whose decode steps are laid open.
+
+    Rows of a decode step are arms of one question: the weights are read once for all of them.
+    Serves models of Llama's shape, with or without norms of queries and keys.
+
+    Attributes:
+        config: The model's.
+        layers: Its decoder layers.
+        eos: Tokens that end a reply.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        AttentionInterface.register("capture", self._capture)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        model.set_attn_implementation("capture")
+        self._model, self.config, self.layers = model, model.config, model.model.layers
+        ends = model.generation_config.eos_token_id
+        self.eos = set(ends if isinstance(ends, list) else [ends]) - {None}
+        self._queries: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads, KV heads and head size."""
+        config = self.config
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return config.num_attention_heads, config.num_key_value_heads, size
+
+    def _capture(self, module: Any, query: Tensor, *arguments: Any, **options: Any) -> Any:
+        self._queries.append((query[0, :, -LAST:].clone(), query[0, :, ::STRIDE].clone()))
+        return sdpa_attention_forward(module, query, *arguments, **options)
+
+    @torch.inference_mode()
+    def prompt(self, tokens: list[int]) -> Prompt:
+        """Processes a prompt densely."""
+        self._queries.clear()
+        cache = DynamicCache(config=self.config)
+        output = self._model(torch.tensor([tokens]), past_key_values=cache, logits_to_keep=1)
+        keys = torch.stack([layer.keys[0] for layer in cache.layers])
+        values = torch.stack([layer.values[0] for layer in cache.layers])
+        last, spread = (torch.stack(part) for part in zip(*self._queries, strict=True))
+        self._queries.clear()
+        return Prompt(keys, values, last, spread, output.logits[0, -1])
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor, position: int, attend: Any) -> Tensor:
+        """One decode step of all arms.
+
+        Args:
+            tokens: One per arm, ``[A]``.
+            position: Of these tokens.
+            attend: ``(layer, query [A, H, D], key [A, G, D], value [A, G, D]) -> [A, H, D]``.
+
+        Returns:
+            Logits, ``[A, vocabulary]``.
+        """
+        inner = self._model.model
+        hidden = inner.embed_tokens(tokens)
+        cos, sin = inner.rotary_emb(hidden, torch.tensor([[position]]))
+        cos, sin = cos[0], sin[0]  # [1, D]
+        size = self.heads[2]
+        for number, layer in enumerate(self.layers):
+            own = layer.self_attn
+            normed = layer.input_layernorm(hidden)
+            query, key, value = (
+                project(normed).unflatten(-1, (-1, size))
+                for project in (own.q_proj, own.k_proj, own.v_proj)
+            )
+            if hasattr(own, "q_norm"):
+                query, key = own.q_norm(query), own.k_norm(key)
+            query, key = (part * cos + _turned(part) * sin for part in (query, key))
+            hidden = hidden + own.o_proj(attend(number, query, key, value).flatten(1))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return self._model.lm_head(inner.norm(hidden))
+
+
+def _turned(vectors: Tensor) -> Tensor:
+    first, second = vectors.chunk(2, -1)
+    return torch.cat((-second, first), -1)
+
+
+def saved(network: Network, tokens: list[int], file: Path | None) -> Prompt:
+    """The prompt of a file, or of the network if there is no such file yet; None: keep none."""
+    if file is not None and file.exists():
+        return Prompt(**torch.load(file, mmap=True))
+    made = network.prompt(tokens)
+    if file is None:
+        return made
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".part")
+    torch.save(vars(made), draft)
+    draft.replace(file)
+    return made

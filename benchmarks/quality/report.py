@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""What the judge found: means, intervals, and differences from dense on the same questions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from benchmarks import tables
+
+RESAMPLES = 2000
+
+
+def interval(values: list[float], level: float = 0.9) -> tuple[float, float]:
+    """Bootstrap interval of a mean."""
+    rng = np.random.default_rng(0)
+    sample = np.asarray(values)
+    means = rng.choice(sample, (RESAMPLES, len(sample))).mean(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def differences(of: dict[str, Any], base: dict[str, Any]) -> list[float]:
+    """Scores minus those of the baseline, of the questions that both have answered."""
+    return [each["score"] - base[key]["score"] for key, each in of.items() if key in base]
+
+
+def render(result: dict[str, Any]) -> str:
+    """A table for each context: a line per arm, a column per task, and the mean of the tasks."""
+    every = result["arms"]
+    baseline = next(iter(every))
+    contexts = sorted({key for cells in every.values() for key in cells if key.isdigit()}, key=int)
+    return "\n\n".join(_context(every, baseline, context) for context in contexts)
+
+
+def _context(every: dict[str, Any], baseline: str, context: str) -> str:
+    base = every[baseline].get(context, {})
+    rows = []
+    for name, cells in every.items():
+        found = cells.get(context)
+        if not found:
+            continue
+        row: dict[str, Any] = {"arm": name}
+        means, lost = [], []
+        for task, answers in found.items():
+            scores = [each["score"] for each in answers.values()]
+            row[task] = f"{np.mean(scores):.2f}"
+            means.append(np.mean(scores))
+            if task in base:
+                lost.append(differences(answers, base[task]))
+        row["mean"] = f"{np.mean(means):.3f}"
+        if name != baseline and all(lost) and lost:
+            row["lost"] = _lost(lost)
+        rows.append(row)
+    tasks = list(dict.fromkeys(task for cells in every.values() for task in cells.get(context, {})))
+    counts = {task: len(base.get(task, {})) for task in tasks}
+    columns = {
+        "arm": "arm",
+        **{f"{task} ({counts[task]})": task for task in tasks},
+        "mean": "mean",
+        "to dense, points (90 %)": "lost",
+    }
+    return f"**{context} tokens**\n\n{tables.table(rows, columns)}"
+
+
+def _lost(of_tasks: list[list[float]]) -> str:
+    """Mean over tasks of the mean difference; resampled within each task."""
+    rng = np.random.default_rng(0)
+    means = np.mean(
+        [rng.choice(np.asarray(each), (RESAMPLES, len(each))).mean(1) for each in of_tasks], 0
+    )
+    low, high = 100 * np.quantile(means, [0.05, 0.95])
+    centre = 100 * float(np.mean([np.mean(each) for each in of_tasks]))
+    return f"{centre:+.1f} ({low:+.1f} to {high:+.1f})"

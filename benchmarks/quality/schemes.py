@@ -1,0 +1,413 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Ways to keep prompt tokens and ways to read them, as functions of one prompt's keys and queries.
+
+A :class:`Scheme` is a pair of them. What the served policies do is taken from the policies; oracles
+and candidates are written out here.
+
+Notation: H query heads, G KV heads, D head size, n prompt tokens, m tokens held.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vllm_sparse.policies import sparda
+from vllm_sparse.policies.pages import (
+    page_extrema,
+    page_probabilities,
+    page_tokens,
+    select_pages,
+)
+from vllm_sparse.policies.votes import top_indices
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SPREAD = 16  # a spread query is every so many-th
+
+
+class Layer(NamedTuple):
+    """What one layer leaves of a dense prompt, in float32.
+
+    Attributes:
+        keys: ``[G, n, D]``.
+        values: ``[G, n, D]``.
+        last: Queries of the last tokens, ``[H, w, D]``.
+        spread: Queries of every `SPREAD`-th token, ``[H, ceil(n / SPREAD), D]``.
+        ideal: Queries of the dense answer, ``[H, s, D]``.
+        memo: Votes that several schemes use.
+    """
+
+    keys: Tensor
+    values: Tensor
+    last: Tensor
+    spread: Tensor
+    ideal: Tensor
+    memo: dict
+
+
+# --- what stays of a prompt ---------------------------------------------------------------------
+
+
+def attention(query: Tensor, positions: Tensor, keys: Tensor) -> Tensor:
+    """Causal attention probabilities: query [H, q, D], positions [q] -> [G, H / G, q, n]."""
+    groups, tokens, size = keys.shape
+    logits = query.reshape(groups, -1, size) @ keys.mT * size**-0.5
+    logits = logits.view(groups, -1, len(positions), tokens)
+    hidden = torch.arange(tokens) > positions[:, None]
+    return logits.masked_fill_(hidden, -torch.inf).softmax(-1)
+
+
+def window_votes(layer: Layer, window: int) -> Tensor:
+    """Probability that the last queries give each token, summed: [G, n]."""
+
+    def vote() -> Tensor:
+        tokens = layer.keys.shape[1]
+        positions = torch.arange(tokens - window, tokens)
+        return attention(layer.last[:, -window:], positions, layer.keys).sum((1, 2))
+
+    return _memo(layer, ("window", window), vote)
+
+
+def spread_votes(layer: Layer, reduce: str) -> Tensor:
+    """The same of queries spread over the prompt, each for tokens at least 64 before it.
+
+    Args:
+        layer: The layer.
+        reduce: ``sum``, or ``max``: what any query wanted.
+    """
+
+    def vote() -> Tensor:
+        tokens = layer.keys.shape[1]
+        found = torch.zeros(layer.keys.shape[:2])
+        for first in range(0, layer.spread.shape[1], 64):
+            query = layer.spread[:, first : first + 64].contiguous()
+            positions = torch.arange(first, first + query.shape[1]) * SPREAD
+            share = attention(query, positions, layer.keys)
+            near = torch.arange(tokens) > positions[:, None] - 64
+            share = share.masked_fill(near, 0)
+            if reduce == "sum":
+                found += share.sum((1, 2))
+            else:
+                found = torch.maximum(found, share.amax((1, 2)))
+        return found
+
+    return _memo(layer, ("spread", reduce), vote)
+
+
+def ideal_votes(layer: Layer) -> Tensor:
+    """What the dense answer's queries give each prompt token: [G, n]."""
+
+    def vote() -> Tensor:
+        size = layer.keys.shape[1]
+        positions = torch.full((layer.ideal.shape[1],), size)
+        return attention(layer.ideal.contiguous(), positions, layer.keys).sum((1, 2))
+
+    return _memo(layer, ("ideal",), vote)
+
+
+def oddness(layer: Layer) -> Tensor:
+    """How unlike the mean key of its head a key points (KeyDiff, arXiv 2504.15364): [G, n]."""
+    unit = functional.normalize(layer.keys, dim=-1)
+    return -(unit @ functional.normalize(unit.mean(1), dim=-1)[..., None]).squeeze(-1)
+
+
+def _memo(layer: Layer, name: tuple, make: Callable[[], Tensor]) -> Tensor:
+    if name not in layer.memo:
+        layer.memo[name] = make()
+    return layer.memo[name]
+
+
+def pooled(score: Tensor, width: int) -> Tensor:
+    """Max pool of odd width along the tokens: [G, n]."""
+    if width == 1:
+        return score
+    return functional.max_pool1d(score[:, None], width, 1, width // 2)[:, 0]
+
+
+def mixed(parts: list[tuple[Tensor, float]]) -> Tensor:
+    """A score whose best `count` tokens take from each part its share of them, [G, n].
+
+    A token's rank in a part, divided by the part's share, is when that part would take it.
+    """
+    when = [
+        score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).float() / share
+        for score, share in parts
+        if share
+    ]
+    return -torch.stack(when).amin(0)
+
+
+def best(score: Tensor, count: int, window: int) -> Tensor:
+    """The last tokens and those with the highest scores before them: [G, count], ascending."""
+    groups, tokens = score.shape
+    last = torch.arange(tokens - window, tokens).expand(groups, -1)
+    return torch.cat((top_indices(score[:, :-window], count - window), last), -1)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """How prompt tokens are chosen.
+
+    Attributes:
+        window: Last queries that vote; their tokens are kept.
+        pool: Width of the max pool of their votes.
+        spread: Share of what is kept that spread queries choose; and ``spread_pool``.
+        odd: Share that keys unlike the mean choose; and ``odd_pool``.
+        reduce: Of the spread queries.
+        ideal: The dense answer votes instead of the window.
+    """
+
+    window: int = 32
+    pool: int = 63
+    spread: float = 0.0
+    spread_pool: int = 7
+    reduce: str = "max"
+    odd: float = 0.0
+    odd_pool: int = 7
+    ideal: bool = False
+
+    def __call__(self, layer: Layer, count: int) -> Tensor:
+        """Positions that stay, ascending: [G, count]."""
+        votes = ideal_votes(layer) if self.ideal else window_votes(layer, self.window)
+        votes = votes.clone()
+        # As the policy does: only tokens before the window are pooled.
+        votes = pooled(votes[:, : -self.window], self.pool)
+        votes = functional.pad(votes, (0, self.window))
+        parts = [(votes, 1 - self.spread - self.odd)]
+        if self.spread:
+            parts.append((pooled(spread_votes(layer, self.reduce), self.spread_pool), self.spread))
+        if self.odd:
+            parts.append((pooled(oddness(layer), self.odd_pool), self.odd))
+        score = mixed(parts) if len(parts) > 1 else votes
+        return best(score, count, self.window)
+
+
+# --- what a step reads of it --------------------------------------------------------------------
+
+
+class Held:
+    """Tokens that one KV cache holds: kept prompt tokens, then generated ones.
+
+    Attributes:
+        keys: ``[G, m, D]``, with room behind.
+        values: ``[G, m, D]``.
+        positions: Of the kept prompt tokens in the text, ``[G, m]``.
+        count: m.
+    """
+
+    def __init__(self, layer: Layer, kept: Tensor | None, room: int) -> None:
+        groups, tokens, size = layer.keys.shape
+        if kept is None:
+            kept = torch.arange(tokens).expand(groups, -1)
+        index = kept[..., None].expand(-1, -1, size)
+        pad = (0, 0, 0, room)
+        self.keys = functional.pad(layer.keys.gather(1, index), pad)
+        self.values = functional.pad(layer.values.gather(1, index), pad)
+        self.positions, self.count = kept, kept.shape[1]
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """Takes a generated token's key and value, [G, D] each."""
+        self.keys[:, self.count] = key
+        self.values[:, self.count] = value
+        self.count += 1
+
+
+class ReadTokens:
+    """Exact top-k tokens by the group's summed probabilities."""
+
+    def __init__(self, top_k: int) -> None:
+        self.top_k = top_k
+
+    def __call__(self, query: Tensor, held: Held) -> Tensor | None:
+        """Slots to read for queries [G, H / G, D], the current token held already: [G, k]."""
+        if held.count <= self.top_k:
+            return None
+        keys = held.keys[:, : held.count]
+        weight = (query @ keys.mT * keys.shape[-1] ** -0.5).softmax(-1).sum(1)
+        return weight.topk(self.top_k).indices
+
+
+class ReadPages:
+    """Top-k tokens as pages of the held tokens.
+
+    Args:
+        page: Tokens per page.
+        top_r: Channels that scores read.
+        top_k: Tokens to read.
+        score: ``extrema``, ``mean``, ``moments`` (mean and deviation) or ``exact`` (the page's
+            true probability).
+        spread: Deviations that ``moments`` adds to the mean.
+    """
+
+    def __init__(
+        self, page: int, top_r: int, top_k: int, score: str = "extrema", spread: float = 1.0
+    ) -> None:
+        self.page, self.top_r, self.top_k, self.score, self.spread = (
+            page, top_r, top_k, score, spread,
+        )  # fmt: skip
+        self._index: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, query: Tensor, held: Held) -> Tensor | None:
+        """As `ReadTokens`."""
+        if held.count <= self.top_k:
+            return None
+        count = torch.tensor(held.count)
+        if self.score == "exact":
+            chance = self._exact(query, held)
+        else:
+            low, high = self._pages(held)
+            if self.score == "extrema":
+                chance = page_probabilities(
+                    query, low, high, count, self.page, torch.tensor(self.top_r)
+                )
+            else:
+                chance = self._moments(query, low, high, held.count)
+        pages, taken = select_pages(chance, count, self.page, self.top_k)
+        return page_tokens(pages, taken, self.page)[:, : self.top_k]
+
+    def _pages(self, held: Held) -> tuple[Tensor, Tensor]:
+        page, count = self.page, held.count
+        make = page_extrema if self.score == "extrema" else page_moments
+        if self._index is None:
+            room = -(-held.keys.shape[1] // page)
+            shape = (held.keys.shape[0], room, held.keys.shape[2])
+            self._index = (torch.zeros(shape), torch.zeros(shape))
+            fresh = 0
+        else:
+            fresh = (count - 1) // page
+        for whole, part in zip(
+            self._index, make(held.keys[:, fresh * page : count], page), strict=True
+        ):
+            whole[:, fresh : fresh + part.shape[1]] = part
+        pages = -(-count // page)
+        return self._index[0][:, :pages], self._index[1][:, :pages]
+
+    def _moments(self, query: Tensor, mean: Tensor, deviation: Tensor, count: int) -> Tensor:
+        size = query.shape[-1]
+        if self.top_r < size:
+            rank = query.abs().sum(-2).argsort(-1, descending=True).argsort(-1)
+            query = query * (rank < self.top_r)[:, None]
+        logits = query @ mean.mT
+        logits = logits + self.spread * (query.square() @ deviation.square().mT).sqrt()
+        tokens = (count - torch.arange(mean.shape[1]) * self.page).clamp(0, self.page)
+        weight = (logits * size**-0.5).softmax(-1)  # of pages
+        return (weight / (weight * tokens).sum(-1, keepdim=True)).sum(-2)
+
+    def _exact(self, query: Tensor, held: Held) -> Tensor:
+        keys = held.keys[:, : held.count]
+        weight = (query @ keys.mT * keys.shape[-1] ** -0.5).softmax(-1).sum(1)
+        missing = -held.count % self.page
+        return functional.pad(weight, (0, missing)).unflatten(-1, (-1, self.page)).sum(-1)
+
+
+def page_moments(keys: Tensor, page: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each page of keys: [G, pages, D] each."""
+    groups, tokens, size = keys.shape
+    pages = -(-tokens // page)
+    padded = functional.pad(keys, (0, 0, 0, pages * page - tokens)).view(groups, pages, page, size)
+    there = (torch.arange(pages * page) < tokens).view(pages, page, 1)
+    held = there.sum(1)
+    mean = padded.sum(2) / held
+    variance = ((padded - mean[:, :, None]).square() * there).sum(2) / held
+    return mean, variance.sqrt()
+
+
+class ReadBlocks:
+    """SPARDA: blocks by the scores of windows of compressed keys.
+
+    Args:
+        top_k: Blocks in all.
+        how: ``query``, ``previous`` (the step before's queries), ``ahead`` (handed in by the layer
+            before: the untrained look-ahead), ``exact`` (the mass of each block), ``extrema``.
+        init: First blocks that are always read.
+        local: Blocks before the current one that are always read.
+        union: Free picks of the step before are read as well.
+    """
+
+    def __init__(
+        self, top_k: int, how: str = "query", init: int = 1, local: int = 2, block: int = 64,
+        stride: int = 16, union: bool = False,
+    ) -> None:  # fmt: skip
+        self.top_k, self.how, self.init, self.local, self.block, self.stride = (
+            top_k, how, init, local, block, stride,
+        )  # fmt: skip
+        self.union = union
+        self._before: Tensor | None = None
+        self._chosen: Tensor | None = None
+        self._windows: Tensor | None = None
+
+    def __call__(self, query: Tensor, held: Held) -> Tensor | None:
+        """As `ReadTokens`."""
+        count = held.count
+        if count <= self.top_k * self.block:
+            return None
+        used = query if self.how != "previous" or self._before is None else self._before
+        self._before = query
+        position = torch.tensor([count - 1])
+        if self.how == "exact":
+            scores = self._exact(query, held)
+        else:
+            scores = sparda.query_scores(
+                used.flatten(0, 1)[:, None], self._compressed(held), position,
+                kernel_size=2 * self.stride, kernel_stride=self.stride,
+            )  # fmt: skip
+        blocks = sparda.select_blocks(
+            scores, position, block_size=self.block, init_blocks=self.init,
+            local_blocks=self.local, top_k=self.top_k, kernel_stride=self.stride,
+        )[:, 0]  # fmt: skip
+        read = torch.zeros(len(blocks), -(-count // self.block) + 1, dtype=torch.bool)
+        read.scatter_(1, blocks % read.shape[1], True)
+        read[:, -1] = False
+        mask = read[:, :-1]
+        if self.union and self._chosen is not None:
+            grown = functional.pad(self._chosen, (0, mask.shape[1] - self._chosen.shape[1]))
+            self._chosen, mask = mask, mask | grown
+        else:
+            self._chosen = mask
+        tokens = mask.repeat_interleave(self.block, 1)[:, :count]
+        most = int(tokens.sum(1).max())
+        slots = tokens.byte().sort(dim=1, descending=True, stable=True).indices[:, :most]
+        return slots.masked_fill(~tokens.gather(1, slots), -1)
+
+    def _compressed(self, held: Held) -> Tensor:
+        known = 0 if self._windows is None else self._windows.shape[1]
+        rest = held.keys[:, known * self.stride : held.count]
+        fresh = sparda.compress_keys(rest, 2 * self.stride, self.stride)
+        self._windows = fresh if self._windows is None else torch.cat((self._windows, fresh), 1)
+        return self._windows
+
+    def _exact(self, query: Tensor, held: Held) -> Tensor:
+        keys = held.keys[:, : held.count]
+        weight = (query @ keys.mT * keys.shape[-1] ** -0.5).softmax(-1).sum(1)
+        missing = -held.count % self.block
+        mass = functional.pad(weight, (0, missing)).unflatten(-1, (-1, self.block)).sum(-1)
+        scores = mass.new_zeros(*mass.shape, self.block // self.stride)
+        scores[..., 1] = mass  # of a window that overlaps no other block
+        return scores.flatten(-2)[:, None]
+
+
+# --- pairs --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One arm.
+
+    Attributes:
+        count: Prompt tokens that stay, of the prompt's length; None: all.
+        keep: Chooses them.
+        read: Makes what chooses the tokens that a step reads, of the prompt's length; None: all.
+        skip: First layers that read everything they hold.
+    """
+
+    count: Callable[[int], int | None] = field(default=lambda _: None)
+    keep: Callable[[Layer, int], Tensor] = field(default_factory=Keep)
+    read: Callable[[int], Callable[[Tensor, Held], Tensor | None]] | None = None
+    skip: int = 0

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The laboratory's answers, against Hugging Face under an explicit mask."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from reference import hf_rocketkv
+from transformers import AutoModelForCausalLM
+
+from benchmarks.quality.lab import Lab
+from benchmarks.quality.prompts import Network, saved
+from benchmarks.quality.schemes import Keep, ReadPages, ReadTokens, Scheme
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TOKENS = 12
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+def test_answers_are_hugging_face_s(folder: Path, prompts: list[list[int]], tmp_path: Path) -> None:
+    network = Network(folder, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens, file = prompts[0], tmp_path / "prompt.pt"
+    for _ in range(2):  # computed, then read from the file
+        lab = Lab(network, saved(network, tokens, file), TOKENS, set())
+    assert lab.answer == hf_rocketkv.generate(model, tokens, TOKENS, sparse=False)
+    dropped, pages = 10, (4, 20, 64)
+    schemes = {
+        "both": Scheme(lambda n: n - 16 * dropped, Keep(), lambda _: ReadPages(*pages)),
+        "stage 1": Scheme(lambda n: n - 16 * dropped),
+        "stage 2": Scheme(read=lambda _: ReadPages(*pages), skip=1),
+        "all": Scheme(read=lambda _: ReadTokens(10_000)),
+    }
+    found = lab.answers(schemes)
+    common = {"page_size": 4, "top_r": 20, "top_k": 64}
+    wanted = {
+        "both": {"dropped_blocks": dropped, **common},
+        "stage 1": {"dropped_blocks": dropped, "stage2": False},
+        "stage 2": {"stage1": False, "skip_layers": 1, **common},
+    }
+    for name, options in wanted.items():
+        assert found[name] == hf_rocketkv.generate(model, tokens, TOKENS, **options), name
+    assert found["all"] == lab.answer
+    assert len({tuple(each) for each in found.values()}) == 4, "the schemes should differ"
+
+
+def test_end_of_text_ends_a_reply(llama: Path, prompts: list[list[int]]) -> None:
+    network = Network(llama, torch.float32)
+    prompt = saved(network, prompts[0], None)
+    whole = Lab(network, prompt, TOKENS, set()).answer
+    end = whole[5]
+    assert Lab(network, prompt, TOKENS, {end}).answer == whole[: whole.index(end)]
+
+
+def test_recall_is_a_share_of_the_dense_attention(llama: Path, prompts: list[list[int]]) -> None:
+    network = Network(llama, torch.float32)
+    lab = Lab(network, saved(network, prompts[0], None), TOKENS, set())
+    kept, read = lab.recall(Scheme())
+    assert kept == pytest.approx([1] * 3) == read
+    kept, read = lab.recall(Scheme(lambda n: n - 300, Keep(), lambda _: ReadTokens(64)))
+    best, _ = lab.recall(Scheme(lambda n: n - 300, Keep(ideal=True, pool=1)))
+    for share, most, paid in zip(kept, best, read, strict=True):
+        assert 0.1 < paid < share < most < 1

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Means, intervals and paired differences."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.quality import report
+
+
+def _answers(*scores: float) -> dict:
+    return {str(index): {"score": score, "reply": ""} for index, score in enumerate(scores)}
+
+
+def test_differences_are_of_the_same_questions() -> None:
+    assert report.differences(_answers(0.5, 1.0, 0.0), _answers(1.0, 1.0)) == [-0.5, 0.0]
+
+
+def test_interval_holds_the_mean_and_narrows() -> None:
+    low, high = report.interval([0.0, 1.0] * 10)
+    more = report.interval([0.0, 1.0] * 100)
+    assert low < more[0] < 0.5 < more[1] < high
+    assert report.interval([1.0] * 5) == (1.0, 1.0)
+
+
+def test_table() -> None:
+    arms = {
+        "dense": {"4096": {"vt": _answers(1.0, 1.0), "cwe": _answers(0.5, 0.5)}},
+        "other": {"settings": {}, "4096": {"vt": _answers(0.5, 0.5), "cwe": _answers(0.5, 0.5)}},
+    }
+    text = report.render({"arms": arms})
+    assert "**4096 tokens**" in text
+    assert "| other | 0.50 | 0.50 | 0.500 | -25.0 (-25.0 to -25.0) |" in text
+    assert text.count("\n|") == 4
+
+
+@pytest.mark.parametrize("scores", [(1.0,), (0.2, 0.4)])
+def test_one_arm_alone(scores: tuple[float, ...]) -> None:
+    assert "dense" in report.render({"arms": {"dense": {"8192": {"vt": _answers(*scores)}}}})

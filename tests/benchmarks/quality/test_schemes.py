@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""What schemes keep and read, against the policies and against brute force."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.quality.schemes import (
+    Held,
+    Keep,
+    Layer,
+    ReadBlocks,
+    ReadPages,
+    ReadTokens,
+    attention,
+    mixed,
+    spread_votes,
+)
+from vllm_sparse.policies import sparda
+from vllm_sparse.policies.pages import page_extrema
+from vllm_sparse.policies.rocketkv import select_decode_tokens, select_prompt_tokens
+
+G, GROUP, D, N = 2, 3, 16, 403
+
+
+def _layer(seed: int = 0) -> Layer:
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    heads = G * GROUP
+    return Layer(
+        some(G, N, D), some(G, N, D), some(heads, 256, D), some(heads, -(-N // 16), D),
+        some(heads, 5, D), {},
+    )  # fmt: skip
+
+
+def _grown(layer: Layer, reader, steps: int = 9):
+    """Yields held tokens, the query and what was read while tokens are generated."""
+    generator = torch.Generator().manual_seed(1)
+    held = Held(layer, None, steps)
+    for _ in range(steps):
+        held.append(*torch.randn(2, G, D, generator=generator))
+        query = torch.randn(G, GROUP, D, generator=generator)
+        yield held, query, reader(query, held)
+
+
+def test_votes_are_the_policy_s() -> None:
+    layer = _layer()
+    for window, pool, count in ((32, 63, 200), (16, 7, 50), (32, 63, 33)):
+        wanted = select_prompt_tokens(layer.last[:, -window:], layer.keys, count, pool)
+        assert torch.equal(Keep(window, pool)(layer, count), wanted)
+
+
+@pytest.mark.parametrize(("page", "top_r"), [(1, 16), (4, 16), (4, 7), (2, 5)])
+def test_pages_are_the_policy_s(page: int, top_r: int) -> None:
+    for held, query, read in _grown(_layer(), ReadPages(page, top_r, 61)):
+        low, high = page_extrema(held.keys[:, : held.count], page)
+        wanted = select_decode_tokens(query.flatten(0, 1), low, high, held.count, page, top_r, 61)
+        assert torch.equal(read, wanted)
+
+
+def test_exact_tokens_and_pages_read_the_most_probability() -> None:
+    layer = _layer()
+    for held, query, read in _grown(layer, ReadTokens(37)):
+        chance = (query @ held.keys[:, : held.count].mT / D**0.5).softmax(-1).sum(1)
+        assert torch.equal(read.sort().values, chance.topk(37).indices.sort().values)
+    for held, query, read in _grown(layer, ReadPages(4, D, 36, "exact")):
+        chance = (query @ held.keys[:, : held.count].mT / D**0.5).softmax(-1).sum(1)
+        newest = (held.count - 1) // 4
+        mass = [chance[:, 4 * page : 4 * page + 4].sum(1) for page in range(newest)]
+        for head in range(G):
+            pages = {int(slot) // 4 for slot in read[head]}
+            assert newest in pages
+            order = sorted(range(newest), key=lambda page: -float(mass[page][head]))
+            assert set(order[: len(pages) - 1]) == pages - {newest}
+
+
+def test_moments_score_by_mean_and_deviation() -> None:
+    for held, query, read in _grown(_layer(), ReadPages(4, D, 36, "moments", 0.5)):
+        newest = (held.count - 1) // 4
+        for head in range(G):
+            total = torch.zeros(newest + 1)
+            for row in query[head]:
+                logits = []
+                for page in range(newest + 1):
+                    keys = held.keys[head, 4 * page : min(4 * page + 4, held.count)]
+                    deviation = keys.std(0, correction=0)
+                    bound = row @ keys.mean(0) + 0.5 * (row**2 @ deviation**2).sqrt()
+                    logits.append(bound / D**0.5)
+                weight = torch.stack(logits).exp()
+                sizes = torch.tensor([min(4, held.count - 4 * page) for page in range(newest + 1)])
+                total += weight / (weight * sizes).sum()
+            pages = {int(slot) // 4 for slot in read[head]}
+            order = sorted(range(newest), key=lambda page: -float(total[page]))
+            assert newest in pages
+            assert set(order[: len(pages) - 1]) == pages - {newest}
+
+
+@pytest.mark.parametrize("how", ["query", "previous", "exact"])
+def test_blocks(how: str) -> None:
+    block, top_k, before = 32, 6, None
+    reader = ReadBlocks(top_k, how, init=1, local=1, block=block, stride=8)
+    for held, query, read in _grown(_layer(), reader):
+        used = query if how != "previous" or before is None else before
+        before = query
+        keys, own = held.keys[:, : held.count], (held.count - 1) // block
+        if how == "exact":
+            chance = (query @ keys.mT / D**0.5).softmax(-1).sum(1)
+            score = [[float(chance[g, b * block : b * block + block].sum()) for b in range(own)]
+                     for g in range(G)]  # fmt: skip
+        else:
+            windows = sparda.compress_keys(keys, 16, 8)
+            share = (used @ windows.mT / D**0.5).softmax(-1).sum(1)
+            score = [[float(share[g, max(4 * b - 1, 0) : 4 * b + 4].max()) for b in range(own)]
+                     for g in range(G)]  # fmt: skip
+        for head in range(G):
+            free = sorted(range(1, own - 1), key=lambda b: -score[head][b])[: top_k - 3]
+            blocks = {int(slot) // block for slot in read[head] if slot >= 0}
+            assert blocks == {0, own - 1, own, *free}
+            wanted = [slot for slot in range(held.count) if slot // block in blocks]
+            assert [int(slot) for slot in read[head] if slot >= 0] == wanted
+
+
+def test_union_adds_the_step_before() -> None:
+    plain, both = ReadBlocks(6, block=32, stride=8), ReadBlocks(6, block=32, stride=8, union=True)
+    layer, before = _layer(), None
+    for (_, _, read), (_, _, more) in zip(_grown(layer, plain), _grown(layer, both), strict=True):
+        now = [{int(slot) for slot in head if slot >= 0} for head in read]
+        expected = now if before is None else [a | b for a, b in zip(now, before, strict=True)]
+        assert [{int(slot) for slot in head if slot >= 0} for head in more] == expected
+        before = now
+
+
+def test_spread_votes_leave_out_neighbours() -> None:
+    layer = _layer()
+    positions = torch.arange(layer.spread.shape[1]) * 16
+    share = attention(layer.spread, positions, layer.keys)
+    wanted = torch.zeros(G, N)
+    for row, position in enumerate(positions.tolist()):
+        far = max(position - 63, 0)
+        wanted[:, :far] = torch.maximum(wanted[:, :far], share[:, :, row, :far].amax(1))
+    torch.testing.assert_close(spread_votes(layer, "max"), wanted)
+
+
+def test_mixed_scores_share_the_places() -> None:
+    first, second = torch.randn(2, 1, 100, generator=torch.Generator().manual_seed(2))
+    chosen = set(mixed([(first, 0.75), (second, 0.25)])[0].topk(40).indices.tolist())
+    best = [set(part[0].topk(40).indices.tolist()) for part in (first, second)]
+    assert chosen <= best[0] | best[1]
+    assert set(first[0].topk(30).indices.tolist()) <= chosen
+    assert set(second[0].topk(10).indices.tolist()) <= chosen
