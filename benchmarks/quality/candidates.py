@@ -10,20 +10,87 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.nn import functional
+
 from benchmarks import arms
 from benchmarks.quality.judge import MIN_CONTEXT
 from benchmarks.quality.schemes import Keep, ReadBlocks, ReadPages, ReadTokens, Scheme
+from vllm_sparse import registry
+from vllm_sparse.policies.protocol import Shape
+from vllm_sparse.policies.rocketkv import RocketKV, RocketKVSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import Tensor
+
     from benchmarks.quality.prompts import Network
+    from benchmarks.quality.schemes import Held, Layer
+    from vllm_sparse.policies.protocol import Policy
 
 BLOCK = 128  # tokens per block of vLLM's cache on a CPU: ROCKETKV keeps whole blocks
 
 
 def everything(query: Any, held: Any) -> None:
     """Reads everything."""
+
+
+class ReadPolicy:
+    """What a policy selects, by its own PyTorch.
+
+    Args:
+        policy: With ``select``, and ``index`` if it has one.
+        page: Tokens per page.
+    """
+
+    def __init__(self, policy: Policy, page: int) -> None:
+        self._policy, self._page = policy, page
+        self._index: Tensor | None = None
+
+    def __call__(self, query: Tensor, held: Held) -> Tensor | None:
+        """As `benchmarks.quality.schemes.ReadTokens`."""
+        top_k = self._policy.top_k
+        if top_k is None or held.count <= top_k:
+            return None
+        index = self._pages(held) if self._policy.index_width else None
+        count = torch.tensor([held.count])
+        return self._policy.select(query[None], index, count, self._page, top_k)[0]
+
+    def _pages(self, held: Held) -> Tensor:
+        done = 0 if self._index is None else (held.count - 1) // self._page
+        rest = held.keys[:, done * self._page : held.count]
+        missing = -rest.shape[1] % self._page
+        pages = functional.pad(rest, (0, 0, 0, missing)).unflatten(1, (-1, self._page))
+        there = torch.ones(pages.shape[:-1], dtype=torch.bool)
+        there[:, -1, self._page - missing :] = False
+        fresh = self._policy.index(pages, there)
+        old = fresh[:, :0] if self._index is None else self._index[0, :, :done]
+        self._index = torch.cat((old, fresh), 1)[None]
+        return self._index
+
+
+def _policy_scheme(arm: arms.Arm, context: int, heads: tuple[int, int, int]) -> Scheme:
+    """Any policy of the registry, as a server on a CPU would plan it."""
+    kind = registry.policy(arm.backend)
+    if kind is None:
+        raise ValueError(f"{arm.name} is served, but the laboratory has no scheme for it")
+    settings = kind.Settings(**{"min_context": MIN_CONTEXT, **(arm.settings or {})})
+    query, groups, size = heads
+    policy: Policy = kind(settings, Shape(size, query // groups, BLOCK, context))
+
+    def count(tokens: int) -> int | None:
+        retention = policy.retention(tokens)
+        return tokens - retention.dropped_blocks * BLOCK if policy.moves else None
+
+    def keep(layer: Layer, kept: int) -> Tensor:
+        return policy.keep(layer.last[:, -policy.window :], layer.keys, kept)
+
+    def read(tokens: int) -> Any:
+        retention = policy.retention(tokens)
+        return ReadPolicy(policy, retention.page_size) if retention.sparse else everything
+
+    return Scheme(count, keep, read, settings.skip_layers)
 
 
 class Rocket:
@@ -39,9 +106,6 @@ class Rocket:
     def __init__(
         self, budget: int, context: int, heads: tuple[int, int, int], **settings: Any
     ) -> None:
-        from vllm_sparse.policies.protocol import Shape
-        from vllm_sparse.policies.rocketkv import RocketKV, RocketKVSettings
-
         query, groups, size = heads
         found = RocketKVSettings(token_budget=budget, **{"min_context": MIN_CONTEXT, **settings})
         self.policy = RocketKV(found, Shape(size, query // groups, BLOCK, context))
@@ -101,6 +165,7 @@ KINDS: dict[str, Callable[[int, int, tuple[int, int, int]], Scheme]] = {
     # Candidates: votes
     "window128": _rocket(Keep(window=128)),
     "pool7": _rocket(Keep(pool=7)),
+    "pool31": _rocket(Keep(pool=31)),
     "spread": _rocket(Keep(spread=0.5)),
     "odd": _rocket(Keep(odd=0.5)),
     # Candidates: page scores
@@ -128,4 +193,4 @@ def _scheme(name: str, context: int, network: Network) -> Scheme:
     if arm.backend == "ROCKETKV":
         settings = dict(arm.settings)
         return Rocket(settings.pop("token_budget"), context, network.heads, **settings).scheme()
-    raise ValueError(f"{name} is served, but the laboratory has no scheme for it")
+    return _policy_scheme(arm, context, network.heads)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import arms, harness
 from benchmarks.quality import questions
-from benchmarks.results import OtherResultError, Recorder
+from benchmarks.results import FOLDER, OtherResultError, Recorder
 from benchmarks.worker import Worker, WorkerError
 
 if TYPE_CHECKING:
@@ -31,6 +31,16 @@ if TYPE_CHECKING:
 
 MIN_CONTEXT = 1024
 BATCH = 4  # requests at a time in a server, whose prompts then share no step with many others
+# Names of arms by the name of a group, with --lab.
+LABORATORY = {
+    "everything": [
+        *("dense", "rocketkv-256", "rocketkv-512", "rocketkv-1024", "stage1-256", "stage2-256"),
+        *("stage1-1024", "stage2-1024", "quest-256", "snapkv-256", "streamingllm-256"),
+        *("exact-128", "exact-512", "exactread-256", "exactpages-256", "idealvotes-256"),
+        *("moments-256", "page2-256", "window128-256", "pool7-256", "pool31-256", "spread-256"),
+        *("odd-256", "query-16", "query-32", "previous-16", "union-16", "exactblocks-16"),
+    ]
+}
 QUICK = {"questions": 2, "contexts": [4096], "tasks": ["vt", "niah_multikey_2"]}
 
 
@@ -135,12 +145,15 @@ def main(arguments: list[str] | None = None) -> None:
         help="for dense prompts, 17 KB a token of Qwen 0.5B, with --lab",
     )  # fmt: skip
     parser.add_argument("--keep", action="store_true", help="keep dense prompts there")
+    parser.set_defaults(out=FOLDER / "quality.json")
     options = harness.parse(parser, arguments, QUICK)
+    if options.lab and options.out == FOLDER / "quality.json":
+        options.out = FOLDER / "quality-lab.json"
     body = {"model": options.model, "seed": options.seed, "lab": options.lab, "arms": {}}
     try:
         with Recorder(options.out, "quality", body, resume=True) as record:
             if options.lab:
-                experiment(options, options.arms.split(","), record)
+                experiment(options, LABORATORY.get(options.arms) or options.arms.split(","), record)
                 return
             chosen = arms.parse_arms(parser, options, {"min_context": MIN_CONTEXT}, baseline=True)
             failed = serve(options, chosen, record)

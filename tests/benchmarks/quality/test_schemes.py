@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from benchmarks.quality import candidates
 from benchmarks.quality.schemes import (
     Held,
     Keep,
@@ -20,6 +23,8 @@ from benchmarks.quality.schemes import (
 )
 from vllm_sparse.policies import sparda
 from vllm_sparse.policies.pages import page_extrema
+from vllm_sparse.policies.protocol import Shape
+from vllm_sparse.policies.quest import Quest, QuestSettings
 from vllm_sparse.policies.rocketkv import select_decode_tokens, select_prompt_tokens
 
 G, GROUP, D, N = 2, 3, 16, 403
@@ -153,3 +158,41 @@ def test_mixed_scores_share_the_places() -> None:
     assert chosen <= best[0] | best[1]
     assert set(first[0].topk(30).indices.tolist()) <= chosen
     assert set(second[0].topk(10).indices.tolist()) <= chosen
+
+
+@pytest.mark.parametrize("name", ["quest-96", "snapkv-96", "streamingllm-96", "rocketkv-256"])
+def test_served_policies_by_name(name: str) -> None:
+    layer, prompt = _layer(), 1500
+    keys = torch.randn(G, prompt, D, generator=torch.Generator().manual_seed(5))
+    layer = layer._replace(keys=keys, values=keys)
+    network = SimpleNamespace(heads=(G * GROUP, G, D))
+    scheme = candidates.schemes([name], 2048, network)[name]
+    count = scheme.count(prompt)
+    held = Held(layer, None if count is None else scheme.keep(layer, count), 4)
+    read = scheme.read(prompt)
+    held.append(*torch.randn(2, G, D))
+    slots = read(torch.randn(G, GROUP, D), held)
+    if name == "snapkv-96":
+        assert count == 128 + prompt % 128
+        assert slots is None
+    elif name == "streamingllm-96":
+        assert slots.tolist() == [[0, 1, 2, 3, *range(prompt + 1 - 92, prompt + 1)]] * G
+    elif name == "rocketkv-256":
+        assert count < prompt
+        assert slots.shape == (G, 128)
+    else:
+        assert count is None
+        assert slots.shape == (G, 96)
+        assert (slots // 16).unique().numel() <= 2 * 7
+
+
+def test_quest_s_index_grows_with_the_tokens() -> None:
+    policy = Quest(
+        QuestSettings(token_budget=64, page_size=8, min_context=64), Shape(D, GROUP, 16, 2048)
+    )
+    for held, query, read in _grown(_layer(), candidates.ReadPolicy(policy, 8)):
+        pages = -(-held.count // 8)
+        low, high = page_extrema(held.keys[:, : held.count], 8)
+        index, count = torch.cat((low, high), -1)[None], torch.tensor([held.count])
+        assert index.shape[2] == pages
+        assert torch.equal(read, policy.select(query[None], index, count, 8, 64)[0])
