@@ -151,6 +151,10 @@ def _reads(make: Callable[[int], Any]) -> Callable[..., Scheme]:
     return lambda number, context, heads: Scheme(read=lambda _: make(number))
 
 
+def _mean(page: int, top_r: int, top_k: int) -> ReadPages:
+    return ReadPages(page, top_r, top_k, "moments", 0.0)
+
+
 KINDS: dict[str, Callable[[int, int, tuple[int, int, int]], Scheme]] = {
     # Oracles
     "exact": _reads(ReadTokens),
@@ -170,7 +174,8 @@ KINDS: dict[str, Callable[[int, int, tuple[int, int, int]], Scheme]] = {
     "odd": _rocket(Keep(odd=0.5)),
     # Candidates: page scores
     "moments": _rocket(make=lambda page, top_r, top_k: ReadPages(page, top_r, top_k, "moments")),
-    "mean": _rocket(make=lambda page, top_r, top_k: ReadPages(page, top_r, top_k, "moments", 0.0)),
+    "mean": _rocket(make=_mean),
+    "meanpage2": _rocket(make=_mean, page_sizes=(2,)),
 }
 
 

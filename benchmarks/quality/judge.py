@@ -37,8 +37,8 @@ LABORATORY = {
         *("dense", "rocketkv-256", "rocketkv-512", "rocketkv-1024", "stage1-256", "stage2-256"),
         *("stage1-1024", "stage2-1024", "quest-256", "snapkv-256", "streamingllm-256"),
         *("exact-128", "exact-512", "exactread-256", "exactpages-256", "idealvotes-256"),
-        *("moments-256", "page2-256", "window128-256", "pool7-256", "pool31-256", "spread-256"),
-        *("odd-256", "query-16", "query-32", "previous-16", "union-16", "exactblocks-16"),
+        *("moments-256", "mean-256", "meanpage2-256", "page2-256", "pool7-256", "pool31-256"),
+        *("spread-256", "query-16", "query-32", "previous-16", "union-16", "exactblocks-16"),
     ]
 }
 QUICK = {"questions": 2, "contexts": [4096], "tasks": ["vt", "niah_multikey_2"]}
