@@ -157,7 +157,7 @@ def _config(**changes):
         ),
         "additional_config": {},
         "model_config": model,
-        "cache_config": SimpleNamespace(cache_dtype="auto"),
+        "cache_config": SimpleNamespace(cache_dtype="auto", kv_offloading_size=None),
         "speculative_config": None,
         "kv_transfer_config": None,
         "parallel_config": SimpleNamespace(
@@ -182,6 +182,7 @@ def _config(**changes):
         ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ({"speculative_config": object()}, "--speculative-config"),
         ({"kv_transfer_config": object()}, "--kv-transfer-config"),
+        ({"cache_config__kv_offloading_size": 1.0}, "--kv-offloading-size"),
         ({"parallel_config__use_ubatching": True}, "--enable-dbo"),
         ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
@@ -194,6 +195,17 @@ def test_unsupported_combinations_are_refused(changes, why):
     check_config(_config())
     with pytest.raises(UnsupportedError, match=why):
         check_config(_config(**changes))
+
+
+@pytest.mark.parametrize("backend", ["ROCKETKV", "SPARDA"])
+def test_offloading_is_refused_before_vllm_makes_a_connector_of_it(llama, backend):
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = {"model": str(llama), "attention_backend": backend, "skip_tokenizer_init": True}
+    options["additional_config"] = {"vllm_sparse": {"host_gib": 0.1} if backend == "SPARDA" else {}}
+    EngineArgs(**options).create_engine_config()
+    with pytest.raises(Exception, match="--kv-offloading-size"):
+        EngineArgs(**options, kv_offloading_size=1).create_engine_config()
 
 
 def test_a_guarded_combination_is_fine_with_another_backend():

@@ -61,6 +61,7 @@ def config(settings=None, **changes) -> SimpleNamespace:
         "model_config": Model(hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"])),
         "cache_config": SimpleNamespace(
             cache_dtype="auto",
+            kv_offloading_size=None,
             block_size=16,
             user_specified_block_size=False,
             num_gpu_blocks_override=None,
