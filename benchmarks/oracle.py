@@ -27,7 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from benchmarks import corpus, harness, needles
 from benchmarks.accuracy import PROSE_CONTEXT, PROSE_TOKENS, judged
 from benchmarks.results import Recorder
-from vllm_sparse.policies.sparda import select_blocks
+from vllm_sparse.policies.windows import select_blocks
 
 NAME = "exact_topk"
 DENSE = "dense (transformers)"

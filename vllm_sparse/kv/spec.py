@@ -14,8 +14,8 @@ from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kv.manager import PolicyManager, SpardaManager
 
 if TYPE_CHECKING:
-    from vllm_sparse.config import SpardaSettings
     from vllm_sparse.policies.protocol import Policy
+    from vllm_sparse.policies.sparda import SpardaSettings
 
 
 @dataclass(frozen=True, kw_only=True)

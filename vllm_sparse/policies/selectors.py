@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.kernels.types import Ranking
-from vllm_sparse.policies import sparda
+from vllm_sparse.policies import windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -116,7 +116,7 @@ class ForecastSelector:
 
     def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
         """See :class:`Selector`."""
-        return sparda.forecast_scores(vectors, keys)
+        return windows.forecast_scores(vectors, keys)
 
     def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
         """Nothing to keep."""
@@ -143,7 +143,7 @@ class QuerySelector:
 
     def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
         """See :class:`Selector`."""
-        return sparda.query_scores(
+        return windows.query_scores(
             vectors,
             keys,
             positions,

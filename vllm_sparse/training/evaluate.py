@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vllm_sparse.policies.sparda import compress_keys, forecast_scores, query_scores
+from vllm_sparse.policies.windows import compress_keys, forecast_scores, query_scores
 from vllm_sparse.training.forecast import input_layer
 from vllm_sparse.training.objective import LiveTeacher, best_free_blocks, pooled
 from vllm_sparse.training.samples import sample_positions

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vllm_sparse.policies.sparda import (
+from vllm_sparse.policies.windows import (
     block_scores,
     compress_keys,
     forecast_scores,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vllm_sparse.policies.sparda import compress_keys
+from vllm_sparse.policies.windows import compress_keys
 from vllm_sparse.training.files import load_tensors, save_tensors
 from vllm_sparse.training.forecast import input_layer
 from vllm_sparse.training.objective import LiveTeacher, StoredTeacher, best_free_blocks, pooled
