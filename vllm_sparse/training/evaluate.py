@@ -21,7 +21,7 @@ from vllm_sparse.training.objective import LiveTeacher, best_free_blocks, pooled
 from vllm_sparse.training.samples import sample_positions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from vllm_sparse.training.backbone import Backbone, LayerView
@@ -145,14 +145,9 @@ class Evaluation:
             first,
             self._seed + self._sequence,
         ).to(self._backbone.device)
-        before: list[LayerView] = []
-
-        def at_layer(view: LayerView) -> None:
-            before.append(view)
-            self._layer(view, before[input_layer(view.layer) - view.layer - 1], positions)
-            del before[:-1]
-
-        self._backbone.run(tokens, at_layer)
+        visit_layers(
+            self._backbone, tokens, lambda view, source: self._layer(view, source, positions)
+        )
         self._counted += len(positions)
         self._sequence += 1
 
@@ -200,6 +195,20 @@ class Evaluation:
             query = view.query[:, at]
         options = {"kernel_size": sizes.kernel_size, "kernel_stride": sizes.kernel_stride}
         return query_scores(query, keys, at, **options)
+
+
+def visit_layers(
+    backbone: Backbone, tokens: Tensor, use: Callable[[LayerView, LayerView], None]
+) -> None:
+    """Calls ``use`` with each layer, and with the one whose input its look-ahead sees."""
+    before: list[LayerView] = []
+
+    def at_layer(view: LayerView) -> None:
+        before.append(view)
+        use(view, before[input_layer(view.layer) - view.layer - 1])
+        del before[:-1]
+
+    backbone.run(tokens, at_layer)
 
 
 def plot(report: Report, path: Path) -> bool:
