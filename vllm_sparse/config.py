@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from vllm_sparse.policies.sparda import SpardaSettings as SpardaSettings
 
 NAMESPACE = "vllm_sparse"
+PRESETS = "vllm_sparse.configs"
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class CommonSettings(BaseModel):
@@ -47,26 +50,65 @@ def __getattr__(name: str) -> Any:
 
 def preset_names() -> list[str]:
     """Names of the presets shipped in ``configs/``."""
-    folder = resources.files("vllm_sparse.configs")
-    return sorted(
-        item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")
-    )
+    return shipped_names(PRESETS)
 
 
-def _read_preset(name: str) -> dict[str, Any]:
-    if name in preset_names():
-        text = resources.files("vllm_sparse.configs").joinpath(f"{name}.yaml").read_text()
+def shipped_names(package: str) -> list[str]:
+    """Names of the YAML files that a package ships."""
+    files = [item.name for item in resources.files(package).iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
+
+
+def read_values(key: str, name: str, package: str, kind: str) -> dict[str, Any]:
+    """Settings that are shipped under a name, or stand in a file.
+
+    Args:
+        key: What was set to ``name``, for messages.
+        name: Of a YAML file of ``package``, or a path.
+        package: Ships some.
+        kind: What they are called, in the singular.
+
+    Raises:
+        ConfigError: There are none, or it is no mapping.
+    """
+    if name in shipped_names(package):
+        text = resources.files(package).joinpath(f"{name}.yaml").read_text()
     elif Path(name).is_file():
         text = Path(name).read_text()
     else:
         raise ConfigError(
-            f"{NAMESPACE}.config: {name!r} is neither a file nor a preset. "
-            f"Presets: {', '.join(preset_names())}"
+            f"{key}: {name!r} is neither a file nor a {kind}. "
+            f"{kind.capitalize()}s: {', '.join(shipped_names(package))}"
         )
     values = yaml.safe_load(text)
     if not isinstance(values, dict):
-        raise ConfigError(f"{NAMESPACE}.config: {name!r} must hold a mapping of settings")
+        raise ConfigError(f"{key}: {name!r} must hold a mapping of settings")
     return values
+
+
+def validated(kind: type[Settings], values: dict[str, Any], *prefix: str) -> Settings:
+    """Settings made of values.
+
+    Args:
+        kind: Their class.
+        values: What was set.
+        *prefix: Where, for messages.
+
+    Raises:
+        ConfigError: Unknown key, wrong type or contradictory values; the message names the key.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            key = ".".join([*prefix, *(str(part) for part in item["loc"])])
+            message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "extra_forbidden":
+                known = ", ".join(kind.model_fields)
+                message = f"unknown setting; known are: {known}"
+            lines.append(f"{key}: {message} (got {item['input']!r})")
+        raise ConfigError("; ".join(lines)) from None
 
 
 def load_settings(additional_config: Any, algorithm: str) -> Any:
@@ -94,23 +136,11 @@ def load_settings(additional_config: Any, algorithm: str) -> Any:
     values = dict(section)
     preset = values.pop("config", None)
     if preset is not None:
-        values = {**_read_preset(str(preset)), **values}
+        values = {**read_values(f"{NAMESPACE}.config", str(preset), PRESETS, "preset"), **values}
     chosen = values.setdefault("algorithm", algorithm)
     if chosen != algorithm:
         raise ConfigError(
             f"{NAMESPACE}.algorithm: {chosen!r} does not belong to the chosen attention backend, "
             f"which is {algorithm!r}. Change --attention-backend or the setting"
         )
-    kind = settings_class(algorithm)
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            key = ".".join([NAMESPACE, *(str(part) for part in item["loc"])])
-            message = item["msg"].removeprefix("Value error, ")
-            if item["type"] == "extra_forbidden":
-                known = ", ".join(kind.model_fields)
-                message = f"unknown setting; known are: {known}"
-            lines.append(f"{key}: {message} (got {item['input']!r})")
-        raise ConfigError("; ".join(lines)) from None
+    return validated(settings_class(algorithm), values, NAMESPACE)
