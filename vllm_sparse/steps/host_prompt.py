@@ -54,7 +54,7 @@ def attend_prompt(
             ``None`` if there are no sparse tokens.
         block_size: Tokens per block.
         tile_tokens: Own tokens per part for sparse tokens.
-        attend_part: See :func:`vllm_sparse.kernels.reference.sparda_prefill.attend_part`.
+        attend_part: The kernel of that name: attention over some keys, and its log-sum-exp.
         scale: Logit scale.
 
     Returns:

@@ -340,7 +340,8 @@ def forecast_loss(
         positions: Ascending positions of the rows, ``[T]``.
         tokens: Length of the sequence.
         geometry: Block sizes and counts.
-        supervision: ``selected`` or ``free``, as explained at :func:`row_losses`.
+        supervision: ``selected``: the teacher's chosen blocks, and all others as one. ``free``: all
+            blocks that are not always read, and nothing else.
         chunk: Rows at a time; None for all at once. Changes memory, not the result.
 
     Returns:
