@@ -31,10 +31,10 @@ from benchmarks.oracle import GEOMETRY
 from benchmarks.results import Recorder
 from vllm_sparse.policies.windows import compress_keys, forecast_scores, query_scores
 from vllm_sparse.training.backbone import Backbone
-from vllm_sparse.training.evaluate import visit_layers
 from vllm_sparse.training.files import import_forecast
 from vllm_sparse.training.forecast import Forecast
 from vllm_sparse.training.objective import LiveTeacher, best_free_blocks, pooled
+from vllm_sparse.training.samples import visit_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,18 +82,18 @@ class Probe:
     def add(self, tokens: list[int], steps: int) -> None:
         """Measures the last steps of a sequence."""
         rows = torch.arange(len(tokens) - steps, len(tokens))
-        visit_layers(self._backbone, torch.tensor(tokens), lambda *views: self._layer(*views, rows))
+        visit_layers(self._backbone, torch.tensor(tokens), lambda *seen: self._layer(*seen, rows))
         self.rows += steps
 
-    def _layer(self, view: LayerView, source: LayerView, rows: Tensor) -> None:
-        """Adds a layer; ``source`` is the one whose input the look-ahead sees."""
+    def _layer(self, view: LayerView, inputs: Tensor, rows: Tensor) -> None:
+        """Adds a layer; the look-ahead sees ``inputs``."""
         tokens, layer = view.query.shape[1], view.layer
         exact = LiveTeacher("block-mass", view.query[:, rows], view.keys, rows, GEOMETRY)
         mass = exact.rows(0, len(rows))  # [G, T, blocks]
         free = GEOMETRY.free(rows, mass.shape[-1])
         self.mass[layer] += torch.stack([mass.sum(), (mass * free).sum()]).double()
         scores = {"exact": mass}
-        for name, windows in self._windows(view, source, rows).items():
+        for name, windows in self._windows(view, inputs, rows).items():
             scores[name] = pooled(windows, tokens, GEOMETRY)
         for name, top in itertools.product(self.selectors, self._tops):
             picked = best_free_blocks(scores[name], rows, replace(GEOMETRY, top_k=top))
@@ -101,7 +101,7 @@ class Probe:
             new = picked[:, 1:] & free[:-1] & ~picked[:, :-1]  # what was forced was there, too
             self.picks[name, top, layer] += torch.stack([picked[:, 1:].sum(), new.sum()])
 
-    def _windows(self, view: LayerView, source: LayerView, rows: Tensor) -> dict[str, Tensor]:
+    def _windows(self, view: LayerView, inputs: Tensor, rows: Tensor) -> dict[str, Tensor]:
         """Window scores of every selector but exact, [G, T, windows]."""
         sizes = {"kernel_size": GEOMETRY.kernel_size, "kernel_stride": GEOMETRY.kernel_stride}
         keys = compress_keys(view.keys, **sizes)
@@ -109,7 +109,7 @@ class Probe:
         for name, at in (("query", rows), ("previous", rows - 1)):
             scores[name] = query_scores(view.query[:, at], keys, at, **sizes)
         for name, forecast in self._forecasts.items():
-            vectors = forecast(view.layer, source.inputs[rows], view.cos[rows], view.sin[rows])
+            vectors = forecast(view.layer, inputs[rows], view.cos[rows], view.sin[rows])
             scores[name] = forecast_scores(vectors, keys)
         return scores
 
