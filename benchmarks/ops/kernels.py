@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Where the kernels are: the only module of the benchmarks that says so.
+"""The kernels, as all operations reach them.
 
 Kernels are looked up when they are called, so that a test may put another one in their place.
 """
