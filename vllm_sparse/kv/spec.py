@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_sparse.kernels.layout import PageLayout
-from vllm_sparse.kv.manager import PolicyManager, SpardaManager
+from vllm_sparse.kv.manager import PolicyManager, PromptAwareManager
 
 if TYPE_CHECKING:
     from vllm_sparse.policies.protocol import Policy
@@ -118,4 +118,6 @@ class SpardaSpec(SharedSpec):
 # would hide them, so those come first.
 KVCacheSpecRegistry._ensure_registered()
 KVCacheSpecRegistry.register(PolicySpec, PolicyManager, uniform_type_base_spec=FullAttentionSpec)
-KVCacheSpecRegistry.register(SpardaSpec, SpardaManager, uniform_type_base_spec=FullAttentionSpec)
+KVCacheSpecRegistry.register(
+    SpardaSpec, PromptAwareManager, uniform_type_base_spec=FullAttentionSpec
+)
