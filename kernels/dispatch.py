@@ -91,9 +91,11 @@ def policy_triton(device: torch.device) -> PolicyKernels:
     _check_triton(device)
     from vllm_sparse.kernels.triton import decode, launch
 
-    names = "decode_attention", "plan_rows", "attend_slots", "compact_prompts"
     return PolicyKernels(
-        *(implementation("triton", name) for name in names),
+        decode.decode_attention,
+        implementation("triton", "plan_rows"),
+        implementation("triton", "attend_slots"),
+        implementation("triton", "compact_prompts"),
         decode.decode_scratch_bytes,
         f"triton, launches {launch.launches(device).origin}",
     )
@@ -160,8 +162,10 @@ def sparda_kernels(device: torch.device, kernels: str = "auto") -> SpardaKernels
             slow = sparda_kernels(device, "reference")
             return slow._replace(attend_part=implementation("cpu", "attend_part"), note=note)
         folder = name = "cpu"
-    found = (implementation(folder, kernel) for kernel in SpardaKernels._fields[:-2])
-    return SpardaKernels(*found, name, note)
+    found: dict[str, Any] = {
+        kernel: implementation(folder, kernel) for kernel in SpardaKernels._fields[:-2]
+    }
+    return SpardaKernels(**found, name=name, note=note)
 
 
 def _check_triton(device: torch.device) -> None:
