@@ -2,9 +2,10 @@
 # SPDX-FileCopyrightText: The vllm-sparse authors
 """How well each selector of SPARDA finds a real model's attention, layer by layer, outside vLLM.
 
-The model runs in transformers and attends densely. In every decode step and layer each selector
-chooses blocks of 64 tokens, as many in total as ``--top`` says, of which the first one, the current
-one and the two before it are forced. Reported per layer:
+The model runs in transformers and attends densely to texts whose last tokens stand for decode
+steps: the continuation of prose, or the right answer to a question. For each of them and in every
+layer each selector chooses blocks of 64 tokens, as many in total as ``--top`` says, of which the
+first one, the current one and the two before it are forced. Reported per layer:
 
 * attention mass beyond the forced blocks: the share of it that the other chosen blocks hold. Mass
   is summed over the query heads of a KV head, and over KV heads and steps before it is divided;
@@ -17,212 +18,134 @@ one and the two before it are forced. Reported per layer:
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from benchmarks import corpus, harness, needles, oracle
+from benchmarks import corpus, harness, needles
+from benchmarks.oracle import GEOMETRY
 from benchmarks.results import Recorder
-from vllm_sparse.forecast.weights import load_forecast, lookahead_weights
-from vllm_sparse.policies import sparda
+from vllm_sparse.policies.windows import compress_keys, forecast_scores, query_scores
+from vllm_sparse.training.backbone import Backbone
+from vllm_sparse.training.files import import_forecast
+from vllm_sparse.training.forecast import Forecast
+from vllm_sparse.training.objective import LiveTeacher, best_free_blocks, pooled
+from vllm_sparse.training.samples import visit_layers
 
-KERNEL = 2 * oracle.STRIDE
-FORECAST = "forecast"
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from vllm_sparse.training.backbone import LayerView
+
 TASKS = ("multikey", "prose")
 QUICK = {"contexts": [1024], "questions": 2, "passages": 1, "tokens": 8, "top": [6, 8]}
 
 
+def forecasts_of(backbone: Backbone, trained: Path | None) -> dict[str, Forecast]:
+    """The selectors that look a layer ahead, as they are served."""
+    sizes = backbone.num_layers, backbone.hidden_size, backbone.num_kv_heads, backbone.head_dim
+    untrained = Forecast(*sizes, bias=True)
+    untrained.initialise("lookahead", backbone, 0)
+    found = {"lookahead-query": untrained}
+    if trained is not None:
+        found["forecast"] = import_forecast(trained, backbone)[0]
+    return found
+
+
 class Probe:
-    """Attention function for transformers that measures while it attends densely.
+    """Sums over the last tokens of sequences what selectors would have chosen.
 
     Attributes:
-        tops: How many blocks to choose.
+        selectors: Their names.
         mass: Per layer: mass of all blocks and of those that are not forced, float64 [2].
         captured: Per selector, top and layer: mass of the free picks.
-        picks: Per selector, top and layer: free picks, and those that the step before had not
-            chosen, where there was one, [2].
-        rows: Decode steps measured.
+        picks: Per selector, top and layer: free picks of steps that have one before them, and those
+            that it had not chosen, [2].
+        rows: Steps measured.
     """
 
-    def __init__(self, tops: list[int]) -> None:
-        """Needs `attach` before it is used."""
-        self.tops = tops
-        self._projections: dict[str, list] = {}
-        self._inputs: dict[int, torch.Tensor] = {}
-        self._rope = None
-        self.reset()
-
-    def reset(self) -> None:
-        """Counts from zero."""
-        self.mass = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
-        self.captured = defaultdict(float)
-        self.picks = defaultdict(lambda: torch.zeros(2, dtype=torch.int64))
+    def __init__(self, backbone: Backbone, tops: list[int], forecasts: dict[str, Forecast]) -> None:
+        self._backbone, self._tops, self._forecasts = backbone, tops, forecasts
+        self.selectors = ["exact", "query", *forecasts, "previous"]
+        self.mass: dict[int, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+        self.captured: dict[tuple, float] = defaultdict(float)
+        self.picks: dict[tuple, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.int64))
         self.rows = 0
-        self.begin()
 
-    def begin(self) -> None:
-        """Forgets the previous step, before a new sequence."""
-        self._query: dict[int, torch.Tensor] = {}
-        self._chosen: dict[tuple, torch.Tensor] = {}
+    @torch.no_grad()
+    def add(self, tokens: list[int], steps: int) -> None:
+        """Measures the last steps of a sequence."""
+        rows = torch.arange(len(tokens) - steps, len(tokens))
+        visit_layers(self._backbone, torch.tensor(tokens), lambda *seen: self._layer(*seen, rows))
+        self.rows += steps
 
-    def attach(self, model, forecast: Path | None) -> None:
-        """Watches the layers' inputs and prepares what projects them."""
-        layers, config = model.model.layers, model.config
-        if hasattr(layers[0].self_attn, "q_norm"):
-            raise ValueError("models with a query norm are not supported here")
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        size = layers[0].self_attn.head_dim
-        self._projections["lookahead-query"] = [
-            lookahead_weights(proj.weight, proj.bias, heads, kv_heads, size)
-            for proj in (layer.self_attn.q_proj for layer in layers)
-        ]
-        if forecast is not None:
-            weights = load_forecast(forecast, len(layers), kv_heads, size, config.hidden_size)
-            own = [weights.current, *weights.future]
-            self._projections[FORECAST] = [(weight.to(model.dtype), None) for weight in own]
-        for number, layer in enumerate(layers):
-            layer.input_layernorm.register_forward_hook(self._note_input(number))
-        model.model.rotary_emb.register_forward_hook(self._note_rope)
+    def _layer(self, view: LayerView, inputs: Tensor, rows: Tensor) -> None:
+        """Adds a layer; the look-ahead sees ``inputs``."""
+        tokens, layer = view.query.shape[1], view.layer
+        exact = LiveTeacher("block-mass", view.query[:, rows], view.keys, rows, GEOMETRY)
+        mass = exact.rows(0, len(rows))  # [G, T, blocks]
+        free = GEOMETRY.free(rows, mass.shape[-1])
+        self.mass[layer] += torch.stack([mass.sum(), (mass * free).sum()]).double()
+        scores = {"exact": mass}
+        for name, windows in self._windows(view, inputs, rows).items():
+            scores[name] = pooled(windows, tokens, GEOMETRY)
+        for name, top in itertools.product(self.selectors, self._tops):
+            picked = best_free_blocks(scores[name], rows, replace(GEOMETRY, top_k=top))
+            self.captured[name, top, layer] += (mass * picked).sum().item()
+            new = picked[:, 1:] & free[:-1] & ~picked[:, :-1]  # what was forced was there, too
+            self.picks[name, top, layer] += torch.stack([picked[:, 1:].sum(), new.sum()])
 
-    @property
-    def selectors(self) -> list[str]:
-        """Their names."""
-        return ["exact", "query", *self._projections, "previous"]
-
-    def _note_input(self, layer: int):
-        def hook(module, args, output) -> None:
-            self._inputs[layer] = output[0, -1:]
-
-        return hook
-
-    def _note_rope(self, module, args, output) -> None:
-        self._rope = output
-
-    def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
-        """Attends densely, and measures decode steps; arguments are those of transformers."""
-        if query.shape[2] == 1:
-            self._measure(module, query[0], key[0], scaling)
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-
-    def _measure(self, module, query, keys, scaling) -> None:
-        """Measures one layer in one step; the first step of a sequence only begins a history.
-
-        Args:
-            module: The attention layer.
-            query: [H, 1, D].
-            keys: [G, n, D].
-            scaling: Factor of the scores.
-        """
-        layer, kv_heads, position = module.layer_idx, keys.shape[0], keys.shape[1] - 1
-        before = self._query.get(layer)
-        self._query[layer] = query
-        if before is None:
-            return
-        self.rows += layer == 0
-        grouped = query.float().view(kv_heads, -1, query.shape[-1])
-        logits = grouped @ keys.float().transpose(1, 2) * scaling
-        mass = oracle.block_mass(logits.softmax(-1).sum(1))  # [G, blocks]
-        num_blocks = mass.shape[1]
-        block = torch.arange(num_blocks)
-        forced = (block < oracle.INIT_BLOCKS) | (
-            block >= position // oracle.BLOCK - oracle.LOCAL_BLOCKS
-        )
-        self.mass[layer] += torch.stack([mass.sum(), mass[:, ~forced].sum()]).double()
-        scores = self._scores(module, query, before, keys, position, scaling)
-        for name, top in itertools.product(self.selectors, self.tops):
-            if name == "exact":
-                blocks = oracle.heaviest_blocks(mass, position, top)
-            else:
-                blocks = oracle.choose_blocks(scores[name], position, top)
-            chosen = oracle.as_mask(blocks, num_blocks)
-            free = chosen & ~forced
-            self.captured[name, top, layer] += mass[free].sum().item()
-            last = self._chosen.get((name, top, layer))
-            self._chosen[name, top, layer] = chosen
-            if last is not None:
-                last = functional.pad(last, (0, num_blocks - last.shape[1]))
-                self.picks[name, top, layer] += torch.stack([free.sum(), (free & ~last).sum()])
-
-    def _scores(self, module, query, before, keys, position, scaling) -> dict[str, torch.Tensor]:
-        """Window scores of every selector but exact, [G, windows]."""
-        compressed = sparda.compress_keys(keys, KERNEL, oracle.STRIDE)
+    def _windows(self, view: LayerView, inputs: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        """Window scores of every selector but exact, [G, T, windows]."""
+        sizes = {"kernel_size": GEOMETRY.kernel_size, "kernel_stride": GEOMETRY.kernel_stride}
+        keys = compress_keys(view.keys, **sizes)
         scores = {}
-        for name, vectors, at in (("query", query, position), ("previous", before, position - 1)):
-            scores[name] = sparda.query_scores(
-                vectors, compressed, torch.tensor([at]), kernel_size=KERNEL,
-                kernel_stride=oracle.STRIDE, scale=scaling,
-            )[:, 0]  # fmt: skip
-        source = self._inputs[max(module.layer_idx - 1, 0)]
-        rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
-        for name, projections in self._projections.items():
-            vector = functional.linear(source, *projections[module.layer_idx])
-            vector = vector.view(1, keys.shape[0], 1, keys.shape[2])  # [1, G, 1, D]
-            vector = rotate(vector, vector, *self._rope)[0][0]
-            scores[name] = sparda.forecast_scores(vector, compressed)[:, 0]
+        for name, at in (("query", rows), ("previous", rows - 1)):
+            scores[name] = query_scores(view.query[:, at], keys, at, **sizes)
+        for name, forecast in self._forecasts.items():
+            vectors = forecast(view.layer, inputs[rows], view.cos[rows], view.sin[rows])
+            scores[name] = forecast_scores(vectors, keys)
         return scores
 
-    def result(self, num_layers: int) -> dict:
+    def result(self) -> dict[str, Any]:
         """Returns the shares, per layer and on average over the layers."""
-        layers = range(num_layers)
+        layers = range(self._backbone.num_layers)
         selectors: dict[str, dict] = {}
-        for name, top in itertools.product(self.selectors, self.tops):
+        for name, top in itertools.product(self.selectors, self._tops):
+            picks = [self.picks[name, top, layer].tolist() for layer in layers]
             captured = [
                 self.captured[name, top, layer] / self.mass[layer][1].item() for layer in layers
             ]
-            picks = [self.picks[name, top, layer].tolist() for layer in layers]
-            missed = [new / max(1, total) for total, new in picks]
             selectors.setdefault(name, {})[str(top)] = {
-                "captured": sum(captured) / num_layers,
-                "miss_rate": sum(missed) / num_layers,
-                "captured_by_layer": [round(share, 4) for share in captured],
-                "miss_rate_by_layer": [round(share, 4) for share in missed],
+                **_by_layer("captured", captured),
+                **_by_layer("miss_rate", [new / max(1, total) for total, new in picks]),
             }
         forced = [1 - (self.mass[layer][1] / self.mass[layer][0]).item() for layer in layers]
-        return {
-            "steps": self.rows,
-            "forced_share": sum(forced) / num_layers,
-            "forced_share_by_layer": [round(share, 4) for share in forced],
-            "selectors": selectors,
-        }
+        return {"steps": self.rows, **_by_layer("forced_share", forced), "selectors": selectors}
 
 
-def measure(model: oracle.Model, tokenizer, task: str, context: int, options) -> dict:
-    """Decodes all sequences of one task and context and returns what the probe measured.
+def _by_layer(name: str, shares: list[float]) -> dict[str, Any]:
+    rounded = [round(share, 4) for share in shares]
+    return {name: sum(shares) / len(shares), f"{name}_by_layer": rounded}
 
-    Args:
-        model: With the probe as its attention.
-        tokenizer: The model's tokenizer.
-        task: ``prose`` (given continuations) or ``multikey`` (the model's answers to questions).
-        context: Tokens of the prompts.
-        options: From the command line.
-    """
-    probe = model.attention
-    probe.reset()
+
+def sequences(tokenizer: Any, task: str, context: int, options: Any) -> Iterator[tuple]:
+    """Yields prompts of `context` tokens with what follows them, and how many tokens that is."""
     if task == "prose":
-        # The first decode step has no step before it.
-        length = context + options.tokens + 1
+        length = context + options.tokens
         for passage in corpus.prose_tokens(tokenizer, options.passages, length):
-            model.prefill(passage[:context])
-            probe.begin()
-            model.force(passage[context:])
-    else:
-        limit = context - needles.ANSWER_TOKENS
-        for question in needles.multikey(tokenizer, limit, options.questions, options.seed):
-            model.prefill(question.prompt)
-            probe.begin()
-            model.generate(needles.ANSWER_TOKENS, {tokenizer.eos_token_id})
-    return {
-        "task": task,
-        "context": context,
-        **probe.result(model.network.config.num_hidden_layers),
-    }
+            yield passage, options.tokens
+        return
+    limit = context - needles.ANSWER_TOKENS
+    for question in needles.multikey(tokenizer, limit, options.questions, options.seed):
+        answer = tokenizer(f" {question.answer}.", add_special_tokens=False)["input_ids"]
+        yield question.prompt + answer, len(answer)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -237,24 +160,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--passages", type=int, default=3, help="of prose")
     parser.add_argument("--tokens", type=int, default=64, help="steps per passage")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--threads", type=int, default=1, help="more are faster, but only on a quiet machine"
-    )
+    harness.add_threads(parser)
     options = harness.parse(parser, arguments, QUICK)
     torch.set_num_threads(options.threads)
     body = {
         "model": options.model, "seed": options.seed,
         "forecast": options.forecast.name if options.forecast else None,
-        "block_tokens": oracle.BLOCK, "init_blocks": oracle.INIT_BLOCKS,
-        "local_blocks": oracle.LOCAL_BLOCKS, "cells": [],
+        "block_tokens": GEOMETRY.block_size, "init_blocks": GEOMETRY.init_blocks,
+        "local_blocks": GEOMETRY.local_blocks, "cells": [],
     }  # fmt: skip
     with Recorder(options.out, "blocks", body) as record:
         tokenizer = harness.tokenizer_of(options.model)
-        model = oracle.Model(harness.resolve_model(options.model), Probe(options.top))
-        model.attention.attach(model.network, options.forecast)
+        backbone = Backbone.load(str(harness.resolve_model(options.model)))
+        forecasts = forecasts_of(backbone, options.forecast)
         for task, context in itertools.product(options.tasks, options.contexts):
             started = time.perf_counter()
-            body["cells"].append(measure(model, tokenizer, task, context, options))
+            probe = Probe(backbone, options.top, forecasts)
+            for sequence in sequences(tokenizer, task, context, options):
+                probe.add(*sequence)
+            body["cells"].append({"task": task, "context": context, **probe.result()})
             record.save()
             harness.progress(f"{task} {context}: {time.perf_counter() - started:.0f} s")
 

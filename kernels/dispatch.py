@@ -8,13 +8,35 @@ import importlib
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vllm_sparse.kernels.reference import attention, decode, rows
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
     from vllm_sparse.kernels.types import Resolution, Selected
+
+# The file of each kernel, the same in every folder of implementations.
+FILES = {
+    "append_tokens": "append",
+    "decode_attention": "decode",
+    **dict.fromkeys(("score_pages", "select_slots"), "pages"),
+    "attend_slots": "attention",
+    "score_prompt": "prompt",
+    "top_indices": "topk",
+    **dict.fromkeys(("compact_tokens", "compact_prompts"), "compaction"),
+    "plan_rows": "rows",
+    "select_blocks": "sparda_select",
+    **dict.fromkeys(("resolve", "copy_pieces"), "sparda_paging"),
+    "attend_frames": "sparda_attention",
+    "attend_part": "sparda_prefill",
+    **dict.fromkeys(("write_tokens", "update_windows", "record_queries"), "sparda_tokens"),
+}
+
+
+def implementation(folder: str, name: str) -> Callable[..., Any]:
+    """A kernel as ``reference``, ``cpu`` or ``triton`` have it."""
+    module = importlib.import_module(f"vllm_sparse.kernels.{folder}.{FILES[name]}")
+    kernel: Callable[..., Any] = getattr(module, name)
+    return kernel
 
 
 class PolicyKernels(NamedTuple):
@@ -43,15 +65,17 @@ class PolicyKernels(NamedTuple):
 @cache
 def policy_cpu() -> PolicyKernels:
     """The fused C++ kernels, or the PyTorch reference on a machine without a compiler."""
-    fused, note = _fused("cpu")
-    if not fused:
-        run, attend = decode.decode_attention, attention.attend_slots
-        return PolicyKernels(run, rows.plan_rows, attend, None, None, "reference", note)
-    from vllm_sparse.kernels.cpu import attention as fused_attention
-    from vllm_sparse.kernels.cpu import decode as fused_decode
-
-    run, attend = fused_decode.decode_attention, fused_attention.attend_slots
-    return PolicyKernels(run, rows.plan_rows, attend, None, None, "cpu")
+    fused, note = _fused()
+    folder = "cpu" if fused else "reference"
+    return PolicyKernels(
+        implementation(folder, "decode_attention"),
+        implementation("reference", "plan_rows"),
+        implementation(folder, "attend_slots"),
+        None,
+        None,
+        folder,
+        note,
+    )
 
 
 @cache
@@ -65,22 +89,20 @@ def policy_triton(device: torch.device) -> PolicyKernels:
         ValueError: The device cannot run them.
     """
     _check_triton(device)
-    from vllm_sparse.kernels.triton import attention, compaction, decode, launch, rows
+    from vllm_sparse.kernels.triton import decode, launch
 
     return PolicyKernels(
         decode.decode_attention,
-        rows.plan_rows,
-        attention.attend_slots,
-        compaction.compact_prompts,
+        implementation("triton", "plan_rows"),
+        implementation("triton", "attend_slots"),
+        implementation("triton", "compact_prompts"),
         decode.decode_scratch_bytes,
         f"triton, launches {launch.launches(device).origin}",
     )
 
 
-def _fused(device: str) -> tuple[bool, str]:
-    """Whether the C++ kernels can be had, and if not on a CPU, why."""
-    if device != "cpu":
-        return False, ""
+def _fused() -> tuple[bool, str]:
+    """Whether the C++ kernels can be had, and if not, why."""
     from vllm_sparse.kernels.cpu import build
 
     try:
@@ -135,26 +157,15 @@ def sparda_kernels(device: torch.device, kernels: str = "auto") -> SpardaKernels
 
         folder, name = "triton", f"triton, launches {launch.launches(device).origin}"
     else:
-        fused, note = _fused(device.type)
+        fused, note = _fused()
         if not fused:  # prompts need no compiler
             slow = sparda_kernels(device, "reference")
-            attend_part = _implementation("cpu", "sparda_prefill").attend_part
-            return slow._replace(attend_part=attend_part, note=note)
+            return slow._replace(attend_part=implementation("cpu", "attend_part"), note=note)
         folder = name = "cpu"
-    select, paging, tokens, attention, prefill = (
-        _implementation(folder, f"sparda_{part}")
-        for part in ("select", "paging", "tokens", "attention", "prefill")
-    )
-    return SpardaKernels(
-        select.select_blocks, paging.resolve, paging.copy_pieces, tokens.write_tokens,
-        tokens.update_windows, tokens.record_queries, attention.attend_frames,
-        prefill.attend_part, name, note,
-    )  # fmt: skip
-
-
-def _implementation(folder: str, name: str) -> Any:
-    """One file's functions, of ``reference``, ``cpu`` or ``triton``."""
-    return importlib.import_module(f"vllm_sparse.kernels.{folder}.{name}")
+    found: dict[str, Any] = {
+        kernel: implementation(folder, kernel) for kernel in SpardaKernels._fields[:-2]
+    }
+    return SpardaKernels(**found, name=name, note=note)
 
 
 def _check_triton(device: torch.device) -> None:

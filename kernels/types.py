@@ -61,7 +61,11 @@ class Ranking(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Which blocks are read; see :func:`vllm_sparse.policies.sparda.select_blocks`."""
+    """Which blocks of ``block_size`` tokens are read: ``top_k`` in total.
+
+    Among these are the first ``init_blocks``, a token's own one and ``local_blocks`` before it;
+    ``kernel_stride`` tokens lie between the starts of two compressed keys.
+    """
 
     block_size: int
     kernel_stride: int

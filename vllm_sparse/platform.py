@@ -56,10 +56,9 @@ class SparseCpuPlatform(_StockPlatform):  # type: ignore[misc]
 
 
 def patch_stock_platform() -> None:
-    """Give an active stock platform our overrides, where vLLM cannot be asked to use ours.
+    """Let an active stock platform choose our backends, where vLLM cannot be asked to use ours.
 
-    See the two functions above: which backend a layer gets, and what is refused or set before vLLM
-    sizes its cache.
+    It also refuses what they cannot serve, and prepares the rest, before vLLM sizes its cache.
     """
     from vllm.platforms import current_platform
 

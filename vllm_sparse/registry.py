@@ -32,12 +32,16 @@ class Entry(NamedTuple):
         cpu: vLLM backend on CPUs.
         gpu: vLLM backend on GPUs, and on CPUs where kernels are interpreted.
         needs_every_layer: Sliding-window layers cannot stay stock beside it.
+        refusals: Yields what it cannot serve of vLLM's configuration beside what no name can.
+        prepare: Called at start-up with vLLM's configuration, which it completes, and the settings.
     """
 
     settings: str
     cpu: str = "vllm_sparse.backends.policy_cpu:PolicyCpuBackend"
     gpu: str = "vllm_sparse.backends.policy_gpu:PolicyGpuBackend"
     needs_every_layer: bool = False
+    refusals: str = ""
+    prepare: str = ""
 
 
 _BUILT_IN = {
@@ -46,10 +50,12 @@ _BUILT_IN = {
     "SNAPKV": Entry("vllm_sparse.policies.snapkv:SnapKV"),
     "STREAMINGLLM": Entry("vllm_sparse.policies.streamingllm:StreamingLLM"),
     "SPARDA": Entry(
-        "vllm_sparse.config:SpardaSettings",
+        "vllm_sparse.policies.sparda:SpardaSettings",
         cpu="vllm_sparse.backends.sparda_cpu:SpardaCpuBackend",
         gpu="vllm_sparse.backends.sparda_gpu:SpardaGpuBackend",
         needs_every_layer=True,
+        refusals="vllm_sparse.backends.refusals:unsupported_by_sparda",
+        prepare="vllm_sparse.startup:prepare_sparda",
     ),
 }
 

@@ -4,25 +4,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_sparse.backends.refusals import unsupported, unsupported_by_sparda
-from vllm_sparse.config import SpardaSettings, load_settings
+from vllm_sparse.backends.refusals import unsupported
+from vllm_sparse.config import load_settings
 from vllm_sparse.errors import ConfigError, UnsupportedError
 from vllm_sparse.forecast.routing import route_model
 from vllm_sparse.kv.host.geometry import GIB, block_bytes, host_blocks, plan_frames
 from vllm_sparse.kv.host.memory import available_bytes
-from vllm_sparse.registry import is_ours
+from vllm_sparse.registry import entries, is_ours, load
+
+if TYPE_CHECKING:
+    from vllm_sparse.policies.sparda import SpardaSettings
 
 
 def check_config(vllm_config: Any) -> None:
-    """Refuse unsupported configurations if one of our backends is chosen; size SPARDA's cache.
+    """Refuse unsupported configurations if one of our backends is chosen; prepare it.
 
     vLLM may call this several times for one configuration.
 
     Args:
-        vllm_config: vLLM's complete configuration; SPARDA sets its block size, number of blocks and
-            model class.
+        vllm_config: vLLM's complete configuration.
 
     Raises:
         ConfigError: The settings are wrong.
@@ -32,20 +34,29 @@ def check_config(vllm_config: Any) -> None:
     if not is_ours(backend) or vllm_config.model_config is None:
         return
     settings = load_settings(vllm_config.additional_config, backend.name.lower())
+    entry = entries()[backend.name]
     reasons = list(unsupported(vllm_config))
-    if isinstance(settings, SpardaSettings):
-        reasons += unsupported_by_sparda(vllm_config)
+    if entry.refusals:
+        reasons += load(entry.refusals)(vllm_config)
     if reasons:
         raise UnsupportedError(
             f"{backend.name} cannot serve this configuration: " + "; ".join(reasons)
         )
-    if isinstance(settings, SpardaSettings):
-        _size_cache(vllm_config, settings)
-        route_model(vllm_config)
+    if entry.prepare:
+        load(entry.prepare)(vllm_config, settings)
 
 
-def _size_cache(config: Any, settings: SpardaSettings) -> None:
-    """Make vLLM manage the blocks of the host pool; refuse pools and slabs that cannot work."""
+def prepare_sparda(config: Any, settings: SpardaSettings) -> None:
+    """Make vLLM manage the blocks of the host pool, and build a model that can look ahead.
+
+    Args:
+        config: vLLM's, whose block size, number of blocks and model class are set.
+        settings: SPARDA's.
+
+    Raises:
+        ConfigError: The pool or the slab cannot work, or the Forecast is not this model's.
+        UnsupportedError: The chosen selector cannot look into this model.
+    """
     cache, model, parallel = config.cache_config, config.model_config, config.parallel_config
     if cache.user_specified_block_size and cache.block_size != settings.block_size:
         raise ConfigError(
@@ -83,3 +94,4 @@ def _size_cache(config: Any, settings: SpardaSettings) -> None:
         max_num_seqs=config.scheduler_config.max_num_seqs,
         max_model_len=model.max_model_len,
     )
+    route_model(config)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Where the kernels are: the only module of the benchmarks that says so.
+"""The kernels, as all operations reach them.
 
 Kernels are looked up when they are called, so that a test may put another one in their place.
 """
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from vllm_sparse.kernels.dispatch import implementation
 from vllm_sparse.kernels.layout import PageLayout as PageLayout
 from vllm_sparse.kernels.types import Blocks as Blocks
 from vllm_sparse.kernels.types import PageTable as PageTable
@@ -23,46 +25,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
 
-# The file of each kernel, the same in every folder of implementations.
-FILES = {
-    "append_tokens": "append",
-    "decode_attention": "decode",
-    **dict.fromkeys(("score_pages", "select_slots"), "pages"),
-    "attend_slots": "attention",
-    "score_prompt": "prompt",
-    "top_indices": "topk",
-    **dict.fromkeys(("compact_tokens", "compact_prompts"), "compaction"),
-    "plan_rows": "rows",
-    "select_blocks": "sparda_select",
-    **dict.fromkeys(("resolve", "copy_pieces"), "sparda_paging"),
-    "attend_frames": "sparda_attention",
-    "attend_part": "sparda_prefill",
-    **dict.fromkeys(("write_tokens", "update_windows", "record_queries"), "sparda_tokens"),
-}
-
-
-def reference(name: str) -> Callable[..., Any]:
-    """The PyTorch reference of a kernel."""
-    return getattr(_module("reference", FILES[name]), name)
-
-
-def triton(name: str) -> Callable[..., Any]:
-    """The Triton kernel."""
-    return getattr(_module("triton", FILES[name]), name)
+reference = partial(implementation, "reference")
+triton = partial(implementation, "triton")
 
 
 def launches() -> ModuleType:
     """The module that says how Triton kernels are launched."""
-    return _module("triton", "launch")
+    return importlib.import_module("vllm_sparse.kernels.triton.launch")
 
 
 def cpu(module: str) -> ModuleType:
     """A module of kernels for CPUs."""
-    return _module("cpu", module)
-
-
-def _module(*path: str) -> ModuleType:
-    return importlib.import_module(".".join(("vllm_sparse.kernels", *path)))
+    return importlib.import_module(f"vllm_sparse.kernels.cpu.{module}")
 
 
 def call(kernel: Callable[..., Any], arguments: dict[str, Any]) -> Any:

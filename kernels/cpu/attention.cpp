@@ -3,7 +3,7 @@
 //
 // Exact decode attention on a CPU over what others have selected: frames that hold blocks of
 // SparDA, or single tokens of a paged cache. The readable definitions are in
-// `kernels/reference/paging.py` and `kernels/reference/stage2.py`.
+// `kernels/reference/sparda_attention.py` and `kernels/reference/attention.py`.
 
 #include "attention.h"
 
@@ -14,7 +14,7 @@
 
 namespace {
 
-// Mirrored by paging.py. Frames are contiguous; strides count elements.
+// Mirrored by FrameSizes in sparda_attention.py. Frames are contiguous; strides count elements.
 struct FrameSizes {
   int64_t tokens, kv_heads, group, dim, block_size, table_stride, max_tokens;
   int64_t query_stride, out_stride;

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,7 +33,7 @@ def attend_slots(
     top_k: int,
     scale: float,
 ) -> None:
-    """Same contract as :func:`vllm_sparse.kernels.reference.stage2.attend_slots`.
+    """Exact attention over the selected tokens; arguments as the reference explains them.
 
     Integer tensors must be int32, ``slots`` contiguous, and so the head and channel axes of all
     other tensors.
@@ -62,19 +61,5 @@ def attend_slots(
         query_stride=query.stride(0),
         out_stride=output.stride(0),
     )
-    status = build.load().vllm_sparse_attend_slots(
-        build.DTYPES.get(cache.dtype, -1),
-        cache.data_ptr(),
-        query.data_ptr(),
-        output.data_ptr(),
-        None if slots is None else slots.data_ptr(),
-        block_table.data_ptr(),
-        lengths.data_ptr(),
-        top_r.data_ptr(),
-        ctypes.byref(sizes),
-        scale,
-    )
-    if status:
-        raise ValueError(
-            f"the CPU attention kernel does not support {cache.dtype}, head size {dim}"
-        )
+    tensors = cache, query, output, slots, block_table, lengths, top_r
+    build.call("attend_slots", tensors, sizes, scale, dtype=cache.dtype)

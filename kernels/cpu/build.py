@@ -17,15 +17,33 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_sparse.errors import VllmSparseError
 from vllm_sparse.paths import cache_dir
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What the kernels call a dtype."""
 
+# int, 64-bit number, float or pointer.
+_ARGUMENTS = {
+    "vllm_sparse_decode": "ippppppppppfi",
+    "vllm_sparse_attend_frames": "ippppppf",
+    "vllm_sparse_attend_slots": "ippppppppf",
+    "vllm_sparse_select_blocks": "ipppppppp",
+    "vllm_sparse_update_windows": "ippppppp",
+    "vllm_sparse_resolve": "pppppppnp",
+    "vllm_sparse_copy": "pppppn",
+    "vllm_sparse_write_tokens": "ppppppp",
+    "vllm_sparse_record_queries": "ppppp",
+}
 _SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cpp")))
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared")
 
@@ -89,21 +107,33 @@ def load() -> ctypes.CDLL:
                 raise KernelBuildError(f"{compiler} failed:\n{done.stderr}")
             built.replace(library)
     kernels = ctypes.CDLL(str(library))
-    pointer = ctypes.c_void_p
-    kernels.vllm_sparse_decode.argtypes = (
-        ctypes.c_int, *([pointer] * 10), ctypes.c_float, ctypes.c_int
-    )  # fmt: skip
-    kernels.vllm_sparse_attend_frames.argtypes = (ctypes.c_int, *([pointer] * 6), ctypes.c_float)
-    kernels.vllm_sparse_attend_slots.argtypes = (ctypes.c_int, *([pointer] * 8), ctypes.c_float)
-    kernels.vllm_sparse_select_blocks.argtypes = (ctypes.c_int, *([pointer] * 8))
-    kernels.vllm_sparse_update_windows.argtypes = (ctypes.c_int, *([pointer] * 7))
-    number = ctypes.c_int64
-    for name, arguments in (
-        ("resolve", (pointer, pointer, number, *([pointer] * 6))),
-        ("copy", (*([pointer] * 5), number)),
-        ("write_tokens", (pointer,) * 7),
-        ("record_queries", (pointer,) * 5),
-    ):
-        function = getattr(kernels, f"vllm_sparse_{name}")
-        function.argtypes, function.restype = arguments, None
+    kinds = {"i": ctypes.c_int, "n": ctypes.c_int64, "f": ctypes.c_float, "p": ctypes.c_void_p}
+    for name, arguments in _ARGUMENTS.items():
+        getattr(kernels, name).argtypes = [kinds[kind] for kind in arguments]
     return kernels
+
+
+def call(
+    name: str,
+    tensors: Iterable[Tensor | None],
+    *further: Any,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Call a kernel.
+
+    Args:
+        name: Its name in C++, without the prefix that all have.
+        tensors: Whose addresses it gets first; ``None`` becomes a null pointer.
+        *further: What it gets after them. Structures are passed by their addresses.
+        dtype: Of the tensors, which a kernel that supports several gets before everything else.
+
+    Raises:
+        ValueError: The kernel does not support that dtype, or heads of this size.
+    """
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    others = [ctypes.byref(x) if isinstance(x, ctypes.Structure) else x for x in further]
+    function = getattr(load(), f"vllm_sparse_{name}")
+    if dtype is None:
+        function(*pointers, *others)
+    elif function(DTYPES.get(dtype, -1), *pointers, *others):
+        raise ValueError(f"the CPU kernel {name} does not support {dtype}, or heads of this size")

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,7 +39,7 @@ def decode_attention(
     parked: Tensor | None = None,
     per_block: int = 0,
 ) -> None:
-    """Same contract as :func:`vllm_sparse.kernels.reference.decode.decode_attention`.
+    """Append, select and attend in one pass; arguments as the reference explains them.
 
     Integer tensors must be int32; head and channel axes of all tensors must be contiguous.
 
@@ -78,9 +77,5 @@ def decode_attention(
         out_stride=output.stride(0),
         key_stride=key.stride(0),
     )
-    pointers = (t.data_ptr() for t in (cache, query, key, value, output, *integers))
-    status = build.load().vllm_sparse_decode(
-        build.DTYPES.get(cache.dtype, -1), *pointers, ctypes.byref(sizes), scale, int(read_all)
-    )
-    if status:
-        raise ValueError(f"the CPU decode kernel does not support {cache.dtype}, head size {dim}")
+    tensors = cache, query, key, value, output, *integers
+    build.call("decode", tensors, sizes, scale, int(read_all), dtype=cache.dtype)

@@ -4,12 +4,10 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING
 
 import torch
 from vllm_sparse.kernels.cpu import build
-from vllm_sparse.kernels.cpu.build import DTYPES
 from vllm_sparse.kernels.reference.sparda_attention import unframed_rows
 
 if TYPE_CHECKING:
@@ -17,16 +15,10 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.types import Unframed
 
 
-class _FrameSizes(ctypes.Structure):
-    """What ``vllm_sparse_attend_frames`` is told; strides count elements."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in (
-            *("tokens", "kv_heads", "group", "dim", "block_size", "table_stride"),
-            *("max_tokens", "query_stride", "out_stride"),
-        )
-    )
+FrameSizes = build.sizes(
+    "FrameSizes",
+    "tokens kv_heads group dim block_size table_stride max_tokens query_stride out_stride",
+)
 
 
 def attend_frames(
@@ -38,7 +30,7 @@ def attend_frames(
     scale: float,
     unframed: Unframed | None = None,
 ) -> None:
-    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_attention.attend_frames`.
+    """Exact decode attention over frames; arguments as the reference explains them.
 
     Raises:
         ValueError: Unsupported dtype or head size.
@@ -50,16 +42,13 @@ def attend_frames(
     assert frames.is_contiguous()
     assert frames.dtype == lengths.dtype == torch.int32
     assert query.stride(1) == output.stride(1) == dim
-    sizes = _FrameSizes(
+    sizes = FrameSizes(
         tokens, kv_heads, heads // kv_heads, dim, block_size, count, count * block_size,
         query.stride(0), output.stride(0),
     )  # fmt: skip
-    status = build.load().vllm_sparse_attend_frames(
-        DTYPES.get(slab.dtype, -1), slab.data_ptr(), query.data_ptr(), output.data_ptr(),
-        frames.data_ptr(), lengths.data_ptr(), ctypes.byref(sizes), scale,
-    )  # fmt: skip
-    if status:
-        raise ValueError(f"the CPU kernel does not support {slab.dtype}, head size {dim}")
+    build.call(
+        "attend_frames", (slab, query, output, frames, lengths), sizes, scale, dtype=slab.dtype
+    )
     if unframed is not None:
         for row, pieces in unframed_rows(unframed):
             here = slice(row, row + 1)

@@ -21,9 +21,9 @@ struct SpardaPageTable {
 
 // Looks the wanted pieces up and gives a frame to each that has none, by a clock hand that passes
 // over frames of this step. counters: hits, misses, 1 if every frame is in use in this step.
-void vllm_sparse_resolve(const SpardaPageTable* table, const int32_t* wanted, int64_t count,
-                         const int64_t* step, int64_t* counters, int32_t* frames, int32_t* missing,
-                         int32_t* targets, int32_t* misses) {
+void vllm_sparse_resolve(const int32_t* wanted, const int64_t* step, int64_t* counters,
+                         int32_t* frames, int32_t* missing, int32_t* targets, int32_t* misses,
+                         int64_t count, const SpardaPageTable* table) {
   const SpardaPageTable t = *table;
   const int64_t now = *step;
   int64_t hits = 0, absent = 0;

@@ -22,7 +22,7 @@ class _Table(ctypes.Structure):
 
 
 def resolve(table: PageTable, wanted: Tensor, step: Tensor, counters: Tensor) -> Resolution:
-    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_paging.resolve`."""
+    """Look up and assign the frames of wanted pieces, as the reference does."""
     total = wanted.numel()
     assert wanted.is_contiguous()
     assert wanted.dtype == torch.int32
@@ -31,11 +31,9 @@ def resolve(table: PageTable, wanted: Tensor, step: Tensor, counters: Tensor) ->
     missing, targets = torch.empty(2, total, dtype=torch.int32).unbind()
     misses = torch.empty(1, dtype=torch.int32)
     parts = _Table(*(part.data_ptr() for part in table), table.piece_of.shape[0])
-    build.load().vllm_sparse_resolve(
-        ctypes.byref(parts), wanted.data_ptr(), total, step.data_ptr(), counters.data_ptr(),
-        frames.data_ptr(), missing.data_ptr(), targets.data_ptr(), misses.data_ptr(),
-    )  # fmt: skip
-    return Resolution(frames, missing, targets, misses)
+    found = frames, missing, targets, misses
+    build.call("resolve", (wanted, step, counters, *found), total, parts)
+    return Resolution(*found)
 
 
 def copy_pieces(
@@ -47,7 +45,7 @@ def copy_pieces(
     *,
     programs: int = 32,
 ) -> None:
-    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_paging.copy_pieces`.
+    """Copy as many whole pieces as ``count`` says, from index to index.
 
     Runs on the calling thread alone and without Python's lock.
     """
@@ -57,7 +55,4 @@ def copy_pieces(
     assert source.is_contiguous()
     assert source[0].nbytes == size
     assert target_index.dtype == source_index.dtype == count.dtype == torch.int32
-    build.load().vllm_sparse_copy(
-        target.data_ptr(), target_index.data_ptr(), source.data_ptr(), source_index.data_ptr(),
-        count.data_ptr(), size,
-    )  # fmt: skip
+    build.call("copy", (target, target_index, source, source_index, count), size)

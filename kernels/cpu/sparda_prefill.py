@@ -15,7 +15,7 @@ def attend_part(
     query: Tensor, keys: Tensor, values: Tensor, chosen: Tensor | None, causal: bool,
     scale: float, *, first_position: int = 0, block_size: int = 0, past_from: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_prefill.attend_part`."""
+    """Softmax attention over some of the keys; arguments as the reference explains them."""
     if not (query.numel() and keys.numel()):  # which the kernel does not survive
         return query.new_zeros(query.shape).float(), query.new_full(
             query.shape[:3], -torch.inf
@@ -35,16 +35,9 @@ def attend_part(
         output, lse = _flash(flat, keys[None], values[None], 0.0, False, scale=scale)
     else:
         blind = torch.where(mask, 0.0, float("-inf")).to(query.dtype)[None]
+        both = keys[None], values[None]
         parts = [
-            _flash(
-                query[None, :, member],
-                keys[None],
-                values[None],
-                0.0,
-                False,
-                attn_mask=blind,
-                scale=scale,
-            )
+            _flash(query[None, :, member], *both, 0.0, False, attn_mask=blind, scale=scale)
             for member in range(group)
         ]
         output = torch.stack([part[0][0] for part in parts], 1)

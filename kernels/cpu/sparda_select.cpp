@@ -159,21 +159,16 @@ void select(const Shape& s, const T* cache, const T* vectors, const int32_t* tab
 
 extern "C" {
 
-// dtype: 0 float32, 1 bfloat16, 2 float16, of cache and vectors; others return 2. lag: scores are
-// those of the token `lag` positions before. softmax: 0 ranks raw dot products of a single vector per
+// dtype: of cache and vectors, as with_dtype names it; others return 2. lag: scores are those of the
+// token `lag` positions before. softmax: 0 ranks raw dot products of a single vector per
 // KV head. vectors may be null if every row reads all its blocks.
 int vllm_sparse_select_blocks(int dtype, const void* cache, const void* vectors,
                               const int32_t* table, const int64_t* positions, int32_t* logical,
                               int32_t* pieces, int32_t* lengths, const SpardaSelectSizes* sizes) {
-#define VLLM_SPARSE_RUN(T)                                                                  \
-  select<T>(*sizes, static_cast<const T*>(cache), static_cast<const T*>(vectors), table, positions, \
-            logical, pieces, lengths)
-  switch (dtype) {
-    case 0: VLLM_SPARSE_RUN(float); return 0;
-    case 1: VLLM_SPARSE_RUN(bf16); return 0;
-    case 2: VLLM_SPARSE_RUN(_Float16); return 0;
-  }
-#undef VLLM_SPARSE_RUN
-  return 2;
+  return with_dtype(dtype, [&](auto zero) {
+    typedef decltype(zero) T;
+    select<T>(*sizes, static_cast<const T*>(cache), static_cast<const T*>(vectors), table,
+              positions, logical, pieces, lengths);
+  });
 }
 }

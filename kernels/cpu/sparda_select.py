@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from vllm_sparse.kernels.cpu import build
-from vllm_sparse.kernels.cpu.build import DTYPES
 from vllm_sparse.kernels.types import Selected
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def select_blocks(
     compressed: Tensor, vectors: Tensor | None, block_table: Tensor, positions: Tensor,
     ranking: Ranking, blocks: Blocks, *, dense_len: int = 0, capacity: int | None = None,
 ) -> Selected:  # fmt: skip
-    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_select.select_blocks`.
+    """The blocks that each decode row reads; arguments as the reference explains them.
 
     Channels of ``compressed`` and ``vectors`` and entries of ``block_table`` are contiguous.
     Vectors are rounded to the dtype of the compressed keys.
@@ -51,13 +50,12 @@ def select_blocks(
     assert windows * blocks.kernel_stride == size
     assert block_table.dtype == torch.int32
     assert compressed.stride(-1) == block_table.stride(-1) == 1
-    group, row_stride, head_stride, vector_at = 0, 0, 0, 0
+    group, row_stride, head_stride = 0, 0, 0
     if vectors is not None:
         vectors = vectors.to(compressed.dtype)
         assert vectors.stride(-1) == 1
         group = vectors.shape[1] // kv_heads
         row_stride, head_stride = vectors.stride()[:2]
-        vector_at = vectors.data_ptr()
     positions = positions.to(torch.int64).contiguous()
     chosen, pieces = torch.empty(2, rows, kv_heads, capacity, dtype=torch.int32).unbind()
     lengths = torch.empty(rows, dtype=torch.int32)
@@ -66,11 +64,7 @@ def select_blocks(
         blocks.init_blocks, blocks.local_blocks, blocks.top_k, ranking.lag, ranking.softmax,
         dense_len, capacity, row_stride, head_stride, *compressed.stride()[:3], ranking.scale,
     )  # fmt: skip
-    status = build.load().vllm_sparse_select_blocks(
-        DTYPES.get(compressed.dtype, -1), compressed.data_ptr(), vector_at, block_table.data_ptr(),
-        positions.data_ptr(), chosen.data_ptr(), pieces.data_ptr(), lengths.data_ptr(),
-        ctypes.byref(sizes),
-    )  # fmt: skip
-    if status:
-        raise ValueError(f"the CPU selection kernel does not support {compressed.dtype}")
-    return Selected(chosen, pieces, lengths)
+    selected = Selected(chosen, pieces, lengths)
+    tensors = compressed, vectors, block_table, positions, *selected
+    build.call("select_blocks", tensors, sizes, dtype=compressed.dtype)
+    return selected

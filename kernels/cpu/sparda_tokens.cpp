@@ -93,20 +93,15 @@ void update_windows(T* compressed, const T* source, const T* slab, const int32_t
 
 extern "C" {
 
-// dtype: 0 float32, 1 bfloat16, 2 float16; others return 2. frame_of may be null.
+// dtype: as with_dtype names it; others return 2. slab and frame_of may be null.
 int vllm_sparse_update_windows(int dtype, void* compressed, const void* source, const void* slab,
                                const int32_t* frame_of, const int64_t* positions,
                                const int32_t* table, const SpardaWindowSizes* sizes) {
-#define VLLM_SPARSE_RUN(T)                                                              \
-  update_windows<T>(static_cast<T*>(compressed), static_cast<const T*>(source),         \
-                    static_cast<const T*>(slab), frame_of, positions, table, *sizes)
-  switch (dtype) {
-    case 0: VLLM_SPARSE_RUN(float); return 0;
-    case 1: VLLM_SPARSE_RUN(bf16); return 0;
-    case 2: VLLM_SPARSE_RUN(_Float16); return 0;
-  }
-#undef VLLM_SPARSE_RUN
-  return 2;
+  return with_dtype(dtype, [&](auto zero) {
+    typedef decltype(zero) T;
+    update_windows<T>(static_cast<T*>(compressed), static_cast<const T*>(source),
+                      static_cast<const T*>(slab), frame_of, positions, table, *sizes);
+  });
 }
 
 // Strides in bytes.

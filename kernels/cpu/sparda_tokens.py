@@ -4,46 +4,28 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 from vllm_sparse.kernels.cpu import build
-from vllm_sparse.kernels.cpu.build import DTYPES
 
-
-def _integers(*names: str) -> tuple[tuple[str, type], ...]:
-    return tuple((name, ctypes.c_int64) for name in names)
-
-
-class _WriteSizes(ctypes.Structure):
-    """``SpardaWriteSizes`` of sparda_tokens.cpp."""
-
-    _fields_ = _integers(
-        *("tokens", "kv_heads", "block_size", "head_bytes"),
-        *("key_token", "key_head", "value_token", "value_head"),
-    )
-
-
-class _WindowSizes(ctypes.Structure):
-    """``SpardaWindowSizes`` of sparda_tokens.cpp."""
-
-    _fields_ = _integers(
-        *("rows", "kv_heads", "block_size", "dim", "stride", "table_row"),
-        *("compressed_block", "compressed_head", "compressed_window"),
-    )
-
-
-class _RecordSizes(ctypes.Structure):
-    """``SpardaRecordSizes`` of sparda_tokens.cpp."""
-
-    _fields_ = _integers("count", "heads", "block_size", "head_bytes", "query_token", "query_head")
+WriteSizes = build.sizes(
+    "SpardaWriteSizes",
+    "tokens kv_heads block_size head_bytes key_token key_head value_token value_head",
+)
+WindowSizes = build.sizes(
+    "SpardaWindowSizes",
+    "rows kv_heads block_size dim stride table_row "
+    "compressed_block compressed_head compressed_window",
+)
+RecordSizes = build.sizes(
+    "SpardaRecordSizes", "count heads block_size head_bytes query_token query_head"
+)
 
 
 def write_tokens(
     host: Tensor, slab: Tensor, frame_of: Tensor, slots: Tensor, key: Tensor, value: Tensor
 ) -> None:
-    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_tokens.write_tokens`.
+    """Store tokens on the host, and in those frames that hold their pieces.
 
     Memory is contiguous, but for tokens and heads of ``key`` and ``value``.
     """
@@ -55,21 +37,18 @@ def write_tokens(
     assert host.is_contiguous()
     assert slab.is_contiguous()
     assert key.stride(2) == value.stride(2) == 1
-    sizes = _WriteSizes(
+    sizes = WriteSizes(
         tokens, kv_heads, host.shape[2], dim * size,
         key.stride(0) * size, key.stride(1) * size, value.stride(0) * size, value.stride(1) * size,
     )  # fmt: skip
-    build.load().vllm_sparse_write_tokens(
-        host.data_ptr(), slab.data_ptr(), frame_of.data_ptr(), slots.data_ptr(), key.data_ptr(),
-        value.data_ptr(), ctypes.byref(sizes),
-    )  # fmt: skip
+    build.call("write_tokens", (host, slab, frame_of, slots, key, value), sizes)
 
 
 def update_windows(
     compressed: Tensor, source: Tensor, positions: Tensor, block_table: Tensor, stride: int, *,
     slab: Tensor | None = None, frame_of: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_tokens.update_windows`.
+    """Store the windows of compressed keys that decode rows complete, means of two strides.
 
     Memory is contiguous, but for rows of the table and blocks, heads and windows of ``compressed``.
     Results are those of the reference to the last bit.
@@ -83,23 +62,18 @@ def update_windows(
     assert source.is_contiguous()
     assert compressed.stride(3) == block_table.stride(1) == 1
     positions = positions.to(torch.int64).contiguous()
-    sizes = _WindowSizes(
+    sizes = WindowSizes(
         positions.shape[0], kv_heads, block_size, width // 2, stride, block_table.stride(0),
         *compressed.stride()[:3],
     )  # fmt: skip
-    status = build.load().vllm_sparse_update_windows(
-        DTYPES.get(compressed.dtype, -1), compressed.data_ptr(), source.data_ptr(),
-        0 if slab is None else slab.data_ptr(), 0 if frame_of is None else frame_of.data_ptr(),
-        positions.data_ptr(), block_table.data_ptr(), ctypes.byref(sizes),
-    )  # fmt: skip
-    if status:
-        raise ValueError(f"the CPU kernel does not support {compressed.dtype}")
+    tensors = compressed, source, slab, frame_of, positions, block_table
+    build.call("update_windows", tensors, sizes, dtype=compressed.dtype)
 
 
 def record_queries(
     kept: Tensor, query: Tensor, slots: Tensor, last: Tensor, block_size: int
 ) -> None:
-    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_tokens.record_queries`.
+    """Store the queries of the last token of each block under that block's id.
 
     Memory is contiguous, but for tokens and heads of ``query``.
     """
@@ -108,10 +82,8 @@ def record_queries(
     assert slots.dtype == last.dtype == torch.int64
     assert kept.is_contiguous()
     assert query.stride(2) == 1
-    sizes = _RecordSizes(
+    sizes = RecordSizes(
         last.shape[0], query.shape[1], block_size, query.shape[2] * size, query.stride(0) * size,
         query.stride(1) * size,
     )  # fmt: skip
-    build.load().vllm_sparse_record_queries(
-        kept.data_ptr(), query.data_ptr(), slots.data_ptr(), last.data_ptr(), ctypes.byref(sizes)
-    )
+    build.call("record_queries", (kept, query, slots, last), sizes)

@@ -42,7 +42,8 @@ def append_tokens(
         replays: A request may have several rows; false promises that ``final_lengths`` equals
             ``lengths``.
         query: ``[T, H, D]``; needed with ``parked``.
-        parked: Where queries wait for their prompt's compaction, see :func:`park_queries`.
+        parked: Where queries wait for their prompt's compaction, as ``block * per_block + place``,
+            int32 ``[T]``; -1 for none.
         per_block: Window queries that a block has room for; needed with ``parked``.
     """
     if query is not None and parked is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from vllm_sparse.kernels.types import Blocks, Ranking, Selected
 
-from vllm_sparse.policies import sparda
+from vllm_sparse.policies import windows
 
 
 def gather_windows(compressed: Tensor, table: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def select_blocks(
             keys = gather_windows(compressed, table.to(compressed.device))
             at = positions[row : row + 1].long()
             scores = _scores(vectors[row].unsqueeze(1), keys, at - ranking.lag, ranking, blocks)
-            chosen = sparda.select_blocks(scores, at, **blocks._asdict())[:, 0].cpu()
+            chosen = windows.select_blocks(scores, at, **blocks._asdict())[:, 0].cpu()
         reads = chosen.shape[1]
         logical[row, :, :reads] = chosen
         pieces[row, :, :reads] = table[chosen] * kv_heads + torch.arange(kv_heads)[:, None]
@@ -85,10 +85,10 @@ def _scores(vectors: Tensor, keys: Tensor, at: Tensor, ranking: Ranking, blocks:
     """Scores of the windows that are complete at a position, float32 ``[G, 1, windows]``."""
     stride = blocks.kernel_stride
     if ranking.softmax:
-        return sparda.query_scores(
+        return windows.query_scores(
             vectors, keys, at, kernel_size=2 * stride, kernel_stride=stride, scale=ranking.scale
         )
     # A complete window never depends on a later token; others may hold anything.
     ends = torch.arange(keys.shape[1], device=keys.device) + 2
     hidden = ends * stride > at + 1
-    return sparda.forecast_scores(vectors, keys).masked_fill(hidden, float("-inf"))
+    return windows.forecast_scores(vectors, keys).masked_fill(hidden, float("-inf"))

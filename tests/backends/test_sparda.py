@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from reference import hf_sparda
+from reference import hf_sparda, random_models
 from support.engine import BLOCK_SIZE, NEW_TOKENS, SPARDA_SELECTION, SPARDA_SETTINGS, run_engine
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def test_selectors_equal_hugging_face(qwen2, prompts, tmp_path, selector):
     changes: dict[str, Any] = {"selector": selector}
     if selector == "forecast":
         changes["forecast"] = str(tmp_path / "forecast.safetensors")
-        hf_sparda.save_random_forecast(changes["forecast"], qwen2, bias=True)
+        random_models.save_random_forecast(changes["forecast"], qwen2, bias=True)
     run = run_sparda(qwen2, prompts, **changes)
     assert_tokens_of_hugging_face(qwen2, prompts, run["tokens"][0], **changes)
 
@@ -118,9 +118,9 @@ def test_crossing_dense_len_while_decoding_equals_hugging_face(llama, prompts):
 def test_other_architectures_equal_hugging_face(tmp_path, prompts, arch, extra):
     model = tmp_path / arch
     if arch == "minicpm":
-        hf_sparda.save_random_minicpm(model, **extra)
+        random_models.save_random_minicpm(model, **extra)
     else:
-        hf_sparda.save_random_model(model, arch)
+        random_models.save_random_model(model, arch)
     run = run_sparda(model, prompts[:3], slab_gib=0.01, new_tokens=60)
     assert_tokens_of_hugging_face(model, prompts[:3], run["tokens"][0])
 
@@ -185,7 +185,7 @@ def test_preemption_changes_nothing(llama, prompts, sparda_run, selector, chunk)
 def test_ten_thousand_generated_tokens_equal_hugging_face(tmp_path):
     """Over hundreds of block borders and the dense border, with every frame in constant use."""
     model, count = tmp_path / "llama", 10_240
-    hf_sparda.save_random_model(
+    random_models.save_random_model(
         model, "llama", layers=2, heads=2, kv_heads=1, hidden=64, max_position_embeddings=16_384
     )
     prompt = torch.randint(1024, (300,), generator=torch.Generator().manual_seed(0)).tolist()

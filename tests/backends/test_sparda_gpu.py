@@ -12,9 +12,9 @@ import pytest
 import torch
 from support.engine import SPARDA_SETTINGS, run_engine
 
-from vllm_sparse.config import SpardaSettings
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.kv.host.geometry import GIB, Geometry
+from vllm_sparse.policies.sparda import SpardaSettings
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

@@ -41,7 +41,7 @@ def test_forced_choices_miss_exactly_what_they_are_to(rate):
     from vllm_sparse.kernels.types import Blocks, Ranking
 
     from benchmarks.ops import sparda_inputs
-    from vllm_sparse.config import SpardaSettings
+    from vllm_sparse.policies.sparda import SpardaSettings
 
     settings = SpardaSettings(local_blocks=2, top_k=14, dense_len=0)
     rows, heads, width, start = 2, 2, 24, 64 * 20 + 50
@@ -108,7 +108,7 @@ def test_each_way_to_fetch_has_graphs_of_its_own(graphs):
     from vllm_sparse.kernels.dispatch import SpardaKernels
 
     from benchmarks.live import Way
-    from vllm_sparse.config import SpardaSettings
+    from vllm_sparse.policies.sparda import SpardaSettings
 
     captured, copied = [], []
 

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from support.forecast import DIM, HEADS, LAYERS, MODEL, tensors
 
 from vllm_sparse.cli import main
-from vllm_sparse.config import SpardaSettings
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.forecast.file import canonical_name
 from vllm_sparse.forecast.official import convert_official, export_official
 from vllm_sparse.forecast.weights import check_metadata, load_forecast
+from vllm_sparse.policies.sparda import SpardaSettings
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 from support.forecast import DIM, HEADS, HIDDEN, LAYERS, MODEL, tensors
 
-from vllm_sparse.config import SpardaSettings
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.forecast.file import canonical_name
 from vllm_sparse.forecast.weights import (
@@ -19,6 +18,7 @@ from vllm_sparse.forecast.weights import (
     lookahead_weights,
     shard_heads,
 )
+from vllm_sparse.policies.sparda import SpardaSettings
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "model.model.", "_orig_mod.module.model."])

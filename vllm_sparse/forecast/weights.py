@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from vllm_sparse.config import SpardaSettings
+    from vllm_sparse.policies.sparda import SpardaSettings
 
 
 class ForecastWeights(NamedTuple):

@@ -74,10 +74,6 @@ class PromptAwareManager(FullAttentionManager):
         return super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
 
 
-class SpardaManager(PromptAwareManager):
-    """Manages the blocks of the host pool."""
-
-
 class PolicyManager(PromptAwareManager):
     """Full attention that gives blocks back which the policy says no later step reads.
 

@@ -4,22 +4,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Self
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_sparse.kernels.layout import PageLayout
-from vllm_sparse.kv.manager import PolicyManager, SpardaManager
+from vllm_sparse.kv.manager import PolicyManager, PromptAwareManager
 
 if TYPE_CHECKING:
-    from vllm_sparse.config import SpardaSettings
     from vllm_sparse.policies.protocol import Policy
+    from vllm_sparse.policies.sparda import SpardaSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicySpec(FullAttentionSpec):
+class SharedSpec(FullAttentionSpec):
+    """What our specs have in common: layers that share a block table share all that they add.
+
+    Attributes:
+        instance_id: vLLM's instance, under whose name the scheduler's counters are published.
+    """
+
+    instance_id: str = ""
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """One spec for layers that share a block table."""
+        added = {part.name for part in fields(cls)} - {x.name for x in fields(FullAttentionSpec)}
+        own = {name: getattr(specs[0], name) for name in added}
+        return replace_as(super().merge(specs), cls, **own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySpec(SharedSpec):
     """Full attention whose blocks a policy may give up, with room for a page index in each block.
 
     The index is part of the block, so vLLM's memory accounting covers it.
@@ -27,12 +45,10 @@ class PolicySpec(FullAttentionSpec):
     Attributes:
         policy: Decides, from the prompt length, which blocks leave and which may be shared.
         backend: Its name, for the log.
-        instance_id: vLLM's instance, under whose name the scheduler's counters are published.
     """
 
     policy: Policy = None  # type: ignore[assignment]
     backend: str = ""
-    instance_id: str = ""
 
     @classmethod
     def wrap(
@@ -49,12 +65,6 @@ class PolicySpec(FullAttentionSpec):
             state_content_bytes=content * spec.dtype.itemsize,
         )
 
-    @classmethod
-    def merge(cls, specs: list[Self]) -> Self:
-        """One spec for layers that share a block table; they share the policy too."""
-        own = {name: getattr(specs[0], name) for name in ("policy", "backend", "instance_id")}
-        return replace_as(super().merge(specs), cls, **own)
-
     def layout(self, page_size: int) -> PageLayout:
         """Page geometry for requests with pages of ``page_size`` tokens."""
         return PageLayout(self.block_size, self.head_size, page_size, self.policy.index_width)
@@ -65,7 +75,7 @@ class PolicySpec(FullAttentionSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpardaSpec(FullAttentionSpec):
+class SpardaSpec(SharedSpec):
     """The compressed keys of a layer whose keys and values live in the host pool.
 
     A block holds the windows that end in it, one mean key each.
@@ -73,12 +83,10 @@ class SpardaSpec(FullAttentionSpec):
     Attributes:
         dense_len: Tokens that see at most this many are attended densely.
         sparse_prefill: Prompts are attended sparsely too.
-        instance_id: vLLM's instance, under whose name the counters are published.
     """
 
     dense_len: int = 0
     sparse_prefill: bool = False
-    instance_id: str = ""
 
     @classmethod
     def wrap(
@@ -96,18 +104,6 @@ class SpardaSpec(FullAttentionSpec):
             state_content_bytes=windows * spec.head_size * spec.dtype.itemsize,
         )
 
-    @classmethod
-    def merge(cls, specs: list[Self]) -> Self:
-        """One spec for layers that share a block table; they share the settings too."""
-        first = specs[0]
-        return replace_as(
-            super().merge(specs),
-            cls,
-            dense_len=first.dense_len,
-            sparse_prefill=first.sparse_prefill,
-            instance_id=first.instance_id,
-        )
-
     def publishable_tokens(self, prompt_len: int) -> int | None:
         """Leading tokens of a request that others may share; ``None``: all.
 
@@ -122,4 +118,6 @@ class SpardaSpec(FullAttentionSpec):
 # would hide them, so those come first.
 KVCacheSpecRegistry._ensure_registered()
 KVCacheSpecRegistry.register(PolicySpec, PolicyManager, uniform_type_base_spec=FullAttentionSpec)
-KVCacheSpecRegistry.register(SpardaSpec, SpardaManager, uniform_type_base_spec=FullAttentionSpec)
+KVCacheSpecRegistry.register(
+    SpardaSpec, PromptAwareManager, uniform_type_base_spec=FullAttentionSpec
+)

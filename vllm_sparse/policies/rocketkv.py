@@ -109,9 +109,9 @@ def stage2_geometry(
 
     Args:
         held_tokens: Tokens that stage 2 scores.
-        token_budget: See :func:`plan`.
+        token_budget: Pairs read per step and KV head, half of them while scoring.
         head_dim: D.
-        page_sizes: See :func:`plan`.
+        page_sizes: Page sizes to round up to, ascending; the paper's if omitted.
 
     Returns:
         ``(page_size, top_r)``.
@@ -146,7 +146,7 @@ def select_decode_tokens(
         page_size: Tokens per page.
         top_r: Channels to read.
         top_k: Tokens to select.
-        force_newest: See :func:`select_pages`.
+        force_newest: Rank the page of the newest token first.
 
     Returns:
         ``[G, min(top_k, num_tokens)]`` int64, ascending.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.kernels.types import Ranking
-from vllm_sparse.policies import sparda
+from vllm_sparse.policies import windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -108,15 +108,15 @@ class ForecastSelector:
         self._taps = taps
 
     def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
-        """See :class:`Selector`; needs no query."""
+        """What a tap recorded for the layer, rotated; needs no query, ``[n, G, D]``."""
         tap = self._taps[max(layer - 1, 0)]
         part = 1 if layer == 1 else 0
         rotated: Tensor = tap.rotate(tokens.positions, tap.values[tokens.index, part])
         return rotated
 
     def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
-        """See :class:`Selector`."""
-        return sparda.forecast_scores(vectors, keys)
+        """Dot products, float32 ``[..., G, T, windows]``."""
+        return windows.forecast_scores(vectors, keys)
 
     def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
         """Nothing to keep."""
@@ -137,13 +137,13 @@ class QuerySelector:
         self._stride = kernel_stride
 
     def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
-        """See :class:`Selector`."""
+        """The layer's queries of these tokens, ``[n, H, D]``."""
         assert query is not None
         return query[tokens.index]
 
     def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
-        """See :class:`Selector`."""
-        return sparda.query_scores(
+        """A softmax of each head, summed over its group, float32 ``[..., G, T, windows]``."""
+        return windows.query_scores(
             vectors,
             keys,
             positions,
@@ -168,7 +168,7 @@ class PreviousSelector(QuerySelector):
         kept: Where they are kept, ``[layers, blocks, H, D]``: host memory, a small part of the
             pool of keys and values, of which only blocks in use take memory unless it is pinned.
         block_size: Tokens per block.
-        record: See :func:`vllm_sparse.kernels.reference.sparda_tokens.record_queries`.
+        record: The kernel ``record_queries``, which keeps them.
     """
 
     ahead = True
@@ -188,7 +188,7 @@ class PreviousSelector(QuerySelector):
         self._record = record
 
     def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
-        """See :class:`Selector`."""
+        """Queries of the tokens before: kept ones, or of this step, ``[n, H, D]``."""
         kept = self._kept[layer].index_select(0, tokens.previous_blocks)
         if query is None:  # decode: the token before belongs to an earlier step
             return kept
@@ -196,9 +196,9 @@ class PreviousSelector(QuerySelector):
         return torch.where((here >= 0)[:, None, None], query[here.clamp(min=0)], kept)
 
     def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
-        """See :class:`Selector`."""
+        """The same softmax over the windows that were complete at the token before."""
         return super().scores(vectors, keys, positions - 1)
 
     def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
-        """See :class:`Selector`."""
+        """Keeps the queries of the last token in each block, for the token that follows it."""
         self._record(self._kept[layer], query, slots, last, self._block_size)

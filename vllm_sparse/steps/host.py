@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from vllm_sparse.config import SpardaSettings
+    from vllm_sparse.policies.sparda import SpardaSettings
 
 
 def borrowed_blocks(written: Tensor, table: Tensor, past_blocks: Tensor, num_blocks: int) -> Tensor:

@@ -13,17 +13,17 @@ from torch import Tensor
 from vllm_sparse.kernels.reference.sparda_select import gather_windows
 from vllm_sparse.kernels.reference.sparda_tokens import mean_of_windows
 from vllm_sparse.kernels.types import Blocks, Selected, Unframed
-from vllm_sparse.policies.sparda import select_blocks
+from vllm_sparse.policies.windows import select_blocks
 from vllm_sparse.steps.host_prompt import attend_prompt
 from vllm_sparse.steps.host_step import WindowList
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from vllm_sparse.config import SpardaSettings
     from vllm_sparse.kernels.dispatch import SpardaKernels
     from vllm_sparse.kv.host.pager import Pager
     from vllm_sparse.policies.selectors import Selector, Tokens
+    from vllm_sparse.policies.sparda import SpardaSettings
     from vllm_sparse.prefetch.fetcher import Fetcher
     from vllm_sparse.prefetch.stream import PromptStream
     from vllm_sparse.steps.host_step import DecodeRows, FreshRows, PromptRow, SpardaStep

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ def attend_prompt(
             ``None`` if there are no sparse tokens.
         block_size: Tokens per block.
         tile_tokens: Own tokens per part for sparse tokens.
-        attend_part: See :func:`vllm_sparse.kernels.reference.sparda_prefill.attend_part`.
+        attend_part: The kernel of that name: attention over some keys, and its log-sum-exp.
         scale: Logit scale.
 
     Returns:
@@ -67,50 +68,30 @@ def attend_prompt(
     keys, values = own[..., :dim], own[..., dim:]
     dense, sparse = grouped[:, :, :sparse_from], grouped[:, :, sparse_from:]
 
+    attend_dense = partial(attend_part, dense, chosen=None, scale=scale)
+    attend_sparse = partial(
+        attend_part, sparse, chosen=chosen, causal=False, scale=scale, block_size=block_size
+    )
+
     dense_sum = None
     if sparse_from:
-        dense_sum = _Sum(
-            *attend_part(dense, keys[:, :sparse_from], values[:, :sparse_from], None, True, scale)
-        )
+        dense_sum = _Sum(*attend_dense(keys[:, :sparse_from], values[:, :sparse_from], causal=True))
     sparse_sum = _Sum(
         torch.zeros(sparse.shape, device=query.device),
         torch.full(sparse.shape[:3], -torch.inf, device=query.device),
     )
 
     for tile, staged in tiles:
-        tile_keys, tile_values = staged[:, : tile.tokens].split(dim, -1)
+        rows_of_tile = staged[:, : tile.tokens].split(dim, -1)
         if dense_sum is not None:
-            dense_sum = dense_sum.add(
-                attend_part(dense, tile_keys, tile_values, None, False, scale)
-            )
+            dense_sum = dense_sum.add(attend_dense(*rows_of_tile, causal=False))
         if chosen is not None:
-            sparse_sum = sparse_sum.add(
-                attend_part(
-                    sparse,
-                    tile_keys,
-                    tile_values,
-                    chosen,
-                    False,
-                    scale,
-                    first_position=tile.first_block * block_size,
-                    block_size=block_size,
-                )
-            )
+            first = tile.first_block * block_size
+            sparse_sum = sparse_sum.add(attend_sparse(*rows_of_tile, first_position=first))
     if chosen is not None:
         for begin in range(0, tokens, tile_tokens):
-            own_tile = slice(begin, begin + tile_tokens)
-            sparse_sum = sparse_sum.add(
-                attend_part(
-                    sparse,
-                    keys[:, own_tile],
-                    values[:, own_tile],
-                    chosen,
-                    False,
-                    scale,
-                    first_position=start + begin,
-                    block_size=block_size,
-                    past_from=start + sparse_from,
-                )
-            )
+            part = (x[:, begin : begin + tile_tokens] for x in (keys, values))
+            where = {"first_position": start + begin, "past_from": start + sparse_from}
+            sparse_sum = sparse_sum.add(attend_sparse(*part, **where))
     parts = [part.output for part in (dense_sum, sparse_sum) if part is not None]
     return torch.cat(parts, 2).permute(2, 0, 1, 3).reshape(tokens, heads, dim).to(query.dtype)

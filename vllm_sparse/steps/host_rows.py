@@ -16,7 +16,7 @@ from vllm_sparse.upload import upload
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vllm_sparse.config import SpardaSettings
+    from vllm_sparse.policies.sparda import SpardaSettings
     from vllm_sparse.steps.host import SpardaPlanner
 
 

@@ -301,7 +301,15 @@ class StepPlanner:
         block_table: Tensor,
         count: Callable[..., None],
     ) -> tuple[PromptEnd, ...]:
-        """The prompts that are inside or past their window in this step; see :meth:`split`."""
+        """The prompts that are inside or past their window in this step.
+
+        Args:
+            query_start: Host ``[R + 1]``: where each row's tokens start in the batch.
+            seq_lens: Host ``[R]``: tokens of each row after the step.
+            prompt_lens: Host ``[R]``: prompt tokens of each row's request.
+            block_table: ``[R, max_blocks]`` on the device.
+            count: Receives counter names and amounts.
+        """
         start = seq_lens - query_start.diff()
         window_start = prompt_lens - max(self.policy.window, 1)
         ending = self._is_sparse(prompt_lens) & (start < prompt_lens) & (seq_lens > window_start)

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vllm_sparse.policies.sparda import compress_keys, forecast_scores, query_scores
-from vllm_sparse.training.forecast import input_layer
+from vllm_sparse.policies.windows import compress_keys, forecast_scores, query_scores
 from vllm_sparse.training.objective import LiveTeacher, best_free_blocks, pooled
-from vllm_sparse.training.samples import sample_positions
+from vllm_sparse.training.samples import sample_positions, visit_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -145,19 +144,14 @@ class Evaluation:
             first,
             self._seed + self._sequence,
         ).to(self._backbone.device)
-        before: list[LayerView] = []
-
-        def at_layer(view: LayerView) -> None:
-            before.append(view)
-            self._layer(view, before[input_layer(view.layer) - view.layer - 1], positions)
-            del before[:-1]
-
-        self._backbone.run(tokens, at_layer)
+        visit_layers(
+            self._backbone, tokens, lambda view, inputs: self._layer(view, inputs, positions)
+        )
         self._counted += len(positions)
         self._sequence += 1
 
-    def _layer(self, view: LayerView, source: LayerView, positions: Tensor) -> None:
-        """Adds a layer; ``source`` is the one whose input the look-ahead sees."""
+    def _layer(self, view: LayerView, inputs: Tensor, positions: Tensor) -> None:
+        """Adds a layer; the look-ahead sees ``inputs``."""
         sizes, tokens = self._geometry, view.query.shape[1]
         keys = compress_keys(view.keys, sizes.kernel_size, sizes.kernel_stride)
         exact = LiveTeacher("block-mass", view.query[:, positions], view.keys, positions, sizes)
@@ -166,7 +160,7 @@ class Evaluation:
             mass = exact.rows(start, start + len(rows))
             chosen = {"exact": best_free_blocks(mass, rows, sizes)}
             for name in self.selectors[1:]:
-                scores = self._scores(name, view, source, keys, rows)
+                scores = self._scores(name, view, inputs, keys, rows)
                 chosen[name] = best_free_blocks(pooled(scores, tokens, sizes), rows, sizes)
             wanted = chosen["exact"].sum(-1).clamp_min(1)
             total = (mass * sizes.free(rows, mass.shape[-1])).sum(-1).clamp_min(1e-12)
@@ -177,11 +171,11 @@ class Evaluation:
                 self._sums["mass", name][view.layer] += captured.sum(-1).cpu()
 
     def _scores(
-        self, name: str, view: LayerView, source: LayerView, keys: Tensor, rows: Tensor
+        self, name: str, view: LayerView, inputs: Tensor, keys: Tensor, rows: Tensor
     ) -> Tensor:
         """Window scores of a selector, ``[G, T, C]``."""
         sizes = self._geometry
-        inputs, cos, sin = source.inputs[rows], view.cos[rows], view.sin[rows]
+        inputs, cos, sin = inputs[rows], view.cos[rows], view.sin[rows]
         if name == "forecast" and self._forecast is not None:
             return forecast_scores(self._forecast(view.layer, inputs, cos, sin), keys)
         if name == "random":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vllm_sparse.policies.sparda import (
+from vllm_sparse.policies.windows import (
     block_scores,
     compress_keys,
     forecast_scores,
@@ -204,49 +204,6 @@ def student_logits(
     return logits.masked_fill(starts > positions.unsqueeze(-1), _HIDDEN)
 
 
-def row_losses(
-    forecast: Tensor,
-    teacher: Tensor,
-    per_block: bool,
-    compressed_keys: Tensor,
-    positions: Tensor,
-    tokens: int,
-    geometry: BlockGeometry,
-    supervision: Supervision,
-) -> Tensor:
-    """KL divergence of every row of a chunk.
-
-    Args:
-        forecast: ``[G, T, D]``.
-        teacher: ``[G, T, C or B]``.
-        per_block: Whether the teacher's columns are blocks. The student's score of a block is then
-            what the server ranks by, the maximum over its windows.
-        compressed_keys: ``[G, C, D]``.
-        positions: ``[T]``.
-        tokens: Length of the sequence.
-        geometry: Block sizes and counts.
-        supervision: ``selected``, SparDA's: the columns of the teacher's chosen blocks, and all
-            others as one. ``free``: the columns of all blocks that are not always read, both
-            distributions restricted to them. It ranks what a selector has to rank, and nothing
-            else.
-
-    Returns:
-        float32 ``[G, T]``.
-    """
-    logits = student_logits(forecast, compressed_keys, positions, geometry)
-    if per_block:
-        logits = pooled(logits, tokens, geometry)
-    blocks = geometry.num_blocks(tokens)
-    if supervision == "free":
-        mask = geometry.free(positions, blocks).expand(teacher.shape[0], -1, -1)
-    else:
-        scores = teacher if per_block else pooled(teacher, tokens, geometry)
-        mask = best_free_blocks(scores, positions, geometry)
-    if not per_block:
-        mask = mask.repeat_interleave(geometry.windows_per_block, -1)[..., : teacher.shape[-1]]
-    return _free_kl(teacher, logits, mask) if supervision == "free" else _kl(teacher, logits, mask)
-
-
 def _kl(teacher: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
     """KL over the masked columns and one column for the rest."""
     target, target_rest = _reduced(teacher, mask)
@@ -276,48 +233,18 @@ def _free_kl(teacher: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask & (total > 0), terms, 0.0).sum(-1)
 
 
-class _ChunkedKL(torch.autograd.Function):
-    """Mean row loss whose gradient is computed chunk by chunk in the forward pass."""
+class _KnownGradient(torch.autograd.Function):
+    """A loss whose gradient was computed with it."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        forecast: Tensor,
-        teacher: Teacher,
-        compressed_keys: Tensor,
-        positions: Tensor,
-        tokens: int,
-        geometry: BlockGeometry,
-        supervision: Supervision,
-        chunk: int,
-    ) -> Tensor:
-        gradient = torch.empty_like(forecast)
-        losses = []
-        count = forecast.shape[0] * forecast.shape[1]
-        for start in range(0, forecast.shape[1], chunk):
-            rows = slice(start, start + chunk)
-            target = teacher.rows(start, min(start + chunk, forecast.shape[1]))
-            with torch.enable_grad():
-                leaf = forecast[:, rows].detach().requires_grad_()
-                loss = row_losses(
-                    leaf,
-                    target,
-                    teacher.per_block,
-                    compressed_keys,
-                    positions[rows],
-                    tokens,
-                    geometry,
-                    supervision,
-                )
-                (gradient[:, rows],) = torch.autograd.grad(loss.sum() / count, leaf)
-            losses.append(loss.detach())
+    def forward(ctx: Any, forecast: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
-        return torch.cat(losses, 1).sum() / count
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (upstream * gradient, *(None,) * 7)
+        return upstream * gradient, None, None
 
 
 def forecast_loss(
@@ -335,19 +262,45 @@ def forecast_loss(
     Args:
         forecast: Post-RoPE Forecast for this layer, ``[G, T, D]``; the loss is differentiable
             once with respect to it.
-        teacher: Where the layer attends.
+        teacher: Where the layer attends. If its columns are blocks, the student's score of a block
+            is what the server ranks by, the maximum over its windows.
         compressed_keys: The layer's own compressed keys, ``[G, C, D]``.
         positions: Ascending positions of the rows, ``[T]``.
         tokens: Length of the sequence.
         geometry: Block sizes and counts.
-        supervision: ``selected`` or ``free``, as explained at :func:`row_losses`.
+        supervision: ``selected``, SparDA's: the columns of the teacher's chosen blocks, and all
+            others as one. ``free``: the columns of all blocks that are not always read, both
+            distributions restricted to them. It ranks what a selector has to rank, and nothing
+            else.
         chunk: Rows at a time; None for all at once. Changes memory, not the result.
 
     Returns:
         float32 scalar.
     """
-    chunk = chunk or max(1, forecast.shape[1])
-    apply: Any = _ChunkedKL.apply
-    return apply(
-        forecast, teacher, compressed_keys, positions, tokens, geometry, supervision, chunk
-    )
+
+    def losses(vectors: Tensor, target: Tensor, at: Tensor) -> Tensor:
+        """Of a chunk of rows, float32 ``[G, T]``."""
+        logits = student_logits(vectors, compressed_keys, at, geometry)
+        if teacher.per_block:
+            logits = pooled(logits, tokens, geometry)
+        if supervision == "free":
+            mask = geometry.free(at, geometry.num_blocks(tokens)).expand(len(target), -1, -1)
+        else:
+            scores = target if teacher.per_block else pooled(target, tokens, geometry)
+            mask = best_free_blocks(scores, at, geometry)
+        if not teacher.per_block:
+            mask = mask.repeat_interleave(geometry.windows_per_block, -1)[..., : target.shape[-1]]
+        return (_free_kl if supervision == "free" else _kl)(target, logits, mask)
+
+    gradient, found = torch.empty_like(forecast), []
+    count, total = forecast.shape[0] * forecast.shape[1], forecast.shape[1]
+    for start in range(0, total, chunk or max(1, total)):
+        rows = slice(start, min(start + (chunk or total), total))
+        target = teacher.rows(rows.start, rows.stop)
+        with torch.enable_grad():
+            leaf = forecast[:, rows].detach().requires_grad_()
+            loss = losses(leaf, target, positions[rows])
+            (gradient[:, rows],) = torch.autograd.grad(loss.sum() / count, leaf)
+        found.append(loss.detach())
+    apply: Any = _KnownGradient.apply
+    return apply(forecast, torch.cat(found, 1).sum() / count, gradient)

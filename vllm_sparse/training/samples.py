@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vllm_sparse.policies.sparda import compress_keys
+from vllm_sparse.policies.windows import compress_keys
 from vllm_sparse.training.files import load_tensors, save_tensors
 from vllm_sparse.training.forecast import input_layer
 from vllm_sparse.training.objective import LiveTeacher, StoredTeacher, best_free_blocks, pooled
@@ -50,6 +50,30 @@ class LayerSample:
     compressed_keys: Tensor
     teacher: Teacher
     tokens: int
+
+
+def visit_layers(
+    backbone: Backbone,
+    tokens: Tensor,
+    use: Callable[[LayerView, Tensor], None],
+    route: Callable[[LayerView, Tensor], Tensor] | None = None,
+) -> None:
+    """Runs the model on a sequence; calls ``use`` for each layer with what its Forecast sees.
+
+    Args:
+        backbone: The model.
+        tokens: Token ids, ``[n]``.
+        use: Gets a layer, and the input ``[n, hidden]`` of that which looks ahead for it.
+        route: The layer's attention; dense if omitted.
+    """
+    before: list[Tensor] = []
+
+    def at_layer(view: LayerView) -> None:
+        before.append(view.inputs)
+        use(view, before[input_layer(view.layer) - view.layer - 1])
+        del before[:-1]
+
+    backbone.run(tokens, at_layer, route)
 
 
 def sample_positions(tokens: int, count: int, tail: int, first: int, seed: int) -> Tensor:
@@ -115,32 +139,24 @@ class SampleSource:
             # Any injective mixture will do; sequences must not share their rows.
             self.seed * 1_000_003 + index,
         ).to(self.backbone.device)
-        before: list[Tensor] = []
 
-        def at_layer(view: LayerView) -> None:
-            inputs = view.inputs[positions]
-            before.append(inputs)
+        def at_layer(view: LayerView, inputs: Tensor) -> None:
+            keys, query = view.keys, view.query[:, positions]
             use(
                 LayerSample(
                     view.layer,
-                    before[input_layer(view.layer)],
+                    inputs[positions],
                     view.cos[positions],
                     view.sin[positions],
                     positions,
-                    self._compressed(view.keys),
-                    LiveTeacher(
-                        self.teacher, view.query[:, positions], view.keys, positions, self.geometry
-                    ),
+                    compress_keys(keys, self.geometry.kernel_size, self.geometry.kernel_stride),
+                    LiveTeacher(self.teacher, query, keys, positions, self.geometry),
                     count,
                 )
             )
-            for layer in range(view.layer):
-                before[layer] = inputs.new_empty(0)
 
-        self.backbone.run(tokens, at_layer, self._routed if self.sparse_forward else None)
-
-    def _compressed(self, keys: Tensor) -> Tensor:
-        return compress_keys(keys, self.geometry.kernel_size, self.geometry.kernel_stride)
+        route = self._routed if self.sparse_forward else None
+        visit_layers(self.backbone, tokens, at_layer, route)
 
     def _routed(self, view: LayerView, values: Tensor) -> Tensor:
         """Attention to the teacher's blocks only, ``[H, n, D]``."""

@@ -4,17 +4,16 @@
 
 from __future__ import annotations
 
-from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from vllm_sparse.errors import ConfigError
+from vllm_sparse.config import read_values, shipped_names, validated
 
 if TYPE_CHECKING:
     from vllm_sparse.training.geometry import BlockGeometry
+
+RECIPES = "vllm_sparse.training.recipes"
 
 # Here and not where they are used, so that the command line's help needs no torch.
 TeacherKind = Literal["fine", "query", "block-mass"]
@@ -119,10 +118,7 @@ class TrainSettings(BaseModel):
 
 def recipe_names() -> list[str]:
     """Names of the recipes shipped with the package."""
-    folder = resources.files("vllm_sparse.training.recipes")
-    return sorted(
-        item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")
-    )
+    return shipped_names(RECIPES)
 
 
 def load_train_settings(recipe: str | None, overrides: dict[str, Any]) -> TrainSettings:
@@ -135,29 +131,7 @@ def load_train_settings(recipe: str | None, overrides: dict[str, Any]) -> TrainS
     Raises:
         ConfigError: Unknown recipe or setting, or a value that makes no sense.
     """
-    values: dict[str, Any] = {}
-    if recipe is not None:
-        if recipe in recipe_names():
-            folder = resources.files("vllm_sparse.training.recipes")
-            text = folder.joinpath(f"{recipe}.yaml").read_text()
-        elif Path(recipe).is_file():
-            text = Path(recipe).read_text()
-        else:
-            raise ConfigError(
-                f"recipe {recipe!r} is neither a file nor a recipe. "
-                f"Recipes: {', '.join(recipe_names())}"
-            )
-        loaded = yaml.safe_load(text)
-        if not isinstance(loaded, dict):
-            raise ConfigError(f"recipe {recipe!r} must hold a mapping of settings")
-        values = loaded
-    try:
-        settings = TrainSettings.model_validate({**values, **overrides})
-    except ValidationError as error:
-        lines = [
-            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']} (got {item['input']!r})"
-            for item in error.errors()
-        ]
-        raise ConfigError("; ".join(lines)) from None
+    values = {} if recipe is None else read_values("recipe", recipe, RECIPES, "recipe")
+    settings = validated(TrainSettings, {**values, **overrides})
     settings.geometry.require_length(settings.seq_len)
     return settings

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from vllm_sparse.config import SpardaSettings
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.kv.host.geometry import (
     GIB,
@@ -22,6 +21,7 @@ from vllm_sparse.kv.host.geometry import (
     host_blocks,
     plan_frames,
 )
+from vllm_sparse.policies.sparda import SpardaSettings
 
 
 def small(**changes) -> SpardaSettings:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vllm_sparse.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vllm_sparse.config import SpardaSettings
+    from vllm_sparse.policies.sparda import SpardaSettings
 
 GIB = 1 << 30
 

@@ -139,7 +139,7 @@ class Pager:
         ]
 
     def check_integrity(self) -> None:
-        """Check every layer; see :meth:`LayerPager.check_integrity`."""
+        """Compare every layer's page table and frames with its host blocks, between steps."""
         for layer in self.layers:
             layer.check_integrity()
 

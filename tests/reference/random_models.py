@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Random checkpoints of several architectures, and random Forecasts for them.
+
+How vLLM 0.32 loads a folder of :func:`save_random_minicpm` offline: the architecture
+MiniCPMForCausalLM picks its own ``minicpm.py``, but transformers has no config class for
+``model_type: "minicpm"``. Either
+
+- ``trust_remote_code=True``: ``auto_map`` points at the ``configuration_minicpm.py`` in the folder,
+  as in the published checkpoints. Only the config class is run, from a copy under HF_MODULES_CACHE,
+  which must be writable; the model is vLLM's; or
+- ``model_type: "llama"`` in config.json (``save_random_minicpm(..., model_type="llama")``): the
+  Llama config class keeps the additional attributes. Nothing needs to be trusted; or
+- ``AutoConfig.register("minicpm", cls)`` in each process before the model config is built. A vLLM
+  plugin is early enough: vLLM calls it when the engine arguments are created. With transformers 5
+  ``cls`` must declare ``max_position_embeddings: int`` (see CONFIGURATION_MINICPM below).
+
+Without one of them vLLM fails with an error about custom code or an unknown model type.
+
+What vLLM's model reads from the config: vocab_size, hidden_size, intermediate_size, hidden_act,
+num_hidden_layers, num_attention_heads, num_key_value_heads (the head size is hidden_size /
+num_attention_heads), max_position_embeddings, rms_norm_eps, rope_parameters, tie_word_embeddings,
+scale_emb, scale_depth, dim_model_base, and num_experts and hidden_act_param if present.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from .hf_rocketkv import save_random_llama
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "minicpm")
+
+
+def save_random_model(
+    path,
+    arch="llama",
+    *,
+    layers=4,
+    hidden=None,
+    heads=8,
+    kv_heads=2,
+    head_dim=32,
+    vocab=1024,
+    seed=0,
+    std=0.1,
+    max_position_embeddings=4096,
+):
+    """Write a random float32 checkpoint of one of ``ARCHITECTURES``; returns ``path``.
+
+    ``hidden`` defaults to 128, for qwen2 and minicpm to ``heads * head_dim``: vLLM derives their
+    head size from it.
+    """
+    common = {
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab": vocab,
+        "seed": seed,
+        "std": std,
+        "max_position_embeddings": max_position_embeddings,
+    }
+    if arch in ("llama", "qwen2"):
+        return save_random_llama(path, arch=arch, hidden=hidden, **common)
+    if arch == "minicpm":
+        if hidden not in (None, heads * head_dim):
+            raise ValueError("minicpm needs hidden == heads * head_dim")
+        return save_random_minicpm(path, **common)
+    hidden = 128 if hidden is None else hidden
+    options = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": max_position_embeddings,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if arch == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**options))
+    elif arch == "mistral":
+        model = MistralForCausalLM(MistralConfig(sliding_window=None, **options))
+    else:
+        raise ValueError(f"unknown arch {arch!r}")
+    _randomise(model, seed, std)
+    model.to(torch.float32).save_pretrained(path)
+    return path
+
+
+def _randomise(model, seed, std):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            parameter.copy_(1.0 + noise if "norm" in name else noise)
+
+
+# Like the published class: the attributes come before the call of the base class, which reads
+# max_position_embeddings when it converts rope_theta and rope_scaling to rope_parameters.
+CONFIGURATION_MINICPM = """\
+from transformers.configuration_utils import PretrainedConfig
+
+
+class MiniCPMConfig(PretrainedConfig):
+    model_type = "minicpm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self, max_position_embeddings=65536, rope_theta=10000.0, rope_scaling=None, **kwargs
+    ):
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_theta = rope_theta
+        self.rope_scaling = rope_scaling
+        super().__init__(**kwargs)
+"""
+
+
+def save_random_minicpm(
+    path,
+    *,
+    layers=4,
+    heads=8,
+    kv_heads=2,
+    head_dim=32,
+    vocab=1024,
+    seed=0,
+    std=0.1,
+    max_position_embeddings=4096,
+    model_type="minicpm",
+    scale_emb=12.0,
+    scale_depth=1.4,
+    dim_model_base=None,
+):
+    """Write a random checkpoint like MiniCPM4.1; returns ``path``. See the module's docstring.
+
+    ``model_type="llama"`` makes a folder that vLLM loads without ``trust_remote_code``.
+    ``dim_model_base`` defaults to a quarter of the hidden size.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    hidden = heads * head_dim
+    # Rises from about 1 like the published factors, which end near 126 for 64 frequencies.
+    factors = [round(126.0 ** (k / (head_dim // 2)) * 0.9982, 6) for k in range(head_dim // 2)]
+    config = {
+        "architectures": ["MiniCPMForCausalLM"],
+        "model_type": model_type,
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "hidden_act": "silu",
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": max_position_embeddings,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": factors,
+            "long_factor": factors,
+            "original_max_position_embeddings": max_position_embeddings,
+        },
+        "scale_emb": scale_emb,
+        "scale_depth": scale_depth,
+        "dim_model_base": hidden // 4 if dim_model_base is None else dim_model_base,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "use_cache": True,
+        "dtype": "float32",
+    }
+    if model_type == "minicpm":
+        config["auto_map"] = {"AutoConfig": "configuration_minicpm.MiniCPMConfig"}
+        (path / "configuration_minicpm.py").write_text(CONFIGURATION_MINICPM)
+    (path / "config.json").write_text(json.dumps(config, indent=1))
+    model = GraniteForCausalLM(granite_config(config)).to(torch.float32)
+    _randomise(model, seed, std)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def granite_config(config):
+    """The Granite with the arithmetic of a MiniCPM ``config``."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "hidden_act",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+    )
+    return GraniteConfig(
+        **{name: config[name] for name in names},
+        rope_parameters={"rope_theta": config["rope_theta"], **config["rope_scaling"]},
+        embedding_multiplier=config["scale_emb"],
+        residual_multiplier=config["scale_depth"] / math.sqrt(config["num_hidden_layers"]),
+        logits_scaling=hidden / config["dim_model_base"],
+        attention_multiplier=(hidden // heads) ** -0.5,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+
+
+def save_random_forecast(path, model_dir, seed=0, std=0.1, bias=False):
+    """Write random Forecast weights for the checkpoint in ``model_dir``; returns ``path``."""
+    config = json.loads((Path(model_dir) / "config.json").read_text())
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    shape = (config["num_key_value_heads"] * head_dim, hidden)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {"model.layers.0.self_attn.q_curr_proj.weight": None}
+    for layer in range(config["num_hidden_layers"]):
+        weights[f"model.layers.{layer}.self_attn.q_future_proj.weight"] = None
+    for name in weights:
+        weights[name] = torch.randn(shape, generator=generator) * std
+    if bias:
+        for name in list(weights):
+            noise = torch.randn(shape[0], generator=generator)
+            weights[name.replace("weight", "bias")] = noise
+    save_file(weights, path, metadata={"format": "pt"})
+    return path
