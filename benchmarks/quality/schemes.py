@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vllm_sparse.policies import sparda
+from vllm_sparse.policies import windows
 from vllm_sparse.policies.pages import (
     page_extrema,
     page_probabilities,
@@ -354,11 +354,11 @@ class ReadBlocks:
         if self.how == "exact":
             scores = self._exact(query, held)
         else:
-            scores = sparda.query_scores(
+            scores = windows.query_scores(
                 used.flatten(0, 1)[:, None], self._compressed(held), position,
                 kernel_size=2 * self.stride, kernel_stride=self.stride,
             )  # fmt: skip
-        blocks = sparda.select_blocks(
+        blocks = windows.select_blocks(
             scores, position, block_size=self.block, init_blocks=self.init,
             local_blocks=self.local, top_k=self.top_k, kernel_stride=self.stride,
         )[:, 0]  # fmt: skip
@@ -379,7 +379,7 @@ class ReadBlocks:
     def _compressed(self, held: Held) -> Tensor:
         known = 0 if self._windows is None else self._windows.shape[1]
         rest = held.keys[:, known * self.stride : held.count]
-        fresh = sparda.compress_keys(rest, 2 * self.stride, self.stride)
+        fresh = windows.compress_keys(rest, 2 * self.stride, self.stride)
         self._windows = fresh if self._windows is None else torch.cat((self._windows, fresh), 1)
         return self._windows
 

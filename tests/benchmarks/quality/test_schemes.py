@@ -21,7 +21,7 @@ from benchmarks.quality.schemes import (
     mixed,
     spread_votes,
 )
-from vllm_sparse.policies import sparda
+from vllm_sparse.policies import windows
 from vllm_sparse.policies.pages import page_extrema
 from vllm_sparse.policies.protocol import Shape
 from vllm_sparse.policies.quest import Quest, QuestSettings
@@ -118,8 +118,8 @@ def test_blocks(how: str) -> None:
             score = [[float(chance[g, b * block : b * block + block].sum()) for b in range(own)]
                      for g in range(G)]  # fmt: skip
         else:
-            windows = sparda.compress_keys(keys, 16, 8)
-            share = (used @ windows.mT / D**0.5).softmax(-1).sum(1)
+            means = windows.compress_keys(keys, 16, 8)
+            share = (used @ means.mT / D**0.5).softmax(-1).sum(1)
             score = [[float(share[g, max(4 * b - 1, 0) : 4 * b + 4].max()) for b in range(own)]
                      for g in range(G)]  # fmt: skip
         for head in range(G):
