@@ -179,6 +179,14 @@ class RocketKVSettings(PolicySettings):
         32, description="Last prompt tokens whose queries score the prompt; always kept."
     )
     pool_kernel: PositiveInt = Field(63, description="Odd width of stage 1's max pool, in tokens.")
+    sinks: int = Field(
+        0, ge=0, le=128, description="First tokens that are kept without a vote, and whose "
+        "attention does not count in other votes; 0 is the paper's rule.",
+    )  # fmt: skip
+    diverse_share: float = Field(
+        0.0, ge=0, le=1, description="Share of stage 1's places that go to tokens with unusual "
+        "keys instead of votes; 0 is the paper's rule.",
+    )  # fmt: skip
     page_sizes: tuple[PositiveInt, ...] = Field(
         (4,),
         min_length=1,
@@ -272,7 +280,20 @@ class RocketKV(Policy):
 
     def keep(self, query_window: Tensor, keys: Tensor, count: int) -> Tensor:
         """Stage 1."""
-        return select_prompt_tokens(query_window, keys, count, self.settings.pool_kernel)
+        own = self.settings
+        return select_prompt_tokens(
+            query_window,
+            keys,
+            count,
+            own.pool_kernel,
+            sinks=own.sinks,
+            diverse_share=own.diverse_share,
+        )
+
+    @property
+    def fused_keep(self) -> bool:
+        """The fused stage 1 is the paper's."""
+        return not (self.settings.sinks or self.settings.diverse_share)
 
     def index(self, keys: Tensor, present: Tensor) -> Tensor:
         """Extrema of the page's keys."""
