@@ -70,6 +70,13 @@ class ReadPolicy:
         return self._index
 
 
+def _votes_of(policy: Policy) -> Callable[[Layer, int], Tensor]:
+    def keep(layer: Layer, count: int) -> Tensor:
+        return policy.keep(layer.last[:, -policy.window :], layer.keys, count)
+
+    return keep
+
+
 def _policy_scheme(arm: arms.Arm, context: int, heads: tuple[int, int, int]) -> Scheme:
     """Any policy of the registry, as a server on a CPU would plan it."""
     kind = registry.policy(arm.backend)
@@ -83,14 +90,11 @@ def _policy_scheme(arm: arms.Arm, context: int, heads: tuple[int, int, int]) -> 
         retention = policy.retention(tokens)
         return tokens - retention.dropped_blocks * BLOCK if policy.moves else None
 
-    def keep(layer: Layer, kept: int) -> Tensor:
-        return policy.keep(layer.last[:, -policy.window :], layer.keys, kept)
-
     def read(tokens: int) -> Any:
         retention = policy.retention(tokens)
         return ReadPolicy(policy, retention.page_size) if retention.sparse else everything
 
-    return Scheme(count, keep, read, settings.skip_layers)
+    return Scheme(count, _votes_of(policy), read, settings.skip_layers)
 
 
 class Rocket:
@@ -132,12 +136,11 @@ class Rocket:
 
     def scheme(self, keep: Keep | None = None, make: Any = None) -> Scheme:
         """The scheme, with another way to keep or to read."""
-        own = self.policy.settings
         return Scheme(
             self.count,
-            keep or Keep(own.window, own.pool_kernel),
+            keep or _votes_of(self.policy),
             lambda tokens: self.reader(tokens, make),
-            own.skip_layers,
+            self.policy.settings.skip_layers,
         )
 
 
@@ -166,13 +169,16 @@ KINDS: dict[str, Callable[[int, int, tuple[int, int, int]], Scheme]] = {
     "query": _reads(ReadBlocks),
     "previous": _reads(lambda number: ReadBlocks(number, "previous")),
     "union": _reads(lambda number: ReadBlocks(number, union=True)),
-    # Candidates: votes
-    "window128": _rocket(Keep(window=128)),
-    "pool7": _rocket(Keep(pool=7)),
-    "pool31": _rocket(Keep(pool=31)),
+    # Votes: the paper's, and others
+    "paper": _rocket(window=32),
+    "window16": _rocket(window=16),
+    "window128": _rocket(window=128),
+    "pool15": _rocket(window=32, pool_kernel=15),
+    "sinks": _rocket(window=16, sinks=4),
+    "diverse": _rocket(window=16, diverse_share=0.25),
+    "both": _rocket(window=16, sinks=4, diverse_share=0.25),
     "spread": _rocket(Keep(spread=0.5)),
-    "odd": _rocket(Keep(odd=0.5)),
-    # Candidates: page scores
+    # Page scores
     "moments": _rocket(make=lambda page, top_r, top_k: ReadPages(page, top_r, top_k, "moments")),
     "mean": _rocket(make=_mean),
     "meanpage2": _rocket(make=_mean, page_sizes=(2,)),

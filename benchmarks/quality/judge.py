@@ -33,13 +33,22 @@ MIN_CONTEXT = 1024
 BATCH = 4  # requests at a time in a server, whose prompts then share no step with many others
 # Names of arms by the name of a group, with --lab.
 LABORATORY = {
-    "everything": [
-        *("dense", "rocketkv-256", "rocketkv-512", "rocketkv-1024", "stage1-256", "stage2-256"),
-        *("stage1-1024", "stage2-1024", "quest-256", "snapkv-256", "streamingllm-256"),
-        *("exact-128", "exact-512", "exactread-256", "exactpages-256", "idealvotes-256"),
-        *("moments-256", "mean-256", "meanpage2-256", "page2-256", "pool7-256", "pool31-256"),
-        *("spread-256", "query-16", "query-32", "previous-16", "union-16", "exactblocks-16"),
-    ]
+    "stages": [
+        *("dense", "paper-256", "paper-1024", "stage1-256", "stage2-256", "stage1-1024"),
+        *("stage2-1024", "quest-256", "snapkv-256", "streamingllm-256", "exact-128", "exact-512"),
+        *("exactread-256", "exactpages-256", "idealvotes-256", "moments-256", "mean-256"),
+        *("meanpage2-256", "page2-256", "spread-256", "query-16", "query-32", "previous-16"),
+        *("union-16", "exactblocks-16"),
+    ],
+    "votes": [
+        "dense",
+        *(
+            f"{kind}-{budget}"
+            for budget in (256, 512, 1024)
+            for kind in ("paper", "window16", "sinks", "both")
+        ),
+        *("diverse-256", "diverse-1024", "pool15-1024", "window128-1024", "idealvotes-1024"),
+    ],
 }
 QUICK = {"questions": 2, "contexts": [4096], "tasks": ["vt", "niah_multikey_2"]}
 

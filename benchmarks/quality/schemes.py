@@ -24,7 +24,7 @@ from vllm_sparse.policies.pages import (
     page_tokens,
     select_pages,
 )
-from vllm_sparse.policies.votes import top_indices
+from vllm_sparse.policies.votes import pooled, top_indices
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,23 +112,10 @@ def ideal_votes(layer: Layer) -> Tensor:
     return _memo(layer, ("ideal",), vote)
 
 
-def oddness(layer: Layer) -> Tensor:
-    """How unlike the mean key of its head a key points (KeyDiff, arXiv 2504.15364): [G, n]."""
-    unit = functional.normalize(layer.keys, dim=-1)
-    return -(unit @ functional.normalize(unit.mean(1), dim=-1)[..., None]).squeeze(-1)
-
-
 def _memo(layer: Layer, name: tuple, make: Callable[[], Tensor]) -> Tensor:
     if name not in layer.memo:
         layer.memo[name] = make()
     return layer.memo[name]
-
-
-def pooled(score: Tensor, width: int) -> Tensor:
-    """Max pool of odd width along the tokens: [G, n]."""
-    if width == 1:
-        return score
-    return functional.max_pool1d(score[:, None], width, 1, width // 2)[:, 0]
 
 
 def mixed(parts: list[tuple[Tensor, float]]) -> Tensor:
@@ -159,7 +146,6 @@ class Keep:
         window: Last queries that vote; their tokens are kept.
         pool: Width of the max pool of their votes.
         spread: Share of what is kept that spread queries choose; and ``spread_pool``.
-        odd: Share that keys unlike the mean choose; and ``odd_pool``.
         reduce: Of the spread queries.
         ideal: The dense answer votes instead of the window.
     """
@@ -169,8 +155,6 @@ class Keep:
     spread: float = 0.0
     spread_pool: int = 7
     reduce: str = "max"
-    odd: float = 0.0
-    odd_pool: int = 7
     ideal: bool = False
 
     def __call__(self, layer: Layer, count: int) -> Tensor:
@@ -180,12 +164,10 @@ class Keep:
         # As the policy does: only tokens before the window are pooled.
         votes = pooled(votes[:, : -self.window], self.pool)
         votes = functional.pad(votes, (0, self.window))
-        parts = [(votes, 1 - self.spread - self.odd)]
+        score = votes
         if self.spread:
-            parts.append((pooled(spread_votes(layer, self.reduce), self.spread_pool), self.spread))
-        if self.odd:
-            parts.append((pooled(oddness(layer), self.odd_pool), self.odd))
-        score = mixed(parts) if len(parts) > 1 else votes
+            spread = pooled(spread_votes(layer, self.reduce), self.spread_pool)
+            score = mixed([(votes, 1 - self.spread), (spread, self.spread)])
         return best(score, count, self.window)
 
 
