@@ -102,7 +102,6 @@ class SpardaKernels(NamedTuple):
     resolve: Callable[..., Resolution]
     copy_pieces: Callable[..., None]
     write_tokens: Callable[..., None]
-    update_windows: Callable[..., None]
     record_queries: Callable[..., None]
     attend_frames: Callable[..., None]
     attend_part: Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -147,7 +146,7 @@ def sparda_kernels(device: torch.device, kernels: str = "auto") -> SpardaKernels
     )
     return SpardaKernels(
         select.select_blocks, paging.resolve, paging.copy_pieces, tokens.write_tokens,
-        tokens.update_windows, tokens.record_queries, attention.attend_frames,
+        tokens.record_queries, attention.attend_frames,
         prefill.attend_part, name, note,
     )  # fmt: skip
 

@@ -70,6 +70,37 @@ class Blocks(NamedTuple):
     top_k: int
 
 
+class Rotary(NamedTuple):
+    """A model's rotary embedding.
+
+    Attributes:
+        cache: Cosines and then sines of each position, ``[positions, channels that turn]``.
+        halves: Channel ``c`` turns with ``c + half``; else with its neighbour.
+    """
+
+    cache: Tensor
+    halves: bool
+
+
+class NewWindows(NamedTuple):
+    """Where tokens, one of each row, add the windows of compressed keys that they complete.
+
+    A window is the mean of two strides. It is stored with the block that holds its last token; it
+    may begin in the one before.
+
+    Attributes:
+        compressed: ``[blocks, G, windows per block, D]``, changed.
+        positions: Position of each token, negative for padding, ``[T]``.
+        table: Physical blocks of each token's row, ``[T, blocks]``.
+        stride: Tokens from one window's start to the next.
+    """
+
+    compressed: Tensor
+    positions: Tensor
+    table: Tensor
+    stride: int
+
+
 class Selected(NamedTuple):
     """What each decode row reads.
 

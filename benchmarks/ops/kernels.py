@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.kernels.layout import PageLayout as PageLayout
 from vllm_sparse.kernels.types import Blocks as Blocks
+from vllm_sparse.kernels.types import NewWindows as NewWindows
 from vllm_sparse.kernels.types import PageTable as PageTable
 from vllm_sparse.kernels.types import Ranking as Ranking
 from vllm_sparse.kernels.types import Rows as Rows
@@ -37,7 +38,7 @@ FILES = {
     **dict.fromkeys(("resolve", "copy_pieces"), "sparda_paging"),
     "attend_frames": "sparda_attention",
     "attend_part": "sparda_prefill",
-    **dict.fromkeys(("write_tokens", "update_windows", "record_queries"), "sparda_tokens"),
+    **dict.fromkeys(("write_tokens", "record_queries"), "sparda_tokens"),
 }
 
 

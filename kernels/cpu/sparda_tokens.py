@@ -5,11 +5,15 @@
 from __future__ import annotations
 
 import ctypes
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from vllm_sparse.kernels.cpu import build
 from vllm_sparse.kernels.cpu.build import DTYPES
+
+if TYPE_CHECKING:
+    from vllm_sparse.kernels.types import NewWindows
 
 
 def _integers(*names: str) -> tuple[tuple[str, type], ...]:
@@ -41,11 +45,22 @@ class _RecordSizes(ctypes.Structure):
 
 
 def write_tokens(
-    host: Tensor, slab: Tensor, frame_of: Tensor, slots: Tensor, key: Tensor, value: Tensor
+    host: Tensor,
+    slab: Tensor,
+    frame_of: Tensor,
+    slots: Tensor,
+    key: Tensor,
+    value: Tensor,
+    windows: NewWindows | None = None,
 ) -> None:
     """Same contract as :func:`vllm_sparse.kernels.reference.sparda_tokens.write_tokens`.
 
-    Memory is contiguous, but for tokens and heads of ``key`` and ``value``.
+    Memory is contiguous, but for tokens and heads of ``key`` and ``value``, and for rows of the
+    table and blocks, heads and windows of what is compressed. Windows are those of the reference to
+    the last bit.
+
+    Raises:
+        ValueError: Unsupported dtype.
     """
     key, value = key.to(host.dtype), value.to(host.dtype)
     tokens, kv_heads, dim = key.shape
@@ -63,34 +78,24 @@ def write_tokens(
         host.data_ptr(), slab.data_ptr(), frame_of.data_ptr(), slots.data_ptr(), key.data_ptr(),
         value.data_ptr(), ctypes.byref(sizes),
     )  # fmt: skip
+    if windows is not None:
+        _complete_windows(windows, host, slab, frame_of)
 
 
-def update_windows(
-    compressed: Tensor, source: Tensor, positions: Tensor, block_table: Tensor, stride: int, *,
-    slab: Tensor | None = None, frame_of: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_tokens.update_windows`.
-
-    Memory is contiguous, but for rows of the table and blocks, heads and windows of ``compressed``.
-    Results are those of the reference to the last bit.
-
-    Raises:
-        ValueError: Unsupported dtype.
-    """
-    _, kv_heads, block_size, width = source.shape
-    assert compressed.dtype == source.dtype
-    assert block_table.dtype == torch.int32
-    assert source.is_contiguous()
-    assert compressed.stride(3) == block_table.stride(1) == 1
-    positions = positions.to(torch.int64).contiguous()
+def _complete_windows(windows: NewWindows, host: Tensor, slab: Tensor, frame_of: Tensor) -> None:
+    compressed, table = windows.compressed, windows.table
+    _, kv_heads, block_size, width = host.shape
+    assert compressed.dtype == host.dtype
+    assert table.dtype == torch.int32
+    assert compressed.stride(3) == table.stride(1) == 1
+    positions = windows.positions.to(torch.int64).contiguous()
     sizes = _WindowSizes(
-        positions.shape[0], kv_heads, block_size, width // 2, stride, block_table.stride(0),
+        positions.shape[0], kv_heads, block_size, width // 2, windows.stride, table.stride(0),
         *compressed.stride()[:3],
     )  # fmt: skip
     status = build.load().vllm_sparse_update_windows(
-        DTYPES.get(compressed.dtype, -1), compressed.data_ptr(), source.data_ptr(),
-        0 if slab is None else slab.data_ptr(), 0 if frame_of is None else frame_of.data_ptr(),
-        positions.data_ptr(), block_table.data_ptr(), ctypes.byref(sizes),
+        DTYPES.get(compressed.dtype, -1), compressed.data_ptr(), host.data_ptr(), slab.data_ptr(),
+        frame_of.data_ptr(), positions.data_ptr(), table.data_ptr(), ctypes.byref(sizes),
     )  # fmt: skip
     if status:
         raise ValueError(f"the CPU kernel does not support {compressed.dtype}")
