@@ -45,31 +45,6 @@ class PageScores(NamedTuple):
     mass: Tensor
 
 
-class Ranking(NamedTuple):
-    """How vectors rank windows.
-
-    Attributes:
-        softmax: Softmax of each query head, summed over its group (InfLLM-v2); else the raw dot
-            product of one vector per KV head (Forecast).
-        scale: Logit scale of the softmax.
-        lag: Windows are those complete this many positions before the token.
-    """
-
-    softmax: bool
-    scale: float = 1.0
-    lag: int = 0
-
-
-class Blocks(NamedTuple):
-    """Which blocks are read; see :func:`vllm_sparse.policies.sparda.select_blocks`."""
-
-    block_size: int
-    kernel_stride: int
-    init_blocks: int
-    local_blocks: int
-    top_k: int
-
-
 class Rotary(NamedTuple):
     """A model's rotary embedding.
 
@@ -80,6 +55,34 @@ class Rotary(NamedTuple):
 
     cache: Tensor
     halves: bool
+
+
+class Ranking(NamedTuple):
+    """How vectors rank windows.
+
+    Attributes:
+        softmax: Softmax of each query head, summed over its group (InfLLM-v2); else the raw dot
+            product of one vector per KV head (Forecast).
+        scale: Logit scale of the softmax.
+        lag: Windows are those complete this many positions before the token.
+        rotary: Vectors turn by their token's position first, computed in float32 and rounded to
+            their dtype; only without a softmax.
+    """
+
+    softmax: bool
+    scale: float = 1.0
+    lag: int = 0
+    rotary: Rotary | None = None
+
+
+class Blocks(NamedTuple):
+    """Which blocks are read; see :func:`vllm_sparse.policies.sparda.select_blocks`."""
+
+    block_size: int
+    kernel_stride: int
+    init_blocks: int
+    local_blocks: int
+    top_k: int
 
 
 class NewWindows(NamedTuple):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,9 +18,8 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.types import PageTable
 
 # While pieces are given frames, frame_of of an absent one holds _CLAIM + the smallest index at
-# which it is wanted. Then it holds _RANK + TILE * the tile of that index + its number among the
-# pieces that are so claimed from this tile. So no scratch of the size of the host pool is needed,
-# nor resetting it. Indices are smaller than the distance of the two.
+# which it is wanted, and then _RANK + its number among the absent ones. So no scratch of the size
+# of the host pool is needed, nor resetting it. Indices are smaller than the distance of the two.
 _CLAIM = tl.constexpr(-(2**31))
 _RANK = tl.constexpr(-(2**30))
 
@@ -27,9 +27,14 @@ _RANK = tl.constexpr(-(2**30))
 # The number of rows changes from step to step, which must not compile variants.
 @triton.jit(do_not_specialize=["total"])
 def _look_up_kernel(
-    wanted, frame_of, last_use, recent, step, arrived, counters, total, BLOCK: tl.constexpr,
+    wanted, frame_of, piece_of, last_use, recent, hand, step, missing, targets, misses, arrived,
+    counters, total, num_frames, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Marks the frames that are there; the first of those who want an absent piece claims it."""
+    """Marks the frames that are there; the first of those who want an absent piece claims it.
+
+    The last program to do so counts the absent pieces and finds all of them frames. Which piece
+    gets which of these frames is left to the next launch.
+    """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     piece = tl.load(wanted + index, mask=index < total, other=-1)
     wants = piece >= 0
@@ -44,40 +49,24 @@ def _look_up_kernel(
     # Of those who want the same piece, one finds the frame unused in this step.
     hits = tl.sum((hit & (before != now)).to(tl.int64), 0)
     tl.atomic_add(counters, hits, sem="relaxed")
-    if tl.program_id(0) == 0:
-        tl.store(arrived, 0)
-
-
-@triton.jit(do_not_specialize=["total"])
-def _replace_kernel(
-    wanted, frame_of, piece_of, last_use, recent, hand, step, ranks, targets, misses, arrived,
-    counters, total, num_frames, TILE: tl.constexpr,
-):  # fmt: skip
-    """Counts the absent pieces, tile by tile; the last program to do so finds all of them frames.
-
-    Which piece gets which of these frames is left to the next launch.
-    """
-    lane = tl.arange(0, TILE)
-    tile = tl.program_id(0)
-    tiles = tl.num_programs(0)
-    index = tile * TILE + lane
-    piece = tl.load(wanted + index, mask=index < total, other=-1)
-    # Others may have put a rank in place of a claim, but never of this program's.
-    claim = tl.load(frame_of + piece, mask=piece >= 0, other=0)
-    first = claim == index + _CLAIM
-    ones = first.to(tl.int32)
-    rank = tile * TILE + tl.cumsum(ones, 0) - ones
-    tl.store(frame_of + piece, rank + _RANK, mask=first)
-    tl.store(ranks + tile, tl.sum(ones, 0))
+    # All threads are done before one of them counts, releasing and acquiring.
     tl.debug_barrier()
-    if tl.atomic_add(arrived, 1, sem="acq_rel") != tiles - 1:
+    if tl.atomic_add(arrived, 1, sem="acq_rel") != tl.num_programs(0) - 1:
         return
+    tl.store(arrived, 0)  # for the next launch
 
+    lane = tl.arange(0, TILE)
     needed = 0
-    for start in range(0, tiles, TILE):
-        inside = start + lane < tiles
-        ones = tl.load(ranks + start + lane, mask=inside, other=0)
-        tl.store(ranks + start + lane, needed + tl.cumsum(ones, 0) - ones, mask=inside)
+    for start in range(0, total, TILE):
+        index = start + lane
+        piece = tl.load(wanted + index, mask=index < total, other=-1)
+        # Ranks that were put in place of claims are no claims of this program's.
+        claim = tl.load(frame_of + piece, mask=piece >= 0, other=0)
+        first = claim == index + _CLAIM
+        ones = first.to(tl.int32)
+        rank = needed + tl.cumsum(ones, 0) - ones
+        tl.store(frame_of + piece, rank + _RANK, mask=first)
+        tl.store(missing + rank, piece, mask=first)
         needed += tl.sum(ones, 0)
 
     # Two rounds of the clock. The first clears the marks of the frames it passes, so the second
@@ -117,10 +106,7 @@ def _replace_kernel(
 
 
 @triton.jit(do_not_specialize=["total"])
-def _fill_kernel(
-    wanted, frame_of, piece_of, ranks, targets, misses, missing, frames, total,
-    TILE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _fill_kernel(wanted, frame_of, piece_of, targets, misses, frames, total, BLOCK: tl.constexpr):
     """Gives the absent pieces their frames, and everyone theirs.
 
     All who want an absent piece write the same, so whoever comes late may find the frame or, as
@@ -132,20 +118,28 @@ def _fill_kernel(
     frame = tl.load(frame_of + piece, mask=piece >= 0, other=-1)
     absent = frame < -1
     rank = tl.where(absent, frame - _RANK, 0)
-    rank = tl.load(ranks + rank // TILE, mask=absent, other=0) + rank % TILE
     served = absent & (rank < tl.load(misses))  # else the slab is full
     frame = tl.where(absent, tl.load(targets + rank, mask=served, other=-1), frame)
     tl.store(frame_of + piece, frame, mask=absent)
     tl.store(piece_of + frame, piece.to(tl.int64), mask=served)
-    tl.store(missing + rank, piece, mask=served)
     tl.store(frames + index, frame, mask=inside)
+
+
+@cache
+def _arrived(device: torch.device) -> Tensor:
+    """How many programs are done: zero between launches, which take turns.
+
+    Made by the first launch, which is none that a graph captures.
+    """
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def resolve(table: PageTable, wanted: Tensor, step: Tensor, counters: Tensor) -> Resolution:
     """Same contract as :func:`vllm_sparse.kernels.reference.sparda_paging.resolve`.
 
-    Three launches, whatever is missing. In the second, the program that is done last scans the
-    frames from the clock hand and stops as soon as every missing piece has one.
+    Two launches, whatever is missing; those of one device must not run beside each other. In the
+    first, the program that is done last goes over what is wanted, then scans the frames from the
+    clock hand and stops as soon as every missing piece has one.
     """
     total, num_frames, device = wanted.numel(), len(table.piece_of), wanted.device
     assert wanted.is_contiguous()
@@ -161,20 +155,15 @@ def resolve(table: PageTable, wanted: Tensor, step: Tensor, counters: Tensor) ->
         return result
     block, warps, _ = launch("wanted", device)
     tile, tile_warps, _ = launch("replace", device)
-    lookups, tiles = -(-total // block), -(-total // tile)
-    ranks, arrived = (torch.empty(size, dtype=torch.int32, device=device) for size in (tiles, 1))
-    recent = table.recent.view(torch.uint8)
+    lookups = -(-total // block)
     _look_up_kernel[(lookups,)](
-        wanted, table.frame_of, table.last_use, recent, step, arrived, counters, total,
-        BLOCK=block, num_warps=warps,
-    )  # fmt: skip
-    _replace_kernel[(tiles,)](
-        wanted, table.frame_of, table.piece_of, table.last_use, recent, table.hand, step, ranks,
-        targets, misses, arrived, counters, total, num_frames, TILE=tile, num_warps=tile_warps,
+        wanted, table.frame_of, table.piece_of, table.last_use, table.recent.view(torch.uint8),
+        table.hand, step, missing, targets, misses, _arrived(device), counters, total, num_frames,
+        BLOCK=block, TILE=tile, num_warps=tile_warps,
     )  # fmt: skip
     _fill_kernel[(lookups,)](
-        wanted, table.frame_of, table.piece_of, ranks, targets, misses, missing, frames, total,
-        TILE=tile, BLOCK=block, num_warps=warps,
+        wanted, table.frame_of, table.piece_of, targets, misses, frames, total, BLOCK=block,
+        num_warps=warps,
     )  # fmt: skip
     return result
 

@@ -162,7 +162,10 @@ def _selector(
             f"selector {kind} needs a projection beside qkv_proj, which these layers lack: "
             f"{', '.join(missing)}. Choose selector query or previous"
         )
-    return ForecastSelector([getattr(layer, "sparda_tap", None) for layer in layers])
+    taps = [getattr(layer, "sparda_tap", None) for layer in layers]
+    # On a CPU the model's own kernel is as fast; on a GPU every launch counts.
+    rotary = taps[0].rotary() if machine.captured and taps[0] is not None else None
+    return ForecastSelector(taps, rotary)
 
 
 def start_line(runtime: Runtime, config: VllmConfig) -> str:
@@ -173,7 +176,9 @@ def start_line(runtime: Runtime, config: VllmConfig) -> str:
     mode = "a layer ahead" if ahead and settings.prefetch else "when a layer runs"
     if all(geometry.is_resident(layer) for layer in range(geometry.num_layers)):
         mode = "never, as every block has a frame"
-        if not settings.resident:
+        if settings.slab_gib is not None:
+            mode += " (the slab holds the whole host pool; raise host_gib to serve more)"
+        elif not settings.resident:
             mode += (
                 f" (--max-num-seqs {config.scheduler_config.max_num_seqs} may need them all; lower "
                 "it, or set slab_gib, to keep fewer on the device)"
@@ -189,6 +194,7 @@ def start_line(runtime: Runtime, config: VllmConfig) -> str:
         f"{'sparse' if settings.sparse_prefill else 'dense'}; host pool "
         f"{geometry.host_bytes / GIB:.2f} GiB{total} for {geometry.num_blocks - 1} blocks = "
         f"{tokens} tokens; device slab {geometry.slab_bytes / GIB:.3f} GiB, "
-        f"{geometry.frames[-1]} frames a layer, staging {runtime.stream.nbytes / GIB:.3f} GiB; "
+        f"{geometry.frames[-1]} frames a layer for {config.scheduler_config.max_num_seqs} requests "
+        f"at once, staging {runtime.stream.nbytes / GIB:.3f} GiB; "
         f"fetched {mode}; kernels: {kernels.name}{note}"
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from vllm_sparse.kernels.types import Ranking
+from vllm_sparse.kernels.types import Ranking, Rotary
 from vllm_sparse.policies import sparda
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class Selector(Protocol):
 
     Attributes:
         ahead: The scores are available while the layer before is computed.
-        ranking: The scores of :meth:`scores`, in the words of the kernel that decode rows take.
+        ranking: The scores of :meth:`scores`, in the words of the kernel that decode rows take. If
+            it turns vectors itself, it is given those of :meth:`unrotated`.
     """
 
     ahead: bool
@@ -64,6 +65,17 @@ class Selector(Protocol):
 
         Returns:
             ``[n, G or H, D]``.
+        """
+        ...
+
+    def unrotated(self, layer: int, rows: int, index: Tensor | None) -> Tensor:
+        """What :meth:`vectors` gives, before the model's rotary embedding, ``[n, G, D]``.
+
+        Args:
+            layer: The layer.
+            rows: How many.
+            index: Their positions in the batch; ``None`` if they are the first ones, in order,
+                which costs nothing.
         """
         ...
 
@@ -99,20 +111,26 @@ class ForecastSelector:
     Args:
         taps: Of every layer but the last: recorded projections ``values`` ``[T, parts, G, D]``
             before RoPE, and ``rotate``. Layer 0's first part is for itself.
+        rotary: What ``rotate`` does, where decode rows have the kernel do it.
     """
 
     ahead = True
-    ranking = Ranking(softmax=False)
 
-    def __init__(self, taps: Sequence[Any]) -> None:
+    def __init__(self, taps: Sequence[Any], rotary: Rotary | None = None) -> None:
         self._taps = taps
+        self.ranking = Ranking(softmax=False, rotary=rotary)
 
     def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
         """See :class:`Selector`; needs no query."""
-        tap = self._taps[max(layer - 1, 0)]
-        part = 1 if layer == 1 else 0
-        rotated: Tensor = tap.rotate(tokens.positions, tap.values[tokens.index, part])
+        values = self.unrotated(layer, len(tokens.index), tokens.index)
+        rotated: Tensor = self._taps[max(layer - 1, 0)].rotate(tokens.positions, values)
         return rotated
+
+    def unrotated(self, layer: int, rows: int, index: Tensor | None) -> Tensor:
+        """See :class:`Selector`."""
+        part = 1 if layer == 1 else 0
+        values: Tensor = self._taps[max(layer - 1, 0)].values
+        return values[:rows, part] if index is None else values[index, part]
 
     def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
         """See :class:`Selector`."""
@@ -140,6 +158,10 @@ class QuerySelector:
         """See :class:`Selector`."""
         assert query is not None
         return query[tokens.index]
+
+    def unrotated(self, layer: int, rows: int, index: Tensor | None) -> Tensor:
+        """Never asked for: queries come with their rotary embedding."""
+        raise NotImplementedError
 
     def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
         """See :class:`Selector`."""

@@ -112,7 +112,10 @@ class Runtime:
             query: The layer's queries of the whole batch; ``None`` while the one before computes.
         """
         vectors = None
-        if rows.scored:
+        if rows.scored and self.selector.ranking.rotary is not None:
+            index = rows.tokens.index
+            vectors = self.selector.unrotated(layer, len(index), None if rows.whole else index)
+        elif rows.scored:
             vectors = self.selector.vectors(layer, rows.tokens, query)
         elif self._same_for_all is not None:
             return self._same_for_all
