@@ -33,6 +33,10 @@ _FAR = 1 << 30
 EXPLAINED: dict[str, str] = {}
 
 
+# How often each kernel was launched in this process.
+LAUNCHES: Counter[str] = Counter()
+
+
 class OrderError(AssertionError):
     """What a kernel leaves depends on the order in which its programs run."""
 
@@ -162,6 +166,7 @@ def install() -> None:
         constants = tuple((key, str(bound[key])) for key in self.constexprs)
         variant = self.fn.__name__, constants
         launched[variant] += 1
+        LAUNCHES[self.fn.__name__] += 1
         scope = interpreter._patch_lang(self.fn)
         memory.enter(self.fn.__name__, tensors)
         try:
