@@ -103,6 +103,7 @@ class SpardaKernels(NamedTuple):
     copy_pieces: Callable[..., None]
     write_tokens: Callable[..., None]
     record_queries: Callable[..., None]
+    recall_queries: Callable[..., torch.Tensor]
     attend_frames: Callable[..., None]
     attend_part: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     name: str
@@ -130,8 +131,9 @@ def sparda_kernels(device: torch.device, kernels: str = "auto") -> SpardaKernels
         folder = name = "reference"
     elif device.type != "cpu" or kernels == "triton":
         _check_triton(device)
-        from vllm_sparse.kernels.triton import launch
+        from vllm_sparse.kernels.triton import counters, launch
 
+        counters.prepare(device)
         folder, name = "triton", f"triton, launches {launch.launches(device).origin}"
     else:
         fused, note = _fused(device.type)
@@ -146,7 +148,7 @@ def sparda_kernels(device: torch.device, kernels: str = "auto") -> SpardaKernels
     )
     return SpardaKernels(
         select.select_blocks, paging.resolve, paging.copy_pieces, tokens.write_tokens,
-        tokens.record_queries, attention.attend_frames,
+        tokens.record_queries, tokens.recall_queries, attention.attend_frames,
         prefill.attend_part, name, note,
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from vllm_sparse.kernels.cpu import build
 from vllm_sparse.kernels.cpu.build import DTYPES
+from vllm_sparse.kernels.reference import sparda_tokens as reference
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.types import NewWindows
@@ -102,7 +103,12 @@ def _complete_windows(windows: NewWindows, host: Tensor, slab: Tensor, frame_of:
 
 
 def record_queries(
-    kept: Tensor, query: Tensor, slots: Tensor, last: Tensor, block_size: int
+    kept: Tensor,
+    query: Tensor,
+    slots: Tensor,
+    last: Tensor,
+    block_size: int,
+    recent: Tensor | None = None,
 ) -> None:
     """Same contract as :func:`vllm_sparse.kernels.reference.sparda_tokens.record_queries`.
 
@@ -120,3 +126,14 @@ def record_queries(
     build.load().vllm_sparse_record_queries(
         kept.data_ptr(), query.data_ptr(), slots.data_ptr(), last.data_ptr(), ctypes.byref(sizes)
     )
+    if recent is not None:
+        stored = slots[last] >= 0
+        recent[: len(last)][stored] = query[last[stored]].to(recent.dtype)
+
+
+def recall_queries(kept: Tensor, recent: Tensor, places: Tensor, blocks: Tensor) -> Tensor:
+    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_tokens.recall_queries`.
+
+    Not worth a kernel: where host and device are one memory, nobody keeps queries twice.
+    """
+    return reference.recall_queries(kept, recent, places, blocks)

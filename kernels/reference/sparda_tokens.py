@@ -84,7 +84,12 @@ def mean_of_windows(keys: Tensor) -> Tensor:
 
 
 def record_queries(
-    kept: Tensor, query: Tensor, slots: Tensor, last: Tensor, block_size: int
+    kept: Tensor,
+    query: Tensor,
+    slots: Tensor,
+    last: Tensor,
+    block_size: int,
+    recent: Tensor | None = None,
 ) -> None:
     """Store the queries of the last token of each block under that block's id.
 
@@ -94,6 +99,27 @@ def record_queries(
         slots: ``block * block_size + offset`` of each token, negative for padding, ``[T]``.
         last: The last token that this step writes to each block, ``[n]``.
         block_size: Tokens per block.
+        recent: Where they are kept once more, in the order of ``last``, ``[n or more, H, D]``,
+            changed.
     """
-    real = last[slots[last] >= 0]
-    kept[slots[real] // block_size] = query[real].to(kept.dtype)
+    stored = slots[last] >= 0
+    real = last[stored]
+    kept[slots[real] // block_size] = query[real].to(kept.device, kept.dtype)
+    if recent is not None:
+        recent[: len(last)][stored] = query[real].to(recent.dtype)
+
+
+def recall_queries(kept: Tensor, recent: Tensor, places: Tensor, blocks: Tensor) -> Tensor:
+    """Queries that were recorded.
+
+    Args:
+        kept: ``[blocks, H, D]``.
+        recent: ``[n, H, D]`` of the same dtype.
+        places: Where each row's are in ``recent``, negative if nowhere, ``[R]``.
+        blocks: Under which block each row's are kept, ``[R]``.
+
+    Returns:
+        ``[R, H, D]``.
+    """
+    afar = kept[blocks.to(kept.device)].to(recent.device)
+    return torch.where((places >= 0)[:, None, None], recent[places.clamp(min=0)], afar)

@@ -4,13 +4,12 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from vllm_sparse.kernels.triton.attention import make_shares, store_share
+from vllm_sparse.kernels.triton.counters import MOST_PAIRS, counters
 from vllm_sparse.kernels.triton.launch import (
     LOG2_E,
     MOST_SHARES,
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from vllm_sparse.kernels.types import Unframed
 
-
-# Pairs of a row and a KV head in a launch at most.
-_MOST_PAIRS = 1 << 16
 
 # Numbers of shares that a program holds at once when it merges them.
 _MERGED_AT_ONCE = 4096
@@ -64,13 +60,13 @@ def _merge_shares(
     mass = tl.sum(tl.exp2(b_lse - peak[None, :]), 0)  # NaN if any share is, which must show
     b_o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, used, CHUNK):
-        share = start + tl.arange(0, CHUNK)
-        there = (share < used)[:, None] & (member < GROUP)[None, :]
-        at = first + member[None, :] * shares + share[:, None]
-        weight = tl.exp2(tl.load(lse + at, mask=there, other=float("-inf")) - peak[None, :])
+        some = start + tl.arange(0, CHUNK)
+        loaded = (some < used)[:, None] & (member < GROUP)[None, :]
+        place = first + member[None, :] * shares + some[:, None]
+        weight = tl.exp2(tl.load(lse + place, mask=loaded, other=float("-inf")) - peak[None, :])
         b_part = tl.load(
-            partial + at[:, :, None] * DIM + dim[None, None, :],
-            mask=there[:, :, None] & (dim < DIM)[None, None, :],
+            partial + place[:, :, None] * DIM + dim[None, None, :],
+            mask=loaded[:, :, None] & (dim < DIM)[None, None, :],
             other=0.0,
         )  # [CHUNK, M, D]
         b_o += tl.sum(weight[:, :, None] * b_part, 0)
@@ -164,15 +160,6 @@ def _attend_frames_kernel(
             tl.store(target, merged.to(element), mask=mask)
 
 
-@cache
-def _counters(device: torch.device) -> Tensor:
-    """How many programs of each row and KV head are done: zero between launches, which take turns.
-
-    Made by the first launch, which is none that a graph captures.
-    """
-    return torch.zeros(_MOST_PAIRS, dtype=torch.int32, device=device)
-
-
 def attend_frames(
     slab: Tensor,
     query: Tensor,
@@ -214,12 +201,12 @@ def attend_frames(
     (block, warps, stages), (shares, least) = split_kernel(
         "attend", rows * kv_heads, count * block_size, dim, slab.dtype, device
     )
-    assert rows * kv_heads <= _MOST_PAIRS
+    assert rows * kv_heads <= MOST_PAIRS
     query = query.to(slab.dtype)
     members, dims = row_block(heads // kv_heads), dim_block(dim)
     _attend_frames_kernel[(rows, kv_heads, shares)](
         slab, query, output, frames, lengths, host, table, whole, *make_shares(output, shares),
-        _counters(device), count, least, scale * LOG2_E, query.stride(0), query.stride(1),
+        counters(device).shares, count, least, scale * LOG2_E, query.stride(0), query.stride(1),
         output.stride(0), output.stride(1), table.stride(0), HEADS=kv_heads,
         GROUP=heads // kv_heads, DIM=dim, BLOCK_SIZE=block_size, BLOCK_M=members, BLOCK_N=block,
         BLOCK_D=dims, MOST=MOST_SHARES, CHUNK=max(1, _MERGED_AT_ONCE // (members * dims)),

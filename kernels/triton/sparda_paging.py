@@ -4,12 +4,12 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
+from vllm_sparse.kernels.triton.counters import counters as shared_counters
 from vllm_sparse.kernels.triton.launch import launch
 from vllm_sparse.kernels.types import Resolution
 
@@ -24,37 +24,12 @@ _CLAIM = tl.constexpr(-(2**31))
 _RANK = tl.constexpr(-(2**30))
 
 
-# The number of rows changes from step to step, which must not compile variants.
-@triton.jit(do_not_specialize=["total"])
-def _look_up_kernel(
-    wanted, frame_of, piece_of, last_use, recent, hand, step, missing, targets, misses, arrived,
-    counters, total, num_frames, BLOCK: tl.constexpr, TILE: tl.constexpr,
+@triton.jit
+def _find_frames(
+    wanted, frame_of, piece_of, last_use, recent, hand, now, missing, targets, misses, counters,
+    total, num_frames, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Marks the frames that are there; the first of those who want an absent piece claims it.
-
-    The last program to do so counts the absent pieces and finds all of them frames. Which piece
-    gets which of these frames is left to the next launch.
-    """
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    piece = tl.load(wanted + index, mask=index < total, other=-1)
-    wants = piece >= 0
-    frame = tl.load(frame_of + piece, mask=wants, other=-1)
-    hit = wants & (frame >= 0)
-    now = tl.load(step)
-    before = tl.atomic_xchg(
-        last_use + frame, tl.full([BLOCK], 0, tl.int64) + now, mask=hit, sem="relaxed"
-    )
-    tl.store(recent + frame, tl.full([BLOCK], 1, tl.uint8), mask=hit)
-    tl.atomic_min(frame_of + piece, index + _CLAIM, mask=wants & ~hit, sem="relaxed")
-    # Of those who want the same piece, one finds the frame unused in this step.
-    hits = tl.sum((hit & (before != now)).to(tl.int64), 0)
-    tl.atomic_add(counters, hits, sem="relaxed")
-    # All threads are done before one of them counts, releasing and acquiring.
-    tl.debug_barrier()
-    if tl.atomic_add(arrived, 1, sem="acq_rel") != tl.num_programs(0) - 1:
-        return
-    tl.store(arrived, 0)  # for the next launch
-
+    """Numbers the absent pieces in the order in which they are wanted, and finds them frames."""
     lane = tl.arange(0, TILE)
     needed = 0
     for start in range(0, total, TILE):
@@ -71,7 +46,6 @@ def _look_up_kernel(
 
     # Two rounds of the clock. The first clears the marks of the frames it passes, so the second
     # takes all that are left; what was taken or cleared must be visible to it.
-    now = tl.load(step)
     begin = tl.load(hand).to(tl.int32)
     after = begin
     taken = 0
@@ -105,6 +79,42 @@ def _look_up_kernel(
     tl.atomic_add(counters + 2, (taken < needed).to(tl.int64), sem="relaxed")
 
 
+# The number of rows changes from step to step, which must not compile variants.
+@triton.jit(do_not_specialize=["total"])
+def _look_up_kernel(
+    wanted, frame_of, piece_of, last_use, recent, hand, step, missing, targets, misses, arrived,
+    counters, total, num_frames, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Marks the frames that are there; the first of those who want an absent piece claims it.
+
+    The last program to do so counts the absent pieces and finds all of them frames. Which piece
+    gets which of these frames is left to the next launch.
+    """
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    piece = tl.load(wanted + index, mask=index < total, other=-1)
+    wants = piece >= 0
+    frame = tl.load(frame_of + piece, mask=wants, other=-1)
+    hit = wants & (frame >= 0)
+    now = tl.load(step)
+    before = tl.atomic_xchg(
+        last_use + frame, tl.full([BLOCK], 0, tl.int64) + now, mask=hit, sem="relaxed"
+    )
+    tl.store(recent + frame, tl.full([BLOCK], 1, tl.uint8), mask=hit)
+    tl.atomic_min(frame_of + piece, index + _CLAIM, mask=wants & ~hit, sem="relaxed")
+    # Of those who want the same piece, one finds the frame unused in this step.
+    hits = tl.sum((hit & (before != now)).to(tl.int64), 0)
+    tl.atomic_add(counters, hits, sem="relaxed")
+    # All threads are done before one of them counts, releasing and acquiring.
+    tl.debug_barrier()
+    if tl.atomic_add(arrived, 1, sem="acq_rel") != tl.num_programs(0) - 1:
+        return
+    tl.store(arrived, 0)  # for the next launch
+    _find_frames(
+        wanted, frame_of, piece_of, last_use, recent, hand, now, missing, targets, misses,
+        counters, total, num_frames, TILE,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["total"])
 def _fill_kernel(wanted, frame_of, piece_of, targets, misses, frames, total, BLOCK: tl.constexpr):
     """Gives the absent pieces their frames, and everyone theirs.
@@ -123,15 +133,6 @@ def _fill_kernel(wanted, frame_of, piece_of, targets, misses, frames, total, BLO
     tl.store(frame_of + piece, frame, mask=absent)
     tl.store(piece_of + frame, piece.to(tl.int64), mask=served)
     tl.store(frames + index, frame, mask=inside)
-
-
-@cache
-def _arrived(device: torch.device) -> Tensor:
-    """How many programs are done: zero between launches, which take turns.
-
-    Made by the first launch, which is none that a graph captures.
-    """
-    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def resolve(table: PageTable, wanted: Tensor, step: Tensor, counters: Tensor) -> Resolution:
@@ -155,10 +156,10 @@ def resolve(table: PageTable, wanted: Tensor, step: Tensor, counters: Tensor) ->
         return result
     block, warps, _ = launch("wanted", device)
     tile, tile_warps, _ = launch("replace", device)
-    lookups = -(-total // block)
+    lookups, counts = -(-total // block), shared_counters(device).lookups
     _look_up_kernel[(lookups,)](
         wanted, table.frame_of, table.piece_of, table.last_use, table.recent.view(torch.uint8),
-        table.hand, step, missing, targets, misses, _arrived(device), counters, total, num_frames,
+        table.hand, step, missing, targets, misses, counts, counters, total, num_frames,
         BLOCK=block, TILE=tile, num_warps=tile_warps,
     )  # fmt: skip
     _fill_kernel[(lookups,)](

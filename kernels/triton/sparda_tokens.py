@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import triton
 import triton.language as tl
 from vllm_sparse.kernels.triton.launch import dim_block
 
-# Heads whose queries one program stores.
-_HEADS = 8
+# Heads whose queries one program stores, and numbers of queries that one recalls.
+_HEADS, _RECALLED = 8, 1024
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,8 +136,9 @@ def write_tokens(
 
 @triton.jit
 def _record_queries_kernel(
-    kept, query, slots, last, stride_query_row, stride_query_head, HEADS: tl.constexpr,
+    kept, query, slots, last, recent, stride_query_row, stride_query_head, HEADS: tl.constexpr,
     DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    RECENT: tl.constexpr,
 ):  # fmt: skip
     row = tl.load(last + tl.program_id(0))
     slot = tl.load(slots + row)
@@ -147,12 +149,20 @@ def _record_queries_kernel(
     mask = (head < HEADS)[:, None] & (dim < DIM)[None, :]
     source = row * stride_query_row + (head * stride_query_head)[:, None] + dim[None, :]
     target = slot // BLOCK_SIZE * (HEADS * DIM) + (head * DIM)[:, None] + dim[None, :]
-    b_q = tl.load(query + source, mask=mask)
-    tl.store(kept + target, b_q.to(kept.dtype.element_ty), mask=mask)
+    b_q = tl.load(query + source, mask=mask).to(kept.dtype.element_ty)
+    tl.store(kept + target, b_q, mask=mask)
+    if RECENT:
+        place = tl.program_id(0).to(tl.int64) * (HEADS * DIM)
+        tl.store(recent + place + (head * DIM)[:, None] + dim[None, :], b_q, mask=mask)
 
 
 def record_queries(
-    kept: Tensor, query: Tensor, slots: Tensor, last: Tensor, block_size: int
+    kept: Tensor,
+    query: Tensor,
+    slots: Tensor,
+    last: Tensor,
+    block_size: int,
+    recent: Tensor | None = None,
 ) -> None:
     """Same contract as :func:`vllm_sparse.kernels.reference.sparda_tokens.record_queries`.
 
@@ -162,6 +172,7 @@ def record_queries(
         slots: int64 ``[T]``.
         last: int64 ``[n]``.
         block_size: Tokens per block.
+        recent: Contiguous, of the dtype of ``kept``, on the device.
     """
     heads, dim = query.shape[1:]
     assert kept.is_contiguous()
@@ -171,7 +182,49 @@ def record_queries(
     assert query.stride(-1) == 1
     if not len(last):
         return
+    assert recent is None or (recent.is_contiguous() and recent.dtype == kept.dtype)
+    assert recent is None or len(recent) >= len(last)
     _record_queries_kernel[(len(last), triton.cdiv(heads, _HEADS))](
-        kept, query, slots, last, query.stride(0), query.stride(1), HEADS=heads, DIM=dim,
-        BLOCK_SIZE=block_size, BLOCK_H=_HEADS, BLOCK_D=dim_block(dim), num_warps=4,
+        kept, query, slots, last, kept if recent is None else recent, query.stride(0),
+        query.stride(1), HEADS=heads, DIM=dim, BLOCK_SIZE=block_size, BLOCK_H=_HEADS,
+        BLOCK_D=dim_block(dim), RECENT=recent is not None, num_warps=4,
     )  # fmt: skip
+
+
+@triton.jit
+def _recall_queries_kernel(
+    kept, recent, places, blocks, output, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A part of one row's queries: over the bus only where they are not recent."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < SIZE
+    place = tl.load(places + row)
+    if place >= 0:
+        found = tl.load(recent + place * SIZE + at, mask=inside)
+    else:
+        found = tl.load(kept + tl.load(blocks + row) * SIZE + at, mask=inside)
+    tl.store(output + row * SIZE + at, found, mask=inside)
+
+
+def recall_queries(kept: Tensor, recent: Tensor, places: Tensor, blocks: Tensor) -> Tensor:
+    """Same contract as :func:`vllm_sparse.kernels.reference.sparda_tokens.recall_queries`.
+
+    Args:
+        kept: Contiguous ``[blocks, H, D]``; may be a device view of pinned memory.
+        recent: Contiguous ``[n, H, D]`` of the same dtype, on the device.
+        places: int64 ``[R]``.
+        blocks: int64 ``[R]``.
+    """
+    assert kept.is_contiguous()
+    assert recent.is_contiguous()
+    assert kept.dtype == recent.dtype
+    assert places.is_contiguous()
+    assert blocks.is_contiguous()
+    rows, size = len(places), recent[0].numel()
+    output = torch.empty((rows, *recent.shape[1:]), dtype=recent.dtype, device=recent.device)
+    if rows:
+        _recall_queries_kernel[(rows, triton.cdiv(size, _RECALLED))](
+            kept, recent, places, blocks, output, SIZE=size, BLOCK=_RECALLED, num_warps=4
+        )
+    return output

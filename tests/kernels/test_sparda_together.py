@@ -102,7 +102,7 @@ def test_decoding_from_the_first_token_on_equals_reference(ours):
 def test_kernels_compile_without_a_gpu(capability, tmp_path):
     lines = compiled(__file__, capability, tmp_path)
     names = {line.split()[0] for line in lines}
-    assert len(names) == 12, names
+    assert len(names) == 13, names
     most = 166912 if capability == 80 else 232448  # shared memory that one program may have
     assert all(int(line.split()[1]) <= most for line in lines), lines
 
@@ -144,7 +144,9 @@ def compile_everything(capability: int) -> None:
             )
         for windows in (None, NewWindows(compressed, positions, table, 16)):
             sparda_tokens.write_tokens(host, slab, state.frame_of, positions, key, key, windows)
-        sparda_tokens.record_queries(query.clone(), query, positions, positions, 64)
+        for recent in (None, query.clone()):
+            sparda_tokens.record_queries(query.clone(), query, positions, positions, 64, recent)
+        sparda_tokens.recall_queries(query, query, positions, positions)
         prompt = torch.zeros(2, 4, 300, dim, dtype=dtype)
         picked = torch.zeros(2, 300, 9, dtype=torch.bool)
         part = prompt, prompt[:, 0], prompt[:, 0]

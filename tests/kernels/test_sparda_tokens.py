@@ -127,6 +127,34 @@ def test_recorded_queries_equal_reference(ours, dtype, heads, dim):
         results.append(kept)
     assert same(*results)
     assert (~results[0].isnan()).any((1, 2)).tolist() == [True, False, False, True, False, True]
+    recents = []
+    for kernels in (ours, REFERENCE):
+        recent = torch.full((8, heads, dim), torch.nan, dtype=dtype, device=device)
+        again = torch.full_like(results[0], torch.nan)
+        kernels.record_queries(again, query, slots, last, 32, recent)
+        assert same(again, results[0])
+        recents.append(recent)
+    assert same(*recents)
+    real = [True, True, False, True, False, False, False, False]
+    assert (~recents[0].isnan()).any((1, 2)).tolist() == real
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("heads", "dim"), [(3, 64), (12, 80), (8, 256)])
+def test_recalled_queries_equal_reference(every, dtype, heads, dim):
+    """Neither those that are recent are read from the host, nor the others from what is recent."""
+    device = device_of(every)
+    generator = torch.Generator().manual_seed(dim)
+    kept, recent = (
+        noise(n, heads, dim, generator=generator, device=device, dtype=dtype) for n in (6, 4)
+    )
+    places = torch.tensor([2, -1, 0, -1, 3], device=device)
+    blocks = torch.tensor([5, 4, 3, 0, 1], device=device)
+    expected = torch.stack([recent[2], kept[4], recent[0], kept[0], recent[3]])
+    kept[[5, 3, 1, 2]] = torch.nan
+    recent[1] = torch.nan
+    assert every.recall_queries(kept, recent, places, blocks).equal(expected)
+    assert not len(every.recall_queries(kept, recent, places[:0], blocks[:0]))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

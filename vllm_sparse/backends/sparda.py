@@ -132,10 +132,12 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         self.planner = SpardaPlanner(settings, blocks, counters.add, fresh)
         self._rehearsal = SpardaPlanner(settings, blocks, lambda *_: None, fresh)
         self._prompts = KnownPrompts(vllm_config.scheduler_config.max_num_seqs, machine.captured)
-        self._rows = RowPlanner(settings, most_rows(vllm_config), device, machine.captured)
+        rows = most_rows(vllm_config)
+        self._rows = RowPlanner(settings, rows, device, machine.captured)
         self._bytes_per_token = geometry.host_bytes // (blocks * geometry.block_size)
         self._steps = 0
-        self.runtime = runtime_of(settings, geometry, kv_cache_spec.dtype, layers, machine)
+        dtype = kv_cache_spec.dtype
+        self.runtime = runtime_of(settings, geometry, dtype, layers, machine, rows)
         for number, layer in enumerate(layers):
             layer.impl.layer = Layer(self.runtime, number)
         ask_for_prompt_lengths(vllm_config)
@@ -170,6 +172,7 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         step = self._plan_rows(common, planner, prompts) if common.max_query_len == 1 else None
         if step is not None:
             return step
+        self._rows.forget()
         return planner.plan(
             common.query_start_loc_cpu[: count + 1],
             sequence_lengths(common),

@@ -26,12 +26,15 @@ class Tokens:
         positions: Positions in their requests, int64 ``[n]``.
         previous_blocks: Physical block of the token before each, int64 ``[n]``.
         previous_index: Batch position of the token before each if it is in this step, else -1.
+        previous_rows: In a batch of single tokens that follows another one, the row of the token
+            before each in that, else -1; ``None`` in other batches.
     """
 
     index: Tensor
     positions: Tensor
     previous_blocks: Tensor
     previous_index: Tensor
+    previous_rows: Tensor | None = None
 
     def __getitem__(self, part: slice | Tensor) -> Tokens:
         return Tokens(
@@ -92,7 +95,7 @@ class Selector(Protocol):
         """
         ...
 
-    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
+    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor, single: bool) -> None:
         """Called once per layer and step, after the layer's selection.
 
         Args:
@@ -100,6 +103,7 @@ class Selector(Protocol):
             query: Its post-RoPE queries, ``[T, H, D]``.
             slots: ``block * block_size + offset`` of each token, int64 ``[T]``.
             last: Batch positions of the last token that this step writes to each block, int64.
+            single: The batch is one of single tokens, and ``last`` lists them all in order.
         """
         ...
 
@@ -136,7 +140,7 @@ class ForecastSelector:
         """See :class:`Selector`."""
         return sparda.forecast_scores(vectors, keys)
 
-    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
+    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor, single: bool) -> None:
         """Nothing to keep."""
 
 
@@ -174,7 +178,7 @@ class QuerySelector:
             scale=self.ranking.scale,
         )
 
-    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
+    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor, single: bool) -> None:
         """Nothing to keep."""
 
 
@@ -191,6 +195,9 @@ class PreviousSelector(QuerySelector):
             pool of keys and values, of which only blocks in use take memory unless it is pinned.
         block_size: Tokens per block.
         record: See :func:`vllm_sparse.kernels.reference.sparda_tokens.record_queries`.
+        recall: See :func:`vllm_sparse.kernels.reference.sparda_tokens.recall_queries`.
+        recent: Where those of the last batch of single tokens are kept on a device, ``[layers,
+            rows, H, D]``, so that the host's are read only by rows that were not in it.
     """
 
     ahead = True
@@ -202,16 +209,23 @@ class PreviousSelector(QuerySelector):
         kept: Tensor,
         block_size: int,
         record: Callable[..., None],
+        recall: Callable[..., Tensor],
+        recent: Tensor | None = None,
     ) -> None:
         super().__init__(kernel_stride, scale)
         self.ranking = Ranking(softmax=True, scale=scale, lag=1)
         self._kept = kept
         self._block_size = block_size
         self._record = record
+        self._recall = recall
+        self._recent = recent
 
     def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
         """See :class:`Selector`."""
-        kept = self._kept[layer].index_select(0, tokens.previous_blocks)
+        rows, blocks = tokens.previous_rows, tokens.previous_blocks
+        if self._recent is not None and rows is not None:
+            return self._recall(self._kept[layer], self._recent[layer], rows, blocks)
+        kept = self._kept[layer].index_select(0, blocks)
         if query is None:  # decode: the token before belongs to an earlier step
             return kept
         here = tokens.previous_index
@@ -221,6 +235,7 @@ class PreviousSelector(QuerySelector):
         """See :class:`Selector`."""
         return super().scores(vectors, keys, positions - 1)
 
-    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
+    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor, single: bool) -> None:
         """See :class:`Selector`."""
-        self._record(self._kept[layer], query, slots, last, self._block_size)
+        recent = self._recent[layer] if single and self._recent is not None else None
+        self._record(self._kept[layer], query, slots, last, self._block_size, recent)

@@ -184,7 +184,8 @@ class Layer:
             self._attend_fresh(query, key, value, step.fresh, output)
         if step.prompts:
             self._attend_prompts(query, torch.cat((key, value), -1), step, output)
-        runtime.selector.record(self.number, query, step.slots, step.last_in_block)
+        single = step.decode is not None and step.decode.whole
+        runtime.selector.record(self.number, query, step.slots, step.last_in_block, single)
         if self.last:
             runtime.fetcher.end_step()
 
