@@ -24,6 +24,7 @@ from benchmarks.ops import timings
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
     from benchmarks.arms import Arm
     from benchmarks.gpu.stages import Report
@@ -122,19 +123,28 @@ def measure(name: str, report: Report, options: argparse.Namespace) -> None:
         largest={str(cell.context): subject.most(cell.context) for cell in cells},
         held={str(cell.context): subject.held(cell.context) for cell in cells},
     )
+    measure_cells(subject, cells, report)
+    if device.type == "cuda":
+        subject.profile(cells[0].context)
+
+
+def measure_cells(subject: Any, cells: Sequence[Cell], report: Report) -> None:
+    """Measures cells; one that fails costs no other one.
+
+    Raises:
+        CheckFailedError: Some failed; raised once all were tried.
+    """
     wrong = []
     for number, cell in enumerate(cells):
         try:
             subject.measure(cell, look=number == 0)
-        except Exception as error:  # the other cells may be right, and are worth having
+        except Exception as error:
             traceback.print_exc()
             report.add(context=cell.context, failed=str(error)[:300])
             wrong.append(f"{cell.context}: {error}")
             subject.finish()
     if wrong:
         raise CheckFailedError("; ".join(wrong))
-    if device.type == "cuda":
-        subject.profile(cells[0].context)
 
 
 def _arguments(longest: int, options: argparse.Namespace) -> dict[str, Any]:

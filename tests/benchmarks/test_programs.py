@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -105,6 +106,29 @@ def test_target_cells_come_first_and_overheads_have_several_prefills():
         assert cells[0].batches[-1] == decode.MOST  # before minutes go into a long prompt
         assert cells[0].prefills >= 3
         assert [cell.prefills for cell in (cells[1], decode.CELLS[f"{name}-more"][1])] == [1, 2]
+
+
+def test_a_cell_that_fails_costs_no_other_one(tmp_path):
+    from benchmarks.gpu import decode
+
+    class Subject:
+        done: ClassVar[list[tuple[int, bool]]] = []
+        finished = 0
+
+        def measure(self, cell, *, look):
+            self.done.append((cell.context, look))
+            if cell.context == 2:
+                raise RuntimeError("selected pages are runs of slots")
+
+        def finish(self):
+            self.finished += 1
+
+    report, subject = stages.Report(tmp_path / "report.json"), Subject()
+    with pytest.raises(stages.CheckFailedError, match="2: selected pages"):
+        decode.measure_cells(subject, [decode.Cell(n, (1,)) for n in (2, 4, 1)], report)
+    assert subject.done == [(2, True), (4, False), (1, False)]
+    assert subject.finished == 1
+    assert report.rows == [{"context": 2, "failed": "selected pages are runs of slots"}]
 
 
 def test_what_must_be_checked_comes_first_and_one_engine_is_alone():

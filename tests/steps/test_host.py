@@ -389,7 +389,7 @@ def test_single_tokens_are_planned_as_others_are(batch, captured) -> None:
 
 def test_rows_find_the_row_that_they_were_in_the_step_before() -> None:
     """By the block that they have written to, whatever their order; new and idle ones find none."""
-    options = simple()
+    options = simple(selector="previous")
     planner = RowPlanner(options, 8, torch.device("cpu"), captured=True)
 
     def follows(*rows: Row) -> list[int]:

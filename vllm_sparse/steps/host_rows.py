@@ -43,7 +43,8 @@ class RowPlanner:
         self._device = device
         self._captured = captured
         self._buffers: tuple[Tensor, ...] = ()
-        # Blocks that the rows of the last batch have written to.
+        # Blocks that the rows of the last batch have written to, for who keeps something of it.
+        self._follows = captured and settings.chosen_selector == "previous"
         self._written = torch.full((max_rows,), -1, dtype=torch.int64, device=device)
 
     def forget(self) -> None:
@@ -91,11 +92,12 @@ class RowPlanner:
         slots.copy_(torch.where(positions < 0, -1, here * size + clamped % size))
         before = (clamped - 1).clamp(min=0) // size
         previous.copy_(table.gather(1, before[:, None])[:, 0])
-        # A block is written by one request, so a row goes on where one has written its block.
-        same = previous[:, None] == self._written
-        follows.copy_(torch.where(same.any(1), same.byte().argmax(1), -1))
-        self._written[:rows] = torch.where(positions < 0, -1, here)
-        self._written[rows:] = -1
+        if self._follows:
+            # A block is written by one request: a row goes on where one has written its block.
+            same = previous[:, None] == self._written
+            follows.copy_(torch.where(same.any(1), same.byte().argmax(1), -1))
+            self._written[:rows] = torch.where(positions < 0, -1, here)
+            self._written[rows:] = -1
         framed.copy_(positions)
         if not self._captured:
             prefilling = bool((host_lens <= prompt_lens).any())
@@ -117,7 +119,7 @@ class RowPlanner:
             last_in_block=index,
             windows=WindowRows(positions, table),
             decode=DecodeRows(
-                Tokens(index, clamped, previous, nowhere, follows),
+                Tokens(index, clamped, previous, nowhere, follows if self._follows else None),
                 framed,
                 table,
                 unframed if may_be_alone else None,
