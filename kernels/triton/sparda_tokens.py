@@ -121,7 +121,7 @@ def write_tokens(
         return
     # Never read without windows.
     compressed, positions, table, stride = windows or (host, slots, frame_of, 0)
-    steps = (0, 0, 0, 0)
+    steps: tuple[int, ...] = (0, 0, 0, 0)
     if windows is not None:
         assert positions.is_contiguous()
         assert compressed.stride(-1) == table.stride(-1) == 1

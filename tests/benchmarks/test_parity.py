@@ -61,7 +61,7 @@ def test_kernel_parity_runs_in_the_interpreter(tmp_path):
         "attend part, causal",
         "attend part, chosen",
         "write tokens",
-        "update windows",
+        "complete windows",
     }
     assert all(row["ok"] for row in rows)
     assert result["passed"]
@@ -132,9 +132,10 @@ def test_sparda_parity_notices_wrong_choices_and_tables(monkeypatch):
 
     unlike.__signature__ = inspect.signature(sparda_select.select_blocks)
 
-    def host_only(host, slab, frame_of, *rest, right=sparda_tokens.write_tokens):
-        right(host, slab, frame_of.fill_(-1), *rest)
+    def host_only(host, slab, frame_of, *rest, right=sparda_tokens.write_tokens, **options):
+        right(host, slab, frame_of.fill_(-1), *rest, **options)
 
+    host_only.__signature__ = inspect.signature(sparda_tokens.write_tokens)
     monkeypatch.setattr(sparda_paging, "resolve", marked)
     monkeypatch.setattr(sparda_select, "select_blocks", unlike)
     monkeypatch.setattr(sparda_tokens, "write_tokens", host_only)
