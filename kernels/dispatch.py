@@ -28,7 +28,7 @@ FILES = {
     **dict.fromkeys(("resolve", "copy_pieces"), "sparda_paging"),
     "attend_frames": "sparda_attention",
     "attend_part": "sparda_prefill",
-    **dict.fromkeys(("write_tokens", "update_windows", "record_queries"), "sparda_tokens"),
+    **dict.fromkeys(("write_tokens", "record_queries", "recall_queries"), "sparda_tokens"),
 }
 
 
@@ -124,8 +124,8 @@ class SpardaKernels(NamedTuple):
     resolve: Callable[..., Resolution]
     copy_pieces: Callable[..., None]
     write_tokens: Callable[..., None]
-    update_windows: Callable[..., None]
     record_queries: Callable[..., None]
+    recall_queries: Callable[..., torch.Tensor]
     attend_frames: Callable[..., None]
     attend_part: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     name: str
@@ -153,8 +153,9 @@ def sparda_kernels(device: torch.device, kernels: str = "auto") -> SpardaKernels
         folder = name = "reference"
     elif device.type != "cpu" or kernels == "triton":
         _check_triton(device)
-        from vllm_sparse.kernels.triton import launch
+        from vllm_sparse.kernels.triton import counters, launch
 
+        counters.prepare(device)
         folder, name = "triton", f"triton, launches {launch.launches(device).origin}"
     else:
         fused, note = _fused()

@@ -45,6 +45,18 @@ class PageScores(NamedTuple):
     mass: Tensor
 
 
+class Rotary(NamedTuple):
+    """A model's rotary embedding.
+
+    Attributes:
+        cache: Cosines and then sines of each position, ``[positions, channels that turn]``.
+        halves: Channel ``c`` turns with ``c + half``; else with its neighbour.
+    """
+
+    cache: Tensor
+    halves: bool
+
+
 class Ranking(NamedTuple):
     """How vectors rank windows.
 
@@ -53,11 +65,14 @@ class Ranking(NamedTuple):
             product of one vector per KV head (Forecast).
         scale: Logit scale of the softmax.
         lag: Windows are those complete this many positions before the token.
+        rotary: Vectors turn by their token's position first, computed in float32 and rounded to
+            their dtype; only without a softmax.
     """
 
     softmax: bool
     scale: float = 1.0
     lag: int = 0
+    rotary: Rotary | None = None
 
 
 class Blocks(NamedTuple):
@@ -72,6 +87,25 @@ class Blocks(NamedTuple):
     init_blocks: int
     local_blocks: int
     top_k: int
+
+
+class NewWindows(NamedTuple):
+    """Where tokens, one of each row, add the windows of compressed keys that they complete.
+
+    A window is the mean of two strides. It is stored with the block that holds its last token; it
+    may begin in the one before.
+
+    Attributes:
+        compressed: ``[blocks, G, windows per block, D]``, changed.
+        positions: Position of each token, negative for padding, ``[T]``.
+        table: Physical blocks of each token's row, ``[T, blocks]``.
+        stride: Tokens from one window's start to the next.
+    """
+
+    compressed: Tensor
+    positions: Tensor
+    table: Tensor
+    stride: int
 
 
 class Selected(NamedTuple):

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
+from support import adversary
 from support.interpreter import patch_language_once_per_launch
 
 if not torch.cuda.is_available():
@@ -29,6 +30,7 @@ if not torch.cuda.is_available():
         package = importlib.import_module("vllm_sparse.kernels.triton")
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
+        adversary.install()
         patch_language_once_per_launch()
 
 from reference import hf_rocketkv

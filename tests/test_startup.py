@@ -88,6 +88,32 @@ def config(settings=None, **changes) -> SimpleNamespace:
     return SimpleNamespace(**values)
 
 
+def test_weights_are_known_from_files_or_from_the_shape(tmp_path):
+    from vllm_sparse import device_room
+
+    shape = SimpleNamespace(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=14336,
+        vocab_size=128256, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = SimpleNamespace(
+        model=str(tmp_path / "nowhere"), hf_text_config=shape, dtype=torch.bfloat16,
+        get_num_experts=lambda: 0, get_total_num_kv_heads=lambda: 8, get_head_size=lambda: 128,
+    )  # fmt: skip
+    assert device_room.weight_bytes(model) / 2 == pytest.approx(8.03e9, rel=0.001)  # Llama 3.1 8B
+    given = SimpleNamespace(
+        model_config=model,
+        parallel_config=SimpleNamespace(tensor_parallel_size=2),
+        cache_config=SimpleNamespace(gpu_memory_utilization=0.5),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=1000),
+    )
+    left = device_room.left_bytes(given, 80 << 30)
+    working = (4 << 30) + 2000 * (6 * 4096 + 3 * 14336)
+    assert left == (40 << 30) - device_room.weight_bytes(model) // 2 - working
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 1000)
+    model.model = str(tmp_path)
+    assert device_room.weight_bytes(model) == 1000
+
+
 class TestGuard:
     @pytest.fixture(autouse=True)
     def _machine(self, monkeypatch):
@@ -199,6 +225,31 @@ class TestGuard:
         startup.check_config(config({"slab_gib": 128 * 1024 / GIB}))
         with pytest.raises(ConfigError, match=r"slab_gib.*--max-num-seqs 4 x 2 KV heads x 4 blo"):
             startup.check_config(config({"slab_gib": 127 * 1024 / GIB}))
+
+    def test_on_a_device_the_slab_is_what_the_model_leaves(self, caplog, monkeypatch):
+        """Most requests at once follow from it, once; 8 KiB of frames for a request and layer."""
+        monkeypatch.setattr(startup, "left_bytes", lambda config, total: total)
+        taken = 40 * BLOCK_BYTES // 16 + 2 * 16 * 2 * 1024  # compressed keys, staging
+        started = config({"staging_blocks": 16}, scheduler_config__max_num_seqs=256)
+        with caplog.at_level("INFO", "vllm.sparse.sparda"):
+            for _ in range(2):
+                startup.check_config(started, lambda: taken + 3 * 4 * 8192 + 5000)
+        assert started.scheduler_config.max_num_seqs == 3
+        slab = started.additional_config["vllm_sparse"]["slab_gib"] * GIB
+        assert 3 * 4 * 8192 <= slab <= 3 * 4 * 8192 + 5000
+        (line,) = (record.getMessage() for record in caplog.records)
+        assert line.endswith("serve 3 requests at once (--max-num-seqs was 256)")
+        for settings, seqs in (({"slab_gib": 128 * 1024 / GIB}, 4), ({"resident": True}, 256)):
+            given = config(settings, scheduler_config__max_num_seqs=seqs)
+            before = copy.deepcopy(given.additional_config)
+            startup.check_config(given, lambda: taken)
+            assert given.additional_config == before
+            assert given.scheduler_config.max_num_seqs == seqs
+
+    def test_a_device_without_room_for_a_request_stops_the_start(self, monkeypatch):
+        monkeypatch.setattr(startup, "left_bytes", lambda config, total: -5)
+        with pytest.raises(ConfigError, match=r"0\.00 GiB will be left on this device"):
+            startup.check_config(config(), lambda: 1)
 
     def test_wrong_settings_stop_the_start(self):
         with pytest.raises(ConfigError, match="top_k=2"):

@@ -44,7 +44,8 @@ def _check_and_update_config(cls: Any, vllm_config: Any) -> None:
 
     _, check = cls._vllm_sparse_stock
     check(vllm_config)
-    check_config(vllm_config)
+    on_gpu = cls._enum == PlatformEnum.CUDA
+    check_config(vllm_config, cls.get_device_total_memory if on_gpu else None)
 
 
 class SparseCpuPlatform(_StockPlatform):  # type: ignore[misc]

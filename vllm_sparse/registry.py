@@ -33,7 +33,8 @@ class Entry(NamedTuple):
         gpu: vLLM backend on GPUs, and on CPUs where kernels are interpreted.
         needs_every_layer: Sliding-window layers cannot stay stock beside it.
         refusals: Yields what it cannot serve of vLLM's configuration beside what no name can.
-        prepare: Called at start-up with vLLM's configuration, which it completes, and the settings.
+        prepare: Called at start-up with vLLM's configuration, which it completes, the settings, and
+            what tells the memory of a device, or ``None``.
     """
 
     settings: str

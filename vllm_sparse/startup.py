@@ -4,27 +4,35 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.backends.refusals import unsupported
-from vllm_sparse.config import load_settings
+from vllm_sparse.config import NAMESPACE, load_settings
+from vllm_sparse.device_room import left_bytes
 from vllm_sparse.errors import ConfigError, UnsupportedError
 from vllm_sparse.forecast.routing import route_model
-from vllm_sparse.kv.host.geometry import GIB, block_bytes, host_blocks, plan_frames
+from vllm_sparse.kv.host.geometry import GIB, block_bytes, fit_slab, host_blocks, plan_frames
 from vllm_sparse.kv.host.memory import available_bytes
 from vllm_sparse.registry import entries, is_ours, load
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vllm_sparse.policies.sparda import SpardaSettings
 
+# A child of vLLM's logger: others have no handler in its processes.
+logger = logging.getLogger("vllm.sparse.sparda")
 
-def check_config(vllm_config: Any) -> None:
+
+def check_config(vllm_config: Any, device_bytes: Callable[[], int] | None = None) -> None:
     """Refuse unsupported configurations if one of our backends is chosen; prepare it.
 
     vLLM may call this several times for one configuration.
 
     Args:
         vllm_config: vLLM's complete configuration.
+        device_bytes: Tells the memory of a device; ``None`` where host and device are one.
 
     Raises:
         ConfigError: The settings are wrong.
@@ -43,15 +51,19 @@ def check_config(vllm_config: Any) -> None:
             f"{backend.name} cannot serve this configuration: " + "; ".join(reasons)
         )
     if entry.prepare:
-        load(entry.prepare)(vllm_config, settings)
+        load(entry.prepare)(vllm_config, settings, device_bytes)
 
 
-def prepare_sparda(config: Any, settings: SpardaSettings) -> None:
+def prepare_sparda(
+    config: Any, settings: SpardaSettings, device_bytes: Callable[[], int] | None = None
+) -> None:
     """Make vLLM manage the blocks of the host pool, and build a model that can look ahead.
 
     Args:
-        config: vLLM's, whose block size, number of blocks and model class are set.
+        config: vLLM's, whose block size, number of blocks and model class are set, and where the
+            settings leave it open, the slab and most requests at once.
         settings: SPARDA's.
+        device_bytes: Tells the memory of a device; ``None`` where host and device are one.
 
     Raises:
         ConfigError: The pool or the slab cannot work, or the Forecast is not this model's.
@@ -85,13 +97,50 @@ def prepare_sparda(config: Any, settings: SpardaSettings) -> None:
             f"{' on all ranks together' if ranks > 1 else ''}, but this "
             f"machine has {available / GIB:.2f} GiB available. Lower host_gib"
         )
-    plan_frames(
-        settings,
-        num_layers=layers,
-        num_pieces=blocks * kv_heads,
-        num_kv_heads=kv_heads,
-        piece_bytes=bytes_per_block // (layers * kv_heads),
-        max_num_seqs=config.scheduler_config.max_num_seqs,
-        max_model_len=model.max_model_len,
-    )
+    sizes = {
+        "num_layers": layers,
+        "num_pieces": blocks * kv_heads,
+        "num_kv_heads": kv_heads,
+        "piece_bytes": bytes_per_block // (layers * kv_heads),
+        "max_model_len": model.max_model_len,
+    }
+    if device_bytes is not None and settings.slab_gib is None and not settings.resident:
+        settings = _choose_slab(config, settings, device_bytes(), blocks * bytes_per_block, sizes)
+    plan_frames(settings, max_num_seqs=config.scheduler_config.max_num_seqs, **sizes)
     route_model(config)
+
+
+def _choose_slab(
+    config: Any, settings: SpardaSettings, total: int, pool_bytes: int, sizes: dict[str, int]
+) -> SpardaSettings:
+    """Give frames what the model leaves, and admit as many requests as these serve.
+
+    Args:
+        config: vLLM's; its settings and its scheduler's are changed, so that every process knows.
+        settings: As given.
+        total: Bytes of a device.
+        pool_bytes: Bytes of a rank's host pool.
+        sizes: Of :func:`fit_slab`.
+
+    Returns:
+        The settings with the slab.
+    """
+    scheduler = config.scheduler_config
+    # Compressed keys: one of two strides for keys and values of as many tokens; staging.
+    compressed = pool_bytes // (2 * settings.kernel_stride)
+    staging = 2 * settings.staging_blocks * sizes["num_kv_heads"] * sizes["piece_bytes"]
+    room = left_bytes(config, total) - compressed - staging
+    asked = scheduler.max_num_seqs
+    slab, scheduler.max_num_seqs = fit_slab(settings, room_bytes=room, max_num_seqs=asked, **sizes)
+    given = config.additional_config or {}
+    config.additional_config = {
+        **given, NAMESPACE: {**given.get(NAMESPACE, {}), "slab_gib": slab / GIB}
+    }  # fmt: skip
+    logger.info(
+        "SPARDA: %.2f GiB of this device for frames, as slab_gib is not set; they serve %d "
+        "requests at once (--max-num-seqs was %d)",
+        slab / GIB,
+        scheduler.max_num_seqs,
+        asked,
+    )
+    return settings.model_copy(update={"slab_gib": slab / GIB})

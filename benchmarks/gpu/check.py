@@ -28,9 +28,13 @@ if TYPE_CHECKING:
     from benchmarks.gpu.stages import Report
 
 MODULE, NAME = "benchmarks.gpu.check", "gpu-check"
+PARITY = "kernel-parity"
 MOST_JOBS, CORES_EACH = 4, 4
 GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
+WHEEL = "nvidia/*/**/compute-sanitizer"  # of nvidia-cuda-sanitizer-api
+# What compute-sanitizer prints where it cannot watch, as in many virtual machines.
+REFUSALS = ("Device not supported", "Unable to find injection library", "not permitted to access")
 
 
 def smoke(report: Report, options: argparse.Namespace) -> None:
@@ -117,14 +121,42 @@ def sanitized(report: Report, options: argparse.Namespace) -> None:
     parity.check(report, options, parity.cases_of("SANITIZED"), graphs=False)
 
 
+def raced(report: Report, options: argparse.Namespace) -> None:
+    """Every kernel once with a small shape, while Triton's GSan looks for races between programs.
+
+    Raises:
+        NotAvailableError: This Triton has none.
+    """
+    try:
+        gsan = importlib.import_module("triton.experimental.gsan")
+    except ImportError as error:
+        raise stages.NotAvailableError(f"this Triton has no GSan ({error})") from error
+    if options.device != "cuda":
+        raise stages.NotAvailableError("GSan needs a GPU")
+    import torch
+
+    from benchmarks.ops import parity
+
+    with torch.cuda.use_mem_pool(gsan.create_mem_pool()):
+        parity.check(report, options, parity.cases_of("SANITIZED"), graphs=False)
+
+
 def sanitizer() -> str | None:
     """Where compute-sanitizer is, if it is."""
-    return next(filter(None, map(shutil.which, SANITIZERS)), None)
+    in_wheels = (
+        str(file)
+        for entry in sys.path
+        for file in Path(entry or ".").glob(WHEEL)
+        if os.access(file, os.X_OK) and file.is_file()
+    )
+    return next(filter(None, map(shutil.which, SANITIZERS)), None) or next(in_wheels, None)
 
 
 def no_sanitizer(report: Report, options: argparse.Namespace) -> None:
     """Says that there is none."""
-    raise stages.NotAvailableError("compute-sanitizer is not on PATH")
+    raise stages.NotAvailableError(
+        "compute-sanitizer is neither on PATH nor in a wheel (nvidia-cuda-sanitizer-api)"
+    )
 
 
 def plan(options: argparse.Namespace) -> list[stages.Stage]:
@@ -138,10 +170,15 @@ def plan(options: argparse.Namespace) -> list[stages.Stage]:
     watched = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **interpreted}
     return [
         stages.Stage("smoke", smoke, 60, about="GPU, vLLM, installed plugin"),
-        stages.Stage("kernels", kernels, 190, env=interpreted, about="Triton kernels = references"),
+        stages.Stage(PARITY, kernels, 190, env=interpreted, about="Triton kernels = references"),
         stages.Stage(
             "sanitizer", sanitized if checker else no_sanitizer, 150, needs=("smoke",),
-            prefix=prefix, env=watched, about="small steps under memcheck",
+            prefix=prefix, env=watched, unavailable=REFUSALS, about="small steps under memcheck",
+        ),
+        stages.Stage(
+            "gsan", raced, 150, needs=("smoke",),
+            env={"TRITON_INSTRUMENTATION_MODE": "gsan", **interpreted},
+            about="small steps under Triton's sanitizer of races",
         ),
         *tokens.stages(options),
     ]  # fmt: skip
@@ -150,7 +187,7 @@ def plan(options: argparse.Namespace) -> list[stages.Stage]:
 def summary(results: dict[str, dict], log: Path | None = None) -> tuple[str, dict]:
     """Returns the tables to print last, and a verdict for the result file."""
     parts, errors = [], None
-    rows = results.get("kernels", {}).get("rows", [])
+    rows = results.get(PARITY, {}).get("rows", [])
     worst: dict[str, dict] = {}
     for row in rows:
         if row["error"] >= worst.get(row["kernel"], row)["error"]:
@@ -189,11 +226,19 @@ def parser_of() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
     stages.add_options(parser, NAME)
-    parser.add_argument("--dtype", choices=tokens.NEAR_TIE, default="bfloat16", help="of engines")
-    # Nothing is timed, and an engine's start keeps a few cores busy.
-    cores = len(os.sched_getaffinity(0))
-    parser.set_defaults(jobs=max(1, min(MOST_JOBS, cores // CORES_EACH)))
+    add_options(parser)
+    parser.set_defaults(jobs=jobs_at_once())  # nothing is timed
     return parser
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of engines whose tokens are compared."""
+    parser.add_argument("--dtype", choices=tokens.NEAR_TIE, default="bfloat16", help="of engines")
+
+
+def jobs_at_once() -> int:
+    """Stages that may run at once: an engine's start keeps a few cores busy."""
+    return max(1, min(MOST_JOBS, len(os.sched_getaffinity(0)) // CORES_EACH))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

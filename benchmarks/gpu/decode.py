@@ -10,7 +10,9 @@ is private anyway, and only the tails have to be prefilled.
 
 from __future__ import annotations
 
+import contextlib
 import time
+import traceback
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from benchmarks.ops import timings
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
     from benchmarks.arms import Arm
     from benchmarks.gpu.stages import Report
@@ -50,20 +53,17 @@ class Cell(NamedTuple):
 
 
 K = 1024
-_MORE = (Cell(8 * K, (1, AS_DENSE, MOST), 0), Cell(128 * K, (1, AS_DENSE, MOST), 0))
-# The most wanted first, in case time runs out: a context may come again with larger batches.
+_MORE = (Cell(8 * K, (1, 8, AS_DENSE, MOST)), Cell(128 * K, (1, AS_DENSE, MOST), 2))
+# The most wanted first, in case time runs out.
 CELLS: dict[str, tuple[Cell, ...]] = {
     DENSE: (
-        Cell(32 * K, (1,)), Cell(128 * K, (1,), 2), Cell(16 * K, (1,)),
-        Cell(32 * K, (8, MOST), 0), Cell(8 * K, (1, 8)),
+        Cell(32 * K, (1, 8, MOST)), Cell(128 * K, (1,), 1), Cell(16 * K, (1,)),
     ),
     "rocket-1024": (
-        Cell(32 * K, (1,)), Cell(128 * K, (1,), 2), Cell(16 * K, (1,)),
-        Cell(32 * K, (8, AS_DENSE, MOST), 0), Cell(8 * K, (1, 8)),
+        Cell(32 * K, (1, 8, AS_DENSE, MOST)), Cell(128 * K, (1,), 1), Cell(16 * K, (1,)),
     ),
     "rocket-256": (
-        Cell(32 * K, (1,)), Cell(128 * K, (1,), 1), Cell(16 * K, (1,), 1),
-        Cell(32 * K, (8, AS_DENSE), 0), Cell(8 * K, (1, 8), 1), Cell(32 * K, (MOST,), 0),
+        Cell(32 * K, (1, 8, AS_DENSE, MOST), 1), Cell(128 * K, (1,), 1), Cell(16 * K, (1,), 1),
     ),
     "stage1-1024": (Cell(32 * K, (1, 8, AS_DENSE), 1),),
     "stage2-1024": (Cell(32 * K, (1, 8), 1),),
@@ -71,7 +71,7 @@ CELLS: dict[str, tuple[Cell, ...]] = {
     COMPILED: (Cell(32 * K, (1, 8)),),
     LARGE_BLOCKS: (Cell(32 * K, (1, 8)),),
     # Many or long prompts: minutes of prefill.
-    "dense-more": (Cell(8 * K, (1, MOST), 0), Cell(128 * K, (1, MOST), 0)),
+    "dense-more": (Cell(8 * K, (1, 8, MOST)), Cell(128 * K, (1, MOST), 2)),
     "rocket-1024-more": _MORE,
     "rocket-256-more": _MORE,
 }  # fmt: skip
@@ -93,7 +93,7 @@ def measure(name: str, report: Report, options: argparse.Namespace) -> None:
     """Measures all cells of an arm, as long as there is time.
 
     Raises:
-        CheckFailedError: Steps would not run in graphs.
+        CheckFailedError: Steps would not run in graphs, or some cell could not be measured.
     """
     shape = shapes.TINY if options.tiny else shapes.LLAMA
     cells = TINY_CELLS if options.tiny else CELLS[name]
@@ -123,10 +123,28 @@ def measure(name: str, report: Report, options: argparse.Namespace) -> None:
         largest={str(cell.context): subject.most(cell.context) for cell in cells},
         held={str(cell.context): subject.held(cell.context) for cell in cells},
     )
-    for number, cell in enumerate(cells):
-        subject.measure(cell, look=number == 0)
+    measure_cells(subject, cells, report)
     if device.type == "cuda":
         subject.profile(cells[0].context)
+
+
+def measure_cells(subject: Any, cells: Sequence[Cell], report: Report) -> None:
+    """Measures cells; one that fails costs no other one.
+
+    Raises:
+        CheckFailedError: Some failed; raised once all were tried.
+    """
+    wrong = []
+    for number, cell in enumerate(cells):
+        try:
+            subject.measure(cell, look=number == 0)
+        except Exception as error:
+            traceback.print_exc()
+            report.add(context=cell.context, failed=str(error)[:300])
+            wrong.append(f"{cell.context}: {error}")
+            subject.finish()
+    if wrong:
+        raise CheckFailedError("; ".join(wrong))
 
 
 def _arguments(longest: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -218,6 +236,11 @@ class _Subject:
         if look and running and split is not None and split.stage2 and self._on_gpu:
             self._look()
         commands.finish(self._llm)
+
+    def finish(self) -> None:
+        """Ends the requests of a cell that failed, if the engine still can."""
+        with contextlib.suppress(Exception):
+            commands.finish(self._llm)
 
     def _look(self) -> None:
         seed = self._options.seed

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 TAIL_LINES = 15
-POLL_S, WRITE_S = 0.05, 5.0
+POLL_S, WRITE_S = 0.05, 1.0
 INCOMPLETE = 2
 
 
@@ -208,12 +208,19 @@ class Run:
             result |= {"status": "failed", "reason": f"exit status {code}"}
         result["seconds"] = round(child.seconds, 1)
         printed = child.log.read_text(errors="replace")
+        refused = [line for line in printed.splitlines() if _names(line, child.stage.unavailable)]
+        if refused and result["status"] not in PASSED:
+            result |= {"status": "not available", "reason": refused[0].strip("= ")}
         with self._log.open("a") as handle:
             handle.write(f"== {child.stage.name}\n{printed}")
         if result["status"] not in PASSED:
             result["log_tail"] = printed.splitlines()[-TAIL_LINES:]
             print("\n".join(f"    {line[:300]}" for line in result["log_tail"]), flush=True)
         self._keep(child.stage, result)
+
+
+def _names(line: str, words: Iterable[str]) -> bool:
+    return any(word in line for word in words)
 
 
 def _read(path: Path) -> dict:
@@ -232,8 +239,12 @@ def chosen(stages: Iterable[Stage], options: argparse.Namespace) -> list[Stage]:
     ]
 
 
-def merged(options: argparse.Namespace, environment: dict) -> dict[str, dict]:
+def merged(
+    options: argparse.Namespace, environment: dict, stages: Iterable[Stage]
+) -> dict[str, dict]:
     """Results of an earlier run on the same machine, of stages that need not run again.
+
+    Those are stages of this program, whichever program ran them, that left nothing out.
 
     Raises:
         ValueError: It ran on something else.
@@ -248,10 +259,13 @@ def merged(options: argparse.Namespace, environment: dict) -> dict[str, dict]:
     names = [(gpu or {}).get("name") for gpu in (theirs["gpu"], environment["gpu"])]
     if names[0] != names[1]:
         raise ValueError(f"--merge: it ran on {names[0]}, and this is {names[1]}")
+    names = {stage.name for stage in stages}.difference(options.only or [])
     return {
         name: {**result, "of": theirs["date"]}
         for name, result in found["stages"].items()
-        if result["status"] == "ok" and name not in (options.only or [])
+        if name in names
+        and result["status"] == "ok"
+        and not any("skipped" in row for row in result["rows"])
     }
 
 
@@ -294,7 +308,7 @@ def main(
     environment = {**results.environment(), **machine.facts(), "seed": options.seed}
     run = Run(module, name, options, arguments, environment)
     try:
-        run.results |= merged(options, environment)
+        run.results |= merged(options, environment, every)
     except (OSError, KeyError, ValueError) as error:
         parser.error(str(error))
     ended = run.run(stages)

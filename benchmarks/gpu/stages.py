@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 PASSED = ("ok", "not available")
-MERGE = "an earlier result on this machine, whose finished stages do not run again unless in --only"
+MERGE = "an earlier result on this machine: stages that it has completely are not run again"
 
 
 class NotAvailableError(Exception):
@@ -50,6 +50,7 @@ class Stage:
         prefix: Command to run Python under.
         env: Further environment variables.
         alone: No other stage may run at the same time.
+        unavailable: What is printed where the command of ``prefix`` cannot work on this machine.
         about: What it is for, in a few words.
     """
 
@@ -62,6 +63,7 @@ class Stage:
     beside: tuple[str, ...] = ()
     min_s: float | None = None
     alone: bool = False
+    unavailable: tuple[str, ...] = ()
     about: str = ""
 
     @property
@@ -148,6 +150,7 @@ def report_of(options: argparse.Namespace, stage: str) -> dict:
 
 def run_stage(stages: Iterable[Stage], options: argparse.Namespace) -> int:
     """Runs the one stage that the options name, in this process, and returns the exit status."""
+    machine.end_with_parent()
     (stage,) = (stage for stage in stages if stage.name == options.stage)
     report = Report(options.work / f"{stage.name}.json", options.deadline)
     status, reason = "ok", ""

@@ -30,7 +30,7 @@ NEAR_TIE = {"bfloat16": 0.15, "float16": 0.03}
 LIKELY = 5
 UNLIKELY = 99.0  # stands for the gap of a token that is not among those
 STOCK, SPARSE = "stock", "sparse"
-SPARDA, SPARDA_AHEAD = "sparda-resident", "sparda-sparse-prompts"
+SPARDA, SPARDA_AHEAD = "sparda-all-framed", "sparda-sparse-prompts"
 
 # Every token passes through compaction's layout and the sparse kernel, and all of them are read.
 WHOLE = {"token_budget": 1 << 16, "stage1": False, "min_context": 64}
@@ -105,6 +105,7 @@ class Variant:
         pool_tokens: Size of the KV pool, to force preemption.
         expect: Counter that must have grown, of the plugin's or ``preemptions``, ``cached``.
         beyond: Counter or gauge that it must have outgrown.
+        compared: Tokens of each request that are compared; None compares all.
         backend: Whose settings these are.
         profiled: vLLM finds out what memory there is, for which it builds what is on the GPU and
             captures graphs once more. No other engine may run meanwhile.
@@ -120,6 +121,7 @@ class Variant:
     pool_tokens: int | None = None
     expect: str | None = None
     beyond: str | None = None
+    compared: int | None = None
     backend: str = "ROCKETKV"
     profiled: bool = False
 
@@ -162,9 +164,20 @@ def variants(*, tiny: bool = False) -> dict[str, Variant]:
             pool_tokens=tight,
             expect="preemptions",
         ),
+        # Their prompts are attended as a whole, so that the first token is stock vLLM's.
+        **{
+            name.lower(): Variant(
+                {key: little[key] for key in ("token_budget", "min_context")},
+                baseline=STOCK,
+                compared=1,
+                expect="decode_rows",
+                backend=name,
+            )
+            for name in ("QUEST", "SNAPKV", "STREAMINGLLM")
+        },
         "sparda-whole": sparda(STOCK, paged(choosing, **everything), dtype=None, beyond=None),
         SPARDA: sparda(None, {**choosing, "resident": True}, mode=llms.EAGER, **unlike),
-        "sparda-offload": sparda(SPARDA, paged(choosing)),
+        "sparda-ahead": sparda(SPARDA, paged(choosing)),
         "sparda-blocking": sparda(SPARDA, paged(choosing, prefetch=False)),
         SPARDA_AHEAD: sparda(None, paged(choosing, **ahead), mode=llms.EAGER, **unlike),
         "sparda-graphs": sparda(SPARDA_AHEAD, paged(choosing, **ahead)),
@@ -180,9 +193,13 @@ ABOUT = {
     SPARSE: "baseline: a small budget, graphs",
     "whole-graphs": "budget of the whole context = stock, graphs",
     "whole-eager": "budget of the whole context = stock, eager",
+    **{
+        name: f"{name.upper()}, a small budget: the first token = stock"
+        for name in ("quest", "snapkv", "streamingllm")
+    },
     "sparda-whole": "SPARDA, top_k of the whole context, offloaded = stock",
     SPARDA: "baseline: SPARDA, few blocks, all on the device, eager",
-    "sparda-offload": "the same blocks, graphs, fetched ahead on a side stream",
+    "sparda-ahead": "the same blocks, graphs, fetched ahead on a side stream",
     "sparda-blocking": "the same blocks, graphs, fetched when needed",
     SPARDA_AHEAD: "baseline: SPARDA, sparse prompts, offloaded, eager",
     "sparda-graphs": "the same in graphs",
@@ -264,7 +281,7 @@ def run(name: str, report: Report, options: argparse.Namespace) -> None:
             problems.append(f"same tokens as {variant.differs_from}, so this proves nothing")
     if variant.baseline:
         theirs = report_of(options, variant.baseline)["facts"]["outputs"]
-        for divergence in _differences(outputs, theirs):
+        for divergence in _differences(outputs, theirs, variant.compared):
             report.add(**divergence._asdict(), ok=divergence.gap <= NEAR_TIE[dtype])
         wrong = [row for row in report.rows if not row["ok"]]
         if wrong:
@@ -274,9 +291,11 @@ def run(name: str, report: Report, options: argparse.Namespace) -> None:
         raise CheckFailedError("; ".join(problems))
 
 
-def _differences(outputs: list[dict], baseline: list[dict]) -> list[Divergence]:
-    steps = [request["steps"] for request in baseline]
-    tokens = [[step["token"] for step in request["steps"]] for request in outputs]
+def _differences(
+    outputs: list[dict], baseline: list[dict], compared: int | None = None
+) -> list[Divergence]:
+    steps = [request["steps"][:compared] for request in baseline]
+    tokens = [[step["token"] for step in request["steps"][:compared]] for request in outputs]
     return divergences(tokens, steps * (len(outputs) // len(steps)))
 
 

@@ -66,7 +66,7 @@ def speedups(results: Results, arm: str) -> dict[tuple[int, int], tuple[float, f
 
     A batch that was preempted is none of its size, and does not count.
     """
-    dense = {**steps(results.get("dense-more")), **steps(results.get(DENSE))}
+    dense = steps(_with_more(results, DENSE))
     return {
         key: (
             dense[key]["step_ms"]["median"] / row["step_ms"]["median"],
@@ -74,6 +74,15 @@ def speedups(results: Results, arm: str) -> dict[tuple[int, int], tuple[float, f
         )
         for key, row in steps(results.get(arm)).items()
         if key in dense and not (row["preemptions"] or dense[key]["preemptions"])
+    }
+
+
+def _with_more(results: Results, arm: str) -> dict[str, Any]:
+    """An arm's rows and those of its larger batches; where both have one, the arm's own wins."""
+    return {
+        "rows": [
+            row for name in (f"{arm}-more", arm) for row in results.get(name, {}).get("rows", [])
+        ]
     }
 
 
@@ -91,10 +100,10 @@ def largest(results: Results, arm: str, context: int) -> int | None:
 
 def overheads(results: Results, arm: str) -> dict[int, float]:
     """By how many percent cold prefills take longer than stock vLLM's, where both have several."""
-    dense = prefills(results.get(DENSE))
+    dense = prefills(_with_more(results, DENSE))
     return {
         context: 100 * (statistics.median(seconds) / statistics.median(dense[context]) - 1)
-        for context, seconds in prefills(results.get(arm)).items()
+        for context, seconds in prefills(_with_more(results, arm)).items()
         if min(len(seconds), len(dense.get(context, ()))) > 1
     }
 
@@ -115,8 +124,8 @@ def targets(results: Results) -> list[Target]:
     for budget in (1024, 256):
         ratios = speedups(results, f"rocket-{budget}")
         cells = [
-            *((f"{n}K, batch 1", (n * K, 1), x) for n, x in ((16, 1.0), (32, 1.2), (128, 1.8))),
-            ("32K, stock's largest batch", (32 * K, dense_most), 4.0),
+            *((f"{n}K, batch 1", (n * K, 1), x) for n, x in ((16, 1.05), (32, 1.2), (128, 2.0))),
+            ("32K, stock's largest batch", (32 * K, dense_most), 6.0),
         ]
         for what, key, least in cells:
             ratio, bound = ratios.get(key, (None, None))
@@ -126,7 +135,7 @@ def targets(results: Results) -> list[Target]:
     over = overheads(results, "rocket-1024")
     for n in (32, 128):
         what = f"prefill overhead at {n}K, t = 1024, %"
-        found.append(Target(what, over.get(n * K), None, most=3.0))
+        found.append(Target(what, over.get(n * K), None, most=2.0))
     ahead = paged_row(results, "sparda-offload", "prefetch", FORCED)
     for what, least, other in (
         ("prefetch over blocking", 1.5, paged_row(results, "sparda-offload", "blocking", FORCED)),

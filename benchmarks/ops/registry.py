@@ -113,7 +113,9 @@ def sides(op: Op, arguments: Arguments) -> tuple[Side, Side]:
 
 
 def _copy(value: Any) -> Any:
-    return type(value)(*map(torch.clone, value)) if isinstance(value, tuple) else value.clone()
+    if isinstance(value, tuple):
+        return type(value)(*map(_copy, value))
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def differences(ops: Iterable[Op], arguments: Arguments, dtype: torch.dtype) -> Iterator[Found]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import bounds
-from benchmarks.ops.kernels import Blocks, Ranking, Unframed, reference, triton
+from benchmarks.ops.kernels import Blocks, NewWindows, Ranking, Unframed, reference, triton
 from benchmarks.ops.registry import WRONG, Op, Side, differences, error, output_error, same, unless
 from benchmarks.ops.sparda_inputs import PagedCase, Pool, empty_table, make_pool, noise, pinned
 from benchmarks.ops.sparda_steps import STEPS, paged_steps
@@ -92,7 +92,7 @@ def _kept_unlike(actual: Side, expected: Side) -> float:
 
 
 def _window_error(actual: Side, expected: Side) -> float:
-    ours, theirs = (side.arguments["compressed"] for side in (actual, expected))
+    ours, theirs = (side.arguments["windows"].compressed for side in (actual, expected))
     written = ~theirs.isnan()
     in_place = (~ours.isnan()).equal(written)
     return error(ours[written], theirs[written]) if in_place else WRONG
@@ -112,8 +112,9 @@ ATTEND = Op(
     ),
 )  # fmt: skip
 PART = Op("attend part", "attend_part", _part_error)
+# Again the same tokens, now with the windows that they complete.
+WINDOWS = Op("complete windows", "write_tokens", _window_error, writes=("windows",))
 RECORD = Op("record queries", "record_queries", _kept_unlike, 0.0, ("kept",))
-WINDOWS = Op("update windows", "update_windows", _window_error, writes=("compressed",))
 
 
 def _named(op: Op, suffix: str) -> Op:
@@ -140,7 +141,7 @@ def check(
         yield from compare([_named(PART, name)], arguments)
     tokens = _tokens(case, pool, generator)
     yield "write tokens", unless(_writes_alike(tokens, pool)), 0.0  # late: it changes the pool
-    yield from compare([RECORD, WINDOWS], tokens)
+    yield from compare([WINDOWS, RECORD], tokens)
 
 
 def selections(case: PagedCase, pool: Pool, generator: torch.Generator) -> dict[str, Arguments]:
@@ -306,8 +307,9 @@ def _tokens(case: PagedCase, pool: Pool, generator: torch.Generator) -> Argument
         "key": fused[:, 1 : 1 + case.kv_heads], "value": fused[:, -case.kv_heads :],
         "kept": empty((case.num_blocks, case.heads, case.dim)), "query": query,
         "last": torch.arange(case.rows, device=device), "block_size": size,
-        "compressed": torch.full_like(pool.compressed, torch.nan), "source": pool.seen,
-        "positions": positions, "block_table": pool.table, "stride": stride,
+        "windows": NewWindows(
+            torch.full_like(pool.compressed, torch.nan), positions, pool.table, stride
+        ), "host": pool.seen,
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from vllm_sparse.kernels.cpu import build
+from vllm_sparse.kernels.reference.sparda_select import rotate
 from vllm_sparse.kernels.types import Selected
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def select_blocks(
     assert compressed.stride(-1) == block_table.stride(-1) == 1
     group, row_stride, head_stride = 0, 0, 0
     if vectors is not None:
+        if ranking.rotary is not None:
+            vectors = rotate(vectors, positions.clamp(min=0), ranking.rotary)
         vectors = vectors.to(compressed.dtype)
         assert vectors.stride(-1) == 1
         group = vectors.shape[1] // kv_heads

@@ -69,7 +69,7 @@ void update_windows(T* compressed, const T* source, const T* slab, const int32_t
       float* sum = sums.data();
       for (int64_t token = end - size; token < end; ++token) {
         const int64_t piece = blocks[token / s.block_size] * s.kv_heads + h;
-        const int64_t frame = frame_of ? frame_of[piece] : -1;
+        const int64_t frame = frame_of[piece];
         const T* key = (frame < 0 ? source + piece * s.block_size * 2 * s.dim
                                   : slab + frame * s.block_size * 2 * s.dim) +
                        token % s.block_size * 2 * s.dim;
@@ -93,7 +93,7 @@ void update_windows(T* compressed, const T* source, const T* slab, const int32_t
 
 extern "C" {
 
-// dtype: as with_dtype names it; others return 2. slab and frame_of may be null.
+// dtype: as with_dtype names it; others return 2.
 int vllm_sparse_update_windows(int dtype, void* compressed, const void* source, const void* slab,
                                const int32_t* frame_of, const int64_t* positions,
                                const int32_t* table, const SpardaWindowSizes* sizes) {

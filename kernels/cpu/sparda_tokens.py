@@ -4,9 +4,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from vllm_sparse.kernels.cpu import build
+from vllm_sparse.kernels.reference import sparda_tokens as reference
+
+if TYPE_CHECKING:
+    from vllm_sparse.kernels.types import NewWindows
 
 WriteSizes = build.sizes(
     "SpardaWriteSizes",
@@ -23,11 +29,22 @@ RecordSizes = build.sizes(
 
 
 def write_tokens(
-    host: Tensor, slab: Tensor, frame_of: Tensor, slots: Tensor, key: Tensor, value: Tensor
+    host: Tensor,
+    slab: Tensor,
+    frame_of: Tensor,
+    slots: Tensor,
+    key: Tensor,
+    value: Tensor,
+    windows: NewWindows | None = None,
 ) -> None:
     """Store tokens on the host, and in those frames that hold their pieces.
 
-    Memory is contiguous, but for tokens and heads of ``key`` and ``value``.
+    Memory is contiguous, but for tokens and heads of ``key`` and ``value``, and for rows of the
+    table and blocks, heads and windows of what is compressed. Windows are those of the reference to
+    the last bit.
+
+    Raises:
+        ValueError: Unsupported dtype.
     """
     key, value = key.to(host.dtype), value.to(host.dtype)
     tokens, kv_heads, dim = key.shape
@@ -42,36 +59,32 @@ def write_tokens(
         key.stride(0) * size, key.stride(1) * size, value.stride(0) * size, value.stride(1) * size,
     )  # fmt: skip
     build.call("write_tokens", (host, slab, frame_of, slots, key, value), sizes)
+    if windows is not None:
+        _complete_windows(windows, host, slab, frame_of)
 
 
-def update_windows(
-    compressed: Tensor, source: Tensor, positions: Tensor, block_table: Tensor, stride: int, *,
-    slab: Tensor | None = None, frame_of: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Store the windows of compressed keys that decode rows complete, means of two strides.
-
-    Memory is contiguous, but for rows of the table and blocks, heads and windows of ``compressed``.
-    Results are those of the reference to the last bit.
-
-    Raises:
-        ValueError: Unsupported dtype.
-    """
-    _, kv_heads, block_size, width = source.shape
-    assert compressed.dtype == source.dtype
-    assert block_table.dtype == torch.int32
-    assert source.is_contiguous()
-    assert compressed.stride(3) == block_table.stride(1) == 1
-    positions = positions.to(torch.int64).contiguous()
+def _complete_windows(windows: NewWindows, host: Tensor, slab: Tensor, frame_of: Tensor) -> None:
+    compressed, table = windows.compressed, windows.table
+    _, kv_heads, block_size, width = host.shape
+    assert compressed.dtype == host.dtype
+    assert table.dtype == torch.int32
+    assert compressed.stride(3) == table.stride(1) == 1
+    positions = windows.positions.to(torch.int64).contiguous()
     sizes = WindowSizes(
-        positions.shape[0], kv_heads, block_size, width // 2, stride, block_table.stride(0),
+        positions.shape[0], kv_heads, block_size, width // 2, windows.stride, table.stride(0),
         *compressed.stride()[:3],
     )  # fmt: skip
-    tensors = compressed, source, slab, frame_of, positions, block_table
+    tensors = compressed, host, slab, frame_of, positions, table
     build.call("update_windows", tensors, sizes, dtype=compressed.dtype)
 
 
 def record_queries(
-    kept: Tensor, query: Tensor, slots: Tensor, last: Tensor, block_size: int
+    kept: Tensor,
+    query: Tensor,
+    slots: Tensor,
+    last: Tensor,
+    block_size: int,
+    recent: Tensor | None = None,
 ) -> None:
     """Store the queries of the last token of each block under that block's id.
 
@@ -87,3 +100,14 @@ def record_queries(
         query.stride(1) * size,
     )  # fmt: skip
     build.call("record_queries", (kept, query, slots, last), sizes)
+    if recent is not None:
+        stored = slots[last] >= 0
+        recent[: len(last)][stored] = query[last[stored]].to(recent.dtype)
+
+
+def recall_queries(kept: Tensor, recent: Tensor, places: Tensor, blocks: Tensor) -> Tensor:
+    """Queries of the token before each row, by the reference.
+
+    Not worth a kernel: where host and device are one memory, nobody keeps queries twice.
+    """
+    return reference.recall_queries(kept, recent, places, blocks)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from vllm_sparse.kernels.types import Blocks, Ranking, Selected
+from vllm_sparse.kernels.types import Blocks, Ranking, Rotary, Selected
 
 from vllm_sparse.policies import windows
 
@@ -56,6 +56,8 @@ def select_blocks(
     """
     rows, width = block_table.shape
     kv_heads, size = compressed.shape[1], blocks.block_size
+    if vectors is not None and ranking.rotary is not None:
+        vectors = rotate(vectors, positions.clamp(min=0), ranking.rotary)
     if capacity is None:
         capacity = min(max(blocks.top_k, -(-dense_len // size)), width)
     logical = torch.full((rows, kv_heads, capacity), -1)
@@ -79,6 +81,28 @@ def select_blocks(
         pieces[row, :, :reads] = table[chosen] * kv_heads + torch.arange(kv_heads)[:, None]
         lengths[row] = (reads - 1) * size + position % size + 1
     return Selected(*(part.int().to(compressed.device) for part in (logical, pieces, lengths)))
+
+
+def rotate(vectors: Tensor, positions: Tensor, rotary: Rotary) -> Tensor:
+    """Vectors turned by their positions.
+
+    Args:
+        vectors: ``[R, G, D]``.
+        positions: ``[R]``, none negative.
+        rotary: The embedding; channels beyond those that turn stay.
+
+    Returns:
+        ``[R, G, D]`` in the dtype of ``vectors``.
+    """
+    cos, sin = rotary.cache[positions.long()].float()[:, None].chunk(2, -1)
+    wide = vectors.float()
+    turning, rest = wide.tensor_split([2 * cos.shape[-1]], -1)
+    first, second = (
+        turning.chunk(2, -1) if rotary.halves else (turning[..., ::2], turning[..., 1::2])
+    )
+    turned = first * cos - second * sin, second * cos + first * sin
+    joined = torch.cat(turned, -1) if rotary.halves else torch.stack(turned, -1).flatten(-2)
+    return torch.cat((joined, rest), -1).to(vectors.dtype)
 
 
 def _scores(vectors: Tensor, keys: Tensor, at: Tensor, ranking: Ranking, blocks: Blocks) -> Tensor:

@@ -4,14 +4,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from vllm_sparse.kernels.types import NewWindows
+
 
 def write_tokens(
-    host: Tensor, slab: Tensor, frame_of: Tensor, slots: Tensor, key: Tensor, value: Tensor
+    host: Tensor,
+    slab: Tensor,
+    frame_of: Tensor,
+    slots: Tensor,
+    key: Tensor,
+    value: Tensor,
+    windows: NewWindows | None = None,
 ) -> None:
-    """Store tokens on the host, and in those frames that hold their pieces.
+    """Store tokens on the host, and in those frames that hold their pieces; complete windows.
 
     Args:
         host: ``[blocks, G, block_size, 2 * D]``, changed.
@@ -20,6 +31,7 @@ def write_tokens(
         slots: ``block * block_size + offset`` of each token, negative for padding, ``[T]``.
         key: ``[T, G, D]``.
         value: ``[T, G, D]``.
+        windows: For tokens that each are the newest one of a row.
     """
     kv_heads, size = host.shape[1:3]
     real = slots >= 0
@@ -30,47 +42,26 @@ def write_tokens(
     frame = frame_of[pieces].long()
     held = frame >= 0
     slab[frame[held], offset[:, None].expand_as(frame)[held]] = rows[held]
+    if windows is not None:
+        _complete_windows(windows, host, slab, frame_of)
 
 
-def update_windows(
-    compressed: Tensor,
-    source: Tensor,
-    positions: Tensor,
-    block_table: Tensor,
-    stride: int,
-    *,
-    slab: Tensor | None = None,
-    frame_of: Tensor | None = None,
-) -> None:
-    """Store the windows of compressed keys that decode rows complete, means of two strides.
-
-    A window is stored with the block that holds its last token; it may begin in the one before.
-
-    Args:
-        compressed: ``[blocks, G, windows per block, D]``, changed.
-        source: ``[blocks, G, block_size, 2 * D]``, the rows' newest tokens written.
-        positions: Position of each row's newest token, negative for padding, ``[R]``.
-        block_table: Physical blocks of each row, ``[R, blocks]``.
-        stride: Tokens from one window's start to the next.
-        slab: Read instead of ``source`` where a piece has a frame, ``[frames, block_size, 2 * D]``.
-        frame_of: Frame of each piece or negative, ``[blocks * G]``; needed with ``slab``.
-    """
-    kv_heads, size = source.shape[1:3]
-    dim = compressed.shape[3]
-    for row, position in enumerate(positions.tolist()):
+def _complete_windows(windows: NewWindows, host: Tensor, slab: Tensor, frame_of: Tensor) -> None:
+    """Add windows; pieces are read from their frames where they have one."""
+    kv_heads, size = host.shape[1:3]
+    dim, stride = windows.compressed.shape[3], windows.stride
+    for row, position in enumerate(windows.positions.tolist()):
         if position + 1 < 2 * stride or (position + 1) % stride:
             continue
-        token = torch.arange(position + 1 - 2 * stride, position + 1, device=source.device)
-        block = block_table[row].long()[token // size]
-        rows = source[block, :, token % size]
-        if slab is not None and frame_of is not None:
-            pieces = block[:, None] * kv_heads + torch.arange(kv_heads, device=block.device)
-            frame = frame_of[pieces].long()
-            held = frame >= 0
-            rows[held] = slab[frame[held], (token % size)[:, None].expand_as(frame)[held]]
-        window = position % size // stride
+        token = torch.arange(position + 1 - 2 * stride, position + 1, device=slab.device)
+        block = windows.table[row].long()[token // size]
+        rows = host[block, :, token % size].to(slab.device)
+        pieces = block[:, None] * kv_heads + torch.arange(kv_heads, device=block.device)
+        frame = frame_of[pieces].long()
+        held = frame >= 0
+        rows[held] = slab[frame[held], (token % size)[:, None].expand_as(frame)[held]]
         mean = mean_of_windows(rows[None, ..., :dim])[0]
-        compressed[block[-1], :, window] = mean.to(compressed.dtype)
+        windows.compressed[block[-1], :, position % size // stride] = mean.to(rows.dtype)
 
 
 def mean_of_windows(keys: Tensor) -> Tensor:
@@ -93,7 +84,12 @@ def mean_of_windows(keys: Tensor) -> Tensor:
 
 
 def record_queries(
-    kept: Tensor, query: Tensor, slots: Tensor, last: Tensor, block_size: int
+    kept: Tensor,
+    query: Tensor,
+    slots: Tensor,
+    last: Tensor,
+    block_size: int,
+    recent: Tensor | None = None,
 ) -> None:
     """Store the queries of the last token of each block under that block's id.
 
@@ -103,6 +99,27 @@ def record_queries(
         slots: ``block * block_size + offset`` of each token, negative for padding, ``[T]``.
         last: The last token that this step writes to each block, ``[n]``.
         block_size: Tokens per block.
+        recent: Where they are kept once more, in the order of ``last``, ``[n or more, H, D]``,
+            changed.
     """
-    real = last[slots[last] >= 0]
-    kept[slots[real] // block_size] = query[real].to(kept.dtype)
+    stored = slots[last] >= 0
+    real = last[stored]
+    kept[slots[real] // block_size] = query[real].to(kept.device, kept.dtype)
+    if recent is not None:
+        recent[: len(last)][stored] = query[real].to(recent.dtype)
+
+
+def recall_queries(kept: Tensor, recent: Tensor, places: Tensor, blocks: Tensor) -> Tensor:
+    """Queries that were recorded.
+
+    Args:
+        kept: ``[blocks, H, D]``.
+        recent: ``[n, H, D]`` of the same dtype.
+        places: Where each row's are in ``recent``, negative if nowhere, ``[R]``.
+        blocks: Under which block each row's are kept, ``[R]``.
+
+    Returns:
+        ``[R, H, D]``.
+    """
+    afar = kept[blocks.to(kept.device)].to(recent.device)
+    return torch.where((places >= 0)[:, None, None], recent[places.clamp(min=0)], afar)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Exact decode attention over frames: split over programs, then merged by log-sum-exp."""
+"""Exact decode attention over frames: split over programs, the last of which merges the parts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.triton.attention import (
-    make_shares,
-    merge_shares,
-    store_share,
+from vllm_sparse.kernels.triton.attention import make_shares, store_share
+from vllm_sparse.kernels.triton.counters import MOST_PAIRS, counters
+from vllm_sparse.kernels.triton.launch import (
+    LOG2_E,
+    MOST_SHARES,
+    dim_block,
+    row_block,
+    split_kernel,
 )
-from vllm_sparse.kernels.triton.launch import LOG2_E, dim_block, row_block, split_kernel
 from vllm_sparse.kernels.triton.ops import attend_tile, share_of
 
 if TYPE_CHECKING:
@@ -21,15 +24,69 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.types import Unframed
 
 
-# How wide a table is changes from step to step, which must not compile variants.
+# Numbers of shares that a program holds at once when it merges them.
+_MERGED_AT_ONCE = 4096
+
+
+@triton.jit
+def _merge_shares(
+    partial, lse, first, shares, used, GROUP: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, MOST: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The attention of one row and KV head, ``[BLOCK_M, BLOCK_D]``, from its shares.
+
+    Args:
+        partial: Output of each share, float32 ``[shares, D]`` of all rows and query heads.
+        lse: Log-sum-exp of each share, base 2.
+        first: The first share of the first query head.
+        shares: Room for each query head.
+        used: Shares that there are, at most ``MOST``.
+        GROUP: Query heads.
+        DIM: Head size.
+        BLOCK_M: At least ``GROUP``.
+        BLOCK_D: At least ``DIM``.
+        MOST: Shares that there may be.
+        CHUNK: Shares that are loaded at once.
+    """
+    member = tl.arange(0, BLOCK_M)
+    dim = tl.arange(0, BLOCK_D)
+    share = tl.arange(0, MOST)
+    there = (share < used)[:, None] & (member < GROUP)[None, :]
+    b_lse = tl.load(
+        lse + first + member[None, :] * shares + share[:, None], mask=there, other=float("-inf")
+    )
+    peak = tl.max(b_lse, 0)  # [M]
+    peak = tl.where(member < GROUP, peak, 0.0)
+    mass = tl.sum(tl.exp2(b_lse - peak[None, :]), 0)  # NaN if any share is, which must show
+    b_o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, used, CHUNK):
+        some = start + tl.arange(0, CHUNK)
+        loaded = (some < used)[:, None] & (member < GROUP)[None, :]
+        place = first + member[None, :] * shares + some[:, None]
+        weight = tl.exp2(tl.load(lse + place, mask=loaded, other=float("-inf")) - peak[None, :])
+        b_part = tl.load(
+            partial + place[:, :, None] * DIM + dim[None, None, :],
+            mask=loaded[:, :, None] & (dim < DIM)[None, None, :],
+            other=0.0,
+        )  # [CHUNK, M, D]
+        b_o += tl.sum(weight[:, :, None] * b_part, 0)
+    return b_o / mass[:, None]
+
+
+# How wide a table is changes from step to step, which must not compile variants, nor must the
+# number of rows, on which it depends how often they are split.
 @triton.jit(do_not_specialize=["least", "stride_table"])
 def _attend_frames_kernel(
-    slab, query, frames, lengths, host, table, unframed, partial, lse_out, count, least,
-    scale_log2, stride_query_row, stride_query_head, stride_table, HEADS: tl.constexpr,
-    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UNFRAMED: tl.constexpr,
+    slab, query, output, frames, lengths, host, table, unframed, partial, lse_out, arrived, count,
+    least, scale_log2, stride_query_row, stride_query_head, stride_output_row,
+    stride_output_head, stride_table, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, MOST: tl.constexpr, CHUNK: tl.constexpr, UNFRAMED: tl.constexpr,
 ):  # fmt: skip
-    """All query heads of one KV head against one share of its tokens."""
+    """All query heads of one KV head against one share of its tokens; padding rows become zero.
+
+    The last program of a row and KV head to be done merges what all of them have left.
+    """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     length = tl.load(lengths + row)
@@ -39,18 +96,21 @@ def _attend_frames_kernel(
         length = tl.maximum(length, whole)
         memory = tl.where(whole > 0, host, slab)
         table += row * stride_table
-    if length <= 0:
-        return
-    begin, end = share_of(length, least, 2, BLOCK_N)
     member = tl.arange(0, BLOCK_M)
     query_head = head * GROUP + member
-    at = (row * (HEADS * GROUP) + query_head) * tl.num_programs(2) + tl.program_id(2)
-    if begin >= end:
-        tl.store(lse_out + at, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=member < GROUP)
-        return
     dim = tl.arange(0, BLOCK_D)
     dim_inside = dim < DIM
     mask = (member < GROUP)[:, None] & dim_inside[None, :]
+    target = output + row * stride_output_row
+    target = target + query_head[:, None] * stride_output_head + dim[None, :]
+    element = output.dtype.element_ty
+    if length <= 0:
+        if tl.program_id(2) == 0:
+            tl.store(target, tl.zeros([BLOCK_M, BLOCK_D], element), mask=mask)
+        return
+    begin, end = share_of(length, least, 2, BLOCK_N)
+    if begin >= end:
+        return
     frames += (row * HEADS + head) * count
     b_q = tl.load(
         query + row * stride_query_row + query_head[:, None] * stride_query_head + dim[None, :],
@@ -80,7 +140,24 @@ def _attend_frames_kernel(
         b_k = tl.load(source, mask=loaded, other=0.0)  # [BLOCK_N, BLOCK_D]
         b_v = tl.load(source + DIM, mask=loaded, other=0.0)
         peak, mass, b_o = attend_tile(b_q, b_k, b_v, inside[None, :], peak, mass, b_o, scale_log2)
-    store_share(partial, lse_out, at, member < GROUP, mask, peak, mass, b_o, DIM)
+    shares = tl.num_programs(2)
+    tiles = tl.cdiv(length, BLOCK_N)
+    used = tl.cdiv(tiles, tl.cdiv(tiles, tl.minimum(shares, tl.cdiv(tiles, least))))
+    if used == 1:
+        tl.store(target, (b_o / mass[:, None]).to(element), mask=mask)
+    else:
+        first = (row * (HEADS * GROUP) + head * GROUP) * shares
+        at = first + member * shares + tl.program_id(2)
+        store_share(partial, lse_out, at, member < GROUP, mask, peak, mass, b_o, DIM)
+        # All threads have stored before one of them counts, releasing and acquiring.
+        tl.debug_barrier()
+        arrived += row * HEADS + head
+        if tl.atomic_add(arrived, 1, sem="acq_rel") == used - 1:
+            tl.store(arrived, 0)  # for the next launch
+            merged = _merge_shares(
+                partial, lse_out, first, shares, used, GROUP, DIM, BLOCK_M, BLOCK_D, MOST, CHUNK
+            )
+            tl.store(target, merged.to(element), mask=mask)
 
 
 def attend_frames(
@@ -94,7 +171,8 @@ def attend_frames(
 ) -> None:
     """Same contract as :func:`vllm_sparse.kernels.reference.sparda_attention.attend_frames`.
 
-    Queries are rounded to the slab's dtype. Scratch: ``4 * T * H * D * splits`` bytes.
+    One launch; those of one device must not run beside each other. Queries are rounded to the
+    slab's dtype. Scratch: ``4 * T * H * D * splits`` bytes.
 
     Args:
         slab: ``[frames, block_size, 2 * D]``, contiguous.
@@ -123,13 +201,14 @@ def attend_frames(
     (block, warps, stages), (shares, least) = split_kernel(
         "attend", rows * kv_heads, count * block_size, dim, slab.dtype, device
     )
+    assert rows * kv_heads <= MOST_PAIRS
     query = query.to(slab.dtype)
-    scratch = make_shares(output, shares)
+    members, dims = row_block(heads // kv_heads), dim_block(dim)
     _attend_frames_kernel[(rows, kv_heads, shares)](
-        slab, query, frames, lengths, host, table, whole, *scratch, count, least,
-        scale * LOG2_E, query.stride(0), query.stride(1), table.stride(0),
-        HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim, BLOCK_SIZE=block_size,
-        BLOCK_M=row_block(heads // kv_heads), BLOCK_N=block, BLOCK_D=dim_block(dim),
+        slab, query, output, frames, lengths, host, table, whole, *make_shares(output, shares),
+        counters(device).shares, count, least, scale * LOG2_E, query.stride(0), query.stride(1),
+        output.stride(0), output.stride(1), table.stride(0), HEADS=kv_heads,
+        GROUP=heads // kv_heads, DIM=dim, BLOCK_SIZE=block_size, BLOCK_M=members, BLOCK_N=block,
+        BLOCK_D=dims, MOST=MOST_SHARES, CHUNK=max(1, _MERGED_AT_ONCE // (members * dims)),
         UNFRAMED=unframed is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    merge_shares(scratch, lengths, output, whole if unframed else None)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+from vllm_sparse.kernels.triton.counters import counters as shared_counters
 from vllm_sparse.kernels.triton.launch import launch
 from vllm_sparse.kernels.types import Resolution
 
@@ -17,72 +18,34 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.types import PageTable
 
 # While pieces are given frames, frame_of of an absent one holds _CLAIM + the smallest index at
-# which it is wanted. Then it holds _RANK + TILE * the tile of that index + its number among the
-# pieces that are so claimed from this tile. So no scratch of the size of the host pool is needed,
-# nor resetting it. Indices are smaller than the distance of the two.
+# which it is wanted, and then _RANK + its number among the absent ones. So no scratch of the size
+# of the host pool is needed, nor resetting it. Indices are smaller than the distance of the two.
 _CLAIM = tl.constexpr(-(2**31))
 _RANK = tl.constexpr(-(2**30))
 
 
-# The number of rows changes from step to step, which must not compile variants.
-@triton.jit(do_not_specialize=["total"])
-def _look_up_kernel(
-    wanted, frame_of, last_use, recent, step, arrived, counters, total, BLOCK: tl.constexpr,
+@triton.jit
+def _find_frames(
+    wanted, frame_of, piece_of, last_use, recent, hand, now, missing, targets, misses, counters,
+    total, num_frames, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Marks the frames that are there; the first of those who want an absent piece claims it."""
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    piece = tl.load(wanted + index, mask=index < total, other=-1)
-    wants = piece >= 0
-    frame = tl.load(frame_of + piece, mask=wants, other=-1)
-    hit = wants & (frame >= 0)
-    now = tl.load(step)
-    before = tl.atomic_xchg(
-        last_use + frame, tl.full([BLOCK], 0, tl.int64) + now, mask=hit, sem="relaxed"
-    )
-    tl.store(recent + frame, tl.full([BLOCK], 1, tl.uint8), mask=hit)
-    tl.atomic_min(frame_of + piece, index + _CLAIM, mask=wants & ~hit, sem="relaxed")
-    # Of those who want the same piece, one finds the frame unused in this step.
-    hits = tl.sum((hit & (before != now)).to(tl.int64), 0)
-    tl.atomic_add(counters, hits, sem="relaxed")
-    if tl.program_id(0) == 0:
-        tl.store(arrived, 0)
-
-
-@triton.jit(do_not_specialize=["total"])
-def _replace_kernel(
-    wanted, frame_of, piece_of, last_use, recent, hand, step, ranks, targets, misses, arrived,
-    counters, total, num_frames, TILE: tl.constexpr,
-):  # fmt: skip
-    """Counts the absent pieces, tile by tile; the last program to do so finds all of them frames.
-
-    Which piece gets which of these frames is left to the next launch.
-    """
+    """Numbers the absent pieces in the order in which they are wanted, and finds them frames."""
     lane = tl.arange(0, TILE)
-    tile = tl.program_id(0)
-    tiles = tl.num_programs(0)
-    index = tile * TILE + lane
-    piece = tl.load(wanted + index, mask=index < total, other=-1)
-    # Others may have put a rank in place of a claim, but never of this program's.
-    claim = tl.load(frame_of + piece, mask=piece >= 0, other=0)
-    first = claim == index + _CLAIM
-    ones = first.to(tl.int32)
-    rank = tile * TILE + tl.cumsum(ones, 0) - ones
-    tl.store(frame_of + piece, rank + _RANK, mask=first)
-    tl.store(ranks + tile, tl.sum(ones, 0))
-    tl.debug_barrier()
-    if tl.atomic_add(arrived, 1, sem="acq_rel") != tiles - 1:
-        return
-
     needed = 0
-    for start in range(0, tiles, TILE):
-        inside = start + lane < tiles
-        ones = tl.load(ranks + start + lane, mask=inside, other=0)
-        tl.store(ranks + start + lane, needed + tl.cumsum(ones, 0) - ones, mask=inside)
+    for start in range(0, total, TILE):
+        index = start + lane
+        piece = tl.load(wanted + index, mask=index < total, other=-1)
+        # Ranks that were put in place of claims are no claims of this program's.
+        claim = tl.load(frame_of + piece, mask=piece >= 0, other=0)
+        first = claim == index + _CLAIM
+        ones = first.to(tl.int32)
+        rank = needed + tl.cumsum(ones, 0) - ones
+        tl.store(frame_of + piece, rank + _RANK, mask=first)
+        tl.store(missing + rank, piece, mask=first)
         needed += tl.sum(ones, 0)
 
     # Two rounds of the clock. The first clears the marks of the frames it passes, so the second
     # takes all that are left; what was taken or cleared must be visible to it.
-    now = tl.load(step)
     begin = tl.load(hand).to(tl.int32)
     after = begin
     taken = 0
@@ -116,11 +79,44 @@ def _replace_kernel(
     tl.atomic_add(counters + 2, (taken < needed).to(tl.int64), sem="relaxed")
 
 
+# The number of rows changes from step to step, which must not compile variants.
 @triton.jit(do_not_specialize=["total"])
-def _fill_kernel(
-    wanted, frame_of, piece_of, ranks, targets, misses, missing, frames, total,
-    TILE: tl.constexpr, BLOCK: tl.constexpr,
+def _look_up_kernel(
+    wanted, frame_of, piece_of, last_use, recent, hand, step, missing, targets, misses, arrived,
+    counters, total, num_frames, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """Marks the frames that are there; the first of those who want an absent piece claims it.
+
+    The last program to do so counts the absent pieces and finds all of them frames. Which piece
+    gets which of these frames is left to the next launch.
+    """
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    piece = tl.load(wanted + index, mask=index < total, other=-1)
+    wants = piece >= 0
+    frame = tl.load(frame_of + piece, mask=wants, other=-1)
+    hit = wants & (frame >= 0)
+    now = tl.load(step)
+    before = tl.atomic_xchg(
+        last_use + frame, tl.full([BLOCK], 0, tl.int64) + now, mask=hit, sem="relaxed"
+    )
+    tl.store(recent + frame, tl.full([BLOCK], 1, tl.uint8), mask=hit)
+    tl.atomic_min(frame_of + piece, index + _CLAIM, mask=wants & ~hit, sem="relaxed")
+    # Of those who want the same piece, one finds the frame unused in this step.
+    hits = tl.sum((hit & (before != now)).to(tl.int64), 0)
+    tl.atomic_add(counters, hits, sem="relaxed")
+    # All threads are done before one of them counts, releasing and acquiring.
+    tl.debug_barrier()
+    if tl.atomic_add(arrived, 1, sem="acq_rel") != tl.num_programs(0) - 1:
+        return
+    tl.store(arrived, 0)  # for the next launch
+    _find_frames(
+        wanted, frame_of, piece_of, last_use, recent, hand, now, missing, targets, misses,
+        counters, total, num_frames, TILE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["total"])
+def _fill_kernel(wanted, frame_of, piece_of, targets, misses, frames, total, BLOCK: tl.constexpr):
     """Gives the absent pieces their frames, and everyone theirs.
 
     All who want an absent piece write the same, so whoever comes late may find the frame or, as
@@ -132,20 +128,19 @@ def _fill_kernel(
     frame = tl.load(frame_of + piece, mask=piece >= 0, other=-1)
     absent = frame < -1
     rank = tl.where(absent, frame - _RANK, 0)
-    rank = tl.load(ranks + rank // TILE, mask=absent, other=0) + rank % TILE
     served = absent & (rank < tl.load(misses))  # else the slab is full
     frame = tl.where(absent, tl.load(targets + rank, mask=served, other=-1), frame)
     tl.store(frame_of + piece, frame, mask=absent)
     tl.store(piece_of + frame, piece.to(tl.int64), mask=served)
-    tl.store(missing + rank, piece, mask=served)
     tl.store(frames + index, frame, mask=inside)
 
 
 def resolve(table: PageTable, wanted: Tensor, step: Tensor, counters: Tensor) -> Resolution:
     """Same contract as :func:`vllm_sparse.kernels.reference.sparda_paging.resolve`.
 
-    Three launches, whatever is missing. In the second, the program that is done last scans the
-    frames from the clock hand and stops as soon as every missing piece has one.
+    Two launches, whatever is missing; those of one device must not run beside each other. In the
+    first, the program that is done last goes over what is wanted, then scans the frames from the
+    clock hand and stops as soon as every missing piece has one.
     """
     total, num_frames, device = wanted.numel(), len(table.piece_of), wanted.device
     assert wanted.is_contiguous()
@@ -161,20 +156,15 @@ def resolve(table: PageTable, wanted: Tensor, step: Tensor, counters: Tensor) ->
         return result
     block, warps, _ = launch("wanted", device)
     tile, tile_warps, _ = launch("replace", device)
-    lookups, tiles = -(-total // block), -(-total // tile)
-    ranks, arrived = (torch.empty(size, dtype=torch.int32, device=device) for size in (tiles, 1))
-    recent = table.recent.view(torch.uint8)
+    lookups, counts = -(-total // block), shared_counters(device).lookups
     _look_up_kernel[(lookups,)](
-        wanted, table.frame_of, table.last_use, recent, step, arrived, counters, total,
-        BLOCK=block, num_warps=warps,
-    )  # fmt: skip
-    _replace_kernel[(tiles,)](
-        wanted, table.frame_of, table.piece_of, table.last_use, recent, table.hand, step, ranks,
-        targets, misses, arrived, counters, total, num_frames, TILE=tile, num_warps=tile_warps,
+        wanted, table.frame_of, table.piece_of, table.last_use, table.recent.view(torch.uint8),
+        table.hand, step, missing, targets, misses, counts, counters, total, num_frames,
+        BLOCK=block, TILE=tile, num_warps=tile_warps,
     )  # fmt: skip
     _fill_kernel[(lookups,)](
-        wanted, table.frame_of, table.piece_of, ranks, targets, misses, missing, frames, total,
-        TILE=tile, BLOCK=block, num_warps=warps,
+        wanted, table.frame_of, table.piece_of, targets, misses, frames, total, BLOCK=block,
+        num_warps=warps,
     )  # fmt: skip
     return result
 

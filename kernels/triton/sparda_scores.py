@@ -84,16 +84,49 @@ def _share_of_free_blocks(
     return share_of(blocks * WINDOWS, least, 2, BLOCK_N)
 
 
+@triton.jit
+def _turned(
+    vector, cache, position, dim, stride_cache, DIM: tl.constexpr, HALF: tl.constexpr,
+    HALVES: tl.constexpr,
+):  # fmt: skip
+    """A vector after its rotary embedding, rounded as a stored one would be; float32 ``[D]``.
+
+    Each channel loads the one that it turns with: that is cheaper than to exchange them.
+    """
+    inside = dim < DIM
+    turns = dim < 2 * HALF
+    if HALVES:
+        is_first = dim < HALF
+        other = tl.where(is_first, dim + HALF, dim - HALF)
+        angle = tl.where(is_first, dim, dim - HALF)
+    else:
+        is_first = dim % 2 == 0
+        other = tl.where(is_first, dim + 1, dim - 1)
+        angle = dim // 2
+    stored = tl.load(vector + dim, mask=inside, other=0.0)
+    own = stored.to(tl.float32)
+    partner = tl.load(vector + other, mask=turns, other=0.0).to(tl.float32)
+    cache += position.to(tl.int64) * stride_cache + angle
+    cos = tl.load(cache, mask=turns, other=1.0).to(tl.float32)
+    sin = tl.load(cache + HALF, mask=turns, other=0.0).to(tl.float32)
+    turned = own * cos + tl.where(is_first, -partner, partner) * sin
+    return turned.to(stored.dtype).to(tl.float32)
+
+
 # How wide a table is changes from step to step, which must not compile variants, nor must the
 # number of rows, on which it depends how often they are split.
 @triton.jit(do_not_specialize=["width", "least", "stride_table"])
 def _forecast_kernel(
-    compressed, vectors, table, positions, best, first, lag, top_k, dense_len, local_blocks,
-    width, least, stride_block, stride_head, stride_slot, stride_vector_row, stride_vector_head,
-    stride_table, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    compressed, vectors, table, positions, cache, best, first, lag, top_k, dense_len,
+    local_blocks, width, least, stride_block, stride_head, stride_slot, stride_vector_row,
+    stride_vector_head, stride_table, stride_cache, HEADS: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HALF: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one share of a row's windows by the vector of its KV head."""
+    """Scores of one share of a row's windows by the vector of its KV head.
+
+    Half of the channels that turn by the row's position; none turn if it is 0.
+    """
     WINDOWS: tl.constexpr = BLOCK_SIZE // STRIDE
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -104,7 +137,10 @@ def _forecast_kernel(
     dim = tl.arange(0, BLOCK_D)
     dim_inside = dim < DIM
     vectors += row * stride_vector_row + head.to(tl.int64) * stride_vector_head
-    b_f = tl.load(vectors + dim, mask=dim_inside, other=0.0).to(tl.float32)
+    if HALF:
+        b_f = _turned(vectors, cache, position, dim, stride_cache, DIM, HALF, HALVES)
+    else:
+        b_f = tl.load(vectors + dim, mask=dim_inside, other=0.0).to(tl.float32)
     compressed += head.to(tl.int64) * stride_head
     table += row * stride_table
     best += (row * HEADS + head) * width
@@ -265,9 +301,14 @@ def score_blocks(
     }  # fmt: skip
     local = blocks.local_blocks
     if not ranking.softmax:
+        cache, halves = ranking.rotary or (vectors[0, 0], False)
+        turning = cache.shape[1] if ranking.rotary else 0
+        assert turning <= dim
+        assert cache.stride(-1) == 1
         _forecast_kernel[(rows, kv_heads, shares)](
-            compressed, vectors, table, positions, best, first, local_blocks=local, least=least,
-            BLOCK_N=max(block, windows), **rows_of, **keys,
+            compressed, vectors, table, positions, cache, best, first, local_blocks=local,
+            least=least, stride_cache=cache.stride(0), BLOCK_N=max(block, windows),
+            HALF=turning // 2, HALVES=halves, **rows_of, **keys,
         )  # fmt: skip
         return best, first
     logits = torch.empty(at_once, heads, width * windows, dtype=torch.float32, device=device)

@@ -76,6 +76,11 @@ def test_gpu_path_gives_the_cpu_path_s_tokens(llama, prompts, case):
     names = ["decode_rows", "visible_blocks", "selected_blocks", "device_to_host_bytes"]
     assert [run["counters"][k] for k in names] == [reference["counters"][k] for k in names]
     assert run["counters"]["frame_misses"] > 0
+    launches = run["launches"]
+    attended = launches["_attend_frames_kernel"]
+    assert launches["_look_up_kernel"] == launches["_fill_kernel"] == attended
+    scoring = "_softmax_kernel" if "selector" in changes else "_forecast_kernel"
+    assert 0 < launches[scoring] <= launches["_choose_kernel"] <= attended
 
 
 def test_a_slab_that_the_gpu_cannot_hold_is_refused(monkeypatch):

@@ -30,7 +30,7 @@ def test_the_check_prints_its_worst_errors():
     engine = {"same": 5, "requests": 6, "graphs": "CUDAGraphMode.FULL_DECODE_ONLY"}
     text, further = check.summary(
         {
-            "kernels": {**status, "rows": rows, "facts": {}},
+            check.PARITY: {**status, "rows": rows, "facts": {}},
             "chunked": {**status, "rows": [{"gap": 0.02}], "facts": engine},
         }
     )
@@ -43,10 +43,10 @@ def test_the_check_prints_its_worst_errors():
 def test_kernel_parity_runs_in_the_interpreter(tmp_path):
     """As the program runs it; the same arguments without --tiny and --device are the real thing."""
     pytest.importorskip("triton")
-    arguments = ["--tiny", "--device", "cpu", "--only", "kernels", "--out", str(tmp_path)]
+    arguments = ["--tiny", "--device", "cpu", "--only", check.PARITY, "--out", str(tmp_path)]
     assert check.main(arguments) == 0
     result = json.loads((tmp_path / "gpu-check.json").read_text())
-    rows = result["stages"]["kernels"]["rows"]
+    rows = result["stages"][check.PARITY]["rows"]
     assert {row["kernel"] for row in rows} >= {
         "append",
         "select slots",
@@ -61,7 +61,7 @@ def test_kernel_parity_runs_in_the_interpreter(tmp_path):
         "attend part, causal",
         "attend part, chosen",
         "write tokens",
-        "update windows",
+        "complete windows",
     }
     assert all(row["ok"] for row in rows)
     assert result["passed"]
@@ -132,9 +132,10 @@ def test_sparda_parity_notices_wrong_choices_and_tables(monkeypatch):
 
     unlike.__signature__ = inspect.signature(sparda_select.select_blocks)
 
-    def host_only(host, slab, frame_of, *rest, right=sparda_tokens.write_tokens):
-        right(host, slab, frame_of.fill_(-1), *rest)
+    def host_only(host, slab, frame_of, *rest, right=sparda_tokens.write_tokens, **options):
+        right(host, slab, frame_of.fill_(-1), *rest, **options)
 
+    host_only.__signature__ = inspect.signature(sparda_tokens.write_tokens)
     monkeypatch.setattr(sparda_paging, "resolve", marked)
     monkeypatch.setattr(sparda_select, "select_blocks", unlike)
     monkeypatch.setattr(sparda_tokens, "write_tokens", host_only)

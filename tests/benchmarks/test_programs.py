@@ -8,15 +8,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from benchmarks.gpu import bench, check, stages
+from benchmarks.gpu import bench, check, first, stages
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("program", [check, bench])
+@pytest.mark.parametrize("program", [check, bench, first])
 def test_plans_are_consistent(program, capsys, tmp_path):
     every = program.plan(program.parser_of().parse_args([]))
     names = [stage.name for stage in every]
@@ -33,7 +34,7 @@ def test_plans_are_consistent(program, capsys, tmp_path):
 
 def test_the_planning_process_imports_neither_torch_nor_vllm():
     code = (
-        "import sys; from benchmarks.gpu import bench, check; "
+        "import sys; from benchmarks.gpu import bench, check, first, tune; "
         "print([m for m in ('torch', 'vllm', 'vllm_sparse', 'triton') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -42,7 +43,7 @@ def test_the_planning_process_imports_neither_torch_nor_vllm():
 
 def test_make_targets_run_the_programs():
     text = (ROOT / "Makefile").read_text()
-    for name in ("check", "bench"):
+    for name in ("first", "check", "bench", "tune"):
         assert re.search(rf"^gpu-{name}:.*##", text, re.M)
         assert f"-m benchmarks.gpu.{name}" in text
 
@@ -59,25 +60,80 @@ def test_without_a_part_the_most_wanted_stages_come_first():
     assert every == set(names)
 
 
+def test_the_first_run_has_what_the_others_would_run_and_fits_ten_minutes():
+    """Stages of one name are the same, so that the others need not run them again."""
+    options = first.parser_of().parse_args([])
+    others = {
+        stage.name: stage
+        for program in (check, bench)
+        for stage in program.plan(program.parser_of().parse_args([]))
+    }
+    every = first.plan(options)
+    for stage in every:
+        theirs = others[stage.name]
+        assert getattr(stage.run, "args", stage.run) == getattr(theirs.run, "args", theirs.run)
+    assert options.budget_s + 13 < 600  # with a stage that has to be killed
+    names = [stage.name for stage in every]
+    assert names[-4:] == ["dense", "rocket-1024", "sparda-offload", "sparda-resident"]
+    assert [stage.name for stage in every if stage.alone] == names[-4:]
+    assert {stage.name for stage in every if stage.needs} == set(first.ENGINES[1:])
+    checked = sum(stage.limit_s for stage in every[:3])
+    # Even if all checks hang, which run a few at once, the most wanted cells are measured.
+    assert checked + sum(s.limit_s for s in every if s.name in ("dense", "rocket-1024")) < 620
+
+
+def test_no_stage_has_the_name_of_another_program_s():
+    """Or a program would take the result of a stage that does something else for its own."""
+    from benchmarks.gpu import tune
+
+    parser = first.parser_of()
+    parser.set_defaults(install=True)
+    plans = [program.plan(parser.parse_args([])) for program in (check, bench, tune)]
+    names = [{stage.name for stage in plan} - {"smoke"} for plan in plans]
+    assert len(set().union(*names)) == sum(map(len, names))
+
+
 def test_target_cells_come_first_and_overheads_have_several_prefills():
     from benchmarks.gpu import decode
 
     stages_of = {stage.name for part in ("rocketkv", "more") for stage in part_of(part)}
     assert set(decode.CELLS) <= stages_of
     for name in ("dense", "rocket-1024"):
-        first = decode.CELLS[name][:3]
-        assert [(cell.context // 1024, cell.batches) for cell in first] == [
-            (32, (1,)),
-            (128, (1,)),
-            (16, (1,)),
-        ]
-        assert first[0].prefills >= 3
-        assert first[1].prefills >= 2
+        cells = decode.CELLS[name]
+        assert [(cell.context // 1024, cell.batches[0]) for cell in cells] == [
+            (32, 1), (128, 1), (16, 1),
+        ]  # fmt: skip
+        assert cells[0].batches[-1] == decode.MOST  # before minutes go into a long prompt
+        assert cells[0].prefills >= 3
+        assert [cell.prefills for cell in (cells[1], decode.CELLS[f"{name}-more"][1])] == [1, 2]
+
+
+def test_a_cell_that_fails_costs_no_other_one(tmp_path):
+    from benchmarks.gpu import decode
+
+    class Subject:
+        done: ClassVar[list[tuple[int, bool]]] = []
+        finished = 0
+
+        def measure(self, cell, *, look):
+            self.done.append((cell.context, look))
+            if cell.context == 2:
+                raise RuntimeError("selected pages are runs of slots")
+
+        def finish(self):
+            self.finished += 1
+
+    report, subject = stages.Report(tmp_path / "report.json"), Subject()
+    with pytest.raises(stages.CheckFailedError, match="2: selected pages"):
+        decode.measure_cells(subject, [decode.Cell(n, (1,)) for n in (2, 4, 1)], report)
+    assert subject.done == [(2, True), (4, False), (1, False)]
+    assert subject.finished == 1
+    assert report.rows == [{"context": 2, "failed": "selected pages are runs of slots"}]
 
 
 def test_what_must_be_checked_comes_first_and_one_engine_is_alone():
     every = {stage.name: stage for stage in check.plan(check.parser_of().parse_args([]))}
     names = list(every)
-    wanted = {"kernels", "whole-eager", "chunked", "prefix-cache", "preemption", "sanitizer"}
+    wanted = {check.PARITY, "whole-eager", "chunked", "prefix-cache", "preemption", "sanitizer"}
     assert wanted <= set(names[: names.index("sparda-whole")])
     assert [name for name, stage in every.items() if stage.alone] == ["sparda-profiled"]

@@ -71,6 +71,13 @@ def plan(options):
         stages.Stage("checks", checks, 60),
         stages.Stage("refuses", refuses, 60),
         stages.Stage("watched", succeeds, 60, prefix=("sh", "-c", '"$@"; exit 9', "sh")),
+        stages.Stage(
+            "unwatchable",
+            checks,
+            60,
+            prefix=("sh", "-c", 'echo "= not supported"; "$@"', "sh"),
+            unavailable=("not supp",),
+        ),
         stages.Stage("dependent", succeeds, 60, needs=("crashes",)),
     ]
     naps = [stages.Stage(name, sleeps, 60, alone=name == "alone") for name in NAPS]
@@ -117,6 +124,7 @@ def test_every_ending_of_a_stage_is_told_apart_and_keeps_its_rows(tmp_path, caps
         "checks": "failed",
         "refuses": "not available",
         "watched": "failed",
+        "unwatchable": "not available",
         "dependent": "skipped",
     }
     assert found["succeeds"]["rows"] == [{"value": 1.5}]
@@ -127,11 +135,12 @@ def test_every_ending_of_a_stage_is_told_apart_and_keeps_its_rows(tmp_path, caps
     assert found["raises"]["reason"] == "out of luck"
     assert found["checks"]["reason"] == "3 is not 4"
     assert found["refuses"]["reason"] == "no such thing here"
+    assert found["unwatchable"]["reason"] == "not supported"
     assert found["dependent"]["reason"] == "needs crashes"
     assert result["environment"]["seed"] == 7
     assert "torch" in result["environment"]["versions"]
     assert "gpu" in result["environment"]
-    assert result["extra"] == 8
+    assert result["extra"] == 9
     assert has_ended(found["hangs"]["facts"]["child"])
     printed = capsys.readouterr().out
     assert printed.index("stage ") < printed.index("a table") < printed.index("full result")
@@ -183,6 +192,11 @@ def test_what_has_been_measured_is_merged_and_not_measured_again(tmp_path, capsy
     merged = result["stages"]["succeeds"]
     assert merged == {**first["stages"]["succeeds"], "of": first["environment"]["date"]}
     assert "succeeds (at most" not in capsys.readouterr().err.split("raises: failed")[-1]
+    first["stages"]["succeeds"]["rows"].append({"skipped": "no time"})
+    first["stages"]["another program's"] = first["stages"]["succeeds"] | {"rows": []}
+    earlier.write_text(json.dumps(first))
+    again = run(tmp_path, "--merge", str(earlier), "--only", "refuses")
+    assert list(again["stages"]) == ["refuses"]  # nothing is taken over that left something out
     with pytest.raises(SystemExit):
         run(tmp_path, "--merge", str(earlier), "--seed", "1", "--only", "refuses")
     assert "seed was 0 and is 1" in capsys.readouterr().err

@@ -24,7 +24,7 @@ def test_the_first_difference_of_each_request_is_found_with_its_gap():
 def test_variants_cover_what_is_asked_for():
     every = tokens.variants()
     assert {"whole-graphs", "whole-eager", "chunked", "prefix-cache", "preemption"} <= set(every)
-    assert {"sparda-whole", "sparda-offload", "sparda-blocking", "sparda-graphs"} <= set(every)
+    assert {"sparda-whole", "sparda-ahead", "sparda-blocking", "sparda-graphs"} <= set(every)
     for name, variant in every.items():
         assert variant.baseline or variant.differs_from or name == tokens.STOCK
         if variant.settings:

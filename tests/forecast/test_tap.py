@@ -24,6 +24,7 @@ def test_rotation_partial_and_long(partial, long, monkeypatch):
         get_rope,
         phi3_long_rope_scaled_rope,
     )
+    from vllm_sparse.kernels.reference.sparda_select import rotate
 
     from vllm_sparse.forecast.tap import ForecastTap
 
@@ -62,8 +63,35 @@ def test_rotation_partial_and_long(partial, long, monkeypatch):
             (first * cos - second * sin, second * cos + first * sin, x[..., rotary_dim:]), -1
         )
         torch.testing.assert_close(tap.rotate(positions, x), want, atol=2e-4, rtol=2e-4)
+        known = tap.rotary()
+        assert known is not None
+        torch.testing.assert_close(rotate(x, positions, known), want, atol=2e-4, rtol=2e-4)
         assert torch.equal(x, before)
     assert tap.rotate(positions[:0], values[:0, 0]).shape == (0, KV_HEADS, DIM)
+
+
+def test_a_rotation_that_kernels_do_not_know_is_left_to_the_model():
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+    from vllm_sparse.kernels.reference.sparda_select import rotate
+
+    from vllm_sparse.forecast.tap import ForecastTap
+
+    class Own(RotaryEmbedding):
+        def forward_native(self, *args: Any) -> Any:
+            return super().forward_native(*args)
+
+    values, positions = torch.randn(3, 1, KV_HEADS, DIM), torch.tensor([0, 7, 31])
+    for kind, halves in ((RotaryEmbedding, True), (RotaryEmbedding, False), (Own, True)):
+        with set_current_vllm_config(VllmConfig()):
+            rotary = kind(DIM, DIM, 64, 100.0, halves, torch.float32)
+        tap = ForecastTap(rotary, 16, values, False)
+        known = tap.rotary()
+        if kind is Own:
+            assert known is None
+        else:
+            turned = rotate(values[:, 0], positions, known)
+            torch.testing.assert_close(turned, tap.rotate(positions, values[:, 0]))
 
 
 def test_an_unfilled_tap_shows():

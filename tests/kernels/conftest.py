@@ -18,15 +18,18 @@ def _interpreter(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _poisoned_integers(monkeypatch):
-    """Uninitialised lists point far outside any memory; floats are NaN already."""
-    for name in ("empty", "empty_like"):
-        original = getattr(torch, name)
+    """Uninitialised lists point far outside any memory, as floats are NaN."""
+    poison = {torch.int32: FAR, torch.int64: FAR << 16, torch.uint8: 0xAB}
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        original = getattr(owner, name)
 
         def poisoned(*args, _original=original, **kwargs):
             tensor = _original(*args, **kwargs)
-            return tensor.fill_(FAR) if tensor.dtype == torch.int32 else tensor
+            if tensor.is_floating_point():
+                return tensor.fill_(torch.nan)
+            return tensor.fill_(poison[tensor.dtype]) if tensor.dtype in poison else tensor
 
-        monkeypatch.setattr(torch, name, poisoned)
+        monkeypatch.setattr(owner, name, poisoned)
 
 
 @pytest.fixture(params=["cpu", "triton"])

@@ -18,7 +18,7 @@ from support.kernels import (
     with_gaps,
 )
 from vllm_sparse.kernels.reference.sparda_select import gather_windows
-from vllm_sparse.kernels.types import Blocks, Ranking
+from vllm_sparse.kernels.types import Blocks, Ranking, Rotary
 
 from vllm_sparse.policies import sparda
 
@@ -87,6 +87,28 @@ def test_selection_equals_reference(ours, shape, kind, tile, monkeypatch):
         assert a.dtype == torch.int32
     assert (actual.blocks[0] == -1).all()
     assert actual.lengths[0] == 0
+
+
+@pytest.mark.parametrize("halves", [True, False], ids=["halves", "neighbours"])
+@pytest.mark.parametrize(
+    ("dtype", "dim", "turning"),
+    [(torch.float32, 64, 64), (torch.bfloat16, 80, 80), (torch.float16, 96, 40)],
+)
+def test_vectors_turn_by_their_positions(ours, halves, dtype, dim, turning):
+    """Those of the model's rotary embedding, in a cache whose rows are further apart."""
+    device, size = device_of(ours), 32
+    *inputs, blocks, _ = make_selection(device, dtype, dim, 1, size, Ranking(False), False)
+    angle = torch.outer(
+        torch.arange(float(40 * size)), 100.0 ** -(torch.arange(0, turning, 2) / turning)
+    )
+    cache = with_gaps(torch.cat((angle.cos(), angle.sin()), -1).to(device, dtype), 2)
+    ranking = Ranking(False, rotary=Rotary(cache, halves))
+    expected = REFERENCE.select_blocks(*inputs, ranking, blocks)
+    actual = ours.select_blocks(*inputs, ranking, blocks)
+    for name, a, b in zip(actual._fields, actual, expected, strict=True):
+        assert a.equal(b), name
+    for other in (Ranking(False), Ranking(False, rotary=Rotary(cache, not halves))):
+        assert not ours.select_blocks(*inputs, other, blocks).blocks.equal(expected.blocks)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -19,6 +19,7 @@ from support.kernels import (
     with_gaps,
 )
 from vllm_sparse.kernels.reference.sparda_tokens import mean_of_windows
+from vllm_sparse.kernels.types import NewWindows
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -57,9 +58,8 @@ def test_written_tokens_equal_reference(ours, dtype, block_size, dim):
 @pytest.mark.parametrize(
     ("block_size", "dim", "stride"), [(16, 64, 8), (64, 80, 16), (128, 128, 16), (32, 256, 16)]
 )
-@pytest.mark.parametrize("frames", [False, True])
-def test_windows_equal_reference(ours, dtype, block_size, dim, stride, frames):
-    """With frames, half of the pieces have one, and may not be read from the host."""
+def test_windows_equal_reference(ours, dtype, block_size, dim, stride):
+    """Half of the pieces have a frame, and may not be read from the host; nor may the new token."""
     device = device_of(ours)
     generator = torch.Generator().manual_seed(dim)
     kv_heads, width = 2, 4
@@ -72,19 +72,22 @@ def test_windows_equal_reference(ours, dtype, block_size, dim, stride, frames):
     source = noise(
         rows * width, kv_heads, block_size, 2 * dim, generator=generator, device=device, dtype=dtype
     )
+    slots = torch.full((rows,), -1)
     for row, position in enumerate(positions.tolist()):
         table[row, max(position // block_size + 1, 0) :] = FAR
         if position >= 0:
             newest = int(table[row, position // block_size])
-            source[newest, :, position % block_size + 1 :] = torch.nan
-    options = {}
-    if frames:
-        pieces = source.flatten(0, 1)
-        held = torch.randperm(len(pieces), generator=generator)[: len(pieces) // 2]
-        frame_of = torch.randint(-(2**31), 0, (len(pieces),), generator=generator).int()
-        frame_of[held] = torch.arange(len(held)).int()
-        options = {"slab": pieces[held.to(device)], "frame_of": frame_of.to(device)}
-        pieces[held.to(device)] = torch.nan
+            source[newest, :, position % block_size :] = torch.nan
+            slots[row] = newest * block_size + position % block_size
+    pieces = source.flatten(0, 1)
+    held = torch.randperm(len(pieces), generator=generator)[: len(pieces) // 2]
+    frame_of = torch.randint(-(2**31), 0, (len(pieces),), generator=generator).int()
+    frame_of[held] = torch.arange(len(held)).int()
+    slab = pieces[held.to(device)]
+    pieces[held.to(device)] = torch.nan
+    key, value = (
+        noise(rows, kv_heads, dim, generator=generator, device=device, dtype=dtype) for _ in "kv"
+    )
     results = []
     for kernels in (ours, REFERENCE):
         compressed = torch.full(
@@ -92,14 +95,19 @@ def test_windows_equal_reference(ours, dtype, block_size, dim, stride, frames):
             device=device,
         )  # fmt: skip
         compressed = with_gaps(compressed, 3)
-        kernels.update_windows(compressed, source, positions.to(device), table, stride, **options)
-        results.append(compressed)
-    mine, theirs = results
+        written = source.clone(), slab.clone(), frame_of.to(device)
+        windows = NewWindows(compressed, positions.to(device), table, stride)
+        kernels.write_tokens(*written, slots.to(device), key, value, windows)
+        results.append((compressed, *written[:2]))
+    (mine, *ours_written), (theirs, *expected) = results
     assert mine.isnan().equal(theirs.isnan())
     complete = (positions + 1 >= 2 * stride) & ((positions + 1) % stride == 0)
     assert (~mine.isnan()).sum() == int(complete.sum()) * kv_heads * dim
     close(mine.nan_to_num(7), theirs.nan_to_num(7), dtype)
-    ours.update_windows(compressed, source, positions[:0].to(device), table[:0], stride)
+    assert all(same(*pair) for pair in zip(ours_written, expected, strict=True))
+    none = (x[:0].to(device) for x in (slots, key, value, positions, table))
+    slots, key, value, *rest = none
+    ours.write_tokens(*written, slots, key, value, NewWindows(compressed, *rest, stride))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -119,6 +127,34 @@ def test_recorded_queries_equal_reference(ours, dtype, heads, dim):
         results.append(kept)
     assert same(*results)
     assert (~results[0].isnan()).any((1, 2)).tolist() == [True, False, False, True, False, True]
+    recents = []
+    for kernels in (ours, REFERENCE):
+        recent = torch.full((8, heads, dim), torch.nan, dtype=dtype, device=device)
+        again = torch.full_like(results[0], torch.nan)
+        kernels.record_queries(again, query, slots, last, 32, recent)
+        assert same(again, results[0])
+        recents.append(recent)
+    assert same(*recents)
+    real = [True, True, False, True, False, False, False, False]
+    assert (~recents[0].isnan()).any((1, 2)).tolist() == real
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("heads", "dim"), [(3, 64), (12, 80), (8, 256)])
+def test_recalled_queries_equal_reference(every, dtype, heads, dim):
+    """Neither those that are recent are read from the host, nor the others from what is recent."""
+    device = device_of(every)
+    generator = torch.Generator().manual_seed(dim)
+    kept, recent = (
+        noise(n, heads, dim, generator=generator, device=device, dtype=dtype) for n in (6, 4)
+    )
+    places = torch.tensor([2, -1, 0, -1, 3], device=device)
+    blocks = torch.tensor([5, 4, 3, 0, 1], device=device)
+    expected = torch.stack([recent[2], kept[4], recent[0], kept[0], recent[3]])
+    kept[[5, 3, 1, 2]] = torch.nan
+    recent[1] = torch.nan
+    assert every.recall_queries(kept, recent, places, blocks).equal(expected)
+    assert not len(every.recall_queries(kept, recent, places[:0], blocks[:0]))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -129,9 +165,17 @@ def test_windows_in_c_are_those_of_prompts_to_the_last_bit(dtype, block_size, st
     source = torch.randn(3, 2, block_size, 2 * dim, generator=generator).to(dtype)
     table = torch.tensor([[2, 0]], dtype=torch.int32)
     compressed = torch.zeros(3, 2, block_size // stride, dim, dtype=dtype)
+    no_frames = torch.full((6,), -1, dtype=torch.int32)
     rows = source[[2, 0], :, :, :dim].transpose(1, 2).flatten(0, 1)  # [token, head, dim]
     for end in range(2 * stride, 2 * block_size + 1, stride):
-        sparda("cpu").update_windows(compressed, source, torch.tensor([end - 1]), table, stride)
+        last = end - 1
+        block, slot = (2, 0)[last // block_size], torch.tensor([last % block_size])
+        newest = source[block, :, last % block_size].split(dim, -1)
+        sparda("cpu").write_tokens(
+            source, source[:0, 0], no_frames, block * block_size + slot,
+            *(part[None].contiguous() for part in newest),
+            NewWindows(compressed, torch.tensor([last]), table, stride),
+        )  # fmt: skip
         window = rows[end - 2 * stride : end][None]
         expected = mean_of_windows(window).to(dtype)[0]
         torch.testing.assert_close(

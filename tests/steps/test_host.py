@@ -386,6 +386,24 @@ def test_single_tokens_are_planned_as_others_are(batch, captured) -> None:
         assert counts == expected_counts
 
 
+def test_rows_find_the_row_that_they_were_in_the_step_before() -> None:
+    """By the block that they have written to, whatever their order; new and idle ones find none."""
+    options = simple(selector="previous")
+    planner = RowPlanner(options, 8, torch.device("cpu"), captured=True)
+
+    def follows(*rows: Row) -> list[int]:
+        step, _ = plan_rows(options, list(rows), True, planner)
+        return step.decode.tokens.previous_rows.tolist()
+
+    first, second, padding = [4, 7, 9], [2, 5, 6], Row(0, 0, 0, [])
+    assert follows(Row(20, 1, 5, first), Row(15, 1, 5, second[:2])) == [-1, -1]
+    assert follows(Row(16, 1, 5, second), Row(21, 1, 5, first), padding) == [1, 0, -1]
+    assert follows(padding, Row(8, 1, 5, [1, 3]), Row(22, 1, 5, first)) == [-1, -1, 1]
+    assert follows(Row(17, 1, 5, second), Row(9, 1, 5, [1, 3])) == [-1, 1]
+    planner.forget()  # after a batch with a prompt
+    assert follows(Row(18, 1, 5, second), Row(10, 1, 5, [1, 3])) == [-1, -1]
+
+
 def test_padding_rows_read_and_write_nothing() -> None:
     step, counts = plan_rows(simple(), [Row(20, 1, 5, [4, 7, 9]), Row(0, 0, 0, [])], True)
     assert step.slots.tolist() == [9 * 8 + 4, -1]

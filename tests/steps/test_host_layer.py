@@ -65,6 +65,9 @@ class Selector:
     def vectors(self, layer, tokens, query):
         return torch.zeros(len(tokens.index), HEADS, DIM)
 
+    def unrotated(self, *_):
+        raise NotImplementedError
+
     def scores(self, vectors, keys, positions):
         return torch.rand(HEADS, len(positions), keys.shape[1])
 

@@ -73,8 +73,8 @@ def run_engine(
     Returns:
         ``tokens[wave][request]``, ``cached[wave][request]`` (prefix-cache hits in tokens),
         ``counters`` (of the worker and scheduler if in process), ``preemptions``, ``free_blocks``
-        ``[before, after]``, ``copy_threads`` after the
-        engine has shut down (if in process) and ``log``.
+        ``[before, after]``, ``launches`` of our Triton kernels (if interpreted in process),
+        ``copy_threads`` after the engine has shut down (if in process) and ``log``.
     """
     arguments = {
         "max_model_len": 1024,
@@ -111,7 +111,7 @@ def run_engine(
 
 def serve(job: dict[str, Any]) -> None:
     """Do what :func:`run_engine` was asked for, in a process with nothing else to do."""
-    from support import stand_ins
+    from support import adversary, stand_ins
 
     for name in job["stand_ins"]:
         getattr(stand_ins, name)()
@@ -140,6 +140,7 @@ def serve(job: dict[str, Any]) -> None:
     from vllm_sparse import metrics
 
     counted = metrics.counters()._values
+    result["launches"] = dict(adversary.LAUNCHES)
     result["counters"] = {"/".join(filter(None, key)): value for key, value in counted.items()}
     result["preemptions"] = sum(
         metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"

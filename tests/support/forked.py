@@ -82,6 +82,9 @@ def _fork_for_every_job() -> None:
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
         _interpret_triton()
     if os.environ.get("TRITON_INTERPRET") == "1":
+        adversary = importlib.import_module("support.adversary")
+        adversary.install()
+        adversary.poison_scratch()
         importlib.import_module("support.interpreter").patch_language_once_per_launch()
     for name in _IMPORTED:
         importlib.import_module(name)

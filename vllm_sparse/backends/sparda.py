@@ -22,6 +22,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_sparse import metrics
 from vllm_sparse.backends.base import (
+    KnownPrompts,
     SparseBackend,
     ask_for_prompt_lengths,
     is_rehearsal,
@@ -130,10 +131,13 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         blocks, fresh = geometry.num_blocks, machine.attend_fresh is not None
         self.planner = SpardaPlanner(settings, blocks, counters.add, fresh)
         self._rehearsal = SpardaPlanner(settings, blocks, lambda *_: None, fresh)
-        self._rows = RowPlanner(settings, most_rows(vllm_config), device, machine.captured)
+        self._prompts = KnownPrompts(vllm_config.scheduler_config.max_num_seqs, machine.captured)
+        rows = most_rows(vllm_config)
+        self._rows = RowPlanner(settings, rows, device, machine.captured)
         self._bytes_per_token = geometry.host_bytes // (blocks * geometry.block_size)
         self._steps = 0
-        self.runtime = runtime_of(settings, geometry, kv_cache_spec.dtype, layers, machine)
+        dtype = kv_cache_spec.dtype
+        self.runtime = runtime_of(settings, geometry, dtype, layers, machine, rows)
         for number, layer in enumerate(layers):
             layer.impl.layer = Layer(self.runtime, number)
         ask_for_prompt_lengths(vllm_config)
@@ -161,28 +165,36 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         if planner is self.planner:
             tokens = int(common.query_start_loc_cpu[count])
             metrics.counters().add("device_to_host_bytes", tokens * self._bytes_per_token)
-        step = self._plan_rows(common, planner) if common.max_query_len == 1 else None
+        if planner is self.planner:
+            prompts, new = self._prompts.read(common)
+        else:
+            prompts, new = prompt_lengths(common).cpu(), False
+        step = self._plan_rows(common, planner, prompts) if common.max_query_len == 1 else None
         if step is not None:
             return step
+        self._rows.forget()
         return planner.plan(
             common.query_start_loc_cpu[: count + 1],
             sequence_lengths(common),
-            prompt_lengths(common).cpu(),
-            common.block_table_tensor[:count].cpu(),
+            prompts,
+            common.block_table_tensor[:count],
+            new,
         ).to(self.device)
 
     def _plan_rows(
-        self, common: CommonAttentionMetadata, planner: SpardaPlanner
+        self, common: CommonAttentionMetadata, planner: SpardaPlanner, prompts: Tensor
     ) -> SpardaStep | None:
         """Plan a batch of single tokens, if that can be done where they are."""
-        rows, prefilling = common.num_reqs, common.is_prefilling
+        rows = common.num_reqs
+        prefilling = common.is_prefilling is not None and bool(common.is_prefilling.any())
         return self._rows.plan(
             planner,
             common.seq_lens[:rows],
             sequence_lengths(common),
-            prompt_lengths(common),
+            # On the host where that is asked for, else where they are.
+            prompts if prefilling else prompt_lengths(common),
             common.block_table_tensor[:rows],
-            prefilling is not None and bool(prefilling.any()),
+            prefilling,
         )
 
 

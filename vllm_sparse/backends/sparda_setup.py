@@ -13,6 +13,7 @@ from torch import Tensor
 from vllm_sparse import metrics
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kv.host.geometry import GIB, Geometry, plan_frames
+from vllm_sparse.kv.host.memory import page_aligned
 from vllm_sparse.kv.host.pager import Pager
 from vllm_sparse.policies.selectors import (
     ForecastSelector,
@@ -93,8 +94,18 @@ def runtime_of(
     dtype: torch.dtype,
     layers: list[Any],
     machine: Machine,
+    rows: int,
 ) -> Runtime:
-    """Allocate the host pool and the slab, and what copies between them."""
+    """Allocate the host pool and the slab, and what copies between them.
+
+    Args:
+        settings: The settings.
+        geometry: Sizes of the cache.
+        dtype: Of keys and values.
+        layers: The engine's attention layers.
+        machine: What this kind of device brings.
+        rows: Most rows of a batch of single tokens.
+    """
     kernels, lane, count = machine.kernels, machine.lane, metrics.counters().add
     pager = Pager(geometry, dtype, settings.poison, machine.view)
     return Runtime(
@@ -102,7 +113,7 @@ def runtime_of(
         layers[0].impl.scale,
         pager,
         kernels,
-        _selector(settings, geometry, dtype, layers, machine),
+        _selector(settings, geometry, dtype, layers, machine, rows, pager.layers[0].slab.device),
         Fetcher(pager, kernels, lane, count, settings.prefetch),
         PromptStream(pager, kernels, lane, settings.staging_blocks, count, settings.prefetch),
         layers,
@@ -137,6 +148,8 @@ def _selector(
     dtype: torch.dtype,
     layers: list[Any],
     machine: Machine,
+    rows: int,
+    device: torch.device,
 ) -> Selector:
     """What chooses blocks in these layers.
 
@@ -148,13 +161,19 @@ def _selector(
         return QuerySelector(settings.kernel_stride, impl.scale)
     if kind == "previous":
         shape = (geometry.num_layers, geometry.num_blocks, impl.num_heads, geometry.head_dim)
-        kept = torch.empty(shape, dtype=dtype, device="cpu")
+        recent = None
+        if machine.captured:
+            recent = torch.zeros(shape[0], rows, *shape[2:], dtype=dtype, device=device)
         return PreviousSelector(
             settings.kernel_stride,
             impl.scale,
-            machine.view(kept) if machine.view else kept,
+            machine.view(page_aligned(shape, dtype))
+            if machine.view
+            else torch.empty(shape, dtype=dtype, device="cpu"),
             geometry.block_size,
             machine.kernels.record_queries,
+            machine.kernels.recall_queries,
+            recent,
         )
     missing = [layer.layer_name for layer in layers[:-1] if not hasattr(layer, "sparda_tap")]
     if missing:
@@ -162,7 +181,10 @@ def _selector(
             f"selector {kind} needs a projection beside qkv_proj, which these layers lack: "
             f"{', '.join(missing)}. Choose selector query or previous"
         )
-    return ForecastSelector([getattr(layer, "sparda_tap", None) for layer in layers])
+    taps = [getattr(layer, "sparda_tap", None) for layer in layers]
+    # On a CPU the model's own kernel is as fast; on a GPU every launch counts.
+    rotary = taps[0].rotary() if machine.captured and taps[0] is not None else None
+    return ForecastSelector(taps, rotary)
 
 
 def start_line(runtime: Runtime, config: VllmConfig) -> str:
@@ -173,7 +195,9 @@ def start_line(runtime: Runtime, config: VllmConfig) -> str:
     mode = "a layer ahead" if ahead and settings.prefetch else "when a layer runs"
     if all(geometry.is_resident(layer) for layer in range(geometry.num_layers)):
         mode = "never, as every block has a frame"
-        if not settings.resident:
+        if settings.slab_gib is not None:
+            mode += " (the slab holds the whole host pool; raise host_gib to serve more)"
+        elif not settings.resident:
             mode += (
                 f" (--max-num-seqs {config.scheduler_config.max_num_seqs} may need them all; lower "
                 "it, or set slab_gib, to keep fewer on the device)"
@@ -189,6 +213,7 @@ def start_line(runtime: Runtime, config: VllmConfig) -> str:
         f"{'sparse' if settings.sparse_prefill else 'dense'}; host pool "
         f"{geometry.host_bytes / GIB:.2f} GiB{total} for {geometry.num_blocks - 1} blocks = "
         f"{tokens} tokens; device slab {geometry.slab_bytes / GIB:.3f} GiB, "
-        f"{geometry.frames[-1]} frames a layer, staging {runtime.stream.nbytes / GIB:.3f} GiB; "
+        f"{geometry.frames[-1]} frames a layer for {config.scheduler_config.max_num_seqs} requests "
+        f"at once, staging {runtime.stream.nbytes / GIB:.3f} GiB; "
         f"fetched {mode}; kernels: {kernels.name}{note}"
     )

@@ -17,19 +17,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from vllm.model_executor.layers.rotary_embedding import (
+    Phi3LongRoPEScaledRotaryEmbedding,
+    RotaryEmbedding,
+)
 from vllm.utils.torch_utils import direct_register_custom_op
+
+from vllm_sparse.kernels.types import Rotary
 
 OP_NAME = "vllm_sparse_record_forecast"
 
 
-def _record(forecast: Tensor, qkv: Tensor, values: Tensor) -> None:
+def _record(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, qkv: Tensor, values: Tensor
+) -> None:
     # CUDA graphs pad the batch, at most to a few tokens more than the scheduler allows.
-    tokens = min(forecast.shape[0], values.shape[0])
-    values[:tokens].copy_(forecast[:tokens].view(tokens, *values.shape[1:]))
+    tokens = min(hidden.shape[0], values.shape[0])
+    # The product lands where it is read: one launch.
+    target, hidden = values[:tokens].flatten(1), hidden[:tokens]
+    if bias is None:
+        torch.mm(hidden, weight.T, out=target)
+    else:
+        torch.addmm(bias, hidden, weight.T, out=target)
 
 
-def _record_fake(forecast: Tensor, qkv: Tensor, values: Tensor) -> None:
+def _record_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, qkv: Tensor, values: Tensor
+) -> None:
     return None
 
 
@@ -97,8 +111,21 @@ class ForecastTap(nn.Module):
             hidden_states: Input of ``qkv_proj``, ``[T, hidden]``.
             qkv: Its output; the recording happens before anything derived from it is used.
         """
-        forecast = functional.linear(hidden_states, self.weight, self.bias)
-        torch.ops.vllm.vllm_sparse_record_forecast(forecast, qkv, self.values)
+        torch.ops.vllm.vllm_sparse_record_forecast(
+            hidden_states, self.weight, self.bias, qkv, self.values
+        )
+
+    def rotary(self) -> Rotary | None:
+        """What :meth:`rotate` does, in words that kernels know; ``None`` if they do not."""
+        module = self._rotary[0]
+        if isinstance(module, Phi3LongRoPEScaledRotaryEmbedding):
+            begin = module.original_max_position_embeddings * module.use_long_rope
+            return Rotary(module.long_short_cos_sin_cache[begin:], halves=True)
+        ours = RotaryEmbedding.forward_native
+        if isinstance(module, RotaryEmbedding) and type(module).forward_native is ours:
+            cache = module._match_cos_sin_cache_dtype(self.values)
+            return Rotary(cache, halves=bool(module.is_neox_style))
+        return None
 
     def rotate(self, positions: Tensor, values: Tensor) -> Tensor:
         """Apply the model's rotary embedding.

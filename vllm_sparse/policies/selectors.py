@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from vllm_sparse.kernels.types import Ranking
+from vllm_sparse.kernels.types import Ranking, Rotary
 from vllm_sparse.policies import windows
 
 if TYPE_CHECKING:
@@ -26,12 +26,15 @@ class Tokens:
         positions: Positions in their requests, int64 ``[n]``.
         previous_blocks: Physical block of the token before each, int64 ``[n]``.
         previous_index: Batch position of the token before each if it is in this step, else -1.
+        previous_rows: In a batch of single tokens that follows another one, the row of the token
+            before each in that, else -1; ``None`` in other batches.
     """
 
     index: Tensor
     positions: Tensor
     previous_blocks: Tensor
     previous_index: Tensor
+    previous_rows: Tensor | None = None
 
     def __getitem__(self, part: slice | Tensor) -> Tokens:
         return Tokens(
@@ -47,7 +50,8 @@ class Selector(Protocol):
 
     Attributes:
         ahead: The scores are available while the layer before is computed.
-        ranking: The scores of :meth:`scores`, in the words of the kernel that decode rows take.
+        ranking: The scores of :meth:`scores`, in the words of the kernel that decode rows take. If
+            it turns vectors itself, it is given those of :meth:`unrotated`.
     """
 
     ahead: bool
@@ -67,6 +71,17 @@ class Selector(Protocol):
         """
         ...
 
+    def unrotated(self, layer: int, rows: int, index: Tensor | None) -> Tensor:
+        """What :meth:`vectors` gives, before the model's rotary embedding, ``[n, G, D]``.
+
+        Args:
+            layer: The layer.
+            rows: How many.
+            index: Their positions in the batch; ``None`` if they are the first ones, in order,
+                which costs nothing.
+        """
+        ...
+
     def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
         """Window scores.
 
@@ -80,7 +95,7 @@ class Selector(Protocol):
         """
         ...
 
-    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
+    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor, single: bool) -> None:
         """Called once per layer and step, after the layer's selection.
 
         Args:
@@ -88,6 +103,7 @@ class Selector(Protocol):
             query: Its post-RoPE queries, ``[T, H, D]``.
             slots: ``block * block_size + offset`` of each token, int64 ``[T]``.
             last: Batch positions of the last token that this step writes to each block, int64.
+            single: The batch is one of single tokens, and ``last`` lists them all in order.
         """
         ...
 
@@ -99,26 +115,32 @@ class ForecastSelector:
     Args:
         taps: Of every layer but the last: recorded projections ``values`` ``[T, parts, G, D]``
             before RoPE, and ``rotate``. Layer 0's first part is for itself.
+        rotary: What ``rotate`` does, where decode rows have the kernel do it.
     """
 
     ahead = True
-    ranking = Ranking(softmax=False)
 
-    def __init__(self, taps: Sequence[Any]) -> None:
+    def __init__(self, taps: Sequence[Any], rotary: Rotary | None = None) -> None:
         self._taps = taps
+        self.ranking = Ranking(softmax=False, rotary=rotary)
 
     def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
         """What a tap recorded for the layer, rotated; needs no query, ``[n, G, D]``."""
-        tap = self._taps[max(layer - 1, 0)]
-        part = 1 if layer == 1 else 0
-        rotated: Tensor = tap.rotate(tokens.positions, tap.values[tokens.index, part])
+        values = self.unrotated(layer, len(tokens.index), tokens.index)
+        rotated: Tensor = self._taps[max(layer - 1, 0)].rotate(tokens.positions, values)
         return rotated
+
+    def unrotated(self, layer: int, rows: int, index: Tensor | None) -> Tensor:
+        """What a tap recorded for the layer, before its rotary embedding, ``[n, G, D]``."""
+        part = 1 if layer == 1 else 0
+        values: Tensor = self._taps[max(layer - 1, 0)].values
+        return values[:rows, part] if index is None else values[index, part]
 
     def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
         """Dot products, float32 ``[..., G, T, windows]``."""
         return windows.forecast_scores(vectors, keys)
 
-    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
+    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor, single: bool) -> None:
         """Nothing to keep."""
 
 
@@ -141,6 +163,10 @@ class QuerySelector:
         assert query is not None
         return query[tokens.index]
 
+    def unrotated(self, layer: int, rows: int, index: Tensor | None) -> Tensor:
+        """Never asked for: queries come with their rotary embedding."""
+        raise NotImplementedError
+
     def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
         """A softmax of each head, summed over its group, float32 ``[..., G, T, windows]``."""
         return windows.query_scores(
@@ -152,7 +178,7 @@ class QuerySelector:
             scale=self.ranking.scale,
         )
 
-    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
+    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor, single: bool) -> None:
         """Nothing to keep."""
 
 
@@ -169,6 +195,9 @@ class PreviousSelector(QuerySelector):
             pool of keys and values, of which only blocks in use take memory unless it is pinned.
         block_size: Tokens per block.
         record: The kernel ``record_queries``, which keeps them.
+        recall: The kernel ``recall_queries``, which finds them again.
+        recent: Where those of the last batch of single tokens are kept on a device, ``[layers,
+            rows, H, D]``, so that the host's are read only by rows that were not in it.
     """
 
     ahead = True
@@ -180,16 +209,23 @@ class PreviousSelector(QuerySelector):
         kept: Tensor,
         block_size: int,
         record: Callable[..., None],
+        recall: Callable[..., Tensor],
+        recent: Tensor | None = None,
     ) -> None:
         super().__init__(kernel_stride, scale)
         self.ranking = Ranking(softmax=True, scale=scale, lag=1)
         self._kept = kept
         self._block_size = block_size
         self._record = record
+        self._recall = recall
+        self._recent = recent
 
     def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
         """Queries of the tokens before: kept ones, or of this step, ``[n, H, D]``."""
-        kept = self._kept[layer].index_select(0, tokens.previous_blocks)
+        rows, blocks = tokens.previous_rows, tokens.previous_blocks
+        if self._recent is not None and rows is not None:
+            return self._recall(self._kept[layer], self._recent[layer], rows, blocks)
+        kept = self._kept[layer].index_select(0, blocks)
         if query is None:  # decode: the token before belongs to an earlier step
             return kept
         here = tokens.previous_index
@@ -199,6 +235,7 @@ class PreviousSelector(QuerySelector):
         """The same softmax over the windows that were complete at the token before."""
         return super().scores(vectors, keys, positions - 1)
 
-    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
+    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor, single: bool) -> None:
         """Keeps the queries of the last token in each block, for the token that follows it."""
-        self._record(self._kept[layer], query, slots, last, self._block_size)
+        recent = self._recent[layer] if single and self._recent is not None else None
+        self._record(self._kept[layer], query, slots, last, self._block_size, recent)

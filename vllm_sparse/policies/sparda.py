@@ -68,8 +68,8 @@ class SpardaSettings(CommonSettings):
     slab_gib: float | None = Field(
         None,
         gt=0,
-        description="Device memory for hot blocks, per rank. Unset: twice the working set of a "
-        "step, at most all blocks.",
+        description="Device memory for hot blocks, per rank. Unset: what the model leaves of a "
+        "GPU; on a CPU twice the working set of a step, at most all blocks.",
     )
     staging_blocks: PositiveInt = Field(
         32, description="Blocks per half of the double buffer that streams prompts back."

@@ -143,7 +143,8 @@ class StreamLane:
     """A CUDA stream of its own, forked and joined as a CUDA graph can capture it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        # Before the computation in the queue for multiprocessors: it takes few, and is waited for.
+        self._stream = torch.cuda.Stream(device, priority=-1)
 
     def fork(self, work: Callable[[], object], nbytes: int = 0) -> Ticket:
         """See :class:`Lane`."""

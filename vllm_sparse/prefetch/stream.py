@@ -68,7 +68,6 @@ class PromptStream:
         self._lane = lane
         self._count = count
         self._prefetch = prefetch
-        self._heads = torch.arange(geometry.num_kv_heads)
         self.staging = torch.empty(
             2,
             tile_blocks * geometry.num_kv_heads,
@@ -77,6 +76,7 @@ class PromptStream:
             dtype=pager.host.dtype,
             device=pager.layers[0].slab.device,
         )
+        self._heads = torch.arange(geometry.num_kv_heads, device=self.staging.device)
         most = self.staging.shape[1]
         self._places = torch.arange(most, dtype=torch.int32, device=self.staging.device)
         self._tiles: Sequence[Tile] = ()
@@ -98,10 +98,10 @@ class PromptStream:
 
     def _pieces_of(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """The pieces of a tile, head-major, and how many they are, on the device."""
-        pieces = (tile.blocks * len(self._heads) + self._heads[:, None]).flatten()
-        device = self.staging.device
-        count = torch.full((1,), len(pieces), dtype=torch.int32, device=device)
-        return upload(pieces, device, torch.int32), count
+        blocks = upload(tile.blocks, self.staging.device)
+        pieces = (blocks * len(self._heads) + self._heads[:, None]).flatten().int()
+        count = torch.full((1,), len(pieces), dtype=torch.int32, device=pieces.device)
+        return pieces, count
 
     def read(self, layer: int, index: int) -> Tensor:
         """Wait for a tile; start the copy of the one after it.

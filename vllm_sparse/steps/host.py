@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Plans a step of SPARDA on the host, whatever the batch consists of."""
+"""Plans a step of SPARDA, whatever the batch consists of.
+
+Lengths are known on the host, and all that follows from them is computed there. Block ids are only
+looked up where the table is, so that nothing waits for a device.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ import torch
 from vllm_sparse.policies.selectors import Tokens
 from vllm_sparse.prefetch.stream import Tile
 from vllm_sparse.steps.host_step import DecodeRows, FreshRows, PromptRow, SpardaStep, WindowList
+from vllm_sparse.upload import upload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,9 +42,10 @@ def borrowed_blocks(written: Tensor, table: Tensor, past_blocks: Tensor, num_blo
     Returns:
         bool ``[R, blocks]``.
     """
-    marked = torch.zeros(num_blocks, dtype=torch.bool)
+    marked = torch.zeros(num_blocks, dtype=torch.bool, device=table.device)
     marked[written] = True
-    return marked[table.long()] & (torch.arange(table.shape[1]) < past_blocks[:, None])
+    column = torch.arange(table.shape[1], device=table.device)
+    return marked[table.long()] & (column < past_blocks[:, None])
 
 
 class SpardaPlanner:
@@ -65,7 +71,12 @@ class SpardaPlanner:
         self._split_fresh = split_fresh
 
     def plan(
-        self, query_start: Tensor, seq_lens: Tensor, prompt_lens: Tensor, block_table: Tensor
+        self,
+        query_start: Tensor,
+        seq_lens: Tensor,
+        prompt_lens: Tensor,
+        block_table: Tensor,
+        may_borrow: bool = True,
     ) -> SpardaStep:
         """Plan one step.
 
@@ -73,10 +84,12 @@ class SpardaPlanner:
             query_start: Host ``[R + 1]``: where each row's tokens start in the batch.
             seq_lens: Host ``[R]``: tokens of each row after the step.
             prompt_lens: Host ``[R]``: prompt tokens of each row's request.
-            block_table: Host ``[R, max_blocks]``.
+            block_table: ``[R, max_blocks]``, on the host or a device.
+            may_borrow: Some row may read blocks that this step writes. Only one whose request is
+                new may: later it has its blocks' content. Finding out waits for the device.
 
         Returns:
-            The metadata, on the host.
+            The metadata, in part on the host.
         """
         settings, size = self._settings, self._settings.block_size
         query_start, seq_lens, prompt_lens = (
@@ -93,17 +106,21 @@ class SpardaPlanner:
         width = -(-int(seq_lens.max()) // size)
         table = block_table[:, :width].long()
 
+        def there(tensor: Tensor) -> Tensor:
+            return upload(tensor, table.device)
+
         def slot_of(row: Tensor, position: Tensor) -> Tensor:
             position = position.clamp(min=0)
             return table[row, position // size] * size + position % size
 
-        slots = slot_of(row, position)
+        row_there, position_there = there(row), there(position)
+        slots = slot_of(row_there, position_there)
         last = ((position + 1) % size == 0) | (index == (query_start[1:] - 1)[row])
         tokens = Tokens(
-            index,
-            position,
-            slot_of(row, position - 1) // size,
-            torch.where(position > start[row], index - 1, -1),
+            there(index),
+            position_there,
+            slot_of(row_there, position_there - 1) // size,
+            there(torch.where(position > start[row], index - 1, -1)),
         )
 
         stride = settings.kernel_stride
@@ -116,16 +133,22 @@ class SpardaPlanner:
         per_block = size // stride
         # A window is stored with the block that holds its last token: earlier blocks may be shared
         # with requests that continue differently. Block m holds windows 4m - 1 to 4m + 2.
-        window_slots = slots[completes] // size * per_block + closing % size // stride
+        closing_slots = slots[there(completes.nonzero()[:, 0])]
+        window_slots = closing_slots // size * per_block + there(closing % size // stride)
 
-        borrowed = borrowed_blocks(slots // size, table, start // size, self.num_blocks)
+        borrowed = torch.zeros(table.shape, dtype=torch.bool)
+        if may_borrow:
+            past = there(start // size)
+            borrowed = borrowed_blocks(slots // size, table, past, self.num_blocks).cpu()
         decoding = (query_lens == 1) & (start >= prompt_lens) & ~borrowed.any(1)
 
         prompts, tiles = self._prompts(
             tokens, query_start, start, seq_lens, prompt_lens, table, ~decoding, borrowed
         )
         self.count_requests(start, seq_lens, prompt_lens)
-        windows = WindowList(window_slots, window_tokens, slot_of(owner[:, None], members)[older])
+        owners = owner[:, None].expand_as(members)
+        older_slots = slot_of(there(owners[older]), there(members[older]))
+        windows = WindowList(window_slots, window_tokens, older_slots)
         return SpardaStep(
             num_tokens,
             slots,
@@ -149,11 +172,12 @@ class SpardaPlanner:
             return None
         lens = seq_lens[rows]
         scored = self.count_rows(lens)
-        own = tokens[query_start[:-1][rows]]
+        own = tokens[upload(query_start[:-1][rows], table.device)]
+        width = -(-int(lens.max()) // self._settings.block_size)
         return DecodeRows(
             own,
             own.positions,
-            table[rows, : -(-int(lens.max()) // self._settings.block_size)].int(),
+            table[upload(rows, table.device), :width].int(),
             None,
             scored,
             False,

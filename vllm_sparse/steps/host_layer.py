@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_sparse.kernels.reference.sparda_select import gather_windows
 from vllm_sparse.kernels.reference.sparda_tokens import mean_of_windows
-from vllm_sparse.kernels.types import Blocks, Selected, Unframed
+from vllm_sparse.kernels.types import Blocks, NewWindows, Selected, Unframed
 from vllm_sparse.policies.windows import select_blocks
 from vllm_sparse.steps.host_prompt import attend_prompt
 from vllm_sparse.steps.host_step import WindowList
@@ -26,7 +26,13 @@ if TYPE_CHECKING:
     from vllm_sparse.policies.sparda import SpardaSettings
     from vllm_sparse.prefetch.fetcher import Fetcher
     from vllm_sparse.prefetch.stream import PromptStream
-    from vllm_sparse.steps.host_step import DecodeRows, FreshRows, PromptRow, SpardaStep
+    from vllm_sparse.steps.host_step import (
+        DecodeRows,
+        FreshRows,
+        PromptRow,
+        SpardaStep,
+        WindowRows,
+    )
 
 # Query tokens whose window scores exist at the same time.
 _SCORED_AT_ONCE = 128
@@ -106,7 +112,10 @@ class Runtime:
             query: The layer's queries of the whole batch; ``None`` while the one before computes.
         """
         vectors = None
-        if rows.scored:
+        if rows.scored and self.selector.ranking.rotary is not None:
+            index = rows.tokens.index
+            vectors = self.selector.unrotated(layer, len(index), None if rows.whole else index)
+        elif rows.scored:
             vectors = self.selector.vectors(layer, rows.tokens, query)
         elif self._same_for_all is not None:
             return self._same_for_all
@@ -157,41 +166,45 @@ class Layer:
         runtime.fetcher.wait(self.number)
         if pager.poison:
             pager.poison_fresh(step.slots)
+        windows = step.windows
         runtime.kernels.write_tokens(
-            pager.host, pager.slab, pager.table.frame_of, step.slots, key, value
+            pager.host,
+            pager.slab,
+            pager.table.frame_of,
+            step.slots,
+            key,
+            value,
+            None if isinstance(windows, WindowList) else self._new_windows(windows),
         )
-        self._compress(key, step)
+        if isinstance(windows, WindowList):
+            self._compress(key, windows)
         if step.decode is not None:
             self._decode(query, step.decode, output)
         if step.fresh is not None:
             self._attend_fresh(query, key, value, step.fresh, output)
         if step.prompts:
             self._attend_prompts(query, torch.cat((key, value), -1), step, output)
-        runtime.selector.record(self.number, query, step.slots, step.last_in_block)
+        single = step.decode is not None and step.decode.whole
+        runtime.selector.record(self.number, query, step.slots, step.last_in_block, single)
         if self.last:
             runtime.fetcher.end_step()
 
-    def _compress(self, key: Tensor, step: SpardaStep) -> None:
+    def _new_windows(self, rows: WindowRows) -> NewWindows:
+        stride = self.runtime.settings.kernel_stride
+        compressed = self.runtime.compressed(self.number)
+        return NewWindows(compressed, rows.positions, rows.table, stride)
+
+    def _compress(self, key: Tensor, windows: WindowList) -> None:
         """Add the windows that this step completes; they may reach into earlier blocks."""
-        runtime, pager, windows = self.runtime, self.pager, step.windows
-        compressed = runtime.compressed(self.number)
-        if not isinstance(windows, WindowList):
-            runtime.kernels.update_windows(
-                compressed,
-                pager.host,
-                windows.positions,
-                windows.table,
-                runtime.settings.kernel_stride,
-                slab=pager.slab,
-                frame_of=pager.table.frame_of,
-            )
-        elif windows.slots.shape[0]:
-            size, per_block = pager.block_size, compressed.shape[2]
-            block, offset = windows.older // size, windows.older % size
-            older = pager.host[block, :, offset, : key.shape[2]]
-            keys = torch.cat((key.to(older.dtype), older))[windows.tokens]
-            means = mean_of_windows(keys).to(compressed.dtype)
-            compressed[windows.slots // per_block, :, windows.slots % per_block] = means
+        if not windows.slots.shape[0]:
+            return
+        pager, compressed = self.pager, self.runtime.compressed(self.number)
+        size, per_block = pager.block_size, compressed.shape[2]
+        block, offset = windows.older // size, windows.older % size
+        older = pager.host[block, :, offset, : key.shape[2]]
+        keys = torch.cat((key.to(older.dtype), older))[windows.tokens]
+        means = mean_of_windows(keys).to(compressed.dtype)
+        compressed[windows.slots // per_block, :, windows.slots % per_block] = means
 
     def _decode(self, query: Tensor, rows: DecodeRows, output: Tensor) -> None:
         runtime, pager, fetcher = self.runtime, self.pager, self.runtime.fetcher

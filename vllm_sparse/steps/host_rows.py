@@ -43,6 +43,13 @@ class RowPlanner:
         self._device = device
         self._captured = captured
         self._buffers: tuple[Tensor, ...] = ()
+        # Blocks that the rows of the last batch have written to, for who keeps something of it.
+        self._follows = captured and settings.chosen_selector == "previous"
+        self._written = torch.full((max_rows,), -1, dtype=torch.int64, device=device)
+
+    def forget(self) -> None:
+        """Another batch comes between those of single tokens."""
+        self._written.fill_(-1)
 
     def plan(
         self,
@@ -69,7 +76,7 @@ class RowPlanner:
         size, device, rows = self._settings.block_size, self._device, len(seq_lens)
         if not self._captured:
             block_table = block_table[:, : max(-(-int(host_lens.max()) // size), 1)]
-        table, positions, clamped, slots, previous, framed, unframed, index, nowhere = (
+        table, positions, clamped, slots, previous, framed, follows, unframed, index, nowhere = (
             part[:rows] for part in self._room(block_table.shape[1])
         )
         table = table[:, : block_table.shape[1]]
@@ -85,6 +92,12 @@ class RowPlanner:
         slots.copy_(torch.where(positions < 0, -1, here * size + clamped % size))
         before = (clamped - 1).clamp(min=0) // size
         previous.copy_(table.gather(1, before[:, None])[:, 0])
+        if self._follows:
+            # A block is written by one request: a row goes on where one has written its block.
+            same = previous[:, None] == self._written
+            follows.copy_(torch.where(same.any(1), same.byte().argmax(1), -1))
+            self._written[:rows] = torch.where(positions < 0, -1, here)
+            self._written[rows:] = -1
         framed.copy_(positions)
         if not self._captured:
             prefilling = bool((host_lens <= prompt_lens).any())
@@ -106,7 +119,7 @@ class RowPlanner:
             last_in_block=index,
             windows=WindowRows(positions, table),
             decode=DecodeRows(
-                Tokens(index, clamped, previous, nowhere),
+                Tokens(index, clamped, previous, nowhere, follows if self._follows else None),
                 framed,
                 table,
                 unframed if may_be_alone else None,
@@ -121,7 +134,7 @@ class RowPlanner:
             index = torch.arange(self._max_rows, device=self._device)
             self._buffers = (
                 torch.zeros(self._max_rows, width, dtype=torch.int32, device=self._device),
-                *torch.zeros(5, self._max_rows, dtype=torch.int64, device=self._device),
+                *torch.zeros(6, self._max_rows, dtype=torch.int64, device=self._device),
                 torch.zeros(self._max_rows, dtype=torch.int32, device=self._device),
                 index,
                 torch.full_like(index, -1),

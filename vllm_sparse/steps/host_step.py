@@ -124,7 +124,7 @@ class SpardaStep:
         decode: Rows served from frames.
         prompts: Rows served by streaming.
         fresh: Prompt rows that are served at once.
-        tiles: What the prompt rows stream, in order; on the host.
+        tiles: What the prompt rows stream, in order.
     """
 
     num_tokens: int
@@ -137,7 +137,7 @@ class SpardaStep:
     tiles: tuple[Tile, ...] = ()
 
     def to(self, device: torch.device) -> SpardaStep:
-        """The step on a device; tiles stay, as indices are made of them on the host."""
+        """The step on a device; tiles stay, of which most are numbers."""
         if device == self.slots.device:
             return self
         moved = {

@@ -18,6 +18,7 @@ from vllm_sparse.kv.host.geometry import (
     Geometry,
     block_bytes,
     blocks_per_row,
+    fit_slab,
     host_blocks,
     plan_frames,
 )
@@ -124,6 +125,34 @@ class TestPlanFrames:
             *parts,
         ):
             assert part in str(error.value), part
+
+    @given(
+        st.integers(0, 9000),
+        st.integers(1, 2000),
+        st.integers(1, 6),
+        st.booleans(),
+        st.integers(1, 1000),
+    )
+    @hypothesis_settings(max_examples=200, deadline=None)
+    def test_what_there_is_room_for(self, room, top_k, layers, first, asked):
+        """The slab fits the room, a step fits the slab, and one request more would not."""
+        settings = small(top_k=top_k + 4, resident_first_layer=first)
+        where = {**PLAN, "num_layers": layers, "max_num_seqs": asked}
+        piece, per_row = PLAN["piece_bytes"], 2 * blocks_per_row(settings, 1024)
+        try:
+            slab, requests = fit_slab(settings, room_bytes=room * piece, **where)
+        except ConfigError:
+            assert room < 2000 * first + (layers - first) * per_row
+            return
+        chosen = settings.model_copy(update={"slab_gib": slab / GIB})
+        frames = plan_frames(chosen, **{**where, "max_num_seqs": requests})
+        assert sum(frames) * piece == slab
+        assert 1 <= requests <= asked
+        if frames[-1] == 2000:
+            assert requests == asked
+        else:
+            assert slab <= room * piece < slab + layers * piece
+            assert requests == asked or frames[-1] < (requests + 1) * per_row
 
     @given(st.integers(1, 64), st.integers(1, 40), st.booleans(), st.integers(1, 1 << 22))
     @hypothesis_settings(max_examples=200, deadline=None)

@@ -9,11 +9,25 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+import torch
 
-from vllm_sparse.kv.host.memory import available_bytes
+from vllm_sparse.kv.host.memory import available_bytes, page_aligned
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 1 << 20)])
+def test_memory_to_be_pinned_shares_no_page(shape):
+    first, second = (page_aligned(shape, torch.bfloat16) for _ in range(2))
+    for tensor in (first, second):
+        assert tensor.shape == shape
+        assert tensor.is_contiguous()
+        assert tensor.data_ptr() % (2 << 20) == 0
+        assert tensor.untyped_storage().nbytes() % (2 << 20) == 0
+    first.fill_(1)
+    second.fill_(2)  # still mapped, and another memory
+    assert bool((first == 1).all())
 
 
 class TestAvailableBytes:

@@ -103,6 +103,51 @@ def blocks_per_row(settings: SpardaSettings, max_model_len: int) -> int:
     return min(max(settings.blocks_read, dense), longest)
 
 
+def fit_slab(
+    settings: SpardaSettings,
+    *,
+    room_bytes: int,
+    num_layers: int,
+    num_pieces: int,
+    num_kv_heads: int,
+    piece_bytes: int,
+    max_num_seqs: int,
+    max_model_len: int,
+) -> tuple[int, int]:
+    """The largest slab that there is room for, and how many requests it serves at once.
+
+    Args:
+        settings: For ``resident_first_layer`` and what a token reads.
+        room_bytes: Device memory for frames.
+        num_layers: Attention layers.
+        num_pieces: Pieces of one layer in the host pool.
+        num_kv_heads: G of this rank.
+        piece_bytes: Bytes of a piece.
+        max_num_seqs: Most requests in a step, if the slab does not allow fewer.
+        max_model_len: Longest request, in tokens.
+
+    Returns:
+        Bytes of the slab, and requests.
+
+    Raises:
+        ConfigError: Not even one request, with the arithmetic.
+    """
+    first = num_pieces if settings.resident_first_layer else 0
+    paged = num_layers - bool(first)
+    per_request = num_kv_heads * blocks_per_row(settings, max_model_len)
+    each = (room_bytes // piece_bytes - first) // max(paged, 1)
+    if each >= num_pieces or not paged:
+        return num_layers * num_pieces * piece_bytes, max_num_seqs
+    if each < per_request:
+        least = (per_request * paged + first) * piece_bytes
+        raise ConfigError(
+            f"vllm_sparse: {max(room_bytes, 0) / GIB:.2f} GiB will be left on this device, but "
+            f"frames for what one request reads in a step take {least / GIB:.2f} GiB. Raise "
+            "--gpu-memory-utilization, or lower --max-num-batched-tokens, top_k or dense_len"
+        )
+    return (first + each * paged) * piece_bytes, min(max_num_seqs, each // per_request)
+
+
 def plan_frames(
     settings: SpardaSettings,
     *,

@@ -1,14 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""How much host memory this machine, or the container on it, can still give."""
+"""Host memory: how much there still is, and some that is fit to be pinned."""
 
 from __future__ import annotations
 
+import math
+import mmap
 from pathlib import Path
 
 import psutil
+import torch
+from torch import Tensor
 
 _CGROUP = Path("/sys/fs/cgroup")
+_HUGE_PAGE = 2 << 20
+
+
+def page_aligned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised host tensor that shares its pages with nothing else, huge ones if possible.
+
+    What is pinned are whole pages, and the fewer there are, the fewer addresses a device has to
+    translate.
+
+    Args:
+        shape: Of the tensor.
+        dtype: Of its elements.
+    """
+    count = math.prod(shape)
+    size = -(-count * dtype.itemsize // _HUGE_PAGE) * _HUGE_PAGE
+    memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)  # holds on to the memory
+    begin = -whole.data_ptr() % _HUGE_PAGE
+    return whole[begin : begin + count * dtype.itemsize].view(dtype).view(shape)
 
 
 def available_bytes(cgroup: Path = _CGROUP) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vllm_sparse.errors import IntegrityError
 from vllm_sparse.kernels.types import PageTable
+from vllm_sparse.kv.host.memory import page_aligned
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,8 +132,11 @@ class Pager:
             geometry.block_size,
             2 * geometry.head_dim,
         )
-        self.host = torch.empty(shape, dtype=dtype, device="cpu")
-        seen = self.host if view is None else view(self.host)
+        if view is None:
+            self.host = seen = torch.empty(shape, dtype=dtype, device="cpu")
+        else:
+            self.host = page_aligned(shape, dtype)
+            seen = view(self.host)
         self.layers = [
             LayerPager(part, frames, poison)
             for part, frames in zip(seen, geometry.frames, strict=True)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""How many launches a layer of SPARDA takes when it decodes, PyTorch's operations included."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import adversary
+from support.kernels import DEVICE, sparda
+from torch.utils._python_dispatch import TorchDispatchMode
+from vllm_sparse.kernels.types import Rotary
+
+from vllm_sparse.config import SpardaSettings
+from vllm_sparse.kv.host.geometry import Geometry
+from vllm_sparse.kv.host.pager import Pager
+from vllm_sparse.policies.selectors import ForecastSelector
+from vllm_sparse.prefetch.fetcher import Fetcher
+from vllm_sparse.prefetch.lane import LateLane
+from vllm_sparse.prefetch.stream import PromptStream
+from vllm_sparse.steps.host import SpardaPlanner
+from vllm_sparse.steps.host_layer import Layer, Runtime
+from vllm_sparse.steps.host_rows import RowPlanner
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="counts in the interpreter")
+
+LAYERS, ROWS, KV_HEADS, HEADS, DIM, SIZE, WIDTH = 3, 2, 2, 4, 32, 32, 12
+SETTINGS = SpardaSettings(
+    selector="lookahead-query", block_size=SIZE, kernel_stride=16, init_blocks=1, local_blocks=1,
+    top_k=4, dense_len=0, sparse_prefill=True,
+)  # fmt: skip
+FREE = ("aten::empty", "aten::new_empty", "aten::alias", "aten::detach", "aten::_unsafe_view")
+
+
+class Operations(TorchDispatchMode):
+    """Counts what would be launched on a device: no views, and nothing that only allocates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not (func.is_view or func._schema.name.startswith(FREE)):
+            self.found[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def layers() -> list[Layer]:
+    """A model's layers on the path of a GPU, of whose frames one step needs nearly all."""
+    blocks = ROWS * WIDTH + 1
+    geometry = Geometry(LAYERS, blocks, KV_HEADS, SIZE, DIM, 4, (20,) * LAYERS)
+    pager, kernels, lane = Pager(geometry, torch.float32), sparda("triton"), LateLane()
+    pager.host.normal_()
+    values = torch.randn(8, 2, KV_HEADS, DIM)
+    taps = [SimpleNamespace(values=values[:, : 1 + (n == 0)]) for n in range(LAYERS - 1)]
+    rotary = Rotary(torch.randn(SIZE * WIDTH, DIM), True)
+    caches = [
+        SimpleNamespace(kv_cache=torch.randn(blocks, KV_HEADS, 1, SIZE // 16 * DIM))
+        for _ in range(LAYERS)
+    ]
+    fetcher = Fetcher(pager, kernels, lane, lambda *_: None)
+    fetcher._readable = False  # as where counters are on a device
+    stream = PromptStream(pager, kernels, lane, 2, lambda *_: None)
+    selector = ForecastSelector([*taps, None], rotary)
+    runtime = Runtime(SETTINGS, 0.2, pager, kernels, selector, fetcher, stream, caches)
+    return [Layer(runtime, number) for number in range(LAYERS)]
+
+
+def test_a_layer_takes_seven_launches_and_its_tap_one(layers, monkeypatch):
+    """Forecast, choice, two for the page table, copy, write, attention."""
+    monkeypatch.setattr(adversary, "_THOROUGH", 0)
+    for name in ("empty", "empty_like"):  # unpoisoned: that is no launch of ours
+        monkeypatch.setattr(torch, name, getattr(torch._C._VariableFunctions, name))
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch._C.TensorBase.new_empty)
+    # One row completes a window.
+    lengths = torch.tensor([SIZE * WIDTH - 3, SIZE * WIDTH - 16]).int()
+    table = torch.arange(1, 1 + ROWS * WIDTH).view(ROWS, WIDTH).int()
+    planner = SpardaPlanner(SETTINGS, 1 + ROWS * WIDTH, lambda *_: None)
+    rows = RowPlanner(SETTINGS, ROWS, torch.device("cpu"), captured=True)
+    step = rows.plan(planner, lengths, lengths, torch.tensor([5, 5]), table, False)
+    query, key, value = (torch.randn(ROWS, n, DIM) for n in (HEADS, KV_HEADS, KV_HEADS))
+    output = torch.empty(ROWS, HEADS, DIM)
+    found = []
+    for layer in layers:
+        before = Counter(adversary.LAUNCHES)
+        with Operations() as operations:
+            layer.run(query, key, value, step, output)
+        found.append((adversary.LAUNCHES - before, operations.found))
+    kernels = (
+        "_forecast_kernel", "_choose_kernel", "_look_up_kernel", "_fill_kernel", "_copy_kernel",
+        "_write_tokens_kernel", "_attend_frames_kernel",
+    )  # fmt: skip
+    assert found[1] == (dict.fromkeys(kernels, 1), {})  # chooses for the layer after it
+    chosen = kernels[:5]
+    assert found[0][0] == {
+        **dict.fromkeys(kernels, 1),
+        **dict.fromkeys(chosen[:4], 2),
+        "_copy_kernel": 1,
+    }
+    assert found[2][0] == {"_copy_kernel": 1, "_write_tokens_kernel": 1, "_attend_frames_kernel": 1}
+    assert bool(output.isfinite().all())
+
+
+def test_a_tap_takes_one_launch():
+    """The recording is an operation of its own for PyTorch; what counts is what that does."""
+    pytest.importorskip("vllm")
+    from vllm_sparse.forecast import tap
+
+    hidden, qkv = torch.randn(3, 16), torch.zeros(3, 1)
+    for bias in (None, torch.ones(2 * KV_HEADS * DIM)):
+        values, weight = torch.zeros(8, 2, KV_HEADS, DIM), torch.randn(2 * KV_HEADS * DIM, 16)
+        with Operations() as operations:
+            tap._record(hidden, weight, bias, qkv, values)
+        assert operations.found == {"aten::mm" if bias is None else "aten::addmm": 1}
+        expected = torch.nn.functional.linear(hidden, weight, bias).view(3, 2, KV_HEADS, DIM)
+        torch.testing.assert_close(values[:3], expected)

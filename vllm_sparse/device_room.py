@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""How much of a GPU's memory a served model will leave, told before it is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+# CUDA's context and libraries, captured graphs, logits, and what nobody thinks of.
+_RESERVED_BYTES = 4 << 30
+
+
+def left_bytes(config: Any, total_bytes: int) -> int:
+    """Device memory that neither weights nor activations will take; may be negative.
+
+    An estimate: what is loaded is known from the files of a local model, else from its shape.
+
+    Args:
+        config: vLLM's configuration; only parts that are known before anything is loaded.
+        total_bytes: Of one device.
+    """
+    ranks = config.parallel_config.tensor_parallel_size
+    usable = int(total_bytes * config.cache_config.gpu_memory_utilization)
+    return usable - weight_bytes(config.model_config) // ranks - _working_bytes(config)
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of a model's weights on all ranks together.
+
+    Args:
+        model: vLLM's model configuration.
+    """
+    folder = Path(model.model)
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return stored or _weights_by_shape(model)
+
+
+def _weights_by_shape(model: Any) -> int:
+    """As of a Llama; experts count, biases and norms do not."""
+    shape = model.hf_text_config
+    hidden, layers = shape.hidden_size, shape.num_hidden_layers
+    heads = shape.num_attention_heads + model.get_total_num_kv_heads()
+    experts = max(1, model.get_num_experts())
+    width = getattr(shape, "moe_intermediate_size", None) or _width(shape)
+    attention = 2 * hidden * heads * model.get_head_size()
+    embeddings = (1 if getattr(shape, "tie_word_embeddings", False) else 2) * shape.vocab_size
+    numbers = layers * (attention + 3 * hidden * width * experts) + embeddings * hidden
+    return int(numbers * model.dtype.itemsize)
+
+
+def _working_bytes(config: Any) -> int:
+    """What computing the longest batch takes: a few copies of the widest activations."""
+    model, tokens = config.model_config, config.scheduler_config.max_num_batched_tokens
+    shape = model.hf_text_config
+    widest = 6 * shape.hidden_size + 3 * _width(shape)
+    return int(tokens * widest * model.dtype.itemsize) + _RESERVED_BYTES
+
+
+def _width(shape: Any) -> int:
+    return int(getattr(shape, "intermediate_size", 4 * shape.hidden_size))
