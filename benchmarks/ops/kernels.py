@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_sparse.kernels.layout import PageLayout as PageLayout
 from vllm_sparse.kernels.types import Blocks as Blocks
 from vllm_sparse.kernels.types import PageTable as PageTable
+from vllm_sparse.kernels.types import Probes as Probes
 from vllm_sparse.kernels.types import Ranking as Ranking
 from vllm_sparse.kernels.types import Rows as Rows
 from vllm_sparse.kernels.types import Selected as Selected
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
 
 # The file of each kernel, the same in every folder of implementations.
 FILES = {
-    "append_tokens": "append",
+    **dict.fromkeys(("append_tokens", "probe_pages"), "append"),
     "decode_attention": "decode",
-    **dict.fromkeys(("score_pages", "select_slots"), "pages"),
+    "select_slots": "pages",
     "attend_slots": "attention",
     "score_prompt": "prompt",
     "top_indices": "topk",

@@ -33,8 +33,9 @@ def attend_slots(
     layout: PageLayout,
     top_k: int,
     scale: float,
+    arrived: Tensor | None = None,
 ) -> None:
-    """Same contract as :func:`vllm_sparse.kernels.reference.stage2.attend_slots`.
+    """Same contract as :func:`vllm_sparse.kernels.reference.attention.attend_slots`.
 
     Integer tensors must be int32, ``slots`` contiguous, and so the head and channel axes of all
     other tensors.
@@ -42,6 +43,7 @@ def attend_slots(
     Raises:
         ValueError: Unsupported dtype or head size.
     """
+    del arrived
     tokens, heads, dim = query.shape
     kv_heads = cache.shape[1]
     assert all(t.dtype == torch.int32 and t.stride(-1) == 1 for t in (block_table, lengths, top_r))

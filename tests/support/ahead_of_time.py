@@ -91,3 +91,4 @@ def _pretend(capability: int) -> None:
 
     driver.set_active(NoGPU())
     launch.multiprocessors = lambda device: 132
+    launch.capability = lambda device: (capability // 10, capability % 10)

@@ -108,7 +108,9 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         self._late: list[PromptEnd] = []
         self._max_rows = most_rows(vllm_config)
         if policy.moves:
-            _warm_up(self._planning.layers[0].impl, spec, device)
+            variants = {layer.impl.sparse.reads_all: layer.impl for layer in self._planning.layers}
+            for impl in variants.values():
+                _warm_up(impl, spec, device)
 
     @property
     def _layers(self) -> list[SparseLayer]:
@@ -242,10 +244,12 @@ class PolicyGpuImpl(FlashAttentionImpl):
         policy = context.policy(self.head_size, block_size)
         if policy.top_k is None or kernels.decode_scratch_bytes is None:
             return
+        layout = PageLayout(block_size, self.head_size, min(policy.page_sizes))
         needed = kernels.decode_scratch_bytes(
             most_rows(config),
             -(-config.model_config.max_model_len // block_size),
-            layout=PageLayout(block_size, self.head_size, min(policy.page_sizes)),
+            self._most_blocks(layout, device),
+            layout=layout,
             heads=self.num_heads,
             kv_heads=self.num_kv_heads,
             top_k=policy.top_k,
@@ -256,9 +260,20 @@ class PolicyGpuImpl(FlashAttentionImpl):
             needed += MOST_INDEX_BYTES
         torch.empty(needed, dtype=torch.uint8, device=device)
 
+    def _most_blocks(self, layout: PageLayout, device: torch.device) -> int:
+        """Blocks that the cache can have: as many as the device's memory holds."""
+        memory = self._config.cache_config.kv_cache_memory_bytes or 0
+        if device.type == "cuda":
+            memory = memory or torch.cuda.get_device_properties(device).total_memory
+        layers = self._config.compilation_config.static_forward_context.values()
+        ours = sum(isinstance(getattr(layer, "impl", None), PolicyGpuImpl) for layer in layers)
+        elements = layout.token_elements + layout.channels * layout.pages_per_block
+        block = self.num_kv_heads * elements * self._config.model_config.dtype.itemsize
+        return int(memory // (block * max(ours, 1)))
+
 
 def _warm_up(impl: PolicyGpuImpl, spec: PolicySpec, device: torch.device) -> None:
-    """Compile what vLLM's dummy runs do not reach: a prompt's end, and decode beside prompts.
+    """Compile what vLLM's dummy runs need not reach: a prompt's end, and both kinds of decode.
 
     The first requests would wait for it otherwise.
     """
@@ -279,3 +294,5 @@ def _warm_up(impl: PolicyGpuImpl, spec: PolicySpec, device: torch.device) -> Non
     row = lengths[:1]
     rows = SparseRows(None, table[None], row, row, row, pages)
     sparse.decode(cache, query, key, value, rows, torch.empty_like(query))
+    alone = Rows(table[None], row, row, torch.full_like(row, -1))
+    sparse.decode_rows(cache, query, key, value, alone, torch.empty_like(query))
