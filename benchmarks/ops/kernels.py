@@ -57,6 +57,11 @@ def launches() -> ModuleType:
     return _module("triton", "launch")
 
 
+def grid() -> ModuleType:
+    """The module that says how rows are shared out among programs."""
+    return _module("triton", "grid")
+
+
 def cpu(module: str) -> ModuleType:
     """A module of kernels for CPUs."""
     return _module("cpu", module)

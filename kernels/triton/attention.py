@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vllm_sparse.kernels.triton import launch as launches
 from vllm_sparse.kernels.triton.grid import (
     count_in,
     grid_of,
@@ -389,4 +390,4 @@ def attend_grid(
         read_all: Every row reads everything.
     """
     read = held if read_all else min(top_k, held)
-    return grid_of("attend", pairs, read, held, block, device)
+    return grid_of("attend", pairs, read, held, block, launches.multiprocessors(device))

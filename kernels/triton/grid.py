@@ -10,14 +10,11 @@ their table nor a row that is much longer than the others leaves programs withou
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.triton import launch
-
-if TYPE_CHECKING:
-    import torch
+from vllm_sparse.kernels.triton.launch import MOST_SHARES
 
 # Programs that a multiprocessor holds at once: what registers and shared memory of the kernels
 # allow on sm_80 and sm_90, which a test asserts.
@@ -41,7 +38,7 @@ class Grid(NamedTuple):
 
 
 def grid_of(
-    kernel: str, pairs: int, entries: int, most_entries: int, block: int, device: torch.device
+    kernel: str, pairs: int, entries: int, most_entries: int, block: int, multiprocessors: int
 ) -> Grid:
     """The grid of a kernel that shares rows out.
 
@@ -51,34 +48,33 @@ def grid_of(
         entries: That a row has at most, unless it reads everything.
         most_entries: That a row has at most.
         block: Entries of a tile.
-        device: Where the kernel runs.
+        multiprocessors: Of the GPU.
     """
-    count = launch.multiprocessors(device)
-    slots = RESIDENT[kernel] * count
+    slots = RESIDENT[kernel] * multiprocessors
     # The second bound is on scratch; so short a share is not worth splitting further either.
-    shares = min(-(-most_entries // block), -(-16 * slots // pairs), launch.MOST_SHARES)
+    shares = min(-(-most_entries // block), -(-16 * slots // pairs), MOST_SHARES)
     shares = max(shares, 1)
     wanted = pairs * min(-(-entries // block), shares)
     # Rows that read everything may need more programs than the others. One on a multiprocessor
     # that would be idle costs nothing.
-    return Grid(min(slots, max(wanted, min(count, pairs * shares))), shares)
+    return Grid(min(slots, max(wanted, min(multiprocessors, pairs * shares))), shares)
 
 
-def whole_waves(kernel: str, pairs: int, most: int, device: torch.device) -> int:
+def whole_waves(kernel: str, pairs: int, most: int, multiprocessors: int) -> int:
     """Shares of each pair so that the programs of a launch fill whole waves.
 
     Args:
         kernel: A key of :data:`RESIDENT`.
         pairs: Rows times KV heads.
         most: Shares that the longest row may have.
-        device: Where the kernel runs.
+        multiprocessors: Of the GPU.
     """
-    slots = RESIDENT[kernel] * launch.multiprocessors(device)
+    slots = RESIDENT[kernel] * multiprocessors
 
     def time(shares: int) -> float:
         return -(-pairs * shares // slots) * (1 / shares + BEGINNING)
 
-    return min(range(1, max(1, min(most, launch.MOST_SHARES)) + 1), key=time)
+    return min(range(1, max(1, min(most, MOST_SHARES)) + 1), key=time)
 
 
 @triton.jit

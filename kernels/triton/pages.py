@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vllm_sparse.kernels.triton import launch as launches
 from vllm_sparse.kernels.triton.choose import take_all, take_pages
 from vllm_sparse.kernels.triton.grid import (
     count_in,
@@ -285,7 +286,7 @@ def score_shares(pairs: int, pages: int, block: int, device: torch.device) -> in
         block: Pages of a tile.
         device: Where.
     """
-    return whole_waves("select_slots", pairs, -(-pages // block), device)
+    return whole_waves("select_slots", pairs, -(-pages // block), launches.multiprocessors(device))
 
 
 def pages_at_once(warps: int) -> int:

@@ -73,8 +73,8 @@ def run_engine(
     Returns:
         ``tokens[wave][request]``, ``cached[wave][request]`` (prefix-cache hits in tokens),
         ``counters`` (of the worker and scheduler if in process), ``preemptions``, ``free_blocks``
-        ``[before, after]``, ``copy_threads`` after the
-        engine has shut down (if in process) and ``log``.
+        ``[before, after]``, ``launches`` of Triton kernels if they are counted, ``copy_threads``
+        after the engine has shut down (if in process) and ``log``.
     """
     arguments = {
         "max_model_len": 1024,
@@ -140,6 +140,7 @@ def serve(job: dict[str, Any]) -> None:
     from vllm_sparse import metrics
 
     counted = metrics.counters()._values
+    result["launches"] = dict(stand_ins.launches)
     result["counters"] = {"/".join(filter(None, key)): value for key, value in counted.items()}
     result["preemptions"] = sum(
         metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"

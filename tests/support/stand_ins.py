@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from typing import Any
 
 import torch
@@ -66,6 +67,42 @@ def _write(key: Any, value: Any, key_cache: Any, value_cache: Any, slots: Any, *
     block, offset = slots // key_cache.shape[1], slots % key_cache.shape[1]
     key_cache[block, offset] = key[: len(slots)]
     value_cache[block, offset] = value[: len(slots)]
+
+
+launches: Counter[str] = Counter()
+
+
+def counted_launches() -> None:
+    """Count what Triton's interpreter launches, in :data:`launches`."""
+    from triton.runtime import interpreter
+
+    launch = interpreter.GridExecutor.__call__
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> None:
+        launches[self.fn.__name__] += 1
+        launch(self, *args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = counting
+
+
+def no_read_backs() -> None:
+    """Let plans of real batches fail if they read a tensor of the device back."""
+    from vllm_sparse.backends.policy_gpu import PolicyGpuBuilder
+
+    build, cpu = PolicyGpuBuilder.build, torch.Tensor.cpu
+
+    def refuse(self: Any, *_: Any, **__: Any) -> None:
+        raise AssertionError("a plan reads a tensor back, which waits for the step before")
+
+    def guarded(self: Any, prefix: int, common: Any, *args: Any, **kwargs: Any) -> Any:
+        if common.rswa_prefix_lens is not None:
+            torch.Tensor.cpu = refuse
+        try:
+            return build(self, prefix, common, *args, **kwargs)
+        finally:
+            torch.Tensor.cpu = cpu
+
+    PolicyGpuBuilder.build = guarded
 
 
 def captured_graphs() -> None:

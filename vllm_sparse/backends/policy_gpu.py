@@ -23,6 +23,7 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm_sparse.backends.base import most_rows, prompt_lengths, sequence_lengths, withdraw
 from vllm_sparse.backends.gpu import GpuBackend, check_block_size, warn_of_gpus
 from vllm_sparse.backends.policy import Planning, PolicyBackend, attend_step, set_up_layer
+from vllm_sparse.backends.prompts import prompt_lengths_on_host, watch_requests
 from vllm_sparse.counters import DeviceCounters
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.dispatch import policy_triton
@@ -83,6 +84,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         spec, policy = kv_cache_spec, kv_cache_spec.policy
         warn_of_gpus(spec.backend)
+        watch_requests()
         check_block_size(self.block_size)
         if len(policy.page_sizes) > 1:
             raise UnsupportedError(
@@ -136,20 +138,19 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         """Plan one step."""
         common = common_attn_metadata
         self._compact_late()
-        prompt_lens = prompt_lengths(common)
         if common.max_query_len == 1:
-            return self._plan_rows(common, prompt_lens)
+            return self._plan_rows(common)
         lengths = sequence_lengths(common)
-        return self._planning.split(common, lengths, prompt_lens.cpu(), super().build)
+        return self._planning.split(common, lengths, prompt_lengths_on_host(common), super().build)
 
-    def _plan_rows(self, common: CommonAttentionMetadata, prompt_lens: Tensor) -> StepMetadata:
+    def _plan_rows(self, common: CommonAttentionMetadata) -> StepMetadata:
         count = common.num_reqs
         table = common.block_table_tensor[:count]
         rows = Rows(*(buffer[:count] for buffer in self._buffers(table.shape[1])))
         self._kernels.plan_rows(
             rows,
             common.seq_lens[:count],
-            upload(prompt_lens, self.device),
+            upload(prompt_lengths(common), self.device),
             table,
             self._rules,
             self._counters.values,
@@ -161,7 +162,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         self._counters.publish()
         prefilling = common.is_prefilling
         if prefilling is not None and bool(prefilling.any()):
-            self._note_late(common, prompt_lens.cpu())
+            self._note_late(common, prompt_lengths_on_host(common))
         return StepMetadata(count, None, rows=rows)
 
     def _buffers(self, width: int) -> Rows:
