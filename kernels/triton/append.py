@@ -261,7 +261,7 @@ def append_tokens(
             PROBE=probing,
             COUNTERS=counters,
             PDL=overlapped,
-            num_warps=4 if probing else 1,
+            num_warps=(4 if dim <= 128 else 8) if probing else 1,
             num_stages=1,
             launch_pdl=overlapped,
         )
