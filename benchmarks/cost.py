@@ -111,7 +111,7 @@ SCORE = Program(
     warps=8, instructions=500, per_tile=408, barriers=8, tile_barriers=3, memory=1, cache=2,
     atomics=1,
 )  # fmt: skip
-SELECT = Program(warps=8, instructions=1500, barriers=32, cache=4)
+SELECT = Program(warps=8, instructions=1200, barriers=28, cache=4)
 ATTEND = Program(
     warps=4, instructions=700, per_tile=300, barriers=10, tile_barriers=7, memory=1, cache=2,
     atomics=1,

@@ -258,9 +258,10 @@ class Shares(NamedTuple):
     """Where the shares of each row go.
 
     Attributes:
-        partial: Attention over each share, float32 ``[T, H, shares, D]``.
+        partial: Attention over each share, float32 ``[T, H, shares, D]``; or, for
+            :func:`merge_pair`, a KV head's shares and then its query heads.
         lse: Their log-sum-exp, base 2, float32 ``[T, H, shares]``; minus infinity where a row has
-            no such share.
+            no such share, or undefined for :func:`merge_pair`.
     """
 
     partial: Tensor

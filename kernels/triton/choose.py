@@ -7,7 +7,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from vllm_sparse.kernels.triton import launch
-from vllm_sparse.kernels.triton.topk import choose, place_of, radix_threshold, tile_threshold
+from vllm_sparse.kernels.triton.topk import (
+    choose,
+    place_of,
+    radix_threshold,
+    sort_key,
+    tile_threshold,
+)
 
 LOG2_E = tl.constexpr(launch.LOG2_E)
 
@@ -52,17 +58,15 @@ def _probabilities(scores, weights, place, inside, GROUP: tl.constexpr, PAGES: t
 
 @triton.jit
 def _store_pages(
-    slots, table, page, tokens, written,
+    slots, table, page, tokens, position,
     BLOCK_SIZE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Appends the first ``tokens`` slots of each page; returns how many are written by then."""
+    """Stores the first ``tokens`` slots of each page, from ``position`` on."""
     PAGES: tl.constexpr = BLOCK_SIZE // PAGE
-    position = written + tl.cumsum(tokens, 0) - tokens
     block = tl.load(table + page // PAGES, mask=tokens > 0, other=0)
     slot = block * BLOCK_SIZE + page % PAGES * PAGE
     for offset in tl.static_range(PAGE):
         tl.store(slots + position + offset, slot + offset, mask=offset < tokens)
-    return written + tl.sum(tokens, 0)
 
 
 @triton.jit
@@ -79,9 +83,19 @@ def _take_at_once(
     place = place_of(page, inside, table, row_blocks, STRIDE, PAGES, PRIVATE)
     probability = _probabilities(scores, weights, place, inside, GROUP, PAGES)
     threshold, room = tile_threshold(probability, inside, pages, count)
-    chosen, lowest, _ = choose(probability, inside, threshold, room, 0)
-    tokens = tl.where(chosen, tl.where(lowest, last, PAGE), 0)
-    return _store_pages(slots, table, page, tokens, 0, BLOCK_SIZE, PAGE)
+    key = sort_key(probability)
+    above = (inside & (key > threshold)).to(tl.int32)
+    tied = (inside & (key == threshold)).to(tl.int32)
+    # Both at once: passes over all threads are what takes time. Neither exceeds 16 bits.
+    both = (above << 16) | tied
+    before = tl.cumsum(both, 0) - both
+    rank = before & 0xFFFF  # among those that tie, of which the first few are chosen
+    position = ((before >> 16) + tl.minimum(rank, room)) * PAGE
+    position -= tl.where(rank >= room, PAGE - last, 0)  # behind the page that is taken in part
+    tokens = tl.where(tied > 0, tl.where(rank == room - 1, last, PAGE), PAGE * above)
+    tokens = tl.where((tied > 0) & (rank >= room), 0, tokens)
+    _store_pages(slots, table, page, tokens, position, BLOCK_SIZE, PAGE)
+    return (count - 1) * PAGE + last
 
 
 @triton.jit
@@ -113,7 +127,9 @@ def _take_in_passes(
         tile = tl.load(probability + place, mask=inside, other=0.0)
         chosen, lowest, tied = choose(tile, inside, threshold, room, tied)
         tokens = tl.where(chosen, tl.where(lowest, last, PAGE), 0)
-        written = _store_pages(slots, table, page, tokens, written, BLOCK_SIZE, PAGE)
+        position = written + tl.cumsum(tokens, 0) - tokens
+        _store_pages(slots, table, page, tokens, position, BLOCK_SIZE, PAGE)
+        written += tl.sum(tokens, 0)
     return written
 
 

@@ -10,6 +10,7 @@ their table nor a row that is much longer than the others leaves programs withou
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import triton
@@ -17,9 +18,8 @@ import triton.language as tl
 from vllm_sparse.kernels.triton.launch import MOST_SHARES
 
 # Programs that a multiprocessor holds at once: what registers and shared memory of the kernels
-# allow on sm_80 and sm_90, which a test asserts.
+# allow on sm_80 and sm_90 for heads of up to 128, which a test asserts.
 RESIDENT = {"select_slots": 2, "attend": 4}
-
 
 # What a program takes to begin and to end, of the time that a whole row takes it.
 BEGINNING = 0.1
@@ -60,6 +60,7 @@ def grid_of(
     return Grid(min(slots, max(wanted, min(multiprocessors, pairs * shares))), shares)
 
 
+@cache
 def whole_waves(kernel: str, pairs: int, most: int, multiprocessors: int) -> int:
     """Shares of each pair so that the programs of a launch fill whole waves.
 
