@@ -58,10 +58,9 @@ def score_bytes(shape: Shape, rows: int, split: Split) -> int:
     return ITEM_BYTES * rows * (channels + shape.heads * shape.head_dim)
 
 
-def select_bytes(shape: Shape, rows: int, split: Split) -> int:
-    """A float32 score per page and head in, an int32 slot per token and KV head out."""
-    pages = -(-split.held // split.page_size)
-    return 4 * rows * (shape.heads * pages + shape.kv_heads * split.top_k)
+def slot_bytes(shape: Shape, rows: int, split: Split) -> int:
+    """An int32 slot per token and KV head out."""
+    return 4 * rows * shape.kv_heads * split.top_k
 
 
 def attend_bytes(shape: Shape, rows: int, tokens: int) -> int:

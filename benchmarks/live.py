@@ -318,22 +318,21 @@ def locality(worker: Any, seed: int) -> tuple[float, float]:
         Runs of slots that follow each other, the median over layers and KV heads; and pages that
         are selected, the most runs there can be.
     """
-    from benchmarks.ops.kernels import triton
+    from benchmarks.ops.kernels import reference, triton
 
     builder = worker.model_runner.attn_groups[0][0].get_metadata_builder()
     rows = builder._rows
     table, lengths, top_r = (part[:1] for part in (rows.block_table, rows.lengths, rows.top_r))
     generator = torch.Generator(table.device).manual_seed(seed)
     found: list[int] = []
-    for layer in builder.layers:
-        impl, cache = layer.impl, layer.kv_cache
-        shape = (1, impl.num_heads, impl.head_size)
+    for layer in builder._planning.layers:
+        sparse, cache = layer.impl.sparse, layer.kv_cache
+        layout, top_k = sparse.stock_layout, sparse.policy.top_k
+        shape = (1, layer.impl.num_heads, layer.impl.head_size)
         query = torch.randn(shape, generator=generator, device=table.device).to(cache.dtype)
-        common = {"layout": impl.stock_layout, "top_k": impl.top_k}
-        scores = triton("score_pages")(cache, query, table, lengths, top_r, **common)
-        common["kv_heads"] = impl.num_kv_heads
-        found += runs_of(
-            triton("select_slots")(scores, table, lengths, top_r, **common)[0]
-        ).tolist()
-    taken = min(impl.top_k, int(lengths[0]))
-    return statistics.median(found), taken / impl.stock_layout.page_size
+        probes = reference("probe_pages")(cache, query, table, lengths, top_r, layout)
+        common = {"layout": layout, "top_k": top_k}
+        slots = triton("select_slots")(cache, probes, table, lengths, top_r, **common)
+        found += runs_of(slots[0]).tolist()
+    taken = min(top_k, int(lengths[0]))
+    return statistics.median(found), taken / layout.page_size

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 # The file of each kernel, the same in every folder of implementations.
 FILES = {
-    "append_tokens": "append",
+    **dict.fromkeys(("append_tokens", "probe_pages"), "append"),
     "decode_attention": "decode",
-    **dict.fromkeys(("score_pages", "select_slots"), "pages"),
+    "select_slots": "pages",
     "attend_slots": "attention",
     "score_prompt": "prompt",
     "top_indices": "topk",

@@ -31,18 +31,24 @@ class Rows(NamedTuple):
     parked: Tensor
 
 
-class PageScores(NamedTuple):
-    """Estimated logits of pages, and what a softmax over their tokens needs.
+class Probes(NamedTuple):
+    """What decode rows ask of pages, found once per row and KV head.
+
+    Undefined for padding rows and for those that read everything.
 
     Attributes:
-        logits: float32 ``[T, H, pages]``, temperature applied; anything from the newest page on.
-        peak: Largest logit of each share of a row's pages, ``[T, H, shares]``.
-        mass: Sum over the share's tokens of ``exp(logit - peak)``, ``[T, H, shares]``.
+        query: In the cache's dtype, zero in channels that are not read, ``[T, H, D]``.
+        extreme: Where in an index each channel's bound is, int32 ``[T, G, D]``: ``d`` for its
+            smallest key, ``D + d`` for its largest one, -1 if it is not read.
+        scale: What estimated logits are multiplied with, float32 ``[T, H]``.
+        newest: Estimated logit of the row's newest page, scaled, float32 ``[T, H]``. Of that page
+            the row may see fewer tokens than the index counts.
     """
 
-    logits: Tensor
-    peak: Tensor
-    mass: Tensor
+    query: Tensor
+    extreme: Tensor
+    scale: Tensor
+    newest: Tensor
 
 
 class Rotary(NamedTuple):

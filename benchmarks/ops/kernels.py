@@ -17,6 +17,7 @@ from vllm_sparse.kernels.layout import PageLayout as PageLayout
 from vllm_sparse.kernels.types import Blocks as Blocks
 from vllm_sparse.kernels.types import NewWindows as NewWindows
 from vllm_sparse.kernels.types import PageTable as PageTable
+from vllm_sparse.kernels.types import Probes as Probes
 from vllm_sparse.kernels.types import Ranking as Ranking
 from vllm_sparse.kernels.types import Rows as Rows
 from vllm_sparse.kernels.types import Selected as Selected
@@ -33,6 +34,11 @@ triton = partial(implementation, "triton")
 def launches() -> ModuleType:
     """The module that says how Triton kernels are launched."""
     return importlib.import_module("vllm_sparse.kernels.triton.launch")
+
+
+def grid() -> ModuleType:
+    """The module that says how rows are shared out among programs."""
+    return importlib.import_module("vllm_sparse.kernels.triton.grid")
 
 
 def cpu(module: str) -> ModuleType:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # Entries of the table. Those that take most of a step come first, then those of prompts.
 ROCKETKV = (
-    *("attend", "score_pages", "select_slots"),
+    *("attend", "select_slots"),
     *("prompt", "top_indices", "compact", "pool"),
 )
 SPARDA = (
@@ -136,7 +136,7 @@ def _rocketkv(tiny: bool, generator: torch.Generator) -> Iterator[Kernel]:
     shape, cells = (TINY, rocketkv.TINY_CELLS) if tiny else (LLAMA, rocketkv.TUNED_CELLS)
     case = rocketkv.in_float32((rocketkv.TINY_CASES if tiny else rocketkv.CASES)[0])
     wide = _once(rocketkv.STEP, make_decode(case, generator.device, generator))
-    names = ("score pages", "select slots", "attend slots")
+    names = ("select slots", "attend slots")
     runs = _runs(names, shape, cells, rocketkv.decode_timings, generator)
     # SPARDA attends with the same launch.
     frames = _paged(tiny, ("attend frames",), sparda_timings.attention, generator)
@@ -144,8 +144,7 @@ def _rocketkv(tiny: bool, generator: torch.Generator) -> Iterator[Kernel]:
         f"{name}, frames": found for name, found in frames["attend frames"].items()
     }
     yield Kernel("attend", both, [wide["attend slots"], wide["attend all kept"]])
-    yield Kernel("score_pages", runs["score pages"], [wide["score pages"]])
-    yield Kernel("select_slots", runs["select slots"])
+    yield Kernel("select_slots", runs["select slots"], [wide["select slots"]])
     del runs, frames, both
 
     wide = _once(rocketkv.PROMPT, rocketkv.wide_prompts(case, generator.device, generator))

@@ -88,12 +88,11 @@ class Sizes(NamedTuple):
     max_kept: int = 0
 
 
-def _score_error(actual: Side, expected: Side) -> float:
-    # From the newest page on, which is always chosen, the scores may be anything.
-    arguments, logits = expected.arguments, expected.result.logits
-    used = (arguments["lengths"] - 1) // arguments["layout"].page_size
-    used = _mask(used, logits.shape[-1])[:, None].expand_as(logits)
-    return error(actual.result.logits[used], logits[used])
+def _append_error(actual: Side, expected: Side) -> float:
+    """What is written to the cache is the same, and what is asked of pages but for rounding."""
+    ours, theirs = (side.arguments["probes"] for side in (actual, expected))
+    alike = cache_unlike(actual, expected) + unless(torch.equal(ours.extreme, theirs.extreme))
+    return alike + max(error(*pair) for pair in zip(ours[2:], theirs[2:], strict=True))
 
 
 def _missed_slots(actual: Side, expected: Side) -> float:
@@ -144,17 +143,17 @@ STEP = (
         least=lambda at: bounds.layer_bytes(at.shape, at.cell.batch, at.cell.context, at.split),
     ),
     Op(
-        "append", "append_tokens", cache_unlike, 0.0, ("cache",), goes_on=True,
+        "append", "append_tokens", _append_error, None, ("cache", "probes"), goes_on=True,
         timed={"replays": False},
         least=lambda at: bounds.append_bytes(at.shape, at.cell.batch, at.split.page_size),
     ),
     Op(
-        "score pages", "score_pages", _score_error, gives="scores",
-        least=lambda at: bounds.score_bytes(at.shape, at.cell.batch, at.split),
-    ),
-    Op(
         "select slots", "select_slots", _missed_slots, 1.0 - SAME_CHOICE, gives="slots",
-        least=lambda at: bounds.select_bytes(at.shape, at.cell.batch, at.split),
+        fixed={"private": True},
+        least=lambda at: (
+            bounds.score_bytes(at.shape, at.cell.batch, at.split)
+            + bounds.slot_bytes(at.shape, at.cell.batch, at.split)
+        ),
     ),
     Op(
         "attend slots", **_ATTEND,
@@ -290,7 +289,8 @@ def decode_timings(shape: Shape, cell: Cell, generator: torch.Generator) -> Iter
     steps = [first]
     for _ in range(layers - 1):  # the same values in another place, and other queries
         query = torch.randn_like(first["query"], dtype=torch.float32).to(case.dtype)
-        steps.append({**first, "cache": first["cache"].clone(), "query": query})
+        probes = type(first["probes"])(*map(torch.clone, first["probes"]))
+        steps.append({**first, "cache": first["cache"].clone(), "query": query, "probes": probes})
     yield from timed(STEP, steps, Sizes(shape, cell, split))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.ops.kernels import PageLayout, Rows
+from benchmarks.ops.kernels import PageLayout, Probes, Rows
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,11 @@ def make_decode(
         "output": torch.full_like(query, torch.nan), "block_table": table, "lengths": lengths,
         "final_lengths": lengths, "top_r": channels, "layout": layout, "top_k": case.top_k,
         "scale": dim**-0.5, "kv_heads": kv_heads,
+        "probes": Probes(
+            torch.full_like(query, torch.nan),
+            torch.full((rows, kv_heads, dim), -1, dtype=torch.int32, device=device),
+            *torch.full((2, rows, case.heads), torch.nan, device=device),
+        ),
     }  # fmt: skip
 
 

@@ -32,6 +32,7 @@ def attend_slots(
     layout: PageLayout,
     top_k: int,
     scale: float,
+    arrived: Tensor | None = None,
 ) -> None:
     """Exact attention over the selected tokens; arguments as the reference explains them.
 
@@ -41,6 +42,7 @@ def attend_slots(
     Raises:
         ValueError: Unsupported dtype or head size.
     """
+    del arrived
     tokens, heads, dim = query.shape
     kv_heads = cache.shape[1]
     assert all(t.dtype == torch.int32 and t.stride(-1) == 1 for t in (block_table, lengths, top_r))

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from vllm_sparse.kernels.types import Probes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,8 @@ def append_tokens(
     query: Tensor | None = None,
     parked: Tensor | None = None,
     per_block: int = 0,
+    probes: Probes | None = None,
+    arrived: Tensor | None = None,
 ) -> None:
     """Write each row's newest token and refresh the extrema of the page it falls into.
 
@@ -41,11 +44,15 @@ def append_tokens(
         layout: Page geometry.
         replays: A request may have several rows; false promises that ``final_lengths`` equals
             ``lengths``.
-        query: ``[T, H, D]``; needed with ``parked``.
+        query: ``[T, H, D]``; needed with ``parked`` and with ``probes``.
         parked: Where queries wait for their prompt's compaction, as ``block * per_block + place``,
             int32 ``[T]``; -1 for none.
         per_block: Window queries that a block has room for; needed with ``parked``.
+        probes: Written, see :func:`probe_pages`.
+        arrived: Counters of the launches that follow, int32; set to zero.
     """
+    if arrived is not None:
+        arrived.zero_()
     if query is not None and parked is not None:
         park_queries(cache, query, parked, layout, per_block)
     tokens, extrema = layout.tokens(cache), layout.extrema(cache)
@@ -68,6 +75,63 @@ def append_tokens(
     low = keys.masked_fill(absent, torch.inf).amin(2)
     high = keys.masked_fill(absent, -torch.inf).amax(2)
     extrema[block, :, :, page] = torch.cat((low, high), -1)
+    if query is not None and probes is not None:
+        found = probe_pages(cache, query, block_table, lengths, top_r, layout)
+        for written, part in zip(probes, found, strict=True):
+            written.copy_(part)
+
+
+def probe_pages(
+    cache: Tensor,
+    query: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    top_r: Tensor,
+    layout: PageLayout,
+) -> Probes:
+    """What rows ask of pages; the first part of ``policies.pages.page_probabilities``.
+
+    Args:
+        cache: ``[blocks, G, block_size, C]``, the rows' newest tokens appended.
+        query: ``[T, H, D]``.
+        block_table: ``[T, max_blocks]``.
+        lengths: ``[T]``; 0 marks a padding row.
+        top_r: Channels to read, ``[T]``; rows with 0 read everything.
+        layout: Page geometry.
+
+    Returns:
+        What they ask, of new tensors.
+    """
+    (rows, heads, dim), kv_heads = query.shape, cache.shape[1]
+    grouped = query.to(cache.dtype).float().view(rows, kv_heads, -1, dim)
+    order = grouped.abs().sum(2).sort(dim=-1, descending=True, stable=True).indices
+    rank = order.argsort(-1)
+    read = rank < top_r[:, None, None]
+    upper = grouped.sum(2) > 0
+    channel = torch.arange(dim, device=query.device)
+    extreme = torch.where(read, channel + dim * upper, -1).int()
+    chosen = torch.where(read[:, :, None], grouped, 0.0)
+    norm = grouped.abs().sum(-1)
+    temperature = (dim * chosen.abs().sum(-1) / norm).sqrt()
+    scale = torch.where(norm > 0, 1.0 / temperature, 1.0)
+
+    last = (lengths.clamp(min=1) - 1).long()
+    member = last[:, None] // layout.page_size * layout.page_size
+    member = member + torch.arange(layout.page_size, device=query.device)
+    block = block_table.long().clamp(min=0, max=len(cache) - 1)
+    block = block.gather(1, member // layout.block_size)
+    keys = layout.tokens(cache)[block, :, member % layout.block_size, :dim].transpose(1, 2).float()
+    absent = (member > last[:, None])[:, None, :, None]
+    low = keys.masked_fill(absent, torch.inf).amin(2)
+    high = keys.masked_fill(absent, -torch.inf).amax(2)
+    bound = torch.where(upper, high, low)
+    newest = (chosen * bound.unsqueeze(2)).sum(-1) * scale
+    return Probes(
+        chosen.view(rows, heads, dim).to(cache.dtype),
+        extreme,
+        scale.view(rows, heads),
+        newest.view(rows, heads),
+    )
 
 
 def park_queries(

@@ -25,6 +25,7 @@ def attend_slots(
     layout: PageLayout,
     top_k: int,
     scale: float,
+    arrived: Tensor | None = None,
 ) -> None:
     """Exact attention over the selected tokens.
 
@@ -39,7 +40,9 @@ def attend_slots(
         layout: Page geometry.
         top_k: Tokens selected.
         scale: Logit scale.
+        arrived: Zeros, int32 ``[T, G]``, for programs to count each other; changed.
     """
+    del arrived
     kv_heads, dim, size = cache.shape[1], layout.head_dim, layout.block_size
     tokens = layout.tokens(cache)
     head = torch.arange(kv_heads, device=cache.device).unsqueeze(1)

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Writes a step's new tokens, the extrema of the pages they fall into, and window queries."""
+"""Writes a step's new tokens, the extrema of the pages they fall into, and window queries.
+
+What rows ask of pages is found here too: once per row and KV head, where scoring would have each
+of its programs find it again.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,66 @@ from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.triton.launch import dim_block
+from vllm_sparse.kernels.triton.grid import let_next_start, wait_for_previous
+from vllm_sparse.kernels.triton.launch import dim_block, overlaps
 
 if TYPE_CHECKING:
     from torch import Tensor
     from vllm_sparse.kernels.layout import PageLayout
+    from vllm_sparse.kernels.types import Probes
+
+
+@triton.jit
+def _store_probe(
+    b_q, low, high, channels, pair, first_head, query_out, extreme_out, scale_out, newest_out,
+    GROUP: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """What one row and KV head asks of pages.
+
+    Args:
+        b_q: Its queries in the cache's dtype, ``[M, D]``.
+        low: Smallest keys of its newest page, ``[D]``.
+        high: Largest keys of its newest page, ``[D]``.
+        channels: How many to read.
+        pair: Row times KV heads plus KV head.
+        first_head: Row times query heads plus the first query head.
+        query_out: Of :class:`vllm_sparse.kernels.types.Probes`.
+        extreme_out: The same.
+        scale_out: The same.
+        newest_out: The same.
+        GROUP: Query heads.
+        DIM: Head size.
+    """
+    member = tl.arange(0, b_q.shape[0])
+    dim = tl.arange(0, b_q.shape[1])
+    inside = dim < DIM
+    q = b_q.to(tl.float32)
+    # The channels with the largest group magnitude, ties to the lower channel.
+    magnitude = tl.where(inside, tl.sum(tl.abs(q), 0), -1.0)
+    larger = magnitude[:, None] > magnitude[None, :]
+    tied_before = (magnitude[:, None] == magnitude[None, :]) & (dim[:, None] < dim[None, :])
+    rank = tl.sum((larger | tied_before).to(tl.int32), 0)
+    kept = (rank < channels) & inside
+    upper = tl.sum(q, 0) > 0
+    extreme = tl.where(kept, tl.where(upper, dim + DIM, dim), -1)
+    tl.store(extreme_out + pair * DIM + dim, extreme, mask=inside)
+
+    selected = tl.where(kept[None, :], q, 0.0)
+    norm = tl.sum(tl.abs(q), 1)
+    ratio = tl.sum(tl.abs(selected), 1) / tl.where(norm > 0, norm, 1.0)
+    scale = 1.0 / tl.where(norm > 0, tl.sqrt(DIM * ratio), 1.0)
+    bound = tl.where(inside, tl.where(upper, high, low), 0.0)
+    newest = tl.sum(selected * bound[None, :], 1) * scale
+    at = first_head + member
+    tl.store(scale_out + at, scale, mask=member < GROUP)
+    tl.store(newest_out + at, newest, mask=member < GROUP)
+    mask = (member < GROUP)[:, None] & inside[None, :]
+    b_selected = tl.where(kept[None, :], b_q, 0.0).to(b_q.dtype)
+    tl.store(query_out + at[:, None] * DIM + dim[None, :], b_selected, mask=mask)
 
 
 # How wide a table is changes from step to step, which must not compile variants.
-@triton.jit(do_not_specialize=["stride_table"])
+@triton.jit(do_not_specialize=["stride_table", "stride_arrived"])
 def _append_kernel(
     cache,
     query,
@@ -27,6 +82,11 @@ def _append_kernel(
     final_lengths,
     top_r,
     parked,
+    probe_query,
+    probe_extreme,
+    probe_scale,
+    probe_newest,
+    arrived,
     stride_block,
     stride_head,
     stride_query_row,
@@ -36,6 +96,8 @@ def _append_kernel(
     stride_value_row,
     stride_value_head,
     stride_table,
+    stride_arrived,
+    HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -45,10 +107,20 @@ def _append_kernel(
     WRITE_ROW: tl.constexpr,
     WRITE_EXTREMA: tl.constexpr,
     PER_BLOCK: tl.constexpr,
+    PROBE: tl.constexpr,
+    COUNTERS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
+    # Only now: what follows may read what the host or other launches have planned before it waits.
+    let_next_start(PDL)
     PAGES: tl.constexpr = BLOCK_SIZE // PAGE
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
+    pair = row * HEADS + head
+    # Before each use, so that a graph can be replayed, and whatever became of the use before.
+    for counter in tl.static_range(COUNTERS):
+        tl.store(arrived + counter * stride_arrived + pair, 0)
     length = tl.load(lengths + row)
     if length <= 0:
         return
@@ -64,35 +136,41 @@ def _append_kernel(
         b_v = tl.load(value + row * stride_value_row + head * stride_value_head + dim, mask=inside)
         tl.store(base + slot * (2 * DIM) + dim, b_k, mask=inside)
         tl.store(base + slot * (2 * DIM) + DIM + dim, b_v.to(element), mask=inside)
-    if WRITE_EXTREMA:
-        # Only the last token that this step writes to a page stores the page's extrema. Where all
-        # tokens are read nobody needs them, and window queries may wait in their place.
-        closes = (length == tl.load(final_lengths + row)) | (length % PAGE == 0)
-        if closes & (tl.load(top_r + row) > 0):
-            page = slot // PAGE
-            low = b_k.to(tl.float32)
-            high = low
-            end = tl.where(inside, slot, 0)
-            for member in tl.static_range(PAGE - 1):
-                earlier = page * PAGE + member
-                other = tl.load(base + earlier * (2 * DIM) + dim, mask=earlier < end, other=0.0)
-                other = other.to(tl.float32)
-                low = tl.where(earlier < end, tl.minimum(low, other), low)
-                high = tl.where(earlier < end, tl.maximum(high, other), high)
+    channels = tl.load(top_r + row)
+    member = tl.arange(0, BLOCK_M)
+    mask = (member < GROUP)[:, None] & inside[None, :]
+    if PROBE | (PER_BLOCK > 0):
+        source = query + row * stride_query_row + dim[None, :]
+        source += (head * GROUP + member)[:, None] * stride_query_head
+        b_q = tl.load(source, mask=mask, other=0.0).to(element)
+    # Where all tokens are read nobody needs extrema, and window queries may wait in their place.
+    if WRITE_EXTREMA & (channels > 0):
+        page = slot // PAGE
+        low = b_k.to(tl.float32)
+        high = low
+        end = tl.where(inside, slot, 0)
+        for offset in tl.static_range(PAGE - 1):
+            earlier = page * PAGE + offset
+            other = tl.load(base + earlier * (2 * DIM) + dim, mask=earlier < end, other=0.0)
+            other = other.to(tl.float32)
+            low = tl.where(earlier < end, tl.minimum(low, other), low)
+            high = tl.where(earlier < end, tl.maximum(high, other), high)
+        # Only the last token that this step writes to a page stores the page's extrema.
+        if (length == tl.load(final_lengths + row)) | (length % PAGE == 0):
             target = base + BLOCK_SIZE * 2 * DIM + dim * PAGES + page
             tl.store(target, low.to(element), mask=inside)
             tl.store(target + DIM * PAGES, high.to(element), mask=inside)
+        if PROBE:
+            _store_probe(
+                b_q, low, high, channels, pair, pair * GROUP, probe_query, probe_extreme,
+                probe_scale, probe_newest, GROUP, DIM,
+            )  # fmt: skip
     if PER_BLOCK > 0:
         place = tl.load(parked + row)
         if place >= 0:
-            member = tl.arange(0, BLOCK_M)
-            mask = (member < GROUP)[:, None] & inside[None, :]
-            source = query + row * stride_query_row + dim[None, :]
-            source += (head * GROUP + member)[:, None] * stride_query_head
-            b_q = tl.load(source, mask=mask)
             area = cache + (place // PER_BLOCK).to(tl.int64) * stride_block + head * stride_head
             area += BLOCK_SIZE * 2 * DIM + (place % PER_BLOCK) * (GROUP * DIM)
-            tl.store(area + member[:, None] * DIM + dim[None, :], b_q.to(element), mask=mask)
+            tl.store(area + member[:, None] * DIM + dim[None, :], b_q, mask=mask)
 
 
 def append_tokens(
@@ -109,10 +187,10 @@ def append_tokens(
     query: Tensor | None = None,
     parked: Tensor | None = None,
     per_block: int = 0,
+    probes: Probes | None = None,
+    arrived: Tensor | None = None,
 ) -> None:
     """Same contract as :func:`vllm_sparse.kernels.reference.append.append_tokens`.
-
-    With ``parked`` also that of :func:`vllm_sparse.kernels.reference.append.park_queries`.
 
     Args:
         cache: A page must be contiguous.
@@ -125,9 +203,11 @@ def append_tokens(
         layout: Page geometry.
         replays: A request may bring several tokens. If the caller knows that none does, the
             token and the extrema are written by one launch instead of two.
-        query: Channels contiguous; needed with ``parked``, which needs ``replays=False``.
-        parked: int32.
+        query: Channels contiguous.
+        parked: int32; needs ``replays=False``.
         per_block: Window queries that a block has room for.
+        probes: Contiguous, the queries in the cache's dtype.
+        arrived: ``[n, T, G]``, a row after the other.
     """
     rows, kv_heads, dim = key.shape
     assert key.stride(-1) == value.stride(-1) == block_table.stride(-1) == 1
@@ -136,10 +216,16 @@ def append_tokens(
     assert parked is None or not replays
     if not rows:
         return
-    if query is None or parked is None:
-        query, parked, per_block = key, lengths, 0  # unused
-    group = query.shape[1] // kv_heads
+    if query is None:
+        query, parked, probes = key, None, None
+    # Pointers that are not used must be some.
+    asked = probes or (query, lengths, lengths, lengths)
+    assert all(part.is_contiguous() for part in probes or ())
+    counters = 0 if arrived is None else len(arrived)
+    assert arrived is None or arrived.stride()[1:] == (kv_heads, 1)
+    group, overlapped = query.shape[1] // kv_heads, overlaps(cache.device)
     for write_row, write_extrema in ((True, False), (False, True)) if replays else ((True, True),):
+        probing = probes is not None and write_extrema
         _append_kernel[(rows, kv_heads)](
             cache,
             query,
@@ -149,7 +235,9 @@ def append_tokens(
             lengths,
             final_lengths,
             top_r,
-            parked,
+            lengths if parked is None else parked,
+            *asked,
+            lengths if arrived is None else arrived,
             cache.stride(0),
             cache.stride(1),
             query.stride(0),
@@ -159,6 +247,8 @@ def append_tokens(
             value.stride(0),
             value.stride(1),
             block_table.stride(0),
+            0 if arrived is None else arrived.stride(0),
+            HEADS=kv_heads,
             GROUP=group,
             DIM=dim,
             BLOCK_SIZE=layout.block_size,
@@ -167,7 +257,11 @@ def append_tokens(
             BLOCK_D=dim_block(dim),
             WRITE_ROW=write_row,
             WRITE_EXTREMA=write_extrema,
-            PER_BLOCK=per_block,
-            num_warps=1,
+            PER_BLOCK=0 if parked is None else per_block,
+            PROBE=probing,
+            COUNTERS=counters,
+            PDL=overlapped,
+            num_warps=(4 if dim <= 128 else 8) if probing else 1,
             num_stages=1,
+            launch_pdl=overlapped,
         )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""A RocketKV decode step, composed of Triton kernels."""
+"""A RocketKV decode step in three launches: append, select, attend."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from vllm_sparse.kernels.triton.append import append_tokens
-from vllm_sparse.kernels.triton.attention import attend_slots
-from vllm_sparse.kernels.triton.launch import split_kernel
-from vllm_sparse.kernels.triton.pages import score_pages, select_slots
+from vllm_sparse.kernels.triton.attention import attend_grid, attend_slots
+from vllm_sparse.kernels.triton.launch import launch
+from vllm_sparse.kernels.triton.pages import score_shares, select_slots
+from vllm_sparse.kernels.types import Probes
 
 if TYPE_CHECKING:
     from torch import Tensor
     from vllm_sparse.kernels.layout import PageLayout
 
-# Bytes that the scores of pages may take at a time. They are as wide as the longest row may be.
+# Bytes that the scores of pages may take at a time, where rows of one request share blocks.
 _MOST_SCORES = 256 << 20
 
 
@@ -43,9 +44,14 @@ def decode_attention(
 
     Capturable: grids and scratch depend on shapes only. The channel axes must be contiguous and
     so must a page of the cache; other strides are free. Integer tensors are int32. Queries are
-    rounded to the cache's dtype. Scratch: see :func:`decode_scratch_bytes`; to bound it, pages
-    are scored and selected for so many rows at a time.
+    rounded to the cache's dtype. Scratch: see :func:`decode_scratch_bytes`. Without ``replays``
+    no two rows may have a block in common that both score. With them pages are scored for so many
+    rows at a time, to bound scratch.
     """
+    rows, kv_heads = len(query), cache.shape[1]
+    padded = -(-rows // 4) * 4  # where the second half starts is aligned as the first is
+    arrived = torch.empty(2, padded, kv_heads, dtype=torch.int32, device=cache.device)[:, :rows]
+    probes = None if read_all else _make_probes(cache, query)
     append_tokens(
         cache,
         key,
@@ -59,10 +65,14 @@ def decode_attention(
         query=query,
         parked=parked,
         per_block=per_block,
+        probes=probes,
+        arrived=arrived,
     )
     slots = None
-    if not read_all:
-        slots = _select(cache, query, block_table, lengths, top_r, layout, top_k)
+    if probes is not None:
+        slots = _select(
+            cache, probes, block_table, lengths, top_r, layout, top_k, arrived[0], not replays
+        )
     attend_slots(
         cache,
         query,
@@ -74,12 +84,67 @@ def decode_attention(
         layout=layout,
         top_k=top_k,
         scale=scale,
+        arrived=arrived[1],
     )
+
+
+def _make_probes(cache: Tensor, query: Tensor) -> Probes:
+    (rows, heads, dim), kv_heads, device = query.shape, cache.shape[1], cache.device
+    return Probes(
+        torch.empty(query.shape, dtype=cache.dtype, device=device),
+        torch.empty(rows, kv_heads, dim, dtype=torch.int32, device=device),
+        *(torch.empty(rows, heads, dtype=torch.float32, device=device) for _ in range(2)),
+    )
+
+
+def _select(
+    cache: Tensor,
+    probes: Probes,
+    block_table: Tensor,
+    lengths: Tensor,
+    top_r: Tensor,
+    layout: PageLayout,
+    top_k: int,
+    arrived: Tensor,
+    private: bool,
+) -> Tensor:
+    """Slots of all rows, see :func:`.pages.select_slots`."""
+    (rows, heads, _), (max_blocks, kv_heads) = (
+        probes.query.shape,
+        (block_table.shape[1], cache.shape[1]),
+    )
+    capacity = min(top_k, max_blocks * layout.block_size)
+    slots = torch.empty(rows, kv_heads, capacity, dtype=torch.int32, device=cache.device)
+    step = rows
+    if not private:
+        step = _rows_at_once(rows, heads, kv_heads, max_blocks * layout.pages_per_block)
+    for start in range(0, rows, max(step, 1)):
+        part = slice(start, start + step)
+        select_slots(
+            cache,
+            Probes(*(field[part] for field in probes)),
+            block_table[part],
+            lengths[part],
+            top_r[part],
+            layout=layout,
+            top_k=top_k,
+            private=private,
+            arrived=arrived[part],
+            out=slots[part],
+        )
+    return slots
+
+
+def _rows_at_once(rows: int, heads: int, kv_heads: int, pages: int) -> int:
+    """Rows to score together; a multiple of 4, so that what starts there is aligned as a whole."""
+    parts = -(-rows * pages * 4 * (heads + kv_heads) // _MOST_SCORES)
+    return -(-rows // max(parts, 1) // 4) * 4
 
 
 def decode_scratch_bytes(
     rows: int,
     max_blocks: int,
+    cache_blocks: int,
     *,
     layout: PageLayout,
     heads: int,
@@ -96,6 +161,7 @@ def decode_scratch_bytes(
     Args:
         rows: T, at most.
         max_blocks: Width of the block table.
+        cache_blocks: Blocks of the cache.
         layout: Page geometry.
         heads: H.
         kv_heads: G.
@@ -105,48 +171,21 @@ def decode_scratch_bytes(
     """
     dim, tokens = layout.head_dim, max_blocks * layout.block_size
     pages = max_blocks * layout.pages_per_block
+    per_page = 4 * (heads + kv_heads)
+    per_row = heads * dim * dtype.itemsize + 4 * (kv_heads * dim + 2 * heads)  # probes
+    per_row += 4 * kv_heads * min(top_k, tokens)  # slots
+    tile = launch("select_slots", device, dim, dtype).block
+    token_tile = launch("attend", device, dim, dtype).block
     most = 0
     for count in range(1, rows + 1):
         part = min(_rows_at_once(count, heads, kv_heads, pages), count)
-        _, split = split_kernel("score_pages", part * kv_heads, pages, dim, dtype, device)
-        scores = part * (heads * (pages + 2 * split.shares) + kv_heads * pages)
-        _, split = split_kernel("attend", count * kv_heads, tokens, dim, dtype, device)
-        attended = count * heads * split.shares * (dim + 1)
-        slots = count * kv_heads * min(top_k, tokens)
-        most = max(most, 4 * (slots + max(scores, attended)))
+        scored = 0
+        for some, held in ((part, part * max_blocks), (count, cache_blocks)):
+            shares = score_shares(some * kv_heads, pages, tile, device)
+            scores = held * layout.pages_per_block * per_page + 4 * some * heads * (2 * shares + 1)
+            scored = max(scored, scores)
+        _, shares = attend_grid(count * kv_heads, tokens, top_k, token_tile, device, False)
+        attended = 4 * count * heads * shares * (dim + 1)
+        counters = 8 * kv_heads * (-(-count // 4) * 4)
+        most = max(most, counters + count * per_row + max(scored, attended))
     return most
-
-
-def _rows_at_once(rows: int, heads: int, kv_heads: int, pages: int) -> int:
-    """Rows to score together; a multiple of 4, so that what starts there is aligned as a whole."""
-    parts = -(-rows * pages * 4 * (heads + kv_heads) // _MOST_SCORES)
-    return -(-rows // max(parts, 1) // 4) * 4
-
-
-def _select(
-    cache: Tensor,
-    query: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    top_r: Tensor,
-    layout: PageLayout,
-    top_k: int,
-) -> Tensor:
-    """Slots of all rows, see :func:`.pages.select_slots`."""
-    (rows, heads, _), (max_blocks, kv_heads) = query.shape, (block_table.shape[1], cache.shape[1])
-    capacity = min(top_k, max_blocks * layout.block_size)
-    slots = torch.empty(rows, kv_heads, capacity, dtype=torch.int32, device=cache.device)
-    step = _rows_at_once(rows, heads, kv_heads, max_blocks * layout.pages_per_block)
-    for start in range(0, rows, max(step, 1)):
-        part = slice(start, start + step)
-        rest = block_table[part], lengths[part], top_r[part]
-        # Nothing keeps the scores of one part while those of the next are made.
-        select_slots(
-            score_pages(cache, query[part], *rest, layout=layout, top_k=top_k),
-            *rest,
-            layout=layout,
-            top_k=top_k,
-            kv_heads=kv_heads,
-            out=slots[part],
-        )
-    return slots

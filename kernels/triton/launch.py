@@ -49,8 +49,7 @@ _SM80 = {
     "pool": (Launch(512, 4, 1), Launch(512, 4, 1)),
     "top_indices": (Launch(2048, 8, 1), Launch(2048, 8, 1)),
     "compact": (Launch(16, 4, 1), Launch(16, 8, 1)),
-    "score_pages": (Launch(64, 4, 5), Launch(32, 4, 5)),
-    "select_slots": (Launch(4096, 8, 1), Launch(4096, 8, 1)),
+    "select_slots": (Launch(128, 8, 5), Launch(64, 8, 5)),
     "attend": (Launch(32, 4, 5), Launch(32, 4, 5)),
     "score_blocks": (Launch(64, 4, 5), Launch(32, 4, 5)),
     "choose_blocks": (Launch(4096, 8, 1), Launch(4096, 8, 1)),
@@ -107,7 +106,7 @@ def launches(device: torch.device) -> Table:
     """
     if device.type != "cuda":
         shipped = Table(_SM80, "not tuned")
-    elif torch.cuda.get_device_capability(device) >= (9, 0):
+    elif capability(device) >= (9, 0):
         shipped = Table(_SM90, "shipped for sm_90")
     else:
         shipped = Table(_SM80, "shipped for sm_80")
@@ -181,7 +180,7 @@ _REMEDY = "Remove it, or make it again with `make gpu-tune` of vllm-sparse"
 
 
 # Kernels that count digits, and what part of their block the smallest tile has.
-_COUNTING = {"top_indices": 1, "select_slots": 4, "choose_blocks": 4}
+_COUNTING = {"top_indices": 1, "choose_blocks": 4}
 
 
 def valid(kernel: str, launch: Launch) -> bool:
@@ -202,6 +201,17 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 8
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU; (0, 0) for the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a launch may begin while the one before it ends (programmatic dependent launch)."""
+    return capability(device) >= (9, 0)
 
 
 # Kernels take powers of two, which GPUs compute faster.
@@ -265,7 +275,7 @@ def split_rows(programs: int, entries: int, block: int, device: torch.device, wo
 
 # Entries that are worth a program where rows alone fill the GPU. A program starts by ranking
 # channels (pages) or with a chain of loads (tokens), for which fewer entries do not pay.
-_WORTH = {"score_pages": 1024, "attend": 512, "score_blocks": 512}
+_WORTH = {"attend": 512, "score_blocks": 512}
 
 
 def split_kernel(

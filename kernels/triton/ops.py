@@ -42,6 +42,14 @@ def share_of(count, least, AXIS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def shares_used(count, least, AXIS: tl.constexpr, BLOCK: tl.constexpr):
+    """Programs that :func:`share_of` gives a share."""
+    tiles = tl.cdiv(count, BLOCK)
+    used = tl.minimum(tl.num_programs(AXIS), tl.cdiv(tiles, least))
+    return tl.cdiv(tiles, tl.cdiv(tiles, used))
+
+
+@triton.jit
 def attend_tile(b_q, b_k, b_v, seen, peak, mass, b_o, scale_log2):
     """One tile of keys and values of an online softmax (FlashAttention, arXiv 2205.14135).
 

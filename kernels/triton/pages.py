@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Stage 2: page scores from channel-major extrema, then the tokens to attend to."""
+"""Stage 2: scores pages by the channel-major index, then lists the tokens to attend to.
+
+One launch does both: the program that is the last one to score pages of a row and KV head selects.
+Scores lie in scratch in blocks, ``[blocks, G, H / G + 1, pages]``: estimated logits of each query
+head, and room for probabilities.
+"""
 
 from __future__ import annotations
 
@@ -10,39 +15,130 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vllm_sparse.kernels.triton import launch as launches
+from vllm_sparse.kernels.triton.choose import take_all, take_pages
+from vllm_sparse.kernels.triton.grid import (
+    count_in,
+    let_next_start,
+    wait_for_previous,
+    whole_waves,
+)
 from vllm_sparse.kernels.triton.launch import (
     MOST_SHARES,
     dim_block,
     launch,
+    overlaps,
     row_block,
-    split_kernel,
 )
-from vllm_sparse.kernels.triton.ops import dot, share_of
-from vllm_sparse.kernels.triton.topk import choose, radix_threshold, tile_threshold
-from vllm_sparse.kernels.types import PageScores
+from vllm_sparse.kernels.triton.ops import dot, share_of, shares_used
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
+    from vllm_sparse.kernels.types import Probes
+
+
+@triton.jit
+def _score_pages(
+    base, table, scores, row_blocks, query, extreme, scale, newest_logit, begin, end, length,
+    stride_block,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRIVATE: tl.constexpr,
+):  # fmt: skip
+    """Scores pages ``begin`` to ``end`` of one row and KV head.
+
+    Args:
+        base: The KV head in the cache.
+        table: The row's blocks.
+        scores: Where those of the KV head are in the first block of scratch.
+        row_blocks: The row's first block in scratch, unless blocks are ``PRIVATE``.
+        query: The first of its queries, cut down to the channels that are read.
+        extreme: Its channels, see :class:`vllm_sparse.kernels.types.Probes`.
+        scale: The first factor of its logits.
+        newest_logit: The first estimate of its newest page.
+        begin: Page.
+        end: Page behind the last one.
+        length: Tokens of the row.
+        stride_block: Of the cache.
+        HEADS: KV heads.
+        GROUP: Query heads of each.
+        DIM: Head size.
+        BLOCK_SIZE: Tokens of a block.
+        PAGE: Tokens of a page.
+        BLOCK_M: ``GROUP`` rounded up.
+        BLOCK_P: Pages of a tile.
+        BLOCK_D: ``DIM`` rounded up.
+        PRIVATE: Blocks of scratch go by blocks of the cache.
+
+    Returns:
+        The largest logit of each query head, and the sum over tokens of ``exp(logit - largest)``.
+    """
+    PAGES: tl.constexpr = BLOCK_SIZE // PAGE
+    STRIDE: tl.constexpr = HEADS * (GROUP + 1) * PAGES
+    newest = (length - 1) // PAGE
+    member = tl.arange(0, BLOCK_M)
+    member_inside = member < GROUP
+    dim = tl.arange(0, BLOCK_D)
+    mask = member_inside[:, None] & (dim < DIM)[None, :]
+    b_q = tl.load(query + member[:, None] * DIM + dim[None, :], mask=mask, other=0.0)
+    channel = tl.load(extreme + dim, mask=dim < DIM, other=-1)
+    factor = tl.load(scale + member, mask=member_inside, other=0.0)
+    of_newest = tl.load(newest_logit + member, mask=member_inside, other=0.0)
+    # Each column of a tile on its own, so that threads meet only once, after the loop.
+    peak = tl.full([BLOCK_M, BLOCK_P], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
+    for start in range(begin, end, BLOCK_P):
+        page = start + tl.arange(0, BLOCK_P)
+        inside = page < end
+        # Whole blocks, or a channel's pages could not be loaded as vectors. What was loaded from
+        # the newest page on is not used.
+        there = page // PAGES <= newest // PAGES
+        block = tl.load(table + page // PAGES, mask=there, other=0).to(tl.int64)
+        source = block * stride_block + BLOCK_SIZE * 2 * DIM + page % PAGES
+        # Channels that are not read are masked: their bytes stay where they are.
+        b_bound = tl.load(
+            base + channel[:, None] * PAGES + source[None, :],
+            mask=(channel >= 0)[:, None] & there[None, :],
+            other=0.0,
+        )  # [BLOCK_D, BLOCK_P]
+        logit = dot(b_q, b_bound) * factor[:, None]
+        logit = tl.where((page == newest)[None, :], of_newest[:, None], logit)
+        if not PRIVATE:
+            block = row_blocks + page // PAGES
+        target = member[:, None] * PAGES + (block.to(tl.int32) * STRIDE + page % PAGES)[None, :]
+        tl.store(scores + target, logit, mask=member_inside[:, None] & inside[None, :])
+        logit = tl.where(inside[None, :], logit, float("-inf"))
+        highest = tl.maximum(peak, logit)
+        base_logit = tl.where(highest == float("-inf"), 0.0, highest)  # nothing was scored yet
+        tokens = tl.where(page == newest, length - newest * PAGE, PAGE).to(tl.float32)
+        mass = mass * tl.exp(peak - base_logit) + tl.exp(logit - base_logit) * tokens[None, :]
+        peak = highest
+    highest = tl.max(peak, 1)
+    return highest, tl.sum(mass * tl.exp(peak - highest[:, None]), 1)
 
 
 # How wide a table is changes from step to step, which must not compile variants.
-@triton.jit(do_not_specialize=["width", "least", "stride_table"])
-def _score_pages_kernel(
+@triton.jit(do_not_specialize=["width", "capacity", "stride_table"])
+def _select_slots_kernel(
     cache,
     query,
+    extreme,
+    scale,
+    newest,
     table,
     lengths,
     top_r,
-    logits,
-    peak_out,
-    mass_out,
+    scores,
+    peaks,
+    masses,
+    weights,
+    arrived,
+    slots,
     top_k,
     width,
-    least,
+    capacity,
     stride_block,
     stride_head,
-    stride_query_row,
-    stride_query_head,
     stride_table,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -52,338 +148,147 @@ def _score_pages_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    TILE: tl.constexpr,
+    MOST: tl.constexpr,
+    PRIVATE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_next_start(PDL)
     PAGES: tl.constexpr = BLOCK_SIZE // PAGE
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    pair = tl.program_id(0).to(tl.int64)
+    row = pair // HEADS
+    head = pair % HEADS
     length = tl.load(lengths + row)
     channels = tl.load(top_r + row)
-    if (length <= 0) | (length <= top_k) | (channels <= 0):
+    wait_for_previous(PDL)
+    if (length <= 0) | (channels <= 0):
         return
-    newest = (length - 1) // PAGE
-    member = tl.arange(0, BLOCK_M)
-    member_inside = member < GROUP
-    first_head = row * (HEADS * GROUP) + head * GROUP
-    part = (first_head + member) * tl.num_programs(2) + tl.program_id(2)
-    begin, last = share_of(newest + 1, least, 2, BLOCK_P)
-    if begin >= last:  # before the work that a share without pages has no use for
-        tl.store(peak_out + part, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=member_inside)
-        tl.store(mass_out + part, tl.zeros([BLOCK_M], tl.float32), mask=member_inside)
-        return
-    dim = tl.arange(0, BLOCK_D)
-    dim_inside = dim < DIM
-    b_q = tl.load(
-        query
-        + row * stride_query_row
-        + (head * GROUP + member)[:, None] * stride_query_head
-        + dim[None, :],
-        mask=member_inside[:, None] & dim_inside[None, :],
-        other=0.0,
-    )
-    q = b_q.to(tl.float32)
-
-    # The channels with the largest group magnitude, ties to the lower channel.
-    magnitude = tl.where(dim_inside, tl.sum(tl.abs(q), 0), -1.0)
-    larger = magnitude[:, None] > magnitude[None, :]
-    tied_before = (magnitude[:, None] == magnitude[None, :]) & (dim[:, None] < dim[None, :])
-    rank = tl.sum((larger | tied_before).to(tl.int32), 0)
-    kept = (rank < channels) & dim_inside
-    upper = tl.sum(q, 0) > 0
-    channel = tl.where(upper, dim + DIM, dim)
-    selected = tl.where(kept[None, :], q, 0.0)
-    norm = tl.sum(tl.abs(q), 1)
-    ratio = tl.sum(tl.abs(selected), 1) / tl.where(norm > 0, norm, 1.0)
-    temperature = tl.where(norm > 0, tl.sqrt(DIM * ratio), 1.0)
-    b_selected = tl.where(kept[None, :], b_q, 0.0).to(b_q.dtype)
-
-    base = cache + head.to(tl.int64) * stride_head
-    table += row * stride_table
-    # The stored extrema of the newest page may already hold tokens that come later.
-    newest_base = base + tl.load(table + newest // PAGES).to(tl.int64) * stride_block
-    low = tl.full([BLOCK_D], float("inf"), tl.float32)
-    high = tl.full([BLOCK_D], float("-inf"), tl.float32)
-    end = tl.where(dim_inside, length, 0)
-    for offset in tl.static_range(PAGE):
-        slot = newest * PAGE + offset
-        key = newest_base + slot % BLOCK_SIZE * (2 * DIM) + dim
-        b_k = tl.load(key, mask=slot < end, other=0.0).to(tl.float32)
-        low = tl.where(slot < end, tl.minimum(low, b_k), low)
-        high = tl.where(slot < end, tl.maximum(high, b_k), high)
-    bound = tl.where(dim_inside, tl.where(upper, high, low), 0.0)
-    newest_logit = tl.sum(selected * bound[None, :], 1)
-
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(begin, last, BLOCK_P):
-        page = start + tl.arange(0, BLOCK_P)
-        inside = page < last
-        # Whole blocks, or a channel's pages could not be loaded as vectors. What was loaded from
-        # the newest page on is not used.
-        there = page // PAGES <= newest // PAGES
-        block = tl.load(table + page // PAGES, mask=there, other=0).to(tl.int64)
-        source = block * stride_block + BLOCK_SIZE * 2 * DIM + page % PAGES
-        # Channels that are not kept are masked: their bytes stay where they are.
-        b_bound = tl.load(
-            base + channel[:, None] * PAGES + source[None, :],
-            mask=kept[:, None] & there[None, :],
-            other=0.0,
-        )  # [BLOCK_D, BLOCK_P]
-        logit = dot(b_selected, b_bound)
-        logit = tl.where((page == newest)[None, :], newest_logit[:, None], logit)
-        logit = logit / temperature[:, None]
-        target = (first_head + member)[:, None] * width + page[None, :]
-        tl.store(logits + target, logit, mask=member_inside[:, None] & inside[None, :])
-        logit = tl.where(inside[None, :], logit, float("-inf"))
-        highest = tl.maximum(peak, tl.max(logit, 1))
-        tokens = tl.where(page == newest, length - newest * PAGE, PAGE).to(tl.float32)
-        mass = mass * tl.exp(peak - highest)
-        mass += tl.sum(tl.exp(logit - highest[:, None]) * tokens[None, :], 1)
-        peak = highest
-    tl.store(peak_out + part, peak, mask=member_inside)
-    tl.store(mass_out + part, mass, mask=member_inside)
-
-
-def score_pages(
-    cache: Tensor,
-    query: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    top_r: Tensor,
-    *,
-    layout: PageLayout,
-    top_k: int,
-) -> PageScores:
-    """Same contract as :func:`vllm_sparse.kernels.reference.pages.score_pages`."""
-    rows, heads, dim = query.shape
-    kv_heads, device = cache.shape[1], cache.device
-    assert query.stride(-1) == block_table.stride(-1) == cache.stride(-1) == 1
-    assert cache.stride(-2) == cache.shape[-1], "a page must be one contiguous run"
-    width = block_table.shape[1] * layout.pages_per_block
-    (block, warps, stages), (shares, least) = split_kernel(
-        "score_pages", rows * kv_heads, width, dim, cache.dtype, device
-    )
-    query = query.to(cache.dtype)
-    logits = torch.empty(rows, heads, width, dtype=torch.float32, device=device)
-    peak, mass = (
-        torch.empty(rows, heads, shares, dtype=torch.float32, device=device) for _ in range(2)
-    )
-    if rows:
-        _score_pages_kernel[(rows, kv_heads, shares)](
-            cache,
-            query,
-            block_table,
-            lengths,
-            top_r,
-            logits,
-            peak,
-            mass,
-            top_k,
-            width,
-            least,
-            cache.stride(0),
-            cache.stride(1),
-            query.stride(0),
-            query.stride(1),
-            block_table.stride(0),
-            HEADS=kv_heads,
-            GROUP=heads // kv_heads,
-            DIM=dim,
-            BLOCK_SIZE=layout.block_size,
-            PAGE=layout.page_size,
-            BLOCK_M=row_block(heads // kv_heads),
-            BLOCK_P=block,
-            BLOCK_D=dim_block(dim),
-            num_warps=warps,
-            num_stages=stages,
-        )
-    return PageScores(logits, peak, mass)
-
-
-@triton.jit
-def _probabilities(
-    logits, peaks, masses, page, inside, width, shares,
-    GROUP: tl.constexpr, MOST: tl.constexpr,
-):  # fmt: skip
-    """Softmax over tokens per query head, summed over the group."""
-    share = tl.arange(0, MOST)
-    there = share < shares
-    probability = tl.zeros(page.shape, tl.float32)
-    for member in tl.static_range(GROUP):
-        peak = tl.load(peaks + member * shares + share, mask=there, other=float("-inf"))
-        mass = tl.load(masses + member * shares + share, mask=there, other=0.0)
-        highest = tl.max(peak, 0)
-        part = 1.0 / tl.sum(mass * tl.exp(peak - highest), 0)
-        logit = tl.load(logits + member * width + page, mask=inside, other=float("-inf"))
-        probability += tl.exp(logit - highest) * part
-    return probability
-
-
-@triton.jit
-def _store_pages(
-    slots, table, page, tokens, written,
-    BLOCK_SIZE: tl.constexpr, PAGE: tl.constexpr,
-):  # fmt: skip
-    """Appends the first ``tokens`` slots of each page; returns how many are written by then."""
-    PAGES: tl.constexpr = BLOCK_SIZE // PAGE
-    position = written + tl.cumsum(tokens, 0) - tokens
-    block = tl.load(table + page // PAGES, mask=tokens > 0, other=0)
-    slot = block * BLOCK_SIZE + page % PAGES * PAGE
-    for offset in tl.static_range(PAGE):
-        tl.store(slots + position + offset, slot + offset, mask=offset < tokens)
-    return written + tl.sum(tokens, 0)
-
-
-@triton.jit
-def _take_at_once(
-    logits, peaks, masses, slots, table, pages, count, last, width, shares,
-    GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGE: tl.constexpr, MOST: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    """Up to ``TILE`` pages: their probabilities never leave the registers."""
-    page = tl.arange(0, TILE)
-    inside = page < pages
-    probability = _probabilities(logits, peaks, masses, page, inside, width, shares, GROUP, MOST)
-    threshold, room = tile_threshold(probability, inside, pages, count)
-    chosen, lowest, _ = choose(probability, inside, threshold, room, 0)
-    tokens = tl.where(chosen, tl.where(lowest, last, PAGE), 0)
-    return _store_pages(slots, table, page, tokens, 0, BLOCK_SIZE, PAGE)
-
-
-@triton.jit
-def _take_in_passes(
-    logits, peaks, masses, probability, slots, table, pages, count, last, width, shares,
-    GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGE: tl.constexpr, MOST: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    """Any number of pages."""
-    for start in range(0, pages, TILE):
-        page = start + tl.arange(0, TILE)
-        inside = page < pages
-        tile = _probabilities(logits, peaks, masses, page, inside, width, shares, GROUP, MOST)
-        tl.store(probability + page, tile, mask=inside)
-    tl.debug_barrier()  # other threads of this program read them
-    threshold, room = radix_threshold(probability, pages, count, TILE)
-    tied = 0
-    written = 0
-    for start in range(0, pages, TILE):
-        page = start + tl.arange(0, TILE)
-        inside = page < pages
-        tile = tl.load(probability + page, mask=inside, other=0.0)
-        chosen, lowest, tied = choose(tile, inside, threshold, room, tied)
-        tokens = tl.where(chosen, tl.where(lowest, last, PAGE), 0)
-        written = _store_pages(slots, table, page, tokens, written, BLOCK_SIZE, PAGE)
-    return written
-
-
-@triton.jit(do_not_specialize=["width", "shares", "capacity", "stride_table"])
-def _select_slots_kernel(
-    logits,
-    peaks,
-    masses,
-    table,
-    lengths,
-    top_r,
-    probability,
-    slots,
-    top_k,
-    width,
-    shares,
-    capacity,
-    stride_table,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MOST: tl.constexpr,
-):
-    PAGES: tl.constexpr = BLOCK_SIZE // PAGE
-    SMALL: tl.constexpr = BLOCK // 4
-    MIDDLE: tl.constexpr = BLOCK // 2
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    length = tl.load(lengths + row)
-    pair = row * HEADS + head
     table += row * stride_table
     slots += pair * capacity
-    if (length <= 0) | (tl.load(top_r + row) <= 0):
-        return
     if length <= top_k:
-        for start in range(0, length, SMALL):
-            token = start + tl.arange(0, SMALL)
-            inside = token < length
-            block = tl.load(table + token // BLOCK_SIZE, mask=inside, other=0)
-            tl.store(slots + token, block * BLOCK_SIZE + token % BLOCK_SIZE, mask=inside)
+        if tl.program_id(1) == 0:
+            take_all(slots, table, length, BLOCK_SIZE, TILE // 4)
         return
-
-    newest = (length - 1) // PAGE
-    from_newest = tl.minimum(length - newest * PAGE, top_k)
-    rest = top_k - from_newest
-    written = 0
-    if rest > 0:
-        peaks += pair * GROUP * shares
-        masses += pair * GROUP * shares
-        logits += pair * GROUP * width
-        count = tl.cdiv(rest, PAGE)
-        last = rest - (count - 1) * PAGE  # tokens of the lowest-ranked page
-        if newest <= SMALL:
-            written = _take_at_once(
-                logits, peaks, masses, slots, table, newest, count, last, width,
-                shares, GROUP, BLOCK_SIZE, PAGE, MOST, SMALL,
-            )  # fmt: skip
-        elif newest <= MIDDLE:
-            written = _take_at_once(
-                logits, peaks, masses, slots, table, newest, count, last, width,
-                shares, GROUP, BLOCK_SIZE, PAGE, MOST, MIDDLE,
-            )  # fmt: skip
-        elif newest <= BLOCK:
-            written = _take_at_once(
-                logits, peaks, masses, slots, table, newest, count, last, width,
-                shares, GROUP, BLOCK_SIZE, PAGE, MOST, BLOCK,
-            )  # fmt: skip
-        else:
-            written = _take_in_passes(
-                logits, peaks, masses, probability + pair * width, slots, table, newest, count,
-                last, width, shares, GROUP, BLOCK_SIZE, PAGE, MOST, SMALL,
-            )  # fmt: skip
-    block = tl.load(table + newest // PAGES)
-    offset = tl.arange(0, PAGE)
-    slot = block * BLOCK_SIZE + newest % PAGES * PAGE + offset
-    tl.store(slots + written + offset, slot, mask=offset < from_newest)
+    pages = tl.cdiv(length, PAGE)
+    begin, end = share_of(pages, 1, 1, BLOCK_P)
+    if begin >= end:
+        return
+    scores += head * ((GROUP + 1) * PAGES)
+    row_blocks = (row * width).to(tl.int32)
+    peak, mass = _score_pages(
+        cache + head * stride_head, table, scores, row_blocks, query + pair * (GROUP * DIM),
+        extreme + pair * DIM, scale + pair * GROUP, newest + pair * GROUP, begin, end, length,
+        stride_block, HEADS, GROUP, DIM, BLOCK_SIZE, PAGE, BLOCK_M, BLOCK_P, BLOCK_D, PRIVATE,
+    )  # fmt: skip
+    shares = tl.num_programs(1)
+    peaks += pair * GROUP * shares
+    masses += pair * GROUP * shares
+    member = tl.arange(0, BLOCK_M)
+    at = member * shares + tl.program_id(1)
+    tl.store(peaks + at, peak, mask=member < GROUP)
+    tl.store(masses + at, mass, mask=member < GROUP)
+    used = shares_used(pages, 1, 1, BLOCK_P)
+    if count_in(arrived + pair, used):
+        take_pages(
+            scores, row_blocks, peaks, masses, weights + pair * GROUP, slots, table, length, top_k,
+            shares, used, HEADS, GROUP, BLOCK_SIZE, PAGE, BLOCK_G, MOST, TILE, PRIVATE,
+        )  # fmt: skip
 
 
 def select_slots(
-    scores: PageScores,
+    cache: Tensor,
+    probes: Probes,
     block_table: Tensor,
     lengths: Tensor,
     top_r: Tensor,
     *,
     layout: PageLayout,
     top_k: int,
-    kv_heads: int,
+    private: bool = False,
+    arrived: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Same contract as :func:`vllm_sparse.kernels.reference.pages.select_slots`.
 
-    One program per row and KV head. Pages with equal probability: the lower one is taken first,
-    see :mod:`vllm_sparse.kernels.triton.topk`. The slots are written to ``out`` if it is given.
+    Pages with equal probability: the lower one is taken first, see
+    :mod:`vllm_sparse.kernels.triton.topk`.
     """
-    rows, heads, width = scores.logits.shape
-    device = scores.logits.device
-    capacity = min(top_k, block_table.shape[1] * layout.block_size)
+    (rows, heads, dim), (blocks, kv_heads) = probes.query.shape, cache.shape[:2]
+    device, width = cache.device, block_table.shape[1]
+    assert block_table.stride(-1) == cache.stride(-1) == 1
+    assert cache.stride(-2) == cache.shape[-1], "a page must be one contiguous run"
+    assert all(part.is_contiguous() for part in probes)
+    capacity = min(top_k, width * layout.block_size)
     slots = out
     if slots is None:
         slots = torch.empty(rows, kv_heads, capacity, dtype=torch.int32, device=device)
     assert slots.shape == (rows, kv_heads, capacity)
     assert slots.is_contiguous()
-    probability = torch.empty(rows, kv_heads, width, dtype=torch.float32, device=device)
-    block, warps, stages = launch("select_slots", device)
-    if rows:
-        _select_slots_kernel[(rows, kv_heads)](
-            *(t.contiguous() for t in scores), block_table, lengths, top_r, probability, slots,
-            top_k, width, scores.peak.shape[-1], capacity, block_table.stride(0),
-            HEADS=kv_heads, GROUP=heads // kv_heads, BLOCK_SIZE=layout.block_size,
-            PAGE=layout.page_size, BLOCK=block, MOST=MOST_SHARES,
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+    if not rows:
+        return slots
+    block, warps, stages = launch("select_slots", device, dim, cache.dtype)
+    shares = score_shares(rows * kv_heads, width * layout.pages_per_block, block, device)
+    scratch = (blocks if private else rows * width, kv_heads, heads // kv_heads + 1)
+    scores = torch.empty(*scratch, layout.pages_per_block, dtype=torch.float32, device=device)
+    peaks, masses = (
+        torch.empty(rows, heads, shares, dtype=torch.float32, device=device) for _ in range(2)
+    )
+    weights = torch.empty(rows, heads, dtype=torch.float32, device=device)
+    assert scores.numel() < 1 << 31, "places in scratch are 32-bit"
+    if arrived is None:
+        arrived = torch.zeros(rows, kv_heads, dtype=torch.int32, device=device)
+    overlapped = overlaps(device)
+    _select_slots_kernel[(rows * kv_heads, shares)](
+        cache,
+        *probes,
+        block_table,
+        lengths,
+        top_r,
+        scores,
+        peaks,
+        masses,
+        weights,
+        arrived,
+        slots,
+        top_k,
+        width,
+        capacity,
+        cache.stride(0),
+        cache.stride(1),
+        block_table.stride(0),
+        HEADS=kv_heads,
+        GROUP=heads // kv_heads,
+        DIM=dim,
+        BLOCK_SIZE=layout.block_size,
+        PAGE=layout.page_size,
+        BLOCK_M=row_block(heads // kv_heads),
+        BLOCK_P=block,
+        BLOCK_D=dim_block(dim),
+        BLOCK_G=triton.next_power_of_2(heads // kv_heads),
+        TILE=pages_at_once(warps),
+        MOST=MOST_SHARES,
+        PRIVATE=private,
+        PDL=overlapped,
+        num_warps=warps,
+        num_stages=stages,
+        launch_pdl=overlapped,
+    )
     return slots
+
+
+def score_shares(pairs: int, pages: int, block: int, device: torch.device) -> int:
+    """Programs that score the pages of a row and KV head.
+
+    Args:
+        pairs: Rows times KV heads.
+        pages: That the longest row may have.
+        block: Pages of a tile.
+        device: Where.
+    """
+    return whole_waves("select_slots", pairs, -(-pages // block), launches.multiprocessors(device))
+
+
+def pages_at_once(warps: int) -> int:
+    """Pages among which a program chooses without leaving its registers: 16 a thread."""
+    return 16 * 32 * warps

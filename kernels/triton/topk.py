@@ -25,16 +25,49 @@ def sort_key(score):
 
 
 @triton.jit
-def radix_threshold(score, size, count, BLOCK: tl.constexpr):
+def place_of(
+    index, inside, table, first,
+    STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr, BY_TABLE: tl.constexpr,
+):  # fmt: skip
+    """Where entries are that lie in blocks.
+
+    Args:
+        index: Of the entries.
+        inside: Which of the blocks exist.
+        table: Pointer to the blocks, if they are looked up ``BY_TABLE``.
+        first: The first block if they are not.
+        STRIDE: From one block to the next.
+        PER_BLOCK: Entries of a block; 0 if entries are contiguous.
+        BY_TABLE: See ``table``.
+    """
+    if PER_BLOCK == 0:
+        return index
+    if BY_TABLE:
+        block = tl.load(table + index // PER_BLOCK, mask=inside, other=0)
+    else:
+        block = first + index // PER_BLOCK
+    return block * STRIDE + index % PER_BLOCK
+
+
+@triton.jit
+def radix_threshold(
+    score, size, count, BLOCK: tl.constexpr, table=None, first=0,
+    STRIDE: tl.constexpr = 0, PER_BLOCK: tl.constexpr = 0, BY_TABLE: tl.constexpr = False,
+):  # fmt: skip
     """Key of the ``count``-th largest of ``score[:size]`` and how many equal keys are selected.
 
     Each of four passes counts the next eight bits of the keys that match the bits found so far.
 
     Args:
-        score: Pointer to contiguous float32.
+        score: Pointer to float32.
         size: At least 1.
         count: 1 to ``size``.
         BLOCK: Entries per iteration.
+        table: See :func:`place_of`, and so what follows.
+        first: The same.
+        STRIDE: The same.
+        PER_BLOCK: The same.
+        BY_TABLE: The same.
     """
     digits = tl.arange(0, 256)
     prefix = (count * 0).to(tl.uint32)
@@ -44,46 +77,69 @@ def radix_threshold(score, size, count, BLOCK: tl.constexpr):
         for start in range(0, size, BLOCK):
             index = start + tl.arange(0, BLOCK)
             counted = index < size
-            key = sort_key(tl.load(score + index, mask=counted, other=0.0))
+            place = place_of(index, counted, table, first, STRIDE, PER_BLOCK, BY_TABLE)
+            key = sort_key(tl.load(score + place, mask=counted, other=0.0))
             if step > 0:
                 counted &= (key >> (32 - 8 * step)) == prefix
             digit = ((key >> (24 - 8 * step)) & 255).to(tl.int32)
             histogram += tl.histogram(digit, 256, mask=counted)
-        at_least = tl.cumsum(histogram, 0, reverse=True)
-        above = at_least - histogram
-        found = (at_least >= room) & (above < room)
-        prefix = (prefix << 8) | tl.sum(tl.where(found, digits, 0), 0).to(tl.uint32)
-        room -= tl.sum(tl.where(found, above, 0), 0)
+        next_bits, room, _ = digit_of(histogram, digits, room)
+        prefix = (prefix << 8) | next_bits.to(tl.uint32)
     return prefix, room
+
+
+@triton.jit
+def digit_of(histogram, digits, room):
+    """The digit of the ``room``-th largest entry.
+
+    Args:
+        histogram: Entries with each digit.
+        digits: The digits, ascending.
+        room: 1 to the number of entries.
+
+    Returns:
+        The digit, how many entries with it are among the largest, and how many there are.
+    """
+    above = tl.cumsum(histogram, 0, reverse=True) - histogram
+    found = (above + histogram >= room) & (above < room)
+    room -= tl.sum(tl.where(found, above, 0), 0)
+    return (
+        tl.sum(tl.where(found, digits, 0), 0),
+        room,
+        tl.sum(tl.where(found, histogram, 0), 0),
+    )
 
 
 @triton.jit
 def tile_threshold(score, inside, size, count):
     """As :func:`radix_threshold`, of scores that are in registers.
 
-    A search bit by bit, which ends as soon as the bits found separate ``count`` keys from the rest:
-    after a dozen bits rather than 32, unless scores are equal.
+    A search by four bits, which ends as soon as the bits found separate ``count`` keys from the
+    rest: after three or four steps of eight, unless scores are equal.
 
     Args:
-        score: float32 ``[BLOCK]``.
+        score: float32 ``[BLOCK]``; at least as many entries as the program has threads.
         inside: Entries that exist, ``[BLOCK]``.
         size: How many exist.
         count: 1 to ``size``.
     """
-    key = tl.where(inside, sort_key(score), 0)
-    one = (count * 0 + 1).to(tl.uint32)
-    prefix = one - 1
-    reached = size
-    bit = one * 32
-    while (bit > 0) & (reached != count):
-        bit -= 1
-        higher = prefix | (one << bit)
-        least = tl.sum((key >= higher).to(tl.int32), 0)
-        prefix = tl.where(least >= count, higher, prefix)
-        reached = tl.where(least >= count, least, reached)
+    key = sort_key(score)
+    digits = tl.arange(0, 16)
+    prefix = (count * 0).to(tl.uint32)
+    room = count
+    here = size  # keys that match the bits found so far, of which so many are selected
+    left = count * 0 + 32
+    while (left > 0) & (here != room):
+        left -= 4
+        top = key >> left.to(tl.uint32)
+        matches = inside & ((top >> 4) == prefix)
+        histogram = tl.histogram((top & 15).to(tl.int32), 16, mask=matches)
+        digit, room, here = digit_of(histogram, digits, room)
+        prefix = (prefix << 4) | digit.to(tl.uint32)
     # The lowest of the selected keys, of which only some may be selected.
-    threshold = tl.min(tl.where(inside & (key >= prefix), key, 0xFFFFFFFF), 0)
-    return threshold, count - tl.sum((key > threshold).to(tl.int32), 0)
+    lowest = tl.where(left < 32, prefix << (left & 31).to(tl.uint32), prefix)
+    threshold = tl.min(tl.where(inside & (key >= lowest), key, 0xFFFFFFFF), 0)
+    return threshold, count - tl.sum((inside & (key > threshold)).to(tl.int32), 0)
 
 
 @triton.jit

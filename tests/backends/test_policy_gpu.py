@@ -23,7 +23,7 @@ V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
 NEW_TOKENS = 8
 
 
-def run_gpu_path(model, prompts, *, v2=True, graphs=True, settings=SETTINGS, **options):
+def run_gpu_path(model, prompts, *, v2=True, graphs=True, settings=SETTINGS, further=(), **options):
     return run_engine(
         model,
         prompts,
@@ -32,6 +32,7 @@ def run_gpu_path(model, prompts, *, v2=True, graphs=True, settings=SETTINGS, **o
             "flash_attention",
             *(("captured_graphs",) if graphs else ()),
             *(("profiled_graphs",) if graphs and v2 else ()),
+            *further,
         ),
         env=V2 if v2 else {},
         **{
@@ -52,7 +53,8 @@ def first_tokens(run, requests):
 @pytest.mark.parametrize("v2", [True, False], ids=["v2", "v1"])
 def test_gpu_path_gives_the_cpu_path_s_tokens(llama, prompts, sparse_run, v2):
     """One prompt after the other arrives in chunks, so that steps are pure and mixed."""
-    run = run_gpu_path(llama, prompts[:2], v2=v2, max_num_batched_tokens=320)
+    further = ("no_read_backs",) if v2 else ()
+    run = run_gpu_path(llama, prompts[:2], v2=v2, max_num_batched_tokens=320, further=further)
     assert run["tokens"][0] == first_tokens(sparse_run, range(2))
     assert run["counters"]["prompts_compacted"] == 2
     assert run["free_blocks"][0] == run["free_blocks"][1]
@@ -71,6 +73,16 @@ def test_a_last_prompt_token_that_comes_alone(llama, prompts, sparse_run):
     run = run_gpu_path(llama, prompts[1:2], max_num_batched_tokens=101)
     assert run["tokens"][0] == first_tokens(sparse_run, [1])
     assert run["counters"]["prompts_compacted"] == 1
+    # Three launches a layer. Two builders, of which one measures memory, warm up; each also with a
+    # step that may replay tokens and so appends in two launches.
+    launches = run["launches"]
+    append, select, attend = (
+        launches[f"_{name}_kernel"] for name in ("append", "select_slots", "attend")
+    )
+    assert append - 2 * 3 == select - 2 * 2 == attend - 2 * 2
+    steps, layers = launches["_plan_rows_kernel"], 3
+    assert attend - 2 * 2 == layers * steps
+    assert steps >= NEW_TOKENS
 
 
 def test_a_window_that_comes_token_by_token(llama, prompts, sparse_run):

@@ -26,7 +26,7 @@ def test_bytes_of_each_kernel():
     queries = 2 * 32 * 128
     assert bounds.score_bytes(LLAMA, 3, split) == 3 * (8 * 64 * 1024 * 2 + queries)
     assert bounds.attend_bytes(LLAMA, 3, 512) == 3 * (8 * 512 * 2 * 128 * 2 + 2 * queries)
-    assert bounds.select_bytes(LLAMA, 1, split) == 4 * (32 * 1024 + 8 * 512)
+    assert bounds.slot_bytes(LLAMA, 1, split) == 4 * 8 * 512
     dense = bounds.layer_bytes(LLAMA, 1, 4096, None)
     assert dense * 32 == pytest.approx(4096 * LLAMA.kv_bytes_per_token, rel=1e-2)
     stage1_only = bounds.layer_bytes(LLAMA, 1, 32768, split._replace(stage2=False))

@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 SHIPPED = dict(launch._SM80)  # the table itself is what a search changes
 EVERY = (*launches.ROCKETKV, *launches.SPARDA)
 # On the GPU of these tests twice the tile and half the warps are best; one entry cannot have it.
-TOO_LARGE = "score_pages"
+TOO_LARGE = "select_slots"
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +129,7 @@ def test_kernels_without_time_are_named(tmp_path, monkeypatch):
     assert report.facts["no_time_for"] == list(launches.ROCKETKV[1:])
     results = {"tune": {"rows": report.rows, "facts": report.facts}}
     text, further = tune.summary(results, tmp_path / "launches.json")
-    assert "no time for: score_pages" in text
+    assert "no time for: select_slots" in text
     assert "not searched to the end: attend;" in text
     assert further["installed"] is None
 

@@ -14,10 +14,11 @@ pytest.importorskip("triton")
 from support.kernels import DEVICE, close, same, use_tile, with_gaps
 from support.pages import batch_on_device, decode
 from vllm_sparse.kernels import dispatch
+from vllm_sparse.kernels.reference import append as ref_append
 from vllm_sparse.kernels.reference import attention as ref_attention
 from vllm_sparse.kernels.reference import decode as reference
 from vllm_sparse.kernels.reference import pages as ref_pages
-from vllm_sparse.kernels.triton import attention, launch, pages
+from vllm_sparse.kernels.triton import attention, launch
 from vllm_sparse.kernels.triton import decode as decode_kernel
 
 SHAPES = [
@@ -80,19 +81,38 @@ def scratch(monkeypatch):
 
 
 @pytest.mark.usefixtures("_splitting_rows")
+def test_scratch_of_rows_that_share_no_blocks_follows_the_cache(scratch):
+    """Not the width of their table: one launch scores any number of them."""
+    batch = batch_on_device(rows=3, longest=150)
+    wide = torch.full((3, 400), 1 << 30, dtype=torch.int32, device=DEVICE)
+    wide[:, : batch.table.shape[1]] = batch.table
+    expected = decode(reference.decode_attention, batch, 37)[1]
+    scratch.update(now=0, most=0)
+    output = torch.zeros_like(batch.query)
+    decode_kernel.decode_attention(
+        with_gaps(batch.cache, 2), batch.query, batch.key, batch.value, output, wide,
+        batch.lengths, batch.lengths, batch.top_r, layout=batch.layout, top_k=37, scale=0.11,
+        replays=False,
+    )  # fmt: skip
+    close(output, expected, torch.float32)
+    scores = 4 * len(batch.cache) * batch.layout.pages_per_block * (6 + 2)
+    assert scores < scratch["most"] < 4 * 3 * 400 * batch.layout.pages_per_block * (6 + 2)
+
+
+@pytest.mark.usefixtures("_splitting_rows")
 @pytest.mark.parametrize("most", [1 << 30, 40_000])
 def test_scratch_of_a_decode_is_bounded(most, scratch, monkeypatch):
     """Page scores of some rows at a time select the same tokens."""
     monkeypatch.setattr(decode_kernel, "_MOST_SCORES", most)
     batch = batch_on_device(rows=9, group=3, longest=300, page_size=1)
     scored = []
-    right = decode_kernel.score_pages
+    right = decode_kernel.select_slots
 
-    def score(*args, **kwargs):
-        scored.append(len(args[1]))
-        return right(*args, **kwargs)
+    def select(cache, probes, *args, **kwargs):
+        scored.append(len(probes.query))
+        return right(cache, probes, *args, **kwargs)
 
-    monkeypatch.setattr(decode_kernel, "score_pages", score)
+    monkeypatch.setattr(decode_kernel, "select_slots", select)
     output = torch.zeros_like(batch.query)
     arguments = (batch.cache, batch.query, batch.key, batch.value, output, batch.table,
                  batch.lengths, batch.lengths, batch.top_r)  # fmt: skip
@@ -101,7 +121,7 @@ def test_scratch_of_a_decode_is_bounded(most, scratch, monkeypatch):
     close(output, expected, torch.float32)
     assert scored == ([9] if most > 40_000 else [4, 4, 1])
     bound = decode_kernel.decode_scratch_bytes(
-        9, batch.table.shape[1], layout=batch.layout, heads=6, kv_heads=2, top_k=37,
+        9, batch.table.shape[1], 0, layout=batch.layout, heads=6, kv_heads=2, top_k=37,
         dtype=torch.float32, device=DEVICE,
     )  # fmt: skip
     assert 0.9 * bound <= scratch["most"] <= bound
@@ -135,7 +155,7 @@ def test_padding_rows_are_zero_and_write_nothing(read_all):
     padded = batch._replace(lengths=lengths, table=table)
     cache, output = decode(decode_kernel.decode_attention, padded, 32, read_all=read_all)
     assert not output[1].any()
-    assert torch.equal(output[[0, 2]], whole[[0, 2]])
+    close(output[[0, 2]], whole[[0, 2]], torch.float32)  # shares follow what all rows read
     untouched = batch.table[1].long()
     assert same(cache[untouched], batch.cache[untouched])
 
@@ -165,25 +185,41 @@ def test_replayed_tokens_give_what_they_gave_one_by_one(page_size):
     assert same(cache, expected_cache)
 
 
-@pytest.mark.parametrize("read_all", [True, False])
-def test_a_long_row_is_split_where_rows_fill_the_gpu(read_all, monkeypatch):
-    """Short rows are one share then, of several tiles; a long one has several such shares."""
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
-    use_tile(monkeypatch, "score_pages", 32)
-    batch = batch_on_device(rows=2, page_size=1, longest=1300)
-    batch = batch._replace(lengths=torch.tensor([1300, 40], dtype=torch.int32, device=DEVICE))
-    batch = batch._replace(cache=batch.cache.nan_to_num(0.3))
-    made = []
-    for module, name in ((pages, "PageScores"), (attention, "Shares")):
-        right = getattr(module, name)
-        monkeypatch.setattr(
-            module, name, lambda *parts, right=right: made.append(parts[-1]) or right(*parts)
-        )
-    _, output = decode(decode_kernel.decode_attention, batch, 700, read_all=read_all)
-    _, expected = decode(reference.decode_attention, batch, 700, read_all=read_all)
+@pytest.mark.parametrize("top_r", [None, 0])
+def test_programs_share_out_what_rows_read(top_r, monkeypatch):
+    """Few programs take shares in turn: a long row has many of them, a short one one of its own."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 2)
+    use_tile(monkeypatch, "attend", 16)
+    batch = batch_on_device(rows=3, longest=1300)
+    lengths = torch.tensor([1300, 0, 40], dtype=torch.int32, device=DEVICE)
+    batch = batch._replace(lengths=lengths, cache=batch.cache.nan_to_num(0.3))
+    if top_r is not None:
+        batch = batch._replace(top_r=torch.full_like(batch.top_r, top_r))
+    grids, made = [], []
+    right = attention.make_shares
+
+    def poisoned(*sizes):
+        made.append(right(*sizes))
+        for part in made[-1]:
+            part.fill_(torch.nan)
+        return made[-1]
+
+    monkeypatch.setattr(attention, "make_shares", poisoned)
+    find = attention.attend_grid
+    monkeypatch.setattr(attention, "attend_grid", lambda *a: grids.append(find(*a)) or grids[-1])
+    _, output = decode(decode_kernel.decode_attention, batch, 200)
+    _, expected = decode(reference.decode_attention, batch, 200)
     close(output, expected, torch.float32)
-    used = [(part > -torch.inf).sum(-1)[:, 0].tolist() for part in made]
-    assert used == ([[3, 1]] if read_all else [[2, 0], [2, 1]])
+    (programs, shares), (scratch,) = grids[0], made
+    lse = scratch.lse.flatten().view(6, shares, 3)  # by row and KV head
+    used = (~lse.isnan()).all(2).sum(1).tolist()
+    tiles = [13, 3] if top_r is None else [82, 3]
+    size = -(-2 * sum(tiles) // programs)
+    counts = [-(-count // size) for count in tiles]
+    long, short = (count if count > 1 else 0 for count in counts)  # one share needs no scratch
+    assert programs == 8
+    assert used == [long, long, 0, 0, short, short]
+    assert long > 1
 
 
 def test_the_parts_of_the_reference_make_up_its_whole():
@@ -193,11 +229,9 @@ def test_the_parts_of_the_reference_make_up_its_whole():
     reference.append_tokens(cache, batch.key, batch.value, batch.table, batch.lengths,
                             batch.lengths, batch.top_r, batch.layout)  # fmt: skip
     options = {"layout": batch.layout, "top_k": 37}
-    scores = ref_pages.score_pages(
-        cache, batch.query, batch.table, batch.lengths, batch.top_r, **options
-    )
     rows = batch.table, batch.lengths, batch.top_r
-    slots = ref_pages.select_slots(scores, *rows, **options, kv_heads=2)
+    probes = ref_append.probe_pages(cache, batch.query, *rows, batch.layout)
+    slots = ref_pages.select_slots(cache, probes, *rows, **options)
     output = torch.empty_like(batch.query)
     ref_attention.attend_slots(cache, batch.query, output, slots, *rows, **options, scale=0.11)
     close(output, expected, torch.float32)

@@ -117,7 +117,7 @@ def test_launches_follow_the_bytes_of_a_head(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "block", "warps"), [("top_indices", 128, 4), ("select_slots", 1024, 8)]
+    ("kernel", "block", "warps"), [("top_indices", 128, 4), ("choose_blocks", 1024, 8)]
 )
 def test_threads_that_count_have_an_entry_each(kernel, block, warps):
     assert launch.valid(kernel, launch.Launch(block, warps, 1))

@@ -49,6 +49,21 @@ class TestManager:
         assert hit == dropped * 16
         machine.prefill(short)
 
+    def test_dropped_blocks_are_freed_once_the_step_after_the_prompt_is_processed(self):
+        """That step may begin with compaction, which reads them."""
+        pytest.importorskip("vllm")
+        machine = PoolMachine()
+        request = machine.request([1] * 400)
+        machine.prefill(request)
+        dropped = machine.policy.retention(400).dropped_blocks
+        assert dropped
+        for held in (dropped, 0):
+            request.append_output_token_ids(7)
+            assert machine._schedule(request, 1) is not None
+            blocks = machine._blocks(request)[:dropped]
+            assert sum(not block.is_null for block in blocks) == held
+            machine._compute(request, 1)
+
 
 class PoolMachine(RuleBasedStateMachine):
     """Requests are admitted, computed in chunks, preempted, resumed, finished; blocks are checked.

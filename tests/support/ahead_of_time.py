@@ -4,10 +4,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 
 def compiled(file: str, what: object, cache_dir: object) -> list[str]:
@@ -54,6 +59,79 @@ def compile_only(capability: int) -> None:
     launch._SM80 = launch._SM90 if capability >= 90 else launch._SM80
 
 
+def machine_code(capability: int) -> None:
+    """As :func:`compile_only`, but print what the machine code is like, as JSON.
+
+    Args:
+        capability: 80 or 90.
+    """
+    from triton.runtime import jit
+    from vllm_sparse.kernels.triton import launch
+
+    def compile_instead(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        facts = {
+            "kernel": self.__name__,
+            "programs": math.prod(grid),
+            "warps": kernel.metadata.num_warps,
+            "shared": kernel.metadata.shared,
+            "waits": kernel.asm["ptx"].count("griddepcontrol.wait"),
+            "overlapped": bool(kernel.metadata.launch_pdl),
+            "counters": kernel.asm["ptx"].count("atom.global.gpu.acq_rel"),
+            **_facts(kernel.asm["cubin"]),
+        }
+        print(json.dumps(facts), flush=True)
+
+    _pretend(capability)
+    run, jit.JITFunction.run = jit.JITFunction.run, compile_instead
+    launch._SM80 = launch._SM90 if capability >= 90 else launch._SM80
+
+
+def _facts(cubin: bytes) -> dict[str, Any]:
+    """Registers, bytes of stack, instructions and barriers, and those of the loop over tiles."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+    def told(*command: str) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(cubin)
+            whole = [str(tools / command[0]), *command[1:], file.name]
+            return subprocess.run(whole, capture_output=True, text=True, check=True).stdout
+
+    usage = dict(re.findall(r"(\w+):(\d+)", told("cuobjdump", "--dump-resource-usage")))
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in told("nvdisasm", "-c").splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            code.append(line)
+    loops = []
+    for end, line in enumerate(code):
+        target = re.search(r"BRA.*\(\s*(\.L_x_\d+)\)", line)
+        if target and labels.get(target[1], end) < end:
+            loops.append(code[labels[target[1]] : end + 1])
+    # Tensor cores are used by tiles only; the innermost loop that does is the one over tiles.
+    tiles = min((loop for loop in loops if _count(loop, "HMMA")), key=len, default=[])
+    loads = [index for index, line in enumerate(code) if re.search(r"LDGSTS", line)]
+    return {
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]),
+        "instructions": len(code),
+        "barriers": _count(code, "BAR.SYNC"),
+        "before_tiles": _count(code[: loads[0]], "BAR.SYNC") if loads else 0,
+        "tile_instructions": len(tiles),
+        "tile_barriers": _count(tiles, "BAR.SYNC"),
+        "tile_copies": _count(tiles, "LDGSTS"),
+        "tile_copies_of_16": sum("LDGSTS" in line and ".128" in line for line in tiles),
+    }
+
+
+def _count(code: list[str], what: str) -> int:
+    return sum(what in line for line in code)
+
+
 def name_only() -> None:
     """Make every launch in this process compile nothing.
 
@@ -91,3 +169,4 @@ def _pretend(capability: int) -> None:
 
     driver.set_active(NoGPU())
     launch.multiprocessors = lambda device: 132
+    launch.capability = lambda device: (capability // 10, capability % 10)

@@ -68,6 +68,26 @@ def _write(key: Any, value: Any, key_cache: Any, value_cache: Any, slots: Any, *
     value_cache[block, offset] = value[: len(slots)]
 
 
+def no_read_backs() -> None:
+    """Let plans of real batches fail if they read a tensor of the device back."""
+    from vllm_sparse.backends.policy_gpu import PolicyGpuBuilder
+
+    build, cpu = PolicyGpuBuilder.build, torch.Tensor.cpu
+
+    def refuse(self: Any, *_: Any, **__: Any) -> None:
+        raise AssertionError("a plan reads a tensor back, which waits for the step before")
+
+    def guarded(self: Any, prefix: int, common: Any, *args: Any, **kwargs: Any) -> Any:
+        if common.rswa_prefix_lens is not None:
+            torch.Tensor.cpu = refuse
+        try:
+            return build(self, prefix, common, *args, **kwargs)
+        finally:
+            torch.Tensor.cpu = cpu
+
+    PolicyGpuBuilder.build = guarded
+
+
 def captured_graphs() -> None:
     """Run batches of single tokens as a captured CUDA graph would: with the first metadata.
 

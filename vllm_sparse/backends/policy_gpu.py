@@ -23,6 +23,7 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm_sparse.backends.base import most_rows, prompt_lengths, sequence_lengths, withdraw
 from vllm_sparse.backends.gpu import GpuBackend, check_block_size, warn_of_gpus
 from vllm_sparse.backends.policy import Planning, PolicyBackend, attend_step, set_up_layer
+from vllm_sparse.backends.prompts import prompt_lengths_on_host, watch_requests
 from vllm_sparse.counters import DeviceCounters
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.dispatch import policy_triton
@@ -83,6 +84,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         spec, policy = kv_cache_spec, kv_cache_spec.policy
         warn_of_gpus(spec.backend)
+        watch_requests()
         check_block_size(self.block_size)
         if len(policy.page_sizes) > 1:
             raise UnsupportedError(
@@ -108,7 +110,9 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         self._late: list[PromptEnd] = []
         self._max_rows = most_rows(vllm_config)
         if policy.moves:
-            _warm_up(self._planning.layers[0].impl, spec, device)
+            variants = {layer.impl.sparse.reads_all: layer.impl for layer in self._planning.layers}
+            for impl in variants.values():
+                _warm_up(impl, spec, device)
 
     @property
     def _layers(self) -> list[SparseLayer]:
@@ -134,20 +138,19 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         """Plan one step."""
         common = common_attn_metadata
         self._compact_late()
-        prompt_lens = prompt_lengths(common)
         if common.max_query_len == 1:
-            return self._plan_rows(common, prompt_lens)
+            return self._plan_rows(common)
         lengths = sequence_lengths(common)
-        return self._planning.split(common, lengths, prompt_lens.cpu(), super().build)
+        return self._planning.split(common, lengths, prompt_lengths_on_host(common), super().build)
 
-    def _plan_rows(self, common: CommonAttentionMetadata, prompt_lens: Tensor) -> StepMetadata:
+    def _plan_rows(self, common: CommonAttentionMetadata) -> StepMetadata:
         count = common.num_reqs
         table = common.block_table_tensor[:count]
         rows = Rows(*(buffer[:count] for buffer in self._buffers(table.shape[1])))
         self._kernels.plan_rows(
             rows,
             common.seq_lens[:count],
-            upload(prompt_lens, self.device),
+            upload(prompt_lengths(common), self.device),
             table,
             self._rules,
             self._counters.values,
@@ -159,7 +162,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         self._counters.publish()
         prefilling = common.is_prefilling
         if prefilling is not None and bool(prefilling.any()):
-            self._note_late(common, prompt_lens.cpu())
+            self._note_late(common, prompt_lengths_on_host(common))
         return StepMetadata(count, None, rows=rows)
 
     def _buffers(self, width: int) -> Rows:
@@ -242,10 +245,12 @@ class PolicyGpuImpl(FlashAttentionImpl):
         policy = context.policy(self.head_size, block_size)
         if policy.top_k is None or kernels.decode_scratch_bytes is None:
             return
+        layout = PageLayout(block_size, self.head_size, min(policy.page_sizes))
         needed = kernels.decode_scratch_bytes(
             most_rows(config),
             -(-config.model_config.max_model_len // block_size),
-            layout=PageLayout(block_size, self.head_size, min(policy.page_sizes)),
+            self._most_blocks(layout, device),
+            layout=layout,
             heads=self.num_heads,
             kv_heads=self.num_kv_heads,
             top_k=policy.top_k,
@@ -256,9 +261,20 @@ class PolicyGpuImpl(FlashAttentionImpl):
             needed += MOST_INDEX_BYTES
         torch.empty(needed, dtype=torch.uint8, device=device)
 
+    def _most_blocks(self, layout: PageLayout, device: torch.device) -> int:
+        """Blocks that the cache can have: as many as the device's memory holds."""
+        memory = self._config.cache_config.kv_cache_memory_bytes or 0
+        if device.type == "cuda":
+            memory = memory or torch.cuda.get_device_properties(device).total_memory
+        layers = self._config.compilation_config.static_forward_context.values()
+        ours = sum(isinstance(getattr(layer, "impl", None), PolicyGpuImpl) for layer in layers)
+        elements = layout.token_elements + layout.channels * layout.pages_per_block
+        block = self.num_kv_heads * elements * self._config.model_config.dtype.itemsize
+        return int(memory // (block * max(ours, 1)))
+
 
 def _warm_up(impl: PolicyGpuImpl, spec: PolicySpec, device: torch.device) -> None:
-    """Compile what vLLM's dummy runs do not reach: a prompt's end, and decode beside prompts.
+    """Compile what vLLM's dummy runs need not reach: a prompt's end, and both kinds of decode.
 
     The first requests would wait for it otherwise.
     """
@@ -279,3 +295,5 @@ def _warm_up(impl: PolicyGpuImpl, spec: PolicySpec, device: torch.device) -> Non
     row = lengths[:1]
     rows = SparseRows(None, table[None], row, row, row, pages)
     sparse.decode(cache, query, key, value, rows, torch.empty_like(query))
+    alone = Rows(table[None], row, row, torch.full_like(row, -1))
+    sparse.decode_rows(cache, query, key, value, alone, torch.empty_like(query))

@@ -106,8 +106,13 @@ class PolicyManager(PromptAwareManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        """Free what the steps processed so far have made superfluous, once the prompt is done."""
-        if num_prompt_tokens is None or processed_computed_tokens < num_prompt_tokens:
+        """Free what the steps processed so far have made superfluous, once the prompt is done.
+
+        Not before the step after the prompt's last is processed too: where the last token came
+        alone, that step begins with compaction. Without async scheduling its copies into blocks
+        that are allocated for it, which may be those freed here, would run still earlier.
+        """
+        if num_prompt_tokens is None or processed_computed_tokens <= num_prompt_tokens:
             return
         blocks = self.req_to_blocks.get(request_id, ())
         policy = self.kv_cache_spec.policy

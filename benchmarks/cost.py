@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""What a decode step of ROCKETKV should cost on a GPU, before any GPU has run it.
+
+``python -m benchmarks.cost`` prints predicted microseconds a layer. A launch takes what it takes to
+begin, and then the largest of three: the chain of things that one of its programs waits for, the
+instructions of all of them, and the bytes over the bandwidth. Counts come from machine code
+(``tests/benchmarks/test_cost.py`` compares them with what the compiler makes) and from shapes; the
+constants of :class:`Machine` are estimates, chosen so that the design of five launches costs what
+was estimated for it. A measurement that disagrees says which of them is wrong.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from benchmarks import bounds
+from benchmarks.gpu.shapes import LLAMA
+from benchmarks.ops.rocketkv import SETTINGS
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.shapes import Shape
+
+
+class Machine(NamedTuple):
+    """A GPU. What is not published is an estimate.
+
+    Attributes:
+        name: In tables.
+        multiprocessors: How many.
+        clock_ghz: Of a multiprocessor, each of whose four schedulers issues an instruction a cycle.
+        bytes_per_s: That a copy of large tensors reaches.
+        launch_us: From the end of a launch to the first instruction of the next, in a graph.
+        overlapped_us: The same where launches overlap (programmatic dependent launch).
+        memory_us: A load that no cache holds.
+        cache_us: A load that the second cache holds.
+        atomic_us: An atomic operation with the fence before it.
+        barrier_us: A barrier within a program, with what its threads exchange across it.
+        instruction_us: An instruction in the chain of one warp.
+        empty_us: A program without work.
+    """
+
+    name: str = "H100 SXM"
+    multiprocessors: int = 132
+    clock_ghz: float = 1.7
+    bytes_per_s: float = 2.85e12
+    launch_us: float = 2.4
+    overlapped_us: float = 1.4
+    memory_us: float = 0.5
+    cache_us: float = 0.25
+    atomic_us: float = 0.35
+    barrier_us: float = 0.035
+    instruction_us: float = 0.0009
+    empty_us: float = 0.0002
+
+
+class Program(NamedTuple):
+    """What one program does, and waits for, one after the other.
+
+    Attributes:
+        warps: It has.
+        instructions: Of a warp, without those of tiles.
+        per_tile: Instructions of a warp in each tile.
+        barriers: Without those of tiles.
+        tile_barriers: In each tile.
+        memory: Loads from memory that wait for what was loaded before; one for all tiles, which
+            are loaded ahead.
+        cache: Such loads of what a launch shortly before has stored.
+        atomics: On a counter.
+    """
+
+    warps: int
+    instructions: int
+    per_tile: int = 0
+    barriers: int = 0
+    tile_barriers: int = 0
+    memory: int = 0
+    cache: int = 0
+    atomics: int = 0
+
+
+class Launched(NamedTuple):
+    """A kernel of a layer.
+
+    Attributes:
+        name: Of the kernel.
+        program: What most of its programs do.
+        programs: That have work.
+        tiles: Of each.
+        size_bytes: That cross the memory bus.
+        launches: One after the other.
+        empty: Programs without work.
+        last: What those do besides that come last for a row and KV head.
+        lasts: How many do.
+    """
+
+    name: str
+    program: Program
+    programs: int
+    tiles: int = 0
+    size_bytes: int = 0
+    launches: int = 1
+    empty: int = 0
+    last: Program | None = None
+    lasts: int = 0
+
+
+# Read off the machine code of sm_90 for heads of 128 and groups of four, bfloat16.
+APPEND = Program(warps=4, instructions=1000, barriers=23, memory=1, cache=2)
+SCORE = Program(
+    warps=8, instructions=500, per_tile=408, barriers=8, tile_barriers=3, memory=1, cache=2,
+    atomics=1,
+)  # fmt: skip
+SELECT = Program(warps=8, instructions=1200, barriers=28, cache=4)
+ATTEND = Program(
+    warps=4, instructions=700, per_tile=300, barriers=10, tile_barriers=7, memory=1, cache=2,
+    atomics=1,
+)  # fmt: skip
+MERGE = Program(warps=4, instructions=300, barriers=12, cache=2)
+
+# The design of five launches.
+OLD_APPEND = Program(warps=1, instructions=250, memory=1, cache=2)
+OLD_SCORE = Program(
+    warps=4, instructions=1800, per_tile=370, barriers=28, tile_barriers=7, memory=2, cache=4
+)
+OLD_SELECT = Program(warps=8, instructions=2000, barriers=60, cache=4)
+OLD_ATTEND = Program(warps=4, instructions=400, per_tile=300, tile_barriers=7, memory=1, cache=2)
+OLD_COMBINE = Program(warps=4, instructions=150, barriers=6, cache=2)
+
+TILE_PAGES, TILE_TOKENS = 128, 32
+OLD_TILE_PAGES = 64
+OLD_SCORES_BYTES = 256 << 20  # of one part of the rows
+
+
+class Case(NamedTuple):
+    """Tokens of each prompt, token budget, requests, longest request of the engine."""
+
+    context: int
+    budget: int
+    batch: int
+    longest: int = 131072 + 1536
+
+
+CASES = (
+    Case(16384, 1024, 1), Case(32768, 1024, 1), Case(131072, 1024, 1), Case(32768, 256, 64),
+)  # fmt: skip
+BLOCK_SIZE = 64
+
+
+def microseconds_of(program: Program, tiles: int, machine: Machine) -> float:
+    """What one program takes that has a multiprocessor to itself, in microseconds."""
+    instructions = program.instructions + tiles * program.per_tile
+    barriers = program.barriers + tiles * program.tile_barriers
+    return (
+        instructions * machine.instruction_us
+        + barriers * machine.barrier_us
+        + program.memory * machine.memory_us
+        + program.cache * machine.cache_us
+        + program.atomics * machine.atomic_us
+    )
+
+
+def microseconds(kernel: Launched, machine: Machine, overlapped: bool) -> float:
+    """What a kernel adds to a layer.
+
+    Args:
+        kernel: How it is launched.
+        machine: Where.
+        overlapped: Launches may begin while the one before ends.
+    """
+    last = kernel.last
+    chain = microseconds_of(kernel.program, kernel.tiles, machine)
+    one = kernel.program.instructions + kernel.tiles * kernel.program.per_tile
+    issued = kernel.programs * kernel.program.warps * one
+    if last is not None and kernel.lasts:
+        chain += microseconds_of(last, 0, machine)
+        issued += kernel.lasts * last.warps * last.instructions
+    issue = issued / (machine.multiprocessors * 4 * machine.clock_ghz * 1e3)
+    moved = 1e6 * kernel.size_bytes / machine.bytes_per_s
+    begin = machine.overlapped_us if overlapped else machine.launch_us
+    return kernel.launches * begin + max(chain, issue, moved) + kernel.empty * machine.empty_us
+
+
+def split_of(case: Case, shape: Shape = LLAMA) -> bounds.Split:
+    """What ROCKETKV holds and reads of one request."""
+    settings = {**SETTINGS, "token_budget": case.budget}
+    return bounds.split_of(shape, case.context, settings, BLOCK_SIZE)
+
+
+def layer(case: Case, machine: Machine, shape: Shape = LLAMA) -> list[Launched]:
+    """The launches of a layer."""
+    from benchmarks.ops import kernels
+
+    grid, split = kernels.grid(), split_of(case, shape)
+    pairs = case.batch * shape.kv_heads
+    pages, most_pages = (-(-n // split.page_size) for n in (split.held, case.longest))
+    tiles = -(-pages // TILE_PAGES)
+    shares = grid.whole_waves(
+        "select_slots", pairs, -(-most_pages // TILE_PAGES), machine.multiprocessors
+    )
+    size = -(-tiles // min(shares, tiles))
+    used = -(-tiles // size)
+    select = Launched(
+        "score + select", SCORE, pairs * used, size,
+        bounds.score_bytes(shape, case.batch, split), empty=pairs * (shares - used),
+        last=SELECT, lasts=pairs,
+    )  # fmt: skip
+    read = min(split.top_k, split.held)
+    tiles = -(-read // TILE_TOKENS)
+    found = grid.grid_of("attend", pairs, read, case.longest, TILE_TOKENS, machine.multiprocessors)
+    size = max(-(-tiles * pairs // found.programs), -(-tiles // found.shares))
+    used = -(-tiles // size)
+    working = min(found.programs, pairs * used)
+    attend = Launched(
+        "attend + merge", ATTEND, working, -(-tiles * pairs // working),
+        bounds.attend_bytes(shape, case.batch, read), empty=found.programs - working,
+        last=MERGE, lasts=pairs if used > 1 else 0,
+    )  # fmt: skip
+    append = Launched(
+        "append + rank", APPEND, pairs,
+        size_bytes=bounds.append_bytes(shape, case.batch, split.page_size),
+    )  # fmt: skip
+    return [append, select, attend]
+
+
+def former_layer(case: Case, machine: Machine, shape: Shape = LLAMA) -> list[Launched]:
+    """The launches of a layer where each of five steps was one."""
+    split, pairs = split_of(case, shape), case.batch * shape.kv_heads
+    pages, most_pages = (-(-n // split.page_size) for n in (split.held, case.longest))
+    row_bytes = 4 * (shape.heads + shape.kv_heads) * most_pages
+    parts = -(-case.batch * row_bytes // OLD_SCORES_BYTES)
+
+    def shared_out(pairs: int, entries: int, most: int, block: int, worth: int) -> tuple[int, ...]:
+        """Programs with work, tiles of each, programs without."""
+        filling = -(-4 * machine.multiprocessors // pairs)
+        least = max(1, worth // (filling * block))
+        shares = max(filling, min(16, 64 * machine.multiprocessors // pairs))
+        shares = max(1, min(shares, -(-most // (least * block)), 64))
+        tiles = -(-entries // block)
+        size = -(-tiles // min(shares, -(-tiles // least)))
+        used = -(-tiles // size)
+        return pairs * used, size, pairs * (shares - used)
+
+    scored = shared_out(pairs // parts, pages, most_pages, OLD_TILE_PAGES, 1024)
+    read = min(split.top_k, split.held)
+    working, size, empty = shared_out(pairs, read, case.longest, TILE_TOKENS, 512)
+    partial = 4 * shape.heads // shape.kv_heads * shape.head_dim * working
+    return [
+        Launched(
+            "append", OLD_APPEND, pairs,
+            size_bytes=bounds.append_bytes(shape, case.batch, split.page_size),
+        ),
+        Launched(
+            "score", OLD_SCORE, parts * scored[0], scored[1],
+            bounds.score_bytes(shape, case.batch, split), parts, parts * scored[2],
+        ),
+        Launched("select", OLD_SELECT, pairs, launches=parts),
+        Launched(
+            "attend", OLD_ATTEND, working, size, bounds.attend_bytes(shape, case.batch, read),
+            empty=empty,
+        ),
+        Launched("combine", OLD_COMBINE, case.batch * shape.heads, size_bytes=partial),
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Print the tables."""
+    machine = Machine()
+    print(f"{machine.name}, {LLAMA.name}, estimates: microseconds a layer")
+    for case in CASES:
+        print(f"\n{case.context} tokens, t = {case.budget}, batch {case.batch}")
+        for title, launched, overlapped in (
+            ("five launches", former_layer(case, machine), False),
+            ("three launches", layer(case, machine), False),
+            ("three launches, overlapped", layer(case, machine), True),
+        ):
+            times = [microseconds(kernel, machine, overlapped) for kernel in launched]
+            parts = ", ".join(
+                f"{kernel.name} {time:.1f}" for kernel, time in zip(launched, times, strict=True)
+            )
+            count = sum(kernel.launches for kernel in launched)
+            print(f"  {title:<27}{count:>3} launches {sum(times):>6.1f}  ({parts})")
+
+
+if __name__ == "__main__":
+    main()

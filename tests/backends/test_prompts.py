@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Prompt lengths on the host."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+from vllm_sparse.backends import prompts
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """A table of requests in which index 2 was given away."""
+    seen = []
+    monkeypatch.setattr(
+        prompts.RequestState, "add_request", lambda self, **given: seen.append(given)
+    )
+    monkeypatch.setattr(prompts, "_requests", None)
+    prompts.watch_requests()
+    watching = prompts.RequestState.add_request
+    prompts.watch_requests()
+    assert prompts.RequestState.add_request is watching
+
+    class Table:
+        prompt_len = SimpleNamespace(np=np.array([7, 300, 41, 0], dtype=np.int32))
+
+    table = Table()
+    watching(table, prompt_len=41)
+    assert seen == [{"prompt_len": 41}]
+    return table
+
+
+def batch(**fields):
+    lens = torch.full((3,), -1, dtype=torch.int32)  # the device's, which nobody may read
+    common = {"num_reqs": 3, "req_idx": np.array([2, 0, 1]), "rswa_prefix_lens": lens}
+    return SimpleNamespace(**{**common, **fields})
+
+
+def test_lengths_are_those_of_the_runner_s_own_table(table):
+    assert prompts.prompt_lengths_on_host(batch()).tolist() == [41, 7, 300]
+    table.prompt_len.np[2] = 9  # another request got the index
+    assert prompts.prompt_lengths_on_host(batch()).tolist() == [9, 7, 300]
+
+
+def test_padding_rows_have_no_prompt(table):
+    assert prompts.prompt_lengths_on_host(batch(num_reqs=5)).tolist() == [41, 7, 300, 0, 0]
+    assert prompts.prompt_lengths_on_host(batch(num_reqs=2)).tolist() == [41, 7]
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_what_the_runner_hands_over_is_read_where_the_table_is_unknown(table, gone, monkeypatch):
+    """Model Runner V1 gives no indices, but keeps the lengths on the host."""
+    common = batch(rswa_prefix_lens=torch.tensor([5, 6, 7]), **({} if gone else {"req_idx": None}))
+    if gone:
+        monkeypatch.setattr(prompts, "_requests", None)
+    assert prompts.prompt_lengths_on_host(common).tolist() == [5, 6, 7]

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The cost model, and whether machine code is what it takes it for."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from support.ahead_of_time import compiled, machine_code
+from vllm_sparse.kernels.layout import PageLayout
+from vllm_sparse.kernels.triton import decode, grid, pages
+
+from benchmarks import cost
+from benchmarks.gpu.shapes import LLAMA
+
+SHARED = {80: 163 << 10, 90: 227 << 10}  # of a multiprocessor
+REGISTERS = 1 << 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_what_the_model_rests_on(capability, tmp_path):
+    """Compiled for batch 1, 32 query and 8 KV heads of 128 channels, bfloat16."""
+    lines = compiled(__file__, capability, tmp_path)
+    append, select, attend = (json.loads(line) for line in lines if line.startswith("{"))
+    found = [append["kernel"], select["kernel"], attend["kernel"]]
+    assert found == ["_append_kernel", "_select_slots_kernel", "_attend_kernel"]
+    # Launches overlap where the architecture has it; every program waits once.
+    for code in (append, select, attend):
+        assert code["overlapped"] is (capability >= 90)
+        assert code["waits"] == (1 if capability >= 90 else 0), code
+        assert code["stack"] <= 16, code
+    assert (append["counters"], select["counters"], attend["counters"]) == (0, 1, 1)
+    # So many programs are on a multiprocessor at once.
+    for name, code in (("select_slots", select), ("attend", attend)):
+        resident = grid.RESIDENT[name]
+        assert resident * code["registers"] * 32 * code["warps"] <= REGISTERS, code
+        assert resident * (code["shared"] + 1024) <= SHARED[capability], code
+    # Loops over tiles: what is waited for, how much is issued, and in what pieces it is loaded.
+    for code, program in ((select, cost.SCORE), (attend, cost.ATTEND)):
+        assert code["warps"] == program.warps
+        assert code["tile_barriers"] <= program.tile_barriers, code
+        assert code["tile_instructions"] <= 1.15 * program.per_tile, code
+        assert 2 * code["tile_copies_of_16"] > code["tile_copies"] > 0, code
+    assert select["before_tiles"] <= 1, select
+    assert attend["before_tiles"] <= 5, attend  # four of them before it waits for the launch before
+    assert append["barriers"] <= cost.APPEND.barriers
+    assert append["instructions"] <= 1.3 * cost.APPEND.instructions
+    assert append["warps"] == cost.APPEND.warps
+
+
+def test_the_model_takes_what_is_launched():
+    assert decode.launch("select_slots", torch.device("cpu"), 128).block == cost.TILE_PAGES
+    assert decode.launch("attend", torch.device("cpu"), 128).block == cost.TILE_TOKENS
+    case = cost.CASES[1]
+    append, select, attend = cost.layer(case, cost.Machine())
+    assert append.programs == 8
+    assert select.programs + select.empty == 8 * pages.whole_waves("select_slots", 8, 1040, 132)
+    assert (attend.programs, attend.tiles, attend.empty) == (8 * 16, 1, 4)
+    assert sum(kernel.launches for kernel in (append, select, attend)) == 3
+
+
+@pytest.mark.parametrize(
+    ("case", "estimated"), [(cost.Case(32768, 1024, 1), 24.0), (cost.Case(32768, 256, 64), 55.0)]
+)
+def test_the_former_design_costs_what_was_estimated_for_it(case, estimated):
+    machine = cost.Machine()
+    found = sum(cost.microseconds(k, machine, False) for k in cost.former_layer(case, machine))
+    assert found == pytest.approx(estimated, rel=0.1)
+
+
+def test_bytes_bound_what_reads_much():
+    """With an infinitely fast chain and issue, a kernel takes what its bytes take."""
+    machine = cost.Machine(bytes_per_s=1e9, launch_us=0.0)
+    (kernel,) = [k for k in cost.layer(cost.CASES[-1], machine) if k.name == "attend + merge"]
+    bound = 1e6 * kernel.size_bytes / 1e9 + kernel.empty * machine.empty_us
+    assert cost.microseconds(kernel, machine, False) == pytest.approx(bound)
+    assert cost.microseconds(kernel._replace(size_bytes=0), machine, False) < bound
+
+
+def test_the_tables_are_printed(capsys):
+    cost.main()
+    printed = capsys.readouterr().out
+    assert printed.count("three launches, overlapped") == len(cost.CASES)
+    assert "estimates" in printed
+
+
+def launch_a_step() -> None:
+    """One decode step of one request."""
+    layout, heads, kv_heads, dim = PageLayout(64, LLAMA.head_dim, 4), 32, 8, LLAMA.head_dim
+    cache = torch.zeros(9, kv_heads, 64, 2 * dim + 2 * dim // 4, dtype=torch.bfloat16)
+    query, key = torch.zeros(1, heads, dim).bfloat16(), torch.zeros(1, kv_heads, dim).bfloat16()
+    table, lengths = torch.zeros(1, 2048, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    decode.decode_attention(
+        cache, query, key, key, query, table, lengths, lengths, lengths, layout=layout, top_k=512,
+        scale=0.1, replays=False, parked=lengths, per_block=8,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    machine_code(int(sys.argv[1]))
+    launch_a_step()
