@@ -70,6 +70,7 @@ def config(settings=None, **changes) -> SimpleNamespace:
         "kv_transfer_config": None,
         "lora_config": None,
         "scheduler_config": SimpleNamespace(max_num_seqs=4),
+        "compilation_config": SimpleNamespace(cudagraph_capture_sizes=None),
         "parallel_config": SimpleNamespace(
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
@@ -239,6 +240,10 @@ class TestGuard:
         assert 3 * 4 * 8192 <= slab <= 3 * 4 * 8192 + 5000
         (line,) = (record.getMessage() for record in caplog.records)
         assert line.endswith("serve 3 requests at once (--max-num-seqs was 256)")
+        graphs = {"compilation_config__cudagraph_capture_sizes": [1, 2, 4, 8]}
+        captured = config({"staging_blocks": 16}, scheduler_config__max_num_seqs=256, **graphs)
+        startup.check_config(captured, lambda: taken + 3 * 4 * 8192)
+        assert captured.scheduler_config.max_num_seqs == 2  # three would be padded to four
         for settings, seqs in (({"slab_gib": 128 * 1024 / GIB}, 4), ({"resident": True}, 256)):
             given = config(settings, scheduler_config__max_num_seqs=seqs)
             before = copy.deepcopy(given.additional_config)

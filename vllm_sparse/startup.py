@@ -131,7 +131,12 @@ def _choose_slab(
     staging = 2 * settings.staging_blocks * sizes["num_kv_heads"] * sizes["piece_bytes"]
     room = left_bytes(config, total) - compressed - staging
     asked = scheduler.max_num_seqs
-    slab, scheduler.max_num_seqs = fit_slab(settings, room_bytes=room, max_num_seqs=asked, **sizes)
+    slab, served = fit_slab(settings, room_bytes=room, max_num_seqs=asked, **sizes)
+    if served < asked:
+        # A batch that is padded beyond this number would not run in a graph.
+        captured = config.compilation_config.cudagraph_capture_sizes or ()
+        served = max((size for size in captured if size <= served), default=served)
+    scheduler.max_num_seqs = served
     given = config.additional_config or {}
     config.additional_config = {
         **given, NAMESPACE: {**given.get(NAMESPACE, {}), "slab_gib": slab / GIB}

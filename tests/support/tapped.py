@@ -91,9 +91,9 @@ def _serve(case: dict[str, Any], enforce_eager: bool, in_process: bool) -> dict[
         **case["llm"],
     }
     if case["settings"] is None:
-        guard.check_config = lambda config: None
+        guard.check_config = lambda *_: None
     else:  # as if SPARDA were chosen, whose attention is not tested here
-        guard.check_config = lambda config: config.model_config and route_model(config)
+        guard.check_config = lambda config, *_: config.model_config and route_model(config)
         arguments["additional_config"] = {"vllm_sparse": case["settings"]}
     seen: dict[str, dict] = {"prefill": {}, "decode": {}}
     layers: dict[int, Any] = {}
