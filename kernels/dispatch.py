@@ -99,6 +99,7 @@ class SpardaKernels(NamedTuple):
     """
 
     select_blocks: Callable[..., Selected]
+    choose_blocks: Callable[..., torch.Tensor]
     resolve: Callable[..., Resolution]
     copy_pieces: Callable[..., None]
     write_tokens: Callable[..., None]
@@ -136,19 +137,17 @@ def sparda_kernels(device: torch.device, kernels: str = "auto") -> SpardaKernels
         folder, name = "triton", f"triton, launches {launch.launches(device).origin}"
     else:
         fused, note = _fused(device.type)
-        if not fused:  # prompts need no compiler
-            slow = sparda_kernels(device, "reference")
-            attend_part = _implementation("cpu", "sparda_prefill").attend_part
-            return slow._replace(attend_part=attend_part, note=note)
+        if not fused:
+            return sparda_kernels(device, "reference")._replace(note=note)
         folder = name = "cpu"
-    select, paging, tokens, attention, prefill = (
+    select, choose, paging, tokens, attention, prefill = (
         _implementation(folder, f"sparda_{part}")
-        for part in ("select", "paging", "tokens", "attention", "prefill")
+        for part in ("select", "choose", "paging", "tokens", "attention", "prefill")
     )
     return SpardaKernels(
-        select.select_blocks, paging.resolve, paging.copy_pieces, tokens.write_tokens,
-        tokens.update_windows, tokens.record_queries, attention.attend_frames,
-        prefill.attend_part, name, note,
+        select.select_blocks, choose.choose_blocks, paging.resolve, paging.copy_pieces,
+        tokens.write_tokens, tokens.update_windows, tokens.record_queries,
+        attention.attend_frames, prefill.attend_part, name, note,
     )  # fmt: skip
 
 

@@ -95,6 +95,8 @@ def load() -> ctypes.CDLL:
     )  # fmt: skip
     kernels.vllm_sparse_attend_frames.argtypes = (ctypes.c_int, *([pointer] * 6), ctypes.c_float)
     kernels.vllm_sparse_attend_slots.argtypes = (ctypes.c_int, *([pointer] * 8), ctypes.c_float)
+    kernels.vllm_sparse_attend_part.argtypes = (ctypes.c_int, *([pointer] * 7), ctypes.c_float)
+    kernels.vllm_sparse_choose_blocks.argtypes = (ctypes.c_int, *([pointer] * 6), ctypes.c_float)
     kernels.vllm_sparse_select_blocks.argtypes = (ctypes.c_int, *([pointer] * 8))
     kernels.vllm_sparse_update_windows.argtypes = (ctypes.c_int, *([pointer] * 7))
     number = ctypes.c_int64

@@ -65,9 +65,6 @@ class Selector:
     def vectors(self, layer, tokens, query):
         return torch.zeros(len(tokens.index), HEADS, DIM)
 
-    def scores(self, vectors, keys, positions):
-        return torch.rand(HEADS, len(positions), keys.shape[1])
-
     def record(self, *_) -> None:
         pass
 

@@ -72,12 +72,12 @@ class SpardaSpec(FullAttentionSpec):
 
     Attributes:
         dense_len: Tokens that see at most this many are attended densely.
-        sparse_prefill: Prompts are attended sparsely too.
+        alike: Prompts are attended as outputs are.
         instance_id: vLLM's instance, under whose name the counters are published.
     """
 
     dense_len: int = 0
-    sparse_prefill: bool = False
+    alike: bool = False
     instance_id: str = ""
 
     @classmethod
@@ -90,7 +90,7 @@ class SpardaSpec(FullAttentionSpec):
             spec,
             cls,
             dense_len=settings.dense_len,
-            sparse_prefill=settings.sparse_prefill,
+            alike=settings.prompts_like_outputs,
             instance_id=instance_id,
             tokens_per_state=spec.block_size,
             state_content_bytes=windows * spec.head_size * spec.dtype.itemsize,
@@ -104,17 +104,17 @@ class SpardaSpec(FullAttentionSpec):
             super().merge(specs),
             cls,
             dense_len=first.dense_len,
-            sparse_prefill=first.sparse_prefill,
+            alike=first.alike,
             instance_id=first.instance_id,
         )
 
     def publishable_tokens(self, prompt_len: int) -> int | None:
         """Leading tokens of a request that others may share; ``None``: all.
 
-        If only outputs are sparse, the same token has other keys and values as another request's
-        prompt.
+        If only outputs are sparse, or read more or less than prompts, the same token has other keys
+        and values as another request's prompt.
         """
-        return None if self.sparse_prefill else max(prompt_len, self.dense_len)
+        return None if self.alike else max(prompt_len, self.dense_len)
 
 
 # At import, because the scheduler's process first meets the spec when it unpickles one, and an

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.kernels.types import Ranking
-from vllm_sparse.policies import sparda
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,11 +42,11 @@ class Tokens:
 
 
 class Selector(Protocol):
-    """Scores the windows of a layer's compressed keys.
+    """What ranks the windows of a layer's compressed keys.
 
     Attributes:
-        ahead: The scores are available while the layer before is computed.
-        ranking: The scores of :meth:`scores`, in the words of the kernel that decode rows take.
+        ahead: It is known while the layer before is computed.
+        ranking: How kernels score with it.
     """
 
     ahead: bool
@@ -64,19 +63,6 @@ class Selector(Protocol):
 
         Returns:
             ``[n, G or H, D]``.
-        """
-        ...
-
-    def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
-        """Window scores.
-
-        Args:
-            vectors: ``[..., G or H, T, D]``.
-            keys: Compressed keys, ``[..., G, windows, D]``.
-            positions: Positions of the tokens, ``[..., T]``.
-
-        Returns:
-            float32 ``[..., G, T, windows]``.
         """
         ...
 
@@ -114,10 +100,6 @@ class ForecastSelector:
         rotated: Tensor = tap.rotate(tokens.positions, tap.values[tokens.index, part])
         return rotated
 
-    def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
-        """See :class:`Selector`."""
-        return sparda.forecast_scores(vectors, keys)
-
     def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
         """Nothing to keep."""
 
@@ -126,31 +108,18 @@ class QuerySelector:
     """The layer's own queries (InfLLM-v2): the best choice, known only when the layer runs.
 
     Args:
-        kernel_stride: Tokens from one window's start to the next.
         scale: Logit scale.
     """
 
     ahead = False
 
-    def __init__(self, kernel_stride: int, scale: float) -> None:
+    def __init__(self, scale: float) -> None:
         self.ranking = Ranking(softmax=True, scale=scale)
-        self._stride = kernel_stride
 
     def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
         """See :class:`Selector`."""
         assert query is not None
         return query[tokens.index]
-
-    def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
-        """See :class:`Selector`."""
-        return sparda.query_scores(
-            vectors,
-            keys,
-            positions,
-            kernel_size=2 * self._stride,
-            kernel_stride=self._stride,
-            scale=self.ranking.scale,
-        )
 
     def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
         """Nothing to keep."""
@@ -163,7 +132,6 @@ class PreviousSelector(QuerySelector):
     request through reordering, and survive preemption and prefix sharing as the block does.
 
     Args:
-        kernel_stride: Tokens from one window's start to the next.
         scale: Logit scale.
         kept: Where they are kept, ``[layers, blocks, H, D]``: host memory, a small part of the
             pool of keys and values, of which only blocks in use take memory unless it is pinned.
@@ -175,13 +143,12 @@ class PreviousSelector(QuerySelector):
 
     def __init__(
         self,
-        kernel_stride: int,
         scale: float,
         kept: Tensor,
         block_size: int,
         record: Callable[..., None],
     ) -> None:
-        super().__init__(kernel_stride, scale)
+        super().__init__(scale)
         self.ranking = Ranking(softmax=True, scale=scale, lag=1)
         self._kept = kept
         self._block_size = block_size
@@ -194,10 +161,6 @@ class PreviousSelector(QuerySelector):
             return kept
         here = tokens.previous_index
         return torch.where((here >= 0)[:, None, None], query[here.clamp(min=0)], kept)
-
-    def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
-        """See :class:`Selector`."""
-        return super().scores(vectors, keys, positions - 1)
 
     def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
         """See :class:`Selector`."""
