@@ -134,7 +134,9 @@ class LayerMachine(RuleBasedStateMachine):
             SimpleNamespace(kv_cache=torch.zeros(BLOCKS, HEADS, 1, SIZE // 2 * DIM))
             for _ in range(LAYERS)
         ]
-        stream = SimpleNamespace(begin_step=self.stream.begin_step, read=self._read)
+        stream = SimpleNamespace(
+            begin_step=self.stream.begin_step, read=self._read, note_needs=self.stream.note_needs
+        )
         runtime = Runtime(
             SETTINGS, 1.0, self.pager, kernels, Selector(ahead), self.fetcher, stream, caches
         )
