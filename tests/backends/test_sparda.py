@@ -112,7 +112,7 @@ def test_sparse_prompts_equal_hugging_face(llama, prompts, selector, prefill):
     seen, needed = (run["counters"][f"prompt_blocks_{x}"] for x in ("visible", "needed"))
     assert 0 < needed < seen
 
-    again = run_sparda(llama, prompts[:3], new_tokens=60, num_gpu_blocks_override=42, **changes)
+    again = run_sparda(llama, prompts[:3], new_tokens=60, num_gpu_blocks_override=48, **changes)
     assert again["preemptions"] > 0
     assert again["tokens"][0] == run["tokens"][0]
 
