@@ -25,6 +25,7 @@ FILES = {
     **dict.fromkeys(("compact_tokens", "compact_prompts"), "compaction"),
     "plan_rows": "rows",
     "select_blocks": "sparda_select",
+    "choose_blocks": "sparda_choose",
     **dict.fromkeys(("resolve", "copy_pieces"), "sparda_paging"),
     "attend_frames": "sparda_attention",
     "attend_part": "sparda_prefill",
@@ -121,6 +122,7 @@ class SpardaKernels(NamedTuple):
     """
 
     select_blocks: Callable[..., Selected]
+    choose_blocks: Callable[..., torch.Tensor]
     resolve: Callable[..., Resolution]
     copy_pieces: Callable[..., None]
     write_tokens: Callable[..., None]
@@ -159,9 +161,8 @@ def sparda_kernels(device: torch.device, kernels: str = "auto") -> SpardaKernels
         folder, name = "triton", f"triton, launches {launch.launches(device).origin}"
     else:
         fused, note = _fused()
-        if not fused:  # prompts need no compiler
-            slow = sparda_kernels(device, "reference")
-            return slow._replace(attend_part=implementation("cpu", "attend_part"), note=note)
+        if not fused:
+            return sparda_kernels(device, "reference")._replace(note=note)
         folder = name = "cpu"
     found: dict[str, Any] = {
         kernel: implementation(folder, kernel) for kernel in SpardaKernels._fields[:-2]

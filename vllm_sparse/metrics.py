@@ -34,6 +34,8 @@ COUNTERS = {
     "blocks_evicted": "KV blocks given back to the pool after prefill",
     "visible_blocks": "Blocks of decode rows: what dense attention would read",
     "selected_blocks": "Blocks that decode rows read, per KV head and layer",
+    "prompt_blocks_visible": "Blocks that sparse chunks of prompts see, per KV head and layer",
+    "prompt_blocks_needed": "Blocks that some token of a sparse chunk read, per KV head and layer",
     "frame_hits": "Selected blocks of a KV head that were on the device",
     "frame_misses": "Selected blocks of a KV head that were fetched from the host",
     "prefetch_issued": "Fetches that were issued a layer ahead",

@@ -212,7 +212,7 @@ def _parts(tiny: bool, generator: torch.Generator, dtype: torch.dtype) -> dict[s
     rows = noise(shape.kv_heads, staged * size, 2 * shape.head_dim).split(shape.head_dim, -1)
     chance = torch.rand((shape.kv_heads, tokens, staged), generator=generator, device=device)
     chosen = chance < blocks.top_k * size / context
-    attend = partial(triton("attend_part"), query, *rows, causal=False, block_size=size)
+    attend = partial(triton("attend_part"), query, *rows, block_size=size)
     name = f"{shape.name}, {tokens} x {staged * size}"
     return {
         f"{name}{suffix}": [partial(attend, chosen=which, scale=shape.head_dim**-0.5)]

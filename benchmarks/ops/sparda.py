@@ -276,9 +276,9 @@ def _parts(
     shape = (case.kv_heads, tokens, blocks)
     chosen = torch.rand(shape, generator=generator, device=device) < 0.3
     chosen[:, tokens // 3] = False  # sees nothing
-    past = {"chosen": chosen, "causal": False, "first_position": first, "block_size": size}
+    past = {"chosen": chosen, "first_position": first, "block_size": size}
     return {
-        "causal": {**rows(tokens), "chosen": None, "causal": True, "first_position": 37},
+        "causal": {**rows(tokens), "chosen": None, "first_position": 37, "past_from": 37},
         "chosen": {**rows(keys), **past},
         "chosen, past": {**rows(keys), **past, "past_from": first + keys // 2},
     }

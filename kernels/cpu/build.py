@@ -37,6 +37,8 @@ _ARGUMENTS = {
     "vllm_sparse_decode": "ippppppppppfi",
     "vllm_sparse_attend_frames": "ippppppf",
     "vllm_sparse_attend_slots": "ippppppppf",
+    "vllm_sparse_attend_part": "ipppppppf",
+    "vllm_sparse_choose_blocks": "ippppppf",
     "vllm_sparse_select_blocks": "ipppppppp",
     "vllm_sparse_update_windows": "ippppppp",
     "vllm_sparse_resolve": "pppppppnp",

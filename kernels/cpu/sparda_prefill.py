@@ -1,48 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Partial attention through PyTorch's CPU flash attention."""
+"""Attention of prompts over a part of the keys, in C++."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from vllm_sparse.kernels.reference.sparda_prefill import visible
+from vllm_sparse.kernels.cpu import build
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+PartSizes = build.sizes(
+    "PartSizes",
+    "kv_heads group tokens dim keys first_position block_size past_from past merge "
+    "query_head query_member query_token key_head key_token value_head value_token "
+    "chosen_head chosen_token out_head out_member out_token lse_head lse_member lse_token",
+)
 
 
 def attend_part(
-    query: Tensor, keys: Tensor, values: Tensor, chosen: Tensor | None, causal: bool,
-    scale: float, *, first_position: int = 0, block_size: int = 0, past_from: int | None = None,
+    query: Tensor, keys: Tensor, values: Tensor, chosen: Tensor | None, scale: float, *,
+    first_position: int = 0, block_size: int = 0, past_from: int | None = None,
+    total: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Softmax attention over some of the keys; arguments as the reference explains them."""
-    if not (query.numel() and keys.numel()):  # which the kernel does not survive
-        return query.new_zeros(query.shape).float(), query.new_full(
-            query.shape[:3], -torch.inf
-        ).float()
-    mask = None
-    if not causal:
-        mask = visible(query.shape[2], keys.shape[1], chosen, first_position, block_size, past_from)
-    kv_heads, group, tokens, _ = query.shape
-    if causal:
-        # One query head after the other: the kernel wants as many key heads as query heads.
-        wide = (x.unsqueeze(1).expand(-1, group, -1, -1).flatten(0, 1) for x in (keys, values))
-        output, lse = _flash(
-            query.flatten(0, 1)[None], *(x[None] for x in wide), 0.0, True, scale=scale
-        )
-    elif mask is None:
-        flat = query.reshape(1, kv_heads, group * tokens, -1)
-        output, lse = _flash(flat, keys[None], values[None], 0.0, False, scale=scale)
-    else:
-        blind = torch.where(mask, 0.0, float("-inf")).to(query.dtype)[None]
-        both = keys[None], values[None]
-        parts = [
-            _flash(query[None, :, member], *both, 0.0, False, attn_mask=blind, scale=scale)
-            for member in range(group)
-        ]
-        output = torch.stack([part[0][0] for part in parts], 1)
-        lse = torch.stack([part[1][0] for part in parts], 1)
-        # The kernel reports a sum of one where nothing was visible.
-        lse = lse.masked_fill(~mask.any(-1).unsqueeze(1), float("-inf"))
-    shape = (kv_heads, group, tokens)
-    return output.reshape(*shape, -1).float(), lse.reshape(shape)
+    """Softmax attention over some of the keys; arguments as the reference explains them.
+
+    Queries are rounded to the dtype of the keys. Channels of all tensors and blocks of ``chosen``
+    are contiguous.
+
+    Raises:
+        ValueError: Unsupported dtype.
+    """
+    merge = total is not None
+    if total is None:
+        total = torch.empty(query.shape), torch.empty(query.shape[:3])
+    output, lse = total
+    query = query.to(keys.dtype)
+    strides, marks = (0, 0), None
+    if chosen is not None:
+        assert chosen.stride(-1) == 1
+        assert chosen.shape[2] * block_size >= first_position + keys.shape[1]
+        strides, marks = chosen.stride()[:2], chosen.view(torch.uint8)
+    assert query.stride(-1) == keys.stride(-1) == values.stride(-1) == output.stride(-1) == 1
+    assert output.dtype == lse.dtype == torch.float32
+    kv_heads, group, tokens, dim = query.shape
+    sizes = PartSizes(
+        kv_heads, group, tokens, dim, keys.shape[1], first_position, block_size, past_from or 0,
+        past_from is not None, merge, *query.stride()[:3], *keys.stride()[:2],
+        *values.stride()[:2], *strides, *output.stride()[:3], *lse.stride(),
+    )  # fmt: skip
+    tensors = query, keys, values, marks, output, lse
+    build.call("attend_part", tensors, sizes, scale, dtype=keys.dtype)
+    return output, lse

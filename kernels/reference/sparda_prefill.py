@@ -13,12 +13,12 @@ def attend_part(
     keys: Tensor,
     values: Tensor,
     chosen: Tensor | None,
-    causal: bool,
     scale: float,
     *,
     first_position: int = 0,
     block_size: int = 0,
     past_from: int | None = None,
+    total: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over some of the keys.
 
@@ -27,19 +27,17 @@ def attend_part(
         keys: ``[G, n, D]``, of consecutive positions.
         values: ``[G, n, D]``.
         chosen: Blocks that each token may read, bool ``[G, T, blocks]``; ``None`` allows all.
-        causal: The first key is the first query's own, so that it is ``past_from``.
         scale: Logit scale.
         first_position: Position of the first key.
         block_size: Tokens per block; needed with ``chosen``.
         past_from: Position of the first query: no token sees keys of later positions. ``None``
             hides nothing.
+        total: What is returned for other keys, to merge this part with, in place.
 
     Returns:
-        float32 output ``[G, group, T, D]`` and log-sum-exp ``[G, group, T]``; zero and minus
-        infinity where nothing is visible.
+        ``total``, or new: float32 output ``[G, group, T, D]`` and log-sum-exp ``[G, group, T]``;
+        zero and minus infinity where nothing is visible.
     """
-    if causal:
-        past_from = first_position
     sizes = query.shape[2], keys.shape[1]
     mask = visible(*sizes, chosen, first_position, block_size, past_from, keys.device)
     logits = query.float() @ keys.float().transpose(1, 2).unsqueeze(1) * scale
@@ -47,7 +45,12 @@ def attend_part(
         logits = logits.masked_fill(~mask.unsqueeze(1), float("-inf"))
     lse = torch.logsumexp(logits, -1)
     weights = (logits - lse.unsqueeze(-1)).exp().nan_to_num(0.0)
-    return weights @ values.float().unsqueeze(1), lse
+    part = weights @ values.float().unsqueeze(1), lse
+    if total is None:
+        return part
+    for place, merged in zip(total, merge_parts(*total, *part), strict=True):
+        place.copy_(merged)
+    return total
 
 
 def visible(

@@ -74,7 +74,9 @@ def select_blocks(
             assert vectors is not None, "a row has more blocks than it reads"
             keys = gather_windows(compressed, table.to(compressed.device))
             at = positions[row : row + 1].long()
-            scores = _scores(vectors[row].unsqueeze(1), keys, at - ranking.lag, ranking, blocks)
+            scores = window_scores(
+                vectors[row].unsqueeze(1), keys, at - ranking.lag, ranking, blocks
+            )
             chosen = windows.select_blocks(scores, at, **blocks._asdict())[:, 0].cpu()
         reads = chosen.shape[1]
         logical[row, :, :reads] = chosen
@@ -105,8 +107,21 @@ def rotate(vectors: Tensor, positions: Tensor, rotary: Rotary) -> Tensor:
     return torch.cat((joined, rest), -1).to(vectors.dtype)
 
 
-def _scores(vectors: Tensor, keys: Tensor, at: Tensor, ranking: Ranking, blocks: Blocks) -> Tensor:
-    """Scores of the windows that are complete at a position, float32 ``[G, 1, windows]``."""
+def window_scores(
+    vectors: Tensor, keys: Tensor, at: Tensor, ranking: Ranking, blocks: Blocks
+) -> Tensor:
+    """Scores of the windows that are complete at a position.
+
+    Args:
+        vectors: ``[H, T, D]`` for a softmax, else ``[G, T, D]``.
+        keys: Compressed keys ``[G, windows, D]``.
+        at: Positions, int64 ``[T]``.
+        ranking: How to score.
+        blocks: Says how long windows are.
+
+    Returns:
+        float32 ``[G, T, windows]``.
+    """
     stride = blocks.kernel_stride
     if ranking.softmax:
         return windows.query_scores(
@@ -114,5 +129,5 @@ def _scores(vectors: Tensor, keys: Tensor, at: Tensor, ranking: Ranking, blocks:
         )
     # A complete window never depends on a later token; others may hold anything.
     ends = torch.arange(keys.shape[1], device=keys.device) + 2
-    hidden = ends * stride > at + 1
+    hidden = ends * stride > at[:, None] + 1
     return windows.forecast_scores(vectors, keys).masked_fill(hidden, float("-inf"))

@@ -57,16 +57,18 @@ def _list_blocks_kernel(
 @triton.jit(
     do_not_specialize=[
         "tokens", "num_keys", "first_position", "past_from", "stride_chosen_head",
-        "stride_chosen_token", "stride_list",
+        "stride_chosen_token", "stride_list", "stride_out_head", "stride_out_member",
+        "stride_lse_head", "stride_lse_member", "stride_lse_token",
     ]
 )  # fmt: skip
 def _attend_part_kernel(
     query, keys, values, chosen, lists, output, lse_out, scale_log2, tokens, num_keys,
     first_position, past_from, stride_query_head, stride_query_member, stride_query_token,
     stride_key_head, stride_key_token, stride_value_head, stride_value_token, stride_chosen_head,
-    stride_chosen_token, stride_list, GROUP: tl.constexpr, DIM: tl.constexpr,
+    stride_chosen_token, stride_list, stride_out_head, stride_out_member, stride_out_token,
+    stride_lse_head, stride_lse_member, stride_lse_token, GROUP: tl.constexpr, DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CHOSEN: tl.constexpr, CAUSAL: tl.constexpr,
+    CHOSEN: tl.constexpr, CAUSAL: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     """The tokens and heads of one tile, which share their KV head, against its keys."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the longest past first
@@ -87,6 +89,15 @@ def _attend_part_kernel(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     b_o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    member = member.to(tl.int64)
+    lse_out += head * stride_lse_head + member * stride_lse_member + token * stride_lse_token
+    output += head * stride_out_head + dim[None, :]
+    output += (member * stride_out_member + token.to(tl.int64) * stride_out_token)[:, None]
+    if MERGE:  # what is there already counts as one key whose weight is one
+        before = tl.load(lse_out, mask=row_inside, other=float("-inf"))
+        peak = before * 1.4426950408889634
+        mass = tl.where(before == float("-inf"), 0.0, 1.0)
+        b_o = tl.load(output, mask=mask, other=0.0)
     PARTS: tl.constexpr = BLOCK_SIZE // BLOCK_N if CHOSEN else 1
     if CHOSEN:
         chosen += head * stride_chosen_head + token.to(tl.int64) * stride_chosen_token
@@ -119,14 +130,14 @@ def _attend_part_kernel(
     empty = mass == 0.0
     mass = tl.where(empty, 1.0, mass)
     lse = tl.where(empty, float("-inf"), (peak + tl.log2(mass)) * 0.6931471805599453)
-    target = (head * GROUP + member) * tokens + token
-    tl.store(lse_out + target, lse, mask=row_inside)
-    tl.store(output + (target * DIM)[:, None] + dim[None, :], b_o / mass[:, None], mask=mask)
+    tl.store(lse_out, lse, mask=row_inside)
+    tl.store(output, b_o / mass[:, None], mask=mask)
 
 
 def attend_part(
-    query: Tensor, keys: Tensor, values: Tensor, chosen: Tensor | None, causal: bool,
-    scale: float, *, first_position: int = 0, block_size: int = 0, past_from: int | None = None,
+    query: Tensor, keys: Tensor, values: Tensor, chosen: Tensor | None, scale: float, *,
+    first_position: int = 0, block_size: int = 0, past_from: int | None = None,
+    total: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Same contract as :func:`vllm_sparse.kernels.reference.sparda_prefill.attend_part`.
 
@@ -138,22 +149,24 @@ def attend_part(
         keys: ``[G, n, D]``, channels contiguous.
         values: ``[G, n, D]``, channels contiguous.
         chosen: bool or uint8 ``[G, T, blocks]``, blocks contiguous, or ``None``.
-        causal: The first key is the first query's own.
         scale: Logit scale.
         first_position: Position of the first key.
         block_size: Tokens per block, a power of two of at least 16; needed with ``chosen``.
         past_from: Position of the first query, to hide the keys of later positions.
+        total: Output, channels contiguous, and log-sum-exp of other keys, to merge with in place.
     """
     kv_heads, group, tokens, dim = query.shape
     num_keys, device = keys.shape[1], keys.device
     assert query.stride(-1) == keys.stride(-1) == values.stride(-1) == 1
-    output = torch.empty(kv_heads, group, tokens, dim, dtype=torch.float32, device=device)
-    lse = torch.empty(kv_heads, group, tokens, dtype=torch.float32, device=device)
+    merge = total is not None
+    if total is None:
+        output = torch.zeros(query.shape, dtype=torch.float32, device=device)
+        total = output, output.new_full(query.shape[:3], -torch.inf)
+    output, lse = total
+    assert output.stride(-1) == 1
     if not lse.numel() or not num_keys:
-        return output.zero_(), lse.fill_(-torch.inf)
+        return total
     query = query.to(keys.dtype)
-    if causal:
-        past_from = first_position
     shape = {"CAUSAL": past_from is not None, "GROUP": group, "BLOCK_SIZE": block_size}
     past_from = past_from or 0
     block, warps, stages = launch("attend_part", device, dim)
@@ -186,8 +199,9 @@ def attend_part(
     _attend_part_kernel[(tiles, kv_heads)](
         query, keys, values, marks, lists, output, lse, scale * LOG2_E, tokens,
         num_keys, first_position, past_from, query.stride(0), query.stride(1), query.stride(2),
-        keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), *strides, **shape,
-        DIM=dim, BLOCK_M=rows, BLOCK_N=block, BLOCK_D=dim_block(dim), CHOSEN=chosen is not None,
+        keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), *strides,
+        *output.stride()[:3], *lse.stride(), **shape, DIM=dim, BLOCK_M=rows, BLOCK_N=block,
+        BLOCK_D=dim_block(dim), CHOSEN=chosen is not None, MERGE=merge,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return output, lse
+    return total

@@ -100,11 +100,21 @@ def test_selectors_equal_hugging_face(qwen2, prompts, tmp_path, selector):
     assert_tokens_of_hugging_face(qwen2, prompts, run["tokens"][0], **changes)
 
 
-@pytest.mark.parametrize("selector", ["lookahead-query", "query"])
-def test_sparse_prompts_in_chunks_equal_hugging_face(llama, prompts, selector):
-    changes = {"selector": selector, "sparse_prefill": True, "dense_len": 150}
-    run = run_sparda(llama, prompts[:3], max_num_batched_tokens=100, new_tokens=60, **changes)
+@pytest.mark.parametrize(("selector", "prefill"), [("lookahead-query", True), ("query", 9)])
+def test_sparse_prompts_equal_hugging_face(llama, prompts, selector, prefill):
+    """In chunks of which many reach into the dense start, with prefix hits, and preempted."""
+    changes = {"selector": selector, "sparse_prefill": prefill, "dense_len": 150, "new_tokens": 60}
+    run = run_sparda(llama, prompts[:3], max_num_batched_tokens=100, waves=2, **changes)
+    del changes["new_tokens"]
     assert_tokens_of_hugging_face(llama, prompts[:3], run["tokens"][0], **changes)
+    assert run["tokens"][0] == run["tokens"][1]
+    assert sum(run["cached"][1]) > 0.8 * sum(map(len, prompts[:3]))
+    seen, needed = (run["counters"][f"prompt_blocks_{x}"] for x in ("visible", "needed"))
+    assert 0 < needed < seen
+
+    again = run_sparda(llama, prompts[:3], new_tokens=60, num_gpu_blocks_override=48, **changes)
+    assert again["preemptions"] > 0
+    assert again["tokens"][0] == run["tokens"][0]
 
 
 def test_crossing_dense_len_while_decoding_equals_hugging_face(llama, prompts):

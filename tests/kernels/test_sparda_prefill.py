@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.kernels import REFERENCE, close, device_of, noise, with_gaps
+from support.kernels import REFERENCE, close, device_of, noise, sparda, with_gaps
 from vllm_sparse.kernels.reference.sparda_prefill import merge_parts
 
 PARTS = [
@@ -45,9 +45,11 @@ def test_parts_of_prompts_equal_reference(ours, shape, mode):
         wide = torch.ones(kv_heads, tokens + 1, blocks + 3, dtype=torch.bool)
         wide[:, :tokens, : blocks + 2] = chosen
         chosen = wide.to(device)[:, :tokens, : blocks + 2]
+    if mode == "causal":
+        options["past_from"] = first
     if "past" in mode:
         options["past_from"] = first + num_keys // 2 - tokens // 2
-    arguments = query, keys, values, chosen, mode == "causal", 0.11
+    arguments = query, keys, values, chosen, 0.11
     expected, expected_lse = REFERENCE.attend_part(*arguments, **options)
     output, lse = ours.attend_part(*arguments, **options)
     assert output.dtype == lse.dtype == torch.float32
@@ -58,8 +60,19 @@ def test_parts_of_prompts_equal_reference(ours, shape, mode):
     assert hidden.any() or "chosen" not in mode
     assert not output[hidden].any()
 
+    # The same once more, added to another part whose entries lie apart.
+    before = noise(tokens, kv_heads, group, dim, generator=generator, device=device)
+    sums = noise(tokens, kv_heads, group, generator=generator, device=device)
+    sums[::2] = -torch.inf
+    before[::2] = 0.0
+    before, sums = with_gaps(before, 3).permute(1, 2, 0, 3), with_gaps(sums, 3).permute(1, 2, 0)
+    merged = merge_parts(before, sums, expected, expected_lse)
+    found = ours.attend_part(*arguments, **options, total=(before, sums))
+    for actual, theirs, place in zip(found, merged, (before, sums), strict=True):
+        assert actual is place
+        close(actual, theirs, dtype)
 
-@pytest.mark.parametrize("ours", ["triton"], indirect=True)
+
 def test_blocks_that_no_query_of_a_tile_chose_are_not_read(ours):
     device = device_of(ours)
     generator = torch.Generator().manual_seed(0)
@@ -72,13 +85,27 @@ def test_blocks_that_no_query_of_a_tile_chose_are_not_read(ours):
         )
         chosen[:, block::2, block] = 1
     keys, values = rows.split(64, -1)
-    arguments = query, keys, values, chosen, False, 0.1
+    arguments = query, keys, values, chosen, 0.1
     options = {"first_position": 32, "block_size": 32}
     output, lse = ours.attend_part(*arguments, **options)
-    arguments = query, keys.nan_to_num(), values.nan_to_num(), chosen, False, 0.1
+    arguments = query, keys.nan_to_num(), values.nan_to_num(), chosen, 0.1
     expected, expected_lse = REFERENCE.attend_part(*arguments, **options)
     close(output, expected, torch.float32)
     close(lse, expected_lse, torch.float32)
+
+
+def test_tokens_that_did_not_choose_a_block_do_not_multiply_it():
+    """On a CPU each token of a tile skips what it alone does not want."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 3, 40, 64, generator=generator)
+    rows = torch.randn(2, 4 * 32, 128, generator=generator)
+    rows[:, 64:96] = torch.nan
+    chosen = torch.ones(2, 40, 4, dtype=torch.bool)
+    chosen[:, :, 2] = torch.rand(2, 40, generator=generator) < 0.5
+    output, lse = sparda("cpu").attend_part(query, *rows.split(64, -1), chosen, 0.1, block_size=32)
+    given = chosen[:, None, :, 2].expand(-1, 3, -1)
+    assert output.isnan().any(-1).equal(given)
+    assert lse.isnan().equal(given)
 
 
 @pytest.mark.parametrize("ours", ["triton"], indirect=True)
@@ -88,7 +115,7 @@ def test_parts_refuse_blocks_that_tiles_of_keys_do_not_divide(ours):
     query, keys = torch.ones(1, 1, 4, 16, device=device), torch.ones(1, 192, 16, device=device)
     chosen = torch.ones(1, 4, 2, dtype=torch.bool, device=device)
     with pytest.raises(AssertionError, match="straddle"):
-        ours.attend_part(query, keys, keys, chosen, False, 0.1, block_size=96)
+        ours.attend_part(query, keys, keys, chosen, 0.1, block_size=96)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -99,7 +126,7 @@ def test_long_lists_of_blocks(ours):
     query = noise(2, 3, 40, 64, generator=generator, device=device)
     keys, values = noise(2, 2, 16 * 40, 64, generator=generator, device=device)
     chosen = (torch.rand(2, 40, 50, generator=generator) < 0.1).to(device)
-    arguments = query, keys, values, chosen, False, 0.1
+    arguments = query, keys, values, chosen, 0.1
     options = {"first_position": 16 * 10, "block_size": 16, "past_from": 16 * 45}
     for actual, theirs in zip(
         ours.attend_part(*arguments, **options),
@@ -113,11 +140,11 @@ def test_a_part_may_be_empty(ours):
     device = device_of(ours)
     query = torch.full((2, 3, 4, 64), torch.nan, device=device)
     keys = torch.empty(2, 0, 64, device=device)
-    output, lse = ours.attend_part(query, keys, keys, None, False, 0.1)
+    output, lse = ours.attend_part(query, keys, keys, None, 0.1)
     assert not output.any()
     assert (lse == -torch.inf).all()
     none = query[:, :, :0]
-    output, lse = ours.attend_part(none, query[:, 0], query[:, 0], None, False, 0.1)
+    output, lse = ours.attend_part(none, query[:, 0], query[:, 0], None, 0.1)
     assert output.shape == (2, 3, 0, 64)
     assert lse.shape == (2, 3, 0)
 
@@ -144,14 +171,14 @@ def test_parts_of_attention_merge_to_the_whole(every, group):
 
     parts = [
         every.attend_part(
-            query, keys[:, a:b], values[:, a:b], mask, False, 0.3, first_position=a, block_size=1
+            query, keys[:, a:b], values[:, a:b], mask, 0.3, first_position=a, block_size=1
         )
         for a, b in ((0, 20), (20, past))
     ]
-    own = every.attend_part(query, keys[:, past:], values[:, past:], None, True, 0.3)
+    own = every.attend_part(query, keys[:, past:], values[:, past:], None, 0.3, past_from=0)
     result = merge_parts(*merge_parts(*parts[0], *parts[1]), *own)
     torch.testing.assert_close(result[0], expected, atol=1e-6, rtol=1e-5)
 
-    dense = every.attend_part(query, keys[:, :past], values[:, :past], None, False, 0.3)
+    dense = every.attend_part(query, keys[:, :past], values[:, :past], None, 0.3)
     expected = torch.softmax(logits[..., :past], -1) @ values[:, :past].unsqueeze(1)
     torch.testing.assert_close(dense[0], expected, atol=1e-6, rtol=1e-5)

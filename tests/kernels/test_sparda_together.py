@@ -150,8 +150,8 @@ def compile_everything(capability: int) -> None:
         prompt = torch.zeros(2, 4, 300, dim, dtype=dtype)
         picked = torch.zeros(2, 300, 9, dtype=torch.bool)
         part = prompt, prompt[:, 0], prompt[:, 0]
-        sparda_prefill.attend_part(*part, None, True, 0.1)
-        sparda_prefill.attend_part(*part, picked, False, 0.1, block_size=64)
+        sparda_prefill.attend_part(*part, None, 0.1, past_from=0)
+        sparda_prefill.attend_part(*part, picked, 0.1, block_size=64)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,18 @@ class TestSettings:
         assert load(forecast="weights.safetensors").chosen_selector == "forecast"
         assert load(selector="previous").chosen_selector == "previous"
 
+    def test_prompts_may_read_another_number_of_blocks(self):
+        outputs = {"local_blocks": 2, "top_k": 8, "selector": "query"}
+        for prefill, read, alike in (
+            (False, 8, False),
+            (True, 8, True),
+            (8, 8, True),
+            (20, 20, False),
+        ):
+            settings = load(sparse_prefill=prefill, **outputs)
+            assert settings.sparse_prefill == prefill
+            assert (settings.prompt_blocks_read, settings.prompts_like_outputs) == (read, alike)
+
     def test_the_smallest_choice_is_allowed(self):
         assert load(init_blocks=2, local_blocks=3, top_k=6).blocks_read == 6
 
@@ -48,6 +60,9 @@ class TestSettings:
             ({"selector": "forecast"}, ["selector=forecast", "safetensors", "lookahead-query"]),
             ({"selector": "query", "forecast": "f.safetensors"}, ["forecast", "selector=query"]),
             ({"selector": "previous", "sparse_prefill": True}, ["sparse_prefill", "previous"]),
+            ({"sparse_prefill": 33}, ["sparse_prefill=33", "34", "local_blocks=32"]),
+            ({"sparse_prefill": 40, "selector": "previous"}, ["sparse_prefill", "previous"]),
+            ({"sparse_prefill": -3}, ["vllm_sparse.sparse_prefill"]),
             ({"resident": True, "slab_gib": 1.0}, ["resident", "slab_gib"]),
             ({"resident": True, "resident_first_layer": True}, ["resident_first_layer"]),
             ({"selector": "random"}, ["vllm_sparse.selector", "lookahead-query"]),

@@ -70,6 +70,16 @@ def tile_lists(draw) -> list[Tile]:
     return tiles
 
 
+def test_blocks_that_a_chunk_needs_are_counted(counts) -> None:
+    stream = PromptStream(make_pager(), KERNELS, ManualLane(), 3, counting(counts), False)
+    chosen = torch.zeros(2, 5, 9, dtype=torch.bool)
+    chosen[0, :, 3] = chosen[1, 2, 7] = chosen[1, 4, 8] = True
+    stream.note_needs(chosen)
+    stream.note_needs(chosen)
+    stream.begin_step(())
+    assert counts == {"prompt_blocks_visible": 36, "prompt_blocks_needed": 6}
+
+
 class TestPromptStream:
     @given(tile_lists(), st.integers(1, 4), st.booleans(), st.booleans(), st.booleans())
     @settings(max_examples=200, deadline=None)

@@ -7,7 +7,8 @@ just hides, per layer, KV head and query token, what is not selected. Independen
 under test.
 
 A token at position ``i`` of a request with a prompt of ``P`` tokens is sparse iff
-``i + 1 > dense_len`` and (``i >= P`` or ``sparse_prefill``). Windows are counted where they are
+``i + 1 > dense_len`` and (``i >= P`` or ``sparse_prefill``). If ``sparse_prefill`` is a number, a
+prompt's token reads so many blocks instead of ``top_k``. Windows are counted where they are
 complete at the token that scores them. Selectors, for layer ``l`` with input ``x_l`` (after its
 input_layernorm):
 
@@ -55,7 +56,7 @@ class Settings(NamedTuple):
     local_blocks: int = 32
     top_k: int = 96  # the total, with the forced blocks
     dense_len: int = 8192
-    sparse_prefill: bool = False
+    sparse_prefill: bool | int = False
 
 
 class Generation(NamedTuple):
@@ -110,8 +111,12 @@ def window_probabilities(query, compressed, positions, stride):
     return (weights / torch.where(total > 0, total, 1)).sum(1)
 
 
-def select(scores, positions, settings):
-    """Window scores [G, T, C] to chosen blocks (bool [G, T, M]) and block scores [G, T, M]."""
+def select(scores, positions, settings, top_k=None):
+    """Window scores [G, T, C] to chosen blocks (bool [G, T, M]) and block scores [G, T, M].
+
+    ``top_k`` [T, 1], if not that of the settings.
+    """
+    top_k = torch.tensor(settings.top_k) if top_k is None else top_k
     own = positions[:, None] // settings.block_size
     num_blocks = int(own.max()) + 1
     per_block = settings.block_size // settings.kernel_stride
@@ -127,7 +132,7 @@ def select(scores, positions, settings):
     rank = pooled.masked_fill(forced, math.inf).masked_fill(future, -math.inf)
     # Stable: of equal scores the lower block; future blocks come after all visible ones.
     order = rank.sort(dim=-1, descending=True, stable=True).indices
-    count = (own + 1).clamp(max=settings.top_k)
+    count = torch.minimum(own + 1, top_k)
     taken = (torch.arange(num_blocks) < count).expand_as(order)
     chosen = torch.zeros(order.shape, dtype=torch.bool).scatter(-1, order, taken)
     return chosen, pooled.masked_fill(forced | future, math.nan)
@@ -215,9 +220,12 @@ class _Run:
         compressed = compressed_keys(keys, s.kernel_stride)
         scores = self.scores(module, query, compressed, positions)
         self.last_query[module.layer_idx] = query[:, -1:]
-        chosen, pooled = select(scores, positions, s)
+        top_k = torch.full((num_tokens, 1), s.top_k)
+        if s.sparse_prefill is not True and s.sparse_prefill:
+            top_k[positions < self.prompt_len] = s.sparse_prefill
+        chosen, pooled = select(scores, positions, s, top_k)
         self._note_gap(chosen[:, sparse], pooled[:, sparse])
-        self.blocks[module.layer_idx] = block_lists(chosen, sparse, s.top_k)
+        self.blocks[module.layer_idx] = block_lists(chosen, sparse, max(s.top_k, int(top_k.max())))
         seen = chosen.repeat_interleave(s.block_size, dim=-1)[..., :n] | ~sparse[:, None]
         seen = (seen & causal).repeat_interleave(query.shape[0] // num_groups, dim=0)
         return seen[None]

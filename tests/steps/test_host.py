@@ -91,7 +91,7 @@ def batches(draw) -> tuple[SpardaSettings, list[Row], list[int]]:
         top_k=draw(st.integers(3, 6)),
         dense_len=draw(st.sampled_from([0, 7, 16, 33])),
         staging_blocks=draw(st.integers(1, 4)),
-        sparse_prefill=draw(st.booleans()),
+        sparse_prefill=draw(st.sampled_from([False, True, 3, 6])),
     )
     size, unused = 8, iter(draw(st.permutations(range(1, NUM_BLOCKS))))
     rows: list[Row] = []
@@ -177,6 +177,7 @@ def test_a_plan_is_what_its_tokens_say(batch) -> None:
         ]
         assert sees_all == sorted(sees_all, reverse=True)
         assert prompt.sparse_from == sum(sees_all)
+        assert prompt.output_from == sum(p < row.prompt_len for p in range(row.start, row.end))
         assert_tokens(prompt.tokens, [t for t in tokens if t[0] == r], tokens, rows, size)
 
     if step.decode is None:
@@ -410,6 +411,15 @@ def test_padding_rows_read_and_write_nothing() -> None:
     assert step.decode.framed.tolist() == step.windows.positions.tolist() == [20, -1]
     assert step.decode.unframed.tolist() == [0, 0]
     assert counts["decode_rows", ""] == 1
+
+
+def test_a_lone_token_of_a_prompt_with_its_own_number_of_blocks_is_left_to_the_other_planner():
+    rows = [Row(40, 1, 41, [1, 2, 3, 4, 5, 6]), Row(20, 1, 5, [7, 8, 9])]
+    for number, single in ((4, True), (True, True), (5, False)):
+        step, _ = plan_rows(simple(sparse_prefill=number), rows, False)
+        assert (step is not None) == single
+    step, _ = plan_rows(simple(sparse_prefill=5), rows[1:], False)
+    assert step is not None
 
 
 @pytest.mark.parametrize("captured", [False, True])

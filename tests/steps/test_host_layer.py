@@ -68,9 +68,6 @@ class Selector:
     def unrotated(self, *_):
         raise NotImplementedError
 
-    def scores(self, vectors, keys, positions):
-        return torch.rand(HEADS, len(positions), keys.shape[1])
-
     def record(self, *_) -> None:
         pass
 
@@ -140,7 +137,9 @@ class LayerMachine(RuleBasedStateMachine):
             SimpleNamespace(kv_cache=torch.zeros(BLOCKS, HEADS, 1, SIZE // 2 * DIM))
             for _ in range(LAYERS)
         ]
-        stream = SimpleNamespace(begin_step=self.stream.begin_step, read=self._read)
+        stream = SimpleNamespace(
+            begin_step=self.stream.begin_step, read=self._read, note_needs=self.stream.note_needs
+        )
         runtime = Runtime(
             SETTINGS, 1.0, self.pager, kernels, Selector(ahead), self.fetcher, stream, caches
         )

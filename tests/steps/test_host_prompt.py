@@ -5,14 +5,20 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.kernels import REFERENCE, sparda
+from vllm_sparse.kernels.types import Blocks
 
+from vllm_sparse.config import SpardaSettings
+from vllm_sparse.policies.selectors import QuerySelector, Tokens
 from vllm_sparse.prefetch.stream import Tile
+from vllm_sparse.steps.host_layer import Layer
 from vllm_sparse.steps.host_prompt import attend_prompt
+from vllm_sparse.steps.host_step import PromptRow
 
 SIZE, DIM = 4, 8
 
@@ -90,3 +96,43 @@ def test_prompt_attention_keeps_the_dtype() -> None:
     output = attend_prompt(query, rows, (), 0, 3, None, **arguments)
     assert output.dtype == torch.bfloat16
     assert output[0, 0].equal(rows[0, 0, DIM:])
+
+
+def test_tokens_of_prompts_and_of_outputs_read_numbers_of_blocks_of_their_own() -> None:
+    """A preempted request's row may begin densely, go on in its prompt, and end in its output."""
+    asked = []
+
+    def choose(compressed, vectors, table, positions, ranking, blocks) -> torch.Tensor:
+        asked.append((positions.tolist(), vectors[:, 0, 0].tolist(), blocks.top_k))
+        return torch.full((1, len(positions), len(table)), blocks.top_k == 5)
+
+    options = SpardaSettings(
+        selector="query", block_size=4, kernel_stride=2, local_blocks=1, top_k=4, sparse_prefill=5
+    )
+    runtime = SimpleNamespace(
+        selector=QuerySelector(1.0),
+        kernels=SimpleNamespace(choose_blocks=choose),
+        compressed=lambda number: torch.zeros(9, 1, 2, DIM),
+        blocks=Blocks(4, 2, 1, 1, options.blocks_read),
+        prompt_blocks=Blocks(4, 2, 1, 1, options.prompt_blocks_read),
+        pager=SimpleNamespace(layers=[None]),
+        layers=[None],
+    )
+    positions = torch.arange(20, 30)
+    query = torch.arange(13.0)[:, None, None].expand(-1, 2, DIM)
+    index = torch.arange(3, 13)
+    for sparse_from, output_from, expected in (
+        (2, 7, [((22, 27), 5), ((27, 30), 4)]),
+        (8, 7, [((28, 30), 4)]),
+        (0, 10, [((20, 30), 5)]),
+    ):
+        asked.clear()
+        tokens = Tokens(index, positions, index, index)
+        row = PromptRow(tokens, 3, 13, 20, sparse_from, output_from, torch.arange(8), (0, 0))
+        chosen = Layer(runtime, 0)._choose_prompt(query, row)
+        assert asked == [
+            ([*range(*span)], [float(p - 17) for p in range(*span)], count)
+            for span, count in expected
+        ]
+        marks = [count == 5 for (first, end), count in expected for _ in range(first, end)]
+        assert chosen[0, :, 0].tolist() == marks

@@ -158,14 +158,13 @@ def _selector(
     """
     kind, impl = settings.chosen_selector, layers[0].impl
     if kind == "query":
-        return QuerySelector(settings.kernel_stride, impl.scale)
+        return QuerySelector(impl.scale)
     if kind == "previous":
         shape = (geometry.num_layers, geometry.num_blocks, impl.num_heads, geometry.head_dim)
         recent = None
         if machine.captured:
             recent = torch.zeros(shape[0], rows, *shape[2:], dtype=dtype, device=device)
         return PreviousSelector(
-            settings.kernel_stride,
             impl.scale,
             machine.view(page_aligned(shape, dtype))
             if machine.view
@@ -202,6 +201,9 @@ def start_line(runtime: Runtime, config: VllmConfig) -> str:
                 f" (--max-num-seqs {config.scheduler_config.max_num_seqs} may need them all; lower "
                 "it, or set slab_gib, to keep fewer on the device)"
             )
+    prompts = "dense"
+    if settings.sparse_prefill:
+        prompts = f"sparse ({settings.prompt_blocks_read} blocks)"
     kernels = runtime.kernels
     note = f" (slow: {kernels.note.splitlines()[0]})" if kernels.note else ""
     total = f" per rank, {geometry.host_bytes * ranks / GIB:.2f} GiB in total" if ranks > 1 else ""
@@ -210,7 +212,7 @@ def start_line(runtime: Runtime, config: VllmConfig) -> str:
         f"SPARDA: selector {settings.chosen_selector}, {settings.blocks_read} blocks of "
         f"{geometry.block_size} tokens per KV head ({settings.init_blocks} first, "
         f"{settings.local_blocks} + 1 last), dense up to {settings.dense_len} tokens, prompts "
-        f"{'sparse' if settings.sparse_prefill else 'dense'}; host pool "
+        f"{prompts}; host pool "
         f"{geometry.host_bytes / GIB:.2f} GiB{total} for {geometry.num_blocks - 1} blocks = "
         f"{tokens} tokens; device slab {geometry.slab_bytes / GIB:.3f} GiB, "
         f"{geometry.frames[-1]} frames a layer for {config.scheduler_config.max_num_seqs} requests "

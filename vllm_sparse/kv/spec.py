@@ -82,11 +82,11 @@ class SpardaSpec(SharedSpec):
 
     Attributes:
         dense_len: Tokens that see at most this many are attended densely.
-        sparse_prefill: Prompts are attended sparsely too.
+        alike: Prompts are attended as outputs are.
     """
 
     dense_len: int = 0
-    sparse_prefill: bool = False
+    alike: bool = False
 
     @classmethod
     def wrap(
@@ -98,7 +98,7 @@ class SpardaSpec(SharedSpec):
             spec,
             cls,
             dense_len=settings.dense_len,
-            sparse_prefill=settings.sparse_prefill,
+            alike=settings.prompts_like_outputs,
             instance_id=instance_id,
             tokens_per_state=spec.block_size,
             state_content_bytes=windows * spec.head_size * spec.dtype.itemsize,
@@ -107,10 +107,10 @@ class SpardaSpec(SharedSpec):
     def publishable_tokens(self, prompt_len: int) -> int | None:
         """Leading tokens of a request that others may share; ``None``: all.
 
-        If only outputs are sparse, the same token has other keys and values as another request's
-        prompt.
+        If only outputs are sparse, or read more or less than prompts, the same token has other keys
+        and values as another request's prompt.
         """
-        return None if self.sparse_prefill else max(prompt_len, self.dense_len)
+        return None if self.alike else max(prompt_len, self.dense_len)
 
 
 # At import, because the scheduler's process first meets the spec when it unpickles one, and an

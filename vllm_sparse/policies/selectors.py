@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.kernels.types import Ranking, Rotary
-from vllm_sparse.policies import windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -46,12 +45,12 @@ class Tokens:
 
 
 class Selector(Protocol):
-    """Scores the windows of a layer's compressed keys.
+    """What ranks the windows of a layer's compressed keys.
 
     Attributes:
-        ahead: The scores are available while the layer before is computed.
-        ranking: The scores of :meth:`scores`, in the words of the kernel that decode rows take. If
-            it turns vectors itself, it is given those of :meth:`unrotated`.
+        ahead: It is known while the layer before is computed.
+        ranking: How kernels score with it. If it turns vectors itself, decode rows give it those of
+            :meth:`unrotated`.
     """
 
     ahead: bool
@@ -79,19 +78,6 @@ class Selector(Protocol):
             rows: How many.
             index: Their positions in the batch; ``None`` if they are the first ones, in order,
                 which costs nothing.
-        """
-        ...
-
-    def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
-        """Window scores.
-
-        Args:
-            vectors: ``[..., G or H, T, D]``.
-            keys: Compressed keys, ``[..., G, windows, D]``.
-            positions: Positions of the tokens, ``[..., T]``.
-
-        Returns:
-            float32 ``[..., G, T, windows]``.
         """
         ...
 
@@ -136,10 +122,6 @@ class ForecastSelector:
         values: Tensor = self._taps[max(layer - 1, 0)].values
         return values[:rows, part] if index is None else values[index, part]
 
-    def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
-        """Dot products, float32 ``[..., G, T, windows]``."""
-        return windows.forecast_scores(vectors, keys)
-
     def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor, single: bool) -> None:
         """Nothing to keep."""
 
@@ -148,15 +130,13 @@ class QuerySelector:
     """The layer's own queries (InfLLM-v2): the best choice, known only when the layer runs.
 
     Args:
-        kernel_stride: Tokens from one window's start to the next.
         scale: Logit scale.
     """
 
     ahead = False
 
-    def __init__(self, kernel_stride: int, scale: float) -> None:
+    def __init__(self, scale: float) -> None:
         self.ranking = Ranking(softmax=True, scale=scale)
-        self._stride = kernel_stride
 
     def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
         """The layer's queries of these tokens, ``[n, H, D]``."""
@@ -166,17 +146,6 @@ class QuerySelector:
     def unrotated(self, layer: int, rows: int, index: Tensor | None) -> Tensor:
         """Never asked for: queries come with their rotary embedding."""
         raise NotImplementedError
-
-    def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
-        """A softmax of each head, summed over its group, float32 ``[..., G, T, windows]``."""
-        return windows.query_scores(
-            vectors,
-            keys,
-            positions,
-            kernel_size=2 * self._stride,
-            kernel_stride=self._stride,
-            scale=self.ranking.scale,
-        )
 
     def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor, single: bool) -> None:
         """Nothing to keep."""
@@ -189,7 +158,6 @@ class PreviousSelector(QuerySelector):
     request through reordering, and survive preemption and prefix sharing as the block does.
 
     Args:
-        kernel_stride: Tokens from one window's start to the next.
         scale: Logit scale.
         kept: Where they are kept, ``[layers, blocks, H, D]``: host memory, a small part of the
             pool of keys and values, of which only blocks in use take memory unless it is pinned.
@@ -204,7 +172,6 @@ class PreviousSelector(QuerySelector):
 
     def __init__(
         self,
-        kernel_stride: int,
         scale: float,
         kept: Tensor,
         block_size: int,
@@ -212,7 +179,7 @@ class PreviousSelector(QuerySelector):
         recall: Callable[..., Tensor],
         recent: Tensor | None = None,
     ) -> None:
-        super().__init__(kernel_stride, scale)
+        super().__init__(scale)
         self.ranking = Ranking(softmax=True, scale=scale, lag=1)
         self._kept = kept
         self._block_size = block_size
@@ -230,10 +197,6 @@ class PreviousSelector(QuerySelector):
             return kept
         here = tokens.previous_index
         return torch.where((here >= 0)[:, None, None], query[here.clamp(min=0)], kept)
-
-    def scores(self, vectors: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
-        """The same softmax over the windows that were complete at the token before."""
-        return super().scores(vectors, keys, positions - 1)
 
     def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor, single: bool) -> None:
         """Keeps the queries of the last token in each block, for the token that follows it."""

@@ -61,8 +61,10 @@ class SpardaSettings(CommonSettings):
     dense_len: int = Field(
         8192, ge=0, description="Tokens that see at most this many are attended densely."
     )
-    sparse_prefill: bool = Field(
-        False, description="Attend sparsely in prompts too, for models trained that way."
+    sparse_prefill: bool | PositiveInt = Field(
+        False,
+        description="Attend sparsely in prompts too, for models trained that way. A number: the "
+        "blocks that prompt tokens read in total, instead of those of generated ones.",
     )
     host_gib: float = Field(4.0, gt=0, description="Host memory for keys and values, per rank.")
     slab_gib: float | None = Field(
@@ -96,6 +98,17 @@ class SpardaSettings(CommonSettings):
         return self.local_blocks + (self.top_k_extra or 64)
 
     @property
+    def prompt_blocks_read(self) -> int:
+        """Blocks read per KV head and token of a sparse prompt in total."""
+        own = self.sparse_prefill
+        return self.blocks_read if isinstance(own, bool) else own
+
+    @property
+    def prompts_like_outputs(self) -> bool:
+        """Whether a token reads the same blocks in a prompt as in an output."""
+        return bool(self.sparse_prefill) and self.prompt_blocks_read == self.blocks_read
+
+    @property
     def chosen_selector(self) -> str:
         """The selector in force."""
         if self.selector or self.forecast:
@@ -107,12 +120,16 @@ class SpardaSettings(CommonSettings):
         if self.top_k is not None and self.top_k_extra is not None:
             raise ValueError("top_k and top_k_extra say the same in two ways; give one of them")
         forced = self.init_blocks + self.local_blocks + 1
-        if self.blocks_read < forced:
-            raise ValueError(
-                f"top_k={self.blocks_read} is less than the {forced} blocks that are always read "
-                f"(init_blocks={self.init_blocks}, local_blocks={self.local_blocks}, the current "
-                "one); raise top_k or lower local_blocks"
-            )
+        for name, read in (
+            ("top_k", self.blocks_read),
+            ("sparse_prefill", self.prompt_blocks_read),
+        ):
+            if read < forced:
+                raise ValueError(
+                    f"{name}={read} is less than the {forced} blocks that are always read "
+                    f"(init_blocks={self.init_blocks}, local_blocks={self.local_blocks}, the "
+                    f"current one); raise {name} or lower local_blocks"
+                )
         if self.block_size % (2 * self.kernel_stride):
             raise ValueError(
                 f"block_size={self.block_size} is not a multiple of two kernel_stride="

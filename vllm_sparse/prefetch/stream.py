@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from vllm_sparse.counters import DeviceCounters
 from vllm_sparse.upload import upload
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.dispatch import SpardaKernels
     from vllm_sparse.kv.host.pager import Pager
     from vllm_sparse.prefetch.lane import Lane, Ticket
+
+
+_NEEDS = ("prompt_blocks_visible", "prompt_blocks_needed")
 
 
 class Tile(NamedTuple):
@@ -82,6 +86,7 @@ class PromptStream:
         self._tiles: Sequence[Tile] = ()
         self._pieces: list[tuple[Tensor, Tensor]] = []
         self._tickets: dict[int, Ticket] = {}
+        self._needs = DeviceCounters(_NEEDS, self.staging.device, count)
 
     @property
     def nbytes(self) -> int:
@@ -93,8 +98,21 @@ class PromptStream:
         for ticket in self._tickets.values():
             ticket.wait()
         self._tickets.clear()
+        if self.staging.device.type == "cpu":
+            self._needs.flush()
+        else:
+            self._needs.publish()
         self._tiles = tiles
         self._pieces = [self._pieces_of(tile) for tile in tiles]  # the same in every layer
+
+    def note_needs(self, chosen: Tensor) -> None:
+        """Count what a row's sparse tokens need of what they see, all together.
+
+        Args:
+            chosen: Blocks that each reads, bool ``[G, T, blocks]``.
+        """
+        self._needs.values[0] += chosen.shape[0] * chosen.shape[2]
+        self._needs.values[1] += chosen.any(1).sum()
 
     def _pieces_of(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """The pieces of a tile, head-major, and how many they are, on the device."""

@@ -236,10 +236,10 @@ class SpardaPlanner:
             begin, end = query_start[r : r + 2].tolist()
             if begin == end:
                 continue
-            first, length = int(start[r]), int(seq_lens[r])
+            first, length, prompt_len = int(start[r]), int(seq_lens[r]), int(prompt_lens[r])
             dense_until = settings.dense_len
             if not settings.sparse_prefill:
-                dense_until = max(dense_until, int(prompt_lens[r]))
+                dense_until = max(dense_until, prompt_len)
             blocks = table[r, : -(-length // size)]
             first_tile = len(tiles)
             for b in range(0, -(-first // size), settings.staging_blocks):
@@ -253,6 +253,7 @@ class SpardaPlanner:
                     end,
                     first,
                     min(max(dense_until - first, 0), end - begin),
+                    min(max(prompt_len - first, 0), end - begin),
                     blocks,
                     (first_tile, len(tiles)),
                 )

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from vllm_sparse.kernels.reference.sparda_select import gather_windows
 from vllm_sparse.kernels.reference.sparda_tokens import mean_of_windows
 from vllm_sparse.kernels.types import Blocks, NewWindows, Selected, Unframed
-from vllm_sparse.policies.windows import select_blocks
 from vllm_sparse.steps.host_prompt import attend_prompt
 from vllm_sparse.steps.host_step import WindowList
 
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 
     from vllm_sparse.kernels.dispatch import SpardaKernels
     from vllm_sparse.kv.host.pager import Pager
-    from vllm_sparse.policies.selectors import Selector, Tokens
+    from vllm_sparse.policies.selectors import Selector
     from vllm_sparse.policies.sparda import SpardaSettings
     from vllm_sparse.prefetch.fetcher import Fetcher
     from vllm_sparse.prefetch.stream import PromptStream
@@ -33,9 +31,6 @@ if TYPE_CHECKING:
         SpardaStep,
         WindowRows,
     )
-
-# Query tokens whose window scores exist at the same time.
-_SCORED_AT_ONCE = 128
 
 
 class HasCache(Protocol):
@@ -81,6 +76,7 @@ class Runtime:
             settings.local_blocks,
             settings.blocks_read,
         )
+        self.prompt_blocks = self.blocks._replace(top_k=settings.prompt_blocks_read)
 
     @property
     def step(self) -> Tensor:
@@ -244,6 +240,7 @@ class Layer:
             chosen = None
             if prompt.sparse_from < len(prompt):
                 chosen = self._choose_prompt(query, prompt)
+                runtime.stream.note_needs(chosen)
             tiles = (
                 (step.tiles[i], runtime.stream.read(self.number, i)) for i in range(*prompt.tiles)
             )
@@ -263,16 +260,24 @@ class Layer:
     def _choose_prompt(self, query: Tensor, prompt: PromptRow) -> Tensor:
         """Blocks that the sparse tokens of a row read, bool ``[G, T, blocks]``."""
         runtime, selector = self.runtime, self.runtime.selector
-        tokens = prompt.tokens[slice(prompt.sparse_from, None)]
-        keys = gather_windows(runtime.compressed(self.number), prompt.blocks)
-        count = len(tokens.positions)
-        shape = (self.pager.num_kv_heads, count, len(prompt.blocks) + 1)
-        chosen = torch.zeros(shape, dtype=torch.bool, device=query.device)
-        for first in range(0, count, _SCORED_AT_ONCE):
-            part: Tokens = tokens[slice(first, first + _SCORED_AT_ONCE)]
-            vectors = selector.vectors(self.number, part, query).transpose(0, 1)
-            scores = selector.scores(vectors, keys, part.positions)
-            blocks = select_blocks(scores, part.positions, **runtime.blocks._asdict())
-            # -1 marks the column beyond the last block, which is cut off.
-            chosen[:, first : first + _SCORED_AT_ONCE].scatter_(2, blocks % chosen.shape[2], True)
-        return chosen[..., :-1]
+        outputs = max(prompt.output_from, prompt.sparse_from)
+        compressed, chosen = runtime.compressed(self.number), []
+        ranking = selector.ranking._replace(rotary=None)  # vectors come turned
+        for part, blocks in (
+            (slice(prompt.sparse_from, outputs), runtime.prompt_blocks),
+            (slice(outputs, None), runtime.blocks),
+        ):
+            tokens = prompt.tokens[part]
+            if len(tokens.positions):
+                vectors = selector.vectors(self.number, tokens, query)
+                chosen.append(
+                    runtime.kernels.choose_blocks(
+                        compressed,
+                        vectors,
+                        prompt.blocks,
+                        tokens.positions,
+                        ranking,
+                        blocks,
+                    )
+                )
+        return torch.cat(chosen, 1)

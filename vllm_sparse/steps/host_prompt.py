@@ -4,26 +4,15 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-from vllm_sparse.kernels.reference.sparda_prefill import merge_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from vllm_sparse.prefetch.stream import Tile
-
-
-class _Sum(NamedTuple):
-    output: Tensor
-    lse: Tensor
-
-    def add(self, part: tuple[Tensor, Tensor]) -> _Sum:
-        return _Sum(*merge_parts(self.output, self.lse, *part))
 
 
 def attend_prompt(
@@ -41,7 +30,7 @@ def attend_prompt(
 ) -> Tensor:
     """Exact attention of one row's tokens over what each may see.
 
-    Memory is bounded by the chunk and the tile, not by the context: parts are merged by their
+    Memory is bounded by the chunk and the tile, not by the context: kernels merge parts by their
     log-sum-exp.
 
     Args:
@@ -54,7 +43,7 @@ def attend_prompt(
         chosen: Blocks that each sparse token reads, bool ``[G, T - sparse_from, blocks]``;
             ``None`` if there are no sparse tokens.
         block_size: Tokens per block.
-        tile_tokens: Own tokens per part for sparse tokens.
+        tile_tokens: Own tokens per part.
         attend_part: The kernel of that name: attention over some keys, and its log-sum-exp.
         scale: Logit scale.
 
@@ -63,35 +52,30 @@ def attend_prompt(
     """
     tokens, heads, dim = query.shape
     kv_heads = rows.shape[1]
-    grouped = query.view(tokens, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
-    own = rows.transpose(0, 1)
-    keys, values = own[..., :dim], own[..., dim:]
-    dense, sparse = grouped[:, :, :sparse_from], grouped[:, :, sparse_from:]
-
-    attend_dense = partial(attend_part, dense, chosen=None, scale=scale)
-    attend_sparse = partial(
-        attend_part, sparse, chosen=chosen, causal=False, scale=scale, block_size=block_size
+    shape = (tokens, kv_heads, heads // kv_heads, dim)
+    grouped = query.view(shape).permute(1, 2, 0, 3)
+    output = torch.zeros(shape, device=query.device)
+    lse = torch.full(shape[:3], -torch.inf, device=query.device)
+    sums = output.permute(1, 2, 0, 3), lse.permute(1, 2, 0)
+    dense, sparse = (
+        (grouped[:, :, part], (sums[0][:, :, part], sums[1][..., part]))
+        for part in (slice(sparse_from), slice(sparse_from, None))
     )
 
-    dense_sum = None
-    if sparse_from:
-        dense_sum = _Sum(*attend_dense(keys[:, :sparse_from], values[:, :sparse_from], causal=True))
-    sparse_sum = _Sum(
-        torch.zeros(sparse.shape, device=query.device),
-        torch.full(sparse.shape[:3], -torch.inf, device=query.device),
-    )
+    def attend(part: Tensor, first: int, past_from: int | None) -> None:
+        """All tokens over keys and values ``[G, n, 2 * D]`` from a position on."""
+        keys, values = part.split(dim, -1)
+        options = {"first_position": first, "block_size": block_size}
+        for (mine, total), choice, ahead in ((dense, None, 0), (sparse, chosen, sparse_from)):
+            past = None if past_from is None else past_from + ahead
+            if mine.shape[2]:
+                attend_part(
+                    mine, keys, values, choice, scale, **options, past_from=past, total=total
+                )
 
     for tile, staged in tiles:
-        rows_of_tile = staged[:, : tile.tokens].split(dim, -1)
-        if dense_sum is not None:
-            dense_sum = dense_sum.add(attend_dense(*rows_of_tile, causal=False))
-        if chosen is not None:
-            first = tile.first_block * block_size
-            sparse_sum = sparse_sum.add(attend_sparse(*rows_of_tile, first_position=first))
-    if chosen is not None:
-        for begin in range(0, tokens, tile_tokens):
-            part = (x[:, begin : begin + tile_tokens] for x in (keys, values))
-            where = {"first_position": start + begin, "past_from": start + sparse_from}
-            sparse_sum = sparse_sum.add(attend_sparse(*part, **where))
-    parts = [part.output for part in (dense_sum, sparse_sum) if part is not None]
-    return torch.cat(parts, 2).permute(2, 0, 1, 3).reshape(tokens, heads, dim).to(query.dtype)
+        attend(staged[:, : tile.tokens], tile.first_block * block_size, None)
+    own = rows.transpose(0, 1)
+    for begin in range(0, tokens, tile_tokens):
+        attend(own[:, begin : begin + tile_tokens], start + begin, start)
+    return output.reshape(tokens, heads, dim).to(query.dtype)

@@ -25,7 +25,8 @@ class RowPlanner:
 
     A prompt's token that comes alone is dense unless prompts are sparse. No frames are set aside
     for all the blocks that it reads, but a captured graph may run the step: so the attention over
-    frames reads the host pool for it.
+    frames reads the host pool for it. Sparse ones that read another number of blocks than outputs
+    are left to the other planner, which no captured graph survives.
 
     Args:
         settings: Block geometry and what is sparse.
@@ -102,6 +103,8 @@ class RowPlanner:
         if not self._captured:
             prefilling = bool((host_lens <= prompt_lens).any())
         dense_prompts = not self._settings.sparse_prefill
+        if prefilling and not (dense_prompts or self._settings.prompts_like_outputs):
+            return None
         may_be_alone = dense_prompts and (prefilling or self._captured)
         if may_be_alone:
             alone = positions < upload(prompt_lens, device)

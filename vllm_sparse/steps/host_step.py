@@ -52,6 +52,7 @@ class PromptRow:
         end: Batch position after its last token.
         start: Position of its first token in the request.
         sparse_from: Tokens of this row before the first sparse one.
+        output_from: Tokens of this row before the first generated one.
         blocks: Physical blocks up to the row's last token, int64.
         tiles: Index of its first and after its last tile in the step's tiles.
     """
@@ -61,6 +62,7 @@ class PromptRow:
     end: int
     start: int
     sparse_from: int
+    output_from: int
     blocks: Tensor
     tiles: tuple[int, int]
 
