@@ -28,7 +28,8 @@ def compiled(file: str, what: object, cache_dir: object) -> list[str]:
     """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(cache_dir)
-    env["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    tests = Path(__file__).parent.parent
+    env["PYTHONPATH"] = f"{tests}{os.pathsep}{tests.parent}"
     result = subprocess.run(
         [sys.executable, file, str(what)],
         env=env, capture_output=True, text=True, check=False,
