@@ -107,6 +107,7 @@ def test_presets_are_valid_and_complete():
         "llama-3.1-8b",
         "minicpm4.1-8b",
         "mistral-7b",
+        "paper",
         "qwen2.5-7b",
         "qwen2.5-coder-0.5b",
         "qwen2.5-sparda",

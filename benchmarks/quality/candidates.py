@@ -174,9 +174,6 @@ KINDS: dict[str, Callable[[int, int, tuple[int, int, int]], Scheme]] = {
     "window16": _rocket(window=16),
     "window128": _rocket(window=128),
     "pool15": _rocket(window=32, pool_kernel=15),
-    "sinks": _rocket(window=16, sinks=4),
-    "diverse": _rocket(window=16, diverse_share=0.25),
-    "both": _rocket(window=16, sinks=4, diverse_share=0.25),
     "spread": _rocket(Keep(spread=0.5)),
     # Page scores
     "moments": _rocket(make=lambda page, top_r, top_k: ReadPages(page, top_r, top_k, "moments")),

@@ -42,12 +42,8 @@ LABORATORY = {
     ],
     "votes": [
         "dense",
-        *(
-            f"{kind}-{budget}"
-            for budget in (256, 512, 1024)
-            for kind in ("paper", "window16", "sinks", "both")
-        ),
-        *("diverse-256", "diverse-1024", "pool15-1024", "window128-1024", "idealvotes-1024"),
+        *(f"{kind}-{budget}" for budget in (256, 512, 1024) for kind in ("paper", "window16")),
+        *("pool15-1024", "window128-1024", "idealvotes-1024"),
     ],
 }
 QUICK = {"questions": 2, "contexts": [4096], "tasks": ["vt", "niah_multikey_2"]}

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from reference import hf_rocketkv
-from support import other_votes
 from support.engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS, run_engine
 from support.policies import make_policy
 
@@ -188,14 +187,6 @@ def test_other_block_sizes_equal_hugging_face(llama, prompts):
             window=16,
         )  # fmt: skip
         assert got == expected
-
-
-def test_sinks_and_unusual_keys_equal_hugging_face(llama, prompts):
-    run = run_engine(
-        llama, prompts[:2], settings=other_votes.SETTINGS, block_size=BLOCK_SIZE,
-        max_num_batched_tokens=200,
-    )  # fmt: skip
-    other_votes.check(llama, prompts[:2], run["tokens"][0])
 
 
 def test_tensor_parallelism_changes_nothing(llama, prompts, sparse_run):

@@ -13,7 +13,6 @@ import subprocess
 import sys
 
 import pytest
-from support import other_votes
 from support.engine import BLOCK_SIZE, SETTINGS, run_engine
 
 pytest.importorskip("vllm")
@@ -58,13 +57,6 @@ def test_gpu_path_gives_the_cpu_path_s_tokens(llama, prompts, sparse_run, v2):
     assert run["tokens"][0] == first_tokens(sparse_run, range(2))
     assert run["counters"]["prompts_compacted"] == 2
     assert run["free_blocks"][0] == run["free_blocks"][1]
-
-
-def test_votes_that_the_fused_stage_1_has_not(llama, prompts):
-    run = run_gpu_path(
-        llama, prompts[:2], settings=other_votes.SETTINGS, max_num_batched_tokens=320
-    )
-    other_votes.check(llama, prompts[:2], run["tokens"][0])
 
 
 def test_a_last_prompt_token_that_comes_alone(llama, prompts, sparse_run):

@@ -174,26 +174,3 @@ def test_short_and_fitting_prompts_stay_dense_and_shared():
     assert make_policy().retention(64).reason == "short_prompt"
     assert make_policy(token_budget=4096).retention(1000).reason == "fits_budget"
     assert make_policy().publishable_tokens(64) is None
-
-
-@pytest.mark.parametrize("sinks", [0, 4])
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
-def test_sinks_and_unusual_keys_equal_brute_force(sinks, share):
-    query, keys = _tensors(7, (6, 8, 16), (2, 150, 16))
-    keys[:, 0] += 6 * query[0, 0]  # a sink
-    for budget in (30, 80, 149):
-        kept = rocketkv.select_prompt_tokens(
-            query, keys, budget, 5, sinks=sinks, diverse_share=share
-        )
-        assert torch.equal(kept, brute.keep_with_unusual_keys(query, keys, budget, 5, sinks, share))
-
-
-def test_the_papers_rule_alone_has_a_fused_kernel():
-    assert make_policy().fused_keep
-    for changes in ({"sinks": 4}, {"diverse_share": 0.5}):
-        policy = make_policy(**changes)
-        assert not policy.fused_keep
-        query, keys = _tensors(3, (4, 8, 16), (2, 90, 16))
-        ours = rocketkv.select_prompt_tokens(query, keys, 40, 63, **changes)
-        assert torch.equal(policy.keep(query, keys, 40), ours)
-        assert not torch.equal(ours, rocketkv.select_prompt_tokens(query, keys, 40))

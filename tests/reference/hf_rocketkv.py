@@ -137,9 +137,6 @@ class _Run:
             self.kept[layer] = torch.arange(n).repeat(num_groups, 1)
             return
         w = min(self.settings["window"], n)
-        if self.settings["keep"] is not None:
-            self.kept[layer] = self.settings["keep"](query[:, n - w :], keys, self.num_kept)
-            return
         scores = prompt_scores(query[:, n - w :], keys, self.settings["kernel_size"])
         self.kept[layer] = pick_prompt_tokens(scores, w, self.num_kept)
         for row in scores:
@@ -219,15 +216,13 @@ def generate(
     skip_layers: int = 0,
     sparse: bool = True,
     select_dtype: torch.dtype = torch.float32,
-    keep=None,
     return_logits: bool = False,
 ):
     """Greedy tokens (or a Generation with ``return_logits``) of ``model`` with RocketKV.
 
     The prompt runs densely and gives the first token; each layer and KV head then keeps
     ``len(prompt_ids) - dropped_blocks * block_size`` prompt tokens. ``sparse=False`` is plain dense
-    generation. ``skip_layers``: the first layers read all that stage 1 kept. ``keep``: another
-    stage 1, ``(window's queries [H, w, D], keys [G, n, D], count) -> positions [G, count]``.
+    generation. ``skip_layers``: the first layers read all that stage 1 kept.
     """
     prompt_len = len(prompt_ids)
     num_kept = prompt_len
@@ -247,7 +242,6 @@ def generate(
         "skip_layers": skip_layers,
         "sparse": sparse,
         "select_dtype": select_dtype,
-        "keep": keep,
     }
     return run_greedily(
         model, prompt_ids, num_tokens, _Run(prompt_len, num_kept, settings), return_logits

@@ -97,41 +97,6 @@ def select_prompt_tokens(
     return pick_prompt_tokens(scores, query_window.shape[1], prompt_budget)
 
 
-def keep_with_unusual_keys(query, keys, budget, kernel, sinks, diverse_share):
-    """Stage 1 with sinks outside the votes, and a share of the places for unusual keys."""
-    (groups, tokens, dim), window = keys.shape, query.shape[1]
-    prefix, half = tokens - window, kernel // 2
-    rows = []
-    for group in range(groups):
-        votes = torch.zeros(prefix)
-        heads = len(query) // groups
-        for head in range(group * heads, (group + 1) * heads):
-            for row in range(window):
-                seen = keys[group, : prefix + row + 1]
-                share = (seen @ query[head, row] / dim**0.5).softmax(0)[:prefix]
-                if sinks:
-                    share = share.clone()
-                    share[:sinks] = 0
-                    share /= share.sum()
-                votes += share
-
-        def widened(score, half):
-            return [float(score[max(i - half, 0) : i + half + 1].max()) for i in range(prefix)]
-
-        order = widened(votes, half)
-        order[:sinks] = [float("inf")] * sinks
-        places = budget - window
-        diverse = int(places * diverse_share)
-        chosen = sorted(range(prefix), key=lambda i: (-order[i], i))[: places - diverse]
-        mean = torch.stack([key / key.norm() for key in keys[group, :prefix]]).mean(0)
-        unlike = torch.stack([-(key @ mean) / key.norm() / mean.norm() for key in keys[group]])
-        unlike = widened(unlike[:prefix], 7)
-        rest = [i for i in range(prefix) if i not in chosen]
-        chosen += sorted(rest, key=lambda i: (-unlike[i], i))[:diverse]
-        rows.append(sorted(chosen) + list(range(prefix, tokens)))
-    return torch.tensor(rows)
-
-
 # ---- stage 2 -------------------------------------------------------------------------------------
 
 

@@ -121,11 +121,6 @@ class Policy(ABC):
         """Numbers of a page's index per KV head."""
         return 0
 
-    @property
-    def fused_keep(self) -> bool:
-        """Whether :attr:`kernel` has :meth:`keep` too, under these settings."""
-        return bool(self.kernel)
-
     def freed_blocks(self, prompt_len: int, num_tokens: int) -> tuple[int, int]:
         """Blocks ``[first, last)`` that no later step reads once ``num_tokens >= P`` are there."""
         return 0, self.retention(prompt_len).dropped_blocks

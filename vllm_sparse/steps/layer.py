@@ -95,7 +95,7 @@ class SparseLayer:
 
     def _compact(self, cache: Tensor, prompt: PromptEnd, window: Tensor) -> None:
         layout, dropped = self.layouts[prompt.page_size], prompt.dropped_blocks
-        if self.policy.fused_keep and self._kernels.compact_prompts is not None:
+        if self.policy.kernel and self._kernels.compact_prompts is not None:
             keys, values = layout.tokens(cache).split(layout.head_dim, -1)
             length, gone = prompt.sizes.split(1)
             self._kernels.compact_prompts(
