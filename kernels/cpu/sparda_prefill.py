@@ -34,7 +34,8 @@ def attend_part(
         total = torch.empty(query.shape), torch.empty(query.shape[:3])
     output, lse = total
     query = query.to(keys.dtype)
-    strides, marks = (0, 0), None
+    strides: tuple[int, ...] = (0, 0)
+    marks = None
     if chosen is not None:
         assert chosen.stride(-1) == 1
         assert chosen.shape[2] * block_size >= first_position + keys.shape[1]
