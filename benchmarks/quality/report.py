@@ -50,9 +50,10 @@ def _context(every: dict[str, Any], baseline: str, context: str) -> str:
             means.append(np.mean(scores))
             if task in base:
                 lost.append(differences(answers, base[task]))
-        row["mean"] = f"{np.mean(means):.3f}"
-        if name != baseline and all(lost) and lost:
-            row["lost"] = _lost(lost)
+        if set(found) == set(base):  # else it would be the mean of other tasks
+            row["mean"] = f"{np.mean(means):.3f}"
+            if name != baseline and lost and all(lost):
+                row["lost"] = _lost(lost)
         rows.append(row)
     tasks = list(dict.fromkeys(task for cells in every.values() for task in cells.get(context, {})))
     counts = {task: len(base.get(task, {})) for task in tasks}
