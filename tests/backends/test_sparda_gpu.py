@@ -80,7 +80,9 @@ def test_gpu_path_gives_the_cpu_path_s_tokens(llama, prompts, case):
     attended = launches["_attend_frames_kernel"]
     assert launches["_look_up_kernel"] == launches["_fill_kernel"] == attended
     scoring = "_softmax_kernel" if "selector" in changes else "_forecast_kernel"
-    assert 0 < launches[scoring] <= launches["_choose_kernel"] <= attended
+    assert 0 < launches[scoring] <= launches["_choose_kernel"]
+    if "sparse_prefill" not in changes:  # else prompts choose too
+        assert launches["_choose_kernel"] <= attended
 
 
 def test_a_slab_that_the_gpu_cannot_hold_is_refused(monkeypatch):

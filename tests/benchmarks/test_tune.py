@@ -239,7 +239,7 @@ def test_a_table_that_is_not_checked_is_no_success(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(tune, "PARITY_S", 3e9)
     report = json.loads(tuned(tmp_path).with_name("tune.json").read_text())
     report["seconds"] = 1.0
-    monkeypatch.setattr(runner, "merged", lambda options, environment: {"tune": report})
+    monkeypatch.setattr(runner, "merged", lambda *_: {"tune": report})
     only = ["--only", "tune", "parity", "install"]
     assert tune.main(["--device", "cpu", "--out", str(tmp_path), *only]) == runner.INCOMPLETE
     result = json.loads((tmp_path / "gpu-tune.json").read_text())

@@ -19,6 +19,7 @@ SETTINGS = {
     "min_context": 128,
     "generation_reserve": 100,
     "page_sizes": [4],
+    "window": 32,
 }
 # The slab is as small as start-up allows for six requests (x 2 KV heads x 6 blocks of 32 x 2 x 32
 # float32 in 3 layers), so that blocks really leave and come back.
