@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Prompt lengths on the host."""
+"""Prompt lengths on the host, and steps with a new request."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
+from vllm.v1.worker.gpu.states import RequestState
+
 from vllm_sparse.backends import prompts
 
 
@@ -18,14 +20,12 @@ from vllm_sparse.backends import prompts
 def table(monkeypatch):
     """A table of requests in which index 2 was given away."""
     seen = []
-    monkeypatch.setattr(
-        prompts.RequestState, "add_request", lambda self, **given: seen.append(given)
-    )
+    monkeypatch.setattr(RequestState, "add_request", lambda self, **given: seen.append(given))
     monkeypatch.setattr(prompts, "_requests", None)
     prompts.watch_requests()
-    watching = prompts.RequestState.add_request
+    watching = RequestState.add_request
     prompts.watch_requests()
-    assert prompts.RequestState.add_request is watching
+    assert RequestState.add_request is watching
 
     class Table:
         prompt_len = SimpleNamespace(np=np.array([7, 300, 41, 0], dtype=np.int32))
@@ -59,4 +59,28 @@ def test_what_the_runner_hands_over_is_read_where_the_table_is_unknown(table, go
     common = batch(rswa_prefix_lens=torch.tensor([5, 6, 7]), **({} if gone else {"req_idx": None}))
     if gone:
         monkeypatch.setattr(prompts, "_requests", None)
+    assert prompts.prompt_lengths_on_host(common).tolist() == [5, 6, 7]
+
+
+def test_steps_with_a_new_request(table, monkeypatch):
+    newcomers = prompts.Newcomers()
+    assert newcomers.arrived()  # the builder is younger than its first request
+    assert not newcomers.arrived()
+    RequestState.add_request(table, prompt_len=41)  # preempted, and taken up again
+    RequestState.add_request(table, prompt_len=7)
+    assert newcomers.arrived()
+    assert not newcomers.arrived()
+    assert prompts.Newcomers().arrived()
+    # Where nobody tells, any step may have one.
+    monkeypatch.setattr(prompts, "_requests", None)
+    assert newcomers.arrived()
+    assert newcomers.arrived()
+
+
+def test_a_table_that_has_gone_tells_nothing(table, monkeypatch):
+    newcomers = prompts.Newcomers()
+    newcomers.arrived()
+    monkeypatch.setattr(prompts, "_requests", lambda: None)  # as a dead weak reference
+    assert newcomers.arrived()
+    common = batch(rswa_prefix_lens=torch.tensor([5, 6, 7]))
     assert prompts.prompt_lengths_on_host(common).tolist() == [5, 6, 7]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
@@ -88,46 +87,6 @@ def prompt_lengths(common: CommonAttentionMetadata) -> Tensor:
     if padding > 0:
         lengths = torch.nn.functional.pad(lengths, (0, padding))
     return lengths[: common.num_reqs].int()
-
-
-class KnownPrompts:
-    """Prompt lengths on the host, read back from a device only when a request is new.
-
-    A row is known if it goes on where the last step of a request with its index has ended, and is
-    as far as its prompt says.
-
-    Args:
-        max_requests: Indices of the runner's table of requests.
-        waits: Reading back waits for what the device is doing; else it is done in every step.
-    """
-
-    def __init__(self, max_requests: int, waits: bool) -> None:
-        self._waits = waits
-        self._lengths = np.zeros(max_requests, dtype=np.int32)
-        self._ends = np.zeros(max_requests, dtype=np.int64)
-
-    def read(self, common: CommonAttentionMetadata) -> tuple[Tensor, bool]:
-        """Called in every step that is no rehearsal.
-
-        Returns:
-            Prompt tokens of each row's request, int32 ``[R]`` on the host, and whether a request
-            may be new.
-        """
-        lengths, index = prompt_lengths(common), common.req_idx
-        if not self._waits or index is None or common.is_prefilling is None:
-            return lengths.cpu(), True
-        ends = sequence_lengths(common)[: len(index)].numpy()
-        starts = ends - common.query_start_loc_cpu[: len(index) + 1].diff().numpy()
-        prefilling = common.is_prefilling[: len(index)].numpy()
-        known = (self._ends[index] == starts) & (starts > 0)
-        known &= prefilling == (starts < self._lengths[index])
-        new = not known.all()
-        if new:
-            self._lengths[index] = lengths[: len(index)].cpu().numpy()
-        self._ends[index] = ends
-        found = torch.zeros(common.num_reqs, dtype=torch.int32)
-        found[: len(index)] = torch.from_numpy(self._lengths[index])
-        return found, new
 
 
 def sequence_lengths(common: CommonAttentionMetadata) -> Tensor:

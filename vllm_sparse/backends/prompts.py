@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Prompt lengths on the host, where Model Runner V2 hands them over on the device.
+"""What Model Runner V2 knows of requests on the host: how long prompts are, and who is new.
 
-Reading them back would wait for the step before, in every step that holds a prompt's chunk.
+It hands prompt lengths over on the device. Reading them back would wait for the step before, in
+every step that holds a prompt's chunk.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_sparse.backends.base import prompt_lengths
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # The runner's own table of requests, whose host half is what it uploads.
 _requests: weakref.ref[Any] | None = None
+_taken_up = 0
 
 
 def watch_requests() -> None:
@@ -30,14 +31,17 @@ def watch_requests() -> None:
     Nothing that a metadata builder gets says on the host whether a row's index has changed hands
     since the step before, so lengths cannot be remembered by index.
     """
+    from vllm.v1.worker.gpu.states import RequestState
+
     add = RequestState.add_request
     if hasattr(add, "__wrapped__"):
         return
 
     @functools.wraps(add)
     def add_request(self: Any, *args: Any, **kwargs: Any) -> None:
-        global _requests
+        global _requests, _taken_up
         _requests = weakref.ref(self)
+        _taken_up += 1
         add(self, *args, **kwargs)
 
     RequestState.add_request = add_request
@@ -52,3 +56,16 @@ def prompt_lengths_on_host(common: CommonAttentionMetadata) -> Tensor:
     known = requests.prompt_len.np[common.req_idx][: common.num_reqs]
     lengths[: len(known)] = torch.from_numpy(known)
     return lengths
+
+
+class Newcomers:
+    """Tells steps with a new request from others; one that was preempted is new again."""
+
+    def __init__(self) -> None:
+        self._seen = -1
+
+    def arrived(self) -> bool:
+        """Whether a request may have been taken up since the last call; true where nobody tells."""
+        seen, self._seen = self._seen, _taken_up
+        known = _requests is not None and _requests() is not None
+        return not known or seen != _taken_up

@@ -22,7 +22,6 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_sparse import metrics
 from vllm_sparse.backends.base import (
-    KnownPrompts,
     SparseBackend,
     ask_for_prompt_lengths,
     is_rehearsal,
@@ -30,6 +29,7 @@ from vllm_sparse.backends.base import (
     prompt_lengths,
     sequence_lengths,
 )
+from vllm_sparse.backends.prompts import Newcomers, prompt_lengths_on_host, watch_requests
 from vllm_sparse.backends.refusals import check_layer
 from vllm_sparse.backends.sparda_setup import (
     Machine,
@@ -131,7 +131,9 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         blocks, fresh = geometry.num_blocks, machine.attend_fresh is not None
         self.planner = SpardaPlanner(settings, blocks, counters.add, fresh)
         self._rehearsal = SpardaPlanner(settings, blocks, lambda *_: None, fresh)
-        self._prompts = KnownPrompts(vllm_config.scheduler_config.max_num_seqs, machine.captured)
+        self._newcomers = Newcomers()
+        if machine.captured:
+            watch_requests()
         rows = most_rows(vllm_config)
         self._rows = RowPlanner(settings, rows, device, machine.captured)
         self._bytes_per_token = geometry.host_bytes // (blocks * geometry.block_size)
@@ -162,13 +164,11 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
             metrics.counters().set_gauge("slab_frames_in_use", in_use)
         self._steps += 1
         planner = self._rehearsal if is_rehearsal(common) else self.planner
+        prompts, new = prompt_lengths_on_host(common), False
         if planner is self.planner:
             tokens = int(common.query_start_loc_cpu[count])
             metrics.counters().add("device_to_host_bytes", tokens * self._bytes_per_token)
-        if planner is self.planner:
-            prompts, new = self._prompts.read(common)
-        else:
-            prompts, new = prompt_lengths(common).cpu(), False
+            new = self._newcomers.arrived()
         step = self._plan_rows(common, planner, prompts) if common.max_query_len == 1 else None
         if step is not None:
             return step
