@@ -212,56 +212,12 @@ def _attend_kernel(
                     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["shares"])
-def _combine_kernel(
-    partial,
-    lse,
-    lengths,
-    unframed,
-    output,
-    shares,
-    stride_output_row,
-    stride_output_head,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MOST: tl.constexpr,
-    UNFRAMED: tl.constexpr,
-):
-    """Merges the shares, up to ``MOST``, of one query head; padding rows become zero."""
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    dim = tl.arange(0, BLOCK_D)
-    inside = dim < DIM
-    target = output + row * stride_output_row + head * stride_output_head + dim
-    length = tl.load(lengths + row)
-    if UNFRAMED:
-        length = tl.maximum(length, tl.load(unframed + row))
-    if length <= 0:
-        tl.store(target, tl.zeros([BLOCK_D], output.dtype.element_ty), mask=inside)
-        return
-    share = tl.arange(0, MOST)
-    index = (row * HEADS + head) * shares + share
-    b_lse = tl.load(lse + index, mask=share < shares, other=float("-inf"))
-    used = b_lse != float("-inf")  # true for NaN, which must show
-    weight = tl.exp2(b_lse - tl.max(b_lse, 0))
-    b_o = tl.load(
-        partial + index[:, None] * DIM + dim[None, :],
-        mask=used[:, None] & inside[None, :],
-        other=0.0,
-    )
-    merged = tl.sum(weight[:, None] * b_o, 0) / tl.sum(weight, 0)
-    tl.store(target, merged.to(output.dtype.element_ty), mask=inside)
-
-
 class Shares(NamedTuple):
-    """Where the shares of each row go.
+    """Where the shares of each row and KV head go, undefined where there are fewer.
 
     Attributes:
-        partial: Attention over each share, float32 ``[T, H, shares, D]``; or, for
-            :func:`merge_pair`, a KV head's shares and then its query heads.
-        lse: Their log-sum-exp, base 2, float32 ``[T, H, shares]``; minus infinity where a row has
-            no such share, or undefined for :func:`merge_pair`.
+        partial: Attention over each share, float32 ``[T, G, shares, H / G, D]`` in one run.
+        lse: Their log-sum-exp, base 2, float32 ``[T, G, shares, H / G]`` in one run.
     """
 
     partial: Tensor
@@ -276,35 +232,10 @@ def make_shares(output: Tensor, shares: int) -> Shares:
     return Shares(partial, lse)
 
 
-def merge_shares(
-    scratch: Shares, lengths: Tensor, output: Tensor, unframed: Tensor | None = None
-) -> None:
-    """Merges the shares of each row into ``output [T, H, D]``.
-
-    Args:
-        scratch: The shares.
-        lengths: Rows of length 0 become zero, int32 ``[T]``.
-        output: Written.
-        unframed: Unless they have a length here, int32 ``[T]``.
-    """
-    rows, heads, dim = output.shape
-    _combine_kernel[(rows, heads)](
-        scratch.partial,
-        scratch.lse,
-        lengths,
-        lengths if unframed is None else unframed,
-        output,
-        scratch.partial.shape[2],
-        output.stride(0),
-        output.stride(1),
-        HEADS=heads,
-        DIM=dim,
-        BLOCK_D=dim_block(dim),
-        MOST=MOST_SHARES,
-        UNFRAMED=unframed is not None,
-        num_warps=4,
-        num_stages=1,
-    )
+def merged_at_once(group: int, dim: int) -> int:
+    """Shares of a pair that :func:`merge_pair` loads at once."""
+    padded = triton.next_power_of_2(group) * dim_block(dim)
+    return max(1, min(16, MERGED_AT_ONCE // padded))
 
 
 def attend_slots(
@@ -336,7 +267,6 @@ def attend_slots(
     query, group, overlapped = query.to(cache.dtype), heads // kv_heads, overlaps(device)
     if arrived is None:
         arrived = torch.zeros(rows, kv_heads, dtype=torch.int32, device=device)
-    padded = triton.next_power_of_2(group) * dim_block(dim)
     _attend_kernel[(programs,)](
         cache,
         query,
@@ -368,7 +298,7 @@ def attend_slots(
         BLOCK_D=dim_block(dim),
         BLOCK_G=triton.next_power_of_2(group),
         MOST=MOST_SHARES,
-        CHUNK=max(1, min(16, MERGED_AT_ONCE // padded)),
+        CHUNK=merged_at_once(group, dim),
         READ_ALL=slots is None,
         PDL=overlapped,
         num_warps=warps,

@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.triton.attention import make_shares, store_share
+from vllm_sparse.kernels.triton.attention import (
+    make_shares,
+    merge_pair,
+    merged_at_once,
+    store_share,
+)
 from vllm_sparse.kernels.triton.counters import MOST_PAIRS, counters
+from vllm_sparse.kernels.triton.grid import count_in
 from vllm_sparse.kernels.triton.launch import (
     LOG2_E,
     MOST_SHARES,
@@ -24,55 +30,6 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.types import Unframed
 
 
-# Numbers of shares that a program holds at once when it merges them.
-_MERGED_AT_ONCE = 4096
-
-
-@triton.jit
-def _merge_shares(
-    partial, lse, first, shares, used, GROUP: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, MOST: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """The attention of one row and KV head, ``[BLOCK_M, BLOCK_D]``, from its shares.
-
-    Args:
-        partial: Output of each share, float32 ``[shares, D]`` of all rows and query heads.
-        lse: Log-sum-exp of each share, base 2.
-        first: The first share of the first query head.
-        shares: Room for each query head.
-        used: Shares that there are, at most ``MOST``.
-        GROUP: Query heads.
-        DIM: Head size.
-        BLOCK_M: At least ``GROUP``.
-        BLOCK_D: At least ``DIM``.
-        MOST: Shares that there may be.
-        CHUNK: Shares that are loaded at once.
-    """
-    member = tl.arange(0, BLOCK_M)
-    dim = tl.arange(0, BLOCK_D)
-    share = tl.arange(0, MOST)
-    there = (share < used)[:, None] & (member < GROUP)[None, :]
-    b_lse = tl.load(
-        lse + first + member[None, :] * shares + share[:, None], mask=there, other=float("-inf")
-    )
-    peak = tl.max(b_lse, 0)  # [M]
-    peak = tl.where(member < GROUP, peak, 0.0)
-    mass = tl.sum(tl.exp2(b_lse - peak[None, :]), 0)  # NaN if any share is, which must show
-    b_o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, used, CHUNK):
-        some = start + tl.arange(0, CHUNK)
-        loaded = (some < used)[:, None] & (member < GROUP)[None, :]
-        place = first + member[None, :] * shares + some[:, None]
-        weight = tl.exp2(tl.load(lse + place, mask=loaded, other=float("-inf")) - peak[None, :])
-        b_part = tl.load(
-            partial + place[:, :, None] * DIM + dim[None, None, :],
-            mask=loaded[:, :, None] & (dim < DIM)[None, None, :],
-            other=0.0,
-        )  # [CHUNK, M, D]
-        b_o += tl.sum(weight[:, :, None] * b_part, 0)
-    return b_o / mass[:, None]
-
-
 # How wide a table is changes from step to step, which must not compile variants, nor must the
 # number of rows, on which it depends how often they are split.
 @triton.jit(do_not_specialize=["least", "stride_table"])
@@ -81,7 +38,8 @@ def _attend_frames_kernel(
     least, scale_log2, stride_query_row, stride_query_head, stride_output_row,
     stride_output_head, stride_table, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, MOST: tl.constexpr, CHUNK: tl.constexpr, UNFRAMED: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, MOST: tl.constexpr, CHUNK: tl.constexpr,
+    UNFRAMED: tl.constexpr,
 ):  # fmt: skip
     """All query heads of one KV head against one share of its tokens; padding rows become zero.
 
@@ -101,8 +59,8 @@ def _attend_frames_kernel(
     dim = tl.arange(0, BLOCK_D)
     dim_inside = dim < DIM
     mask = (member < GROUP)[:, None] & dim_inside[None, :]
-    target = output + row * stride_output_row
-    target = target + query_head[:, None] * stride_output_head + dim[None, :]
+    first_head = output + row * stride_output_row + head * GROUP * stride_output_head
+    target = first_head + member[:, None] * stride_output_head + dim[None, :]
     element = output.dtype.element_ty
     if length <= 0:
         if tl.program_id(2) == 0:
@@ -146,18 +104,16 @@ def _attend_frames_kernel(
     if used == 1:
         tl.store(target, (b_o / mass[:, None]).to(element), mask=mask)
     else:
-        first = (row * (HEADS * GROUP) + head * GROUP) * shares
-        at = first + member * shares + tl.program_id(2)
+        pair = row * HEADS + head
+        first = pair * shares * GROUP
+        at = first + tl.program_id(2) * GROUP + member
         store_share(partial, lse_out, at, member < GROUP, mask, peak, mass, b_o, DIM)
-        # All threads have stored before one of them counts, releasing and acquiring.
-        tl.debug_barrier()
-        arrived += row * HEADS + head
-        if tl.atomic_add(arrived, 1, sem="acq_rel") == used - 1:
-            tl.store(arrived, 0)  # for the next launch
-            merged = _merge_shares(
-                partial, lse_out, first, shares, used, GROUP, DIM, BLOCK_M, BLOCK_D, MOST, CHUNK
-            )
-            tl.store(target, merged.to(element), mask=mask)
+        if count_in(arrived + pair, used):
+            tl.store(arrived + pair, 0)  # for the next launch
+            merge_pair(
+                partial, lse_out, first, used, first_head, stride_output_head,
+                GROUP, DIM, BLOCK_G, BLOCK_D, MOST, CHUNK,
+            )  # fmt: skip
 
 
 def attend_frames(
@@ -203,12 +159,13 @@ def attend_frames(
     )
     assert rows * kv_heads <= MOST_PAIRS
     query = query.to(slab.dtype)
-    members, dims = row_block(heads // kv_heads), dim_block(dim)
+    group = heads // kv_heads
     _attend_frames_kernel[(rows, kv_heads, shares)](
         slab, query, output, frames, lengths, host, table, whole, *make_shares(output, shares),
         counters(device).shares, count, least, scale * LOG2_E, query.stride(0), query.stride(1),
-        output.stride(0), output.stride(1), table.stride(0), HEADS=kv_heads,
-        GROUP=heads // kv_heads, DIM=dim, BLOCK_SIZE=block_size, BLOCK_M=members, BLOCK_N=block,
-        BLOCK_D=dims, MOST=MOST_SHARES, CHUNK=max(1, _MERGED_AT_ONCE // (members * dims)),
-        UNFRAMED=unframed is not None, num_warps=warps, num_stages=stages,
+        output.stride(0), output.stride(1), table.stride(0), HEADS=kv_heads, GROUP=group, DIM=dim,
+        BLOCK_SIZE=block_size, BLOCK_M=row_block(group), BLOCK_N=block, BLOCK_D=dim_block(dim),
+        BLOCK_G=triton.next_power_of_2(group), MOST=MOST_SHARES,
+        CHUNK=merged_at_once(group, dim), UNFRAMED=unframed is not None, num_warps=warps,
+        num_stages=stages,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from vllm_sparse.kernels.triton.counters import counters as shared_counters
+from vllm_sparse.kernels.triton.grid import count_in
 from vllm_sparse.kernels.triton.launch import launch
 from vllm_sparse.kernels.types import Resolution
 
@@ -104,9 +105,7 @@ def _look_up_kernel(
     # Of those who want the same piece, one finds the frame unused in this step.
     hits = tl.sum((hit & (before != now)).to(tl.int64), 0)
     tl.atomic_add(counters, hits, sem="relaxed")
-    # All threads are done before one of them counts, releasing and acquiring.
-    tl.debug_barrier()
-    if tl.atomic_add(arrived, 1, sem="acq_rel") != tl.num_programs(0) - 1:
+    if not count_in(arrived, tl.num_programs(0)):
         return
     tl.store(arrived, 0)  # for the next launch
     _find_frames(
