@@ -254,7 +254,7 @@ class _Steering:
             found = {name: metrics.counters().value(name) for name in COUNTED}
             return {**found, "engine_bytes": self.lane.nbytes}
         # Metrics come some steps late, what the device counts does not.
-        hits, misses, _ = self.runtime.fetcher.counters.values.view(2, 3).sum(0).tolist()
+        hits, misses, *_ = self.runtime.fetcher.counters.values.view(2, -1).sum(0).tolist()
         moved = misses * self.runtime.pager.geometry.piece_bytes
         return {"frame_hits": hits, "frame_misses": misses, "host_to_device_bytes": moved}
 
