@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks import corpus, harness, needles
-from benchmarks.oracle import GEOMETRY
+from benchmarks.quality.schemes import FEW_FORCED
 from benchmarks.results import Recorder
 from vllm_sparse.policies.windows import compress_keys, forecast_scores, query_scores
 from vllm_sparse.training.backbone import Backbone
@@ -88,22 +88,22 @@ class Probe:
     def _layer(self, view: LayerView, inputs: Tensor, rows: Tensor) -> None:
         """Adds a layer; the look-ahead sees ``inputs``."""
         tokens, layer = view.query.shape[1], view.layer
-        exact = LiveTeacher("block-mass", view.query[:, rows], view.keys, rows, GEOMETRY)
+        exact = LiveTeacher("block-mass", view.query[:, rows], view.keys, rows, FEW_FORCED)
         mass = exact.rows(0, len(rows))  # [G, T, blocks]
-        free = GEOMETRY.free(rows, mass.shape[-1])
+        free = FEW_FORCED.free(rows, mass.shape[-1])
         self.mass[layer] += torch.stack([mass.sum(), (mass * free).sum()]).double()
         scores = {"exact": mass}
         for name, windows in self._windows(view, inputs, rows).items():
-            scores[name] = pooled(windows, tokens, GEOMETRY)
+            scores[name] = pooled(windows, tokens, FEW_FORCED)
         for name, top in itertools.product(self.selectors, self._tops):
-            picked = best_free_blocks(scores[name], rows, replace(GEOMETRY, top_k=top))
+            picked = best_free_blocks(scores[name], rows, replace(FEW_FORCED, top_k=top))
             self.captured[name, top, layer] += (mass * picked).sum().item()
             new = picked[:, 1:] & free[:-1] & ~picked[:, :-1]  # what was forced was there, too
             self.picks[name, top, layer] += torch.stack([picked[:, 1:].sum(), new.sum()])
 
     def _windows(self, view: LayerView, inputs: Tensor, rows: Tensor) -> dict[str, Tensor]:
         """Window scores of every selector but exact, [G, T, windows]."""
-        sizes = {"kernel_size": GEOMETRY.kernel_size, "kernel_stride": GEOMETRY.kernel_stride}
+        sizes = {"kernel_size": FEW_FORCED.kernel_size, "kernel_stride": FEW_FORCED.kernel_stride}
         keys = compress_keys(view.keys, **sizes)
         scores = {}
         for name, at in (("query", rows), ("previous", rows - 1)):
@@ -166,8 +166,8 @@ def main(arguments: list[str] | None = None) -> None:
     body = {
         "model": options.model, "seed": options.seed,
         "forecast": options.forecast.name if options.forecast else None,
-        "block_tokens": GEOMETRY.block_size, "init_blocks": GEOMETRY.init_blocks,
-        "local_blocks": GEOMETRY.local_blocks, "cells": [],
+        "block_tokens": FEW_FORCED.block_size, "init_blocks": FEW_FORCED.init_blocks,
+        "local_blocks": FEW_FORCED.local_blocks, "cells": [],
     }  # fmt: skip
     with Recorder(options.out, "blocks", body) as record:
         tokenizer = harness.tokenizer_of(options.model)

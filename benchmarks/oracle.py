@@ -26,14 +26,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks import corpus, harness, needles
 from benchmarks.accuracy import PROSE_CONTEXT, PROSE_TOKENS, judged
+from benchmarks.quality.schemes import FEW_FORCED, summed, tokens_of_best_blocks
 from benchmarks.results import Recorder
-from vllm_sparse.training.geometry import BlockGeometry
-from vllm_sparse.training.objective import best_free_blocks
 
 NAME = "exact_topk"
 DENSE = "dense (transformers)"
-# As few forced blocks as SPARDA allows, so that the selection has to find what is asked.
-GEOMETRY = BlockGeometry(init_blocks=1, local_blocks=2, top_k=8)
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Budget:
 
     def tokens(self) -> int:
         """Tokens that it reads at most."""
-        return self.k * GEOMETRY.block_size if self.blocks else self.k
+        return self.k * FEW_FORCED.block_size if self.blocks else self.k
 
 
 def read_tokens(weights: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -58,13 +55,8 @@ def read_tokens(weights: torch.Tensor, top_k: int) -> torch.Tensor:
     Returns:
         bool ``[G, n]``.
     """
-    sizes, (_, count) = replace(GEOMETRY, top_k=top_k), weights.shape
-    missing = -count % sizes.block_size
-    mass = torch.nn.functional.pad(weights, (0, missing)).unflatten(-1, (-1, sizes.block_size))
-    newest = torch.tensor([count - 1])
-    blocks = best_free_blocks(mass.sum(-1).unsqueeze(1), newest, sizes)[:, 0]
-    blocks = blocks | ~sizes.free(newest, blocks.shape[-1])
-    return blocks.repeat_interleave(sizes.block_size, -1)[:, :count]
+    sizes = replace(FEW_FORCED, top_k=top_k)
+    return tokens_of_best_blocks(summed(weights, sizes.block_size), weights.shape[-1], sizes)
 
 
 class ExactTopK:

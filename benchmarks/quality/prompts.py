@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from benchmarks.quality.schemes import SPREAD
+
 if TYPE_CHECKING:
     from pathlib import Path
 
 LAST = 256  # queries at the prompt's end that are kept
-STRIDE = 16  # and every so many-th of all
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Prompt:
         keys: ``[L, G, n, D]``.
         values: ``[L, G, n, D]``.
         last: Queries of the last tokens, ``[L, H, min(n, LAST), D]``.
-        spread: Queries of tokens 0, STRIDE, 2 * STRIDE, ..., ``[L, H, ceil(n / STRIDE), D]``.
+        spread: Queries of tokens 0, SPREAD, 2 * SPREAD, ..., ``[L, H, ceil(n / SPREAD), D]``.
         logits: Of the first generated token, ``[vocabulary]``.
     """
 
@@ -71,7 +72,7 @@ class Network:
         return config.num_attention_heads, config.num_key_value_heads, size
 
     def _capture(self, module: Any, query: Tensor, *arguments: Any, **options: Any) -> Any:
-        self._queries.append((query[0, :, -LAST:].clone(), query[0, :, ::STRIDE].clone()))
+        self._queries.append((query[0, :, -LAST:].clone(), query[0, :, ::SPREAD].clone()))
         return sdpa_attention_forward(module, query, *arguments, **options)
 
     @torch.inference_mode()

@@ -10,7 +10,7 @@ Notation: H query heads, G KV heads, D head size, n prompt tokens, m tokens held
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -25,6 +25,8 @@ from vllm_sparse.policies.pages import (
     select_pages,
 )
 from vllm_sparse.policies.votes import pooled, top_indices
+from vllm_sparse.training.geometry import BlockGeometry
+from vllm_sparse.training.objective import best_free_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,13 +77,8 @@ def window_votes(layer: Layer, window: int) -> Tensor:
     return _memo(layer, ("window", window), vote)
 
 
-def spread_votes(layer: Layer, reduce: str) -> Tensor:
-    """The same of queries spread over the prompt, each for tokens at least 64 before it.
-
-    Args:
-        layer: The layer.
-        reduce: ``sum``, or ``max``: what any query wanted.
-    """
+def spread_votes(layer: Layer) -> Tensor:
+    """The most that any query spread over the prompt gives a token 64 or more before it: [G, n]."""
 
     def vote() -> Tensor:
         tokens = layer.keys.shape[1]
@@ -89,16 +86,12 @@ def spread_votes(layer: Layer, reduce: str) -> Tensor:
         for first in range(0, layer.spread.shape[1], 64):
             query = layer.spread[:, first : first + 64].contiguous()
             positions = torch.arange(first, first + query.shape[1]) * SPREAD
-            share = attention(query, positions, layer.keys)
             near = torch.arange(tokens) > positions[:, None] - 64
-            share = share.masked_fill(near, 0)
-            if reduce == "sum":
-                found += share.sum((1, 2))
-            else:
-                found = torch.maximum(found, share.amax((1, 2)))
+            share = attention(query, positions, layer.keys).masked_fill(near, 0)
+            found = torch.maximum(found, share.amax((1, 2)))
         return found
 
-    return _memo(layer, ("spread", reduce), vote)
+    return _memo(layer, ("spread",), vote)
 
 
 def ideal_votes(layer: Layer) -> Tensor:
@@ -145,28 +138,24 @@ class Keep:
     Attributes:
         window: Last queries that vote; their tokens are kept.
         pool: Width of the max pool of their votes.
-        spread: Share of what is kept that spread queries choose; and ``spread_pool``.
-        reduce: Of the spread queries.
+        spread: Share of what is kept that spread queries choose, pooled less widely.
         ideal: The dense answer votes instead of the window.
     """
 
     window: int = 32
     pool: int = 63
     spread: float = 0.0
-    spread_pool: int = 7
-    reduce: str = "max"
     ideal: bool = False
 
     def __call__(self, layer: Layer, count: int) -> Tensor:
         """Positions that stay, ascending: [G, count]."""
         votes = ideal_votes(layer) if self.ideal else window_votes(layer, self.window)
-        votes = votes.clone()
         # As the policy does: only tokens before the window are pooled.
         votes = pooled(votes[:, : -self.window], self.pool)
         votes = functional.pad(votes, (0, self.window))
         score = votes
         if self.spread:
-            spread = pooled(spread_votes(layer, self.reduce), self.spread_pool)
+            spread = pooled(spread_votes(layer), 7)
             score = mixed([(votes, 1 - self.spread), (spread, self.spread)])
         return best(score, count, self.window)
 
@@ -200,6 +189,16 @@ class Held:
         self.values[:, self.count] = value
         self.count += 1
 
+    def probabilities(self, query: Tensor) -> Tensor:
+        """Of each held token, summed over the group: query [G, H / G, D] -> [G, m]."""
+        keys = self.keys[:, : self.count]
+        return (query @ keys.mT * keys.shape[-1] ** -0.5).softmax(-1).sum(1)
+
+
+def summed(weights: Tensor, size: int) -> Tensor:
+    """Sums over runs of so many tokens, of which the last may be shorter: [G, m] -> [G, runs]."""
+    return functional.pad(weights, (0, -weights.shape[-1] % size)).unflatten(-1, (-1, size)).sum(-1)
+
 
 class ReadTokens:
     """Exact top-k tokens by the group's summed probabilities."""
@@ -211,9 +210,7 @@ class ReadTokens:
         """Slots to read for queries [G, H / G, D], the current token held already: [G, k]."""
         if held.count <= self.top_k:
             return None
-        keys = held.keys[:, : held.count]
-        weight = (query @ keys.mT * keys.shape[-1] ** -0.5).softmax(-1).sum(1)
-        return weight.topk(self.top_k).indices
+        return held.probabilities(query).topk(self.top_k).indices
 
 
 class ReadPages:
@@ -283,10 +280,7 @@ class ReadPages:
         return (weight / (weight * tokens).sum(-1, keepdim=True)).sum(-2)
 
     def _exact(self, query: Tensor, held: Held) -> Tensor:
-        keys = held.keys[:, : held.count]
-        weight = (query @ keys.mT * keys.shape[-1] ** -0.5).softmax(-1).sum(1)
-        missing = -held.count % self.page
-        return functional.pad(weight, (0, missing)).unflatten(-1, (-1, self.page)).sum(-1)
+        return summed(held.probabilities(query), self.page)
 
 
 def page_moments(keys: Tensor, page: int) -> tuple[Tensor, Tensor]:
@@ -301,78 +295,82 @@ def page_moments(keys: Tensor, page: int) -> tuple[Tensor, Tensor]:
     return mean, variance.sqrt()
 
 
+# As few forced blocks as SPARDA allows, so that the selection has to find what is asked.
+FEW_FORCED = BlockGeometry(init_blocks=1, local_blocks=2, top_k=8)
+
+
+def tokens_of_best_blocks(scores: Tensor, count: int, sizes: BlockGeometry) -> Tensor:
+    """Tokens of the best blocks and of those that are always read.
+
+    Args:
+        scores: Of the blocks of ``count`` tokens, ``[G, B]``.
+        count: Tokens that the newest one sees, itself included.
+        sizes: Block sizes and counts.
+
+    Returns:
+        bool ``[G, count]``.
+    """
+    newest = torch.tensor([count - 1])
+    blocks = best_free_blocks(scores.unsqueeze(1), newest, sizes)[:, 0]
+    blocks = blocks | ~sizes.free(newest, blocks.shape[-1])
+    return blocks.repeat_interleave(sizes.block_size, -1)[:, :count]
+
+
 class ReadBlocks:
     """SPARDA: blocks by the scores of windows of compressed keys.
 
     Args:
         top_k: Blocks in all.
-        how: ``query``, ``previous`` (the step before's queries), ``ahead`` (handed in by the layer
-            before: the untrained look-ahead), ``exact`` (the mass of each block), ``extrema``.
-        init: First blocks that are always read.
-        local: Blocks before the current one that are always read.
-        union: Free picks of the step before are read as well.
+        how: ``query``, ``previous`` (queries of the step before), ``exact`` (mass of blocks).
+        union: What the step before read is read as well.
+        sizes: Of blocks, but for ``top_k``.
     """
 
     def __init__(
-        self, top_k: int, how: str = "query", init: int = 1, local: int = 2, block: int = 64,
-        stride: int = 16, union: bool = False,
-    ) -> None:  # fmt: skip
-        self.top_k, self.how, self.init, self.local, self.block, self.stride = (
-            top_k, how, init, local, block, stride,
-        )  # fmt: skip
-        self.union = union
-        self._before: Tensor | None = None
-        self._chosen: Tensor | None = None
-        self._windows: Tensor | None = None
+        self,
+        top_k: int,
+        how: str = "query",
+        *,
+        union: bool = False,
+        sizes: BlockGeometry = FEW_FORCED,
+    ) -> None:
+        self._sizes, self._how, self._union = replace(sizes, top_k=top_k), how, union
+        self._query: Tensor | None = None
+        self._read: Tensor | None = None
+        self._means: Tensor | None = None
 
     def __call__(self, query: Tensor, held: Held) -> Tensor | None:
-        """As `ReadTokens`."""
-        count = held.count
-        if count <= self.top_k * self.block:
+        """As `ReadTokens`; -1 for none."""
+        sizes, count = self._sizes, held.count
+        if count <= sizes.top_k * sizes.block_size:
             return None
-        used = query if self.how != "previous" or self._before is None else self._before
-        self._before = query
-        position = torch.tensor([count - 1])
-        if self.how == "exact":
-            scores = self._exact(query, held)
+        before, self._query = self._query, query
+        if self._how == "exact":
+            scores = summed(held.probabilities(query), sizes.block_size)
         else:
-            scores = windows.query_scores(
-                used.flatten(0, 1)[:, None], self._compressed(held), position,
-                kernel_size=2 * self.stride, kernel_stride=self.stride,
-            )  # fmt: skip
-        blocks = windows.select_blocks(
-            scores, position, block_size=self.block, init_blocks=self.init,
-            local_blocks=self.local, top_k=self.top_k, kernel_stride=self.stride,
-        )[:, 0]  # fmt: skip
-        read = torch.zeros(len(blocks), -(-count // self.block) + 1, dtype=torch.bool)
-        read.scatter_(1, blocks % read.shape[1], True)
-        read[:, -1] = False
-        mask = read[:, :-1]
-        if self.union and self._chosen is not None:
-            grown = functional.pad(self._chosen, (0, mask.shape[1] - self._chosen.shape[1]))
-            self._chosen, mask = mask, mask | grown
-        else:
-            self._chosen = mask
-        tokens = mask.repeat_interleave(self.block, 1)[:, :count]
+            late = self._how == "previous" and before is not None
+            scores = self._scores(before if late else query, held)
+        tokens = read = tokens_of_best_blocks(scores, count, sizes)
+        if self._union and self._read is not None:
+            tokens = read | functional.pad(self._read, (0, count - self._read.shape[1]))
+        self._read = read
         most = int(tokens.sum(1).max())
         slots = tokens.byte().sort(dim=1, descending=True, stable=True).indices[:, :most]
         return slots.masked_fill(~tokens.gather(1, slots), -1)
 
-    def _compressed(self, held: Held) -> Tensor:
-        known = 0 if self._windows is None else self._windows.shape[1]
-        rest = held.keys[:, known * self.stride : held.count]
-        fresh = windows.compress_keys(rest, 2 * self.stride, self.stride)
-        self._windows = fresh if self._windows is None else torch.cat((self._windows, fresh), 1)
-        return self._windows
-
-    def _exact(self, query: Tensor, held: Held) -> Tensor:
-        keys = held.keys[:, : held.count]
-        weight = (query @ keys.mT * keys.shape[-1] ** -0.5).softmax(-1).sum(1)
-        missing = -held.count % self.block
-        mass = functional.pad(weight, (0, missing)).unflatten(-1, (-1, self.block)).sum(-1)
-        scores = mass.new_zeros(*mass.shape, self.block // self.stride)
-        scores[..., 1] = mass  # of a window that overlaps no other block
-        return scores.flatten(-2)[:, None]
+    def _scores(self, query: Tensor, held: Held) -> Tensor:
+        sizes = self._sizes
+        known = 0 if self._means is None else self._means.shape[1]
+        rest = held.keys[:, known * sizes.kernel_stride : held.count]
+        fresh = windows.compress_keys(rest, sizes.kernel_size, sizes.kernel_stride)
+        self._means = fresh if self._means is None else torch.cat((self._means, fresh), 1)
+        scores = windows.query_scores(
+            query.flatten(0, 1)[:, None], self._means, torch.tensor([held.count - 1]),
+            kernel_size=sizes.kernel_size, kernel_stride=sizes.kernel_stride,
+        )  # fmt: skip
+        return windows.block_scores(scores, sizes.num_blocks(held.count), sizes.windows_per_block)[
+            :, 0
+        ]
 
 
 # --- pairs --------------------------------------------------------------------------------------

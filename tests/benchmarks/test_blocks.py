@@ -11,7 +11,7 @@ import torch
 from support.training import backbone
 
 from benchmarks import blocks
-from benchmarks.oracle import GEOMETRY
+from benchmarks.quality.schemes import FEW_FORCED
 from vllm_sparse.policies import sparda
 
 TOKENS, STEPS, TOP = 700, 5, 6
@@ -88,4 +88,4 @@ def test_the_oracle_reads_the_heaviest_blocks_beside_the_forced_ones():
         blocks_read = {token // 64 for token in read[head].nonzero()[:, 0].tolist()}
         assert blocks_read == {0, best, 8, 9, 10}
         assert int(read[head].sum()) == 4 * 64 + 5
-    assert replace(GEOMETRY, top_k=5).free_picks == 1
+    assert replace(FEW_FORCED, top_k=5).free_picks == 1

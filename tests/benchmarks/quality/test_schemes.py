@@ -26,8 +26,10 @@ from vllm_sparse.policies.pages import page_extrema
 from vllm_sparse.policies.protocol import Shape
 from vllm_sparse.policies.quest import Quest, QuestSettings
 from vllm_sparse.policies.rocketkv import select_decode_tokens, select_prompt_tokens
+from vllm_sparse.training.geometry import BlockGeometry
 
 G, GROUP, D, N = 2, 3, 16, 403
+SMALL = BlockGeometry(block_size=32, kernel_stride=8, init_blocks=1, local_blocks=1, top_k=6)
 
 
 def _layer(seed: int = 0) -> Layer:
@@ -108,7 +110,7 @@ def test_moments_score_by_mean_and_deviation() -> None:
 @pytest.mark.parametrize("how", ["query", "previous", "exact"])
 def test_blocks(how: str) -> None:
     block, top_k, before = 32, 6, None
-    reader = ReadBlocks(top_k, how, init=1, local=1, block=block, stride=8)
+    reader = ReadBlocks(top_k, how, sizes=SMALL)
     for held, query, read in _grown(_layer(), reader):
         used = query if how != "previous" or before is None else before
         before = query
@@ -131,7 +133,7 @@ def test_blocks(how: str) -> None:
 
 
 def test_union_adds_the_step_before() -> None:
-    plain, both = ReadBlocks(6, block=32, stride=8), ReadBlocks(6, block=32, stride=8, union=True)
+    plain, both = ReadBlocks(6, sizes=SMALL), ReadBlocks(6, union=True, sizes=SMALL)
     layer, before = _layer(), None
     for (_, _, read), (_, _, more) in zip(_grown(layer, plain), _grown(layer, both), strict=True):
         now = [{int(slot) for slot in head if slot >= 0} for head in read]
@@ -148,7 +150,7 @@ def test_spread_votes_leave_out_neighbours() -> None:
     for row, position in enumerate(positions.tolist()):
         far = max(position - 63, 0)
         wanted[:, :far] = torch.maximum(wanted[:, :far], share[:, :, row, :far].amax(1))
-    torch.testing.assert_close(spread_votes(layer, "max"), wanted)
+    torch.testing.assert_close(spread_votes(layer), wanted)
 
 
 def test_mixed_scores_share_the_places() -> None:
