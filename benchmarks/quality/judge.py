@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from benchmarks.quality.questions import Question
 
 MIN_CONTEXT = 1024
-BATCH = 4  # requests at a time in a server, whose prompts then share no step with many others
 # Names of arms by the name of a group, with --lab.
 LABORATORY = {
     "stages": [
@@ -59,8 +58,8 @@ def serve(options: argparse.Namespace, chosen: list[arms.Arm], record: Recorder)
             if not missing:
                 continue
             arguments = harness.engine_args(
-                harness.resolve_model(options.model), context, (BATCH + 1) * context,
-                enforce_eager=True, max_num_seqs=BATCH,
+                harness.resolve_model(options.model), context, 2 * context,
+                enforce_eager=True, max_num_seqs=1,
             )  # fmt: skip
             try:
                 with Worker(arm, arguments, served=True) as worker:
@@ -68,7 +67,8 @@ def serve(options: argparse.Namespace, chosen: list[arms.Arm], record: Recorder)
                         reply = worker.call(
                             "complete", prompts=[question.prompt], max_tokens=question.max_tokens
                         )
-                        _note(record, cells, context, question, reply[0]["text"])
+                        _note(cells, context, question, reply[0]["text"])
+                        record.save()
             except WorkerError as error:
                 harness.progress(f"{error}\n{arm.name} at {context} failed")
                 failed.append(arm.name)
@@ -99,13 +99,13 @@ def experiment(options: argparse.Namespace, names: list[str], record: Recorder) 
             prompt = prompts.saved(network, question.prompt, file if options.keep else None)
             found = lab.Lab(network, prompt, question.max_tokens, eos)
             for name, tokens in found.answers(todo).items():
-                _note(record, everything[name], context, question, tokenizer.decode(tokens))
+                _note(everything[name], context, question, tokenizer.decode(tokens))
             if question.index < options.recall:
                 for name, scheme in schemes.items():
                     cell = everything[name].setdefault("recall", {}).setdefault(str(context), {})
                     kept, read = found.recall(scheme)
                     cell.setdefault(question.task, []).append({"kept": kept, "read": read})
-                record.save()
+            record.save()
 
 
 def _questions(options: argparse.Namespace, context: int) -> Iterator[Question]:
@@ -123,13 +123,9 @@ def _missing(
     return (each for each in _questions(options, context) if not _has(cells, context, each))
 
 
-def _note(
-    record: Recorder, cells: dict[str, Any], context: int, question: Question, reply: str
-) -> None:
-    score = question.score(reply)
+def _note(cells: dict[str, Any], context: int, question: Question, reply: str) -> None:
     of_task = cells.setdefault(str(context), {}).setdefault(question.task, {})
-    of_task[str(question.index)] = {"score": round(score, 4), "reply": reply}
-    record.save()
+    of_task[str(question.index)] = {"score": round(question.score(reply), 4), "reply": reply}
 
 
 def main(arguments: list[str] | None = None) -> None:
