@@ -80,6 +80,8 @@ class LayerMachine(RuleBasedStateMachine):
     """
 
     seen: ClassVar[Counter[str]] = Counter()
+    ahead: ClassVar[bool]
+    prefetch: ClassVar[bool]
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,14 +91,12 @@ class LayerMachine(RuleBasedStateMachine):
         self.waiting: list[Request] = []
 
     @initialize(
-        ahead=st.booleans(),
-        prefetch=st.booleans(),
         resident=st.sampled_from(["none", "first", "all"]),
         fused=st.booleans(),
         lane=st.sampled_from(["thread", "slow thread", "late"]),
         captured=st.booleans(),
     )
-    def start(self, ahead, prefetch, resident, fused, lane, captured) -> None:
+    def start(self, resident, fused, lane, captured) -> None:
         base = sparda("cpu") if fused else REFERENCE
         per_step = MAX_ROWS * HEADS * blocks_per_row(SETTINGS, MAX_LEN)
         whole = BLOCKS * HEADS
@@ -131,8 +131,8 @@ class LayerMachine(RuleBasedStateMachine):
         self.counts: Counter[str] = Counter()
         self.wanted = 0
         shared = self.pager, kernels, self.lane
-        self.fetcher = Fetcher(*shared, self._count, prefetch)
-        self.stream = PromptStream(*shared, SETTINGS.staging_blocks, self._count, prefetch)
+        self.fetcher = Fetcher(*shared, self._count, self.prefetch)
+        self.stream = PromptStream(*shared, SETTINGS.staging_blocks, self._count, self.prefetch)
         caches = [
             SimpleNamespace(kv_cache=torch.zeros(BLOCKS, HEADS, 1, SIZE // 2 * DIM))
             for _ in range(LAYERS)
@@ -141,7 +141,7 @@ class LayerMachine(RuleBasedStateMachine):
             begin_step=self.stream.begin_step, read=self._read, note_needs=self.stream.note_needs
         )
         runtime = Runtime(
-            SETTINGS, 1.0, self.pager, kernels, Selector(ahead), self.fetcher, stream, caches
+            SETTINGS, 1.0, self.pager, kernels, Selector(self.ahead), self.fetcher, stream, caches
         )
         self.caches = [cache.kv_cache.data_ptr() for cache in caches]
         self.layers = [Layer(runtime, number) for number in range(LAYERS)]
@@ -457,9 +457,12 @@ class LayerMachine(RuleBasedStateMachine):
 def test_random_lives() -> None:
     LayerMachine.seen.clear()
     LayerMachine.TestCase.settings = settings(
-        max_examples=90, stateful_step_count=40, deadline=None
+        max_examples=30, stateful_step_count=40, deadline=None
     )
-    LayerMachine.TestCase().runTest()
+    # Left to chance, whole runs go by without a fetch ahead that nobody reads.
+    for ahead, prefetch in ((False, False), (False, True), (True, False), (True, True)):
+        LayerMachine.ahead, LayerMachine.prefetch = ahead, prefetch
+        LayerMachine.TestCase().runTest()
     seen = LayerMachine.seen
     assert seen["steps"] > 1000
     for event in (
