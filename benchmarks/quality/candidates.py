@@ -168,7 +168,9 @@ KINDS: dict[str, Callable[[int, int, tuple[int, int, int]], Scheme]] = {
     # SPARDA's selectors
     "query": _reads(ReadBlocks),
     "previous": _reads(lambda number: ReadBlocks(number, "previous")),
+    "forecast": _reads(lambda number: ReadBlocks(number, "forecast")),
     "union": _reads(lambda number: ReadBlocks(number, union=True)),
+    "forecastunion": _reads(lambda number: ReadBlocks(number, "forecast", union=True)),
     # Votes: the paper's, and others
     "paper": _rocket(window=32),
     "window16": _rocket(window=16),
@@ -193,6 +195,8 @@ def schemes(names: list[str], context: int, network: Network) -> dict[str, Schem
 
 def _scheme(name: str, context: int, network: Network) -> Scheme:
     kind, _, number = name.rpartition("-")
+    if kind.startswith("forecast") and network.forecast is None:
+        raise ValueError(f"{name} needs weights: give --forecast FILE")
     if kind in KINDS and number.isdigit():
         return KINDS[kind](int(number), context, network.heads)
     arm = arms.parse_arm(name)

@@ -79,7 +79,7 @@ def experiment(options: argparse.Namespace, names: list[str], record: Recorder) 
     """Answers outside the server, all arms of a question at once."""
     from benchmarks.quality import candidates, lab, prompts
 
-    network = prompts.Network(harness.resolve_model(options.model))
+    network = prompts.Network(harness.resolve_model(options.model), forecast=options.forecast)
     tokenizer = harness.tokenizer_of(options.model)
     eos = network.eos | {tokenizer.eos_token_id}
     for context in options.contexts:

@@ -43,7 +43,9 @@ class Lab:
             )
             for number in range(len(network.layers))
         ]  # fmt: skip
-        self._generated: list[list[tuple[Tensor, Tensor]]] = [[] for _ in network.layers]
+        self._generated: list[list[tuple[Tensor, Tensor, Tensor | None]]] = [
+            [] for _ in network.layers
+        ]
         self.answer = self.answers({"dense": Scheme()}, record=True)["dense"]
         if self._queries[0]:
             self._layers = [
@@ -62,18 +64,21 @@ class Lab:
             if not running or step == self._max_tokens - 1:
                 break
 
-            def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            def attend(
+                layer: int, query: Tensor, key: Tensor, value: Tensor, ahead: Tensor | None
+            ) -> Tensor:
                 dtype = query.dtype
                 query, key, value = query.float(), key.float(), value.float()
                 if record:
                     self._queries[layer].append(query[0])
-                    self._generated[layer].append((key[0], value[0]))
-                return torch.stack(
-                    [
-                        caches[name][layer](query[row], key[row], value[row])
-                        for row, name in enumerate(running)  # noqa: B023 - called at once
-                    ]
-                ).to(dtype)
+                    first = None if ahead is None else ahead[0]
+                    self._generated[layer].append((key[0], value[0], first))
+                rows = []
+                for row, name in enumerate(running):  # noqa: B023 - called at once
+                    cache = caches[name][layer]
+                    cache.held.forecast = None if ahead is None else ahead[row]
+                    rows.append(cache(query[row], key[row], value[row]))
+                return torch.stack(rows).to(dtype)
 
             last = torch.tensor([tokens[name][-1] for name in running])
             position = self._prompt.keys.shape[2] + step
@@ -99,9 +104,10 @@ class Lab:
         for number, layer in enumerate(self._layers):
             cache = self._start_layer(scheme, number)
             kept, read, whole = 0.0, 0.0, 0.0
-            for query, (key, value) in zip(
+            for query, (key, value, ahead) in zip(
                 self._queries[number], self._generated[number], strict=True
             ):
+                cache.held.forecast = ahead
                 cache(query, key, value)
                 groups, _tokens, size = layer.keys.shape
                 weight = (query.view(groups, -1, size) @ layer.keys.mT * size**-0.5).softmax(-1)

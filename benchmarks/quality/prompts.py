@@ -9,7 +9,7 @@ what it leaves is kept in a scratch folder, because prompts are what costs time.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.quality.schemes import SPREAD
+from vllm_sparse.training.files import import_forecast
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,6 +44,15 @@ class Prompt:
     logits: Tensor
 
 
+class Sizes(NamedTuple):
+    """What a file of a Forecast is held against."""
+
+    num_layers: int
+    hidden_size: int
+    num_kv_heads: int
+    head_dim: int
+
+
 class Network:
     """A model whose prompts run in transformers, and whose decode steps are laid open.
 
@@ -53,9 +63,12 @@ class Network:
         config: The model's.
         layers: Its decoder layers.
         eos: Tokens that end a reply.
+        forecast: What says in a layer which blocks the next one reads, if a file was given.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype = torch.bfloat16, forecast: Path | None = None
+    ) -> None:
         AttentionInterface.register("capture", self._capture)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         model.set_attn_implementation("capture")
@@ -63,6 +76,9 @@ class Network:
         ends = model.generation_config.eos_token_id
         self.eos = set(ends if isinstance(ends, list) else [ends]) - {None}
         self._queries: list[tuple[Tensor, Tensor]] = []
+        _, groups, size = self.heads
+        sizes = Sizes(len(self.layers), self.config.hidden_size, groups, size)
+        self.forecast = import_forecast(forecast, sizes)[0] if forecast else None
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -94,7 +110,8 @@ class Network:
         Args:
             tokens: One per arm, ``[A]``.
             position: Of these tokens.
-            attend: ``(layer, query [A, H, D], key [A, G, D], value [A, G, D]) -> [A, H, D]``.
+            attend: ``(layer, query [A, H, D], key [A, G, D], value [A, G, D], forecast [A, G, D]
+                or None) -> [A, H, D]``.
 
         Returns:
             Logits, ``[A, vocabulary]``.
@@ -104,6 +121,7 @@ class Network:
         cos, sin = inner.rotary_emb(hidden, torch.tensor([[position]]))
         cos, sin = cos[0], sin[0]  # [1, D]
         size = self.heads[2]
+        before = None
         for number, layer in enumerate(self.layers):
             own = layer.self_attn
             normed = layer.input_layernorm(hidden)
@@ -114,7 +132,12 @@ class Network:
             if hasattr(own, "q_norm"):
                 query, key = own.q_norm(query), own.k_norm(key)
             query, key = (part * cos + _turned(part) * sin for part in (query, key))
-            hidden = hidden + own.o_proj(attend(number, query, key, value).flatten(1))
+            ahead = None
+            if self.forecast is not None:
+                seen = normed if before is None else before
+                ahead = self.forecast(number, seen, cos, sin).transpose(0, 1)
+            before = normed
+            hidden = hidden + own.o_proj(attend(number, query, key, value, ahead).flatten(1))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return self._model.lm_head(inner.norm(hidden))
 

@@ -171,7 +171,10 @@ class Held:
         values: ``[G, m, D]``.
         positions: Of the kept prompt tokens in the text, ``[G, m]``.
         count: m.
+        forecast: What the layer before says of the current token's reads, ``[G, D]``, if anything.
     """
+
+    forecast: Tensor | None = None
 
     def __init__(self, layer: Layer, kept: Tensor | None, room: int) -> None:
         groups, tokens, size = layer.keys.shape
@@ -321,7 +324,8 @@ class ReadBlocks:
 
     Args:
         top_k: Blocks in all.
-        how: ``query``, ``previous`` (queries of the step before), ``exact`` (mass of blocks).
+        how: ``query``, ``previous`` (queries of the step before), ``forecast`` (of the layer
+            before), ``exact`` (mass of blocks).
         union: What the step before read is read as well.
         sizes: Of blocks, but for ``top_k``.
     """
@@ -359,15 +363,19 @@ class ReadBlocks:
         return slots.masked_fill(~tokens.gather(1, slots), -1)
 
     def _scores(self, query: Tensor, held: Held) -> Tensor:
-        sizes = self._sizes
+        sizes, newest = self._sizes, torch.tensor([held.count - 1])
         known = 0 if self._means is None else self._means.shape[1]
         rest = held.keys[:, known * sizes.kernel_stride : held.count]
         fresh = windows.compress_keys(rest, sizes.kernel_size, sizes.kernel_stride)
         self._means = fresh if self._means is None else torch.cat((self._means, fresh), 1)
-        scores = windows.query_scores(
-            query.flatten(0, 1)[:, None], self._means, torch.tensor([held.count - 1]),
-            kernel_size=sizes.kernel_size, kernel_stride=sizes.kernel_stride,
-        )  # fmt: skip
+        if self._how == "forecast":
+            assert held.forecast is not None, "the network has a Forecast"
+            scores = windows.forecast_scores(held.forecast[:, None], self._means)
+        else:
+            scores = windows.query_scores(
+                query.flatten(0, 1)[:, None], self._means, newest,
+                kernel_size=sizes.kernel_size, kernel_stride=sizes.kernel_stride,
+            )  # fmt: skip
         return windows.block_scores(scores, sizes.num_blocks(held.count), sizes.windows_per_block)[
             :, 0
         ]

@@ -227,7 +227,7 @@ def granite_config(config):
     )
 
 
-def save_random_forecast(path, model_dir, seed=0, std=0.1, bias=False):
+def save_random_forecast(path, model_dir, seed=0, std=0.1, bias=False, **metadata):
     """Write random Forecast weights for the checkpoint in ``model_dir``; returns ``path``."""
     config = json.loads((Path(model_dir) / "config.json").read_text())
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
@@ -243,5 +243,5 @@ def save_random_forecast(path, model_dir, seed=0, std=0.1, bias=False):
         for name in list(weights):
             noise = torch.randn(shape[0], generator=generator)
             weights[name.replace("weight", "bias")] = noise
-    save_file(weights, path, metadata={"format": "pt"})
+    save_file(weights, path, metadata={"format": "pt", **{k: str(v) for k, v in metadata.items()}})
     return path

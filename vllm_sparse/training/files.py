@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
-
-    from vllm_sparse.training.backbone import Backbone
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -68,12 +66,25 @@ def export_forecast(
     save_tensors(path, tensors, metadata)
 
 
-def import_forecast(path: Path, backbone: Backbone) -> tuple[Forecast, BlockGeometry]:
+class Sizes(Protocol):
+    """A model's sizes: layers, width of what they see, KV heads, size of a head."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
+def import_forecast(path: Path, backbone: Sizes) -> tuple[Forecast, BlockGeometry]:
     """Reads a Forecast of a model.
 
     Args:
         path: File written by :func:`export_forecast`, or converted.
-        backbone: Its model.
+        backbone: Its model, or only that model's sizes.
 
     Returns:
         The Forecast in float32 and its geometry.

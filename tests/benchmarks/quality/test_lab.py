@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from reference import hf_rocketkv
+from reference import hf_rocketkv, hf_sparda
+from reference.random_models import save_random_forecast
 from transformers import AutoModelForCausalLM
 
 from benchmarks.quality.lab import Lab
 from benchmarks.quality.prompts import Network, saved
-from benchmarks.quality.schemes import Keep, ReadPages, ReadTokens, Scheme
+from benchmarks.quality.candidates import schemes as schemes_of
+from benchmarks.quality.schemes import (
+    FEW_FORCED,
+    Keep,
+    ReadBlocks,
+    ReadPages,
+    ReadTokens,
+    Scheme,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,6 +60,33 @@ def test_answers_are_hugging_face_s(folder: Path, prompts: list[list[int]], tmp_
         assert found[name] == hf_rocketkv.generate(model, tokens, TOKENS, **options), name
     assert found["all"] == lab.answer
     assert len({tuple(each) for each in found.values()}) == 4, "the schemes should differ"
+
+
+@pytest.mark.parametrize("selector", ["query", "forecast"])
+def test_blocks_are_hugging_face_s(
+    folder: Path, prompts: list[list[int]], tmp_path: Path, selector: str
+) -> None:
+    file = tmp_path / "forecast.safetensors"
+    save_random_forecast(file, folder, bias=True, kernel_size=32, **vars(FEW_FORCED))
+    network = Network(folder, torch.float32, file)
+    lab = Lab(network, saved(network, prompts[0], None), TOKENS, set())
+    wanted = hf_sparda.generate(
+        folder, prompts[0], TOKENS, forecast=file, selector=selector,
+        init_blocks=1, local_blocks=2, top_k=5, dense_len=0,
+    )  # fmt: skip
+    found = lab.answers({"it": Scheme(read=lambda _: ReadBlocks(5, selector))})["it"]
+    reliable = wanted.reliable_steps(1e-4, 1e-5)
+    assert reliable > TOKENS // 2
+    assert found[:reliable] == wanted.tokens[:reliable]
+    assert found[:reliable] != lab.answer[:reliable]
+    kept, read = lab.recall(Scheme(read=lambda _: ReadBlocks(5, selector)))
+    assert kept == pytest.approx([1] * 3)
+    assert max(read) < 1
+
+
+def test_a_forecast_needs_weights(llama: Path) -> None:
+    with pytest.raises(ValueError, match="forecast-16 needs weights: give --forecast"):
+        schemes_of(["forecast-16"], 1024, Network(llama, torch.float32))
 
 
 def test_end_of_text_ends_a_reply(llama: Path, prompts: list[list[int]]) -> None:
