@@ -12,9 +12,9 @@ from reference import hf_rocketkv, hf_sparda
 from reference.random_models import save_random_forecast
 from transformers import AutoModelForCausalLM
 
+from benchmarks.quality.candidates import schemes as schemes_of
 from benchmarks.quality.lab import Lab
 from benchmarks.quality.prompts import Network, saved
-from benchmarks.quality.candidates import schemes as schemes_of
 from benchmarks.quality.schemes import (
     FEW_FORCED,
     Keep,
