@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import arms, harness
+from benchmarks import arms, corpus, harness
 from benchmarks.quality import questions
 from benchmarks.results import FOLDER, OtherResultError, Recorder
 from benchmarks.worker import Worker, WorkerError
@@ -106,6 +106,26 @@ def experiment(options: argparse.Namespace, names: list[str], record: Recorder) 
                     kept, read = found.recall(scheme)
                     cell.setdefault(question.task, []).append({"kept": kept, "read": read})
             record.save()
+        for index, (prompt, text) in enumerate(_passages(tokenizer, options.passages)):
+            cells = {
+                name: everything[name].setdefault("prose", {}).setdefault(str(context), {})
+                for name in schemes
+            }
+            todo = {name: schemes[name] for name, cell in cells.items() if str(index) not in cell}
+            if not todo:
+                continue
+            found = lab.Lab(network, network.prompt(prompt), len(text), set(), text)
+            for name, divergence in found.divergences(todo).items():
+                cells[name][str(index)] = divergence
+            record.save()
+
+
+def _passages(tokenizer: Any, count: int) -> list[tuple[list[int], list[int]]]:
+    """Prompts of prose and how they go on, as `benchmarks.accuracy` has them."""
+    from benchmarks.accuracy import PROSE_CONTEXT, PROSE_TOKENS
+
+    whole = corpus.prose_tokens(tokenizer, count, PROSE_CONTEXT + PROSE_TOKENS + 1)
+    return [(passage[:PROSE_CONTEXT], passage[PROSE_CONTEXT:]) for passage in whole]
 
 
 def _questions(options: argparse.Namespace, context: int) -> Iterator[Question]:
@@ -140,6 +160,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=20, help="of each task, at most 100")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lab", action="store_true", help="outside the server")
+    parser.add_argument(
+        "--passages", type=int, default=0, help="of prose to read, for KL divergences, with --lab"
+    )
     parser.add_argument("--recall", type=int, default=0, help="questions of each task, with --lab")
     parser.add_argument(
         "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "vllm-sparse-prompts",

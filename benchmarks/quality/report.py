@@ -28,7 +28,7 @@ def differences(of: dict[str, Any], base: dict[str, Any]) -> list[float]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """A table for each context: a line per arm, a column per task, and the mean of the tasks."""
+    """A table for each context: a line per arm, a column per task, their mean, and prose."""
     every = result["arms"]
     baseline = next(iter(every))
     contexts = sorted({key for cells in every.values() for key in cells if key.isdigit()}, key=int)
@@ -39,10 +39,12 @@ def _context(every: dict[str, Any], baseline: str, context: str) -> str:
     base = every[baseline].get(context, {})
     rows = []
     for name, cells in every.items():
-        found = cells.get(context)
-        if not found:
+        found, prose = cells.get(context, {}), cells.get("prose", {}).get(context, {})
+        if not found and not prose:
             continue
         row: dict[str, Any] = {"arm": name}
+        if prose:
+            row["kl"] = f"{np.mean([each['kl'] for each in prose.values()]):.3f} ({len(prose)})"
         means, lost = [], []
         for task, answers in found.items():
             scores = [each["score"] for each in answers.values()]
@@ -50,7 +52,7 @@ def _context(every: dict[str, Any], baseline: str, context: str) -> str:
             means.append(np.mean(scores))
             if task in base:
                 lost.append(differences(answers, base[task]))
-        if set(found) == set(base):  # else it would be the mean of other tasks
+        if found and set(found) == set(base):  # else it would be the mean of other tasks
             row["mean"] = f"{np.mean(means):.3f}"
             if name != baseline and lost and all(lost):
                 row["lost"] = _lost(lost)
@@ -62,6 +64,7 @@ def _context(every: dict[str, Any], baseline: str, context: str) -> str:
         **{f"{task} ({counts[task]})": task for task in tasks},
         "mean": "mean",
         "to dense, points (90 %)": "lost",
+        **({"prose KL (passages)": "kl"} if any("kl" in row for row in rows) else {}),
     }
     return f"**{context} tokens**\n\n{tables.table(rows, columns)}"
 
