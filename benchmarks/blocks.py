@@ -11,8 +11,8 @@ first one, the current one and the two before it are forced. Reported per layer:
   is summed over the query heads of a KV head, and over KV heads and steps before it is divided;
 * miss rate: share of the free picks that the step before had not chosen.
 
-``exact`` chooses by the mass itself. What a perfect choice answers is measured by
-`benchmarks.oracle` with ``--blocks``.
+``exact`` chooses by the mass itself. What a perfect choice answers is measured by the laboratory
+of `benchmarks.quality.judge`, arm ``exactblocks-N``.
 """
 
 from __future__ import annotations

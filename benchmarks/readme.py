@@ -49,16 +49,6 @@ def _merged(*names: str) -> dict[str, Row]:
     return merged
 
 
-def _exact(kind: str, label: str) -> Row:
-    """Arms of the oracle in one line, with what they have in common."""
-    rows = [row for arm, row in _cells("oracle-qwen-4k").items() if kind in arm]
-    line = {"arm": label}
-    for key in ("single 4096", "multikey 4096"):
-        found = [str(row[key]) for row in rows]
-        line[key] = f"each {found[0]}" if len(set(found)) == 1 else " / ".join(found)
-    return line
-
-
 def _fraction(*keys: str) -> Callable[[Row], str]:
     """Shows a number between 0 and 1 without its zero."""
     show = number(3, *keys)
@@ -80,8 +70,7 @@ def accuracy() -> str:
     for task, first, apart in (("single", "single ", ""), ("multikey", "multi-key ", " ")):
         columns[f"{first}2K"] = f"{task} 2048"
         columns |= {f"{n}K{apart}": f"{task} {1024 * n}" for n in (4, 8)}
-    best = _exact("topk", "exact top-k tokens, k = 64 / 128 / 256 / 512")
-    lines = [rows["dense"], best, *(rows[name] for name in (*BUDGETS, *ABLATIONS))]
+    lines = [rows["dense"], *(rows[name] for name in (*BUDGETS, *ABLATIONS))]
     return table(lines, {**columns, **PROSE})
 
 
@@ -142,9 +131,8 @@ def capacity() -> str:
 def selectors() -> str:
     """Needles of SPARDA's selectors."""
     rows = _merged(*(f"accuracy-qwen-{name}" for name in ("sparda", "sparda-more", "forecast")))
-    best = _exact("blocks", "exact attention mass per block, 8 / 16 / 32")
     trained = {"arm": "**`forecast`, 16**, trained at 4K on one CPU core"}
-    lines = [rows["dense"], best, *(rows[name] for name in SELECTORS)]
+    lines = [rows["dense"], *(rows[name] for name in SELECTORS)]
     columns = {"selector, blocks read": "arm", "4K": "multikey 4096", "8K": "multikey 8192"}
     return table([*lines, rows["forecast-16"] | trained], columns)
 

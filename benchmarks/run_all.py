@@ -18,7 +18,7 @@ from benchmarks import harness, report, results
 OFFLOAD = {kind: ["offload", kind] for kind in ("memory", "overlap", "serve")}
 SMALL = ["--model", "smollm2"]
 FULL = {
-    **{name: [name] for name in ("speed", "capacity", "accuracy", "oracle", "blocks", "kernels")},
+    **{name: [name] for name in ("speed", "capacity", "accuracy", "blocks", "kernels")},
     "accuracy-sparda": [
         *("accuracy", "--arms", "selectors", "--contexts", "4096", "8192"),
         *("--tasks", "single", "multikey", "prose"),
@@ -38,7 +38,6 @@ QUICK = {
         *("accuracy", *SMALL, "--contexts", "2048", "--tasks", "multikey"),
         *("--arms", "dense,query-8,lookahead-8,previous-8"),
     ],
-    "oracle": ["oracle", *SMALL, "--context", "2048"],
     "blocks": ["blocks", *SMALL],
     **OFFLOAD,
 }

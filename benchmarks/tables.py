@@ -310,7 +310,7 @@ def stages(result: Row) -> str:
 
 RENDERERS: dict[str, Renderer] = {
     "kernels": kernels, "speed": speed, "accuracy": accuracy, "capacity": capacity,
-    "oracle": accuracy, "blocks": blocks, "memory": memory, "overlap": overlap, "serve": serve,
+    "blocks": blocks, "memory": memory, "overlap": overlap, "serve": serve,
     "train-memory": training, "forecast-recall": recall,
     **dict.fromkeys(("gpu-check", "gpu-bench", "gpu-tune"), stages),
 }  # fmt: skip

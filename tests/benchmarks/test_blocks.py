@@ -4,14 +4,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from support.training import backbone
 
 from benchmarks import blocks
-from benchmarks.quality.schemes import FEW_FORCED
 from vllm_sparse.policies import sparda
 
 TOKENS, STEPS, TOP = 700, 5, 6
@@ -74,18 +71,3 @@ def test_the_query_selector_counted_one_by_one(measured):
         expected = captured / (all_mass - forced_mass)
         assert row["captured_by_layer"][layer] == pytest.approx(expected, abs=2e-4)
         assert row["miss_rate_by_layer"][layer] == pytest.approx(new / picks, abs=1e-4)
-
-
-def test_the_oracle_reads_the_heaviest_blocks_beside_the_forced_ones():
-    from benchmarks.oracle import read_tokens
-
-    weights = torch.rand(2, 10 * 64 + 5, generator=torch.Generator().manual_seed(0))
-    weights[0, 3 * 64 : 4 * 64] += 5
-    weights[1, 5 * 64 : 6 * 64] += 5
-    read = read_tokens(weights, 5)
-    assert read.shape == weights.shape
-    for head, best in ((0, 3), (1, 5)):
-        blocks_read = {token // 64 for token in read[head].nonzero()[:, 0].tolist()}
-        assert blocks_read == {0, best, 8, 9, 10}
-        assert int(read[head].sum()) == 4 * 64 + 5
-    assert replace(FEW_FORCED, top_k=5).free_picks == 1
