@@ -330,7 +330,9 @@ def locality(worker: Any, seed: int) -> tuple[float, float]:
         layout, top_k = sparse.stock_layout, sparse.policy.top_k
         shape = (1, layer.impl.num_heads, layer.impl.head_size)
         query = torch.randn(shape, generator=generator, device=table.device).to(cache.dtype)
-        probes = reference("probe_pages")(cache, query, table, lengths, top_r, layout)
+        probes = reference("probe_pages")(
+            cache, query, table, lengths, top_r, layout, layer.impl.scale
+        )
         common = {"layout": layout, "top_k": top_k}
         slots = triton("select_slots")(cache, probes, table, lengths, top_r, **common)
         found += runs_of(slots[0]).tolist()

@@ -33,7 +33,7 @@ if not torch.cuda.is_available():
         adversary.install()
         patch_language_once_per_launch()
 
-from reference import hf_rocketkv
+from reference import hf_rocketkv, random_models
 from support.engine import BLOCK_SIZE, SETTINGS, SPARDA_SETTINGS, run_engine
 
 torch.set_num_threads(1)
@@ -67,6 +67,14 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen2, for biased projections and another group size."""
     path = tmp_path_factory.mktemp("models") / "qwen2"
     hf_rocketkv.save_random_llama(path, arch="qwen2")
+    return path
+
+
+@pytest.fixture(scope="session")
+def granite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Granite, whose logits have a scale of their own."""
+    path = tmp_path_factory.mktemp("models") / "granite"
+    random_models.save_random_model(path, "granite", layers=3)
     return path
 
 

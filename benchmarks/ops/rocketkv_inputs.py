@@ -145,7 +145,8 @@ def make_prompts(
     ).to(case.dtype)
     arguments = {
         "cache": cache, "query_window": query, "block_table": table, "prompt_lens": lengths,
-        "dropped_blocks": dropped, "layout": case.layout, "pool_kernel": pool_kernel,
+        "dropped_blocks": dropped, "layout": case.layout,
+        "pool_kernel": pool_kernel, "scale": case.dim**-0.5,
         "window": window, "max_kept": int((lengths - dropped * size).max()),
         "sizes": lengths - window, "counts": lengths - window - dropped * size,
     }  # fmt: skip

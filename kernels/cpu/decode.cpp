@@ -67,7 +67,7 @@ struct Task {
     runs.clear();
     Attention<T>::hold(a.query + t * s.query_stride + h * s.group * s.dim, s.group * s.dim, query);
     if (selects) {
-      channels.choose(query.data(), s.group, s.dim, a.top_r[t]);
+      channels.choose(query.data(), s.group, s.dim, a.top_r[t], a.scale);
       const int32_t bytes = head.pages_per_block() * sizeof(T);
       offsets.clear();
       for (int32_t row : channels.rows)

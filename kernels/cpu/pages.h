@@ -88,10 +88,10 @@ struct Channels {
   typedef typename Dot<T>::query Query;
   std::vector<int32_t> rows;   // of the extrema, ascending by channel; even in number
   std::vector<Query> weights;  // [group][rows]
-  std::vector<float> inverse_temperature;
+  std::vector<float> inverse_temperature;  // the logit scale included
 
   // query: [group][dim]. Channels with the largest group magnitude; minima for a non-positive sum.
-  void choose(const Query* query, int64_t group, int64_t dim, int64_t top_r) {
+  void choose(const Query* query, int64_t group, int64_t dim, int64_t top_r, float scale) {
     top_r = std::min(top_r, dim);
     float magnitude[kMaxDim + kLanes], total[kMaxDim];
     std::fill(magnitude, magnitude + dim, 0.0f);
@@ -126,7 +126,7 @@ struct Channels {
       const Query *from = query + g * dim, *to = weights.data() + g * even;
       for (int64_t i = 0; i < top_r; ++i) weights[g * even + i] = from[order[i]];
       const float chosen = magnitude_sum(to, even), all = magnitude_sum(from, dim);
-      inverse_temperature[g] = all > 0 ? 1.0f / std::sqrt(dim * (chosen / all)) : 1.0f;
+      inverse_temperature[g] = all > 0 ? scale / std::sqrt(chosen / all) : 1.0f;
     }
   }
 

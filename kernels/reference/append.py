@@ -29,6 +29,7 @@ def append_tokens(
     parked: Tensor | None = None,
     per_block: int = 0,
     probes: Probes | None = None,
+    scale: float = 0.0,
     arrived: Tensor | None = None,
 ) -> None:
     """Write each row's newest token and refresh the extrema of the page it falls into.
@@ -49,6 +50,7 @@ def append_tokens(
             int32 ``[T]``; -1 for none.
         per_block: Window queries that a block has room for; needed with ``parked``.
         probes: Written, see :func:`probe_pages`.
+        scale: Logit scale; needed with ``probes``.
         arrived: Counters of the launches that follow, int32; set to zero.
     """
     if arrived is not None:
@@ -76,7 +78,7 @@ def append_tokens(
     high = keys.masked_fill(absent, -torch.inf).amax(2)
     extrema[block, :, :, page] = torch.cat((low, high), -1)
     if query is not None and probes is not None:
-        found = probe_pages(cache, query, block_table, lengths, top_r, layout)
+        found = probe_pages(cache, query, block_table, lengths, top_r, layout, scale)
         for written, part in zip(probes, found, strict=True):
             written.copy_(part)
 
@@ -88,6 +90,7 @@ def probe_pages(
     lengths: Tensor,
     top_r: Tensor,
     layout: PageLayout,
+    scale: float,
 ) -> Probes:
     """What rows ask of pages; the first part of ``policies.pages.page_probabilities``.
 
@@ -98,6 +101,7 @@ def probe_pages(
         lengths: ``[T]``; 0 marks a padding row.
         top_r: Channels to read, ``[T]``; rows with 0 read everything.
         layout: Page geometry.
+        scale: Logit scale.
 
     Returns:
         What they ask, of new tensors.
@@ -112,8 +116,8 @@ def probe_pages(
     extreme = torch.where(read, channel + dim * upper, -1).int()
     chosen = torch.where(read[:, :, None], grouped, 0.0)
     norm = grouped.abs().sum(-1)
-    temperature = (dim * chosen.abs().sum(-1) / norm).sqrt()
-    scale = torch.where(norm > 0, 1.0 / temperature, 1.0)
+    share = chosen.abs().sum(-1) / norm
+    factor = torch.where(norm > 0, scale / share.sqrt(), 1.0)
 
     last = (lengths.clamp(min=1) - 1).long()
     member = last[:, None] // layout.page_size * layout.page_size
@@ -125,11 +129,11 @@ def probe_pages(
     low = keys.masked_fill(absent, torch.inf).amin(2)
     high = keys.masked_fill(absent, -torch.inf).amax(2)
     bound = torch.where(upper, high, low)
-    newest = (chosen * bound.unsqueeze(2)).sum(-1) * scale
+    newest = (chosen * bound.unsqueeze(2)).sum(-1) * factor
     return Probes(
         chosen.view(rows, heads, dim).to(cache.dtype),
         extreme,
-        scale.view(rows, heads),
+        factor.view(rows, heads),
         newest.view(rows, heads),
     )
 

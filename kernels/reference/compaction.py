@@ -79,6 +79,7 @@ def compact_prompts(
     *,
     layout: PageLayout,
     pool_kernel: int,
+    scale: float,
     max_kept: int,
 ) -> None:
     """Stage 1 of every prompt that ends in a step: score, select, move.
@@ -93,10 +94,13 @@ def compact_prompts(
         dropped_blocks: Leading blocks that leave, int32 ``[R]``; at least ``w`` tokens must stay.
         layout: Page geometry.
         pool_kernel: Odd width of the max pool.
+        scale: Logit scale.
         max_kept: At least ``P - dropped_blocks * block_size`` of every prompt.
     """
     window = query_window.shape[2]
-    score = score_prompt(query_window, keys, block_table, prompt_lens, pool_kernel=pool_kernel)
+    score = score_prompt(
+        query_window, keys, block_table, prompt_lens, pool_kernel=pool_kernel, scale=scale
+    )
     sizes = prompt_lens - window
     counts = sizes - dropped_blocks * layout.block_size
     chosen = top_indices(score, sizes, counts, max_kept - window)

@@ -98,7 +98,7 @@ def decode_attention(
         # Pages nobody has written may hold anything, NaN included.
         extrema = torch.where((page > newest[:, None])[:, None, :, None], 0.0, extrema)
         probability = page_probabilities(
-            grouped, extrema[..., :dim], extrema[..., dim:], lengths, page_size, top_r
+            grouped, extrema[..., :dim], extrema[..., dim:], lengths, page_size, top_r, scale
         )
         pages, taken = select_pages(probability, lengths, page_size, top_k)
         offset = torch.arange(page_size, device=cache.device)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _store_probe(
-    b_q, low, high, channels, pair, first_head, query_out, extreme_out, scale_out, newest_out,
-    GROUP: tl.constexpr, DIM: tl.constexpr,
+    b_q, low, high, channels, logit_scale, pair, first_head, query_out, extreme_out, scale_out,
+    newest_out, GROUP: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """What one row and KV head asks of pages.
 
@@ -33,6 +33,7 @@ def _store_probe(
         low: Smallest keys of its newest page, ``[D]``.
         high: Largest keys of its newest page, ``[D]``.
         channels: How many to read.
+        logit_scale: What logits are multiplied with.
         pair: Row times KV heads plus KV head.
         first_head: Row times query heads plus the first query head.
         query_out: Of :class:`vllm_sparse.kernels.types.Probes`.
@@ -58,8 +59,8 @@ def _store_probe(
 
     selected = tl.where(kept[None, :], q, 0.0)
     norm = tl.sum(tl.abs(q), 1)
-    ratio = tl.sum(tl.abs(selected), 1) / tl.where(norm > 0, norm, 1.0)
-    scale = 1.0 / tl.where(norm > 0, tl.sqrt(DIM * ratio), 1.0)
+    share = tl.sum(tl.abs(selected), 1) / tl.where(norm > 0, norm, 1.0)
+    scale = tl.where(norm > 0, logit_scale / tl.sqrt(tl.where(norm > 0, share, 1.0)), 1.0)
     bound = tl.where(inside, tl.where(upper, high, low), 0.0)
     newest = tl.sum(selected * bound[None, :], 1) * scale
     at = first_head + member
@@ -87,6 +88,7 @@ def _append_kernel(
     probe_scale,
     probe_newest,
     arrived,
+    logit_scale,
     stride_block,
     stride_head,
     stride_query_row,
@@ -162,8 +164,8 @@ def _append_kernel(
             tl.store(target + DIM * PAGES, high.to(element), mask=inside)
         if PROBE:
             _store_probe(
-                b_q, low, high, channels, pair, pair * GROUP, probe_query, probe_extreme,
-                probe_scale, probe_newest, GROUP, DIM,
+                b_q, low, high, channels, logit_scale, pair, pair * GROUP, probe_query,
+                probe_extreme, probe_scale, probe_newest, GROUP, DIM,
             )  # fmt: skip
     if PER_BLOCK > 0:
         place = tl.load(parked + row)
@@ -188,6 +190,7 @@ def append_tokens(
     parked: Tensor | None = None,
     per_block: int = 0,
     probes: Probes | None = None,
+    scale: float = 0.0,
     arrived: Tensor | None = None,
 ) -> None:
     """Same contract as :func:`vllm_sparse.kernels.reference.append.append_tokens`.
@@ -207,6 +210,7 @@ def append_tokens(
         parked: int32; needs ``replays=False``.
         per_block: Window queries that a block has room for.
         probes: Contiguous, the queries in the cache's dtype.
+        scale: Logit scale; needed with ``probes``.
         arrived: ``[n, T, G]``, a row after the other.
     """
     rows, kv_heads, dim = key.shape
@@ -238,6 +242,7 @@ def append_tokens(
             lengths if parked is None else parked,
             *asked,
             lengths if arrived is None else arrived,
+            scale,
             cache.stride(0),
             cache.stride(1),
             query.stride(0),

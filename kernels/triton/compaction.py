@@ -213,11 +213,14 @@ def compact_prompts(
     *,
     layout: PageLayout,
     pool_kernel: int,
+    scale: float,
     max_kept: int,
 ) -> None:
     """Same contract as :func:`vllm_sparse.kernels.reference.compaction.compact_prompts`."""
     window = query_window.shape[2]
-    score = score_prompt(query_window, keys, block_table, prompt_lens, pool_kernel=pool_kernel)
+    score = score_prompt(
+        query_window, keys, block_table, prompt_lens, pool_kernel=pool_kernel, scale=scale
+    )
     sizes = prompt_lens - window
     counts = sizes - dropped_blocks * layout.block_size
     chosen = top_indices(score, sizes, counts, max_kept - window)

@@ -66,6 +66,7 @@ def decode_attention(
         parked=parked,
         per_block=per_block,
         probes=probes,
+        scale=scale,
         arrived=arrived,
     )
     slots = None

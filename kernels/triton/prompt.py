@@ -192,6 +192,7 @@ def score_prompt(
     prompt_lens: Tensor,
     *,
     pool_kernel: int,
+    scale: float,
 ) -> Tensor:
     """Same contract as :func:`vllm_sparse.kernels.reference.prompt.score_prompt`."""
     requests, heads, window, dim = query_window.shape
@@ -234,7 +235,7 @@ def score_prompt(
         block_table,
         prompt_lens,
         lse,
-        dim**-0.5,
+        scale,
         block_size,
         *strides,
         **shape,
@@ -247,7 +248,7 @@ def score_prompt(
         prompt_lens,
         lse,
         score,
-        dim**-0.5,
+        scale,
         block_size,
         width,
         *strides,

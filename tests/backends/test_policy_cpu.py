@@ -88,6 +88,11 @@ def test_qwen2_equals_hugging_face_with_the_mask(qwen2, prompts):
     assert_tokens_of_hugging_face(qwen2, prompts, run["tokens"][0])
 
 
+def test_a_scale_of_the_models_own_equals_hugging_face(granite, prompts):
+    run = run_engine(granite, prompts, settings=SETTINGS, block_size=BLOCK_SIZE)
+    assert_tokens_of_hugging_face(granite, prompts, run["tokens"][0])
+
+
 @pytest.mark.parametrize("changes", [{"stage2": False}, {"skip_layers": 1}, {"page_sizes": [1, 2]}])
 def test_ablations_equal_hugging_face(llama, prompts, changes):
     run = run_engine(

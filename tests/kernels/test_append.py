@@ -67,7 +67,7 @@ def test_probes_equal_reference(shape, dtype, replays):
     for kernel, cache, probes in zip((ref_append, append), caches, (theirs, ours), strict=True):
         arrived = torch.full((2, 8, 2), FAR, dtype=torch.int32, device=DEVICE)[:, :6]
         kernel.append_tokens(cache, *arguments, replays=replays, query=batch.query, probes=probes,
-                             arrived=arrived)  # fmt: skip
+                             scale=0.3, arrived=arrived)  # fmt: skip
         assert not arrived.any()
     assert same(*caches)
     defined = [0, 1, 4, 5]

@@ -32,7 +32,8 @@ def test_compaction_equals_reference_and_the_cpu_path(shape):
     caches = [with_gaps(cache, 2) for _ in range(2)]
     for kernel, result in zip((ref_compaction, compaction), caches, strict=True):
         kernel.compact_prompts(result, *packed_views(result, layout), query, table, lens, dropped,
-                               layout=layout, pool_kernel=5, max_kept=max_kept)  # fmt: skip
+                               layout=layout, pool_kernel=5, scale=0.3,
+                               max_kept=max_kept)  # fmt: skip
     assert same(*caches)
 
     def pack(key, value, pages):
@@ -42,6 +43,7 @@ def test_compaction_equals_reference_and_the_cpu_path(shape):
     codec = PageCodec(pack, block_size, dim, shape["dtype"], DEVICE)
     for row in (0, 2, 3):
         blocks = table[row, : -(-lengths[row] // block_size)]
+        policy = make_policy(pool_kernel=5, head_dim=dim, scale=0.3)
         compact_prompt(cache, blocks, lengths[row], gone[row], query[row], reader=codec,
-                       layout=layout, policy=make_policy(pool_kernel=5, head_dim=dim))  # fmt: skip
+                       layout=layout, policy=policy)  # fmt: skip
     assert same(caches[1], cache)

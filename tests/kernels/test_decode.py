@@ -21,7 +21,7 @@ from vllm_sparse.kernels.reference import decode as reference
 def run(kernel, batch: Batch, top_k: int, read_all: bool = False):
     cache, output = batch.cache.clone(), torch.empty_like(batch.query)
     kernel(cache, batch.query, batch.key, batch.value, output, batch.table, batch.lengths,
-           batch.lengths, batch.top_r, layout=batch.layout, top_k=top_k, scale=0.11,
+           batch.lengths, batch.top_r, layout=batch.layout, top_k=top_k, scale=0.4,
            read_all=read_all)  # fmt: skip
     return cache, output
 
@@ -37,10 +37,11 @@ def test_decode_step_equals_brute_force(kernel, page_size):
         held = torch.cat((past, newest), 1)
         low, high = brute.page_extrema(held[..., :dim], page_size)
         chosen = brute.select_decode_tokens(
-            batch.query[row], low, high, held.shape[1], page_size, int(batch.top_r[row]), 32
-        )
+            batch.query[row], low, high, held.shape[1], page_size, int(batch.top_r[row]), 32,
+            scale=0.4,
+        )  # fmt: skip
         expected = brute.attend(
-            batch.query[row], held[..., :dim], held[..., dim:], torch.tensor(chosen), 0.11
+            batch.query[row], held[..., :dim], held[..., dim:], torch.tensor(chosen), 0.4
         )
         torch.testing.assert_close(output[row], expected, rtol=1e-4, atol=1e-5)
         assert len(chosen) == kv_heads

@@ -230,7 +230,7 @@ def test_the_parts_of_the_reference_make_up_its_whole():
                             batch.lengths, batch.top_r, batch.layout)  # fmt: skip
     options = {"layout": batch.layout, "top_k": 37}
     rows = batch.table, batch.lengths, batch.top_r
-    probes = ref_append.probe_pages(cache, batch.query, *rows, batch.layout)
+    probes = ref_append.probe_pages(cache, batch.query, *rows, batch.layout, 0.11)
     slots = ref_pages.select_slots(cache, probes, *rows, **options)
     output = torch.empty_like(batch.query)
     ref_attention.attend_slots(cache, batch.query, output, slots, *rows, **options, scale=0.11)

@@ -41,7 +41,7 @@ def test_slots_equal_reference_and_policy(page_size, private):
         block = batch.table[row, newest // pages_per_block].long()
         batch.layout.extrema(batch.cache)[block, ..., newest % pages_per_block] = torch.nan
     rows = batch.table, lengths, batch.top_r
-    probes = ref_append.probe_pages(batch.cache, batch.query, *rows, batch.layout)
+    probes = ref_append.probe_pages(batch.cache, batch.query, *rows, batch.layout, 0.3)
     options = {"layout": batch.layout, "top_k": top_k, "private": private}
     expected, actual = (
         lists(kernel.select_slots(batch.cache, probes, *rows, **options), lengths, top_k)
@@ -53,7 +53,7 @@ def test_slots_equal_reference_and_policy(page_size, private):
         low, high = policy.page_extrema(batch.history[row][:, :length, :64], page_size)
         probability = policy.page_probabilities(
             batch.query[row].cpu().view(2, -1, 64), low, high, lengths[row].cpu(), page_size,
-            batch.top_r[row].cpu(),
+            batch.top_r[row].cpu(), 0.3,
         )  # fmt: skip
         chosen, taken = policy.select_pages(probability, lengths[row].cpu(), page_size, top_k)
         token = policy.page_tokens(chosen, taken, page_size)[:, :top_k]
@@ -124,7 +124,7 @@ def test_rows_that_score_may_share_blocks_unless_they_promise_not_to():
     """As replayed tokens of one request do: each row's scores are its own."""
     batch = batch_on_device(rows=2, group=1, longest=200)
     rows = batch.table[:1].expand(2, -1), batch.lengths[:1].expand(2) - 1, batch.top_r
-    probes = ref_append.probe_pages(batch.cache, batch.query, *rows, batch.layout)
+    probes = ref_append.probe_pages(batch.cache, batch.query, *rows, batch.layout, 0.3)
     options = {"layout": batch.layout, "top_k": 20}
     expected = ref_pages.select_slots(batch.cache, probes, *rows, **options)
     assert not torch.equal(expected[0], expected[1])

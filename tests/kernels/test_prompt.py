@@ -25,7 +25,7 @@ def test_prompt_scores_equal_reference(shape):
     layout = PageLayout(shape["block_size"], shape["dim"], shape["page_size"])
     keys, _ = packed_views(cache, layout)
     expected, actual = (
-        kernel.score_prompt(query, keys, table, lens, pool_kernel=63)
+        kernel.score_prompt(query, keys, table, lens, pool_kernel=63, scale=0.3)
         for kernel in (ref_prompt, prompt)
     )
     for row in (0, 2, 3):
@@ -33,15 +33,16 @@ def test_prompt_scores_equal_reference(shape):
 
 
 @pytest.mark.usefixtures("_splitting_rows")
+@pytest.mark.parametrize("scale", [0.125, 0.02])
 @pytest.mark.parametrize("budget", [8, 9, 100, 300])
-def test_gathered_keys_select_what_the_policy_selects(budget):
+def test_gathered_keys_select_what_the_policy_selects(budget, scale):
     """Keys that lie together are one block of as many tokens."""
     generator = torch.Generator().manual_seed(budget)
     keys = torch.randn(2, 301, 64, generator=generator).to(DEVICE)
     query = torch.randn(6, 8, 64, generator=generator).to(DEVICE)
     table = torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
     lens = torch.tensor([301], dtype=torch.int32, device=DEVICE)
-    score = prompt.score_prompt(query[None], keys[None], table, lens, pool_kernel=7)
+    score = prompt.score_prompt(query[None], keys[None], table, lens, pool_kernel=7, scale=scale)
     index = topk.top_indices(score, lens - 8, lens - 301 + budget - 8, max(budget - 8, 1))
-    expected = policy.select_prompt_tokens(query, keys, budget, 7)
+    expected = policy.select_prompt_tokens(query, keys, budget, 7, scale)
     assert torch.equal(index[0, :, : budget - 8].long(), expected[:, : budget - 8])

@@ -62,7 +62,7 @@ def compile_everything(capability: int) -> None:
         )  # fmt: skip
     window = torch.zeros(3, 8, 32, 128).bfloat16()
     compaction.compact_prompts(cache, *packed_views(cache, layout), window, table, lengths, lengths,
-                             layout=layout, pool_kernel=63, max_kept=300)  # fmt: skip
+                             layout=layout, pool_kernel=63, scale=0.1, max_kept=300)  # fmt: skip
 
 
 def test_no_shape_of_a_batch_compiles_another_kernel(tmp_path):
@@ -103,7 +103,7 @@ def launch_many_shapes() -> None:
         table = torch.zeros(count, -(-length // 64), dtype=torch.int32)
         lengths = torch.zeros(count, dtype=torch.int32)
         compaction.compact_prompts(cache, *packed_views(cache, layout), window, table, lengths,
-                                 lengths, layout=layout, pool_kernel=63,
+                                 lengths, layout=layout, pool_kernel=63, scale=0.1,
                                  max_kept=length // 2 + 3)  # fmt: skip
 
 

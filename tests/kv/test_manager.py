@@ -65,6 +65,50 @@ class TestManager:
             machine._compute(request, 1)
 
 
+@pytest.mark.vllm
+class TestBesideOtherGroups:
+    """A pool that layers of other kinds share."""
+
+    def test_another_groups_hit_does_not_hide_the_prompts_length(self):
+        """Full attention that is looked up first shrinks what ours is asked for.
+
+        Lengths are not kept in step with limits: of 208 tokens 48 are shared, of 220 only 32.
+        """
+        pytest.importorskip("vllm")
+        machine = PoolMachine(beside="full")
+        limit = machine.policy.publishable_tokens
+        assert limit(209) > limit(220)
+        machine.prefill(machine.request([1] * 700))
+        for length in range(150, 320):
+            _, hit, *_ = machine.manager.get_computed_blocks(machine.request([1] * length))
+            assert hit <= min(limit(length) or length, length - 1), length
+            assert hit >= (limit(length) or 32) - 32, length
+
+    def test_another_turn_hits_beside_window_layers(self):
+        """These keep what a hit at our limit needs, not only at the prompt's end behind it."""
+        pytest.importorskip("vllm")
+        machine, limits = PoolMachine(beside="window"), []
+        for turn, length in enumerate((500, 900, 1300)):
+            request = machine.request([1] * length)
+            _, hit, _ = machine.manager.get_computed_blocks(request)
+            assert hit == (limits[-1] if turn else 0)
+            limits.append(machine.policy.publishable_tokens(length))
+            machine.prefill(request)
+            machine.finish_all()
+
+    def test_a_prefix_that_prompts_share_stays_pinned_beside_window_layers(self):
+        """vLLM keeps what a junction needs once it has been seen; ours come after it."""
+        pytest.importorskip("vllm")
+        machine, shared, hits = PoolMachine(beside="window"), [1] * 256, []
+        for own in range(3):
+            request = machine.request([*shared, *[2 + own] * 600])
+            _, hit, _ = machine.manager.get_computed_blocks(request)
+            hits.append(hit)
+            machine.prefill(request)
+            machine.finish_all()
+        assert hits == [0, 0, 256]
+
+
 class PoolMachine(RuleBasedStateMachine):
     """Requests are admitted, computed in chunks, preempted, resumed, finished; blocks are checked.
 
@@ -72,24 +116,35 @@ class PoolMachine(RuleBasedStateMachine):
     end, so a block that another request may still read must never be one.
     """
 
-    def __init__(self):
+    def __init__(self, beside=""):
         super().__init__()
         import torch
         from vllm.utils.hashing import sha256
         from vllm.v1.core.kv_cache_manager import KVCacheManager
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+        from vllm.v1.kv_cache_interface import (
+            FullAttentionSpec,
+            KVCacheConfig,
+            KVCacheGroupSpec,
+            SlidingWindowSpec,
+        )
 
         from vllm_sparse.kv.spec import PolicySpec
 
         init_none_hash(sha256)
         self.policy = make_policy()
-        stock = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=16, dtype=torch.float32)
-        spec = PolicySpec.wrap(stock, self.policy)
+        layer = {"block_size": 16, "num_kv_heads": 2, "head_size": 16, "dtype": torch.float32}
+        stock = FullAttentionSpec(**layer)
+        others = {"full": stock, "window": SlidingWindowSpec(sliding_window=40, **layer)}
+        groups = [KVCacheGroupSpec(["ours"], PolicySpec.wrap(stock, self.policy))]
+        if beside:
+            groups.insert(0, KVCacheGroupSpec(["other"], others[beside]))
+        self.group = len(groups) - 1
         config = KVCacheConfig(
-            num_blocks=80,
+            num_blocks=400 if beside else 80,
             kv_cache_tensors=[],
-            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+            kv_cache_groups=groups,
+            prefix_cache_retention_interval=0 if beside == "window" else None,
         )
         self.manager = KVCacheManager(
             config,
@@ -125,8 +180,14 @@ class PoolMachine(RuleBasedStateMachine):
             assert self._schedule(request, tokens) is not None
             self._compute(request, tokens)
 
+    def finish_all(self):
+        while self.running:
+            self.manager.free(self.running.popitem()[1])
+
     def _blocks(self, request):
-        return self.manager.coordinator.single_type_managers[0].req_to_blocks[request.request_id]
+        return self.manager.coordinator.single_type_managers[self.group].req_to_blocks[
+            request.request_id
+        ]
 
     def _schedule(self, request, tokens, hit=None):
         if hit is None:
@@ -151,11 +212,11 @@ class PoolMachine(RuleBasedStateMachine):
                 self.content[block.block_id] = ("tail", request.request_id)
 
     def _admit(self, request):
-        hit_blocks, hit, *_ = self.manager.get_computed_blocks(request)
+        hit_blocks, hit, request.shared_prefix_boundary = self.manager.get_computed_blocks(request)
         retention = self.policy.retention(request.num_prompt_tokens)
         if retention.sparse:
             assert hit <= retention.dropped_blocks * 16
-        for index, block in enumerate(hit_blocks.blocks[0]):
+        for index, block in enumerate(hit_blocks.blocks[self.group]):
             expected = tuple(request.all_token_ids[: (index + 1) * 16])
             assert self.content[block.block_id] == expected, "a hit on foreign content"
         tokens = min(request.num_tokens - hit, 64)
@@ -215,7 +276,6 @@ class PoolMachine(RuleBasedStateMachine):
                 assert not block.is_null, "a kept block was given back"
 
     def teardown(self):
-        for request in [*self.running.values()]:
-            self.manager.free(request)
+        self.finish_all()
         if hasattr(self, "pool"):
             assert self.pool.get_num_free_blocks() == 79

@@ -41,13 +41,15 @@ def test_plan_reproduces_the_papers_example():
     assert rocketkv.plan(32000, 128, 512, 128) == (3186, 3058, 3, 61, 256, False)
 
 
+@pytest.mark.parametrize("scale", [None, 0.05])
 @pytest.mark.parametrize("group", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("tokens", [40, 97, 200])
-def test_prompt_selection_equals_brute_force(group, tokens):
+def test_prompt_selection_equals_brute_force(group, tokens, scale):
     query, keys = _tensors(group * tokens, (2 * group, 8, 16), (2, tokens, 16))
     for budget in (8, 9, 30, tokens - 1, tokens, tokens + 5):
-        expected = brute.select_prompt_tokens(query, keys, budget, 5)
-        assert torch.equal(rocketkv.select_prompt_tokens(query, keys, budget, 5), expected)
+        expected = brute.select_prompt_tokens(query, keys, budget, 5, scale=scale)
+        ours = rocketkv.select_prompt_tokens(query, keys, budget, 5, scale)
+        assert torch.equal(ours, expected)
 
 
 def test_prompt_selection_with_the_papers_kernel():
@@ -90,16 +92,32 @@ def test_page_extrema_equal_brute_force(tokens, page_size):
 @pytest.mark.parametrize("force_newest", [True, False])
 @pytest.mark.parametrize("group", [1, 2, 5, 16])
 @pytest.mark.parametrize("page_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("tokens", [3, 37, 90])
-def test_decode_selection_equals_brute_force(tokens, page_size, group, force_newest):
+@pytest.mark.parametrize(("tokens", "scale"), [(3, None), (37, None), (90, None), (90, 0.03)])
+def test_decode_selection_equals_brute_force(tokens, scale, page_size, group, force_newest):
     query, keys = _tensors(tokens + group, (2 * group, 16), (2, tokens, 16))
     low, high = rocketkv.page_extrema(keys, page_size)
     for top_r, top_k in ((1, 8), (7, 13), (16, 32), (16, tokens), (5, tokens + 3)):
         ours = rocketkv.select_decode_tokens(
-            query, low, high, tokens, page_size, top_r, top_k, force_newest=force_newest
+            query,
+            low,
+            high,
+            tokens,
+            page_size,
+            top_r,
+            top_k,
+            force_newest=force_newest,
+            scale=scale,
         )
         expected = brute.select_decode_tokens(
-            query, low, high, tokens, page_size, top_r, top_k, force_newest=force_newest
+            query,
+            low,
+            high,
+            tokens,
+            page_size,
+            top_r,
+            top_k,
+            force_newest=force_newest,
+            scale=scale,
         )
         assert ours.tolist() == expected
 

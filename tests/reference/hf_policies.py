@@ -17,6 +17,7 @@ class Run:
     def __init__(self, prompt_len):
         self.prompt_len = prompt_len
         self.in_prompt = True
+        self.scaling = None
         self.kept = {}
         self.prompt_gap = self.page_gap = self.channel_gap = math.inf
 
@@ -54,9 +55,10 @@ class Quest(Run):
             pages = keys[g].double().split(self.page_size)
             low = torch.stack([page.min(0).values for page in pages])
             high = torch.stack([page.max(0).values for page in pages])
+            scale = 1 / math.sqrt(dim) if self.scaling is None else self.scaling
             total = torch.zeros(len(pages), dtype=torch.float64)
             for head in heads:
-                bounds = torch.maximum(head * low, head * high).sum(1) / math.sqrt(dim)
+                bounds = torch.maximum(head * low, head * high).sum(1) * scale
                 total += bounds.softmax(0)
             found.append(self.pages(total, n, self.page_size, self.top_k))
         return found

@@ -51,7 +51,7 @@ class Generation(NamedTuple):
 
 
 def select_decode_tokens_fast(
-    query, keys, page_size, top_r, top_k, *, force_newest=True, dtype=torch.float32
+    query, keys, page_size, top_r, top_k, *, force_newest=True, dtype=torch.float32, scale=None
 ):
     """Stage 2 on compacted keys [G, n, D] for one query [H, D].
 
@@ -77,9 +77,10 @@ def select_decode_tokens_fast(
     chosen.scatter_(2, order[:, None, :top_r], 1.0)
     q_chosen = q * chosen
     part, whole = q_chosen.abs().sum(-1), q.abs().sum(-1)
-    tau = torch.where(part > 0, (head_dim * part / whole).sqrt(), torch.ones_like(part))
+    scale = head_dim**-0.5 if scale is None else scale
+    factor = torch.where(part > 0, scale / (part / whole).sqrt(), torch.ones_like(part))
 
-    logits = (q_chosen @ bound.transpose(1, 2)) / tau[..., None]  # [G, heads, pages]
+    logits = (q_chosen @ bound.transpose(1, 2)) * factor[..., None]  # [G, heads, pages]
     count = torch.full((num_pages,), page_size, dtype=dtype)
     count[-1] = page_size - missing
     log_prob = logits - torch.logsumexp(logits + count.log(), dim=-1, keepdim=True)
@@ -126,6 +127,7 @@ class _Run:
         self.num_kept = num_kept
         self.settings = settings
         self.in_prompt = True
+        self.scaling = None  # the model's own
         self.kept = {}  # layer -> [G, N]
         self.prompt_gap = math.inf
         self.page_gap = math.inf  # of the current step
@@ -137,7 +139,9 @@ class _Run:
             self.kept[layer] = torch.arange(n).repeat(num_groups, 1)
             return
         w = min(self.settings["window"], n)
-        scores = prompt_scores(query[:, n - w :], keys, self.settings["kernel_size"])
+        scores = prompt_scores(
+            query[:, n - w :], keys, self.settings["kernel_size"], scale=self.scaling
+        )
         self.kept[layer] = pick_prompt_tokens(scores, w, self.num_kept)
         for row in scores:
             self.prompt_gap = min(self.prompt_gap, _cut_gap(row, self.num_kept - w))
@@ -152,7 +156,13 @@ class _Run:
             return compacted
         compacted_keys = torch.stack([keys[g, compacted[g]] for g in range(num_groups)])
         slots, gap, channel_gap = select_decode_tokens_fast(
-            query, compacted_keys, s["page_size"], s["top_r"], s["top_k"], dtype=s["select_dtype"]
+            query,
+            compacted_keys,
+            s["page_size"],
+            s["top_r"],
+            s["top_k"],
+            dtype=s["select_dtype"],
+            scale=self.scaling,
         )
         self.page_gap = min(self.page_gap, gap)
         self.channel_gap = min(self.channel_gap, channel_gap)
@@ -173,6 +183,7 @@ def _cut_gap(row, num_best):
 
 def _attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     run = kwargs.pop("rocketkv_run")
+    run.scaling = scaling
     assert query.shape[0] == 1, "one request at a time"
     num_heads, num_queries = query.shape[1:3]
     num_groups, n = key.shape[1:3]
@@ -255,7 +266,8 @@ def run_greedily(model, prompt_ids: list[int], num_tokens: int, run, return_logi
     ``run`` decides: ``end_prompt_of_layer(layer, query [H, n, D], keys [G, n, D])`` sees the
     prompt, ``visible_tokens(layer, query [H, D], keys [G, n, D])`` returns per group the positions
     that a decode step attends to. It has ``in_prompt``, ``prompt_len``, ``prompt_gap``,
-    ``page_gap``, ``channel_gap`` and ``kept`` as :class:`_Run`.
+    ``page_gap``, ``channel_gap`` and ``kept`` as :class:`_Run`, and is
+    told ``scaling``, what the model multiplies logits with.
     """
     cache = DynamicCache(config=model.config)
     tokens, logits, page_gaps, channel_gaps = [], [], [], []

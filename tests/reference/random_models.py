@@ -41,6 +41,8 @@ from transformers import (
 from .hf_rocketkv import save_random_llama
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "minicpm")
+# A third of what heads of 32 would have; the published ones have 1 / 64 for heads of 64.
+GRANITE_SCALE = 0.06
 
 
 def save_random_model(
@@ -57,10 +59,10 @@ def save_random_model(
     std=0.1,
     max_position_embeddings=4096,
 ):
-    """Write a random float32 checkpoint of one of ``ARCHITECTURES``; returns ``path``.
+    """Write a random float32 checkpoint of one of ``ARCHITECTURES`` or granite; returns ``path``.
 
-    ``hidden`` defaults to 128, for qwen2 and minicpm to ``heads * head_dim``: vLLM derives their
-    head size from it.
+    ``hidden`` defaults to 128, for qwen2, minicpm and granite to ``heads * head_dim``: vLLM derives
+    their head size from it. Granite multiplies logits with ``GRANITE_SCALE``.
     """
     common = {
         "layers": layers,
@@ -78,7 +80,8 @@ def save_random_model(
         if hidden not in (None, heads * head_dim):
             raise ValueError("minicpm needs hidden == heads * head_dim")
         return save_random_minicpm(path, **common)
-    hidden = 128 if hidden is None else hidden
+    if hidden is None:
+        hidden = heads * head_dim if arch == "granite" else 128
     options = {
         "vocab_size": vocab,
         "hidden_size": hidden,
@@ -97,6 +100,9 @@ def save_random_model(
         model = Qwen3ForCausalLM(Qwen3Config(**options))
     elif arch == "mistral":
         model = MistralForCausalLM(MistralConfig(sliding_window=None, **options))
+    elif arch == "granite":
+        del options["head_dim"]
+        model = GraniteForCausalLM(GraniteConfig(attention_multiplier=GRANITE_SCALE, **options))
     else:
         raise ValueError(f"unknown arch {arch!r}")
     _randomise(model, seed, std)

@@ -46,12 +46,13 @@ def plan(prompt_len, max_new_tokens, token_budget, head_dim, window=32, page_siz
 # ---- stage 1 -------------------------------------------------------------------------------------
 
 
-def prompt_scores(query_window, keys, kernel_size=63, dtype=torch.float32):
+def prompt_scores(query_window, keys, kernel_size=63, dtype=torch.float32, scale=None):
     """Pooled score of each prompt token before the window: [G, n - w]."""
     num_heads, w, head_dim = query_window.shape
     num_groups, n, _ = keys.shape
     heads_per_group = num_heads // num_groups
     assert kernel_size % 2 == 1
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
     query_window = query_window.to(dtype)
     keys = keys.to(dtype)
 
@@ -61,7 +62,7 @@ def prompt_scores(query_window, keys, kernel_size=63, dtype=torch.float32):
         for h in range(g * heads_per_group, (g + 1) * heads_per_group):
             for i in range(w):
                 visible = n - w + i + 1  # query i is the token n - w + i and sees itself
-                logits = (keys[g, :visible] * query_window[h, i]).sum(dim=-1) / math.sqrt(head_dim)
+                logits = (keys[g, :visible] * query_window[h, i]).sum(dim=-1) * scale
                 probability = torch.softmax(logits, dim=0)  # the window keys are in the denominator
                 votes += probability[: n - w]
         half = kernel_size // 2
@@ -87,13 +88,13 @@ def pick_prompt_tokens(scores, window_len, prompt_budget):
 
 
 def select_prompt_tokens(
-    query_window, keys, prompt_budget, kernel_size=63, dtype=torch.float32
+    query_window, keys, prompt_budget, kernel_size=63, dtype=torch.float32, scale=None
 ) -> torch.Tensor:
     """Stage 1. query_window [H, w, D] (the last w queries), keys [G, n, D]; all after RoPE."""
     num_groups, n, _ = keys.shape
     if n <= prompt_budget:
         return torch.arange(n).repeat(num_groups, 1)
-    scores = prompt_scores(query_window, keys, kernel_size, dtype)
+    scores = prompt_scores(query_window, keys, kernel_size, dtype, scale)
     return pick_prompt_tokens(scores, query_window.shape[1], prompt_budget)
 
 
@@ -121,8 +122,11 @@ def log_sum_exp(values):
     return top + math.log(math.fsum(math.exp(value - top) for value in values))
 
 
-def decode_page_scores(query, key_min, key_max, num_tokens, page_size, top_r):
+def decode_page_scores(query, key_min, key_max, num_tokens, page_size, top_r, scale=None):
     """Per group, the logarithm of each page's group score (that of any one of its tokens).
+
+    SparQ's temperature sharpens what a few channels estimate; with a model's own ``scale`` the
+    factor is that scale where SparQ has 1 / sqrt(D).
 
     A head whose chosen channels are all zero has temperature 0 / 0; it votes evenly here.
     """
@@ -144,13 +148,14 @@ def decode_page_scores(query, key_min, key_max, num_tokens, page_size, top_r):
         for h in heads:
             part = math.fsum(abs(q[h][j]) for j in channels)
             whole = math.fsum(abs(q[h][j]) for j in range(head_dim))
-            tau = math.sqrt(head_dim * part / whole) if part > 0 else 1.0
+            own = 1.0 / math.sqrt(head_dim) if scale is None else scale
+            factor = own / math.sqrt(part / whole) if part > 0 else 1.0
             page_logit = []
             for p in range(num_pages):
                 score = 0.0
                 for j in channels:
                     score += q[h][j] * (high[g][p][j] if takes_max[j] else low[g][p][j])
-                page_logit.append(score / tau)
+                page_logit.append(score * factor)
             token_logit = [page_logit[t // page_size] for t in range(num_tokens)]
             normaliser = log_sum_exp(token_logit)
             log_probability.append([logit - normaliser for logit in page_logit])
@@ -162,7 +167,7 @@ def decode_page_scores(query, key_min, key_max, num_tokens, page_size, top_r):
 
 
 def select_decode_tokens(
-    query, key_min, key_max, num_tokens, page_size, top_r, top_k, force_newest=True
+    query, key_min, key_max, num_tokens, page_size, top_r, top_k, force_newest=True, scale=None
 ):
     """Stage 2: per group the sorted indices of the min(top_k, num_tokens) tokens to attend to.
 
@@ -170,7 +175,7 @@ def select_decode_tokens(
     """
     newest_page = (num_tokens - 1) // page_size
     selection = []
-    for score in decode_page_scores(query, key_min, key_max, num_tokens, page_size, top_r):
+    for score in decode_page_scores(query, key_min, key_max, num_tokens, page_size, top_r, scale):
         ranked = sorted(range(len(score)), key=lambda p: (-score[p], p))
         if force_newest:
             ranked.remove(newest_page)

@@ -9,7 +9,7 @@ rows are split off and served as the policy says, whatever else is in the batch.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -193,13 +193,14 @@ class Planning:
                     f"layers with {group_size} and {policy.shape.group_size} query heads per KV "
                     f"head share a cache layout; {spec.backend} needs one ratio for the whole model"
                 )
+            # The spec, which the scheduler evaluates too, does not know a layer's scale.
+            shape = replace(policy.shape, scale=layer.impl.scale)
             layer.impl.sparse = SparseLayer(
-                policy,
+                replace(policy, shape=shape),
                 {size: spec.layout(size) for size in policy.page_sizes},
                 reader(layer),
                 kernels,
                 group_size=group_size,
-                scale=layer.impl.scale,
                 reads_all=extract_layer_index(name) < policy.settings.skip_layers,
             )
         counters = metrics.counters()

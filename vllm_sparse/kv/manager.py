@@ -53,25 +53,59 @@ class PromptAwareManager(FullAttentionManager):
         limit = self.kv_cache_spec.publishable_tokens(request.num_prompt_tokens)
         if limit is not None:
             num_tokens = min(num_tokens, limit)
+            self._pin(request, limit)
         super().cache_blocks(
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
         )
+
+    def _pin(self, request: Request, limit: int) -> None:
+        """Have groups of other kinds keep what a hit at our limit needs.
+
+        Layers with windows or states keep it at the prompt's end only, where our hits never get.
+        They also keep it at a *junction*, which vLLM notes where a lookup found a prefix that other
+        requests share: until that is computed, it goes first. A limit in the first chunk comes too
+        late for a group that is asked before ours.
+        """
+        computed = self.num_cached_block.get(request.request_id, 0) * self.block_size
+        if computed >= request.shared_prefix_boundary:
+            limit = limit // self.block_size * self.block_size
+            request.shared_prefix_boundary = max(request.shared_prefix_boundary, limit)
 
     @classmethod
     def find_longest_cache_hit(
         cls, block_hashes: Any, max_length: int, *args: Any, **kwargs: Any
     ) -> Any:
         """Longest hit that leaves everything else to be computed by the request itself."""
-        spec = kwargs["kv_cache_spec"] if "kv_cache_spec" in kwargs else args[2]
+        _, pool, spec, drop_eagle_block, alignment_tokens = cls._arguments(*args, **kwargs)
         request = cls._requests.get(id(block_hashes))
-        # vLLM looks up at most all tokens but the last.
-        prompt_len = max_length + 1
         if request is not None and request.block_hashes is block_hashes:
-            prompt_len = request.num_prompt_tokens
-        limit = spec.publishable_tokens(prompt_len)
+            limit = spec.publishable_tokens(request.num_prompt_tokens)
+        elif max_length % alignment_tokens and not drop_eagle_block:
+            # vLLM looks up at most all tokens but the last.
+            limit = spec.publishable_tokens(max_length + 1)
+        else:
+            # It may be another group's hit, which ends at a boundary, instead. The prompt ends
+            # somewhere in the block after the last hashed one.
+            size = pool.hash_block_size
+            hashed = len(block_hashes) * size
+            limits = map(spec.publishable_tokens, range(hashed, hashed + size))
+            limit = min((limit for limit in limits if limit is not None), default=None)
         if limit is not None:
             max_length = min(max_length, limit)
         return super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
+
+    @staticmethod
+    def _arguments(
+        kv_cache_group_ids: Any,
+        block_pool: Any,
+        kv_cache_spec: Any,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[Any, Any, Any, bool, int]:
+        """What a lookup gets beside hashes and length, by place or by name."""
+        return kv_cache_group_ids, block_pool, kv_cache_spec, drop_eagle_block, alignment_tokens
 
 
 class PolicyManager(PromptAwareManager):

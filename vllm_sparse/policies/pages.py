@@ -53,6 +53,7 @@ def page_probabilities(
     num_tokens: Tensor,
     page_size: int,
     top_r: Tensor,
+    scale: float | None = None,
 ) -> Tensor:
     """Approximate attention that each page's tokens receive, per token, summed over the group.
 
@@ -67,6 +68,8 @@ def page_probabilities(
         num_tokens: Tokens of each row, ``[...]``; pages beyond them are ignored.
         page_size: Tokens per page.
         top_r: Channels of each row, ``[...]``.
+        scale: Logit scale, ``1 / sqrt(D)`` if omitted, as in SparQ; the temperature divides it by
+            the root of the share of the query that the channels hold.
 
     Returns:
         ``[..., G, pages]`` float32, zero for pages beyond ``num_tokens``.
@@ -78,8 +81,9 @@ def page_probabilities(
     kept = rank < top_r[..., None, None]
     selected = query * kept.unsqueeze(-2)
     norm = query.abs().sum(-1, keepdim=True)
-    temperature = (dim * selected.abs().sum(-1, keepdim=True) / norm).sqrt()
-    selected = torch.where(norm > 0, selected / temperature, selected)
+    share = selected.abs().sum(-1, keepdim=True) / norm
+    sharpness = (dim**-0.5 if scale is None else scale) / share.sqrt()
+    selected = torch.where(norm > 0, selected * sharpness, selected)
     positive = (query.sum(-2, keepdim=True) > 0).transpose(-1, -2)
     upper = torch.where(positive.transpose(-1, -2), selected, 0.0)
     score = upper @ key_max.float().transpose(-1, -2)

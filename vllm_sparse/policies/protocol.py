@@ -66,12 +66,20 @@ class Shape:
         group_size: H / G.
         block_size: Tokens per block.
         max_model_len: Longest request in tokens.
+        scale: What the layer multiplies logits with; ``1 / sqrt(D)`` if omitted, as where only
+            lengths matter.
     """
 
     head_dim: int
     group_size: int
     block_size: int
     max_model_len: int
+    scale: float | None = None
+
+    @property
+    def logit_scale(self) -> float:
+        """Some models (Granite, Gemma) have one of their own instead of ``1 / sqrt(D)``."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class Quest(Policy):
     def score(self, query: Tensor, index: Tensor, num_tokens: Tensor, page_size: int) -> Tensor:
         """Upper bounds of logits (section 3.3), per head as a softmax, summed over the group."""
         low, high = index.float().chunk(2, -1)
-        query = query.float() * self.shape.head_dim**-0.5
+        query = query.float() * self.shape.logit_scale
         # max(q * low, q * high) is q * high where q > 0, else q * low.
         bound = query.clamp(min=0) @ high.transpose(-1, -2)
         bound += query.clamp(max=0) @ low.transpose(-1, -2)

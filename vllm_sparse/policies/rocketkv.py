@@ -135,6 +135,7 @@ def select_decode_tokens(
     top_k: int,
     *,
     force_newest: bool = True,
+    scale: float | None = None,
 ) -> Tensor:
     """Stage 2: the tokens that each KV head attends to in one step (section 3.4, HSA).
 
@@ -147,6 +148,7 @@ def select_decode_tokens(
         top_r: Channels to read.
         top_k: Tokens to select.
         force_newest: Rank the page of the newest token first.
+        scale: Logit scale, ``1 / sqrt(D)`` if omitted.
 
     Returns:
         ``[G, min(top_k, num_tokens)]`` int64, ascending.
@@ -161,6 +163,7 @@ def select_decode_tokens(
         tokens,
         page_size,
         torch.tensor(top_r, device=query.device),
+        scale,
     )
     pages, taken = select_pages(probability, tokens, page_size, count, force_newest=force_newest)
     return page_tokens(pages, taken, page_size)[:, :count]
@@ -275,7 +278,9 @@ class RocketKV(Policy):
 
     def keep(self, query_window: Tensor, keys: Tensor, count: int) -> Tensor:
         """Stage 1."""
-        return select_prompt_tokens(query_window, keys, count, self.settings.pool_kernel)
+        return select_prompt_tokens(
+            query_window, keys, count, self.settings.pool_kernel, self.shape.logit_scale
+        )
 
     def index(self, keys: Tensor, present: Tensor) -> Tensor:
         """Extrema of the page's keys."""

@@ -81,4 +81,6 @@ class SnapKV(Policy):
 
     def keep(self, query_window: Tensor, keys: Tensor, count: int) -> Tensor:
         """The window and the most voted of the tokens before it."""
-        return select_prompt_tokens(query_window, keys, count, self.settings.pool_kernel)
+        return select_prompt_tokens(
+            query_window, keys, count, self.settings.pool_kernel, self.shape.logit_scale
+        )

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 
 def select_prompt_tokens(
-    query_window: Tensor, keys: Tensor, prompt_budget: int, kernel_size: int = 63
+    query_window: Tensor,
+    keys: Tensor,
+    prompt_budget: int,
+    kernel_size: int = 63,
+    scale: float | None = None,
 ) -> Tensor:
     """Stage 1: the prompt tokens that each KV head keeps (section 3.3, SnapKV per KV group).
 
@@ -26,6 +30,7 @@ def select_prompt_tokens(
         keys: Post-RoPE keys of the whole prompt, ``[G, n, D]``.
         prompt_budget: Tokens to keep, at least ``w``.
         kernel_size: Odd width of the max pool.
+        scale: Logit scale, ``1 / sqrt(D)`` if omitted.
 
     Returns:
         Kept positions ``[G, min(prompt_budget, n)]``, int64, ascending; ties prefer the lower
@@ -46,11 +51,12 @@ def select_prompt_tokens(
 
     prefix = num_tokens - window
     future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu(1)
+    scale = dim**-0.5 if scale is None else scale
     grouped = query_window.view(kv_heads, -1, window, dim)
     score = torch.empty(kv_heads, prefix, dtype=torch.float32, device=keys.device)
     # One KV head at a time: [H, w, n] in float32 would be half a gigabyte at 128K tokens.
     for head in range(kv_heads):
-        queries = grouped[head].reshape(-1, dim).float() * dim**-0.5
+        queries = grouped[head].reshape(-1, dim).float() * scale
         logits = (queries @ keys[head].float().T).view(-1, window, num_tokens)
         logits[..., prefix:].masked_fill_(future, -torch.inf)
         probability = torch.softmax(logits, -1).view(-1, num_tokens)

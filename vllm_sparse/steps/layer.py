@@ -32,7 +32,6 @@ class SparseLayer:
         reader: Reads pages that the stock kernel has written.
         kernels: Fused steps, and attention over plain rows.
         group_size: H / G.
-        scale: Logit scale.
         reads_all: Decode reads every kept token.
 
     Attributes:
@@ -47,7 +46,6 @@ class SparseLayer:
         kernels: PolicyKernels,
         *,
         group_size: int,
-        scale: float,
         reads_all: bool,
     ) -> None:
         self.policy = policy
@@ -60,7 +58,7 @@ class SparseLayer:
         self._reader = PlainReader(self.stock_layout) if policy.moves else reader
         self._plain = isinstance(self._reader, PlainReader)
         self._kernels = kernels
-        self._scale = scale
+        self._scale = policy.shape.logit_scale
         self._fused = policy.moves and (bool(policy.kernel) or self.reads_all)
 
     # -- prompts -----------------------------------------------------------------------------------
@@ -108,6 +106,7 @@ class SparseLayer:
                 gone,
                 layout=layout,
                 pool_kernel=self.policy.settings.pool_kernel,
+                scale=self._scale,
                 max_kept=prompt.prompt_len - dropped * layout.block_size,
             )
             return
