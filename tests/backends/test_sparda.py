@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from reference import hf_sparda, random_models
+from safetensors.torch import load_file
 from support.engine import BLOCK_SIZE, NEW_TOKENS, SPARDA_SELECTION, SPARDA_SETTINGS, run_engine
 
 if TYPE_CHECKING:
@@ -98,6 +99,21 @@ def test_selectors_equal_hugging_face(qwen2, prompts, tmp_path, selector):
         random_models.save_random_forecast(changes["forecast"], qwen2, bias=True)
     run = run_sparda(qwen2, prompts, **changes)
     assert_tokens_of_hugging_face(qwen2, prompts, run["tokens"][0], **changes)
+
+
+def test_a_forecast_in_a_training_checkpoint_is_served_unchanged(qwen2, prompts, tmp_path):
+    """As the official training and sglang's pull requests 38302 and 38397 have it."""
+    ours = tmp_path / "forecast.safetensors"
+    random_models.save_random_forecast(ours, qwen2)
+    weights = {f"module.{name}": weight for name, weight in load_file(ours).items()}
+    extra = {"module.model.layers.1.self_attn.q_curr_proj.weight": torch.ones(64, 128)}
+    theirs = str(tmp_path / "ckpt-500.pt")
+    torch.save({"step": 500, "model_state_dict": {**weights, **extra}}, theirs)
+    changes: dict[str, Any] = {"selector": "forecast", "forecast": theirs}
+    run = run_sparda(qwen2, prompts[:3], **changes)
+    changes["forecast"] = str(ours)
+    assert_tokens_of_hugging_face(qwen2, prompts[:3], run["tokens"][0], **changes)
+    assert "layers.1.self_attn.q_curr_proj.weight" in run["log"]
 
 
 @pytest.mark.parametrize(("selector", "prefill"), [("lookahead-query", True), ("query", 9)])

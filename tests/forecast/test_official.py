@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support.forecast import DIM, HEADS, LAYERS, MODEL, tensors
+from support.forecast import DIM, HEADS, LAYERS, MODEL, Malicious, tensors
 
 from vllm_sparse.cli import main
 from vllm_sparse.errors import ConfigError
@@ -124,16 +124,6 @@ def test_numpy_1_names_are_known(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert b"numpy.core.multiarray" in (tmp_path / "f.pt").read_bytes()
     convert_official(tmp_path / "f.pt", tmp_path / "f.safetensors")
-
-
-class Malicious:
-    """Writes a file when unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return exec, (f"open({str(self.path)!r}, 'w').close()",)
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])

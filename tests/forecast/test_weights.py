@@ -13,7 +13,6 @@ from vllm_sparse.errors import ConfigError
 from vllm_sparse.forecast.file import canonical_name
 from vllm_sparse.forecast.weights import (
     check_metadata,
-    inspect_forecast,
     load_forecast,
     lookahead_weights,
     shard_heads,
@@ -57,18 +56,15 @@ def test_every_problem_is_named(tmp_path):
     weights[canonical_name(2, "q_future_proj")] = torch.zeros(HEADS * DIM, HIDDEN + 1)
     weights[canonical_name(0, "q_future_proj")] = torch.zeros(HEADS * DIM, HIDDEN, dtype=torch.int8)
     save_file(weights, tmp_path / "f.safetensors")
-    for read in (load_forecast, inspect_forecast):
-        with pytest.raises(ConfigError) as failure:
-            read(tmp_path / "f.safetensors", *MODEL)
-        text = str(failure.value)
-        assert "model.layers.1.self_attn.q_future_proj.weight is missing" in text
-        assert "model.layers.0.self_attn.q_curr_proj.weight is missing (expected [16, 24])" in text
-        assert "layers.2.self_attn.q_future_proj.weight: expected [16, 24], got [16, 25]" in text
-        assert (
-            "layers.0.self_attn.q_future_proj.weight: expected [16, 24], got [16, 24], not" in text
-        )
-        assert "layers.4.self_attn.q_future_proj.weight: the model has 4 layers" in text
-        assert "selector lookahead-query" in text
+    with pytest.raises(ConfigError) as failure:
+        load_forecast(tmp_path / "f.safetensors", *MODEL)
+    text = str(failure.value)
+    assert "model.layers.1.self_attn.q_future_proj.weight is missing" in text
+    assert "model.layers.0.self_attn.q_curr_proj.weight is missing (expected [16, 24])" in text
+    assert "layers.2.self_attn.q_future_proj.weight: expected [16, 24], got [16, 25]" in text
+    assert "layers.0.self_attn.q_future_proj.weight: expected [16, 24], got [16, 24], not" in text
+    assert "layers.4.self_attn.q_future_proj.weight: the model has 4 layers" in text
+    assert "selector lookahead-query" in text
 
 
 def test_what_cannot_be_opened_says_so(tmp_path):
@@ -79,9 +75,6 @@ def test_what_cannot_be_opened_says_so(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     with pytest.raises(ConfigError, match="not a readable safetensors file"):
         load_forecast(tmp_path / "broken.safetensors", *MODEL)
-    torch.save(tensors(), tmp_path / "f.pt")
-    with pytest.raises(ConfigError, match="vllm-sparse convert-forecast"):
-        load_forecast(tmp_path / "f.pt", *MODEL)
     save_file({**tensors(), **tensors("module.")}, tmp_path / "twice.safetensors")
     with pytest.raises(ConfigError, match="two tensors are for the same layer"):
         load_forecast(tmp_path / "twice.safetensors", *MODEL)

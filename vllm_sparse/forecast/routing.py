@@ -80,15 +80,15 @@ def route_model(vllm_config: Any) -> None:
         )
     if settings.forecast:
         # Here as well as in the workers: a wrong file should not cost a model load.
-        from vllm_sparse.forecast.weights import check_metadata, inspect_forecast
+        from vllm_sparse.forecast.weights import check_metadata, load_forecast
 
-        metadata = inspect_forecast(
+        weights = load_forecast(
             settings.forecast,
             model.get_total_num_hidden_layers(),
             model.get_total_num_kv_heads(),
             model.get_head_size(),
             model.get_hidden_size(),
         )
-        check_metadata(metadata, settings)
+        check_metadata(weights.metadata, settings)
     register_architectures()
     model.hf_config.architectures = [PREFIX + name]

@@ -196,6 +196,12 @@ def _load_learned(settings: SpardaSettings, linear: Any, num_layers: int) -> For
     warning = check_metadata(weights.metadata, settings)
     if warning:
         logger.warning("%s: %s", settings.forecast, warning)
+    if weights.unused:
+        logger.info(
+            "%s: not used, as only layer 0 looks for itself and the last layer for none: %s",
+            settings.forecast,
+            ", ".join(weights.unused),
+        )
     return weights
 
 

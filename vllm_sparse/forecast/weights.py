@@ -16,15 +16,12 @@ from vllm_sparse.forecast.file import (
     CURRENT,
     FORMAT_VERSION,
     FUTURE,
-    Entry,
     TensorId,
     canonical_name,
     expected_tensors,
-    read_index,
-    read_tensors,
-    safetensors_files,
     whole_number,
 )
+from vllm_sparse.forecast.reading import Entry, forecast_files, read_index, read_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,28 +44,8 @@ class ForecastWeights(NamedTuple):
     """For each of ``future``, ``[G * D]``."""
     current_bias: Tensor | None = None
     """For ``current``, ``[G * D]``."""
-
-
-def inspect_forecast(
-    path: str | Path, num_layers: int, num_kv_heads: int, head_size: int, hidden_size: int
-) -> dict[str, str]:
-    """Check a Forecast file against a model without reading its tensors.
-
-    Args:
-        path: A safetensors file, or a directory of such.
-        num_layers: Layers of the model.
-        num_kv_heads: KV heads of the model, G.
-        head_size: D.
-        hidden_size: Width of the layers' input.
-
-    Returns:
-        The file's metadata.
-
-    Raises:
-        ConfigError: No such file, or it is not this model's; every offending tensor is named.
-    """
-    _, metadata = _checked_index(path, num_layers, num_kv_heads, head_size, hidden_size)
-    return metadata
+    unused: tuple[str, ...] = ()
+    """Tensors of the file that no layer needs, as official files have for the last one."""
 
 
 def load_forecast(
@@ -77,7 +54,7 @@ def load_forecast(
     """Read a Forecast for a model.
 
     Args:
-        path: A safetensors file, or a directory of such.
+        path: A safetensors or PyTorch file, or a directory of such. Nothing in it is executed.
         num_layers: Layers of the model.
         num_kv_heads: KV heads of the model, G.
         head_size: D.
@@ -87,11 +64,19 @@ def load_forecast(
         The weights, on the CPU, in the dtype of the file.
 
     Raises:
-        ConfigError: No such file, or it is not this model's; every offending tensor is named.
+        ConfigError: No such file, or it is not this model's, or not finite; every offending tensor
+            is named.
     """
     index, metadata = _checked_index(path, num_layers, num_kv_heads, head_size, hidden_size)
     wanted = [*expected_tensors(num_layers), *expected_tensors(num_layers, BIAS)]
     tensors = read_tensors({name: entry for name, entry in index.items() if name in wanted})
+    spoilt = [index[name].key for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if spoilt:
+        raise ConfigError(
+            f"the Forecast in {path} has values that are no finite numbers, in "
+            f"{', '.join(sorted(spoilt))}: its training diverged or the file is damaged. Use "
+            "another checkpoint, or choose selector lookahead-query, query or previous"
+        )
     layers = range(num_layers - 1)
     has_bias = (0, CURRENT + BIAS) in tensors
     return ForecastWeights(
@@ -100,6 +85,7 @@ def load_forecast(
         metadata,
         [tensors[layer, FUTURE + BIAS] for layer in layers] if has_bias else None,
         tensors[0, CURRENT + BIAS] if has_bias else None,
+        tuple(entry.key for name, entry in index.items() if name not in wanted),
     )
 
 
@@ -209,7 +195,7 @@ def shard_heads(weight: Tensor, num_kv_heads: int, rank: int, world_size: int) -
 def _checked_index(
     path: str | Path, num_layers: int, num_kv_heads: int, head_size: int, hidden_size: int
 ) -> tuple[dict[TensorId, Entry], dict[str, str]]:
-    index, metadata = read_index(safetensors_files(Path(path)))
+    index, metadata = read_index(forecast_files(Path(path)))
     version = metadata.get("version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise ConfigError(

@@ -41,7 +41,9 @@ class SpardaSettings(CommonSettings):
         "queries. Unset: forecast with a forecast file, else previous (with sparse_prefill, "
         "lookahead-query).",
     )
-    forecast: str | None = Field(None, description="safetensors file with Forecast weights.")
+    forecast: str | None = Field(
+        None, description="File with Forecast weights, safetensors or PyTorch."
+    )
     block_size: PositiveInt = Field(64, description="Tokens per block; becomes vLLM's block size.")
     kernel_stride: PositiveInt = Field(
         16, description="Tokens between compressed keys, each the mean of twice as many tokens."

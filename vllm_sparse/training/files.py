@@ -15,10 +15,10 @@ from vllm_sparse.forecast.file import (
     FORMAT_VERSION,
     SIZE_KEYS,
     canonical_name,
-    open_safetensors,
     serving,
     whole_number,
 )
+from vllm_sparse.forecast.reading import open_safetensors
 from vllm_sparse.forecast.weights import load_forecast
 from vllm_sparse.paths import atomic_path
 from vllm_sparse.training.forecast import Forecast
@@ -93,7 +93,7 @@ def import_forecast(path: Path, backbone: Sizes) -> tuple[Forecast, BlockGeometr
         ConfigError: The file is not this model's, or does not say which blocks it was trained for.
     """
     heads, dim, hidden = backbone.num_kv_heads, backbone.head_dim, backbone.hidden_size
-    future, current, metadata, future_bias, current_bias = load_forecast(
+    future, current, metadata, future_bias, current_bias, _ = load_forecast(
         path, backbone.num_layers, heads, dim, hidden
     )
     missing = [name for name in SIZE_KEYS if name not in metadata]
