@@ -81,7 +81,7 @@ def smoke(report: Report, options: argparse.Namespace) -> None:
             f"{package} is not this checkout ({len(stale)} files differ, {stale[0]} first); "
             f"run: {install}"
         )
-    from vllm_sparse.kv.machine.memory import available_bytes
+    from vllm_sparse.kv.host.memory import available_bytes
 
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     report.note(
