@@ -48,7 +48,8 @@ def _context(every: dict[str, Any], baseline: str, context: str) -> str:
         means, lost = [], []
         for task, answers in found.items():
             scores = [each["score"] for each in answers.values()]
-            row[task] = f"{np.mean(scores):.2f}"
+            fewer = len(answers) != len(base.get(task, answers))
+            row[task] = f"{np.mean(scores):.2f}" + (f" ({len(answers)})" if fewer else "")
             means.append(np.mean(scores))
             if task in base:
                 lost.append(differences(answers, base[task]))

@@ -35,6 +35,16 @@ def test_table() -> None:
     assert text.count("\n|") == 4
 
 
+def test_arms_with_fewer_questions_say_so() -> None:
+    arms = {
+        "dense": {"4096": {"vt": _answers(0.0, 1.0)}},
+        "a": {"4096": {"vt": _answers(0.5)}},
+    }
+    text = report.render({"arms": arms})
+    assert "| a | 0.50 (1) | 0.500 | +50.0 (+50.0 to +50.0) |" in text
+    assert "| dense | 0.50 | 0.500 | |" in text
+
+
 def test_prose_has_a_column_where_it_was_read() -> None:
     arms = {
         "dense": {"4096": {"vt": _answers(1.0)}},
