@@ -187,11 +187,13 @@ def split_of(case: Case, shape: Shape = LLAMA) -> bounds.Split:
     return bounds.split_of(shape, case.context, settings, BLOCK_SIZE)
 
 
-def layer(case: Case, machine: Machine, shape: Shape = LLAMA) -> list[Launched]:
-    """The launches of a layer."""
+def layer(
+    case: Case, machine: Machine, shape: Shape = LLAMA, split: bounds.Split | None = None
+) -> list[Launched]:
+    """The launches of a layer; what is held and read of a request is the default unless given."""
     from benchmarks.ops import kernels
 
-    grid, split = kernels.grid(), split_of(case, shape)
+    grid, split = kernels.grid(), split or split_of(case, shape)
     pairs = case.batch * shape.kv_heads
     pages, most_pages = (-(-n // split.page_size) for n in (split.held, case.longest))
     tiles = -(-pages // TILE_PAGES)

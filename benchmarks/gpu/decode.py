@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from benchmarks import arms, bounds, commands, harness, live
+from benchmarks import arms, bounds, commands, harness, live, predictions
 from benchmarks.gpu import llms, shapes
 from benchmarks.gpu.stages import CheckFailedError, NotAvailableError, report_of
 from benchmarks.ops import timings
@@ -115,6 +115,7 @@ def measure(name: str, report: Report, options: argparse.Namespace) -> None:
     report.note(
         **llms.facts(llm, started), arm=arm.name, settings=arm.settings, shape=shape.name,
         copy_gb_per_s=round(copy / 1e9, 1), seed=options.seed,
+        **predictions.facts(predictions.expected_of(device, copy)),
     )  # fmt: skip
     llms.check_graphs(report.facts, mode)
     subject = _Subject(llm, arm, copy, report, options)
@@ -175,6 +176,8 @@ class _Subject:
         scheduler = llm.llm_engine.vllm_config.scheduler_config
         self._max_seqs, self._chunk = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
         self._preempted = 0
+        self._longest = llm.llm_engine.vllm_config.model_config.max_model_len
+        self._expected = predictions.expected_of(torch.device(options.device), copy)
         settings = arm.settings or {}
         self._on_gpu = options.device == "cuda" or settings.get("kernels") == "triton"
         self._shares_prompts = arm.settings is not None and settings.get("stage1", True)
@@ -291,7 +294,8 @@ class _Subject:
                 break
             seconds = commands.prefill(self._llm, self._prompt(cell.context, 1000 + index))
             known.append(seconds)
-            self._report.add(context=cell.context, prefill_s=seconds)
+            predicted = predictions.prefill_s(self._shape, cell.context)
+            self._report.add(context=cell.context, prefill_s=seconds, predicted_s=predicted)
         share = self.held(cell.context) / cell.context if self._shares_prompts else 1.0
         return min(known, default=guess) * min(1.0, 1.5 * share)
 
@@ -310,13 +314,17 @@ class _Subject:
     def _add(self, cell: dict[str, Any], steps: list[float], seconds: float) -> None:
         step = harness.summary([1e3 * second for second in steps])
         batch, context = cell["batch"], cell["context"]
-        read = bounds.step_bytes(self._shape, batch, context, self.split(context))
+        split = self.split(context)
+        read = bounds.step_bytes(self._shape, batch, context, split)
         least = 1e3 * read / self._copy
         before, self._preempted = self._preempted, self._preemptions()
         self._report.add(
             **cell, step_ms=step, tokens_per_s=batch * len(steps) / sum(steps), least_bytes=read,
             bound_ms=least, share_of_bound=least / step["median"], grown_in_s=round(seconds, 2),
             preemptions=self._preempted - before,
+            predicted_ms=predictions.step_ms(
+                self._shape, batch, context, split, self._longest, self._expected
+            ),
         )  # fmt: skip
 
     def _preemptions(self) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from benchmarks import arms, bounds, commands, harness, live
+from benchmarks import arms, bounds, commands, harness, live, predictions
 from benchmarks.arms import GIB
 from benchmarks.gpu import llms, shapes
 from benchmarks.gpu.stages import NotAvailableError
@@ -137,6 +137,7 @@ def measure(arm: str, report: Report, options: argparse.Namespace) -> None:
         copy_gb_per_s=round(copy / 1e9, 1),
         link_gb_per_s={key: round(value / 1e9, 2) for key, value in link.items()},
         seed=options.seed,
+        **predictions.facts(predictions.expected_of(device, copy)),
     )
     subject.start()
     subject.begin()
@@ -289,6 +290,7 @@ class _Subject:
             self._shape, batch, self._context, (self._top_k, BLOCK, WINDOW_STRIDE), moved,
             self._copy, self._link,
         )  # fmt: skip
+        expected = predictions.expected_of(torch.device(self._options.device), self._copy)
         least = bound.blocking_ms if name == "blocking" else bound.prefetched_ms
         row = {
             "batch": batch,
@@ -299,6 +301,9 @@ class _Subject:
             "tokens_per_s": 1e3 * batch * len(steps) / sum(steps),
             "fetched_mib": moved / 2**20,
             "bound_ms": least,
+            "predicted_ms": predictions.paged_step_ms(
+                self._shape, bound, batch, expected, prefetch=name != "blocking"
+            ),
             "share_of_bound": least / step["median"],
             "as_forced": counts["frame_misses"] == counts["expected_misses"],
             "counts_per_step": counts,

@@ -169,7 +169,10 @@ def summary(results: Results) -> tuple[str, dict]:
 
 
 def _kernel_tables(results: Results) -> Iterator[str]:
-    common = {"context": "context", "batch": "batch", "us": "us", "GB/s": "gb_per_s"}
+    common = {
+        **{"context": "context", "batch": "batch", "us": "us", "predicted": "predicted_us"},
+        "GB/s": "gb_per_s",
+    }
     for name, further in (
         ("kernels", {"budget": "budget", "block": "block_size", "of a copy": "share_of_copy"}),
         (
@@ -206,7 +209,16 @@ def _step_tables(results: Results) -> Iterator[str]:
             rows.append({**row, "arm": arm, "faster": faster, "bound": bound})
         for context, seconds in prefills(result).items():
             over = overheads(results, arm).get(context)
-            times.append({"arm": arm, "context": context, "seconds": seconds, "over": over})
+            times.append(
+                {
+                    **{"arm": arm, "context": context, "seconds": seconds, "over": over},
+                    "predicted": next(
+                        row.get("predicted_s")
+                        for row in result["rows"]
+                        if "prefill_s" in row and row["context"] == context
+                    ),
+                }
+            )
     if rows:
         arms = dict.fromkeys(row["arm"] for row in rows)
         facts = [{**results[arm]["facts"], "arm": arm} for arm in arms]
@@ -221,6 +233,7 @@ def _step_tables(results: Results) -> Iterator[str]:
         measured = {
             **{"arm": "arm", "context": "context", "batch": "batch"},
             "step ms": "{step_ms[median]:.3g}",
+            "predicted": "predicted_ms",
             "p99": "{step_ms[p99]:.3g}",
             **{"bound ms": "bound_ms", "tokens/s": "tokens_per_s", "preempted": "preemptions"},
             **{"x dense": "faster", "bound": "bound"},
@@ -231,6 +244,7 @@ def _step_tables(results: Results) -> Iterator[str]:
             **{"arm": "arm", "context": "context"},
             "prefills": lambda row: len(row["seconds"]),
             "median s": lambda row: statistics.median(row["seconds"]),
+            "predicted": "predicted",
             "least": lambda row: min(row["seconds"]),
             "overhead %": "over",
         }
@@ -242,6 +256,7 @@ def _paged_tables(results: Results) -> Iterator[str]:
         **{"arm": "arm", "context": "context", "batch": "batch"},
         "new %": lambda row: 100 * row["new_share"],
         "step ms": "{step_ms[median]:.3g}",
+        "predicted": "predicted_ms",
         "p99": "{step_ms[p99]:.3g}",
         **{"bound ms": "bound_ms", "wait ms": "exposed_wait_ms", "tokens/s": "tokens_per_s"},
         **{"MiB/step": "fetched_mib", "GB/s in flight": "in_flight_gb_per_s"},

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks import cost, predictions
 from benchmarks.gpu import shapes
 from benchmarks.ops import rocketkv, sparda, sparda_timings
 from benchmarks.ops.registry import COLD_BYTES, Timed
@@ -44,13 +45,17 @@ def measure(kind: str, report: Report, options: argparse.Namespace) -> None:
         copy_gb_per_s=round(copy / 1e9, 1),
         link_gb_per_s={key: round(value / 1e9, 2) for key, value in link.items()},
         seed=options.seed,
+        **predictions.facts(expected := predictions.expected_of(device, copy)),
     )
+    of_model = shapes.TINY if options.tiny else shape
     left_out = []
     for cell in ops.TINY_CELLS if options.tiny else ops.CELLS:
         if report.left_s < RESERVE_S:
             left_out.append(cell._asdict())
             continue
         generator = torch.Generator(device).manual_seed(options.seed)
+        # Its tables are as wide as those of an engine only where there is a GPU.
+        case = cost.Case(*cell[:3], rocketkv.LONGEST) if kind == "rocketkv" else None
         facts = {key: value for key, value in cell._asdict().items() if isinstance(value, int)}
         parts = timings(options.tiny, cell, device, generator)
         for work, found in each_seconds(parts, device):
@@ -66,6 +71,7 @@ def measure(kind: str, report: Report, options: argparse.Namespace) -> None:
                 warm=len(work.runs) * work.least < COLD_BYTES,
                 layers=len(work.runs),
                 us=round(1e6 * found, 2),
+                predicted_us=predictions.kernel_us(work.name, work.least, expected, case, of_model),
                 least_bytes=work.least,
                 gb_per_s=round(work.least / found / 1e9, 2),
                 **{f"share_of_{work.over}": round(work.least / found / peak, 4)},

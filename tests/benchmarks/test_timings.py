@@ -44,6 +44,7 @@ def test_sparda_kernels_are_timed_in_the_interpreter(tmp_path, monkeypatch):
     assert not any("error" in row for row in report.rows)
     assert len(report.rows) == 3 + len(sparda_timings.PROGRAMS)
     assert {row["misses"] for row in report.rows if "misses" in row} == {4}
+    assert all(row["predicted_us"] > 0 for row in report.rows)
 
 
 def test_rocketkv_kernels_are_timed_in_the_interpreter(tmp_path, monkeypatch):
@@ -60,6 +61,8 @@ def test_rocketkv_kernels_are_timed_in_the_interpreter(tmp_path, monkeypatch):
     assert not any("error" in row for row in report.rows)
     every = [row["kernel"] for row in report.rows]
     assert len(every) == 9
+    assert all(row["predicted_us"] > 0 for row in report.rows)
+    assert report.facts["predicted_for"]["overlapped"]
 
     def fails(**_):
         raise LookupError("no such\nresources")

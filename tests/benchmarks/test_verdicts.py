@@ -15,7 +15,7 @@ def measured(step_ms: float, bound_ms: float, **row) -> dict:
     summary = {"median": step_ms}
     rate = 1e3 * row["batch"] / step_ms
     least = {"bound_ms": bound_ms, "least_bytes": bound_ms * 4.3e9}
-    common = {"tokens_per_s": rate, "preemptions": 0, **least}
+    common = {"tokens_per_s": rate, "preemptions": 0, "predicted_ms": 1.5 * bound_ms, **least}
     return {"step_ms": summary, "wanted": row["batch"], **common, **row}
 
 
@@ -42,17 +42,26 @@ def results_of_a_bench() -> dict[str, dict]:
         measured(4.0, 3.5, context=32 * thousand, batch=1),
         measured(6.0, 4.0, context=32 * thousand, batch=27),
         measured(9.0, 8.0, context=32 * thousand, batch=108, wanted="most"),
-        *({"context": 32 * thousand, "prefill_s": seconds} for seconds in (1.03, 1.04, 9.0)),
+        *(
+            {"context": 32 * thousand, "prefill_s": seconds, "predicted_s": 0.7}
+            for seconds in (1.03, 1.04, 9.0)
+        ),
         {"context": 128 * thousand, "prefill_s": 14.0},
     ]
     blocking = {**forced("blocking", 10.0, 9.0, 19), "in_flight_gb_per_s": 48.0}
     paged = [blocking, forced("prefetch", 6.0, 5.0, 19), {"rate": 0.2, "skipped": "no time"}]
     resident = [forced("resident", 4.2, 4.0, 4)]
     kernel = {"kernel": "append", "context": 8192, "budget": 256, "batch": 1, "block_size": 64}
-    kernel |= {"us": 4.0, "gb_per_s": 12.0, "share_of_copy": 0.003}
+    kernel |= {"us": 4.0, "predicted_us": 5.5, "gb_per_s": 12.0, "share_of_copy": 0.003}
     failed = {"kernel": "select slots", "error": "no kernel image"}
     fetched = {"kernel": "copy pieces", "programs": 32, "context": 32768, "batch": 16}
-    fetched |= {"misses": 307, "us": 200.0, "gb_per_s": 50.0, "share_of_link": 0.9}
+    fetched |= {
+        "misses": 307,
+        "us": 200.0,
+        "predicted_us": 160.0,
+        "gb_per_s": 50.0,
+        "share_of_link": 0.9,
+    }
     status = {"status": "ok", "reason": "", "seconds": 1.0}
     link = {"link_gb_per_s": {"host_to_device": 55.0}, "device_kv_gib": 4.2}
     link |= {"plan": {"device_gib": 4.17}, "graphs": "CUDAGraphMode.FULL_DECODE_ONLY"}
@@ -124,12 +133,13 @@ def test_what_did_not_run_as_it_was_to_reaches_no_target():
 def test_tables_show_what_was_measured():
     text, further = verdicts.summary(results_of_a_bench())
     assert "not measured" in text
-    assert re.search(r"append +8192 +1 +4 +12 +256 +64 +0\.003", text)
-    assert re.search(r"copy pieces +32768 +16 +200 +50 +32 +307 +- +0\.9", text)
+    assert re.search(r"append +8192 +1 +4 +5\.5 +12 +256 +64 +0\.003", text)
+    assert re.search(r"copy pieces +32768 +16 +200 +160 +50 +32 +307 +- +0\.9", text)
     assert re.search(r"sparda-offload: 4\.17 of 4\.2 GiB .* link 55", text)
-    assert re.search(r"blocking +32000 +19 +9\.7 +10 +- +9 +3\.5 +1900 +228 +48 +True", text)
-    assert re.search(r"prefetch +32000 +19 +9\.7 +6 +- +5 +3\.5 +3167 +228 +- +True", text)
-    assert re.search(r"rocket-1024 +32768 +27 +6 +- +4 +4500 +0 +5 +6\.75", text)
+    assert re.search(r"blocking +32000 +19 +9\.7 +10 +13\.5 +- +9 +3\.5 +1900 +228 +48 +True", text)
+    assert re.search(r"prefetch +32000 +19 +9\.7 +6 +7\.5 +- +5 +3\.5 +3167 +228 +- +True", text)
+    assert re.search(r"rocket-1024 +32768 +27 +6 +6 +- +4 +4500 +0 +5 +6\.75", text)
+    assert re.search(r"rocket-1024 +32768 +3 +1\.04 +0\.7 +1\.03", text)
     assert re.search(r"rocket-1024 +FULL_DECODE_ONLY", text)
     assert [verdict["reached"] for verdict in further["targets"]][1] == "yes"
     assert verdicts.summary({})[1]["targets"][0]["reached"] == "not measured"
