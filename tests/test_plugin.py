@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ def test_gpu_platforms_accept_what_we_serve(monkeypatch, name):
     for changes in ({"has_sliding_window": True}, {"kv_cache_dtype": "fp8"}, {"major": 7},
                     {"use_mla": True}, {"use_batch_invariant": True}):  # fmt: skip
         assert reasons(**changes), changes
-    config.kv_transfer_config = object()
+    config.kv_transfer_config = Mock(kv_connector="any")
     assert "KV connectors" in reasons()[0]
 
 
@@ -181,8 +182,7 @@ def _config(**changes):
         ({"model_config__is_hybrid": True}, "recurrent"),
         ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ({"speculative_config": object()}, "--speculative-config"),
-        ({"kv_transfer_config": object()}, "--kv-transfer-config"),
-        ({"cache_config__kv_offloading_size": 1.0}, "--kv-offloading-size"),
+        ({"kv_transfer_config": Mock(kv_connector="any")}, "--kv-transfer-config"),
         ({"parallel_config__use_ubatching": True}, "--enable-dbo"),
         ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
@@ -197,15 +197,21 @@ def test_unsupported_combinations_are_refused(changes, why):
         check_config(_config(**changes))
 
 
-@pytest.mark.parametrize("backend", ["ROCKETKV", "SPARDA"])
-def test_offloading_is_refused_before_vllm_makes_a_connector_of_it(llama, backend):
+@pytest.mark.parametrize(("backend", "served"), [("ROCKETKV", True), ("SPARDA", False)])
+def test_offloading_is_ours_or_refused_before_vllm_makes_a_connector_of_it(llama, backend, served):
     from vllm.engine.arg_utils import EngineArgs
 
     options = {"model": str(llama), "attention_backend": backend, "skip_tokenizer_init": True}
-    options["additional_config"] = {"vllm_sparse": {"host_gib": 0.1} if backend == "SPARDA" else {}}
-    EngineArgs(**options).create_engine_config()
-    with pytest.raises(Exception, match="--kv-offloading-size"):
-        EngineArgs(**options, kv_offloading_size=1).create_engine_config()
+    options["additional_config"] = {"vllm_sparse": {} if served else {"host_gib": 0.1}}
+    assert EngineArgs(**options).create_engine_config().kv_transfer_config is None
+    if served:
+        config = EngineArgs(**options, kv_offloading_size=0.5).create_engine_config()
+        assert config.kv_transfer_config.kv_connector == "PrefixTierConnector"
+        extra = config.kv_transfer_config.kv_connector_extra_config
+        assert extra == {"cpu_bytes_to_use": 1 << 29}
+    else:
+        with pytest.raises(Exception, match="--kv-offloading-size"):
+            EngineArgs(**options, kv_offloading_size=0.5).create_engine_config()
 
 
 def test_a_guarded_combination_is_fine_with_another_backend():

@@ -31,6 +31,7 @@ class Entry(NamedTuple):
         settings: The settings class, or a policy that has one.
         cpu: vLLM backend on CPUs.
         gpu: vLLM backend on GPUs, and on CPUs where kernels are interpreted.
+        tier: Evicted prefixes may be kept in host memory (``--kv-offloading-size``).
         needs_every_layer: Sliding-window layers cannot stay stock beside it.
         refusals: Yields what it cannot serve of vLLM's configuration beside what no name can.
         prepare: Called at start-up with vLLM's configuration, which it completes, the settings, and
@@ -40,16 +41,17 @@ class Entry(NamedTuple):
     settings: str
     cpu: str = "vllm_sparse.backends.policy_cpu:PolicyCpuBackend"
     gpu: str = "vllm_sparse.backends.policy_gpu:PolicyGpuBackend"
+    tier: bool = False
     needs_every_layer: bool = False
     refusals: str = ""
     prepare: str = ""
 
 
 _BUILT_IN = {
-    "ROCKETKV": Entry("vllm_sparse.policies.rocketkv:RocketKV"),
-    "QUEST": Entry("vllm_sparse.policies.quest:Quest"),
-    "SNAPKV": Entry("vllm_sparse.policies.snapkv:SnapKV"),
-    "STREAMINGLLM": Entry("vllm_sparse.policies.streamingllm:StreamingLLM"),
+    "ROCKETKV": Entry("vllm_sparse.policies.rocketkv:RocketKV", tier=True),
+    "QUEST": Entry("vllm_sparse.policies.quest:Quest", tier=True),
+    "SNAPKV": Entry("vllm_sparse.policies.snapkv:SnapKV", tier=True),
+    "STREAMINGLLM": Entry("vllm_sparse.policies.streamingllm:StreamingLLM", tier=True),
     "SPARDA": Entry(
         "vllm_sparse.policies.sparda:SpardaSettings",
         cpu="vllm_sparse.backends.sparda_cpu:SpardaCpuBackend",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from vllm_sparse.backends.prefix_tier import prepare_tier, unsupported_tier
 from vllm_sparse.backends.refusals import unsupported
 from vllm_sparse.config import NAMESPACE, load_settings
 from vllm_sparse.device_room import left_bytes
@@ -43,13 +44,14 @@ def check_config(vllm_config: Any, device_bytes: Callable[[], int] | None = None
         return
     settings = load_settings(vllm_config.additional_config, backend.name.lower())
     entry = entries()[backend.name]
-    reasons = list(unsupported(vllm_config))
+    reasons = [*unsupported(vllm_config), *unsupported_tier(vllm_config, entry.tier)]
     if entry.refusals:
         reasons += load(entry.refusals)(vllm_config)
     if reasons:
         raise UnsupportedError(
             f"{backend.name} cannot serve this configuration: " + "; ".join(reasons)
         )
+    prepare_tier(vllm_config)
     if entry.prepare:
         load(entry.prepare)(vllm_config, settings, device_bytes)
 

@@ -164,6 +164,17 @@ def test_what_is_published_is_hit(case, run, prompts, whole):
         assert hit == min(limit, len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE
 
 
+def test_evicted_prefixes_return_from_the_tier(case, run, prompts, whole):
+    if case.kind is LargeKeys:
+        pytest.skip("of another package, whose blocks nobody vouches for")
+    again = run(prompts, waves=2, num_gpu_blocks_override=48, kv_offloading_size=0.05)
+    assert again["tokens"] == whole["tokens"] * 2
+    for prompt, hit in zip(prompts, again["cached"][1], strict=True):
+        limit = case.policy.publishable_tokens(len(prompt))
+        assert hit == min(limit, len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE
+    assert again["free_blocks"][0] == again["free_blocks"][1]
+
+
 def test_what_is_read_and_freed_is_counted(case, prompts, whole):
     policy, counters, steps = case.policy, whole["counters"], NEW_TOKENS - 1
     assert counters["decode_rows"] == steps * len(prompts)

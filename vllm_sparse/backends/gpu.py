@@ -10,8 +10,10 @@ from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
+from vllm_sparse.backends.prefix_tier import unsupported_tier
 from vllm_sparse.backends.refusals import unsupported
 from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.registry import entries
 
 # A child of vLLM's logger: others have no handler in its processes.
 logger = init_logger("vllm.sparse")
@@ -23,9 +25,11 @@ class GpuBackend(FlashAttentionBackend):
     @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
         """Reasons against using this backend; vLLM lists them and stops."""
+        config = get_current_vllm_config()
         return [
             *super().validate_configuration(*args, **kwargs),
-            *unsupported(get_current_vllm_config()),
+            *unsupported(config),
+            *unsupported_tier(config, entries()[cls.get_name()].tier),
         ]
 
     @classmethod

@@ -35,16 +35,6 @@ def unsupported(config: Any) -> Iterator[str]:
         )
     if config.speculative_config is not None:
         yield "speculative decoding verifies several tokens per step; remove --speculative-config"
-    # The size becomes a connector only after this check.
-    for option, value in (
-        ("--kv-transfer-config", config.kv_transfer_config),
-        ("--kv-offloading-size", config.cache_config.kv_offloading_size),
-    ):
-        if value is not None:
-            yield (
-                "KV connectors move whole prompts, but a compacted request has only its kept "
-                f"tokens; remove {option}"
-            )
     parallel = config.parallel_config
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         yield "context parallelism spreads one request's tokens over ranks; use tensor parallelism"
