@@ -20,6 +20,7 @@ def score_prompt(
     prompt_lens: Tensor,
     *,
     pool_kernel: int,
+    key_scale: float = 1.0,
 ) -> Tensor:
     """What :func:`vllm_sparse.policies.rocketkv.select_prompt_tokens` ranks tokens by.
 
@@ -29,6 +30,7 @@ def score_prompt(
         block_table: Each prompt's blocks, int32 ``[R, max_blocks]``.
         prompt_lens: int32 ``[R]``; 0 marks a padding row, else more than ``w``.
         pool_kernel: Odd width of the max pool.
+        key_scale: What stored keys are multiplied with.
 
     Returns:
         Pooled scores of the tokens before the window, float32 ``[R, G, max_blocks * block_size]``;
@@ -44,7 +46,7 @@ def score_prompt(
             continue
         held = gather_tokens(keys, block_table[request], length).float()
         queries = query_window[request].float().view(kv_heads, heads // kv_heads, window, dim)
-        logits = queries @ held.transpose(-1, -2).unsqueeze(1) * dim**-0.5
+        logits = queries @ held.transpose(-1, -2).unsqueeze(1) * (dim**-0.5 * key_scale)
         logits[..., length - window :].masked_fill_(future, -torch.inf)
         score = logits.softmax(-1)[..., : length - window].sum((1, 2))
         pooled[request, :, : length - window] = torch.nn.functional.max_pool1d(

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vllm_sparse.kernels.fp8 import UNSCALED, Scales
 from vllm_sparse.kernels.triton.launch import dim_block, launch
 from vllm_sparse.kernels.triton.prompt import score_prompt
 from vllm_sparse.kernels.triton.topk import top_indices
@@ -214,10 +215,13 @@ def compact_prompts(
     layout: PageLayout,
     pool_kernel: int,
     max_kept: int,
+    scales: Scales = UNSCALED,
 ) -> None:
     """Same contract as :func:`vllm_sparse.kernels.reference.compaction.compact_prompts`."""
     window = query_window.shape[2]
-    score = score_prompt(query_window, keys, block_table, prompt_lens, pool_kernel=pool_kernel)
+    score = score_prompt(
+        query_window, keys, block_table, prompt_lens, pool_kernel=pool_kernel, key_scale=scales.key
+    )
     sizes = prompt_lens - window
     counts = sizes - dropped_blocks * layout.block_size
     chosen = top_indices(score, sizes, counts, max_kept - window)

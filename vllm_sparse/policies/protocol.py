@@ -66,12 +66,14 @@ class Shape:
         group_size: H / G.
         block_size: Tokens per block.
         max_model_len: Longest request in tokens.
+        query_slots: Numbers of the cache that one of a waiting query takes.
     """
 
     head_dim: int
     group_size: int
     block_size: int
     max_model_len: int
+    query_slots: int = 1
 
 
 @dataclass(frozen=True)
@@ -220,5 +222,5 @@ class Policy(ABC):
             return 0
         shape = self.shape
         per_block = self.index_width * (shape.block_size // min(self.page_sizes))
-        per_block //= shape.group_size * shape.head_dim
+        per_block //= shape.group_size * shape.head_dim * shape.query_slots
         return -(-self.window // per_block) + -(-self.window // shape.block_size)
