@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -30,26 +30,30 @@ class Arm:
         settings: The backend's settings; None for stock vLLM.
         backend: Its name; of no meaning without settings.
         label: For tables.
+        cache_dtype: ``--kv-cache-dtype``; empty: vLLM's choice.
     """
 
     name: str
     settings: dict[str, Any] | None = None
     backend: str = "ROCKETKV"
     label: str = field(default="", compare=False)
+    cache_dtype: str = ""
 
     def engine_args(self, shared: dict[str, Any]) -> dict[str, Any]:
-        """Returns the arguments of `LLM` that switch the backend on; none for stock vLLM.
+        """Returns the arguments of `LLM` that switch the backend on, and an fp8 cache.
 
         Args:
             shared: What all arms have in common. SPARDA's host pool gets as many bytes as stock
                 vLLM's KV pool, unless the settings say otherwise.
         """
+        cache = {"kv_cache_dtype": self.cache_dtype} if self.cache_dtype else {}
         if self.settings is None:
-            return {}
+            return cache
         settings = self.settings
         if self.backend == "SPARDA" and "kv_cache_memory_bytes" in shared:
             settings = {"host_gib": shared["kv_cache_memory_bytes"] / GIB, **settings}
-        return {"attention_backend": self.backend, "additional_config": {"vllm_sparse": settings}}
+        section = {"vllm_sparse": settings}
+        return {"attention_backend": self.backend, "additional_config": section, **cache}
 
 
 class Kind(NamedTuple):
@@ -119,6 +123,7 @@ GROUPS = {
     ),
 }
 _LOCAL = re.compile(r"(.+)-local-(\d+)")
+_FP8 = "+fp8"
 
 
 def parse_arm(name: str, settings: dict | None = None, forecast: str | None = None) -> Arm:
@@ -126,7 +131,8 @@ def parse_arm(name: str, settings: dict | None = None, forecast: str | None = No
 
     Args:
         name: A kind of `KINDS` and, after a dash, its number. Anything may follow ``dense-``, to
-            have it twice; ``-local-BLOCKS`` may follow SPARDA's.
+            have it twice; ``-local-BLOCKS`` may follow SPARDA's. At the end ``+fp8`` gives it an
+            fp8 cache.
         settings: Further settings; an arm takes those that its backend has, and those that its
             name implies win.
         forecast: Forecast weights, for the selector of that name.
@@ -134,6 +140,9 @@ def parse_arm(name: str, settings: dict | None = None, forecast: str | None = No
     Raises:
         ValueError: There is no such arm, or forecast weights are missing.
     """
+    if name.endswith(_FP8):
+        plain = parse_arm(name.removesuffix(_FP8), settings, forecast)
+        return replace(plain, name=name, label=f"{plain.label}, fp8", cache_dtype="fp8")
     local = _LOCAL.fullmatch(name)
     stem, _, number = (local[1] if local else name).rpartition("-")
     if name.partition("-")[0] == DENSE:

@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("model", help="folder of a checkpoint")
     parser.add_argument("backend", help="ROCKETKV, SPARDA, ..., or stock")
     parser.add_argument("--settings", type=json.loads, default={}, help="of the backend, as JSON")
+    parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--context", type=int, default=8000, help="prompt tokens")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="generated per request")
@@ -44,6 +45,7 @@ def main() -> None:
         max_num_seqs=options.batch,
         max_num_batched_tokens=4096,
         kv_cache_memory_bytes=3 << 30,
+        kv_cache_dtype=options.kv_cache_dtype,
         enable_prefix_caching=False,
         enforce_eager=True,
         seed=0,
@@ -70,6 +72,7 @@ def main() -> None:
         json.dumps(
             {
                 "backend": options.backend,
+                "kv_cache_dtype": options.kv_cache_dtype,
                 "steps": len(times),
                 "median_ms": round(statistics.median(times), 2),
                 "least_ms": round(times[0], 2),

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 import torch
 from support import adversary
-from support.interpreter import patch_language_once_per_launch
+from support.interpreter import patch_language_once_per_launch, round_to_fp8_as_gpus_do
 
 if not torch.cuda.is_available():
     # GPU kernels are tested in Triton's interpreter, which Triton and the kernels choose when they
@@ -31,6 +31,7 @@ if not torch.cuda.is_available():
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
         adversary.install()
+        round_to_fp8_as_gpus_do()
         patch_language_once_per_launch()
 
 from reference import hf_rocketkv, random_models

@@ -180,7 +180,12 @@ def _config(**changes):
         ({"model_config__use_mla": True}, "MLA"),
         ({"model_config__runner_type": "pooling"}, "pooling"),
         ({"model_config__is_hybrid": True}, "recurrent"),
-        ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        (
+            {"cache_config__cache_dtype": "fp8_e5m2"},
+            "--kv-cache-dtype fp8_e5m2: .*two binary digits",
+        ),
+        ({"cache_config__cache_dtype": "int8_per_token_head"}, "scale of its own.*use fp8 or auto"),
+        ({"cache_config__cache_dtype": "nvfp4"}, "fewer than 8 bits"),
         ({"speculative_config": object()}, "--speculative-config"),
         ({"kv_transfer_config": Mock(kv_connector="any")}, "--kv-transfer-config"),
         ({"parallel_config__use_ubatching": True}, "--enable-dbo"),
@@ -235,6 +240,8 @@ def test_wrong_settings_stop_the_start():
         ({"logits_soft_cap": 30.0}, "capped"),
         ({"attn_type": "encoder"}, "encoder"),
         ({"kv_sharing_target_layer_name": "layer.0"}, "share"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "e5m2"),
+        ({"kv_cache_dtype": "auto", "expected_cache_dtype": "fp8"}, "kv-cache-dtype-skip-layers"),
     ],
 )
 def test_unsupported_layers_are_refused(layer, why):
@@ -246,6 +253,8 @@ def test_unsupported_layers_are_refused(layer, why):
         "logits_soft_cap": None,
         "attn_type": "decoder",
         "kv_sharing_target_layer_name": None,
+        "kv_cache_dtype": "auto",
+        "expected_cache_dtype": "auto",
     }
     check_layer(**plain)
     with pytest.raises(UnsupportedError, match=why):

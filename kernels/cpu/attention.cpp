@@ -43,7 +43,8 @@ __attribute__((noinline)) Workspace<T>& workspace() {
 
 // collect(token, kv_head, runs) lists what to attend to; nothing gives zeros.
 template <typename T, typename Sizes, typename Collect>
-void attend(const Sizes& s, const void* query, void* out, float scale, Collect&& collect) {
+void attend(const Sizes& s, const void* query, void* out, float scale, float value_scale,
+            Collect&& collect) {
 #pragma omp parallel
   {
     Workspace<T>& own = workspace<T>();
@@ -52,17 +53,18 @@ void attend(const Sizes& s, const void* query, void* out, float scale, Collect&&
     attention.group = s.group;
     attention.dim = s.dim;
     attention.scale = scale;
+    attention.value_scale = value_scale;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < s.tokens * s.kv_heads; ++task) {
       const int64_t t = task / s.kv_heads, h = task % s.kv_heads, first = h * s.group * s.dim;
-      T* target = static_cast<T*>(out) + t * s.out_stride + first;
+      Token<T>* target = static_cast<Token<T>*>(out) + t * s.out_stride + first;
       runs.clear();
       collect(t, h, runs);
       if (runs.empty()) {
-        std::memset(static_cast<void*>(target), 0, s.group * s.dim * sizeof(T));
+        std::memset(static_cast<void*>(target), 0, s.group * s.dim * sizeof(*target));
         continue;
       }
-      const T* source = static_cast<const T*>(query) + t * s.query_stride + first;
+      const Token<T>* source = static_cast<const Token<T>*>(query) + t * s.query_stride + first;
       attention.hold(source, s.group * s.dim, own.query);
       own.rows.clear();
       for (const Run<T>& run : runs) own.rows.add(run.rows, run.tokens * 2 * s.dim * sizeof(T));
@@ -85,7 +87,7 @@ int vllm_sparse_attend_frames(int dtype, const void* frames, const void* query, 
   if (s.dim > kMaxDim) return 1;
   return with_dtype(dtype, [&](auto zero) {
     typedef decltype(zero) T;
-    attend<T>(s, query, out, scale, [&](int64_t t, int64_t h, std::vector<Run<T>>& runs) {
+    attend<T>(s, query, out, scale, 1.0f, [&](int64_t t, int64_t h, std::vector<Run<T>>& runs) {
       const int32_t* frame = table + (t * s.kv_heads + h) * s.table_stride;
       for (int64_t slot = 0; slot < lengths[t]; slot += s.block_size)
         runs.push_back({static_cast<const T*>(frames) + *frame++ * s.block_size * 2 * s.dim,
@@ -96,15 +98,17 @@ int vllm_sparse_attend_frames(int dtype, const void* frames, const void* query, 
 
 // slots: ascending block * block_size + slot, [tokens][kv_heads][slot_stride], of which the first
 // min(top_k, length) count; null, or top_r[t] of 0, attends to all of the block table. Returns 1
-// for a head size and 2 for a dtype that is not supported; see with_dtype.
+// for a head size and 2 for a dtype that is not supported; see with_cache_dtype.
 int vllm_sparse_attend_slots(int dtype, const void* cache, const void* query, void* out,
                              const int32_t* slots, const int32_t* table, const int32_t* lengths,
-                             const int32_t* top_r, const SlotSizes* sizes, float scale) {
+                             const int32_t* top_r, const SlotSizes* sizes, float scale,
+                             float key_scale, float value_scale) {
   const SlotSizes& s = *sizes;
   if (s.dim > kMaxDim) return 1;
-  return with_dtype(dtype, [&](auto zero) {
+  return with_cache_dtype(dtype, [&](auto zero) {
     typedef decltype(zero) T;
-    attend<T>(s, query, out, scale, [&](int64_t t, int64_t h, std::vector<Run<T>>& runs) {
+    const float of_logits = scale * key_scale;
+    attend<T>(s, query, out, of_logits, value_scale, [&](int64_t t, int64_t h, auto& runs) {
       auto row = [&](int64_t block, int64_t slot) {
         return static_cast<const T*>(cache) + block * s.block_stride + h * s.head_stride +
                slot * 2 * s.dim;

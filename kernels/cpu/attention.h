@@ -68,23 +68,24 @@ struct Attention {
   typedef Dot<T> D;
   typedef typename D::query Query;
   int64_t group, dim;
-  float scale;
+  float scale, value_scale;  // of logits and of what is attended to
 
   // Copies a query group to where attend() wants it.
-  static void hold(const T* source, int64_t count, std::vector<Query>& query) {
+  static void hold(const Token<T>* source, int64_t count, std::vector<Query>& query) {
     query.resize(count);
-    if constexpr (std::is_same_v<T, Query>)
-      std::memcpy(query.data(), source, count * sizeof(T));
+    if constexpr (std::is_same_v<Token<T>, Query>)
+      std::memcpy(query.data(), source, count * sizeof(Query));
     else
       for (int64_t i = 0; i < count; ++i) query[i] = to_float(source[i]);
   }
 
   // query and out: [group][dim]. Pulls all of `later` on the way.
-  void attend(const Query* query, const std::vector<Run<T>>& runs, T* out, Lines& later) const {
+  void attend(const Query* query, const std::vector<Run<T>>& runs, Token<T>* out,
+              Lines& later) const {
     by_four(group, [&](auto count, int64_t first) {
       constexpr int G = decltype(count)::value;
       const Query* q = query + first * dim;
-      T* target = out + first * dim;
+      Token<T>* target = out + first * dim;
       switch (dim) {
         case 64: return heads<G, 64 / kPiece>(q, runs, target, later);
         case 128: return heads<G, 128 / kPiece>(q, runs, target, later);
@@ -102,7 +103,8 @@ struct Attention {
   // Up to four query heads, by an online softmax. P is the number of pieces of a head (0: not
   // known at compile time); with it, queries stay in registers.
   template <int G, int P>
-  void heads(const Query* query, const std::vector<Run<T>>& runs, T* out, Lines& later) const {
+  void heads(const Query* query, const std::vector<Run<T>>& runs, Token<T>* out,
+             Lines& later) const {
     size_t run = 0;
     int64_t taken = 0, tokens = 0;
     for (const Run<T>& r : runs) tokens += r.tokens;
@@ -142,7 +144,7 @@ struct Attention {
       float total = 0;
       for (int lane = g; lane < kLanes; lane += 4) total += mass[lane];
       for (int64_t j = 0; j < dim; ++j)
-        out[g * dim + j] = from_float<T>(sums[g * dim + j] * (1.0f / total));
+        out[g * dim + j] = from_float<Token<T>>(sums[g * dim + j] * (value_scale / total));
     }
   }
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from vllm_sparse.kernels.cpu import build
+from vllm_sparse.kernels.fp8 import FP8, UNSCALED, Scales
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
@@ -33,6 +34,7 @@ def attend_slots(
     top_k: int,
     scale: float,
     arrived: Tensor | None = None,
+    scales: Scales = UNSCALED,
 ) -> None:
     """Exact attention over the selected tokens; arguments as the reference explains them.
 
@@ -45,6 +47,10 @@ def attend_slots(
     del arrived
     tokens, heads, dim = query.shape
     kv_heads = cache.shape[1]
+    target = output
+    if cache.dtype == FP8:
+        query = query.float()
+        output = torch.empty_like(query)
     assert all(t.dtype == torch.int32 and t.stride(-1) == 1 for t in (block_table, lengths, top_r))
     assert slots is None or (slots.dtype == torch.int32 and slots.is_contiguous())
     assert query.stride(1) == output.stride(1) == dim
@@ -64,4 +70,7 @@ def attend_slots(
         out_stride=output.stride(0),
     )
     tensors = cache, query, output, slots, block_table, lengths, top_r
-    build.call("attend_slots", tensors, sizes, scale, dtype=cache.dtype)
+    factors = scale, scales.key, scales.value
+    build.call("attend_slots", tensors, sizes, *factors, dtype=cache.dtype)
+    if output is not target:
+        target.copy_(output)

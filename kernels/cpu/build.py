@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm_sparse.kernels.fp8 import FP8
 
 from vllm_sparse.errors import VllmSparseError
 from vllm_sparse.paths import cache_dir
@@ -29,14 +30,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, FP8: 3}
 """What the kernels call a dtype."""
 
 # int, 64-bit number, float or pointer.
 _ARGUMENTS = {
-    "vllm_sparse_decode": "ippppppppppfi",
+    "vllm_sparse_decode": "ippppppppppfffi",
     "vllm_sparse_attend_frames": "ippppppf",
-    "vllm_sparse_attend_slots": "ippppppppf",
+    "vllm_sparse_attend_slots": "ippppppppfff",
     "vllm_sparse_attend_part": "ipppppppf",
     "vllm_sparse_choose_blocks": "ippppppf",
     "vllm_sparse_select_blocks": "ipppppppp",

@@ -25,10 +25,10 @@ template <typename T>
 struct Arguments {
   const DecodeSizes& s;
   T* cache;
-  const T *query, *key, *value;
-  T* out;
+  const Token<T> *query, *key, *value;
+  Token<T>* out;
   const int32_t *table, *lengths, *final_lengths, *top_r;
-  float scale;
+  float scale, key_scale, value_scale;
   bool read_all;
 
   HeadCache<T> head(int64_t task) const {
@@ -36,7 +36,8 @@ struct Arguments {
   }
   void append(int64_t task) const {
     const int64_t t = task / s.kv_heads, at = t * s.key_stride + task % s.kv_heads * s.dim;
-    if (lengths[t] > 0) head(task).append(lengths[t] - 1, key + at, value + at);
+    if (lengths[t] > 0)
+      head(task).append(lengths[t] - 1, key + at, value + at, key_scale, value_scale);
   }
   // Only the last token that a step writes to a page stores the page's extrema.
   void refresh(int64_t task) const {
@@ -67,7 +68,7 @@ struct Task {
     runs.clear();
     Attention<T>::hold(a.query + t * s.query_stride + h * s.group * s.dim, s.group * s.dim, query);
     if (selects) {
-      channels.choose(query.data(), s.group, s.dim, a.top_r[t], a.scale);
+      channels.choose(query.data(), s.group, s.dim, a.top_r[t], a.scale * a.key_scale);
       const int32_t bytes = head.pages_per_block() * sizeof(T);
       offsets.clear();
       for (int32_t row : channels.rows)
@@ -96,8 +97,8 @@ struct Task {
 
   void attend(const Arguments<T>& a, Attention<T>& attention, Lines& later) {
     const DecodeSizes& s = a.s;
-    T* out = a.out + id / s.kv_heads * s.out_stride + id % s.kv_heads * s.group * s.dim;
-    if (runs.empty()) std::memset(static_cast<void*>(out), 0, s.group * s.dim * sizeof(T));
+    Token<T>* out = a.out + id / s.kv_heads * s.out_stride + id % s.kv_heads * s.group * s.dim;
+    if (runs.empty()) std::memset(static_cast<void*>(out), 0, s.group * s.dim * sizeof(*out));
     else attention.attend(query.data(), runs, out, later);
   }
 
@@ -136,7 +137,8 @@ void decode(const Arguments<T>& a) {
     Attention<T>& attention = own.attention;
     attention.group = s.group;
     attention.dim = s.dim;
-    attention.scale = a.scale;
+    attention.scale = a.scale * a.key_scale;
+    attention.value_scale = a.value_scale;
     if (replays) {
 #pragma omp for schedule(static)
       for (int64_t task = 0; task < tasks; ++task) a.append(task);
@@ -172,18 +174,20 @@ void decode(const Arguments<T>& a) {
 
 }  // namespace
 
-// dtype: see with_dtype. final_lengths[t] is the length of t's request after this step. Returns 1
+// dtype: see with_cache_dtype. final_lengths[t] is the length of t's request after this step. Returns 1
 // for a head size and 2 for a dtype that is not supported.
 extern "C" int vllm_sparse_decode(int dtype, void* cache, const void* query, const void* key,
                                   const void* value, void* out, const int32_t* table,
                                   const int32_t* lengths, const int32_t* final_lengths,
                                   const int32_t* top_r, const DecodeSizes* sizes, float scale,
-                                  int read_all) {
+                                  float key_scale, float value_scale, int read_all) {
   if (sizes->dim > kMaxDim) return 1;
-  return with_dtype(dtype, [&](auto zero) {
+  return with_cache_dtype(dtype, [&](auto zero) {
     typedef decltype(zero) T;
-    decode<T>({*sizes, static_cast<T*>(cache), static_cast<const T*>(query),
-               static_cast<const T*>(key), static_cast<const T*>(value), static_cast<T*>(out),
-               table, lengths, final_lengths, top_r, scale, read_all != 0});
+    typedef Token<T> X;
+    decode<T>({*sizes, static_cast<T*>(cache), static_cast<const X*>(query),
+               static_cast<const X*>(key), static_cast<const X*>(value), static_cast<X*>(out),
+               table, lengths, final_lengths, top_r, scale, key_scale, value_scale,
+               read_all != 0});
   });
 }

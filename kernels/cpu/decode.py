@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from vllm_sparse.kernels.cpu import build
+from vllm_sparse.kernels.fp8 import FP8, UNSCALED, Scales
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
@@ -38,6 +39,7 @@ def decode_attention(
     replays: bool = True,
     parked: Tensor | None = None,
     per_block: int = 0,
+    scales: Scales = UNSCALED,
 ) -> None:
     """Append, select and attend in one pass; arguments as the reference explains them.
 
@@ -52,6 +54,11 @@ def decode_attention(
         raise ValueError("the CPU decode kernel lets no queries wait for their prompt's end")
     tokens, heads, dim = query.shape
     kv_heads = cache.shape[1]
+    target = output
+    if cache.dtype == FP8:
+        assert scales.truncates
+        query, key, value = query.float(), key.float(), value.float()
+        output = torch.empty_like(query)
     if key.stride(0) != value.stride(0):
         value = value.contiguous()
         key = key.contiguous()
@@ -78,4 +85,7 @@ def decode_attention(
         key_stride=key.stride(0),
     )
     tensors = cache, query, key, value, output, *integers
-    build.call("decode", tensors, sizes, scale, int(read_all), dtype=cache.dtype)
+    factors = scale, scales.key, scales.value
+    build.call("decode", tensors, sizes, *factors, int(read_all), dtype=cache.dtype)
+    if output is not target:
+        target.copy_(output)

@@ -44,9 +44,20 @@ struct HeadCache {
   T* extrema(int64_t index) const { return block(index) + s.block_size * 2 * s.dim; }
   int64_t pages_per_block() const { return s.block_size / s.page_size; }
 
-  void append(int64_t slot, const T* key, const T* value) const {
-    std::memcpy(row(slot), key, s.dim * sizeof(T));
-    std::memcpy(row(slot) + s.dim, value, s.dim * sizeof(T));
+  // The scales are those that stored numbers are multiplied with; only fp8 has any.
+  void append(int64_t slot, const Token<T>* key, const Token<T>* value, float key_scale,
+              float value_scale) const {
+    T* target = row(slot);
+    if constexpr (std::is_same_v<T, Token<T>>) {
+      std::memcpy(target, key, s.dim * sizeof(T));
+      std::memcpy(target + s.dim, value, s.dim * sizeof(T));
+    } else {
+      const float keys = 1.0f / key_scale, values = 1.0f / value_scale;
+      for (int64_t j = 0; j < s.dim; ++j) {
+        target[j] = from_float<T>(key[j] * keys);
+        target[s.dim + j] = from_float<T>(value[j] * values);
+      }
+    }
   }
 
   // Element-wise extrema of the keys in slots [first, last), which are of one page.

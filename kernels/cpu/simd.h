@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: The vllm-sparse authors
 //
-// Vectors of floats as wide as the CPU has them, the three cache dtypes, and dot products of them.
+// Vectors of floats as wide as the CPU has them, the cache dtypes, and dot products of them.
 
 #pragma once
 
@@ -28,6 +28,9 @@ typedef int32_t ivec __attribute__((vector_size(kLanes * sizeof(int32_t)), align
 struct bf16 {
   uint16_t bits;
 };
+struct fp8 {  // e4m3
+  uint8_t bits;
+};
 typedef uint16_t bf16_vec __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2)));
 typedef _Float16 half_vec __attribute__((vector_size(kLanes * sizeof(_Float16)), aligned(2)));
 
@@ -43,6 +46,24 @@ inline vec load(const bf16* p) {
 inline vec load(const _Float16* p) {
   return __builtin_convertvector(*reinterpret_cast<const half_vec*>(p), vec);
 }
+// As float16, whose exponent is 8 larger; so that subnormal numbers need no attention. NaN becomes
+// 480: conversion as vLLM does it on CPUs makes none.
+inline vec load(const fp8* p) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(0xbfff));
+  return (vec)_mm512_cvtph_ps(half) * 256.0f;
+#else
+  vec out;
+  for (int i = 0; i < kLanes; ++i) {
+    const uint16_t half = (p[i].bits & 0x80) << 8 | (p[i].bits & 0x7f) << 7;
+    _Float16 x;
+    std::memcpy(&x, &half, 2);
+    out[i] = static_cast<float>(x) * 256.0f;
+  }
+  return out;
+#endif
+}
 inline void store(float* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
 
 inline float to_float(float x) { return x; }
@@ -52,6 +73,12 @@ inline float to_float(bf16 x) {
   float out;
   std::memcpy(&out, &bits, 4);
   return out;
+}
+inline float to_float(fp8 x) {
+  const uint16_t half = (x.bits & 0x80) << 8 | (x.bits & 0x7f) << 7;
+  _Float16 out;
+  std::memcpy(&out, &half, 2);
+  return static_cast<float>(out) * 256.0f;
 }
 template <typename T>
 inline T from_float(float x) {
@@ -65,6 +92,22 @@ inline bf16 from_float<bf16>(float x) {  // round to nearest even; inputs are fi
   return bf16{static_cast<uint16_t>(bits >> 16)};
 }
 
+template <>
+inline fp8 from_float<fp8>(float x) {  // see `encode` in kernels/fp8.py; exact for numbers of fp8
+  float size = std::fabs(x);
+  size = size < 448.0f ? size : 448.0f;  // NaN too
+  const bool small = size < 0.015625f;
+  if (small) size += 0.015625f;
+  uint32_t bits;
+  std::memcpy(&bits, &size, 4);
+  const uint32_t code = (bits >> 20) - ((small ? 121 : 120) << 3);
+  return fp8{static_cast<uint8_t>(code | (x < 0 ? 0x80 : 0))};
+}
+
+// What tokens of a cache of T come as: queries, new keys and values, and results.
+template <typename T>
+using Token = std::conditional_t<std::is_same_v<T, fp8>, float, T>;
+
 // Calls run(T{}) with the element type that `dtype` names: 0 float32, 1 bfloat16, 2 float16.
 // Returns 0, or 2 if there is none.
 template <typename Run>
@@ -75,6 +118,14 @@ int with_dtype(int dtype, Run&& run) {
     case 2: run(_Float16{}); return 0;
   }
   return 2;
+}
+
+// The same where a cache may also hold e4m3, which is 3.
+template <typename Run>
+int with_cache_dtype(int dtype, Run&& run) {
+  if (dtype != 3) return with_dtype(dtype, run);
+  run(fp8{});
+  return 0;
 }
 
 // Calls run(G, first) for each group of up to four of `count` query heads; G is a constant.

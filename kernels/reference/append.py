@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from vllm_sparse.kernels.fp8 import FP8, UNSCALED, Scales, as_slots, encode, readable
 from vllm_sparse.kernels.types import Probes
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def append_tokens(
     probes: Probes | None = None,
     scale: float = 0.0,
     arrived: Tensor | None = None,
+    scales: Scales = UNSCALED,
 ) -> None:
     """Write each row's newest token and refresh the extrema of the page it falls into.
 
@@ -52,6 +54,7 @@ def append_tokens(
         probes: Written, see :func:`probe_pages`.
         scale: Logit scale; needed with ``probes``.
         arrived: Counters of the launches that follow, int32; set to zero.
+        scales: Of an fp8 cache.
     """
     if arrived is not None:
         arrived.zero_()
@@ -59,10 +62,14 @@ def append_tokens(
         park_queries(cache, query, parked, layout, per_block)
     tokens, extrema = layout.tokens(cache), layout.extrema(cache)
     active = lengths > 0
-    rows = block_table[active].long()
+    table = block_table[active].long()
     slot = (lengths[active] - 1).long()
-    block = rows.gather(1, (slot // layout.block_size)[:, None])[:, 0]
-    tokens[block, :, slot % layout.block_size] = torch.cat((key, value), -1)[active].to(cache.dtype)
+    block = table.gather(1, (slot // layout.block_size)[:, None])[:, 0]
+    rows = [
+        encode(part[active], cache.dtype, scale, scales.truncates)
+        for part, scale in ((key, scales.key), (value, scales.value))
+    ]
+    tokens[block, :, slot % layout.block_size] = torch.cat(rows, -1)
 
     # Only the last token that this step writes to a page stores the page's extrema, so that no
     # two rows write different values to one place.
@@ -72,13 +79,14 @@ def append_tokens(
     in_block = slot % layout.block_size
     page = in_block // layout.page_size
     member = page[:, None] * layout.page_size + torch.arange(layout.page_size, device=cache.device)
-    keys = tokens[block[:, None], :, member, : layout.head_dim].transpose(1, 2)
+    keys = readable(tokens[block[:, None], :, member, : layout.head_dim]).transpose(1, 2)
     absent = (member > in_block[:, None])[:, None, :, None]
     low = keys.masked_fill(absent, torch.inf).amin(2)
     high = keys.masked_fill(absent, -torch.inf).amax(2)
-    extrema[block, :, :, page] = torch.cat((low, high), -1)
+    extrema[block, :, :, page] = torch.cat((low, high), -1).to(cache.dtype)
     if query is not None and probes is not None:
-        found = probe_pages(cache, query, block_table, lengths, top_r, layout, scale)
+        asked = scale * scales.key
+        found = probe_pages(cache, query, block_table, lengths, top_r, layout, asked)
         for written, part in zip(probes, found, strict=True):
             written.copy_(part)
 
@@ -101,13 +109,14 @@ def probe_pages(
         lengths: ``[T]``; 0 marks a padding row.
         top_r: Channels to read, ``[T]``; rows with 0 read everything.
         layout: Page geometry.
-        scale: Logit scale.
+        scale: Logit scale, that of an fp8 cache's keys included.
 
     Returns:
         What they ask, of new tensors.
     """
     (rows, heads, dim), kv_heads = query.shape, cache.shape[1]
-    grouped = query.to(cache.dtype).float().view(rows, kv_heads, -1, dim)
+    dtype = query.dtype if cache.dtype == FP8 else cache.dtype
+    grouped = query.to(dtype).float().view(rows, kv_heads, -1, dim)
     order = grouped.abs().sum(2).sort(dim=-1, descending=True, stable=True).indices
     rank = order.argsort(-1)
     read = rank < top_r[:, None, None]
@@ -131,7 +140,7 @@ def probe_pages(
     bound = torch.where(upper, high, low)
     newest = (chosen * bound.unsqueeze(2)).sum(-1) * factor
     return Probes(
-        chosen.view(rows, heads, dim).to(cache.dtype),
+        chosen.view(rows, heads, dim).to(dtype),
         extreme,
         factor.view(rows, heads),
         newest.view(rows, heads),
@@ -152,10 +161,10 @@ def park_queries(
     """
     kv_heads, group = cache.shape[1], query.shape[1] // cache.shape[1]
     there = parked >= 0
-    grouped = query[there].unflatten(1, (kv_heads, group)).flatten(2).to(cache.dtype)
+    grouped = as_slots(query[there].unflatten(1, (kv_heads, group)).flatten(2), cache.dtype)
     place = parked[there].long()
     area = layout.extrema(cache).flatten(2)
-    size = group * layout.head_dim
+    size = grouped.shape[-1]
     column = (place % per_block)[:, None] * size + torch.arange(size, device=cache.device)
     block = (place // per_block)[:, None, None]
     head = torch.arange(kv_heads, device=cache.device)[:, None]

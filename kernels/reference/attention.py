@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from vllm_sparse.kernels.fp8 import UNSCALED, Scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +27,7 @@ def attend_slots(
     top_k: int,
     scale: float,
     arrived: Tensor | None = None,
+    scales: Scales = UNSCALED,
 ) -> None:
     """Exact attention over the selected tokens.
 
@@ -41,6 +43,7 @@ def attend_slots(
         top_k: Tokens selected.
         scale: Logit scale.
         arrived: Zeros, int32 ``[T, G]``, for programs to count each other; changed.
+        scales: Of an fp8 cache.
     """
     del arrived
     kv_heads, dim, size = cache.shape[1], layout.head_dim, layout.block_size
@@ -58,5 +61,5 @@ def attend_slots(
             slot = slots[row, :, : min(length, top_k)].long()
         keys, values = tokens[slot // size, head, slot % size].float().split(dim, -1)
         grouped = query[row].float().view(kv_heads, -1, dim)
-        weights = (grouped @ keys.transpose(-1, -2) * scale).softmax(-1)
-        output[row] = (weights @ values).reshape(-1, dim).to(output.dtype)
+        weights = (grouped @ keys.transpose(-1, -2) * (scale * scales.key)).softmax(-1)
+        output[row] = (weights @ values * scales.value).reshape(-1, dim).to(output.dtype)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from vllm_sparse.kernels.fp8 import UNSCALED, Scales, readable
 from vllm_sparse.kernels.reference.prompt import gather_tokens, score_prompt
 from vllm_sparse.kernels.reference.topk import top_indices
 
@@ -54,16 +55,16 @@ def compact_tokens(
         end = torch.arange(length - window, length, device=cache.device)
         index = chosen[request, :, : kept - window].long()
         index = torch.cat((index, end.expand(len(index), -1)), -1).unsqueeze(-1)
-        both = (gather_tokens(part, table[request], length) for part in (keys, values))
+        both = (readable(gather_tokens(part, table[request], length)) for part in (keys, values))
         rows = torch.cat(
             [part.gather(1, index.expand(-1, -1, layout.head_dim)) for part in both], 2
         )
         bounds = torch.cat(page_extrema(rows[..., : layout.head_dim], layout.page_size), -1)
         tail = table[request, dropped : -(-length // layout.block_size)]
         padding = len(tail) * layout.block_size - kept
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, padding))
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, padding)).to(cache.dtype)
         padding = len(tail) * layout.pages_per_block - bounds.shape[1]
-        bounds = torch.nn.functional.pad(bounds, (0, 0, 0, padding))
+        bounds = torch.nn.functional.pad(bounds, (0, 0, 0, padding)).to(cache.dtype)
         layout.tokens(cache)[tail] = rows.unflatten(1, (len(tail), -1)).transpose(0, 1)
         layout.extrema(cache)[tail] = bounds.unflatten(1, (len(tail), -1)).permute(1, 0, 3, 2)
 
@@ -81,6 +82,7 @@ def compact_prompts(
     pool_kernel: int,
     scale: float,
     max_kept: int,
+    scales: Scales = UNSCALED,
 ) -> None:
     """Stage 1 of every prompt that ends in a step: score, select, move.
 
@@ -96,10 +98,16 @@ def compact_prompts(
         pool_kernel: Odd width of the max pool.
         scale: Logit scale.
         max_kept: At least ``P - dropped_blocks * block_size`` of every prompt.
+        scales: Of an fp8 cache.
     """
     window = query_window.shape[2]
     score = score_prompt(
-        query_window, keys, block_table, prompt_lens, pool_kernel=pool_kernel, scale=scale
+        query_window,
+        keys,
+        block_table,
+        prompt_lens,
+        pool_kernel=pool_kernel,
+        scale=scale * scales.key,
     )
     sizes = prompt_lens - window
     counts = sizes - dropped_blocks * layout.block_size

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from vllm_sparse.kernels.fp8 import UNSCALED, Scales
 from vllm_sparse.kernels.reference.append import append_tokens
 
 from vllm_sparse.policies.pages import page_probabilities, select_pages
@@ -37,6 +38,7 @@ def decode_attention(
     replays: bool = True,
     parked: Tensor | None = None,
     per_block: int = 0,
+    scales: Scales = UNSCALED,
 ) -> None:
     """Append the rows' tokens, select with hybrid sparse attention, attend exactly.
 
@@ -60,10 +62,11 @@ def decode_attention(
         parked: Where queries wait for their prompt's compaction, as ``block * per_block + place``,
             int32 ``[T]``; -1 for none.
         per_block: Window queries that a block has room for; needed with ``parked``.
+        scales: Of an fp8 cache.
     """
     append_tokens(
         cache, key, value, block_table, lengths, final_lengths, top_r, layout,
-        replays=replays, query=query, parked=parked, per_block=per_block,
+        replays=replays, query=query, parked=parked, per_block=per_block, scales=scales,
     )  # fmt: skip
     rows, heads, dim = query.shape
     kv_heads = cache.shape[1]
@@ -73,7 +76,8 @@ def decode_attention(
     tokens = layout.tokens(cache)[table].transpose(1, 2).reshape(rows, kv_heads, held, 2 * dim)
     keys, values = tokens.float().split(dim, -1)
     position = torch.arange(held, device=cache.device)
-    grouped = query.view(rows, kv_heads, -1, dim)
+    # Stored keys are in a unit of their own, which queries take over.
+    grouped = query.float().view(rows, kv_heads, -1, dim) * scales.key
 
     visible = position < lengths[:, None]
     selected = visible[:, None].expand(-1, kv_heads, -1)
@@ -107,8 +111,8 @@ def decode_attention(
         mask = torch.zeros(rows, kv_heads, held, dtype=torch.bool, device=cache.device)
         mask = mask.scatter_(2, index, chosen) | (top_r <= 0)[:, None, None]
         selected = selected & mask
-    logits = grouped.float() @ keys.transpose(-1, -2) * scale
+    logits = grouped @ keys.transpose(-1, -2) * scale
     weights = logits.masked_fill(~selected.unsqueeze(2), -torch.inf).softmax(-1)
-    attended = weights @ values.masked_fill(~selected.unsqueeze(-1), 0.0)
+    attended = weights @ values.masked_fill(~selected.unsqueeze(-1), 0.0) * scales.value
     attended = torch.where((lengths > 0)[:, None, None, None], attended, 0.0)
     output.copy_(attended.reshape(rows, heads, dim))

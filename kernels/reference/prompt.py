@@ -30,7 +30,7 @@ def score_prompt(
         block_table: Each prompt's blocks, int32 ``[R, max_blocks]``.
         prompt_lens: int32 ``[R]``; 0 marks a padding row, else more than ``w``.
         pool_kernel: Odd width of the max pool.
-        scale: Logit scale.
+        scale: Logit scale, that of an fp8 cache's keys included.
 
     Returns:
         Pooled scores of the tokens before the window, float32 ``[R, G, max_blocks * block_size]``;

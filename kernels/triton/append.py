@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
+from vllm_sparse.kernels.fp8 import FP8, UNSCALED, Scales
 from vllm_sparse.kernels.triton.grid import let_next_start, wait_for_previous
 from vllm_sparse.kernels.triton.launch import dim_block, overlaps
+from vllm_sparse.kernels.triton.ops import rounded_to
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +31,7 @@ def _store_probe(
     """What one row and KV head asks of pages.
 
     Args:
-        b_q: Its queries in the cache's dtype, ``[M, D]``.
+        b_q: Its queries, in the dtype in which they are asked with, ``[M, D]``.
         low: Smallest keys of its newest page, ``[D]``.
         high: Largest keys of its newest page, ``[D]``.
         channels: How many to read.
@@ -40,6 +42,7 @@ def _store_probe(
         extreme_out: The same.
         scale_out: The same.
         newest_out: The same.
+        key_scale: What stored keys are multiplied with.
         GROUP: Query heads.
         DIM: Head size.
     """
@@ -89,6 +92,8 @@ def _append_kernel(
     probe_newest,
     arrived,
     logit_scale,
+    key_scale,
+    value_scale,
     stride_block,
     stride_head,
     stride_query_row,
@@ -133,18 +138,21 @@ def _append_kernel(
     inside = dim < DIM
     element = cache.dtype.element_ty
     b_k = tl.load(key + row * stride_key_row + head * stride_key_head + dim, mask=inside)
-    b_k = b_k.to(element)
+    b_k = rounded_to(b_k, key_scale, element)
     if WRITE_ROW:
         b_v = tl.load(value + row * stride_value_row + head * stride_value_head + dim, mask=inside)
         tl.store(base + slot * (2 * DIM) + dim, b_k, mask=inside)
-        tl.store(base + slot * (2 * DIM) + DIM + dim, b_v.to(element), mask=inside)
+        b_v = rounded_to(b_v, value_scale, element)
+        tl.store(base + slot * (2 * DIM) + DIM + dim, b_v, mask=inside)
     channels = tl.load(top_r + row)
     member = tl.arange(0, BLOCK_M)
     mask = (member < GROUP)[:, None] & inside[None, :]
     if PROBE | (PER_BLOCK > 0):
         source = query + row * stride_query_row + dim[None, :]
         source += (head * GROUP + member)[:, None] * stride_query_head
-        b_q = tl.load(source, mask=mask, other=0.0).to(element)
+        b_q = tl.load(source, mask=mask, other=0.0)
+        if element != tl.float8e4nv:
+            b_q = b_q.to(element)
     # Where all tokens are read nobody needs extrema, and window queries may wait in their place.
     if WRITE_EXTREMA & (channels > 0):
         page = slot // PAGE
@@ -171,7 +179,10 @@ def _append_kernel(
         place = tl.load(parked + row)
         if place >= 0:
             area = cache + (place // PER_BLOCK).to(tl.int64) * stride_block + head * stride_head
-            area += BLOCK_SIZE * 2 * DIM + (place % PER_BLOCK) * (GROUP * DIM)
+            area += BLOCK_SIZE * 2 * DIM
+            if element == tl.float8e4nv:  # queries are not rounded, but take several slots a number
+                area = area.to(query.dtype, bitcast=True)
+            area += (place % PER_BLOCK) * (GROUP * DIM)
             tl.store(area + member[:, None] * DIM + dim[None, :], b_q, mask=mask)
 
 
@@ -192,6 +203,7 @@ def append_tokens(
     probes: Probes | None = None,
     scale: float = 0.0,
     arrived: Tensor | None = None,
+    scales: Scales = UNSCALED,
 ) -> None:
     """Same contract as :func:`vllm_sparse.kernels.reference.append.append_tokens`.
 
@@ -209,15 +221,17 @@ def append_tokens(
         query: Channels contiguous.
         parked: int32; needs ``replays=False``.
         per_block: Window queries that a block has room for.
-        probes: Contiguous, the queries in the cache's dtype.
+        probes: Contiguous, the queries in the cache's dtype, or of fp8 caches in their own.
         scale: Logit scale; needed with ``probes``.
         arrived: ``[n, T, G]``, a row after the other.
+        scales: Of an fp8 cache.
     """
     rows, kv_heads, dim = key.shape
     assert key.stride(-1) == value.stride(-1) == block_table.stride(-1) == 1
     assert cache.stride(-1) == 1
     assert cache.stride(-2) == cache.shape[-1], "a page must be one contiguous run"
     assert parked is None or not replays
+    assert cache.dtype != FP8 or not scales.truncates
     if not rows:
         return
     if query is None:
@@ -242,7 +256,9 @@ def append_tokens(
             lengths if parked is None else parked,
             *asked,
             lengths if arrived is None else arrived,
-            scale,
+            scale * scales.key,
+            scales.key,
+            scales.value,
             cache.stride(0),
             cache.stride(1),
             query.stride(0),

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vllm_sparse.kernels.fp8 import FP8, UNSCALED, Scales
 from vllm_sparse.kernels.triton import launch as launches
 from vllm_sparse.kernels.triton.grid import (
     count_in,
@@ -123,6 +124,7 @@ def _attend_kernel(
     capacity,
     shares,
     scale_log2,
+    value_scale,
     stride_block,
     stride_head,
     stride_query_row,
@@ -193,8 +195,16 @@ def _attend_kernel(
                 b_k = tl.load(place, mask=loaded, other=0.0)  # [BLOCK_N, BLOCK_D]
                 b_v = tl.load(place + DIM, mask=loaded, other=0.0)
                 peak, mass, b_o = attend_tile(
-                    b_q, b_k, b_v, inside[None, :], peak, mass, b_o, scale_log2
+                    b_q,
+                    b_k.to(b_q.dtype),
+                    b_v.to(b_q.dtype),
+                    inside[None, :],
+                    peak,
+                    mass,
+                    b_o,
+                    scale_log2,
                 )
+            b_o *= value_scale
             target = output + row * stride_output_row + head * GROUP * stride_output_head
             if used == 1:
                 # Padding rows become zero.
@@ -251,6 +261,7 @@ def attend_slots(
     top_k: int,
     scale: float,
     arrived: Tensor | None = None,
+    scales: Scales = UNSCALED,
 ) -> None:
     """Same contract as :func:`vllm_sparse.kernels.reference.attention.attend_slots`."""
     rows, heads, dim = query.shape
@@ -261,10 +272,12 @@ def attend_slots(
     if not rows:
         return
     assert slots is None or slots.is_contiguous()
-    block, warps, stages = launch("attend", device, dim, cache.dtype)
+    if cache.dtype != FP8:
+        query = query.to(cache.dtype)
+    block, warps, stages = launch("attend", device, dim, query.dtype)
     held = block_table.shape[1] * layout.block_size  # some rows may read everything
     programs, shares = attend_grid(rows * kv_heads, held, top_k, block, device, slots is None)
-    query, group, overlapped = query.to(cache.dtype), heads // kv_heads, overlaps(device)
+    group, overlapped = heads // kv_heads, overlaps(device)
     if arrived is None:
         arrived = torch.zeros(rows, kv_heads, dtype=torch.int32, device=device)
     _attend_kernel[(programs,)](
@@ -281,7 +294,8 @@ def attend_slots(
         top_k,
         0 if slots is None else slots.shape[-1],
         shares,
-        scale * LOG2_E,
+        scale * scales.key * LOG2_E,
+        scales.value,
         cache.stride(0),
         cache.stride(1),
         query.stride(0),

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vllm_sparse.kernels.fp8 import UNSCALED, Scales
 from vllm_sparse.kernels.triton.launch import dim_block, launch
 from vllm_sparse.kernels.triton.prompt import score_prompt
 from vllm_sparse.kernels.triton.topk import top_indices
@@ -215,11 +216,17 @@ def compact_prompts(
     pool_kernel: int,
     scale: float,
     max_kept: int,
+    scales: Scales = UNSCALED,
 ) -> None:
     """Same contract as :func:`vllm_sparse.kernels.reference.compaction.compact_prompts`."""
     window = query_window.shape[2]
     score = score_prompt(
-        query_window, keys, block_table, prompt_lens, pool_kernel=pool_kernel, scale=scale
+        query_window,
+        keys,
+        block_table,
+        prompt_lens,
+        pool_kernel=pool_kernel,
+        scale=scale * scales.key,
     )
     sizes = prompt_lens - window
     counts = sizes - dropped_blocks * layout.block_size

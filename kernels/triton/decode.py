@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from vllm_sparse.kernels.fp8 import FP8, UNSCALED, Scales
 from vllm_sparse.kernels.triton.append import append_tokens
 from vllm_sparse.kernels.triton.attention import attend_grid, attend_slots
 from vllm_sparse.kernels.triton.launch import launch
@@ -39,14 +40,15 @@ def decode_attention(
     replays: bool = True,
     parked: Tensor | None = None,
     per_block: int = 0,
+    scales: Scales = UNSCALED,
 ) -> None:
     """Same contract as :func:`vllm_sparse.kernels.reference.decode.decode_attention`.
 
     Capturable: grids and scratch depend on shapes only. The channel axes must be contiguous and
     so must a page of the cache; other strides are free. Integer tensors are int32. Queries are
-    rounded to the cache's dtype. Scratch: see :func:`decode_scratch_bytes`. Without ``replays``
-    no two rows may have a block in common that both score. With them pages are scored for so many
-    rows at a time, to bound scratch.
+    rounded to the cache's dtype, unless it is fp8. Scratch: see :func:`decode_scratch_bytes`.
+    Without ``replays`` no two rows may have a block in common that both score. With them pages are
+    scored for so many rows at a time, to bound scratch.
     """
     rows, kv_heads = len(query), cache.shape[1]
     padded = -(-rows // 4) * 4  # where the second half starts is aligned as the first is
@@ -68,6 +70,7 @@ def decode_attention(
         probes=probes,
         scale=scale,
         arrived=arrived,
+        scales=scales,
     )
     slots = None
     if probes is not None:
@@ -86,13 +89,16 @@ def decode_attention(
         top_k=top_k,
         scale=scale,
         arrived=arrived[1],
+        scales=scales,
     )
 
 
 def _make_probes(cache: Tensor, query: Tensor) -> Probes:
     (rows, heads, dim), kv_heads, device = query.shape, cache.shape[1], cache.device
     return Probes(
-        torch.empty(query.shape, dtype=cache.dtype, device=device),
+        torch.empty(
+            query.shape, dtype=query.dtype if cache.dtype == FP8 else cache.dtype, device=device
+        ),
         torch.empty(rows, kv_heads, dim, dtype=torch.int32, device=device),
         *(torch.empty(rows, heads, dtype=torch.float32, device=device) for _ in range(2)),
     )
@@ -167,7 +173,7 @@ def decode_scratch_bytes(
         heads: H.
         kv_heads: G.
         top_k: Tokens to attend to per KV head.
-        dtype: Of the cache.
+        dtype: Of the cache; of queries if the cache is fp8.
         device: Where.
     """
     dim, tokens = layout.head_dim, max_blocks * layout.block_size

@@ -22,6 +22,16 @@ def dot(a, b):
 
 
 @triton.jit
+def rounded_to(numbers, scale, ELEMENT: tl.constexpr):
+    """Numbers as a cache stores them; in fp8 divided by a scale, to the nearest, saturating."""
+    if tl.float8e4nv == ELEMENT:
+        numbers = numbers.to(tl.float32) / scale
+        # NaN stays, as in vLLM's conversion.
+        numbers = tl.where(numbers > 448.0, 448.0, tl.where(numbers < -448.0, -448.0, numbers))
+    return numbers.to(ELEMENT)
+
+
+@triton.jit
 def share_of(count, least, AXIS: tl.constexpr, BLOCK: tl.constexpr):
     """This program's share of a row's entries: whole tiles, as many for each program that has any.
 

@@ -101,7 +101,7 @@ def _score_pages(
             mask=(channel >= 0)[:, None] & there[None, :],
             other=0.0,
         )  # [BLOCK_D, BLOCK_P]
-        logit = dot(b_q, b_bound) * factor[:, None]
+        logit = dot(b_q, b_bound.to(b_q.dtype)) * factor[:, None]
         logit = tl.where((page == newest)[None, :], of_newest[:, None], logit)
         if not PRIVATE:
             block = row_blocks + page // PAGES
@@ -227,7 +227,7 @@ def select_slots(
     assert slots.is_contiguous()
     if not rows:
         return slots
-    block, warps, stages = launch("select_slots", device, dim, cache.dtype)
+    block, warps, stages = launch("select_slots", device, dim, probes.query.dtype)
     shares = score_shares(rows * kv_heads, width * layout.pages_per_block, block, device)
     scratch = (blocks if private else rows * width, kv_heads, heads // kv_heads + 1)
     scores = torch.empty(*scratch, layout.pages_per_block, dtype=torch.float32, device=device)

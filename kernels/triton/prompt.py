@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vllm_sparse.kernels.fp8 import FP8
 from vllm_sparse.kernels.triton.launch import dim_block, launch, row_block, splits
 from vllm_sparse.kernels.triton.ops import dot, share_of
 
@@ -89,7 +90,7 @@ def _normaliser_kernel(
             keys, table, column, column < end, dim, dim_inside,
             block_size, stride_key_block, stride_key_token,
         )  # fmt: skip
-        logit = dot(b_q, tl.trans(b_k)) * scale  # [BLOCK_M, BLOCK_N]
+        logit = dot(b_q, tl.trans(b_k.to(b_q.dtype))) * scale  # [BLOCK_M, BLOCK_N]
         visible = (column[None, :] <= last_visible[:, None]) & (column < end)[None, :]
         logit = tl.where(visible, logit, float("-inf"))
         highest = tl.maximum(peak, tl.max(logit, 1))
@@ -157,7 +158,7 @@ def _score_kernel(
             stride_query_head, stride_query_token, WINDOW,
         )  # fmt: skip
         normaliser = tl.load(lse + row, mask=row_inside, other=float("inf"))
-        logit = dot(b_q, b_k) * scale
+        logit = dot(b_q, b_k.to(b_q.dtype)) * scale
         total += tl.sum(tl.exp(logit - normaliser[:, None]), 0)
     tl.store(score + tl.program_id(1).to(tl.int64) * width + column, total, mask=inside)
 
@@ -205,9 +206,11 @@ def score_prompt(
     score = torch.empty(requests, kv_heads, width, dtype=torch.float32, device=device)
     if not score.numel():
         return score
-    query_window = query_window.to(keys.dtype)
-    block, warps, stages = launch("prompt", device, dim, keys.dtype)
-    rows = min(row_block(group * window), 128 if dim * keys.dtype.itemsize <= 256 else 64)
+    if keys.dtype != FP8:
+        query_window = query_window.to(keys.dtype)
+    dtype = query_window.dtype
+    block, warps, stages = launch("prompt", device, dim, dtype)
+    rows = min(row_block(group * window), 128 if dim * dtype.itemsize <= 256 else 64)
     row_tiles, tiles = -(-group * window // rows), -(-width // block)
     shares = splits(requests * kv_heads * row_tiles, tiles, device)
     strides = (

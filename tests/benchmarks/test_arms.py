@@ -39,6 +39,14 @@ def test_stock_vllm_has_no_settings_and_may_come_twice():
         assert arms.parse_arm(name).engine_args({"kv_cache_memory_bytes": 1}) == {}
 
 
+def test_an_arm_may_have_an_fp8_cache():
+    arm, plain = arms.parse_arm("rocketkv-512+fp8"), arms.parse_arm("rocketkv-512")
+    assert arm.settings == plain.settings
+    assert arm.engine_args({}) == {**plain.engine_args({}), "kv_cache_dtype": "fp8"}
+    assert arms.parse_arm("dense+fp8").engine_args({}) == {"kv_cache_dtype": "fp8"}
+    assert arms.label("dense+fp8") == "stock (dense), fp8"
+
+
 @pytest.mark.parametrize("name", ["rocket", "rocket-x", "512", "rocket-512-local-3", "sparda", ""])
 def test_other_names_are_refused(name):
     with pytest.raises(ValueError, match="unknown arm"):

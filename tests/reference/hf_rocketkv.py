@@ -187,6 +187,8 @@ def _attention(module, query, key, value, attention_mask, scaling, dropout=0.0, 
     assert query.shape[0] == 1, "one request at a time"
     num_heads, num_queries = query.shape[1:3]
     num_groups, n = key.shape[1:3]
+    if run.stored is not None:
+        key, value = run.stored(key, value)
     heads_per_group = num_heads // num_groups
     if run.in_prompt:
         assert num_queries == n == run.prompt_len
@@ -228,6 +230,7 @@ def generate(
     sparse: bool = True,
     select_dtype: torch.dtype = torch.float32,
     return_logits: bool = False,
+    stored=None,
 ):
     """Greedy tokens (or a Generation with ``return_logits``) of ``model`` with RocketKV.
 
@@ -254,21 +257,24 @@ def generate(
         "sparse": sparse,
         "select_dtype": select_dtype,
     }
-    return run_greedily(
-        model, prompt_ids, num_tokens, _Run(prompt_len, num_kept, settings), return_logits
-    )
+    run = _Run(prompt_len, num_kept, settings)
+    return run_greedily(model, prompt_ids, num_tokens, run, return_logits, stored)
 
 
 @torch.inference_mode()
-def run_greedily(model, prompt_ids: list[int], num_tokens: int, run, return_logits: bool = False):
+def run_greedily(
+    model, prompt_ids: list[int], num_tokens: int, run, return_logits: bool = False, stored=None
+):
     """Greedy generation under a mask.
 
     ``run`` decides: ``end_prompt_of_layer(layer, query [H, n, D], keys [G, n, D])`` sees the
     prompt, ``visible_tokens(layer, query [H, D], keys [G, n, D])`` returns per group the positions
     that a decode step attends to. It has ``in_prompt``, ``prompt_len``, ``prompt_gap``,
-    ``page_gap``, ``channel_gap`` and ``kept`` as :class:`_Run`, and is
-    told ``scaling``, what the model multiplies logits with.
+    ``page_gap``, ``channel_gap`` and ``kept`` as :class:`_Run`, and is told ``scaling``, what the
+    model multiplies logits with. ``stored(key, value)`` returns what a rounding cache would give
+    back of both; all attention reads that.
     """
+    run.stored = stored
     cache = DynamicCache(config=model.config)
     tokens, logits, page_gaps, channel_gaps = [], [], [], []
     before = model.config._attn_implementation

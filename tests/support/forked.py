@@ -85,7 +85,9 @@ def _fork_for_every_job() -> None:
         adversary = importlib.import_module("support.adversary")
         adversary.install()
         adversary.poison_scratch()
-        importlib.import_module("support.interpreter").patch_language_once_per_launch()
+        interpreter = importlib.import_module("support.interpreter")
+        interpreter.round_to_fp8_as_gpus_do()
+        interpreter.patch_language_once_per_launch()
     for name in _IMPORTED:
         importlib.import_module(name)
     gc.freeze()  # or every child would collect all that was imported, several times

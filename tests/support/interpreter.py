@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Triton's interpreter without its most expensive habit."""
+"""Triton's interpreter without its most expensive habit, and with a GPU's rounding to fp8."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
+
+import torch
 
 
 def patch_language_once_per_launch() -> None:
@@ -40,3 +42,19 @@ def patch_language_once_per_launch() -> None:
 
     interpreter._patch_lang = patch_once
     interpreter.GridExecutor.__call__ = launch_afresh
+
+
+def round_to_fp8_as_gpus_do() -> None:
+    """To the nearest e4m3 number; the interpreter loses carries and subnormal numbers."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if target == language.float8e4nv and source == language.float32:
+            numbers = torch.from_numpy(data.view("float32").copy())
+            return numbers.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return convert(data, source, target, mode)
+
+    interpreter._convert_float = rounded

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 from vllm_sparse.kernels.dispatch import SpardaKernels, sparda_kernels
+from vllm_sparse.kernels.fp8 import readable
 from vllm_sparse.kernels.types import PageTable
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -45,7 +46,8 @@ def with_gaps(tensor: torch.Tensor, axes: int) -> torch.Tensor:
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+    a, b = (readable(part).nan_to_num(7) for part in (a, b))
+    return torch.equal(a, b)
 
 
 def close(actual, expected, dtype):

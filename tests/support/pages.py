@@ -7,10 +7,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from vllm_sparse.kernels.fp8 import FP8, Scales, encode, readable
 from vllm_sparse.kernels.layout import PageLayout
 
 from support.kernels import DEVICE, with_gaps
 from vllm_sparse.policies.rocketkv import page_extrema
+
+# Of fp8 caches; powers of two would hide a product that is missing only on one side.
+SCALES = Scales(0.37, 1.7, truncates=True)
 
 
 class Batch(NamedTuple):
@@ -26,25 +30,31 @@ class Batch(NamedTuple):
 
 
 def make_batch(rows=5, kv_heads=2, group=3, dim=64, block_size=32, page_size=4, longest=300,
-               dtype=torch.float32, seed=0) -> Batch:  # fmt: skip
-    """Rows of unlike lengths in scattered blocks; whatever a row does not own is NaN."""
+               dtype=torch.float32, seed=0, fp8=False) -> Batch:  # fmt: skip
+    """Rows of unlike lengths in scattered blocks; whatever a row does not own is NaN.
+
+    Of a cache of fp8, ``dtype`` is what comes from the model.
+    """
+    cached = FP8 if fp8 else dtype
     generator = torch.Generator().manual_seed(seed)
     layout = PageLayout(block_size, dim, page_size)
     width = -(-longest // block_size) + 1
     blocks = rows * width + 1
     cache = torch.full((blocks, kv_heads, block_size, 2 * dim + 2 * dim // page_size), torch.nan)
-    cache = cache.to(dtype)
+    cache = cache.to(cached)
     table = (torch.randperm(blocks - 1, generator=generator) + 1).view(rows, width).int()
     lengths = torch.randint(longest // 2, longest + 1, (rows,), generator=generator).int()
     lengths[0] = longest
     history = []
     for row in range(rows):
-        past = torch.randn(kv_heads, int(lengths[row]) - 1, 2 * dim, generator=generator).to(dtype)
+        past = torch.randn(kv_heads, int(lengths[row]) - 1, 2 * dim, generator=generator)
+        past = encode(past, cached, 1.0, True)
         history.append(past)
         slot = torch.arange(past.shape[1])
         block = table[row].long()[slot // block_size]
         layout.tokens(cache)[block, :, slot % block_size] = past.transpose(0, 1)
-        bounds = torch.cat(page_extrema(past[..., :dim], page_size), -1).transpose(0, 1)
+        bounds = torch.cat(page_extrema(readable(past[..., :dim]), page_size), -1)
+        bounds = bounds.transpose(0, 1).to(cached)
         page = torch.arange(len(bounds))
         block = table[row].long()[page // layout.pages_per_block]
         layout.extrema(cache)[block, :, :, page % layout.pages_per_block] = bounds

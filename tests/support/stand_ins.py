@@ -68,6 +68,24 @@ def _write(key: Any, value: Any, key_cache: Any, value_cache: Any, slots: Any, *
     value_cache[block, offset] = value[: len(slots)]
 
 
+KEY_SCALE, VALUE_SCALE = 0.37, 1.7
+
+
+def kv_scales() -> None:
+    """Scales of an fp8 cache as a checkpoint may bring them."""
+    from vllm.model_executor.layers.attention import attention
+
+    real = attention.set_default_quant_scales
+
+    def scaled(layer: Any, register_buffer: bool = False) -> None:
+        real(layer, register_buffer)
+        layer._k_scale.fill_(KEY_SCALE)
+        layer._v_scale.fill_(VALUE_SCALE)
+        layer._k_scale_float, layer._v_scale_float = KEY_SCALE, VALUE_SCALE
+
+    attention.set_default_quant_scales = scaled
+
+
 def no_read_backs() -> None:
     """Let plans of real batches fail if they read a tensor of the device back."""
     from vllm_sparse.backends.policy_gpu import PolicyGpuBuilder

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from vllm_sparse.backends.refusals import FP8_CACHES, PLAIN_CACHES
 from vllm_sparse.errors import IntegrityError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class SparseBackend:
     # ROCKETKV may write a replayed token only after compaction; SPARDA writes in the order that its
     # copies allow.
     forward_includes_kv_cache_update: bool = True
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "bfloat16", "float16"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [*PLAIN_CACHES, *FP8_CACHES]
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
@@ -33,6 +34,11 @@ class SparseBackend:
     @classmethod
     def supports_batch_invariance(cls) -> bool:
         """How often a row's work is split depends on the batch."""
+        return False
+
+    @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        """Kernels take one scale for all keys of a layer, and one for its values."""
         return False
 
     @classmethod

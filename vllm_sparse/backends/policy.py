@@ -22,6 +22,7 @@ from vllm_sparse.backends.base import SparseBackend, ask_for_prompt_lengths
 from vllm_sparse.backends.refusals import check_layer
 from vllm_sparse.config import load_settings
 from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.kernels.fp8 import Scales, as_numbers
 from vllm_sparse.kv.spec import PolicySpec
 from vllm_sparse.policies.protocol import Policy, Shape
 from vllm_sparse.steps.layer import SparseLayer
@@ -53,6 +54,7 @@ class Context:
         group_size: Query heads per KV head.
         max_model_len: Longest request in tokens.
         instance_id: vLLM's instance.
+        dtype: The model's.
     """
 
     backend: str
@@ -60,17 +62,23 @@ class Context:
     group_size: int
     max_model_len: int
     instance_id: str
+    dtype: torch.dtype
 
-    def policy(self, head_dim: int, block_size: int) -> Policy:
+    def policy(self, head_dim: int, block_size: int, cache_dtype: torch.dtype) -> Policy:
         """The policy for layers of this shape.
+
+        Args:
+            head_dim: D.
+            block_size: Tokens per block.
+            cache_dtype: As vLLM allocates it: fp8 are bytes.
 
         Raises:
             UnsupportedError: Blocks or heads do not suit the policy's pages.
         """
         kind: type[Policy] = registry.policy(self.backend)
-        policy = kind(
-            self.settings, Shape(head_dim, self.group_size, block_size, self.max_model_len)
-        )
+        slots = self.dtype.itemsize if cache_dtype == torch.uint8 else 1
+        shape = Shape(head_dim, self.group_size, block_size, self.max_model_len, slots)
+        policy = kind(self.settings, shape)
         if policy.index_width % min(policy.page_sizes):
             raise UnsupportedError(
                 f"head size {head_dim} does not divide into page_sizes={min(policy.page_sizes)}"
@@ -88,11 +96,12 @@ def _check_block_size(policy: Policy, block_size: int) -> None:
         )
     shape = policy.shape
     room = policy.index_width * (block_size // min(policy.page_sizes))
-    if policy.window and room < shape.group_size * shape.head_dim:
+    fp8 = ", or leave out --kv-cache-dtype fp8" if shape.query_slots > 1 else ""
+    if policy.window and room < shape.group_size * shape.head_dim * shape.query_slots:
         raise UnsupportedError(
             f"--block-size {block_size} is too small for {shape.group_size} query heads per KV "
             f"head with page_sizes={list(policy.page_sizes)}: window queries that wait for the "
-            "next chunk need room in a block. Raise --block-size"
+            "next chunk need room in a block. Raise --block-size" + fp8
         )
 
 
@@ -110,7 +119,7 @@ class PolicyBackend(SparseBackend):
             return spec
         context = cls.context
         assert context is not None, "a layer of ours is built before its spec is asked for"
-        policy = context.policy(spec.head_size, spec.block_size)
+        policy = context.policy(spec.head_size, spec.block_size, spec.dtype)
         return PolicySpec.wrap(spec, policy, context.backend, context.instance_id)
 
 
@@ -135,6 +144,8 @@ def set_up_layer(
         logits_soft_cap=given.get("logits_soft_cap"),
         attn_type=given.get("attn_type", "decoder"),
         kv_sharing_target_layer_name=given.get("kv_sharing_target_layer_name"),
+        kv_cache_dtype=given["kv_cache_dtype"],
+        expected_cache_dtype=str(config.cache_config.cache_dtype),
     )
     name = config.attention_config.backend.name
     PolicyBackend.context = Context(
@@ -143,6 +154,7 @@ def set_up_layer(
         given["num_heads"] // given["num_kv_heads"],
         config.model_config.max_model_len,
         config.instance_id,
+        config.model_config.dtype,
     )
 
 
@@ -155,6 +167,7 @@ class Planning:
         config: vLLM's configuration.
         block_size: Of the stock metadata builder.
         kernels: What layers run.
+        truncates: How the stock kernel makes fp8 numbers, see :class:`Scales`.
         reader: Makes what reads the stock pages of a layer.
 
     Attributes:
@@ -173,6 +186,7 @@ class Planning:
         config: VllmConfig,
         block_size: int,
         kernels: PolicyKernels,
+        truncates: bool,
         reader: Callable[[Any], Reader],
     ) -> None:
         self.policy = policy = spec.policy
@@ -202,6 +216,7 @@ class Planning:
                 kernels,
                 group_size=group_size,
                 reads_all=extract_layer_index(name) < policy.settings.skip_layers,
+                **_of_fp8(layer, spec, config, truncates),
             )
         counters = metrics.counters()
         self.count = counters.add
@@ -259,6 +274,14 @@ class Planning:
         )
 
 
+def _of_fp8(layer: Any, spec: PolicySpec, config: VllmConfig, truncates: bool) -> dict[str, Any]:
+    """What a layer needs to know of an fp8 cache; weights are loaded, so scales are final."""
+    if spec.dtype != torch.uint8:
+        return {}
+    scales = Scales(layer._k_scale_float, layer._v_scale_float, truncates)
+    return {"scales": scales, "query_dtype": config.model_config.dtype}
+
+
 def _start_line(spec: PolicySpec, config: VllmConfig, kernels: PolicyKernels) -> str:
     policy, longest = spec.policy, config.model_config.max_model_len
     held = -(-longest // spec.block_size)
@@ -300,7 +323,7 @@ def attend_step(
         query: Post-RoPE queries, ``[tokens, H, D]``.
         key: ``[tokens, G, D]``.
         value: ``[tokens, G, D]``.
-        cache: ``[blocks, G, block_size, C]``.
+        cache: ``[blocks, G, block_size, C]``, bytes if it is fp8.
         step: The step.
         output: Written, ``[tokens, H, D]``.
         *scales: Of a quantised output; not supported, handed on.
@@ -308,11 +331,12 @@ def attend_step(
     Returns:
         ``output``.
     """
+    stored, cache = cache, as_numbers(cache)
     if step.rows is not None:
         sparse.decode_rows(cache, query, key, value, step.rows, output)
         return output
     if step.dense is not None or step.pages is not None:
-        tokens = sparse.stock_layout.tokens(cache)
+        tokens = sparse.stock_layout.tokens(stored)
     if step.pages is not None:
         count = len(step.pages.slots)
         stock.do_kv_cache_update(layer, key[:count], value[:count], tokens, step.pages.slots)

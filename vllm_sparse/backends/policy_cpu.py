@@ -61,6 +61,9 @@ class PolicyCpuBuilder(CPUAttentionMetadataBuilder):
         withdraw(vllm_config)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         spec = kv_cache_spec
+        cached = spec.dtype
+        if cached == torch.uint8:  # fp8: the kernels are chosen by what is converted
+            cached = vllm_config.model_config.dtype
         # Each layer has learnt its instruction set from the stock builder.
         self._planning = Planning(
             spec,
@@ -68,7 +71,10 @@ class PolicyCpuBuilder(CPUAttentionMetadataBuilder):
             vllm_config,
             self.block_size,
             policy_cpu(),
-            lambda layer: _codec(layer.isa, spec.block_size, spec.head_size, spec.dtype),
+            True,
+            lambda layer: _codec(
+                layer.isa, spec.block_size, spec.head_size, cached, layer.kv_cache_dtype
+            ),
         )
         if self._planning.policy.settings.huge_pages:
             for layer in self._planning.layers:
@@ -128,14 +134,19 @@ class PolicyCpuImpl(CPUAttentionBackendImpl):
 
 
 @cache
-def _codec(isa: str, block_size: int, dim: int, dtype: torch.dtype) -> PageCodec:
-    return PageCodec(partial(_pack, isa), block_size, dim, dtype, torch.device("cpu"))
+def _codec(
+    isa: str, block_size: int, dim: int, dtype: torch.dtype, kv_cache_dtype: str
+) -> PageCodec:
+    pack, fp8 = partial(_pack, isa, kv_cache_dtype), kv_cache_dtype.startswith("fp8")
+    return PageCodec(pack, block_size, dim, dtype, torch.device("cpu"), fp8)
 
 
-def _pack(isa: str, key: Tensor, value: Tensor, pages: Tensor) -> None:
+def _pack(isa: str, kv_cache_dtype: str, key: Tensor, value: Tensor, pages: Tensor) -> None:
     """The stock kernel's write, into one page; lets the codec find out how it packs."""
     from vllm import _custom_ops as ops
 
     key_pages, value_pages = pages.chunk(2, 2)
     slots = torch.arange(key.shape[0])
-    ops.cpu_attn_reshape_and_cache(key, value, key_pages, value_pages, slots, isa)
+    ops.cpu_attn_reshape_and_cache(
+        key, value, key_pages, value_pages, slots, isa, kv_cache_dtype=kv_cache_dtype
+    )

@@ -24,6 +24,7 @@ from vllm_sparse.backends.base import most_rows, prompt_lengths, sequence_length
 from vllm_sparse.backends.gpu import GpuBackend, check_block_size, warn_of_gpus
 from vllm_sparse.backends.policy import Planning, PolicyBackend, attend_step, set_up_layer
 from vllm_sparse.backends.prompts import prompt_lengths_on_host, watch_requests
+from vllm_sparse.backends.refusals import PLAIN_CACHES
 from vllm_sparse.counters import DeviceCounters
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.dispatch import policy_triton
@@ -48,6 +49,8 @@ _PREFERRED_BLOCK_SIZE = 64
 
 class PolicyGpuBackend(PolicyBackend, GpuBackend):
     """Policies on NVIDIA GPUs."""
+
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [*PLAIN_CACHES]
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
@@ -94,7 +97,13 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         self._kernels = policy_triton(device)
         reader = PlainReader(spec.layout(policy.page_sizes[0]))
         self._planning = Planning(
-            spec, layer_names, vllm_config, self.block_size, self._kernels, lambda _: reader
+            spec,
+            layer_names,
+            vllm_config,
+            self.block_size,
+            self._kernels,
+            False,
+            lambda _: reader,
         )
         self._planner = self._planning.planner
         self._check_other_layers(vllm_config)
@@ -242,7 +251,7 @@ class PolicyGpuImpl(FlashAttentionImpl):
         kernels = policy_triton(device)
         assert context is not None
         block_size = config.cache_config.block_size
-        policy = context.policy(self.head_size, block_size)
+        policy = context.policy(self.head_size, block_size, config.model_config.dtype)
         if policy.top_k is None or kernels.decode_scratch_bytes is None:
             return
         layout = PageLayout(block_size, self.head_size, min(policy.page_sizes))

@@ -12,6 +12,30 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+PLAIN_CACHES = ("auto", "bfloat16", "float16")
+FP8_CACHES = ("fp8", "fp8_e4m3")
+
+_OTHER_CACHES = (
+    ("e5m2", "e5m2 has two binary digits, and FlashAttention does not read it"),
+    ("per_token_head", "each token has a scale of its own, which compaction does not move"),
+    ("", "numbers of fewer than 8 bits are packed in ways that compaction does not know"),
+)
+
+
+def unserved_cache(kind: str) -> Iterator[str]:
+    """Why a kind of KV cache cannot be had.
+
+    Args:
+        kind: vLLM's ``cache_dtype``.
+
+    Yields:
+        A reason and what to do, or nothing.
+    """
+    if kind not in (*PLAIN_CACHES, *FP8_CACHES):
+        why = next(why for part, why in _OTHER_CACHES if part in kind)
+        yield f"--kv-cache-dtype {kind}: {why}; use fp8 or auto"
+
+
 def unsupported(config: Any) -> Iterator[str]:
     """What none of our backends can serve.
 
@@ -28,11 +52,7 @@ def unsupported(config: Any) -> Iterator[str]:
         yield f"{model.runner_type} models do not decode; leave out --attention-backend"
     if model.is_hybrid:
         yield "models with recurrent state layers have another cache layout"
-    if str(config.cache_config.cache_dtype) not in ("auto", "bfloat16", "float16"):
-        yield (
-            f"--kv-cache-dtype {config.cache_config.cache_dtype}: quantised KV caches are packed "
-            "differently; use auto"
-        )
+    yield from unserved_cache(str(config.cache_config.cache_dtype))
     if config.speculative_config is not None:
         yield "speculative decoding verifies several tokens per step; remove --speculative-config"
     parallel = config.parallel_config
@@ -56,6 +76,8 @@ def unsupported_by_sparda(config: Any) -> Iterator[str]:
     parallel = config.parallel_config
     if parallel.pipeline_parallel_size > 1:
         yield "pipeline parallelism puts a layer and the one before it on different ranks"
+    if config.cache_config.cache_dtype in FP8_CACHES:
+        yield "--kv-cache-dtype fp8: the host pool holds the model's own dtype; use auto"
     heads = config.model_config.get_total_num_kv_heads()
     if parallel.tensor_parallel_size > heads:
         yield (
@@ -75,6 +97,8 @@ def check_layer(
     logits_soft_cap: float | None,
     attn_type: str,
     kv_sharing_target_layer_name: str | None,
+    kv_cache_dtype: str,
+    expected_cache_dtype: str,
 ) -> None:
     """Refuse attention variants of a single layer.
 
@@ -84,6 +108,8 @@ def check_layer(
         logits_soft_cap: Non-zero for capped logits.
         attn_type: vLLM's attention type.
         kv_sharing_target_layer_name: Not None if the layer reads another layer's KV cache.
+        kv_cache_dtype: The layer's; a checkpoint may set it after start-up's checks.
+        expected_cache_dtype: That of all layers.
 
     Raises:
         UnsupportedError: What the layer needs and why it cannot be had.
@@ -99,6 +125,12 @@ def check_layer(
         (
             kv_sharing_target_layer_name is not None,
             "layers that share one KV cache keep different tokens",
+        ),
+        *((True, reason) for reason in unserved_cache(kv_cache_dtype)),
+        (
+            kv_cache_dtype != expected_cache_dtype,
+            f"a KV cache of {kv_cache_dtype} in a layer beside {expected_cache_dtype} in others "
+            "(--kv-cache-dtype-skip-layers) has pages of another size",
         ),
     ):
         if present:

@@ -221,18 +221,20 @@ class SpardaImpl(AttentionImpl[SpardaStep]):
         kv_sharing_target_layer_name: str | None = None,
         sinks: Tensor | None = None,
     ) -> None:
+        config = get_current_vllm_config()
         check_layer(
             alibi_slopes=alibi_slopes,
             sinks=sinks,
             logits_soft_cap=logits_soft_cap,
             attn_type=attn_type,
             kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+            kv_cache_dtype=kv_cache_dtype,
+            expected_cache_dtype=str(config.cache_config.cache_dtype),
         )
         self.num_heads = num_heads
         self.head_size = head_size
         self.num_kv_heads = num_kv_heads
         self.scale = float(scale)
-        config = get_current_vllm_config()
         settings = load_settings(config.additional_config, "sparda")
         SpardaBackend._context = Context(settings, config.instance_id)
 

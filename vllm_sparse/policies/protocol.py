@@ -68,6 +68,7 @@ class Shape:
         max_model_len: Longest request in tokens.
         scale: What the layer multiplies logits with; ``1 / sqrt(D)`` if omitted, as where only
             lengths matter.
+        query_slots: Numbers of the cache that one of a waiting query takes.
     """
 
     head_dim: int
@@ -75,6 +76,7 @@ class Shape:
     block_size: int
     max_model_len: int
     scale: float | None = None
+    query_slots: int = 1
 
     @property
     def logit_scale(self) -> float:
@@ -228,5 +230,5 @@ class Policy(ABC):
             return 0
         shape = self.shape
         per_block = self.index_width * (shape.block_size // min(self.page_sizes))
-        per_block //= shape.group_size * shape.head_dim
+        per_block //= shape.group_size * shape.head_dim * shape.query_slots
         return -(-self.window // per_block) + -(-self.window // shape.block_size)

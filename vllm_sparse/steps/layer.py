@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_sparse.kernels.fp8 import UNSCALED, Scales
 from vllm_sparse.kv.tail.codec import PlainReader
 from vllm_sparse.kv.tail.compaction import QueryParking, compact_prompt
 from vllm_sparse.steps.select import attend_tokens, select_tokens, store_index, store_tokens
@@ -33,6 +34,8 @@ class SparseLayer:
         kernels: Fused steps, and attention over plain rows.
         group_size: H / G.
         reads_all: Decode reads every kept token.
+        scales: Of an fp8 cache.
+        query_dtype: Of queries that wait in an fp8 cache; ``None`` where the cache is not.
 
     Attributes:
         parking: Where window queries wait for the prompt's end; ``None`` if nothing moves.
@@ -47,18 +50,23 @@ class SparseLayer:
         *,
         group_size: int,
         reads_all: bool,
+        scales: Scales = UNSCALED,
+        query_dtype: torch.dtype | None = None,
     ) -> None:
         self.policy = policy
         self.layouts = layouts
         self.stock_layout = layouts[min(layouts)]
         self.reads_all = reads_all or policy.top_k is None
-        self.parking = QueryParking(self.stock_layout, group_size) if policy.window else None
+        self.parking = (
+            QueryParking(self.stock_layout, group_size, query_dtype) if policy.window else None
+        )
         self._prompt_reader = reader
         # What was moved is plain, what stays in place is as the stock kernel wrote it.
         self._reader = PlainReader(self.stock_layout) if policy.moves else reader
         self._plain = isinstance(self._reader, PlainReader)
         self._kernels = kernels
         self._scale = policy.shape.logit_scale
+        self._scales = scales
         self._fused = policy.moves and (bool(policy.kernel) or self.reads_all)
 
     # -- prompts -----------------------------------------------------------------------------------
@@ -108,6 +116,7 @@ class SparseLayer:
                 pool_kernel=self.policy.settings.pool_kernel,
                 scale=self._scale,
                 max_kept=prompt.prompt_len - dropped * layout.block_size,
+                scales=self._scales,
             )
             return
         compact_prompt(
@@ -119,6 +128,7 @@ class SparseLayer:
             policy=self.policy,
             reader=self._prompt_reader,
             layout=layout,
+            key_scale=self._scales.key,
         )
 
     def index_pages(self, cache: Tensor, pages: Pages) -> None:
@@ -213,6 +223,7 @@ class SparseLayer:
             top_k=self.policy.top_k or 0,
             scale=self._scale,
             read_all=self.reads_all,
+            scales=self._scales,
             **options,
         )
 
@@ -232,7 +243,7 @@ class SparseLayer:
         block = block_table.gather(1, (place // layout.block_size)[:, None])[:, 0].long()
         block = torch.where(lengths > 0, block, 0)
         slot = place % layout.block_size
-        store_tokens(cache, key, value, block, slot, layout)
+        store_tokens(cache, key, value, block, slot, layout, self._scales)
         if self.policy.index_width:
             # Of several rows of one request, the last one in a page stores its index.
             closes = (lengths == final_lengths) | (lengths % layout.page_size == 0)
@@ -253,13 +264,14 @@ class SparseLayer:
         table, reader, positions = block_table.long(), self._reader, None
         if not self.reads_all:
             positions = select_tokens(
-                cache, query, table, lengths, policy=self.policy, reader=reader, layout=layout
-            )
+                cache, query, table, lengths, policy=self.policy, reader=reader, layout=layout,
+                scales=self._scales,
+            )  # fmt: skip
         if not self._plain:
             assert positions is not None
             attend_tokens(
                 cache, query, output, positions, table, lengths, reader=reader, layout=layout,
-                scale=self._scale,
+                scale=self._scale, scales=self._scales,
             )  # fmt: skip
             return
         slots = None
@@ -269,5 +281,5 @@ class SparseLayer:
             slots = (block * size + positions % size).int()
         self._kernels.attend_slots(
             cache, query, output, slots, block_table, lengths, top_r, layout=layout,
-            top_k=self.policy.top_k or 0, scale=self._scale,
+            top_k=self.policy.top_k or 0, scale=self._scale, scales=self._scales,
         )  # fmt: skip

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_sparse.kernels.fp8 import FP8, UNSCALED, Scales, encode, readable
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -20,7 +22,13 @@ MOST_INDEX_BYTES = 256 << 20
 
 
 def store_tokens(
-    cache: Tensor, key: Tensor, value: Tensor, block: Tensor, slot: Tensor, layout: PageLayout
+    cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block: Tensor,
+    slot: Tensor,
+    layout: PageLayout,
+    scales: Scales = UNSCALED,
 ) -> None:
     """Write tokens as plain rows.
 
@@ -31,8 +39,13 @@ def store_tokens(
         block: int64 ``[T]``; padding rows write to vLLM's null block, which nobody reads.
         slot: Places in the block, int64 ``[T]``.
         layout: Page geometry.
+        scales: Of an fp8 cache.
     """
-    layout.tokens(cache)[block, :, slot] = torch.cat((key, value), -1).to(cache.dtype)
+    rows = [
+        encode(part, cache.dtype, scale, scales.truncates)
+        for part, scale in ((key, scales.key), (value, scales.value))
+    ]
+    layout.tokens(cache)[block, :, slot] = torch.cat(rows, -1)
 
 
 def store_index(
@@ -58,7 +71,7 @@ def store_index(
     page = slot // size
     member = page[:, None] * size + torch.arange(size, device=slot.device)
     head = torch.arange(kv_heads, device=slot.device)[:, None]
-    rows = reader.at(cache, block[:, None, None], head, member[:, None])
+    rows = readable(reader.at(cache, block[:, None, None], head, member[:, None]))
     index = policy.index(rows[..., : layout.head_dim], (member <= slot[:, None])[:, None])
     layout.index(cache)[block, :, :, page] = index.to(cache.dtype)
 
@@ -72,6 +85,7 @@ def select_tokens(
     policy: Policy,
     reader: Reader,
     layout: PageLayout,
+    scales: Scales = UNSCALED,
 ) -> Tensor:
     """The tokens that each KV head reads.
 
@@ -83,6 +97,7 @@ def select_tokens(
         policy: Selects.
         reader: Reads keys.
         layout: Page geometry.
+        scales: Of an fp8 cache.
 
     Returns:
         Positions, int64 ``[R, G, min(top_k, blocks * block_size)]``, ascending, of which the first
@@ -91,6 +106,8 @@ def select_tokens(
     assert policy.top_k is not None
     held = table.shape[1] * layout.block_size
     width, kv_heads = min(policy.top_k, held), cache.shape[1]
+    if cache.dtype == FP8:
+        query = query.float() * scales.key
     grouped = query.unflatten(1, (kv_heads, -1))
     pages = table.shape[1] * layout.pages_per_block
     row_bytes = max(1, 4 * kv_heads * pages * (policy.index_width + grouped.shape[2]))
@@ -119,7 +136,7 @@ def _index(
     """
     rows, kv_heads, size = len(table), cache.shape[1], layout.page_size
     index = (
-        layout.index(cache)[table]
+        readable(layout.index(cache)[table])
         .permute(0, 2, 1, 4, 3)
         .reshape(rows, kv_heads, -1, layout.channels)
     )
@@ -127,9 +144,9 @@ def _index(
     member = newest[:, None] * size + torch.arange(size, device=lengths.device)
     block = table.gather(1, member // layout.block_size)
     head = torch.arange(kv_heads, device=lengths.device)[:, None]
-    keys = reader.at(cache, block[:, None], head, (member % layout.block_size)[:, None])
+    keys = readable(reader.at(cache, block[:, None], head, (member % layout.block_size)[:, None]))
     present = (member < lengths[:, None])[:, None]
-    built = policy.index(keys[..., : layout.head_dim], present).to(cache.dtype)
+    built = policy.index(keys[..., : layout.head_dim], present).to(index.dtype)
     place = newest[:, None, None, None].expand(-1, kv_heads, 1, layout.channels)
     return index.scatter(2, place, built.unsqueeze(2))
 
@@ -145,6 +162,7 @@ def attend_tokens(
     reader: Reader,
     layout: PageLayout,
     scale: float,
+    scales: Scales = UNSCALED,
 ) -> None:
     """Exact attention over selected tokens, wherever they lie.
 
@@ -158,6 +176,7 @@ def attend_tokens(
         reader: Reads keys and values.
         layout: Page geometry.
         scale: Logit scale.
+        scales: Of an fp8 cache.
     """
     kv_heads, width = positions.shape[1:]
     block = table[:, None].expand(-1, kv_heads, -1).gather(2, positions // layout.block_size)
@@ -167,8 +186,8 @@ def attend_tokens(
     # What lies beyond a row may be NaN, which a weight of zero would not silence.
     keys, values = rows.masked_fill(hidden, 0.0).split(layout.head_dim, -1)
     grouped = query.float().unflatten(1, (kv_heads, -1))
-    logits = (grouped @ keys.transpose(-1, -2) * scale).masked_fill(
+    logits = (grouped @ keys.transpose(-1, -2) * (scale * scales.key)).masked_fill(
         hidden.transpose(-1, -2), -torch.inf
     )
-    attended = (logits.softmax(-1) @ values).flatten(1, 2)
+    attended = (logits.softmax(-1) @ values * scales.value).flatten(1, 2)
     output.copy_(torch.where((lengths > 0)[:, None, None], attended, 0.0))

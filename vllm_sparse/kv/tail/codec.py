@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.kernels.fp8 import FP8
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
@@ -98,11 +99,13 @@ class PageCodec:
 
     Args:
         pack: The stock kernel's write, called as ``pack(key, value, pages)`` with
-            ``[block_size, G, D]`` twice and zeroed ``pages``, ``[1, G, 2 * block_size, D]``.
+            ``[block_size, G, D]`` twice and zeroed ``pages``, ``[1, G, 2 * block_size, D]``, which
+            for an fp8 cache are bytes.
         block_size: Tokens per page.
         dim: D.
-        dtype: Cache dtype.
+        dtype: Of keys and values, and of the cache unless it is fp8.
         device: Cache device.
+        fp8: Whether the cache is.
 
     Raises:
         UnsupportedError: The stock kernel packs pages in an unknown way.
@@ -115,6 +118,7 @@ class PageCodec:
         dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        fp8: bool = False,
     ) -> None:
         self.block_size = block_size
         self.dim = dim
@@ -123,7 +127,12 @@ class PageCodec:
             torch.randn(block_size, 2, dim, generator=generator).to(device, dtype) for _ in "kv"
         )
         pages = torch.zeros(1, 2, 2 * block_size, dim, dtype=dtype, device=device)
+        if fp8:  # numbers that any conversion leaves as they are, without negative zeros
+            key, value = (part.to(FP8).to(dtype) + 0.0 for part in (key, value))
+            pages = pages.to(torch.uint8)
         pack(key, value, pages)
+        if fp8:
+            key, value = (part.to(FP8).view(torch.uint8) for part in (key, value))
         key_half, value_half = (half.flatten(2) for half in pages.chunk(2, 2))
         self._unpack_key = self._matching(_KEY_FORMATS, key_half, key)
         self._unpack_value = self._matching(_VALUE_FORMATS, value_half, value)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vllm_sparse.kernels.fp8 import FP8, as_slots, readable
+
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
     from vllm_sparse.kv.tail.codec import Reader
@@ -25,6 +27,7 @@ def compact_prompt(
     policy: Policy,
     reader: Reader,
     layout: PageLayout,
+    key_scale: float = 1.0,
 ) -> None:
     """Keep what each KV head needs; the first ``dropped_blocks`` blocks become free to reuse.
 
@@ -41,11 +44,14 @@ def compact_prompt(
         policy: Says what is kept.
         reader: Reads the prompt's pages.
         layout: Page geometry.
+        key_scale: What stored keys of an fp8 cache are multiplied with.
     """
     pages = cache[blocks.long()]
     keys = reader.keys(pages)
     kept = prompt_len - dropped_blocks * layout.block_size
-    index = policy.keep(query_window, keys[:, :prompt_len], kept)
+    if cache.dtype == FP8:
+        query_window = query_window.float() * key_scale
+    index = policy.keep(query_window, readable(keys[:, :prompt_len]), kept)
     kv_heads = cache.shape[1]
     kept_keys = _take_rows(keys, index)
     kept_values = _take_rows(reader.values(pages), index)
@@ -61,7 +67,8 @@ def compact_prompt(
     if policy.top_k is not None:
         present = (torch.arange(padded, device=cache.device) < kept).view(-1, layout.page_size)
         paged = rows[..., : layout.head_dim].unflatten(1, present.shape)
-        channels = torch.where(present.any(-1, keepdim=True), policy.index(paged, present), 0.0)
+        built = policy.index(readable(paged), present)
+        channels = torch.where(present.any(-1, keepdim=True), built, 0.0)
         channels = channels.unflatten(1, (len(tail), -1)).permute(1, 0, 3, 2)
         layout.index(cache)[tail] = channels.to(cache.dtype)
 
@@ -82,18 +89,23 @@ class QueryParking:
     Args:
         layout: Page geometry; the area holds ``channels * pages_per_block`` elements per KV head.
         group_size: Query heads per KV head.
+        dtype: Of the queries, where the cache is fp8; else they are rounded to the cache's.
     """
 
-    def __init__(self, layout: PageLayout, group_size: int) -> None:
+    def __init__(
+        self, layout: PageLayout, group_size: int, dtype: torch.dtype | None = None
+    ) -> None:
         self._layout = layout
         self._group = group_size
+        self._dtype = dtype
+        self._width = layout.head_dim * (dtype.itemsize if dtype else 1)
         room = layout.channels * layout.pages_per_block
-        self.per_block = room // (group_size * layout.head_dim)
+        self.per_block = room // (group_size * self._width)
 
     def _area(self, cache: Tensor) -> Tensor:
-        used = self.per_block * self._group * self._layout.head_dim
+        used = self.per_block * self._group * self._width
         area = self._layout.index(cache).flatten(2)[..., :used]
-        return area.unflatten(2, (self.per_block, self._group, self._layout.head_dim))
+        return area.unflatten(2, (self.per_block, self._group, self._width))
 
     def store(self, cache: Tensor, tail: Tensor, first: int, queries: Tensor) -> None:
         """Park queries of window positions ``first, first + 1, ...``.
@@ -107,7 +119,7 @@ class QueryParking:
         index = torch.arange(first, first + len(queries), device=cache.device)
         grouped = queries.unflatten(1, (cache.shape[1], self._group))
         block = tail.long()[index // self.per_block]
-        self._area(cache)[block, :, index % self.per_block] = grouped.to(cache.dtype)
+        self._area(cache)[block, :, index % self.per_block] = as_slots(grouped, cache.dtype)
 
     def store_at(self, cache: Tensor, query: Tensor, places: Tensor) -> None:
         """Park single queries, in fixed shapes.
@@ -119,11 +131,12 @@ class QueryParking:
                 vLLM's null block, which nobody reads.
         """
         place = places.clamp(min=0).long()
-        grouped = query.unflatten(1, (cache.shape[1], self._group)).to(cache.dtype)
+        grouped = as_slots(query.unflatten(1, (cache.shape[1], self._group)), cache.dtype)
         self._area(cache)[place // self.per_block, :, place % self.per_block] = grouped
 
     def load(self, cache: Tensor, tail: Tensor, count: int) -> Tensor:
         """The first ``count`` parked window queries, ``[count, H, D]``."""
         index = torch.arange(count, device=cache.device)
         block = tail.long()[index // self.per_block]
-        return self._area(cache)[block, :, index % self.per_block].flatten(1, 2)
+        stored = self._area(cache)[block, :, index % self.per_block].flatten(1, 2)
+        return stored.view(self._dtype) if self._dtype else stored

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""fp8 KV caches in whole engines on a CPU, float32 models, so that only the cache is rounded.
+
+Against stock vLLM with the same option where the budget covers the context, and against Hugging
+Face under the mask, whose attention then reads keys and values as the cache rounds them.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from support.engine import BLOCK_SIZE, SETTINGS, run_engine
+from support.masked import assert_tokens_of_hugging_face, policy_of
+from support.stand_ins import KEY_SCALE, VALUE_SCALE
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+FP8 = {"kv_cache_dtype": "fp8", "block_size": BLOCK_SIZE}
+SCALED = {**FP8, "stand_ins": ("kv_scales",)}
+EVERYTHING = {**SETTINGS, "token_budget": 4096, "stage1": False}
+# Queries of float32 that wait take four slots a number, so that a block has room for one of them.
+SPARSE = {**SETTINGS, "window": 8}
+SLOTS = 4
+
+
+def truncated(numbers: torch.Tensor, scale: float) -> torch.Tensor:
+    """The next number towards zero that a cache with such a scale has, found by looking it up."""
+    every = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    size = numbers.abs() / scale
+    place = torch.searchsorted(every, size.contiguous(), right=True) - 1
+    return every[place] * numbers.sign() * scale
+
+
+def as_stored(key, value):
+    return truncated(key, KEY_SCALE), truncated(value, VALUE_SCALE)
+
+
+@pytest.fixture(scope="module")
+def sparse_fp8(llama, prompts):
+    return run_engine(llama, prompts, settings=SPARSE, new_tokens=60, **SCALED)
+
+
+def test_a_budget_of_the_whole_context_equals_stock(llama, prompts, stock_run):
+    stock = run_engine(llama, prompts, **SCALED)
+    run = run_engine(llama, prompts, settings=EVERYTHING, **SCALED)
+    assert run["tokens"] == stock["tokens"] != stock_run["tokens"]
+    assert run["counters"]["selected_tokens"] == run["counters"]["visible_tokens"] > 0
+
+
+def test_sparse_engine_equals_hugging_face_on_rounded_keys_and_values(llama, prompts, sparse_fp8):
+    assert_tokens_of_hugging_face(
+        llama, prompts, sparse_fp8["tokens"][0], stored=as_stored, query_slots=SLOTS, window=8
+    )
+
+
+def test_chunks_prefix_hits_and_preemption_change_nothing(llama, prompts, sparse_fp8):
+    """Windows straddle chunks of 33 tokens: their queries wait unrounded."""
+    run = run_engine(
+        llama, prompts, settings=SPARSE, new_tokens=60, waves=2, max_num_batched_tokens=33,
+        num_gpu_blocks_override=60, scheduler_reserve_full_isl=False, **SCALED,
+    )  # fmt: skip
+    assert run["tokens"] == sparse_fp8["tokens"] * 2
+    assert run["preemptions"] > 0
+    assert run["free_blocks"][0] == run["free_blocks"][1]
+    policy = policy_of(query_slots=SLOTS, window=8)
+    assert policy.room_for_window() == 8 + 1
+    assert max(run["cached"][1]) > 0
+
+
+@pytest.mark.parametrize("backend", ["quest", "snapkv", "streamingllm"])
+def test_other_policies(llama, prompts, backend):
+    """With a budget of the whole context as stock; with less, not."""
+    settings, options = {"min_context": 128, "token_budget": 2048}, {"new_tokens": 40, **SCALED}
+    if backend == "snapkv":
+        settings["window"], options["block_size"] = 8, 2 * BLOCK_SIZE  # so that queries have room
+    stock = run_engine(llama, prompts[:3], **options)
+    options["backend"] = backend
+    wide = run_engine(llama, prompts[:3], settings=settings, **options)
+    assert wide["tokens"] == stock["tokens"]
+    narrow = run_engine(llama, prompts[:3], settings={**settings, "token_budget": 96}, **options)
+    assert narrow["tokens"] != stock["tokens"]
+    assert narrow["counters"]["decode_rows"] > 0
+
+
+def test_a_token_takes_a_quarter_of_float32_s_bytes(llama, prompts):
+    """One block of each token's bytes: vLLM finds four times as many in the same memory."""
+
+    def blocks(**options):
+        log = run_engine(llama, prompts[:1], settings=SPARSE, new_tokens=1, **options)["log"]
+        return int(re.search(r"ROCKETKV: (\d+) KV blocks", log)[1])
+
+    plain = blocks(block_size=BLOCK_SIZE)
+    assert blocks(**FP8) == pytest.approx(4 * plain, abs=4)

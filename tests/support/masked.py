@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Tokens of engines with ROCKETKV against Hugging Face under the explicit mask."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from reference import hf_rocketkv
+
+from support.engine import BLOCK_SIZE, SETTINGS
+from support.policies import make_policy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vllm_sparse.policies.rocketkv import RocketKV
+
+
+def policy_of(*, group_size: int = 4, **changes) -> RocketKV:
+    """The policy that an engine has with ``SETTINGS`` and these changes."""
+    own = {"block_size": BLOCK_SIZE, "window": 32, "max_model_len": 1024, **SETTINGS, **changes}
+    return make_policy(head_dim=32, group_size=group_size, **own)
+
+
+@cache
+def hf_model(path: Path):
+    """A checkpoint in Hugging Face's library."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def assert_tokens_of_hugging_face(
+    model: Path, prompts, tokens, *, group_size=4, stored=None, **changes
+):
+    """Every request's tokens equal the masked Hugging Face run's, up to genuine near-ties.
+
+    Args:
+        model: Checkpoint.
+        prompts: Token ids.
+        tokens: Of each request.
+        group_size: Query heads per KV head.
+        stored: See :func:`.hf_rocketkv.run_greedily`.
+        **changes: Of the settings, or of the policy's shape.
+    """
+    policy = policy_of(group_size=group_size, **changes)
+    for prompt, got in zip(prompts, tokens, strict=True):
+        retention = policy.retention(len(prompt))
+        assert retention.sparse
+        expected = hf_rocketkv.generate(
+            hf_model(model),
+            prompt,
+            len(got),
+            dropped_blocks=retention.dropped_blocks,
+            block_size=BLOCK_SIZE,
+            page_size=retention.page_size,
+            top_r=retention.top_r,
+            top_k=changes.get("token_budget", SETTINGS["token_budget"]) // 2,
+            window=policy.settings.window,
+            stage1=policy.settings.stage1,
+            stage2=policy.settings.stage2,
+            skip_layers=changes.get("skip_layers", 0),
+            stored=stored,
+            return_logits=True,
+        )
+        same = [a == b for a, b in zip(got, expected.tokens, strict=True)]
+        first = same.index(False) if False in same else len(same)
+        if first < len(same):
+            # float32 sums in another order: only a tie within rounding may fall the other way.
+            gaps = [expected.margins[first], expected.prompt_gap]
+            selection = [*expected.page_gaps[:first], *expected.channel_gaps[:first]]
+            assert gaps[0] < 1e-4 or min([gaps[1], *selection]) < 1e-5, (
+                f"diverges at token {first} without a near-tie: {gaps}, {min(selection)}"
+            )
