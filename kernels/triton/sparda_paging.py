@@ -80,8 +80,9 @@ def _find_frames(
     tl.atomic_add(counters + 2, (taken < needed).to(tl.int64), sem="relaxed")
 
 
-# The number of rows changes from step to step, which must not compile variants.
-@triton.jit(do_not_specialize=["total"])
+# The number of rows changes from step to step, which must not compile variants; that of frames is
+# an engine's, and a warm-up has its own.
+@triton.jit(do_not_specialize=["total", "num_frames"])
 def _look_up_kernel(
     wanted, frame_of, piece_of, last_use, recent, hand, step, missing, targets, misses, arrived,
     counters, total, num_frames, BLOCK: tl.constexpr, TILE: tl.constexpr,

@@ -38,6 +38,7 @@ from vllm_sparse.backends.sparda_setup import (
     runtime_of,
     start_line,
 )
+from vllm_sparse.backends.sparda_warm_up import warm_up
 from vllm_sparse.config import SpardaSettings, load_settings
 from vllm_sparse.kv.spec import SpardaSpec
 from vllm_sparse.steps.host import SpardaPlanner
@@ -142,6 +143,11 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         self.runtime = runtime_of(settings, geometry, dtype, layers, machine, rows)
         for number, layer in enumerate(layers):
             layer.impl.layer = Layer(self.runtime, number)
+        if serving and device.type == "cuda":  # elsewhere nothing is compiled
+            impl, runtime = layers[0].impl, self.runtime
+            heads = impl.num_heads, impl.num_kv_heads, impl.head_size
+            ranking = runtime.selector.ranking
+            warm_up(machine.kernels, settings, ranking, runtime.blocks, heads, dtype, device)
         ask_for_prompt_lengths(vllm_config)
         counters.publish_to(metrics.folder(vllm_config.instance_id))
         counters.set_gauge("host_pool_bytes", geometry.host_bytes)
