@@ -152,7 +152,10 @@ class TestGuard:
     @pytest.mark.parametrize(
         ("changes", "why"),
         [
-            ({"lora_config": object()}, "--enable-lora"),
+            (
+                {"settings": {"selector": "lookahead-query"}, "lora_config": object()},
+                "lookahead-query .*--enable-lora",
+            ),
             ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
             ({"parallel_config__tensor_parallel_size": 4}, "--tensor-parallel-size 4.* 2 KV heads"),
             ({"model_config__use_mla": True}, "MLA"),
@@ -171,11 +174,16 @@ class TestGuard:
         with pytest.raises(UnsupportedError, match=r"SPARDA .*speculative.*pipeline.*LoRA"):
             startup.check_config(
                 config(
+                    {"selector": "lookahead-query"},
                     speculative_config=object(),
                     lora_config=object(),
                     parallel_config__pipeline_parallel_size=2,
                 )
             )
+
+    @pytest.mark.parametrize("selector", ["previous", "query"])
+    def test_lora_is_served_where_nothing_sits_beside_its_projections(self, selector):
+        startup.check_config(config({"selector": selector}, lora_config=object()))
 
     def test_these_do_not_concern_the_other_backend(self):
         startup.check_config(

@@ -9,7 +9,8 @@ then give the same tokens.
 from __future__ import annotations
 
 import pytest
-from reference import hf_rocketkv
+import torch
+from reference import hf_rocketkv, lora
 from support.engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS, run_engine
 from support.masked import assert_tokens_of_hugging_face, hf_model, policy_of
 
@@ -176,3 +177,15 @@ def test_forgetting_the_plugin_is_harmless(llama, prompts, stock_run):
     """Installed but not selected: stock tokens, nothing counted."""
     assert not stock_run["counters"]
     assert "ROCKETKV" not in stock_run["log"]
+
+
+def test_lora_equals_merged_weights(llama, prompts, sparse_run, tmp_path):
+    adapter, merged = lora.save_adapter(llama, tmp_path)
+    run = run_engine(
+        llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE, waves=2, adapter=adapter
+    )
+    assert_tokens_of_hugging_face(merged, prompts, run["tokens"][0])
+    assert run["tokens"][1] == run["tokens"][0]
+    assert max(run["cached"][1]) > 0
+    for ours, without in zip(run["tokens"][0], sparse_run["tokens"][0], strict=True):
+        assert sum(a == b for a, b in zip(ours, without, strict=True)) < NEW_TOKENS // 2

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from reference import hf_sparda, random_models
+from reference import hf_sparda, lora, random_models
 from safetensors.torch import load_file
 from support.engine import BLOCK_SIZE, NEW_TOKENS, SPARDA_SELECTION, SPARDA_SETTINGS, run_engine
 
@@ -235,3 +235,12 @@ def test_ten_thousand_generated_tokens_equal_hugging_face(tmp_path):
     assert float((logits.amax(1) - chosen).max()) < 1e-3, "a token is not the best, not even nearly"
     assert run["counters"]["frame_misses"] > count
     assert run["counters"]["dense_fallbacks/shorter_than_dense_len"] == 1
+
+
+@pytest.mark.parametrize("selector", ["previous", "query"])
+def test_lora_equals_merged_weights(llama, prompts, tmp_path, selector):
+    adapter, merged = lora.save_adapter(llama, tmp_path)
+    run = run_sparda(llama, prompts, selector=selector, adapter=adapter, waves=2, new_tokens=60)
+    assert_tokens_of_hugging_face(merged, prompts, run["tokens"][0], selector=selector)
+    assert run["tokens"][1] == run["tokens"][0]
+    assert max(run["cached"][1]) > 0

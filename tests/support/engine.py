@@ -53,6 +53,7 @@ def run_engine(
     env: dict[str, str] | None = None,
     stand_ins: tuple[str, ...] = (),
     in_process: bool = True,
+    adapter: Path | None = None,
     timeout: float = 300,
     **llm: Any,
 ) -> dict[str, Any]:
@@ -68,6 +69,7 @@ def run_engine(
         env: Additional environment.
         stand_ins: Functions of :mod:`.stand_ins` to call before vLLM starts.
         in_process: Engine, scheduler and worker in one process.
+        adapter: Folder of a LoRA adapter, which every prompt uses.
         timeout: Seconds.
         **llm: Arguments of ``LLM``.
 
@@ -84,6 +86,8 @@ def run_engine(
         "max_num_batched_tokens": 2048,
         **llm,
     }
+    if adapter is not None:
+        arguments |= {"enable_lora": True, "max_lora_rank": 8}
     if settings is not None:
         arguments["attention_backend"] = backend
         arguments["additional_config"] = {"vllm_sparse": settings}
@@ -103,6 +107,7 @@ def run_engine(
             "waves": waves,
             "new_tokens": new_tokens,
             "llm": arguments,
+            "adapter": adapter and str(adapter),
             "stand_ins": [name for name in stand_ins if name],
             "result": str(result),
         }
@@ -130,11 +135,19 @@ def serve(job: dict[str, Any]) -> None:
     sampling = SamplingParams(
         max_tokens=job["new_tokens"], temperature=0, ignore_eos=True, detokenize=False
     )
+    request = None
+    if job["adapter"]:
+        from vllm.lora.request import LoRARequest
+
+        request = LoRARequest("adapter", 1, job["adapter"])
     result: dict[str, Any] = {"tokens": [], "cached": []}
     before = _free_blocks(llm)
     for _ in range(job["waves"]):
         outputs = llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in job["prompts"]], sampling, use_tqdm=False
+            [{"prompt_token_ids": prompt} for prompt in job["prompts"]],
+            sampling,
+            use_tqdm=False,
+            lora_request=request,
         )
         result["tokens"].append([list(output.outputs[0].token_ids) for output in outputs])
         result["cached"].append([output.num_cached_tokens for output in outputs])

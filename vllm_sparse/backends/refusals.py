@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm_sparse.config import load_settings
 from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.forecast.routing import LOOKAHEAD_SELECTORS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,8 +88,12 @@ def unsupported_by_sparda(config: Any) -> Iterator[str]:
         )
     if config.model_config.enable_sleep_mode:
         yield "sleep mode frees device memory that it does not know of; remove --enable-sleep-mode"
-    if config.lora_config is not None:
-        yield "LoRA replaces the projections that the Forecast sits beside; remove --enable-lora"
+    selector = load_settings(config.additional_config, "sparda").chosen_selector
+    if config.lora_config is not None and selector in LOOKAHEAD_SELECTORS:
+        yield (
+            f"LoRA replaces the projections that selector {selector} sits beside; set "
+            "vllm_sparse.selector to previous or query, or remove --enable-lora"
+        )
 
 
 def check_layer(

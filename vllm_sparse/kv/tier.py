@@ -72,9 +72,10 @@ class HostCopies(SimpleCPUOffloadWorker):
         config = self.kv_cache_config
         self._device_blocks = list(block_regions(kv_caches, config))
         size = config.kv_cache_tensors[0].size
-        count = max(1, config.num_blocks * self.cpu_capacity_bytes // size)
+        self.num_cpu_blocks = max(1, config.num_blocks * self.cpu_capacity_bytes // size)
         self._host_blocks = [
-            torch.empty(count, region.shape[1], dtype=torch.uint8) for region in self._device_blocks
+            torch.empty(self.num_cpu_blocks, region.shape[1], dtype=torch.uint8)
+            for region in self._device_blocks
         ]
 
     def start_load_kv(self) -> None:
