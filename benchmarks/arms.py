@@ -105,6 +105,10 @@ KINDS = {
     "previous": _blocks("`previous`, {n}", selector="previous"),
     "forecast": _blocks("`forecast`, {n}", selector="forecast"),
     "sparda": _blocks("SPARDA, {n} blocks"),
+    "prompts": Kind(
+        *("SPARDA", "sparse_prefill", "prompts of {n} blocks", {}),
+        {"init_blocks": 1, "local_blocks": 2, "dense_len": 0, "top_k": 32, "selector": "query"},
+    ),
     "sparse-dense": _blocks(
         "SPARDA, every block", None, selector="query", top_k=8, dense_len=1 << 30
     ),

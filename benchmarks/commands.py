@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import live
+from benchmarks import clock, live
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -85,6 +85,22 @@ def prefill(llm: LLM, prompt: list[int]) -> float:
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
     return time.perf_counter() - start
+
+
+def attach_clock(llm: LLM) -> None:
+    """Times the attention layers from now on; see :func:`timed_prefill`."""
+    llm.collective_rpc(clock.attach)
+
+
+def timed_prefill(llm: LLM, prompt: list[int]) -> dict[str, float]:
+    """Returns ``seconds`` as :func:`prefill`, and what `clock` found and the plugin counted."""
+    llm.collective_rpc(clock.spent)
+    before = counters(llm)
+    seconds = prefill(llm, prompt)
+    parts = llm.collective_rpc(clock.spent)[0]
+    after = counters(llm)
+    counted = {name: value - before.get(name, 0.0) for name, value in after.items()}
+    return {"seconds": seconds, **parts, "counters": counted}
 
 
 def begin(llm: LLM, prompts: list[list[int]], max_tokens: int) -> float:

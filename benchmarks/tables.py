@@ -125,6 +125,29 @@ def speed(result: Row) -> str:
     return "\n\n".join(parts)
 
 
+def prompts(result: Row) -> str:
+    """Whole prompts."""
+    parts = []
+    for cell in result["cells"]:
+        others = cell.get("cores_used_by_others") or {}
+        used = f"{others['median']:.2f} cores" if others else "?"
+        parts.append(f"**{cell['context']} tokens** (other processes used {used})")
+        columns = {
+            "arm": "arm",
+            "s": "{seconds[median]:.1f}",
+            "CPU s": "{cpu[median]:.1f}",
+            "speed-up": "{speedup_seconds:.2f}x",
+            "in CPU s": "{speedup_cpu:.2f}x",
+            "bound": "{bound:.2f}x",
+            "attention, s": "{attention[median]:.1f}",
+            "selection, s": "{choose_blocks[median]:.2f}",
+            "pairs computed": "{share_of_pairs:.0%}",
+            "blocks needed by a chunk": "{needed_share_of_blocks:.0%}",
+        }
+        parts.append(table(_named(cell["arms"]), columns))
+    return "\n\n".join(parts)
+
+
 def accuracy(result: Row) -> str:
     """Needles, conversations and prose."""
     rows = _named(result["arms"])
@@ -309,9 +332,9 @@ def stages(result: Row) -> str:
 
 
 RENDERERS: dict[str, Renderer] = {
-    "kernels": kernels, "speed": speed, "accuracy": accuracy, "capacity": capacity,
-    "blocks": blocks, "memory": memory, "overlap": overlap, "serve": serve,
-    "train-memory": training, "forecast-recall": recall,
+    "kernels": kernels, "speed": speed, "prompts": prompts, "accuracy": accuracy,
+    "capacity": capacity, "blocks": blocks, "memory": memory,
+    "overlap": overlap, "serve": serve, "train-memory": training, "forecast-recall": recall,
     **dict.fromkeys(("gpu-check", "gpu-bench", "gpu-tune"), stages),
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ def attend_part(
 
     Args:
         query: ``[G, group, T, D]``.
-        keys: ``[G, n, D]``, of consecutive positions.
+        keys: ``[G, n, D]``, of consecutive positions; blocks that nobody chose may be garbage.
         values: ``[G, n, D]``.
         chosen: Blocks that each token may read, bool ``[G, T, blocks]``; ``None`` allows all.
         scale: Logit scale.
@@ -43,6 +43,7 @@ def attend_part(
     logits = query.float() @ keys.float().transpose(1, 2).unsqueeze(1) * scale
     if mask is not None:
         logits = logits.masked_fill(~mask.unsqueeze(1), float("-inf"))
+        values = values.masked_fill(~mask.any(1).unsqueeze(-1), 0)
     lse = torch.logsumexp(logits, -1)
     weights = (logits - lse.unsqueeze(-1)).exp().nan_to_num(0.0)
     part = weights @ values.float().unsqueeze(1), lse

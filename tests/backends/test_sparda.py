@@ -116,10 +116,16 @@ def test_a_forecast_in_a_training_checkpoint_is_served_unchanged(qwen2, prompts,
     assert "layers.1.self_attn.q_curr_proj.weight" in run["log"]
 
 
-@pytest.mark.parametrize(("selector", "prefill"), [("lookahead-query", True), ("query", 9)])
-def test_sparse_prompts_equal_hugging_face(llama, prompts, selector, prefill):
-    """In chunks of which many reach into the dense start, with prefix hits, and preempted."""
+@pytest.mark.parametrize(
+    ("selector", "prefill"),
+    [("lookahead-query", True), ("lookahead-query", 5), ("query", 9), ("forecast", 9)],
+)
+def test_sparse_prompts_equal_hugging_face(llama, prompts, tmp_path, selector, prefill):
+    """In chunks of which some reach into the dense start, with prefix hits, and preempted."""
     changes = {"selector": selector, "sparse_prefill": prefill, "dense_len": 150, "new_tokens": 60}
+    if selector == "forecast":
+        changes["forecast"] = str(tmp_path / "forecast.safetensors")
+        random_models.save_random_forecast(changes["forecast"], llama)
     run = run_sparda(llama, prompts[:3], max_num_batched_tokens=100, waves=2, **changes)
     del changes["new_tokens"]
     assert_tokens_of_hugging_face(llama, prompts[:3], run["tokens"][0], **changes)

@@ -66,16 +66,22 @@ def tile_lists(draw) -> list[Tile]:
         count, late = draw(st.integers(1, TILE_BLOCKS)), draw(st.booleans())
         blocks = [draw(st.integers(0, 5)) + 6 * late for _ in range(count)]
         tokens = draw(st.integers((count - 1) * 4 + 1, count * 4))
-        tiles.append(Tile(torch.tensor(blocks), draw(st.integers(0, 5)), tokens, late))
+        first, picked = draw(st.integers(0, 5)), draw(st.booleans())
+        tiles.append(Tile(torch.tensor(blocks), first, tokens, late, picked))
     return tiles
+
+
+def choice_of(tile: Tile, generator: torch.Generator) -> torch.Tensor:
+    """What two tokens choose, bool ``[2, 2, blocks]``."""
+    return torch.rand(2, 2, tile.first_block + len(tile.blocks), generator=generator) < 0.4
 
 
 def test_blocks_that_a_chunk_needs_are_counted(counts) -> None:
     stream = PromptStream(make_pager(), KERNELS, ManualLane(), 3, counting(counts), False)
     chosen = torch.zeros(2, 5, 9, dtype=torch.bool)
     chosen[0, :, 3] = chosen[1, 2, 7] = chosen[1, 4, 8] = True
-    stream.note_needs(chosen)
-    stream.note_needs(chosen)
+    stream.note_needs((0, 0), chosen)
+    stream.note_needs((0, 0), chosen)
     stream.begin_step(())
     assert counts == {"prompt_blocks_visible": 36, "prompt_blocks_needed": 6}
 
@@ -89,6 +95,7 @@ class TestPromptStream:
         pager = make_pager(layers, STREAM_BLOCKS, frames=frames)
         lane, counts = StagingLane(eager), Counter()
         stream = PromptStream(pager, lane.kernels, lane, TILE_BLOCKS, counting(counts), prefetch)
+        generator, picked = torch.Generator().manual_seed(len(tiles)), [0, 0]
         assert stream.nbytes == 2 * TILE_BLOCKS * 2 * pager.geometry.piece_bytes
         for step in range(2):
             stream.begin_step(tiles)
@@ -97,18 +104,27 @@ class TestPromptStream:
                 pieces[6:] += 1000
                 if layer.resident:
                     layer.pieces.fill_(torch.nan)  # its frames are nearer
+                choices = [choice_of(tile, generator) for tile in tiles]
+                for index, chosen in enumerate(choices):
+                    stream.note_needs((index, index + 1), chosen)
                 for index, tile in enumerate(tiles):
                     rows = stream.read(number, index)
                     lane.unread.discard(rows.data_ptr())
-                    assert rows.equal(pieces[tile.blocks].transpose(0, 1).flatten(1, 2))
+                    needed = choices[index].any(1)[:, tile.first_block :]
+                    if not tile.picked:
+                        needed = torch.ones_like(needed)
+                    picked[layer.resident] += int(needed.sum())
+                    staged = rows.unflatten(1, (len(tile.blocks), 4))
+                    assert staged[needed].equal(pieces[tile.blocks].transpose(0, 1)[needed])
                     reads = number * len(tiles) + index + 1
                     early = prefetch and reads < layers * len(tiles)
-                    early &= index + 1 < len(tiles) or not tiles[0].late
+                    early &= index + 1 < len(tiles) or not (tiles[0].late or tiles[0].picked)
                     assert len(lane.tickets) == step * layers * len(tiles) + reads + early
             assert not lane.unread
-        fetched = sum(len(tile.blocks) for tile in tiles) * 2 * pager.geometry.piece_bytes
-        assert sum(ticket.nbytes for ticket in lane.tickets) == 2 * layers * fetched
-        assert counts["streamed_bytes"] == 2 * (layers - resident) * fetched
+        stream.begin_step(())
+        piece = pager.geometry.piece_bytes
+        assert sum(ticket.nbytes for ticket in lane.tickets) == sum(picked) * piece
+        assert counts["streamed_bytes"] == picked[False] * piece
         assert counts["exposed_wait_seconds"] == (0 if eager else 0.25 * len(lane.tickets))
 
     def test_a_thread_stays_one_tile_ahead(self, counts, gated):

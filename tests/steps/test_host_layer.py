@@ -137,8 +137,9 @@ class LayerMachine(RuleBasedStateMachine):
             SimpleNamespace(kv_cache=torch.zeros(BLOCKS, HEADS, 1, SIZE // 2 * DIM))
             for _ in range(LAYERS)
         ]
+        self.needed: dict[tuple[int, int], torch.Tensor] = {}
         stream = SimpleNamespace(
-            begin_step=self.stream.begin_step, read=self._read, note_needs=self.stream.note_needs
+            begin_step=self.stream.begin_step, read=self._read, note_needs=self._note_needs
         )
         runtime = Runtime(
             SETTINGS, 1.0, self.pager, kernels, Selector(self.ahead), self.fetcher, stream, caches
@@ -414,13 +415,23 @@ class LayerMachine(RuleBasedStateMachine):
             read = self.pager.layers[self.number].host[block, :, place % SIZE]
             assert read.equal(rows_of(known[row, :length], self.number))
 
+    def _note_needs(self, tiles: tuple[int, int], chosen: torch.Tensor) -> None:
+        self.needed[tiles] = chosen.any(1)
+        self.stream.note_needs(tiles, chosen)
+
     def _read(self, layer: int, index: int) -> torch.Tensor:
         staged, tile = self.stream.read(layer, index), self.now.tiles[index]
         (prompt,) = (p for p in self.now.prompts if p.tiles[0] <= index < p.tiles[1])
         before = tile.first_block * SIZE
         contents = self.by_begin[prompt.begin].request.contents
         mine = torch.tensor(contents[before : before + tile.tokens])
-        assert staged[:, : tile.tokens].equal(rows_of(mine, layer).transpose(0, 1))
+        wanted = torch.ones(HEADS, tile.tokens, dtype=torch.bool)
+        assert tile.picked == (prompt.sparse_from == 0)
+        if tile.picked:
+            block = torch.arange(before, before + tile.tokens) // SIZE
+            wanted = self.needed[prompt.tiles][:, block]
+            self.seen["unread"] += bool((~wanted).any())
+        assert staged[:, : tile.tokens][wanted].equal(rows_of(mine, layer).transpose(0, 1)[wanted])
         return staged
 
     def _check(self) -> None:

@@ -2,8 +2,9 @@
 # SPDX-FileCopyrightText: The vllm-sparse authors
 """Streams the earlier chunks of prompts back from host memory, one tile ahead of the computation.
 
-The order is known, so no selection is needed: tile after tile, layer after layer, through the two
-halves of a staging area of fixed size.
+The order is known: tile after tile, layer after layer, through the two halves of a staging area of
+fixed size. Of a sparse prompt's tiles, only blocks that some token of the chunk chose are copied,
+once the layer has chosen.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from vllm_sparse.prefetch.lane import Lane, Ticket
 
 
-_NEEDS = ("prompt_blocks_visible", "prompt_blocks_needed")
+_COUNTED = ("prompt_blocks_visible", "prompt_blocks_needed", "streamed_bytes")
 
 
 class Tile(NamedTuple):
@@ -36,12 +37,14 @@ class Tile(NamedTuple):
         tokens: Tokens of this prompt in them that were computed in earlier steps.
         late: Another request writes one of the blocks in this very step (vLLM shares a block as
             soon as it is scheduled), so it can be read only after the layer has written it.
+        picked: Every token that reads it chooses its blocks, which each layer says before it reads.
     """
 
     blocks: Tensor
     first_block: int
     tokens: int
     late: bool
+    picked: bool = False
 
 
 class PromptStream:
@@ -86,7 +89,8 @@ class PromptStream:
         self._tiles: Sequence[Tile] = ()
         self._pieces: list[tuple[Tensor, Tensor]] = []
         self._tickets: dict[int, Ticket] = {}
-        self._needs = DeviceCounters(_NEEDS, self.staging.device, count)
+        self._needed: dict[int, Tensor] = {}
+        self._counted = DeviceCounters(_COUNTED, self.staging.device, count)
 
     @property
     def nbytes(self) -> int:
@@ -98,21 +102,29 @@ class PromptStream:
         for ticket in self._tickets.values():
             ticket.wait()
         self._tickets.clear()
+        self._needed.clear()
         if self.staging.device.type == "cpu":
-            self._needs.flush()
+            self._counted.flush()
         else:
-            self._needs.publish()
+            self._counted.publish()
         self._tiles = tiles
         self._pieces = [self._pieces_of(tile) for tile in tiles]  # the same in every layer
 
-    def note_needs(self, chosen: Tensor) -> None:
-        """Count what a row's sparse tokens need of what they see, all together.
+    def note_needs(self, tiles: tuple[int, int], chosen: Tensor) -> None:
+        """Say what a row's sparse tokens need in a layer, before any tile of the layer is read.
 
         Args:
-            chosen: Blocks that each reads, bool ``[G, T, blocks]``.
+            tiles: Index of the row's first and after its last tile.
+            chosen: Blocks that each token reads, bool ``[G, T, blocks]``.
         """
-        self._needs.values[0] += chosen.shape[0] * chosen.shape[2]
-        self._needs.values[1] += chosen.any(1).sum()
+        needed = chosen.any(1)
+        self._counted.values[0] += needed.numel()
+        self._counted.values[1] += needed.sum()
+        for index in range(*tiles):
+            tile = self._tiles[index]
+            if tile.picked:
+                end = tile.first_block + len(tile.blocks)
+                self._needed[index] = needed[:, tile.first_block : end]
 
     def _pieces_of(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """The pieces of a tile, head-major, and how many they are, on the device."""
@@ -130,7 +142,7 @@ class PromptStream:
 
         Returns:
             Head-major rows ``[G, tile tokens, 2 * D]``, a view that the next read may overwrite.
-            Rows beyond ``tile.tokens`` are garbage.
+            Rows beyond ``tile.tokens`` are garbage, and so are blocks that nobody needs.
         """
         number = layer * len(self._tiles) + index
         if number not in self._tickets:
@@ -139,7 +151,7 @@ class PromptStream:
         following = number + 1
         if self._prefetch and following < self._pager.geometry.num_layers * len(self._tiles):
             another_layer = index + 1 == len(self._tiles)
-            if not (another_layer and self._tiles[0].late):
+            if not (another_layer and (self._tiles[0].late or self._tiles[0].picked)):
                 self._submit(following)
         blocks = self._tiles[index].blocks
         rows = self.staging[number % 2, : len(blocks) * len(self._heads)]
@@ -149,12 +161,23 @@ class PromptStream:
         layer, index = divmod(number, len(self._tiles))
         (pieces, count), pager = self._pieces[index], self._pager.layers[layer]
         staging, places = self.staging[number % 2], self._places[: len(pieces)]
+        nbytes, piece_bytes = len(pieces) * self._pager.geometry.piece_bytes, 0
+        if self._tiles[index].picked:
+            needed = self._needed.pop(index).flatten()
+            # Needed ones first; how many they are stays on the device.
+            places = needed.int().argsort(descending=True, stable=True).int()
+            pieces, count = pieces[places], needed.sum(dtype=torch.int32)[None]
+            piece_bytes = self._pager.geometry.piece_bytes
+            nbytes = int(count) * piece_bytes if count.device.type == "cpu" else 0
 
         def work() -> object:
             self._kernels.copy_pieces(staging, places, pager.source, pieces, count)
-            return pieces, count
+            return places, pieces, count
 
-        nbytes = len(pieces) * self._pager.geometry.piece_bytes
         self._tickets[number] = self._lane.fork(work, nbytes)
-        if not pager.resident:
+        if pager.resident:
+            return
+        if piece_bytes:
+            self._counted.values[2] += count[0].long() * piece_bytes
+        else:
             self._count("streamed_bytes", nbytes)

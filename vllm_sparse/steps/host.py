@@ -241,18 +241,20 @@ class SpardaPlanner:
             if not settings.sparse_prefill:
                 dense_until = max(dense_until, prompt_len)
             blocks = table[r, : -(-length // size)]
+            sparse_from = min(max(dense_until - first, 0), end - begin)
             first_tile = len(tiles)
             for b in range(0, -(-first // size), settings.staging_blocks):
                 part = slice(b, min(b + settings.staging_blocks, -(-first // size)))
                 covered = min(first - b * size, (part.stop - b) * size)
-                tiles.append(Tile(blocks[part], b, covered, bool(borrowed[r, part].any())))
+                late = bool(borrowed[r, part].any())
+                tiles.append(Tile(blocks[part], b, covered, late, sparse_from == 0))
             prompts.append(
                 PromptRow(
                     tokens[begin:end],
                     begin,
                     end,
                     first,
-                    min(max(dense_until - first, 0), end - begin),
+                    sparse_from,
                     min(max(prompt_len - first, 0), end - begin),
                     blocks,
                     (first_tile, len(tiles)),

@@ -235,12 +235,15 @@ class Layer:
     ) -> None:
         """Attend the rows that stream their earlier blocks; ``rows`` is ``[tokens, G, 2 * D]``."""
         runtime, settings = self.runtime, self.runtime.settings
-        for prompt in step.prompts:
-            here = slice(prompt.begin, prompt.end)
+        choices: list[Tensor | None] = []
+        for prompt in step.prompts:  # all of them first: then it is known what to stream
             chosen = None
             if prompt.sparse_from < len(prompt):
                 chosen = self._choose_prompt(query, prompt)
-                runtime.stream.note_needs(chosen)
+                runtime.stream.note_needs(prompt.tiles, chosen)
+            choices.append(chosen)
+        for prompt, chosen in zip(step.prompts, choices, strict=True):
+            here = slice(prompt.begin, prompt.end)
             tiles = (
                 (step.tiles[i], runtime.stream.read(self.number, i)) for i in range(*prompt.tiles)
             )
