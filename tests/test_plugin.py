@@ -149,7 +149,12 @@ def test_supported_vllm_versions_pass(monkeypatch, version):
 def _config(**changes):
     """The parts of a vLLM config that the guard reads."""
     model = SimpleNamespace(
-        use_mla=False, is_attention_free=False, runner_type="generate", is_hybrid=False
+        use_mla=False,
+        is_attention_free=False,
+        runner_type="generate",
+        is_hybrid=False,
+        enable_sleep_mode=False,
+        get_total_num_kv_heads=lambda: 8,
     )
     values = {
         "attention_config": SimpleNamespace(
@@ -161,8 +166,13 @@ def _config(**changes):
         "speculative_config": None,
         "kv_transfer_config": None,
         "parallel_config": SimpleNamespace(
-            decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            use_ubatching=False,
+            pipeline_parallel_size=1,
+            tensor_parallel_size=1,
         ),
+        "lora_config": None,
     }
     for key, value in changes.items():
         head, _, tail = key.partition("__")
@@ -180,7 +190,7 @@ def _config(**changes):
         ({"model_config__runner_type": "pooling"}, "pooling"),
         ({"model_config__is_hybrid": True}, "recurrent"),
         ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
-        ({"speculative_config": object()}, "--speculative-config"),
+        ({"speculative_config": SimpleNamespace(method="eagle")}, "--speculative-config.*eagle"),
         ({"kv_transfer_config": object()}, "--kv-transfer-config"),
         ({"cache_config__kv_offloading_size": 1.0}, "--kv-offloading-size"),
         ({"parallel_config__use_ubatching": True}, "--enable-dbo"),
@@ -195,6 +205,19 @@ def test_unsupported_combinations_are_refused(changes, why):
     check_config(_config())
     with pytest.raises(UnsupportedError, match=why):
         check_config(_config(**changes))
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix", "custom_class"])
+def test_drafts_are_served_on_cpus_only(method):
+    from vllm_sparse.startup import check_config
+
+    drafts = {"speculative_config": SimpleNamespace(method=method)}
+    check_config(_config(**drafts))
+    with pytest.raises(UnsupportedError, match="speculative decoding on GPUs"):
+        check_config(_config(**drafts), lambda: 1 << 30)
+    interpreted = {"additional_config": {"vllm_sparse": {"kernels": "triton"}}}
+    with pytest.raises(UnsupportedError, match="speculative decoding on GPUs"):
+        check_config(_config(**drafts, **interpreted))
 
 
 @pytest.mark.parametrize("backend", ["ROCKETKV", "SPARDA"])

@@ -32,7 +32,8 @@ class Entry(NamedTuple):
         cpu: vLLM backend on CPUs.
         gpu: vLLM backend on GPUs, and on CPUs where kernels are interpreted.
         needs_every_layer: Sliding-window layers cannot stay stock beside it.
-        refusals: Yields what it cannot serve of vLLM's configuration beside what no name can.
+        refusals: Yields what it cannot serve of vLLM's configuration beside what no name can;
+            also told whether steps take a GPU's path.
         prepare: Called at start-up with vLLM's configuration, which it completes, the settings, and
             what tells the memory of a device, or ``None``.
     """
@@ -41,7 +42,7 @@ class Entry(NamedTuple):
     cpu: str = "vllm_sparse.backends.policy_cpu:PolicyCpuBackend"
     gpu: str = "vllm_sparse.backends.policy_gpu:PolicyGpuBackend"
     needs_every_layer: bool = False
-    refusals: str = ""
+    refusals: str = "vllm_sparse.backends.refusals:unsupported_by_policies"
     prepare: str = ""
 
 

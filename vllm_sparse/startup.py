@@ -43,9 +43,8 @@ def check_config(vllm_config: Any, device_bytes: Callable[[], int] | None = None
         return
     settings = load_settings(vllm_config.additional_config, backend.name.lower())
     entry = entries()[backend.name]
-    reasons = list(unsupported(vllm_config))
-    if entry.refusals:
-        reasons += load(entry.refusals)(vllm_config)
+    on_gpu = device_bytes is not None or settings.kernels == "triton"
+    reasons = [*unsupported(vllm_config), *load(entry.refusals)(vllm_config, on_gpu)]
     if reasons:
         raise UnsupportedError(
             f"{backend.name} cannot serve this configuration: " + "; ".join(reasons)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from reference import hf_rocketkv
 from support.engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS, run_engine
+from support.oracle import speculation
 from support.policies import make_policy
 
 if TYPE_CHECKING:
@@ -39,9 +40,11 @@ def _hf_model(path: Path):
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
-def assert_tokens_of_hugging_face(model: Path, prompts, tokens, *, group_size=4, **changes):
+def assert_tokens_of_hugging_face(
+    model: Path, prompts, tokens, *, group_size=4, block_size=BLOCK_SIZE, **changes
+):
     """Every request's tokens equal the masked Hugging Face run's, up to genuine near-ties."""
-    policy = policy_of(group_size=group_size, **changes)
+    policy = policy_of(group_size=group_size, block_size=block_size, **changes)
     for prompt, got in zip(prompts, tokens, strict=True):
         retention = policy.retention(len(prompt))
         assert retention.sparse
@@ -50,7 +53,7 @@ def assert_tokens_of_hugging_face(model: Path, prompts, tokens, *, group_size=4,
             prompt,
             len(got),
             dropped_blocks=retention.dropped_blocks,
-            block_size=BLOCK_SIZE,
+            block_size=block_size,
             page_size=retention.page_size,
             top_r=retention.top_r,
             top_k=changes.get("token_budget", SETTINGS["token_budget"]) // 2,
@@ -153,6 +156,36 @@ def test_preemption_changes_nothing(llama, prompts, sparse_run, blocks, chunk, w
     assert (again > 0) == while_decoding
     assert run["tokens"] == sparse_run["tokens"]
     assert run["free_blocks"][0] == run["free_blocks"][1]
+
+
+@pytest.mark.parametrize(("blocks", "chunk"), [(400, 2048), (72, 2048), (50, 100)])
+def test_drafts_change_nothing(llama, prompts, sparse_run, blocks, chunk):
+    """Rows of one to six tokens, some rejected, in two waves; with preemption where blocks lack."""
+    run = run_engine(
+        llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE, num_gpu_blocks_override=blocks,
+        max_num_batched_tokens=chunk, waves=2, scheduler_reserve_full_isl=False,
+        **speculation(prompts, sparse_run["tokens"][0]),
+    )  # fmt: skip
+    assert run["tokens"] == sparse_run["tokens"] * 2
+    assert 200 < run["accepted"] < run["drafted"] - 200
+    assert (run["preemptions"] > 0) == (blocks < 400)
+    assert run["free_blocks"][0] == run["free_blocks"][1]
+    assert max(run["cached"][1]) > 0
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix"])
+def test_drafts_from_the_context_change_nothing(llama, prompts, sparse_run, method):
+    drafter = {"method": method, "num_speculative_tokens": 4}
+    if method == "suffix":
+        pytest.importorskip("arctic_inference")
+        drafter["suffix_decoding_min_token_prob"] = 0.0
+    else:
+        drafter.update(prompt_lookup_min=1, prompt_lookup_max=3)
+    run = run_engine(
+        llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE, speculative_config=drafter
+    )
+    assert run["tokens"] == sparse_run["tokens"]
+    assert run["drafted"] > run["accepted"] + 100
 
 
 def test_freed_blocks_are_free(llama, prompts, sparse_run):

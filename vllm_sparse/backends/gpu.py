@@ -12,6 +12,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
 from vllm_sparse.backends.refusals import unsupported
 from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.registry import entries, load
 
 # A child of vLLM's logger: others have no handler in its processes.
 logger = init_logger("vllm.sparse")
@@ -23,10 +24,9 @@ class GpuBackend(FlashAttentionBackend):
     @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
         """Reasons against using this backend; vLLM lists them and stops."""
-        return [
-            *super().validate_configuration(*args, **kwargs),
-            *unsupported(get_current_vllm_config()),
-        ]
+        config = get_current_vllm_config()
+        own = load(entries()[cls.get_name()].refusals)(config, True)
+        return [*super().validate_configuration(*args, **kwargs), *unsupported(config), *own]
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
