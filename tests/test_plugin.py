@@ -188,7 +188,6 @@ def _config(**changes):
     [
         ({"model_config__use_mla": True}, "MLA"),
         ({"model_config__runner_type": "pooling"}, "pooling"),
-        ({"model_config__is_hybrid": True}, "recurrent"),
         ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ({"speculative_config": SimpleNamespace(method="eagle")}, "--speculative-config.*eagle"),
         ({"kv_transfer_config": object()}, "--kv-transfer-config"),
@@ -208,16 +207,21 @@ def test_unsupported_combinations_are_refused(changes, why):
 
 
 @pytest.mark.parametrize("method", ["ngram", "suffix", "custom_class"])
-def test_drafts_are_served_on_cpus_only(method):
+def test_drafts_and_states_are_served_on_cpus_only(method):
     from vllm_sparse.startup import check_config
 
     drafts = {"speculative_config": SimpleNamespace(method=method)}
+    states = {"model_config__is_hybrid": True}
     check_config(_config(**drafts))
-    with pytest.raises(UnsupportedError, match="speculative decoding on GPUs"):
-        check_config(_config(**drafts), lambda: 1 << 30)
+    check_config(_config(**states))
+    with pytest.raises(UnsupportedError, match="beside recurrent state"):
+        check_config(_config(**drafts, **states))
     interpreted = {"additional_config": {"vllm_sparse": {"kernels": "triton"}}}
-    with pytest.raises(UnsupportedError, match="speculative decoding on GPUs"):
-        check_config(_config(**drafts, **interpreted))
+    for changes, why in ((drafts, "speculative decoding on GPUs"), (states, "power of two")):
+        with pytest.raises(UnsupportedError, match=why):
+            check_config(_config(**changes), lambda: 1 << 30)
+        with pytest.raises(UnsupportedError, match=why):
+            check_config(_config(**changes, **interpreted))
 
 
 @pytest.mark.parametrize("backend", ["ROCKETKV", "SPARDA"])

@@ -53,6 +53,7 @@ class Context:
         group_size: Query heads per KV head.
         max_model_len: Longest request in tokens.
         instance_id: vLLM's instance.
+        beside_states: Other layers have recurrent states.
     """
 
     backend: str
@@ -60,6 +61,7 @@ class Context:
     group_size: int
     max_model_len: int
     instance_id: str
+    beside_states: bool
 
     def policy(self, head_dim: int, block_size: int) -> Policy:
         """The policy for layers of this shape.
@@ -111,7 +113,9 @@ class PolicyBackend(SparseBackend):
         context = cls.context
         assert context is not None, "a layer of ours is built before its spec is asked for"
         policy = context.policy(spec.head_size, spec.block_size)
-        return PolicySpec.wrap(spec, policy, context.backend, context.instance_id)
+        return PolicySpec.wrap(
+            spec, policy, context.backend, context.instance_id, context.beside_states
+        )
 
 
 def set_up_layer(
@@ -143,6 +147,7 @@ def set_up_layer(
         given["num_heads"] // given["num_kv_heads"],
         config.model_config.max_model_len,
         config.instance_id,
+        config.model_config.is_hybrid,
     )
 
 

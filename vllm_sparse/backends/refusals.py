@@ -75,8 +75,16 @@ def unsupported_by_policies(config: Any, on_gpu: bool) -> Iterator[str]:
             f"--speculative-config: the drafter of method {drafts.method} has layers of its own, "
             f"whose blocks would leave with ours; use method {', '.join(_DRAFTS_WITHOUT_CACHE)}"
         )
-    if config.model_config.is_hybrid:
-        yield "models with recurrent state layers have another cache layout"
+    if drafts is not None and config.model_config.is_hybrid:
+        yield (
+            "speculative decoding beside recurrent state layers gives other tokens than without; "
+            "remove --speculative-config"
+        )
+    if config.model_config.is_hybrid and on_gpu:
+        yield (
+            "models with recurrent state layers have blocks that are no power of two, which GPU "
+            "kernels need; they are served on CPUs"
+        )
 
 
 def unsupported_by_sparda(config: Any, on_gpu: bool) -> Iterator[str]:
@@ -92,7 +100,7 @@ def unsupported_by_sparda(config: Any, on_gpu: bool) -> Iterator[str]:
     if config.model_config.is_hybrid:
         yield (
             "models with recurrent state layers pad each block to a state, which takes more device "
-            "memory than stock attention"
+            "memory than stock attention; use ROCKETKV on CPUs"
         )
     if config.speculative_config is not None:
         yield (
