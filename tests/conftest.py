@@ -80,6 +80,14 @@ def granite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Granite 4 H, with recurrent states beside attention."""
+    path = tmp_path_factory.mktemp("models") / "hybrid"
+    random_models.save_random_hybrid(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def windowed(llama: Path, tmp_path_factory) -> Path:
     """The random Llama with window layers around a full one."""
     model = tmp_path_factory.mktemp("models") / "windowed"

@@ -150,7 +150,12 @@ def test_supported_vllm_versions_pass(monkeypatch, version):
 def _config(**changes):
     """The parts of a vLLM config that the guard reads."""
     model = SimpleNamespace(
-        use_mla=False, is_attention_free=False, runner_type="generate", is_hybrid=False
+        use_mla=False,
+        is_attention_free=False,
+        runner_type="generate",
+        is_hybrid=False,
+        enable_sleep_mode=False,
+        get_total_num_kv_heads=lambda: 8,
     )
     values = {
         "attention_config": SimpleNamespace(
@@ -162,8 +167,13 @@ def _config(**changes):
         "speculative_config": None,
         "kv_transfer_config": None,
         "parallel_config": SimpleNamespace(
-            decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            use_ubatching=False,
+            pipeline_parallel_size=1,
+            tensor_parallel_size=1,
         ),
+        "lora_config": None,
     }
     for key, value in changes.items():
         head, _, tail = key.partition("__")
@@ -179,14 +189,13 @@ def _config(**changes):
     [
         ({"model_config__use_mla": True}, "MLA"),
         ({"model_config__runner_type": "pooling"}, "pooling"),
-        ({"model_config__is_hybrid": True}, "recurrent"),
         (
             {"cache_config__cache_dtype": "fp8_e5m2"},
             "--kv-cache-dtype fp8_e5m2: .*two binary digits",
         ),
         ({"cache_config__cache_dtype": "int8_per_token_head"}, "scale of its own.*use fp8 or auto"),
         ({"cache_config__cache_dtype": "nvfp4"}, "fewer than 8 bits"),
-        ({"speculative_config": object()}, "--speculative-config"),
+        ({"speculative_config": SimpleNamespace(method="eagle")}, "--speculative-config.*eagle"),
         ({"kv_transfer_config": Mock(kv_connector="any")}, "--kv-transfer-config"),
         ({"parallel_config__use_ubatching": True}, "--enable-dbo"),
         ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
@@ -200,6 +209,24 @@ def test_unsupported_combinations_are_refused(changes, why):
     check_config(_config())
     with pytest.raises(UnsupportedError, match=why):
         check_config(_config(**changes))
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix", "custom_class"])
+def test_drafts_and_states_are_served_on_cpus_only(method):
+    from vllm_sparse.startup import check_config
+
+    drafts = {"speculative_config": SimpleNamespace(method=method)}
+    states = {"model_config__is_hybrid": True}
+    check_config(_config(**drafts))
+    check_config(_config(**states))
+    with pytest.raises(UnsupportedError, match="beside recurrent state"):
+        check_config(_config(**drafts, **states))
+    interpreted = {"additional_config": {"vllm_sparse": {"kernels": "triton"}}}
+    for changes, why in ((drafts, "speculative decoding on GPUs"), (states, "power of two")):
+        with pytest.raises(UnsupportedError, match=why):
+            check_config(_config(**changes), lambda: 1 << 30)
+        with pytest.raises(UnsupportedError, match=why):
+            check_config(_config(**changes, **interpreted))
 
 
 @pytest.mark.parametrize(("backend", "served"), [("ROCKETKV", True), ("SPARDA", False)])

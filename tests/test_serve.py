@@ -202,6 +202,28 @@ def test_an_aborted_request_gives_everything_back(client, server, prompts):
         time.sleep(0.2)
 
 
+def test_drafts_are_served(llama, prompts, sparse_run, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    _add_tokenizer(model)
+    running = Server(
+        model, tmp_path / "log", "--attention-backend", "ROCKETKV", "--additional-config",
+        json.dumps({"vllm_sparse": SETTINGS}), "--speculative-config",
+        json.dumps({"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1,
+                    "prompt_lookup_max": 3}),
+    )  # fmt: skip
+    try:
+        running.wait()
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+        with ThreadPoolExecutor(3) as pool:
+            answers = list(pool.map(lambda prompt: _complete(client, prompt), prompts[:3]))
+        tokens = [answer.choices[0].token_ids for answer in answers]
+        assert tokens == sparse_run["tokens"][0][:3]
+        assert running.metrics()["vllm:spec_decode_num_draft_tokens_total"] > 0
+    finally:
+        running.stop()
+
+
 def test_wrong_settings_stop_the_server_by_name(llama, tmp_path):
     failing = Server(
         llama, tmp_path / "log", "--skip-tokenizer-init", "--attention-backend", "ROCKETKV",

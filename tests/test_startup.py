@@ -159,6 +159,8 @@ class TestGuard:
             ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
             ({"parallel_config__tensor_parallel_size": 4}, "--tensor-parallel-size 4.* 2 KV heads"),
             ({"model_config__use_mla": True}, "MLA"),
+            ({"model_config__is_hybrid": True}, "recurrent state"),
+            ({"speculative_config": object()}, "--speculative-config"),
             ({"model_config__enable_sleep_mode": True}, "--enable-sleep-mode"),
             ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ],

@@ -33,7 +33,8 @@ class Entry(NamedTuple):
         gpu: vLLM backend on GPUs, and on CPUs where kernels are interpreted.
         tier: Evicted prefixes may be kept in host memory (``--kv-offloading-size``).
         needs_every_layer: Sliding-window layers cannot stay stock beside it.
-        refusals: Yields what it cannot serve of vLLM's configuration beside what no name can.
+        refusals: Yields what it cannot serve of vLLM's configuration beside what no name can;
+            also told whether steps take a GPU's path.
         prepare: Called at start-up with vLLM's configuration, which it completes, the settings, and
             what tells the memory of a device, or ``None``.
     """
@@ -43,7 +44,7 @@ class Entry(NamedTuple):
     gpu: str = "vllm_sparse.backends.policy_gpu:PolicyGpuBackend"
     tier: bool = False
     needs_every_layer: bool = False
-    refusals: str = ""
+    refusals: str = "vllm_sparse.backends.refusals:unsupported_by_policies"
     prepare: str = ""
 
 

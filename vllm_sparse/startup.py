@@ -44,9 +44,12 @@ def check_config(vllm_config: Any, device_bytes: Callable[[], int] | None = None
         return
     settings = load_settings(vllm_config.additional_config, backend.name.lower())
     entry = entries()[backend.name]
-    reasons = [*unsupported(vllm_config), *unsupported_tier(vllm_config, entry.tier)]
-    if entry.refusals:
-        reasons += load(entry.refusals)(vllm_config)
+    on_gpu = device_bytes is not None or settings.kernels == "triton"
+    reasons = [
+        *unsupported(vllm_config),
+        *unsupported_tier(vllm_config, entry.tier),
+        *load(entry.refusals)(vllm_config, on_gpu),
+    ]
     if reasons:
         raise UnsupportedError(
             f"{backend.name} cannot serve this configuration: " + "; ".join(reasons)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from reference import hf_policies, hf_rocketkv
 from support.engine import BLOCK_SIZE, run_engine
+from support.oracle import speculation
 from support.outside import LargeKeys
 from support.policies import make_policy
 
@@ -151,6 +152,20 @@ def test_chunks_prefix_hits_and_preemption_change_nothing(case, run, prompts, wh
     )  # fmt: skip
     assert again["tokens"] == whole["tokens"] * 2
     assert again["preemptions"] > 0
+    assert again["free_blocks"][0] == again["free_blocks"][1]
+    assert max(again["cached"][1]) > 0
+
+
+def test_drafts_change_nothing(case, run, prompts, whole):
+    """Rows of one to six tokens, some rejected, beside chunks, prefix hits and preemption."""
+    blocks = 80 if case.kind is Quest else 35
+    again = run(
+        prompts, waves=2, max_num_batched_tokens=100, scheduler_reserve_full_isl=False,
+        num_gpu_blocks_override=blocks, **speculation(prompts, whole["tokens"][0]),
+    )  # fmt: skip
+    assert again["tokens"] == whole["tokens"] * 2
+    assert again["preemptions"] > 0
+    assert 100 < again["accepted"] < again["drafted"] - 100
     assert again["free_blocks"][0] == again["free_blocks"][1]
     assert max(again["cached"][1]) > 0
 

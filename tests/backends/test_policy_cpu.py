@@ -8,11 +8,13 @@ then give the same tokens.
 
 from __future__ import annotations
 
+import re
+
 import pytest
-import torch
 from reference import hf_rocketkv, lora
 from support.engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS, run_engine
 from support.masked import assert_tokens_of_hugging_face, hf_model, policy_of
+from support.oracle import speculation
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -103,6 +105,36 @@ def test_preemption_changes_nothing(llama, prompts, sparse_run, blocks, chunk, w
     assert run["free_blocks"][0] == run["free_blocks"][1]
 
 
+@pytest.mark.parametrize(("blocks", "chunk"), [(400, 2048), (72, 2048), (50, 100)])
+def test_drafts_change_nothing(llama, prompts, sparse_run, blocks, chunk):
+    """Rows of one to six tokens, some rejected, in two waves; with preemption where blocks lack."""
+    run = run_engine(
+        llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE, num_gpu_blocks_override=blocks,
+        max_num_batched_tokens=chunk, waves=2, scheduler_reserve_full_isl=False,
+        **speculation(prompts, sparse_run["tokens"][0]),
+    )  # fmt: skip
+    assert run["tokens"] == sparse_run["tokens"] * 2
+    assert 200 < run["accepted"] < run["drafted"] - 200
+    assert (run["preemptions"] > 0) == (blocks < 400)
+    assert run["free_blocks"][0] == run["free_blocks"][1]
+    assert max(run["cached"][1]) > 0
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix"])
+def test_drafts_from_the_context_change_nothing(llama, prompts, sparse_run, method):
+    drafter = {"method": method, "num_speculative_tokens": 4}
+    if method == "suffix":
+        pytest.importorskip("arctic_inference")
+        drafter["suffix_decoding_min_token_prob"] = 0.0
+    else:
+        drafter.update(prompt_lookup_min=1, prompt_lookup_max=3)
+    run = run_engine(
+        llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE, speculative_config=drafter
+    )
+    assert run["tokens"] == sparse_run["tokens"]
+    assert run["drafted"] > run["accepted"] + 100
+
+
 def test_freed_blocks_are_free(llama, prompts, sparse_run):
     policy = policy_of()
     dropped = sum(policy.retention(len(prompt)).dropped_blocks for prompt in prompts)
@@ -171,6 +203,24 @@ def test_sliding_window_layers_stay_stock(windowed, prompts):
     assert sparse["counters"]["blocks_evicted"] > 0
     assert sparse["tokens"][0] == sparse["tokens"][1] != stock["tokens"][0]
     assert max(sparse["cached"][1]) > 0
+
+
+def test_recurrent_states_equal_hugging_face(hybrid, prompts):
+    """Prefix caching is off: with it, vLLM 0.32 itself fails on Mamba-2 layers on a CPU."""
+    options = {"enable_prefix_caching": False, "new_tokens": 60}
+    run = run_engine(hybrid, prompts, settings=SETTINGS, **options)
+    size = int(re.search(r"ROCKETKV: .* block size (\d+)", run["log"])[1])
+    assert_tokens_of_hugging_face(hybrid, prompts, run["tokens"][0], block_size=size)
+    assert "decoding requests" not in run["log"]
+    dense = run_engine(hybrid, prompts[:2], **options)
+    for sparse, other in zip(run["tokens"][0], dense["tokens"][0], strict=False):
+        assert sum(a == b for a, b in zip(sparse, other, strict=True)) < 50
+    again = run_engine(
+        hybrid, prompts, settings=SETTINGS, waves=2, max_num_batched_tokens=100,
+        **options,
+    )  # fmt: skip
+    assert again["tokens"] == run["tokens"] * 2
+    assert again["free_blocks"][0] == again["free_blocks"][1]
 
 
 def test_forgetting_the_plugin_is_harmless(llama, prompts, stock_run):

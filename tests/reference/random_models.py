@@ -32,6 +32,8 @@ from safetensors.torch import save_file
 from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen3Config,
@@ -105,6 +107,34 @@ def save_random_model(
         model = GraniteForCausalLM(GraniteConfig(attention_multiplier=GRANITE_SCALE, **options))
     else:
         raise ValueError(f"unknown arch {arch!r}")
+    _randomise(model, seed, std)
+    model.to(torch.float32).save_pretrained(path)
+    return path
+
+
+def save_random_hybrid(path, *, vocab=1024, seed=0, std=0.1, max_position_embeddings=4096):
+    """Write a random float32 Granite 4 H, three Mamba-2 layers and one of attention; ``path``."""
+    config = GraniteMoeHybridConfig(
+        vocab_size=vocab,
+        hidden_size=256,
+        intermediate_size=256,
+        shared_intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        num_local_experts=0,
+        layer_types=["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+        mamba_n_heads=16,
+        mamba_d_state=16,
+        mamba_chunk_size=64,
+        attention_multiplier=GRANITE_SCALE,
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    model = GraniteMoeHybridForCausalLM(config)
     _randomise(model, seed, std)
     model.to(torch.float32).save_pretrained(path)
     return path

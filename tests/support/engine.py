@@ -33,6 +33,11 @@ SPARDA_SELECTION = {
     "dense_len": 0,
     "sparse_prefill": False,
 }
+_METRICS = {
+    "preemptions": "num_preemptions",
+    "drafted": "spec_decode_num_draft_tokens",
+    "accepted": "spec_decode_num_accepted_tokens",
+}
 SPARDA_SETTINGS = {
     **SPARDA_SELECTION,
     "host_gib": 0.06,
@@ -75,9 +80,10 @@ def run_engine(
 
     Returns:
         ``tokens[wave][request]``, ``cached[wave][request]`` (prefix-cache hits in tokens),
-        ``counters`` (of the worker and scheduler if in process), ``preemptions``, ``free_blocks``
-        ``[before, after]``, ``launches`` of our Triton kernels (if interpreted in process),
-        ``copy_threads`` after the engine has shut down (if in process) and ``log``.
+        ``counters`` (of the worker and scheduler if in process), ``preemptions``, ``drafted`` and
+        ``accepted`` tokens, ``free_blocks`` ``[before, after]``, ``launches`` of our Triton kernels
+        (if interpreted in process), ``copy_threads`` after the engine has shut down (if in process)
+        and ``log``.
     """
     arguments = {
         "max_model_len": 1024,
@@ -90,7 +96,8 @@ def run_engine(
         arguments |= {"enable_lora": True, "max_lora_rank": 8}
     if settings is not None:
         arguments["attention_backend"] = backend
-        arguments["additional_config"] = {"vllm_sparse": settings}
+        further = arguments.get("additional_config", {})
+        arguments["additional_config"] = {**further, "vllm_sparse": settings}
     on_gpu_path = (settings or {}).get("kernels") == "triton"
     environment = {
         **({"TRITON_INTERPRET": "1"} if on_gpu_path else {}),
@@ -156,9 +163,10 @@ def serve(job: dict[str, Any]) -> None:
     counted = metrics.counters()._values
     result["launches"] = dict(adversary.LAUNCHES)
     result["counters"] = {"/".join(filter(None, key)): value for key, value in counted.items()}
-    result["preemptions"] = sum(
-        metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
-    )
+    for key, name in _METRICS.items():
+        result[key] = sum(
+            metric.value for metric in llm.get_metrics() if metric.name == f"vllm:{name}"
+        )
     result["free_blocks"] = [before, _free_blocks(llm)]
     if before is not None:
         llm.llm_engine.engine_core.shutdown()

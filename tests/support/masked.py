@@ -34,7 +34,7 @@ def hf_model(path: Path):
 
 
 def assert_tokens_of_hugging_face(
-    model: Path, prompts, tokens, *, group_size=4, stored=None, **changes
+    model: Path, prompts, tokens, *, group_size=4, block_size=BLOCK_SIZE, stored=None, **changes
 ):
     """Every request's tokens equal the masked Hugging Face run's, up to genuine near-ties.
 
@@ -43,10 +43,11 @@ def assert_tokens_of_hugging_face(
         prompts: Token ids.
         tokens: Of each request.
         group_size: Query heads per KV head.
+        block_size: Tokens per block.
         stored: See :func:`.hf_rocketkv.run_greedily`.
         **changes: Of the settings, or of the policy's shape.
     """
-    policy = policy_of(group_size=group_size, **changes)
+    policy = policy_of(group_size=group_size, block_size=block_size, **changes)
     for prompt, got in zip(prompts, tokens, strict=True):
         retention = policy.retention(len(prompt))
         assert retention.sparse
@@ -55,7 +56,7 @@ def assert_tokens_of_hugging_face(
             prompt,
             len(got),
             dropped_blocks=retention.dropped_blocks,
-            block_size=BLOCK_SIZE,
+            block_size=block_size,
             page_size=retention.page_size,
             top_r=retention.top_r,
             top_k=changes.get("token_budget", SETTINGS["token_budget"]) // 2,

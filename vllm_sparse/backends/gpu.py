@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm_sparse.backends.prefix_tier import unsupported_tier
 from vllm_sparse.backends.refusals import unsupported
 from vllm_sparse.errors import UnsupportedError
-from vllm_sparse.registry import entries
+from vllm_sparse.registry import entries, load
 
 # A child of vLLM's logger: others have no handler in its processes.
 logger = init_logger("vllm.sparse")
@@ -26,10 +26,12 @@ class GpuBackend(FlashAttentionBackend):
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
         """Reasons against using this backend; vLLM lists them and stops."""
         config = get_current_vllm_config()
+        entry = entries()[cls.get_name()]
         return [
             *super().validate_configuration(*args, **kwargs),
             *unsupported(config),
-            *unsupported_tier(config, entries()[cls.get_name()].tier),
+            *unsupported_tier(config, entry.tier),
+            *load(entry.refusals)(config, True),
         ]
 
     @classmethod

@@ -55,6 +55,7 @@ class Context:
         max_model_len: Longest request in tokens.
         instance_id: vLLM's instance.
         dtype: The model's.
+        beside_states: Other layers have recurrent states.
     """
 
     backend: str
@@ -63,6 +64,7 @@ class Context:
     max_model_len: int
     instance_id: str
     dtype: torch.dtype
+    beside_states: bool
 
     def policy(self, head_dim: int, block_size: int, cache_dtype: torch.dtype) -> Policy:
         """The policy for layers of this shape.
@@ -120,7 +122,9 @@ class PolicyBackend(SparseBackend):
         context = cls.context
         assert context is not None, "a layer of ours is built before its spec is asked for"
         policy = context.policy(spec.head_size, spec.block_size, spec.dtype)
-        return PolicySpec.wrap(spec, policy, context.backend, context.instance_id)
+        return PolicySpec.wrap(
+            spec, policy, context.backend, context.instance_id, context.beside_states
+        )
 
 
 def set_up_layer(
@@ -155,6 +159,7 @@ def set_up_layer(
         config.model_config.max_model_len,
         config.instance_id,
         config.model_config.dtype,
+        config.model_config.is_hybrid,
     )
 
 

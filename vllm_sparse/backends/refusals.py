@@ -52,11 +52,7 @@ def unsupported(config: Any) -> Iterator[str]:
         yield "MLA models have one latent vector per token and no KV heads; use a GQA model"
     if not model.is_attention_free and model.runner_type != "generate":
         yield f"{model.runner_type} models do not decode; leave out --attention-backend"
-    if model.is_hybrid:
-        yield "models with recurrent state layers have another cache layout"
     yield from unserved_cache(str(config.cache_config.cache_dtype))
-    if config.speculative_config is not None:
-        yield "speculative decoding verifies several tokens per step; remove --speculative-config"
     parallel = config.parallel_config
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         yield "context parallelism spreads one request's tokens over ranks; use tensor parallelism"
@@ -66,15 +62,63 @@ def unsupported(config: Any) -> Iterator[str]:
         yield "non-causal attention needs the whole context at every step"
 
 
-def unsupported_by_sparda(config: Any) -> Iterator[str]:
-    """What SPARDA cannot serve beside that.
+# They draft from tokens alone: no layers, no KV cache.
+_DRAFTS_WITHOUT_CACHE = ("ngram", "suffix", "custom_class")
+
+
+def unsupported_by_policies(config: Any, on_gpu: bool) -> Iterator[str]:
+    """What policies cannot serve beside that.
 
     Args:
         config: vLLM's configuration.
+        on_gpu: Steps take a GPU's path.
 
     Yields:
         A reason and what to do.
     """
+    drafts = config.speculative_config
+    if drafts is not None and on_gpu:
+        yield (
+            "speculative decoding on GPUs: steps are planned from lengths that count rejected "
+            "drafts; remove --speculative-config"
+        )
+    elif drafts is not None and drafts.method not in _DRAFTS_WITHOUT_CACHE:
+        yield (
+            f"--speculative-config: the drafter of method {drafts.method} has layers of its own, "
+            f"whose blocks would leave with ours; use method {', '.join(_DRAFTS_WITHOUT_CACHE)}"
+        )
+    if drafts is not None and config.model_config.is_hybrid:
+        yield (
+            "speculative decoding beside recurrent state layers gives other tokens than without; "
+            "remove --speculative-config"
+        )
+    if config.model_config.is_hybrid and on_gpu:
+        yield (
+            "models with recurrent state layers have blocks that are no power of two, which GPU "
+            "kernels need; they are served on CPUs"
+        )
+
+
+def unsupported_by_sparda(config: Any, on_gpu: bool) -> Iterator[str]:
+    """What SPARDA cannot serve beside that.
+
+    Args:
+        config: vLLM's configuration.
+        on_gpu: Steps take a GPU's path.
+
+    Yields:
+        A reason and what to do.
+    """
+    if config.model_config.is_hybrid:
+        yield (
+            "models with recurrent state layers pad each block to a state, which takes more device "
+            "memory than stock attention; use ROCKETKV on CPUs"
+        )
+    if config.speculative_config is not None:
+        yield (
+            "speculative decoding: rows of several tokens stream their whole context in every "
+            "step; remove --speculative-config"
+        )
     parallel = config.parallel_config
     if parallel.pipeline_parallel_size > 1:
         yield "pipeline parallelism puts a layer and the one before it on different ranks"

@@ -118,7 +118,8 @@ class PolicyManager(PromptAwareManager):
 
     def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
-        if kv_cache_spec.instance_id:
+        # How many blocks states take, nobody tells this group.
+        if kv_cache_spec.instance_id and not kv_cache_spec.beside_states:
             logger.info_once(self._capacity_line())
 
     def _capacity_line(self) -> str:

@@ -45,14 +45,21 @@ class PolicySpec(SharedSpec):
     Attributes:
         policy: Decides, from the prompt length, which blocks leave and which may be shared.
         backend: Its name, for the log.
+        beside_states: Recurrent states share the pool.
     """
 
     policy: Policy = None  # type: ignore[assignment]
     backend: str = ""
+    beside_states: bool = False
 
     @classmethod
     def wrap(
-        cls, spec: FullAttentionSpec, policy: Policy, backend: str = "", instance_id: str = ""
+        cls,
+        spec: FullAttentionSpec,
+        policy: Policy,
+        backend: str = "",
+        instance_id: str = "",
+        beside_states: bool = False,
     ) -> PolicySpec:
         """A stock spec with a policy and its index's bytes."""
         content = 2 * spec.head_size + policy.index_width // min(policy.page_sizes)
@@ -62,6 +69,7 @@ class PolicySpec(SharedSpec):
             policy=policy,
             backend=backend,
             instance_id=instance_id,
+            beside_states=beside_states,
             state_content_bytes=content * spec.dtype.itemsize,
         )
 
