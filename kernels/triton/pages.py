@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vllm_sparse.kernels.fp8 import FP8
 from vllm_sparse.kernels.triton import launch as launches
 from vllm_sparse.kernels.triton.choose import take_all, take_pages
 from vllm_sparse.kernels.triton.grid import (
@@ -228,6 +229,8 @@ def select_slots(
     if not rows:
         return slots
     block, warps, stages = launch("select_slots", device, dim, probes.query.dtype)
+    if cache.dtype == FP8:
+        stages = 1  # Triton would copy bounds byte by byte, which asynchronous copies cannot
     shares = score_shares(rows * kv_heads, width * layout.pages_per_block, block, device)
     scratch = (blocks if private else rows * width, kv_heads, heads // kv_heads + 1)
     scores = torch.empty(*scratch, layout.pages_per_block, dtype=torch.float32, device=device)

@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from support.ahead_of_time import compile_only, compiled
 from support.kernels import DEVICE, close, same, with_gaps
 from support.pages import PROMPTS, SCALES, batch_on_device, decode, make_prompts, packed_views
 from vllm_sparse.kernels.fp8 import FP8, encode
@@ -99,3 +102,35 @@ def test_compacted_prompts_equal_reference(shape):
         )  # fmt: skip
         results.append(result)
     assert same(*results)
+
+
+@pytest.mark.parametrize("capability", [89, 90])
+def test_kernels_compile_for_gpus_that_have_the_conversion(capability, tmp_path):
+    lines = compiled(__file__, capability, tmp_path)
+    names = {line.split()[0] for line in lines}
+    assert {"_append_kernel", "_select_slots_kernel", "_attend_kernel", "_score_kernel"} <= names
+    assert {"_gather_kernel", "_write_kernel"} <= names
+
+
+def compile_everything(capability: int) -> None:
+    """All that meets fp8, as an engine launches it."""
+    compile_only(capability)
+    layout = PageLayout(64, 128, 4)
+    cache = torch.zeros(9, 2, 64, 2 * 128 + 2 * 32, dtype=torch.uint8).view(FP8)
+    query, key = torch.zeros(3, 8, 128).bfloat16(), torch.zeros(3, 2, 128).bfloat16()
+    lengths = torch.zeros(3, dtype=torch.int32)
+    table = torch.zeros(3, 9, dtype=torch.int32)
+    alone = {"replays": False, "parked": lengths, "per_block": 2}
+    for options in ({}, alone, {"replays": False, "read_all": True}):
+        decode_kernel.decode_attention(
+            cache, query, key, key, query, table, lengths, lengths, lengths, layout=layout,
+            top_k=128, scale=0.1, scales=NEAREST, **options,
+        )  # fmt: skip
+    compaction.compact_prompts(
+        cache, *packed_views(cache, layout), torch.zeros(3, 8, 16, 128).bfloat16(), table, lengths,
+        lengths, layout=layout, pool_kernel=63, max_kept=300, scales=NEAREST,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    compile_everything(int(sys.argv[1]))

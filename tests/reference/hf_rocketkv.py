@@ -202,6 +202,8 @@ def _attention(module, query, key, value, attention_mask, scaling, dropout=0.0, 
             keep[0, h, 0, visible[h // heads_per_group]] = True
     mask = torch.zeros(keep.shape, dtype=query.dtype).masked_fill(~keep, -math.inf)
     own_attention = sys.modules[type(module).__module__].eager_attention_forward
+    if run.in_prompt and run.asked is not None:
+        query = run.asked(query)
     return own_attention(module, query, key, value, mask, scaling=scaling, dropout=dropout)
 
 
@@ -231,6 +233,7 @@ def generate(
     select_dtype: torch.dtype = torch.float32,
     return_logits: bool = False,
     stored=None,
+    asked=None,
 ):
     """Greedy tokens (or a Generation with ``return_logits``) of ``model`` with RocketKV.
 
@@ -258,12 +261,18 @@ def generate(
         "select_dtype": select_dtype,
     }
     run = _Run(prompt_len, num_kept, settings)
-    return run_greedily(model, prompt_ids, num_tokens, run, return_logits, stored)
+    return run_greedily(model, prompt_ids, num_tokens, run, return_logits, stored, asked)
 
 
 @torch.inference_mode()
 def run_greedily(
-    model, prompt_ids: list[int], num_tokens: int, run, return_logits: bool = False, stored=None
+    model,
+    prompt_ids: list[int],
+    num_tokens: int,
+    run,
+    return_logits: bool = False,
+    stored=None,
+    asked=None,
 ):
     """Greedy generation under a mask.
 
@@ -272,9 +281,10 @@ def run_greedily(
     that a decode step attends to. It has ``in_prompt``, ``prompt_len``, ``prompt_gap``,
     ``page_gap``, ``channel_gap`` and ``kept`` as :class:`_Run`, and is told ``scaling``, what the
     model multiplies logits with. ``stored(key, value)`` returns what a rounding cache would give
-    back of both; all attention reads that.
+    back of both; all attention reads that. ``asked(query)`` returns what dense attention over the
+    prompt makes of its queries.
     """
-    run.stored = stored
+    run.stored, run.asked = stored, asked
     cache = DynamicCache(config=model.config)
     tokens, logits, page_gaps, channel_gaps = [], [], [], []
     before = model.config._attn_implementation

@@ -34,7 +34,15 @@ def hf_model(path: Path):
 
 
 def assert_tokens_of_hugging_face(
-    model: Path, prompts, tokens, *, group_size=4, block_size=BLOCK_SIZE, stored=None, **changes
+    model: Path,
+    prompts,
+    tokens,
+    *,
+    group_size=4,
+    block_size=BLOCK_SIZE,
+    stored=None,
+    asked=None,
+    **changes,
 ):
     """Every request's tokens equal the masked Hugging Face run's, up to genuine near-ties.
 
@@ -45,6 +53,7 @@ def assert_tokens_of_hugging_face(
         group_size: Query heads per KV head.
         block_size: Tokens per block.
         stored: See :func:`.hf_rocketkv.run_greedily`.
+        asked: The same.
         **changes: Of the settings, or of the policy's shape.
     """
     policy = policy_of(group_size=group_size, block_size=block_size, **changes)
@@ -65,6 +74,7 @@ def assert_tokens_of_hugging_face(
             stage2=policy.settings.stage2,
             skip_layers=changes.get("skip_layers", 0),
             stored=stored,
+            asked=asked,
             return_logits=True,
         )
         same = [a == b for a, b in zip(got, expected.tokens, strict=True)]

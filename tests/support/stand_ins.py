@@ -16,6 +16,7 @@ def flash_attention() -> None:
     from vllm.v1.attention.backends import flash_attn
 
     flash_attn.get_flash_attn_version = lambda **_: 2
+    flash_attn.flash_attn_supports_kv_cache_dtype = lambda *_, **__: True
     flash_attn.flash_attn_varlen_func = _attend
     flash_attn.reshape_and_cache_flash = _write
 
@@ -31,9 +32,18 @@ def _attend(
     causal: bool,
     seqused_k: Any = None,
     block_table: Any = None,
+    q_descale: Any = None,
+    k_descale: Any = None,
+    v_descale: Any = None,
     **_: Any,
 ) -> None:
     assert causal
+    if k.dtype == torch.float8_e4m3fn:
+        scales = (q_descale, k_descale, v_descale)
+        q, k, v = (
+            part.float() * (1.0 if scale is None else scale.flatten()[0])
+            for part, scale in zip((q, k, v), scales, strict=True)
+        )
     if block_table is None:  # each row's keys are its own page
         longest = int(cu_seqlens_q.diff().max())
         seqused_k = cu_seqlens_q.diff()
@@ -61,14 +71,28 @@ def _attend(
         out[begin:end] = attended.transpose(0, 1)
 
 
-def _write(key: Any, value: Any, key_cache: Any, value_cache: Any, slots: Any, *_: Any) -> None:
+def _write(
+    key: Any,
+    value: Any,
+    key_cache: Any,
+    value_cache: Any,
+    slots: Any,
+    kv_cache_dtype: str = "auto",
+    k_scale: Any = None,
+    v_scale: Any = None,
+) -> None:
+    if kv_cache_dtype.startswith("fp8"):
+        key, value = (
+            (part / scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+            for part, scale in ((key, k_scale), (value, v_scale))
+        )
     slots = slots[slots >= 0].long()
     block, offset = slots // key_cache.shape[1], slots % key_cache.shape[1]
     key_cache[block, offset] = key[: len(slots)]
     value_cache[block, offset] = value[: len(slots)]
 
 
-KEY_SCALE, VALUE_SCALE = 0.37, 1.7
+QUERY_SCALE, KEY_SCALE, VALUE_SCALE = 0.9, 0.37, 1.7
 
 
 def kv_scales() -> None:
@@ -79,8 +103,10 @@ def kv_scales() -> None:
 
     def scaled(layer: Any, register_buffer: bool = False) -> None:
         real(layer, register_buffer)
+        layer._q_scale.fill_(QUERY_SCALE)
         layer._k_scale.fill_(KEY_SCALE)
         layer._v_scale.fill_(VALUE_SCALE)
+        layer._q_scale_float = QUERY_SCALE
         layer._k_scale_float, layer._v_scale_float = KEY_SCALE, VALUE_SCALE
 
     attention.set_default_quant_scales = scaled

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionImpl,
@@ -24,10 +25,10 @@ from vllm_sparse.backends.base import most_rows, prompt_lengths, sequence_length
 from vllm_sparse.backends.gpu import GpuBackend, check_block_size, warn_of_gpus
 from vllm_sparse.backends.policy import Planning, PolicyBackend, attend_step, set_up_layer
 from vllm_sparse.backends.prompts import prompt_lengths_on_host, watch_requests
-from vllm_sparse.backends.refusals import PLAIN_CACHES
 from vllm_sparse.counters import DeviceCounters
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.dispatch import policy_triton
+from vllm_sparse.kernels.fp8 import FP8, as_numbers, encode
 from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kernels.types import Rows
 from vllm_sparse.kv.tail.codec import PlainReader
@@ -49,8 +50,6 @@ _PREFERRED_BLOCK_SIZE = 64
 
 class PolicyGpuBackend(PolicyBackend, GpuBackend):
     """Policies on NVIDIA GPUs."""
-
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = [*PLAIN_CACHES]
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
@@ -121,7 +120,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         if policy.moves:
             variants = {layer.impl.sparse.reads_all: layer.impl for layer in self._planning.layers}
             for impl in variants.values():
-                _warm_up(impl, spec, device)
+                _warm_up(impl, spec, vllm_config.model_config.dtype, device)
 
     @property
     def _layers(self) -> list[SparseLayer]:
@@ -203,7 +202,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         late, self._late = self._late, []
         for prompt in late:
             for layer in self._planning.layers:
-                layer.impl.sparse.compact_parked(layer.kv_cache, prompt)
+                layer.impl.sparse.compact_parked(as_numbers(layer.kv_cache), prompt)
 
 
 class PolicyGpuImpl(FlashAttentionImpl):
@@ -214,6 +213,7 @@ class PolicyGpuImpl(FlashAttentionImpl):
     """
 
     sparse: SparseLayer
+    supports_quant_query_input: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._config = get_current_vllm_config()
@@ -224,6 +224,13 @@ class PolicyGpuImpl(FlashAttentionImpl):
                 "prompts run through FlashAttention, which this installation of vLLM lacks for "
                 "this device. On a CPU leave vllm_sparse.kernels at auto"
             )
+        self._cache_dtype = self._config.model_config.dtype
+        if is_quantized_kv_cache(self.kv_cache_dtype):
+            self._cache_dtype = torch.uint8
+        # Only FlashAttention wants queries of fp8: vLLM's layer is not to make them for us all.
+        self._quantises = self._cache_dtype == torch.uint8 and self.supports_quant_query_input
+        self.supports_quant_query_input = False
+        self._dense = _QuantisedQueries(self)
 
     def forward(
         self,
@@ -243,7 +250,8 @@ class PolicyGpuImpl(FlashAttentionImpl):
             return output.fill_(0)  # what follows may not take NaN
         tensors = query, key, value, kv_cache
         scales = output_scale, output_block_scale
-        return attend_step(self.sparse, super(), layer, *tensors, attn_metadata, output, *scales)
+        stock = self._dense if self._quantises else super()
+        return attend_step(self.sparse, stock, layer, *tensors, attn_metadata, output, *scales)
 
     def _reserve(self, device: torch.device) -> None:
         """Take as much memory as a step may need, and give it back: vLLM measures the peak."""
@@ -251,7 +259,7 @@ class PolicyGpuImpl(FlashAttentionImpl):
         kernels = policy_triton(device)
         assert context is not None
         block_size = config.cache_config.block_size
-        policy = context.policy(self.head_size, block_size, config.model_config.dtype)
+        policy = context.policy(self.head_size, block_size, self._cache_dtype)
         if policy.top_k is None or kernels.decode_scratch_bytes is None:
             return
         layout = PageLayout(block_size, self.head_size, min(policy.page_sizes))
@@ -278,11 +286,39 @@ class PolicyGpuImpl(FlashAttentionImpl):
         layers = self._config.compilation_config.static_forward_context.values()
         ours = sum(isinstance(getattr(layer, "impl", None), PolicyGpuImpl) for layer in layers)
         elements = layout.token_elements + layout.channels * layout.pages_per_block
-        block = self.num_kv_heads * elements * self._config.model_config.dtype.itemsize
+        block = self.num_kv_heads * elements * self._cache_dtype.itemsize
         return int(memory // (block * max(ours, 1)))
 
 
-def _warm_up(impl: PolicyGpuImpl, spec: PolicySpec, device: torch.device) -> None:
+class _QuantisedQueries:
+    """FlashAttention over an fp8 cache, which takes queries as numbers of the same kind.
+
+    Args:
+        impl: The layer's.
+    """
+
+    def __init__(self, impl: PolicyGpuImpl) -> None:
+        self._impl = impl
+
+    def do_kv_cache_update(self, *arguments: Any) -> None:
+        """As the stock one."""
+        FlashAttentionImpl.do_kv_cache_update(self._impl, *arguments)
+
+    def forward(self, layer: Any, query: Tensor, *arguments: Any) -> Tensor:
+        """As the stock one, of queries that it would have been given."""
+        impl = self._impl
+        impl.supports_quant_query_input = True  # so that it multiplies with their scale
+        try:
+            rounded = encode(query, FP8, layer._q_scale_float, truncates=False)
+            attended: Tensor = FlashAttentionImpl.forward(impl, layer, rounded, *arguments)
+        finally:
+            impl.supports_quant_query_input = False
+        return attended
+
+
+def _warm_up(
+    impl: PolicyGpuImpl, spec: PolicySpec, dtype: torch.dtype, device: torch.device
+) -> None:
     """Compile what vLLM's dummy runs need not reach: a prompt's end, and both kinds of decode.
 
     The first requests would wait for it otherwise.
@@ -292,11 +328,11 @@ def _warm_up(impl: PolicyGpuImpl, spec: PolicySpec, device: torch.device) -> Non
     layout = sparse.stock_layout
     content = 2 * layout.head_dim + layout.channels // layout.page_size
     shape = (blocks, impl.num_kv_heads, size, content)
-    cache = torch.zeros(shape, dtype=spec.dtype, device=device)
+    cache = as_numbers(torch.zeros(shape, dtype=spec.dtype, device=device))
     table = torch.arange(blocks, dtype=torch.int32, device=device)
     lengths = torch.tensor([blocks * size, 1], dtype=torch.int32, device=device)
     heads, dim = impl.num_heads + 2 * impl.num_kv_heads, impl.head_size
-    tokens = torch.zeros(max(window, 1), heads, dim, dtype=spec.dtype, device=device)
+    tokens = torch.zeros(max(window, 1), heads, dim, dtype=dtype, device=device)
     query, key, value = tokens.split([impl.num_heads, *2 * [impl.num_kv_heads]], 1)
     pages = layout.page_size
     prompt = PromptEnd(table, blocks * size, 1, 1, pages, 0, len(tokens), 0, True, lengths)
