@@ -55,14 +55,13 @@ class PolicySpec(SharedSpec):
         cls, spec: FullAttentionSpec, policy: Policy, backend: str = "", instance_id: str = ""
     ) -> PolicySpec:
         """A stock spec with a policy and its index's bytes."""
-        content = 2 * spec.head_size + policy.index_width // min(policy.page_sizes)
         return replace_as(
             spec,
             cls,
             policy=policy,
             backend=backend,
             instance_id=instance_id,
-            state_content_bytes=content * spec.dtype.itemsize,
+            state_content_bytes=policy.numbers_per_token * spec.dtype.itemsize,
         )
 
     def layout(self, page_size: int) -> PageLayout:
@@ -93,7 +92,6 @@ class SpardaSpec(SharedSpec):
         cls, spec: FullAttentionSpec, settings: SpardaSettings, instance_id: str = ""
     ) -> SpardaSpec:
         """A stock spec with compressed keys in place of keys and values."""
-        windows = max(1, spec.block_size // settings.kernel_stride)
         return replace_as(
             spec,
             cls,
@@ -101,7 +99,7 @@ class SpardaSpec(SharedSpec):
             alike=settings.prompts_like_outputs,
             instance_id=instance_id,
             tokens_per_state=spec.block_size,
-            state_content_bytes=windows * spec.head_size * spec.dtype.itemsize,
+            state_content_bytes=settings.windows_per_block * spec.head_size * spec.dtype.itemsize,
         )
 
     def publishable_tokens(self, prompt_len: int) -> int | None:
