@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks import bounds
 from benchmarks.gpu.shapes import LLAMA
 from benchmarks.ops.rocketkv import SETTINGS
+from vllm_sparse.planner import bounds
 
 if TYPE_CHECKING:
-    from benchmarks.gpu.shapes import Shape
+    from vllm_sparse.planner.shapes import Shape
 
 
 class Machine(NamedTuple):

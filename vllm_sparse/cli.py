@@ -19,6 +19,7 @@ COMMAND_MODULES = (
     "vllm_sparse.demo.models",
     "vllm_sparse.demo.run",
     "vllm_sparse.forecast.convert",
+    "vllm_sparse.planner.commands",
     "vllm_sparse.training.commands",
 )
 

@@ -10,6 +10,7 @@ from vllm.platforms import cpu_platform_plugin
 from vllm.platforms.interface import PlatformEnum
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from vllm_sparse.backends.refusals import windows_refused
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.registry import backend_path, entries, is_ours
 
@@ -25,11 +26,7 @@ def _get_attn_backend_cls(
     if is_ours(selected_backend):
         if attn_selector_config.has_sliding_window:
             if entries()[selected_backend.name].needs_every_layer:
-                raise UnsupportedError(
-                    f"this model has sliding-window layers, but {selected_backend.name} looks from "
-                    "each layer to the next and needs them all alike. Use --attention-backend "
-                    "ROCKETKV"
-                )
+                raise UnsupportedError(windows_refused(selected_backend.name))
             # Sliding-window layers have nothing to evict and stay stock.
             selected_backend = None
         elif cls._enum == PlatformEnum.CPU:  # where the stock platform would not listen

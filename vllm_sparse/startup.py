@@ -45,11 +45,7 @@ def check_config(vllm_config: Any, device_bytes: Callable[[], int] | None = None
     settings = load_settings(vllm_config.additional_config, backend.name.lower())
     entry = entries()[backend.name]
     on_gpu = device_bytes is not None or settings.kernels == "triton"
-    reasons = [
-        *unsupported(vllm_config),
-        *unsupported_tier(vllm_config, entry.tier),
-        *load(entry.refusals)(vllm_config, on_gpu),
-    ]
+    reasons = refusals(vllm_config, backend.name, on_gpu)
     if reasons:
         raise UnsupportedError(
             f"{backend.name} cannot serve this configuration: " + "; ".join(reasons)
@@ -57,6 +53,22 @@ def check_config(vllm_config: Any, device_bytes: Callable[[], int] | None = None
     prepare_tier(vllm_config)
     if entry.prepare:
         load(entry.prepare)(vllm_config, settings, device_bytes)
+
+
+def refusals(vllm_config: Any, name: str, on_gpu: bool) -> list[str]:
+    """Every reason why a backend cannot serve a configuration.
+
+    Args:
+        vllm_config: vLLM's complete configuration.
+        name: Of the backend, in capitals.
+        on_gpu: The path of GPUs, interpreted or not.
+    """
+    entry = entries()[name]
+    return [
+        *unsupported(vllm_config),
+        *unsupported_tier(vllm_config, entry.tier),
+        *load(entry.refusals)(vllm_config, on_gpu),
+    ]
 
 
 def prepare_sparda(
@@ -73,6 +85,30 @@ def prepare_sparda(
     Raises:
         ConfigError: The pool or the slab cannot work, or the Forecast is not this model's.
         UnsupportedError: The chosen selector cannot look into this model.
+    """
+    size_sparda(config, settings, device_bytes, available_bytes())
+    route_model(config)
+
+
+def size_sparda(
+    config: Any,
+    settings: SpardaSettings,
+    device_bytes: Callable[[], int] | None,
+    available: int,
+) -> tuple[int, ...]:
+    """Size the host pool and the slab.
+
+    Args:
+        config: As of :func:`prepare_sparda`.
+        settings: SPARDA's.
+        device_bytes: As of :func:`prepare_sparda`.
+        available: Host memory that is free, in bytes.
+
+    Returns:
+        Frames of each layer.
+
+    Raises:
+        ConfigError: The pool or the slab cannot work.
     """
     cache, model, parallel = config.cache_config, config.model_config, config.parallel_config
     if cache.user_specified_block_size and cache.block_size != settings.block_size:
@@ -95,7 +131,6 @@ def prepare_sparda(
     blocks = cache.num_gpu_blocks_override
     ranks = parallel.tensor_parallel_size * max(parallel.data_parallel_size_local, 1)
     total = blocks * bytes_per_block * ranks
-    available = available_bytes()
     if total > available:
         raise ConfigError(
             f"vllm_sparse.host_gib: the host pool takes {total / GIB:.2f} GiB"
@@ -111,8 +146,7 @@ def prepare_sparda(
     }
     if device_bytes is not None and settings.slab_gib is None and not settings.resident:
         settings = _choose_slab(config, settings, device_bytes(), blocks * bytes_per_block, sizes)
-    plan_frames(settings, max_num_seqs=config.scheduler_config.max_num_seqs, **sizes)
-    route_model(config)
+    return plan_frames(settings, max_num_seqs=config.scheduler_config.max_num_seqs, **sizes)
 
 
 def _choose_slab(

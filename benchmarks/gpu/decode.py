@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from benchmarks import arms, bounds, commands, harness, live, predictions
+from benchmarks import arms, commands, harness, live, predictions
 from benchmarks.gpu import llms, shapes
 from benchmarks.gpu.stages import CheckFailedError, NotAvailableError, report_of
 from benchmarks.ops import timings
+from vllm_sparse.planner import bounds
 
 if TYPE_CHECKING:
     import argparse

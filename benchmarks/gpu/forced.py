@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from benchmarks import arms, bounds, commands, harness, live, predictions
+from benchmarks import arms, commands, harness, live, predictions
 from benchmarks.arms import GIB
 from benchmarks.gpu import llms, shapes
 from benchmarks.gpu.stages import NotAvailableError
 from benchmarks.live import Way
 from benchmarks.ops import timings
+from vllm_sparse.planner import bounds
 
 if TYPE_CHECKING:
     import argparse

@@ -7,59 +7,15 @@ from __future__ import annotations
 import json
 import random
 import sys
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu import machine
+from vllm_sparse.planner.shapes import Shape
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-ITEM_BYTES = 2  # bfloat16
 LINEAR_SPREAD = 0.02
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A decoder-only model with grouped query attention and a gated MLP, `intermediate` wide."""
-
-    name: str
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    rope_theta: float
-
-    @property
-    def step_weight_bytes(self) -> int:
-        """Bytes of weights that a decode step reads: all but the embedding."""
-        attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
-        layer = attention + 3 * self.hidden * self.intermediate
-        return ITEM_BYTES * (self.layers * layer + self.hidden * self.vocab)
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values of one token in all layers."""
-        return ITEM_BYTES * self.layers * self.kv_heads * 2 * self.head_dim
-
-    def config(self, positions: int) -> dict:
-        """``config.json`` of a Llama of this shape.
-
-        Only sizes matter for time, so that scaled embeddings or residuals are left out.
-        """
-        return {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama",
-            "hidden_size": self.hidden, "intermediate_size": self.intermediate,
-            "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
-            "vocab_size": self.vocab, "max_position_embeddings": positions,
-            "rope_theta": self.rope_theta, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-            "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
-            "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
-        }  # fmt: skip
 
 
 LLAMA = Shape("Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128, 128256, 500000.0)
@@ -67,10 +23,27 @@ MINICPM = Shape("MiniCPM4.1-8B", 32, 4096, 16384, 32, 2, 128, 73448, 10000.0)
 TINY = Shape("tiny", 2, 128, 256, 4, 2, 64, 1024, 10000.0)
 
 
+def _config(shape: Shape, positions: int) -> dict:
+    """``config.json`` of a Llama of this shape.
+
+    Only sizes matter for time, so that scaled embeddings or residuals are left out.
+    """
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+        "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab, "max_position_embeddings": positions,
+        "rope_theta": shape.rope_theta, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+        "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+
+
 def write_config(folder: Path, shape: Shape, positions: int) -> Path:
     """Writes a model folder without weights, for ``load_format="dummy"``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(shape.config(positions), indent=1))
+    (folder / "config.json").write_text(json.dumps(_config(shape, positions), indent=1))
     return folder
 
 

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import bounds
-from benchmarks.gpu.shapes import LLAMA, TINY, Shape
+from benchmarks.gpu.shapes import LLAMA, TINY
 from benchmarks.ops.kernels import call, triton
 from benchmarks.ops.registry import (
     Op,
@@ -32,11 +31,13 @@ from benchmarks.ops.registry import (
     unless,
 )
 from benchmarks.ops.rocketkv_inputs import Case, make_decode, make_prompts, make_rows, with_views
+from vllm_sparse.planner import bounds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from benchmarks.ops.registry import Arguments, Found
+    from vllm_sparse.planner.shapes import Shape
 
 WINDOW = 32
 SAME_CHOICE = 0.999

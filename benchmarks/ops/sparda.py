@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import bounds
 from benchmarks.ops.kernels import Blocks, NewWindows, Ranking, Unframed, reference, triton
 from benchmarks.ops.registry import WRONG, Op, Side, differences, error, output_error, same, unless
 from benchmarks.ops.sparda_inputs import PagedCase, Pool, empty_table, make_pool, noise, pinned
 from benchmarks.ops.sparda_steps import STEPS, paged_steps
+from vllm_sparse.planner import bounds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from benchmarks.gpu.shapes import Shape
     from benchmarks.ops.registry import Arguments, Found
+    from vllm_sparse.planner.shapes import Shape
 
 SAME_BLOCKS = 0.99
 

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks import bounds
-from benchmarks.gpu.shapes import ITEM_BYTES, MINICPM, TINY, Shape
+from benchmarks.gpu.shapes import MINICPM, TINY
 from benchmarks.ops.kernels import Ranking, triton
 from benchmarks.ops.registry import Timed, cold_layers, timed
 from benchmarks.ops.sparda import ATTEND, SELECT, Cell, Sizes, attention_arguments
 from benchmarks.ops.sparda_inputs import empty_table, pinned
+from vllm_sparse.planner import bounds
+from vllm_sparse.planner.shapes import ITEM_BYTES, Shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

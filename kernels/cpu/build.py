@@ -75,6 +75,11 @@ def _cpu_fingerprint() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
+def find_compiler() -> str | None:
+    """The C++ compiler that would build the kernels."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
 @cache
 def load() -> ctypes.CDLL:
     """Compile the kernels if this machine has not done so yet, and load them.
@@ -85,7 +90,7 @@ def load() -> ctypes.CDLL:
     Raises:
         KernelBuildError: No C++ compiler, or it failed.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    compiler = find_compiler()
     if compiler is None:
         raise KernelBuildError(
             "no C++ compiler found (g++ or clang++, or set CXX); vLLM's CPU build needs one too"

@@ -12,7 +12,6 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
 from vllm_sparse.backends.prefix_tier import unsupported_tier
 from vllm_sparse.backends.refusals import unsupported
-from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.registry import entries, load
 
 # A child of vLLM's logger: others have no handler in its processes.
@@ -47,16 +46,3 @@ def warn_of_gpus(name: str) -> None:
         "Run `make gpu-check` of vllm-sparse on this machine before you rely on it",
         name,
     )
-
-
-def check_block_size(block_size: int) -> None:
-    """Refuse blocks that the kernels have no tiles for.
-
-    Raises:
-        UnsupportedError: Not a power of two.
-    """
-    if block_size & (block_size - 1):
-        raise UnsupportedError(
-            f"blocks of {block_size} tokens: on GPUs a block must be a power of two. Choose "
-            "--block-size (SPARDA: vllm_sparse.block_size) 16, 32, 64 or 128"
-        )

@@ -17,13 +17,14 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from vllm_sparse import metrics, registry
+from vllm_sparse import metrics
 from vllm_sparse.backends.base import SparseBackend, ask_for_prompt_lengths
 from vllm_sparse.backends.refusals import check_layer
 from vllm_sparse.config import load_settings
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.fp8 import Scales, as_numbers
 from vllm_sparse.kv.spec import PolicySpec
+from vllm_sparse.policies.making import make_policy
 from vllm_sparse.policies.protocol import Policy, Shape
 from vllm_sparse.steps.layer import SparseLayer
 from vllm_sparse.steps.split import StepMetadata, StepPlanner
@@ -77,34 +78,9 @@ class Context:
         Raises:
             UnsupportedError: Blocks or heads do not suit the policy's pages.
         """
-        kind: type[Policy] = registry.policy(self.backend)
         slots = self.dtype.itemsize if cache_dtype == torch.uint8 else 1
-        shape = Shape(head_dim, self.group_size, block_size, self.max_model_len, slots)
-        policy = kind(self.settings, shape)
-        if policy.index_width % min(policy.page_sizes):
-            raise UnsupportedError(
-                f"head size {head_dim} does not divide into page_sizes={min(policy.page_sizes)}"
-            )
-        if block_size > 1:  # vLLM probes sizes with a block of one token
-            _check_block_size(policy, block_size)
-        return policy
-
-
-def _check_block_size(policy: Policy, block_size: int) -> None:
-    if block_size % max(policy.page_sizes):
-        raise UnsupportedError(
-            f"--block-size {block_size} is not a multiple of the largest of "
-            f"page_sizes={list(policy.page_sizes)}; pages may not straddle blocks"
-        )
-    shape = policy.shape
-    room = policy.index_width * (block_size // min(policy.page_sizes))
-    fp8 = ", or leave out --kv-cache-dtype fp8" if shape.query_slots > 1 else ""
-    if policy.window and room < shape.group_size * shape.head_dim * shape.query_slots:
-        raise UnsupportedError(
-            f"--block-size {block_size} is too small for {shape.group_size} query heads per KV "
-            f"head with page_sizes={list(policy.page_sizes)}: window queries that wait for the "
-            "next chunk need room in a block. Raise --block-size" + fp8
-        )
+        shape = Shape(head_dim, self.group_size, block_size, self.max_model_len, query_slots=slots)
+        return make_policy(self.backend, self.settings, shape)
 
 
 class PolicyBackend(SparseBackend):
@@ -290,21 +266,19 @@ def _of_fp8(layer: Any, spec: PolicySpec, config: VllmConfig, truncates: bool) -
 def _start_line(spec: PolicySpec, config: VllmConfig, kernels: PolicyKernels) -> str:
     policy, longest = spec.policy, config.model_config.max_model_len
     held = -(-longest // spec.block_size)
-    first, last = policy.freed_blocks(longest, longest)
     index = policy.index_width // min(policy.page_sizes)
     note = f" (slow: {kernels.note.splitlines()[0]})" if kernels.note else ""
     return (
         f"{spec.backend}: {policy.describe()}, block size {spec.block_size}, prompts above "
         f"{policy.settings.min_context} tokens served sparsely; a prompt of {longest} tokens keeps "
-        f"{held - max(last - first, 0)} of {held} blocks; the page index takes "
+        f"{policy.held_blocks(longest, longest)} of {held} blocks; the page index takes "
         f"{100 * index // (2 * spec.head_size + index)}% of each block; "
         f"decode kernel: {_decode_kernel(policy, kernels)}{note}"
     )
 
 
 def _decode_kernel(policy: Policy, kernels: PolicyKernels) -> str:
-    fused = policy.moves and (policy.kernel or policy.top_k is None)
-    return kernels.name if fused else "PyTorch"
+    return kernels.name if policy.fused else "PyTorch"
 
 
 def attend_step(

@@ -22,9 +22,10 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from vllm_sparse.backends.base import most_rows, prompt_lengths, sequence_lengths, withdraw
-from vllm_sparse.backends.gpu import GpuBackend, check_block_size, warn_of_gpus
+from vllm_sparse.backends.gpu import GpuBackend, warn_of_gpus
 from vllm_sparse.backends.policy import Planning, PolicyBackend, attend_step, set_up_layer
 from vllm_sparse.backends.prompts import prompt_lengths_on_host, watch_requests
+from vllm_sparse.backends.refusals import check_block_size
 from vllm_sparse.counters import DeviceCounters
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.dispatch import policy_triton

@@ -140,6 +140,14 @@ def unsupported_by_sparda(config: Any, on_gpu: bool) -> Iterator[str]:
         )
 
 
+def windows_refused(name: str) -> str:
+    """Why a backend that needs every layer cannot serve a model with sliding-window layers."""
+    return (
+        f"this model has sliding-window layers, but {name} looks from each layer to the next and "
+        "needs them all alike. Use --attention-backend ROCKETKV"
+    )
+
+
 def check_layer(
     *,
     alibi_slopes: Any,
@@ -187,3 +195,16 @@ def check_layer(
             raise UnsupportedError(
                 f"this model cannot be served sparsely: {what}. Leave out --attention-backend"
             )
+
+
+def check_block_size(block_size: int) -> None:
+    """Refuse blocks that the kernels of GPUs have no tiles for.
+
+    Raises:
+        UnsupportedError: Not a power of two.
+    """
+    if block_size & (block_size - 1):
+        raise UnsupportedError(
+            f"blocks of {block_size} tokens: on GPUs a block must be a power of two. Choose "
+            "--block-size (SPARDA: vllm_sparse.block_size) 16, 32, 64 or 128"
+        )

@@ -14,7 +14,8 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.simple_kv_offload.cuda_mem_ops import pin_tensor
 
-from vllm_sparse.backends.gpu import GpuBackend, check_block_size, warn_of_gpus
+from vllm_sparse.backends.gpu import GpuBackend, warn_of_gpus
+from vllm_sparse.backends.refusals import check_block_size
 from vllm_sparse.backends.sparda import SpardaBackend, SpardaBuilder
 from vllm_sparse.backends.sparda_setup import Machine
 from vllm_sparse.config import load_settings

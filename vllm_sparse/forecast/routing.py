@@ -67,11 +67,27 @@ def route_model(vllm_config: Any) -> None:
         ConfigError: The settings are wrong or the Forecast file is not this model's.
         UnsupportedError: It is unknown how to tap this architecture.
     """
+    name = tapped_architecture(vllm_config)
+    if name:
+        register_architectures()
+        vllm_config.model_config.hf_config.architectures = [PREFIX + name]
+
+
+def tapped_architecture(vllm_config: Any) -> str:
+    """The architecture to tap if the chosen selector looks ahead, else nothing.
+
+    Args:
+        vllm_config: vLLM's configuration, for the SPARDA backend.
+
+    Raises:
+        ConfigError: The settings are wrong or the Forecast file is not this model's.
+        UnsupportedError: It is unknown how to tap this architecture.
+    """
     settings = load_settings(vllm_config.additional_config, "sparda")
     if settings.chosen_selector not in LOOKAHEAD_SELECTORS:
-        return
+        return ""
     model = vllm_config.model_config
-    name = model.architecture.removeprefix(PREFIX)
+    name: str = model.architecture.removeprefix(PREFIX)
     if name not in ARCHITECTURES:
         raise UnsupportedError(
             f"selector {settings.chosen_selector} needs the input of each layer's query projection,"
@@ -90,5 +106,4 @@ def route_model(vllm_config: Any) -> None:
             model.get_hidden_size(),
         )
         check_metadata(weights.metadata, settings)
-    register_architectures()
-    model.hf_config.architectures = [PREFIX + name]
+    return name

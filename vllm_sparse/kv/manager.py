@@ -127,8 +127,7 @@ class PolicyManager(PromptAwareManager):
         policy, blocks = self.kv_cache_spec.policy, self.block_pool.num_gpu_blocks
         longest = policy.shape.max_model_len
         held = -(-longest // self.block_size)
-        first, last = policy.freed_blocks(longest, longest)
-        kept = held - max(last - first, 0)
+        kept = policy.held_blocks(longest, longest)
         return (
             f"{self.kv_cache_spec.backend}: {blocks} KV blocks hold {blocks / kept:.1f} decoding "
             f"requests of {longest} tokens ({kept} blocks each after prefill) instead of "

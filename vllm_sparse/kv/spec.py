@@ -62,7 +62,6 @@ class PolicySpec(SharedSpec):
         beside_states: bool = False,
     ) -> PolicySpec:
         """A stock spec with a policy and its index's bytes."""
-        content = 2 * spec.head_size + policy.index_width // min(policy.page_sizes)
         return replace_as(
             spec,
             cls,
@@ -70,7 +69,7 @@ class PolicySpec(SharedSpec):
             backend=backend,
             instance_id=instance_id,
             beside_states=beside_states,
-            state_content_bytes=content * spec.dtype.itemsize,
+            state_content_bytes=policy.numbers_per_token * spec.dtype.itemsize,
         )
 
     def layout(self, page_size: int) -> PageLayout:
@@ -101,7 +100,6 @@ class SpardaSpec(SharedSpec):
         cls, spec: FullAttentionSpec, settings: SpardaSettings, instance_id: str = ""
     ) -> SpardaSpec:
         """A stock spec with compressed keys in place of keys and values."""
-        windows = max(1, spec.block_size // settings.kernel_stride)
         return replace_as(
             spec,
             cls,
@@ -109,7 +107,7 @@ class SpardaSpec(SharedSpec):
             alike=settings.prompts_like_outputs,
             instance_id=instance_id,
             tokens_per_state=spec.block_size,
-            state_content_bytes=windows * spec.head_size * spec.dtype.itemsize,
+            state_content_bytes=settings.windows_per_block * spec.head_size * spec.dtype.itemsize,
         )
 
     def publishable_tokens(self, prompt_len: int) -> int | None:

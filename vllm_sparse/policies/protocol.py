@@ -131,9 +131,24 @@ class Policy(ABC):
         """Numbers of a page's index per KV head."""
         return 0
 
+    @property
+    def numbers_per_token(self) -> int:
+        """Numbers that a block has room for, per token and KV head: key, value, index."""
+        return 2 * self.shape.head_dim + self.index_width // min(self.page_sizes)
+
+    @property
+    def fused(self) -> bool:
+        """Whether decode runs in a fused kernel, not composed of PyTorch's operations."""
+        return self.moves and (bool(self.kernel) or self.top_k is None)
+
     def freed_blocks(self, prompt_len: int, num_tokens: int) -> tuple[int, int]:
         """Blocks ``[first, last)`` that no later step reads once ``num_tokens >= P`` are there."""
         return 0, self.retention(prompt_len).dropped_blocks
+
+    def held_blocks(self, prompt_len: int, num_tokens: int) -> int:
+        """Blocks that a request has left with ``num_tokens >= P`` tokens."""
+        first, last = self.freed_blocks(prompt_len, num_tokens)
+        return -(-num_tokens // self.shape.block_size) - max(last - first, 0)
 
     def publishable_tokens(self, prompt_len: int) -> int | None:
         """Leading tokens that the prefix cache may share; ``None``: all.

@@ -93,6 +93,11 @@ class SpardaSettings(CommonSettings):
     )
 
     @property
+    def windows_per_block(self) -> int:
+        """Compressed keys of a block and KV head."""
+        return max(1, self.block_size // self.kernel_stride)
+
+    @property
     def blocks_read(self) -> int:
         """Blocks read per KV head and token in total."""
         if self.top_k is not None:

@@ -8,12 +8,15 @@ the bandwidth of a copy, measured in the same run.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.gpu.shapes import ITEM_BYTES
+from vllm_sparse.planner.shapes import ITEM_BYTES
+from vllm_sparse.policies.protocol import Shape as CacheShape
+from vllm_sparse.policies.rocketkv import RocketKV, RocketKVSettings
 
 if TYPE_CHECKING:
-    from benchmarks.gpu.shapes import Shape
+    from vllm_sparse.planner.shapes import Shape
+    from vllm_sparse.policies.protocol import Policy
 
 
 class Split(NamedTuple):
@@ -30,19 +33,25 @@ class Split(NamedTuple):
     stage2: bool = True
 
 
-def split_of(shape: Shape, context: int, settings: dict, block_size: int = 16) -> Split:
+def split_of(shape: Shape, context: int, settings: dict[str, Any], block_size: int = 16) -> Split:
     """The split of a prompt of `context` tokens, by the rule that the engine follows."""
-    from vllm_sparse.policies.protocol import Shape as CacheShape
-    from vllm_sparse.policies.rocketkv import RocketKV, RocketKVSettings
-
     own = RocketKVSettings.model_validate(settings)
     group = shape.heads // shape.kv_heads
-    found = RocketKV(own, CacheShape(shape.head_dim, group, block_size, 2 * context)).retention(
-        context
-    )
-    held = context - found.dropped_blocks * block_size
-    stage2 = own.stage2 and found.sparse
-    return Split(held, found.page_size, found.top_r, own.token_budget // 2, stage2)
+    policy = RocketKV(own, CacheShape(shape.head_dim, group, block_size, 2 * context))
+    return split_by(policy, context)
+
+
+def split_by(policy: Policy, context: int) -> Split:
+    """What a policy holds and reads of a prompt of `context` tokens.
+
+    Of pages without a fused kernel, scores read the whole index.
+    """
+    found = policy.retention(context)
+    first, last = policy.freed_blocks(context, context) if found.sparse else (0, 0)
+    held = context - (last - first) * policy.shape.block_size
+    channels = found.top_r if policy.kernel else policy.index_width
+    stage2 = policy.top_k is not None and found.sparse
+    return Split(held, found.page_size, channels, policy.top_k or 0, stage2)
 
 
 def append_bytes(shape: Shape, rows: int, page_size: int) -> int:

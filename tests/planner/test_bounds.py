@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import bounds
 from benchmarks.gpu.shapes import LLAMA, MINICPM
+from vllm_sparse.planner import bounds
 
 
 @pytest.mark.parametrize(

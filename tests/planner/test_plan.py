@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""What ``vllm-sparse plan`` says, held to what an engine does."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from reference.random_models import save_random_model
+from support.engine import BLOCK_SIZE, SETTINGS, run_engine
+
+from vllm_sparse.cli import main
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+}  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(**changes):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({**LLAMA, **changes}))
+        return str(path)
+
+    return write
+
+
+def plan(capsys, *options):
+    status = main(["plan", *options, "--json", "--host-memory", "512"])
+    return status, {arm["name"]: arm for arm in json.loads(capsys.readouterr().out)}
+
+
+def test_a_llama_on_a_gpu(config, capsys):
+    status, arms = plan(capsys, config())
+    assert status == 0
+    assert arms["dense"]["block_bytes"] == 16 * 128 * 1024
+    assert arms["ROCKETKV"]["block_bytes"] == 16 * 160 * 1024  # extrema of pages of four
+    assert arms["ROCKETKV"]["fits"] > 2 * arms["dense"]["fits"]
+    assert arms["SPARDA"]["request_bytes"] < arms["dense"]["request_bytes"]
+    assert "--attention-backend SPARDA" in arms["SPARDA"]["serve"]
+
+
+def test_what_is_refused_has_its_own_exit_status(config, capsys):
+    status, arms = plan(capsys, config(kv_lora_rank=512))
+    assert status == 3
+    assert "MLA" in arms["ROCKETKV"]["refused"][0]
+    status, arms = plan(capsys, config(), "--backend", "ROCKETKV", "--kv-memory", "1")
+    assert status == 4
+
+
+@pytest.mark.vllm
+def test_blocks_are_those_of_an_engine(tmp_path, capsys):
+    pytest.importorskip("vllm")
+    folder = save_random_model(tmp_path / "model", layers=3, head_dim=32)
+    prompt = [3 + token % 1000 for token in range(600)]
+    ran = run_engine(folder, [prompt], settings=SETTINGS, new_tokens=100, block_size=BLOCK_SIZE)
+    # The engine computes in float32, whose blocks take twice as much.
+    _, arms = plan(
+        capsys, str(folder), "--device", "cpu", "--context", "600", "--output", "424",
+        "--kv-memory", str(32 / 1024), "--block-size", str(BLOCK_SIZE), "--backend", "ROCKETKV",
+        "--settings", json.dumps(SETTINGS), "--concurrency", "8",
+    )  # fmt: skip
+    ours = arms["ROCKETKV"]
+    assert ours["pool_blocks"] - 1 == pytest.approx(ran["free_blocks"][0], rel=0.02)
+    evicted = -(-1024 // BLOCK_SIZE) - ours["request_blocks"]
+    assert evicted == ran["counters"]["blocks_evicted"] > 0

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""``vllm-sparse plan``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.planner.devices import DEVICES
+
+if TYPE_CHECKING:
+    from vllm_sparse.planner.plan import Arm, Question
+
+REFUSED, TOO_MANY = 3, 4
+_SHOWN = ("ROCKETKV", "SPARDA")
+_GIB = 1 << 30
+
+
+def add_command(subparsers: Any) -> None:
+    """Adds ``vllm-sparse plan``."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="tell from a config.json what each backend would need and gain",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Blocks, bytes, requests at once and a bound of the decode step for dense and\n"
+        "sparse attention, from a config.json alone. Times are bytes over an estimated\n"
+        "bandwidth plus launches: a bound, not a measurement.",
+        epilog="exit status: 0 the backend serves this; 1 an error; 2 wrong options;\n"
+        f"{REFUSED} the backend (without --backend: each) refuses it; "
+        f"{TOO_MANY} fewer than --concurrency requests fit",
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="config.json, its folder, or a model of a local cache")
+    add("--context", type=int, default=32768, help="prompt tokens (default: %(default)s)")
+    add("--output", type=int, default=256, help="generated tokens (default: %(default)s)")
+    add("--concurrency", type=int, default=8, help="requests at once (default: %(default)s)")
+    add("--device", choices=DEVICES, default="h100", help="kind (default: %(default)s)")
+    add("--device-memory", type=float, metavar="GIB", help="of one device")
+    add("--host-memory", type=float, metavar="GIB", help="free (default: this machine's)")
+    add("--kv-memory", type=float, metavar="GIB", help="pool of a rank; on CPUs 4 if unset")
+    add("--tensor-parallel-size", type=int, default=1, help="(default: %(default)s)")
+    add("--block-size", type=int, help="tokens per block (default: vLLM's)")
+    add("--backend", type=str.upper, help="plan this one")
+    add("--settings", type=json.loads, default={}, help="JSON, of --backend")
+    add("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from vllm_sparse.planner.plan import DENSE, answer
+    from vllm_sparse.registry import entries
+
+    chosen = arguments.backend
+    if chosen and chosen not in entries():
+        raise UnsupportedError(f"--backend {chosen} is none of {', '.join(entries())}")
+    if arguments.settings and not chosen:
+        raise UnsupportedError("--settings belong to one backend; choose it with --backend")
+    question = _question(arguments)
+    sparse = [answer(question, name) for name in ([chosen] if chosen else _SHOWN)]
+    arms = [answer(question, DENSE), *sparse]
+    if arguments.json:
+        print(json.dumps([asdict(arm) for arm in arms], indent=1))
+    else:
+        print("\n\n".join(_text(arm, question) for arm in arms))
+    able = [arm for arm in sparse if not arm.refused]
+    if not able:
+        return REFUSED
+    return 0 if any(arm.fits >= question.concurrency for arm in able) else TOO_MANY
+
+
+def _question(arguments: argparse.Namespace) -> Question:
+    from vllm_sparse.kv.host.memory import available_bytes
+    from vllm_sparse.planner.model import read_model
+    from vllm_sparse.planner.plan import Question
+
+    device = DEVICES[arguments.device]
+    for name in ("context", "concurrency", "tensor_parallel_size", "output"):
+        if getattr(arguments, name) < 1:
+            raise UnsupportedError(f"--{name.replace('_', '-')} must be at least 1")
+    memory = arguments.device_memory or device.memory_gib
+    pool = arguments.kv_memory or (None if memory else 4.0)
+    host = arguments.host_memory
+    return Question(
+        read_model(arguments.model, arguments.context + arguments.output),
+        arguments.model,
+        arguments.context,
+        arguments.output,
+        arguments.concurrency,
+        device,
+        int(memory * _GIB),
+        available_bytes() if host is None else int(host * _GIB),
+        arguments.tensor_parallel_size,
+        kv_bytes=None if pool is None else int(pool * _GIB),
+        block_size=arguments.block_size,
+        settings=arguments.settings,
+    )
+
+
+def _text(arm: Arm, question: Question) -> str:
+    if arm.refused:
+        return f"{arm.name}: refused\n  " + "\n  ".join(arm.refused)
+    lines = [
+        f"{arm.name}: {arm.kept}",
+        f"  a request: {arm.request_bytes / _GIB:.3f} GiB on the device, {arm.request_blocks} "
+        f"blocks ({arm.prompt_blocks} while its prompt is read)",
+        f"  pool: {arm.pool_blocks} blocks, {arm.pool_bytes / _GIB:.2f} GiB on the device; "
+        f"{arm.fits} requests at once",
+    ]
+    if arm.step_ms:
+        lines.append(f"  decode step of {question.concurrency}: at least {arm.step_ms:.2f} ms, "
+                     f"{arm.speedup:.2f}x dense (estimate)")  # fmt: skip
+    if arm.host_bytes:
+        lines.insert(2, f"  host pool {arm.host_bytes / _GIB:.2f} GiB, "
+                     f"slab {arm.slab_bytes / _GIB:.2f} GiB")  # fmt: skip
+    if arm.name != "dense" and arm.step_ms:
+        first = arm.wins_from
+        lines.append("  never faster than dense" if first is None else
+                     f"  faster than dense from {first} prompt tokens")  # fmt: skip
+    return "\n".join([*lines, f"  {arm.serve}"])

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""A model as its ``config.json`` describes it, in the words of vLLM's configuration.
+
+So refusals and sizes are the functions that start-up calls; nothing is said twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from vllm_sparse import paths
+from vllm_sparse.backends.refusals import check_layer, windows_refused
+from vllm_sparse.errors import ConfigError, UnsupportedError
+from vllm_sparse.planner.shapes import Shape
+from vllm_sparse.registry import entries
+
+_ATTENTION_FREE = ("mamba", "mamba2", "falcon_mamba", "rwkv")
+_RECURRENT_KEYS = ("mamba_d_state", "mamba_d_ssm", "linear_num_key_heads", "attn_layer_indices")
+_RECURRENT_LAYERS = ("linear_attention", "mamba", "recurrent", "conv")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What vLLM's ``ModelConfig`` says of a model, as far as we ask.
+
+    Attributes:
+        folder: With ``config.json``, and weights if there are any.
+        config: Its content.
+        max_model_len: Longest request, in tokens.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    max_model_len: int
+    enable_sleep_mode: bool = False
+
+    @cached_property
+    def text(self) -> dict[str, Any]:
+        """The part about the language model."""
+        return {**self.config, **self.config.get("text_config", {})}
+
+    @property
+    def model(self) -> str:
+        """The folder, where vLLM has it."""
+        return str(self.folder)
+
+    @property
+    def hf_text_config(self) -> SimpleNamespace:
+        """With attributes."""
+        return SimpleNamespace(**self.text)
+
+    @property
+    def architecture(self) -> str:
+        """The name of its class."""
+        return str((self.config.get("architectures") or ["unknown"])[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That vLLM's ``--dtype auto`` chooses."""
+        name = str(self.text.get("dtype") or self.text.get("torch_dtype") or "bfloat16")
+        return torch.float16 if name == "float16" else torch.bfloat16
+
+    @property
+    def use_mla(self) -> bool:
+        """Whether tokens have one latent vector."""
+        return bool(self.text.get("kv_lora_rank"))
+
+    @property
+    def is_attention_free(self) -> bool:
+        """Whether nothing attends."""
+        return self.text.get("model_type") in _ATTENTION_FREE
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether some layers are recurrent."""
+        kinds = self.text.get("layer_types") or self.text.get("layers_block_type") or ()
+        recurrent = any(str(kind) in _RECURRENT_LAYERS for kind in kinds)
+        return recurrent or any(key in self.text for key in _RECURRENT_KEYS)
+
+    @property
+    def runner_type(self) -> str:
+        """Whether it generates."""
+        generates = self.architecture.endswith(("CausalLM", "ConditionalGeneration"))
+        return "generate" if generates or "LMHead" in self.architecture else "pooling"
+
+    @property
+    def windowed_layers(self) -> int:
+        """Layers with a sliding window."""
+        kinds = self.text.get("layer_types")
+        if kinds:
+            return sum(str(kind) == "sliding_attention" for kind in kinds)
+        window = self.text.get("sliding_window")
+        return self.layers if window and self.text.get("use_sliding_window", True) else 0
+
+    @property
+    def layers(self) -> int:
+        """All of them."""
+        return int(self.text["num_hidden_layers"])
+
+    def get_num_layers(self, parallel: Any) -> int:
+        """Layers of a rank."""
+        return self.layers // int(parallel.pipeline_parallel_size)
+
+    def get_total_num_hidden_layers(self) -> int:
+        """Layers of all ranks."""
+        return self.layers
+
+    def get_total_num_kv_heads(self) -> int:
+        """KV heads of all ranks."""
+        heads = self.text["num_attention_heads"]
+        return int(self.text.get("num_key_value_heads") or heads)
+
+    def get_num_kv_heads(self, parallel: Any) -> int:
+        """KV heads of a rank."""
+        return max(1, self.get_total_num_kv_heads() // int(parallel.tensor_parallel_size))
+
+    def get_head_size(self) -> int:
+        """D."""
+        return int(self.text.get("head_dim") or self.hidden // self.text["num_attention_heads"])
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return int(self.text["hidden_size"])
+
+    def get_hidden_size(self) -> int:
+        """As vLLM calls it."""
+        return self.hidden
+
+    def get_num_experts(self) -> int:
+        """Experts of a layer; 0 for dense models."""
+        for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+            if self.text.get(key):
+                return int(self.text[key])
+        return 0
+
+    def shape(self) -> Shape:
+        """What a decode step reads; of a mixture, the experts of one token."""
+        width = self.text.get("moe_intermediate_size") or self.text["intermediate_size"]
+        active = int(self.text.get("num_experts_per_tok") or 1) if self.get_num_experts() else 1
+        return Shape(
+            self.architecture,
+            self.layers,
+            self.hidden,
+            int(width) * active,
+            int(self.text["num_attention_heads"]),
+            self.get_total_num_kv_heads(),
+            self.get_head_size(),
+            int(self.text["vocab_size"]),
+            0.0,
+        )
+
+    def layer_refusals(self, name: str) -> list[str]:
+        """Why layers cannot be served by a backend; what start-up finds when it builds them."""
+        text, found = self.text, []
+        alibi = text.get("alibi") or text.get("model_type") in ("bloom", "mpt")
+        try:
+            check_layer(
+                alibi_slopes=alibi or None,
+                sinks=True if text.get("model_type") == "gpt_oss" else None,
+                logits_soft_cap=text.get("attn_logit_softcapping"),
+                attn_type="encoder" if text.get("is_encoder_decoder") else "decoder",
+                kv_sharing_target_layer_name=text.get("num_kv_shared_layers") or None,
+                kv_cache_dtype="auto",
+                expected_cache_dtype="auto",
+            )
+        except UnsupportedError as error:
+            found.append(str(error))
+        if self.windowed_layers and entries()[name].needs_every_layer:
+            found.append(windows_refused(name))
+        return found
+
+
+def read_model(name: str, max_model_len: int | None = None) -> Model:
+    """The model of a name.
+
+    Args:
+        name: A ``config.json``, a folder that has one, a model that ``vllm-sparse fetch-model``
+            has cached, or one of the Hugging Face cache. Nothing is downloaded.
+        max_model_len: Longest request, in tokens; ``None``: what the model allows.
+
+    Raises:
+        ConfigError: There is none, or it lacks what every decoder's has.
+    """
+    path = _find(name)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds no JSON object; is it a model's config.json?")
+    text = {**config, **config.get("text_config", {})}
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    missing = [key for key in needed if not text.get(key)]
+    if missing:
+        raise ConfigError(
+            f"{path} lacks {', '.join(missing)}, which every decoder-only model's config.json has"
+        )
+    text.setdefault("intermediate_size", 4 * int(text["hidden_size"]))
+    longest = int(text.get("max_position_embeddings") or 0)
+    return Model(path.parent, {**config, **text}, max_model_len or longest or 8192)
+
+
+def _find(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    hub = os.environ.get("HF_HUB_CACHE")
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    cached = (Path(hub) if hub else home / "hub") / f"models--{name.replace('/', '--')}"
+    newest = sorted(cached.glob("snapshots/*/config.json"), key=lambda file: file.stat().st_mtime)
+    for found in (path / "config.json", paths.cache_dir() / name / "config.json", *newest[-1:]):
+        if found.is_file():
+            return found
+    raise ConfigError(
+        f"no config.json of {name!r} on this machine: it is neither a file nor a folder, and "
+        f"neither {paths.cache_dir()} nor {cached.parent} has it. Give the path of the model's "
+        "config.json"
+    )

@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Blocks, bytes, requests and steps of each backend for one model, context and device.
+
+Sizes are those of start-up: the policies' own retention, the slab's and the pool's own arithmetic,
+and the refusals, called with a model that only has its ``config.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from vllm_sparse import startup
+from vllm_sparse.backends.refusals import check_block_size
+from vllm_sparse.config import NAMESPACE, load_settings
+from vllm_sparse.device_room import left_bytes
+from vllm_sparse.errors import VllmSparseError
+from vllm_sparse.forecast.routing import tapped_architecture
+from vllm_sparse.kv.host.geometry import GIB, block_bytes, blocks_per_row
+from vllm_sparse.planner import bounds
+from vllm_sparse.planner.devices import LAUNCHES, POLICY_LAUNCHES
+from vllm_sparse.policies.making import make_policy
+from vllm_sparse.policies.protocol import Shape as CacheShape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm_sparse.planner.devices import Device
+    from vllm_sparse.planner.model import Model
+    from vllm_sparse.policies.protocol import Policy
+    from vllm_sparse.policies.sparda import SpardaSettings
+
+DENSE = "dense"
+MISSES = 0.25
+"""Of SPARDA's free picks; README's tables say 0.18 to 0.33."""
+
+_STEP = 1024
+_FURTHEST = 1 << 20
+# More requests at once than any server is asked for, to learn how many a slab serves.
+_MANY = 4096
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be served, on what.
+
+    Attributes:
+        model: The model, whose ``max_model_len`` is prompt and output together.
+        name: As the user calls it.
+        context: Tokens of a prompt.
+        output: Tokens of an answer.
+        concurrency: Requests at once.
+        device: Its kind.
+        device_bytes: Memory of one.
+        host_bytes: Free host memory.
+        ranks: Tensor-parallel ones.
+        utilization: Share of a device's memory that vLLM may take.
+        kv_bytes: The pool on a rank, if it is given: ``--kv-cache-memory-bytes``.
+        block_size: Tokens per block, if they are given.
+        settings: Of the chosen backend: ``vllm_sparse`` of ``--additional-config``.
+    """
+
+    model: Model
+    name: str
+    context: int
+    output: int
+    concurrency: int
+    device: Device
+    device_bytes: int
+    host_bytes: int
+    ranks: int = 1
+    utilization: float = 0.92
+    kv_bytes: int | None = None
+    block_size: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether device and host have memories of their own."""
+        return self.device.launch_us > 0
+
+    @property
+    def blocks_of(self) -> int:
+        """Tokens per block of backends that do not choose them."""
+        return self.block_size or self.device.block_size
+
+    def configuration(self, seqs: int) -> Any:
+        """What vLLM's configuration would say, as far as start-up asks.
+
+        Args:
+            seqs: ``--max-num-seqs``.
+        """
+        return SimpleNamespace(
+            model_config=self.model,
+            cache_config=SimpleNamespace(
+                cache_dtype="auto", kv_offloading_size=None, num_gpu_blocks_override=None,
+                gpu_memory_utilization=self.utilization,
+                user_specified_block_size=self.block_size is not None, block_size=self.blocks_of,
+            ),
+            parallel_config=SimpleNamespace(
+                decode_context_parallel_size=1, prefill_context_parallel_size=1,
+                pipeline_parallel_size=1, tensor_parallel_size=self.ranks,
+                data_parallel_size_local=1, use_ubatching=False,
+            ),
+            scheduler_config=SimpleNamespace(
+                max_num_seqs=seqs, max_num_batched_tokens=self.device.batched_tokens
+            ),
+            attention_config=SimpleNamespace(use_non_causal=False),
+            compilation_config=SimpleNamespace(cudagraph_capture_sizes=None),
+            speculative_config=None, kv_transfer_config=None, lora_config=None,
+            additional_config={NAMESPACE: dict(self.settings)},
+        )  # fmt: skip
+
+
+@dataclass
+class Arm:
+    """One backend's answer; bytes are a rank's.
+
+    Attributes:
+        name: Of the backend, or ``dense``.
+        refused: Why it cannot serve this; the rest is then empty.
+        kept: What it does to a request of this length, in words.
+        block_bytes: A block on the device, all layers.
+        pool_blocks: Of the pool, vLLM's null block included; SPARDA: of the host pool.
+        pool_bytes: On the device.
+        prompt_blocks: Of a request while its prompt is read.
+        request_blocks: Of a request with all its tokens.
+        request_bytes: On the device: blocks; SPARDA: compressed keys and frames of a step.
+        request_host_bytes: In host memory.
+        host_bytes: Of the host pool, all ranks.
+        slab_bytes: Frames of all requests.
+        fits: Requests that decode at once.
+        step_ms: A decode step of ``concurrency`` requests; 0: not estimated.
+        speedup: Against dense.
+        wins_from: Prompt tokens from which a step is shorter than dense; ``None``: never.
+        serve: The command.
+    """
+
+    name: str
+    refused: list[str] = field(default_factory=list)
+    kept: str = ""
+    block_bytes: int = 0
+    pool_blocks: int = 0
+    pool_bytes: int = 0
+    prompt_blocks: int = 0
+    request_blocks: int = 0
+    request_bytes: int = 0
+    request_host_bytes: int = 0
+    host_bytes: int = 0
+    slab_bytes: int = 0
+    fits: int = 0
+    step_ms: float = 0.0
+    speedup: float = 0.0
+    wins_from: int | None = None
+    serve: str = ""
+
+
+def answer(question: Question, name: str) -> Arm:
+    """What a backend makes of a question.
+
+    Args:
+        question: What is asked.
+        name: Of the backend in capitals, or ``dense``.
+
+    Raises:
+        ConfigError: The settings are wrong.
+    """
+    if name == DENSE:
+        return _dense(question)
+    settings = load_settings({NAMESPACE: dict(question.settings)}, name.lower())
+    config = question.configuration(question.concurrency)
+    refused = [
+        *startup.refusals(config, name, question.on_gpu),
+        *question.model.layer_refusals(name),
+    ]
+    allowed = int(question.model.text.get("max_position_embeddings") or 0)
+    if 0 < allowed < question.model.max_model_len:
+        refused.append(
+            f"{question.context} + {question.output} tokens are more than the {allowed} that the "
+            "model was made for"
+        )
+    if refused:
+        return Arm(name, refused)
+    try:
+        if name == "SPARDA":
+            return _sparda(question, settings)
+        return _policy(question, name, settings)
+    except VllmSparseError as error:
+        return Arm(name, [str(error)])
+
+
+def pool_room(question: Question) -> int:
+    """Bytes of a rank's device for keys and values."""
+    if question.kv_bytes is not None:
+        return question.kv_bytes
+    return max(left_bytes(question.configuration(question.concurrency), question.device_bytes), 0)
+
+
+def _dense(question: Question) -> Arm:
+    size = question.blocks_of
+    each = _block_bytes(question, size)
+    blocks = pool_room(question) // each
+    held = -(-question.model.max_model_len // size)
+    return Arm(
+        DENSE,
+        kept="keeps and reads every token",
+        block_bytes=each,
+        pool_blocks=blocks,
+        pool_bytes=blocks * each,
+        prompt_blocks=-(-question.context // size),
+        request_blocks=held,
+        request_bytes=held * each,
+        fits=max(blocks - 1, 0) // held,
+        step_ms=dense_ms(question, question.context),
+        speedup=1.0,
+        serve=_serve(question, DENSE, {}),
+    )
+
+
+def _policy(question: Question, name: str, settings: Any) -> Arm:
+    size = question.blocks_of
+    if question.on_gpu:
+        check_block_size(size)
+    policy = _policy_of(question, name, settings, question.model.max_model_len)
+    each = _block_bytes(question, size) * policy.numbers_per_token // (2 * policy.shape.head_dim)
+    context, longest = question.context, question.model.max_model_len
+    blocks, prompt = pool_room(question) // each, -(-context // size)
+    held = policy.held_blocks(context, longest)
+
+    def milliseconds(tokens: int) -> float:
+        longer = tokens + question.output
+        return policy_ms(question, _policy_of(question, name, settings, longer), tokens)
+
+    reason = policy.retention(context).reason
+    return Arm(
+        name,
+        kept=f"serves this densely ({reason})" if reason else policy.describe(),
+        block_bytes=each,
+        pool_blocks=blocks,
+        pool_bytes=blocks * each,
+        prompt_blocks=prompt,
+        request_blocks=held,
+        request_bytes=held * each,
+        # One prompt after the other is read, in all its blocks.
+        fits=bounds.most_rows(max(blocks - 1, 0), held, max(prompt - held, 0)),
+        step_ms=milliseconds(context),
+        speedup=dense_ms(question, context) / milliseconds(context),
+        wins_from=_wins_from(question, milliseconds),
+        serve=_serve(question, name, question.settings),
+    )
+
+
+def _sparda(question: Question, settings: SpardaSettings) -> Arm:
+    size, model = settings.block_size, question.model
+    each = _block_bytes(question, size)
+    held = -(-model.max_model_len // size)
+    chosen = dict(question.settings)
+    if "host_gib" not in chosen:  # as much as these requests need, if there is as much
+        most = question.host_bytes * 8 // 10 // question.ranks
+        wanted = min((question.concurrency * held + 1) * each, most)
+        chosen["host_gib"] = -(-wanted * 100 // GIB) / 100
+        settings = settings.model_copy(update={"host_gib": chosen["host_gib"]})
+    config = question.configuration(_MANY if question.on_gpu else question.concurrency)
+    config.additional_config = {NAMESPACE: chosen}
+    tapped_architecture(config)
+    total: Callable[[], int] | None = (lambda: question.device_bytes) if question.on_gpu else None
+    frames = startup.size_sparda(config, settings, total, question.host_bytes)
+    blocks = config.cache_config.num_gpu_blocks_override
+    heads = model.get_num_kv_heads(config.parallel_config)
+    piece = each // (model.layers * heads)
+    # A window's key in place of the keys and values of a stride's tokens.
+    compressed = each * settings.windows_per_block // (2 * size)
+    rows = heads * blocks_per_row(settings, model.max_model_len) * model.layers
+    by_slab = config.scheduler_config.max_num_seqs if question.on_gpu else _MANY
+    # On a CPU device and host are one memory: fetching blocks cannot save what the bound counts.
+    step = sparda_ms(question, settings, question.context) if question.on_gpu else 0.0
+    return Arm(
+        "SPARDA",
+        kept=f"selector {settings.chosen_selector}, {settings.blocks_read} blocks read per KV head",
+        block_bytes=compressed,
+        pool_blocks=blocks,
+        pool_bytes=blocks * compressed,
+        prompt_blocks=-(-question.context // size),
+        request_blocks=held,
+        request_bytes=held * compressed + rows * piece,
+        request_host_bytes=held * each,
+        host_bytes=blocks * each * question.ranks,
+        slab_bytes=sum(frames) * piece,
+        fits=min((blocks - 1) // held, by_slab),
+        step_ms=step,
+        speedup=dense_ms(question, question.context) / step if step else 0.0,
+        wins_from=_wins_from(question, lambda tokens: sparda_ms(question, settings, tokens))
+        if step
+        else None,
+        serve=_serve(question, "SPARDA", chosen),
+    )
+
+
+def dense_ms(question: Question, context: int) -> float:
+    """A decode step of stock vLLM."""
+    shape = question.model.shape()
+    read = bounds.step_bytes(shape, question.concurrency, context)
+    return _milliseconds(question, read, LAUNCHES[DENSE])
+
+
+def policy_ms(question: Question, policy: Policy, context: int) -> float:
+    """A decode step of a policy."""
+    if not policy.retention(context).sparse:
+        return dense_ms(question, context)
+    shape, rows = question.model.shape(), question.concurrency
+    split = bounds.split_by(policy, context)
+    skipped = min(policy.settings.skip_layers, shape.layers)
+    read = bounds.step_bytes(shape, rows, context, split)
+    read += skipped * bounds.layer_bytes(shape, rows, context, split._replace(stage2=False))
+    read -= skipped * bounds.layer_bytes(shape, rows, context, split)
+    return _milliseconds(question, read, POLICY_LAUNCHES)
+
+
+def sparda_ms(question: Question, settings: SpardaSettings, context: int) -> float:
+    """A decode step of SPARDA, in which a share of the free picks is fetched."""
+    shape, rows, size = question.model.shape(), question.concurrency, settings.block_size
+    there = -(-context // size)
+    read = there if context <= settings.dense_len else min(settings.blocks_read, there)
+    free = max(read - settings.init_blocks - settings.local_blocks - 1, 0)
+    if context <= settings.dense_len or settings.resident or not question.on_gpu:
+        free = 0
+    fetched = MISSES * free * rows * shape.kv_bytes_per_token * size / question.ranks
+    step = bounds.paged_step(
+        shape, rows, context, (read, size, settings.kernel_stride), fetched,
+        question.device.bytes_per_s * question.ranks, question.device.link_bytes_per_s,
+    )  # fmt: skip
+    ahead = settings.prefetch and settings.chosen_selector != "query"
+    launches = LAUNCHES["SPARDA"] * shape.layers * question.device.launch_us / 1e3
+    return (step.prefetched_ms if ahead else step.blocking_ms) + launches
+
+
+def _milliseconds(question: Question, read: int, launches: int) -> float:
+    device, layers = question.device, question.model.layers
+    begin = launches * layers * device.launch_us / 1e3
+    return 1e3 * read / (device.bytes_per_s * question.ranks) + begin
+
+
+def _wins_from(question: Question, milliseconds: Callable[[int], float]) -> int | None:
+    furthest = int(question.model.text.get("max_position_embeddings") or _FURTHEST)
+    for context in range(_STEP, furthest + 1, _STEP):
+        if milliseconds(context) < dense_ms(question, context):
+            return context
+    return None
+
+
+def _policy_of(question: Question, name: str, settings: Any, longest: int) -> Policy:
+    model = question.model
+    group = int(model.text["num_attention_heads"]) // model.get_total_num_kv_heads()
+    shape = CacheShape(model.get_head_size(), group, question.blocks_of, longest)
+    return make_policy(name, settings, shape)
+
+
+def _block_bytes(question: Question, size: int) -> int:
+    model, config = question.model, question.configuration(1)
+    heads = model.get_num_kv_heads(config.parallel_config)
+    return block_bytes(model.layers, heads, size, model.get_head_size(), model.dtype.itemsize)
+
+
+def _serve(question: Question, name: str, settings: dict[str, Any]) -> str:
+    parts = [
+        f"vllm serve {question.name}",
+        f"--max-model-len {question.model.max_model_len}",
+        f"--max-num-seqs {question.concurrency}",
+    ]
+    if question.ranks > 1:
+        parts.append(f"--tensor-parallel-size {question.ranks}")
+    if question.block_size is not None:
+        parts.append(f"--block-size {question.block_size}")
+    if name != "SPARDA":
+        if question.kv_bytes is not None:
+            parts.append(f"--kv-cache-memory-bytes {question.kv_bytes}")
+        elif question.on_gpu:
+            parts.append(f"--gpu-memory-utilization {question.utilization}")
+    if name != DENSE:
+        parts.append(f"--attention-backend {name}")
+    if settings:
+        parts.append(f"--additional-config '{json.dumps({NAMESPACE: settings})}'")
+    return " ".join(parts)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Makes the policy of a name for layers of a shape, or says why that cannot be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_sparse import registry
+from vllm_sparse.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from vllm_sparse.policies.protocol import Policy, PolicySettings, Shape
+
+
+def make_policy(name: str, settings: PolicySettings, shape: Shape) -> Policy:
+    """The policy for layers of a shape.
+
+    Args:
+        name: In capitals, of a policy.
+        settings: Its own.
+        shape: Of the layers; vLLM probes them with blocks of one token.
+
+    Raises:
+        UnsupportedError: Blocks or heads do not suit the policy's pages.
+    """
+    kind: type[Policy] = registry.policy(name)
+    policy = kind(settings, shape)
+    if policy.index_width % min(policy.page_sizes):
+        raise UnsupportedError(
+            f"head size {shape.head_dim} does not divide into page_sizes={min(policy.page_sizes)}"
+        )
+    if shape.block_size > 1:
+        _check_block_size(policy, shape.block_size)
+    return policy
+
+
+def _check_block_size(policy: Policy, block_size: int) -> None:
+    if block_size % max(policy.page_sizes):
+        raise UnsupportedError(
+            f"--block-size {block_size} is not a multiple of the largest of "
+            f"page_sizes={list(policy.page_sizes)}; pages may not straddle blocks"
+        )
+    shape = policy.shape
+    room = policy.index_width * (block_size // min(policy.page_sizes))
+    fp8 = ", or leave out --kv-cache-dtype fp8" if shape.query_slots > 1 else ""
+    if policy.window and room < shape.group_size * shape.head_dim * shape.query_slots:
+        raise UnsupportedError(
+            f"--block-size {block_size} is too small for {shape.group_size} query heads per KV "
+            f"head with page_sizes={list(policy.page_sizes)}: window queries that wait for the "
+            "next chunk need room in a block. Raise --block-size" + fp8
+        )
