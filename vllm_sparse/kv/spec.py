@@ -29,10 +29,14 @@ class SharedSpec(FullAttentionSpec):
     instance_id: str = ""
 
     @classmethod
+    def added(cls) -> set[str]:
+        """Names of the fields that stock vLLM's spec has not."""
+        return {part.name for part in fields(cls)} - {x.name for x in fields(FullAttentionSpec)}
+
+    @classmethod
     def merge(cls, specs: list[Self]) -> Self:
         """One spec for layers that share a block table."""
-        added = {part.name for part in fields(cls)} - {x.name for x in fields(FullAttentionSpec)}
-        own = {name: getattr(specs[0], name) for name in added}
+        own = {name: getattr(specs[0], name) for name in cls.added()}
         return replace_as(super().merge(specs), cls, **own)
 
 

@@ -128,12 +128,11 @@ def _stock_groups(config: Any) -> Any:
     These get a slice of a request's hashes, from which a prompt's length cannot be told, so the cap
     is the connector's. Nor does this pool say how many requests it serves.
     """
-    added = {"policy", "backend", "instance_id"}
 
     def stock(group: Any) -> Any:
         spec = group.kv_cache_spec
         if isinstance(spec, PolicySpec):
-            spec = replace_as(spec, FullAttentionSpec, drop=added)
+            spec = replace_as(spec, FullAttentionSpec, drop=PolicySpec.added())
         return replace(group, kv_cache_spec=spec)
 
     return replace(config, kv_cache_groups=[stock(group) for group in config.kv_cache_groups])
