@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks import bounds, cost
+from benchmarks import cost
+from vllm_sparse.planner import bounds
 
 if TYPE_CHECKING:
     import torch
 
-    from benchmarks.bounds import Split
     from benchmarks.cost import Case
     from benchmarks.gpu.shapes import Shape
+    from vllm_sparse.planner.bounds import Split
 
 FLOPS_PER_S = 6e14  # of bfloat16 that matrix products and FlashAttention reach, an estimate
 # Norms, projections, rotary embedding, activation: what a layer launches besides its attention.

@@ -11,9 +11,10 @@ import pytest
 pytest.importorskip("triton")
 import torch
 
-from benchmarks import bounds, cost, predictions
+from benchmarks import cost, predictions
 from benchmarks.gpu.shapes import LLAMA, MINICPM
 from benchmarks.ops import rocketkv
+from vllm_sparse.planner import bounds
 
 H200 = predictions.Expected(cost.Machine(bytes_per_s=4.2e12), overlapped=True)
 LONGEST = cost.Case._field_defaults["longest"]

@@ -132,7 +132,14 @@ def test_a_step_equals_brute_force_on_what_the_numbers_stand_for(kernel, page_si
         keys, values = keys * SCALES.key, values * SCALES.value
         low, high = brute.page_extrema(keys, page_size)
         chosen = brute.select_decode_tokens(
-            batch.query[row], low, high, held.shape[1], page_size, int(batch.top_r[row]), 32
+            batch.query[row],
+            low,
+            high,
+            held.shape[1],
+            page_size,
+            int(batch.top_r[row]),
+            32,
+            scale=0.11,
         )
         expected = brute.attend(batch.query[row], keys, values, torch.tensor(chosen), 0.11)
         torch.testing.assert_close(output[row], expected, rtol=1e-4, atol=1e-5)

@@ -98,7 +98,7 @@ def test_compacted_prompts_equal_reference(shape):
         result = with_gaps(cache, 2)
         kernel.compact_prompts(
             result, *packed_views(result, layout), query, table, lens, dropped, layout=layout,
-            pool_kernel=7, max_kept=150 - shape["block_size"], scales=NEAREST,
+            pool_kernel=7, scale=0.3, max_kept=150 - shape["block_size"], scales=NEAREST,
         )  # fmt: skip
         results.append(result)
     assert same(*results)
@@ -128,7 +128,7 @@ def compile_everything(capability: int) -> None:
         )  # fmt: skip
     compaction.compact_prompts(
         cache, *packed_views(cache, layout), torch.zeros(3, 8, 16, 128).bfloat16(), table, lengths,
-        lengths, layout=layout, pool_kernel=63, max_kept=300, scales=NEAREST,
+        lengths, layout=layout, pool_kernel=63, scale=0.1, max_kept=300, scales=NEAREST,
     )  # fmt: skip
 
 
