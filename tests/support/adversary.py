@@ -36,6 +36,14 @@ EXPLAINED: dict[str, str] = {}
 # How often each kernel was launched in this process.
 LAUNCHES: Counter[str] = Counter()
 
+# How often each variant was since :func:`start_over`.
+_VARIANTS: Counter[Any] = Counter()
+
+
+def start_over() -> None:
+    """Run the next launches in all orders, whatever was launched before."""
+    _VARIANTS.clear()
+
 
 class OrderError(AssertionError):
     """What a kernel leaves depends on the order in which its programs run."""
@@ -127,7 +135,7 @@ def install() -> None:
     """Change the interpreter of this process; before `patch_language_once_per_launch`."""
     from triton.runtime import interpreter
 
-    memory, launched = _Memory(), Counter[Any]()
+    memory = _Memory()
     stock, builder = interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder
     load, store, exchange, modify = (
         builder.create_masked_load, builder.create_masked_store,
@@ -165,7 +173,7 @@ def install() -> None:
         tensors = {key: x for key, x in bound.items() if isinstance(x, torch.Tensor)}
         constants = tuple((key, str(bound[key])) for key in self.constexprs)
         variant = self.fn.__name__, constants
-        launched[variant] += 1
+        _VARIANTS[variant] += 1
         LAUNCHES[self.fn.__name__] += 1
         scope = interpreter._patch_lang(self.fn)
         memory.enter(self.fn.__name__, tensors)
@@ -183,8 +191,8 @@ def install() -> None:
                     interpreter.interpreter_builder.set_grid_idx(*program)
                     self.fn(**converted)
 
-            orders = _orders(grid, seed=launched.total())
-            if launched[variant] > _THOROUGH or len(orders[0]) == 1:
+            orders = _orders(grid, seed=_VARIANTS.total())
+            if _VARIANTS[variant] > _THOROUGH or len(orders[0]) == 1:
                 run(orders[-1])
             else:
                 _in_every_order(self.fn.__name__, tensors, orders, run)
