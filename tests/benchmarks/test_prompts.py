@@ -4,33 +4,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+from support.workers import IdleWorker
 
 from benchmarks import clock, corpus, harness, prompts, report
 
 
-class FakeWorker:
+class FakeWorker(IdleWorker):
     """Stock vLLM takes 10 s, of which 6 in its attention; others 5 s."""
-
-    def __init__(self, arm, arguments, **_):
-        self.arm, self.group = arm, 0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def pause(self):
-        pass
-
-    def running(self):
-        return contextlib.nullcontext(self)
 
     def call(self, command, **given):
         if command != "timed_prefill":

@@ -4,35 +4,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 
 import pytest
+from support.workers import IdleWorker
 
 from benchmarks import corpus, harness, report, speed
 
 
-class FakeWorker:
+class FakeWorker(IdleWorker):
     """Stock vLLM takes 4 ms a step at length and 1 ms at 128 tokens, the other arm 2 and 1."""
 
     start_seconds = 0.0
     stop_after = 10**9
     calls = 0
-
-    def __init__(self, arm, arguments, **_):
-        self.arm, self.length, self.group = arm, 0, 0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def pause(self):
-        pass
-
-    def running(self):
-        return contextlib.nullcontext(self)
+    length = 0
 
     def call(self, command, **given):
         FakeWorker.calls += 1

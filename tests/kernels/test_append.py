@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from support.kernels import DEVICE, FAR, close, same, with_gaps
-from support.pages import batch_on_device
+from support.pages import batch_on_device, parked_rows
 from vllm_sparse.kernels.reference import append as ref_append
 from vllm_sparse.kernels.reference import decode as reference
 from vllm_sparse.kernels.triton import append
@@ -83,12 +83,7 @@ def test_probes_equal_reference(shape, dtype, replays):
 def test_parked_queries_equal_reference_and_what_is_loaded(group):
     batch = batch_on_device(rows=4, group=group, longest=120)
     layout, per_block = batch.layout, 2 * batch.layout.pages_per_block // group
-    tail = batch.table[1, :2].clone()
-    place = torch.tensor([-1, 0, per_block - 1, per_block], device=DEVICE)
-    parked = tail.long()[place // per_block] * per_block + place % per_block
-    parked = torch.where(place < 0, -1, parked).int()
-    # Rows whose queries wait read everything and leave the extrema alone.
-    top_r = torch.where(parked >= 0, 0, batch.top_r)
+    tail, parked, top_r = parked_rows(batch, per_block)
     caches = [with_gaps(batch.cache, 2) for _ in range(2)]
     rows = batch.key, batch.value, batch.table, batch.lengths, batch.lengths, top_r, layout
     reference.append_tokens(caches[0], *rows)

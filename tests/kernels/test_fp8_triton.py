@@ -13,7 +13,15 @@ pytest.importorskip("triton")
 
 from support.ahead_of_time import compile_only, compiled
 from support.kernels import DEVICE, close, same, with_gaps
-from support.pages import PROMPTS, SCALES, batch_on_device, decode, make_prompts, packed_views
+from support.pages import (
+    PROMPTS,
+    SCALES,
+    batch_on_device,
+    decode,
+    make_prompts,
+    packed_views,
+    parked_rows,
+)
 from vllm_sparse.kernels.fp8 import FP8, encode
 from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kernels.reference import append as ref_append
@@ -70,11 +78,7 @@ def test_parked_queries_are_not_rounded(dtype):
     parking = QueryParking(layout, group, dtype)
     per_block = 2 * layout.pages_per_block // (group * dtype.itemsize)
     assert parking.per_block == per_block
-    tail = batch.table[1, :2].clone()
-    place = torch.tensor([-1, 0, per_block - 1, per_block], device=DEVICE)
-    parked = tail.long()[place // per_block] * per_block + place % per_block
-    parked = torch.where(place < 0, -1, parked).int()
-    top_r = torch.where(parked >= 0, 0, batch.top_r)
+    tail, parked, top_r = parked_rows(batch, per_block)
     caches = [with_gaps(batch.cache, 2) for _ in range(2)]
     rows = batch.key, batch.value, batch.table, batch.lengths, batch.lengths, top_r, layout
     reference.append_tokens(caches[0], *rows, scales=NEAREST)

@@ -97,28 +97,10 @@ def test_decode_selection_equals_brute_force(tokens, scale, page_size, group, fo
     query, keys = _tensors(tokens + group, (2 * group, 16), (2, tokens, 16))
     low, high = rocketkv.page_extrema(keys, page_size)
     for top_r, top_k in ((1, 8), (7, 13), (16, 32), (16, tokens), (5, tokens + 3)):
-        ours = rocketkv.select_decode_tokens(
-            query,
-            low,
-            high,
-            tokens,
-            page_size,
-            top_r,
-            top_k,
-            force_newest=force_newest,
-            scale=scale,
-        )
-        expected = brute.select_decode_tokens(
-            query,
-            low,
-            high,
-            tokens,
-            page_size,
-            top_r,
-            top_k,
-            force_newest=force_newest,
-            scale=scale,
-        )
+        given = query, low, high, tokens, page_size, top_r, top_k
+        options = {"force_newest": force_newest, "scale": scale}
+        ours = rocketkv.select_decode_tokens(*given, **options)
+        expected = brute.select_decode_tokens(*given, **options)
         assert ours.tolist() == expected
 
 

@@ -84,6 +84,19 @@ def batch_on_device(**shape):
     )  # fmt: skip
 
 
+def parked_rows(batch, per_block):
+    """Three of four rows wait in the first blocks of row 1, ``per_block`` in each.
+
+    Returns those blocks, the rows' places, -1 for none, and channels: rows whose queries wait read
+    everything and leave the extrema alone.
+    """
+    tail = batch.table[1, :2].clone()
+    place = torch.tensor([-1, 0, per_block - 1, per_block], device=DEVICE)
+    parked = tail.long()[place // per_block] * per_block + place % per_block
+    parked = torch.where(place < 0, -1, parked).int()
+    return tail, parked, torch.where(parked >= 0, 0, batch.top_r)
+
+
 def decode(kernel, batch, top_k, *, final=None, cache=None, **options):
     cache = with_gaps(batch.cache, 2) if cache is None else cache
     output = with_gaps(torch.empty_like(batch.query.contiguous()), 2)
