@@ -9,7 +9,7 @@ TREE := build/tree
 PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast lint style tree types layers format bench gpu-first gpu-check gpu-bench gpu-tune clean
+.PHONY: help setup demo serve test test-fast lint style tree types layers site docs tables format bench gpu-first gpu-check gpu-bench gpu-tune clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,7 +32,7 @@ test: setup ## Run all tests that this machine can run
 test-fast: setup ## Run the tests that need no engine, no model and little time
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not vllm and not model"
 
-lint: setup style types layers ## Check style, types and layers
+lint: setup style types layers site ## Check style, types, layers and the documentation's links
 
 style:
 	@$(BIN)/ruff check .
@@ -48,6 +48,16 @@ types: tree
 
 layers: tree
 	@cd $(TREE) && ../../$(BIN)/lint-imports --no-cache --no-logo ../../pyproject.toml
+
+# Any warning ends it; --quiet would hide them even from --strict.
+site:
+	@said=$$(NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict 2>&1) || { echo "$$said"; exit 1; }
+
+docs: setup site ## Build the documentation into build/site
+	@echo "build/site/index.html"
+
+tables: setup ## Write the tables of README.md and docs/ anew, from code and result files
+	@$(BIN)/python -m scripts.pages
 
 format: setup ## Format the code and fix what can be fixed
 	@$(BIN)/ruff check --fix .

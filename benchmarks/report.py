@@ -2,9 +2,8 @@
 # SPDX-FileCopyrightText: The vllm-sparse authors
 """Renders the result files as Markdown.
 
-``python -m benchmarks.report [FILES...]`` prints every result in ``benchmarks/results``;
-``--readme`` writes the tables of README.md anew, which stand between ``<!-- table: NAME -->`` and
-``<!-- end -->``.
+``python -m benchmarks.report [FILES...]`` prints every result in ``benchmarks/results``. The tables
+of README.md and docs/ are ``make tables``.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import readme, results, tables
+from benchmarks import results, tables
 from benchmarks.quality import report as quality
 
 UNKNOWN = "not recorded"
@@ -41,11 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line entry point."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("files", nargs="*", type=Path)
-    parser.add_argument("--readme", action="store_true", help="rewrite the tables of README.md")
     options = parser.parse_args(arguments)
-    if options.readme:
-        readme.rewrite()
-        return
     files = options.files or sorted(results.FOLDER.glob("*.json"))
     print("\n\n".join(render(path) for path in files))
 

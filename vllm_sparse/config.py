@@ -36,8 +36,8 @@ class CommonSettings(BaseModel):
     algorithm: str = Field("", description="The backend's name in small letters; may be left out.")
     kernels: Literal["auto", "triton"] = Field(
         "auto",
-        description="auto: C++ on a CPU, Triton on a GPU. triton on a CPU takes the GPU's path in "
-        "Triton's interpreter, for tests.",
+        description="`auto`: C++ on a CPU, Triton on a GPU. `triton` on a CPU takes the GPU's path "
+        "in Triton's interpreter, for tests.",
     )
 
 

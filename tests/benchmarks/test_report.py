@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""The report renders every committed result, and README's tables are what the results say."""
+"""The report renders every committed result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from benchmarks import readme, report, results, tables
+from benchmarks import report, results, tables
 
 FILES = sorted(results.FOLDER.glob("*.json"))
 
@@ -54,34 +54,6 @@ def test_what_a_result_lacks_stays_blank(tmp_path):
 def test_headers_may_repeat():
     text = tables.table([3], {"n": lambda row: row, "n ": lambda row: None, " ": lambda row: "x"})
     assert text == "| n | n | |\n|---|---|---|\n| 3 | | x |"
-
-
-def test_the_readme_says_what_the_results_say():
-    text = readme.PATH.read_text()
-    assert readme.filled(text) == text, "run python -m benchmarks.report --readme"
-    marked = re.findall(r"<!-- table: ([\w-]+) -->", text)
-    assert len(marked) == text.count("<!-- end -->") == len(set(marked))
-    # A comparison that is still to be made has no table yet.
-    assert set(readme.TABLES) - set(marked) <= {"policies"}
-
-
-def test_a_changed_result_changes_the_readme(monkeypatch):
-    right = readme.result
-
-    def wrong(name):
-        found = right(name)
-        if name == "capacity":
-            found["arms"]["dense"]["seconds"] += 5
-        return found
-
-    monkeypatch.setattr(readme, "result", wrong)
-    text = readme.PATH.read_text()
-    assert readme.filled(text) != text
-
-
-def test_an_unknown_table_is_an_error():
-    with pytest.raises(KeyError):
-        readme.filled("<!-- table: nothing -->\n<!-- end -->")
 
 
 def test_tables_are_aligned():

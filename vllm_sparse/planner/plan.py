@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 DENSE = "dense"
 MISSES = 0.25
-"""Of SPARDA's free picks; README's tables say 0.18 to 0.33."""
+"""Of SPARDA's free picks; docs/benchmarks.md says 0.18 to 0.33."""
 
 _STEP = 1024
 _FURTHEST = 1 << 20

@@ -25,7 +25,11 @@ class QuestSettings(PolicySettings):
     """Settings of the QUEST backend."""
 
     algorithm: Literal["quest"] = "quest"
-    page_size: PositiveInt = Field(16, description="Tokens per page, a power of two.")
+    page_size: PositiveInt = Field(
+        16,
+        description="Tokens per page, a power of two. Extrema take `1 / page_size` of the KV "
+        "memory.",
+    )
     skip_layers: int = Field(2, ge=0, description="First layers that read everything.")
 
     @model_validator(mode="after")

@@ -179,23 +179,30 @@ class RocketKVSettings(PolicySettings):
     token_budget: int = Field(
         1024,
         ge=16,
-        description="KV pairs read per KV head and decode step, half of them as estimates (t).",
+        description="KV pairs read per KV head and decode step (the paper's t), half of them as "
+        "estimates. Also sets how much stage 1 keeps.",
     )
     window: PositiveInt = Field(
-        16, description="Last prompt tokens whose queries score the prompt; always kept."
+        16,
+        description="Last prompt tokens whose queries score the prompt; always kept. The paper has "
+        "32, as the preset `paper` does.",
     )
     pool_kernel: PositiveInt = Field(63, description="Odd width of stage 1's max pool, in tokens.")
     page_sizes: tuple[PositiveInt, ...] = Field(
         (4,),
         min_length=1,
-        description="Allowed page sizes in tokens, powers of two. Key extrema take 1 / min of the "
-        "KV memory.",
+        description="Allowed page sizes of stage 2, powers of two; on GPUs one. The paper's value "
+        "is rounded up to one of them. Key extrema take `1 / min(page_sizes)` of the KV memory.",
     )
     generation_reserve: int = Field(
         256, ge=0, description="Tokens planned for generation when the budget is split."
     )
-    stage1: bool = Field(True, description="Evict prompt tokens after prefill.")
-    stage2: bool = Field(True, description="Select tokens at decode.")
+    stage1: bool = Field(
+        True,
+        description="Evict prompt tokens after prefill. Off, for ablations: nothing is evicted, "
+        "and prompts above `min_context` are not shared through the prefix cache.",
+    )
+    stage2: bool = Field(True, description="Select tokens at decode. Off: for ablations.")
 
     @field_validator("page_sizes")
     @classmethod

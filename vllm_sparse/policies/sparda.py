@@ -35,14 +35,17 @@ class SpardaSettings(CommonSettings):
     algorithm: Literal["sparda"] = "sparda"
     selector: Literal["forecast", "query", "lookahead-query", "previous"] | None = Field(
         None,
-        description="What chooses the blocks of a layer. forecast: trained weights, a layer ahead. "
-        "lookahead-query: the layer's query projection on the input of the layer before. query: "
-        "its own queries (InfLLM-v2, nothing is fetched ahead). previous: the last token's "
-        "queries. Unset: forecast with a forecast file, else previous (with sparse_prefill, "
-        "lookahead-query).",
+        description="What chooses the blocks of a layer. `forecast`: trained weights, a layer "
+        "ahead. `lookahead-query`: the layer's query projection on the input of the layer before. "
+        "`query`: its own queries (InfLLM-v2); nothing can be fetched ahead. `previous`: the last "
+        "token's queries. Unset: `forecast` with a forecast file, else `previous` (with "
+        "`sparse_prefill`: `lookahead-query`).",
     )
     forecast: str | None = Field(
-        None, description="File with Forecast weights, safetensors or PyTorch."
+        None,
+        description="File with Forecast weights: safetensors, or an official PyTorch checkpoint as "
+        "it is, also as sglang's pull requests #38302 and #38397 read it (nested, any prefix). "
+        "Nothing in it is executed. `vllm-sparse convert-forecast` makes safetensors of one.",
     )
     block_size: PositiveInt = Field(64, description="Tokens per block; becomes vLLM's block size.")
     kernel_stride: PositiveInt = Field(
@@ -53,37 +56,49 @@ class SpardaSettings(CommonSettings):
         32, description="Blocks before the current one that are always read."
     )
     top_k: PositiveInt | None = Field(
-        None, description="Blocks read in total. Unset: local_blocks + top_k_extra."
+        None,
+        description="Blocks read per KV head and token in total. Unset: `local_blocks` + "
+        "`top_k_extra`, 96 with the defaults.",
     )
     top_k_extra: PositiveInt | None = Field(
         None,
-        description="Blocks read beside local_blocks, the meaning that 'topk' has in MiniCPM4 "
-        "checkpoints. Unset, as is top_k: 64.",
+        description="Blocks read beside `local_blocks`, the meaning that `topk` has in MiniCPM4 "
+        "checkpoints. Unset, as is `top_k`: 64.",
     )
     dense_len: int = Field(
         8192, ge=0, description="Tokens that see at most this many are attended densely."
     )
     sparse_prefill: bool | PositiveInt = Field(
         False,
-        description="Attend sparsely in prompts too, for models trained that way. A number: the "
-        "blocks that prompt tokens read in total, instead of those of generated ones.",
+        description="Attend sparsely in prompts too, from `dense_len` on, for models trained that "
+        "way. A number (on CPUs): the blocks that a prompt's tokens read in total, instead of "
+        "`top_k`; outputs are then not shared through the prefix cache.",
     )
-    host_gib: float = Field(4.0, gt=0, description="Host memory for keys and values, per rank.")
+    host_gib: float = Field(
+        4.0,
+        gt=0,
+        description="Host memory for keys and values, per rank; sets vLLM's number of blocks.",
+    )
     slab_gib: float | None = Field(
         None,
         gt=0,
-        description="Device memory for hot blocks, per rank. Unset: what the model leaves of a "
-        "GPU; on a CPU twice the working set of a step, at most all blocks.",
+        description="Device memory for frames, per rank; too little stops the start with the "
+        "arithmetic. Unset: what the model leaves of a GPU, which then also limits "
+        "`--max-num-seqs` to the requests that it serves at once; on a CPU twice the working set "
+        "of a step, at most all blocks.",
     )
     staging_blocks: PositiveInt = Field(
         32, description="Blocks per half of the double buffer that streams prompts back."
     )
     resident: bool = Field(False, description="Keep every block on the device; nothing is fetched.")
     resident_first_layer: bool = Field(
-        False, description="Keep layer 0 on the device, whose selection cannot look ahead."
+        False,
+        description="Keep every block of layer 0 on the device, whose selection cannot look ahead.",
     )
     prefetch: bool = Field(
-        True, description="Fetch a layer ahead; off: select ahead, fetch when the layer runs."
+        True,
+        description="Fetch a layer ahead. Off, for comparison: select ahead, fetch when the layer "
+        "runs.",
     )
     link_gb_per_s: float | None = Field(
         None, gt=0, description="Slow the CPU's copy engine to this rate, to study overlap."

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""The tables of README.md, from the result files behind them."""
+"""The tables of results that README.md and docs/ publish, from the files behind them."""
 
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import arms, results
@@ -17,8 +15,6 @@ if TYPE_CHECKING:
 
     Row = dict[str, Any]
 
-PATH = Path(__file__).parents[1] / "README.md"
-_MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 BUDGETS = ("rocket-128", "rocket-256", "rocket-512", "rocket-1024")
 ABLATIONS = ("stage1-256", "stage2-256", "page1-256", "page2-256", "skip1-256")
 SELECTORS = [f"{kind}-{top}" for kind in ("query", "lookahead", "previous") for top in (8, 16, 32)]
@@ -225,23 +221,68 @@ def training() -> str:
     return table(found, columns)
 
 
+def main() -> str:
+    """One line for each of the main results, with the command behind it."""
+    step = result("speed-smollm2-8k-alone")["cells"][0]
+    arms, pool = step["arms"], result("capacity")["arms"]
+    needles = {arm: row["multikey"]["8192"]["correct"] for arm, row in
+               result("accuracy-qwen-8k-multikey")["arms"].items()}  # fmt: skip
+    prompt = result("prompts-qwen-16k")["cells"][0]["arms"]
+    device = result("sparda-memory-qwen-32k")["cells"][0]["arms"]
+    seconds = [prompt[arm]["cpu"]["median"] for arm in ("dense", "prompts-32")]
+    lost = needles["dense"] - needles["rocket-256"]
+    ours = arms["rocket-512"]
+    lines = [
+        {
+            "file": "speed-smollm2-8k-alone",
+            "what": "ROCKETKV, t = 512: decode step, SmolLM2-135M, 8K, batch 8",
+            "stock": f"{arms['dense']['step_ms']['median']:.1f} ms",
+            "ours": f"{ours['step_ms']['median']:.1f} ms",
+            "gain": f"**{ours['speedup']:.2f}x**, at most {step['bound']:.2f}x",
+        },
+        {
+            "file": "capacity",
+            "what": "ROCKETKV, t = 512: requests of 8K at once in a pool of 188 blocks",
+            "stock": pool["dense"]["peak_running"],
+            "ours": pool["rocket-512"]["peak_running"],
+            "gain": f"{pool['dense']['seconds'] / pool['rocket-512']['seconds']:.1f}x sooner done",
+        },
+        {
+            "file": "accuracy-qwen-8k-multikey",
+            "what": "ROCKETKV, t = 256: multi-key needles, Qwen2.5-Coder-0.5B, 8K, of 20",
+            "stock": needles["dense"],
+            "ours": needles["rocket-256"],
+            "gain": "as many" if lost == 0 else f"{-lost:+d}",
+        },
+        {
+            "file": "prompts-qwen-16k",
+            "what": "SPARDA, 32 blocks: CPU time of one 16K prompt, Qwen2.5-Coder-0.5B",
+            "stock": f"{seconds[0]:.0f} s",
+            "ours": f"{seconds[1]:.0f} s",
+            "gain": f"{seconds[0] / seconds[1]:.1f}x less",
+        },
+        {
+            "file": "sparda-memory-qwen-32k",
+            "what": "SPARDA, 32 blocks: device memory of one 32K request, Qwen2.5-Coder-0.5B",
+            "stock": f"{device['dense']['device_bytes'] / 2**20:.0f} MiB",
+            "ours": f"{device['sparda-32']['device_bytes'] / 2**20:.0f} MiB",
+            "gain": f"{device['sparda-32']['times_less_than_dense']:.0f}x less",
+        },
+    ]
+    columns = {"what": "what", "stock": "stock", "ours": "ours", " ": "gain",
+               "command": lambda row: f"`{_command(row['file'])}`"}  # fmt: skip
+    return table(lines, columns)
+
+
+def _command(name: str) -> str:
+    """What was typed, without where its result went."""
+    command: str = result(name)["environment"]["command"]
+    return command.partition(" --out ")[0]
+
+
 TABLES = {
     make.__name__: make
     for make in (
-        *(accuracy, policies, speed, capacity, selectors, mass, memory, overlap, training),
+        *(accuracy, policies, speed, capacity, selectors, mass, memory, overlap, training, main),
     )
 }
-
-
-def filled(text: str) -> str:
-    """Returns a text with its marked tables made anew.
-
-    Raises:
-        KeyError: A marker names no table.
-    """
-    return _MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[4]}", text)
-
-
-def rewrite() -> None:
-    """Writes the tables of README.md anew."""
-    PATH.write_text(filled(PATH.read_text()))

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""README and docs say what code and results say, and their links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import published
+from scripts.pages import fill, hooks, settings
+from vllm_sparse.registry import settings_class
+
+PAGES = fill.pages()
+# A comparison that is still to be made has no table yet.
+UNPUBLISHED = {"policies"}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_tables_say_what_code_and_results_say(path):
+    text = path.read_text()
+    assert fill.filled(text) == text, "run make tables"
+    assert len(fill.marked(text)) == text.count("<!-- end -->") == text.count("<!-- table: ")
+
+
+def test_every_table_is_published_once():
+    found = [name for path in PAGES for name in fill.marked(path.read_text())]
+    assert sorted(found) == sorted(set(fill.TABLES) - UNPUBLISHED)
+
+
+def test_a_changed_result_changes_a_page(monkeypatch):
+    right = published.result
+
+    def wrong(name):
+        found = right(name)
+        if name == "capacity":
+            found["arms"]["dense"]["seconds"] += 5
+        return found
+
+    monkeypatch.setattr(published, "result", wrong)
+    changed = {path.name for path in PAGES if fill.filled(path.read_text()) != path.read_text()}
+    assert changed == {"README.md", "benchmarks.md"}
+
+
+def test_an_unknown_table_is_an_error():
+    with pytest.raises(KeyError):
+        fill.filled("<!-- table: nothing -->\n<!-- end -->")
+
+
+@pytest.mark.parametrize("backend", settings.BACKENDS)
+def test_every_setting_stands_in_its_table_with_its_default(backend):
+    page = (fill.ROOT / "docs/settings.md").read_text()
+    (text,) = re.findall(rf"<!-- table: settings-{backend} -->(.*?)<!-- end -->", page, re.DOTALL)
+    rows = {
+        line.split(" | ")[0].strip("|` "): [cell.strip(" |") for cell in line.split(" | ")[1:]]
+        for line in text.splitlines()
+        if line.startswith("| `")
+    }
+    fields = settings_class(backend).model_fields
+    assert set(rows) == set(fields) - {"algorithm"}
+    for name, (default, allowed, meaning) in rows.items():
+        value = fields[name].default
+        value = list(value) if isinstance(value, tuple) else value
+        assert default == ("\N{EN DASH}" if value is None else str(value).lower()), name
+        assert allowed
+        assert meaning.endswith("."), name
+
+
+@pytest.mark.parametrize(
+    ("backend", "key", "words"),
+    [
+        ("rocketkv", "token_budget", "integer ≥ 16"),
+        ("rocketkv", "page_sizes", "list of integers > 0"),
+        ("rocketkv", "stage1", "`true`, `false`"),
+        ("sparda", "sparse_prefill", "`true`, `false` or integer > 0"),
+        ("sparda", "slab_gib", "number > 0"),
+        ("sparda", "forecast", "text"),
+        ("snapkv", "skip_layers", "`0`"),
+    ],
+)
+def test_what_is_allowed_is_said_in_words(backend, key, words):
+    assert settings.allowed(settings_class(backend).model_fields[key]) == words
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "assets/README.md"]
+)
+def test_links_of_pages_that_the_site_lacks_lead_to_files(name):
+    """The others' are checked by the strict build."""
+    path = fill.ROOT / name
+    for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+def test_the_readme_is_two_screens():
+    assert len((fill.ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+class TestHooks:
+    @staticmethod
+    def shown(text):
+        return hooks.on_page_markdown(text, SimpleNamespace(file=SimpleNamespace(src_uri="a.md")))
+
+    def test_a_link_out_of_the_pages_is_a_name(self, caplog):
+        assert self.shown("in [`configs/`](../configs), [B](b.md)") == "in `configs/`, [B](b.md)"
+        assert not caplog.records
+
+    def test_one_that_leads_nowhere_ends_a_strict_build(self, caplog):
+        self.shown("[x](../nowhere.py)")
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert record.name.startswith("mkdocs")
+        assert "../nowhere.py" in record.getMessage()
+
+    def test_the_changelog_is_included(self):
+        text = self.shown((fill.ROOT / "docs/changelog.md").read_text())
+        assert "## [Unreleased]" in text
+        assert "(docs/" not in text
