@@ -197,9 +197,11 @@ def layer(
     pairs = case.batch * shape.kv_heads
     pages, most_pages = (-(-n // split.page_size) for n in (split.held, case.longest))
     tiles = -(-pages // TILE_PAGES)
-    shares = grid.whole_waves(
-        "select_slots", pairs, -(-most_pages // TILE_PAGES), machine.multiprocessors
-    )
+    slots = {
+        name: grid.programs_at_once(name, 2 * shape.head_dim, machine.multiprocessors)
+        for name in ("select_slots", "attend")
+    }
+    shares = grid.whole_waves(slots["select_slots"], pairs, -(-most_pages // TILE_PAGES))
     size = -(-tiles // min(shares, tiles))
     used = -(-tiles // size)
     select = Launched(
@@ -209,7 +211,9 @@ def layer(
     )  # fmt: skip
     read = min(split.top_k, split.held)
     tiles = -(-read // TILE_TOKENS)
-    found = grid.grid_of("attend", pairs, read, case.longest, TILE_TOKENS, machine.multiprocessors)
+    found = grid.grid_of(
+        slots["attend"], pairs, read, case.longest, TILE_TOKENS, machine.multiprocessors
+    )
     size = max(-(-tiles * pairs // found.programs), -(-tiles // found.shares))
     used = -(-tiles // size)
     working = min(found.programs, pairs * used)

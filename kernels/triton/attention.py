@@ -16,6 +16,7 @@ from vllm_sparse.kernels.triton.grid import (
     count_in,
     grid_of,
     let_next_start,
+    programs_at_once,
     tiles_of_a_share,
     wait_for_previous,
 )
@@ -276,7 +277,10 @@ def attend_slots(
         query = query.to(cache.dtype)
     block, warps, stages = launch("attend", device, dim, query.dtype)
     held = block_table.shape[1] * layout.block_size  # some rows may read everything
-    programs, shares = attend_grid(rows * kv_heads, held, top_k, block, device, slots is None)
+    head_bytes = dim * query.element_size()
+    programs, shares = attend_grid(
+        rows * kv_heads, held, top_k, block, head_bytes, device, slots is None
+    )
     group, overlapped = heads // kv_heads, overlaps(device)
     if arrived is None:
         arrived = torch.zeros(rows, kv_heads, dtype=torch.int32, device=device)
@@ -322,7 +326,13 @@ def attend_slots(
 
 
 def attend_grid(
-    pairs: int, held: int, top_k: int, block: int, device: torch.device, read_all: bool
+    pairs: int,
+    held: int,
+    top_k: int,
+    block: int,
+    head_bytes: int,
+    device: torch.device,
+    read_all: bool,
 ) -> Grid:
     """How :func:`attend_slots` is launched.
 
@@ -331,8 +341,11 @@ def attend_grid(
         held: Tokens that the longest row may have.
         top_k: Tokens that rows select.
         block: Tokens of a tile.
+        head_bytes: Of a query of one head.
         device: Where.
         read_all: Every row reads everything.
     """
     read = held if read_all else min(top_k, held)
-    return grid_of("attend", pairs, read, held, block, launches.multiprocessors(device))
+    multiprocessors = launches.multiprocessors(device)
+    slots = programs_at_once("attend", head_bytes, multiprocessors)
+    return grid_of(slots, pairs, read, held, block, multiprocessors)

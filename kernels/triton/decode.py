@@ -177,6 +177,7 @@ def decode_scratch_bytes(
         device: Where.
     """
     dim, tokens = layout.head_dim, max_blocks * layout.block_size
+    head_bytes = dim * dtype.itemsize
     pages = max_blocks * layout.pages_per_block
     per_page = 4 * (heads + kv_heads)
     per_row = heads * dim * dtype.itemsize + 4 * (kv_heads * dim + 2 * heads)  # probes
@@ -188,10 +189,12 @@ def decode_scratch_bytes(
         part = min(_rows_at_once(count, heads, kv_heads, pages), count)
         scored = 0
         for some, held in ((part, part * max_blocks), (count, cache_blocks)):
-            shares = score_shares(some * kv_heads, pages, tile, device)
+            shares = score_shares(some * kv_heads, pages, tile, head_bytes, device)
             scores = held * layout.pages_per_block * per_page + 4 * some * heads * (2 * shares + 1)
             scored = max(scored, scores)
-        _, shares = attend_grid(count * kv_heads, tokens, top_k, token_tile, device, False)
+        _, shares = attend_grid(
+            count * kv_heads, tokens, top_k, token_tile, head_bytes, device, False
+        )
         attended = 4 * count * heads * shares * (dim + 1)
         counters = 8 * kv_heads * (-(-count // 4) * 4)
         most = max(most, counters + count * per_row + max(scored, attended))

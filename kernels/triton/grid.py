@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.triton.launch import MOST_SHARES
+from vllm_sparse.kernels.triton.launch import MOST_SHARES, SMALL_HEAD
 
 # Programs that a multiprocessor holds at once: what registers and shared memory of the kernels
-# allow on sm_80 and sm_90 for heads of up to 128, which a test asserts.
-RESIDENT = {"select_slots": 2, "attend": 4}
+# allow on sm_80 and sm_90 for heads of up to 256 bytes and for larger ones, which a test asserts.
+RESIDENT = {"select_slots": (2, 2), "attend": (4, 2)}
 
 # What a program takes to begin and to end, of the time that a whole row takes it.
 BEGINNING = 0.1
@@ -37,20 +37,30 @@ class Grid(NamedTuple):
     shares: int
 
 
+def programs_at_once(kernel: str, head_bytes: int, multiprocessors: int) -> int:
+    """Programs of a kernel that the GPU holds at once.
+
+    Args:
+        kernel: A key of :data:`RESIDENT`.
+        head_bytes: Of a token's keys in one head, in the dtype that is multiplied.
+        multiprocessors: Of the GPU.
+    """
+    return RESIDENT[kernel][head_bytes > SMALL_HEAD] * multiprocessors
+
+
 def grid_of(
-    kernel: str, pairs: int, entries: int, most_entries: int, block: int, multiprocessors: int
+    slots: int, pairs: int, entries: int, most_entries: int, block: int, multiprocessors: int
 ) -> Grid:
     """The grid of a kernel that shares rows out.
 
     Args:
-        kernel: A key of :data:`RESIDENT`.
+        slots: See :func:`programs_at_once`.
         pairs: Rows times KV heads.
         entries: That a row has at most, unless it reads everything.
         most_entries: That a row has at most.
         block: Entries of a tile.
         multiprocessors: Of the GPU.
     """
-    slots = RESIDENT[kernel] * multiprocessors
     # The second bound is on scratch; so short a share is not worth splitting further either.
     shares = min(-(-most_entries // block), -(-16 * slots // pairs), MOST_SHARES)
     shares = max(shares, 1)
@@ -61,16 +71,14 @@ def grid_of(
 
 
 @cache
-def whole_waves(kernel: str, pairs: int, most: int, multiprocessors: int) -> int:
+def whole_waves(slots: int, pairs: int, most: int) -> int:
     """Shares of each pair so that the programs of a launch fill whole waves.
 
     Args:
-        kernel: A key of :data:`RESIDENT`.
+        slots: See :func:`programs_at_once`.
         pairs: Rows times KV heads.
         most: Shares that the longest row may have.
-        multiprocessors: Of the GPU.
     """
-    slots = RESIDENT[kernel] * multiprocessors
 
     def time(shares: int) -> float:
         return -(-pairs * shares // slots) * (1 / shares + BEGINNING)

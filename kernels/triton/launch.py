@@ -65,6 +65,10 @@ _SM90 = {
 }
 
 
+# Up to so many bytes the first launch of a pair is meant.
+SMALL_HEAD = 256
+
+
 class Table(NamedTuple):
     """Launches for a device.
 
@@ -92,7 +96,7 @@ def launch(
         ConfigError: See :func:`launches`.
     """
     size = head_dim * dtype.itemsize
-    found = launches(device).launches[kernel][size > 256]
+    found = launches(device).launches[kernel][size > SMALL_HEAD]
     # The table is for 16-bit numbers, whose heads have at most 512 bytes.
     return found._replace(block=max(16, found.block // 2)) if size > 512 else found
 

@@ -21,6 +21,7 @@ from vllm_sparse.kernels.triton.choose import take_all, take_pages
 from vllm_sparse.kernels.triton.grid import (
     count_in,
     let_next_start,
+    programs_at_once,
     wait_for_previous,
     whole_waves,
 )
@@ -231,7 +232,9 @@ def select_slots(
     block, warps, stages = launch("select_slots", device, dim, probes.query.dtype)
     if cache.dtype == FP8:
         stages = 1  # Triton would copy bounds byte by byte, which asynchronous copies cannot
-    shares = score_shares(rows * kv_heads, width * layout.pages_per_block, block, device)
+    head_bytes = dim * probes.query.element_size()
+    pages = width * layout.pages_per_block
+    shares = score_shares(rows * kv_heads, pages, block, head_bytes, device)
     scratch = (blocks if private else rows * width, kv_heads, heads // kv_heads + 1)
     scores = torch.empty(*scratch, layout.pages_per_block, dtype=torch.float32, device=device)
     peaks, masses = (
@@ -280,16 +283,18 @@ def select_slots(
     return slots
 
 
-def score_shares(pairs: int, pages: int, block: int, device: torch.device) -> int:
+def score_shares(pairs: int, pages: int, block: int, head_bytes: int, device: torch.device) -> int:
     """Programs that score the pages of a row and KV head.
 
     Args:
         pairs: Rows times KV heads.
         pages: That the longest row may have.
         block: Pages of a tile.
+        head_bytes: Of a query of one head.
         device: Where.
     """
-    return whole_waves("select_slots", pairs, -(-pages // block), launches.multiprocessors(device))
+    slots = programs_at_once("select_slots", head_bytes, launches.multiprocessors(device))
+    return whole_waves(slots, pairs, -(-pages // block))
 
 
 def pages_at_once(warps: int) -> int:

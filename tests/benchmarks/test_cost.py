@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +27,7 @@ REGISTERS = 1 << 16
 @pytest.mark.parametrize("capability", [80, 90])
 def test_what_the_model_rests_on(capability, tmp_path):
     """Compiled for batch 1, 32 query and 8 KV heads of 128 channels, bfloat16."""
-    lines = compiled(__file__, capability, tmp_path)
-    append, select, attend = (json.loads(line) for line in lines if line.startswith("{"))
+    append, select, attend = machine_codes(capability, LLAMA.head_dim, tmp_path)
     found = [append["kernel"], select["kernel"], attend["kernel"]]
     assert found == ["_append_kernel", "_select_slots_kernel", "_attend_kernel"]
     # Launches overlap where the architecture has it; every program waits once.
@@ -36,11 +36,7 @@ def test_what_the_model_rests_on(capability, tmp_path):
         assert code["waits"] == (1 if capability >= 90 else 0), code
         assert code["stack"] <= 16, code
     assert (append["counters"], select["counters"], attend["counters"]) == (0, 1, 1)
-    # So many programs are on a multiprocessor at once.
-    for name, code in (("select_slots", select), ("attend", attend)):
-        resident = grid.RESIDENT[name]
-        assert resident * code["registers"] * 32 * code["warps"] <= REGISTERS, code
-        assert resident * (code["shared"] + 1024) <= SHARED[capability], code
+    assert fits(capability, LLAMA.head_dim, select, attend)
     # Loops over tiles: what is waited for, how much is issued, and in what pieces it is loaded.
     for code, program in ((select, cost.SCORE), (attend, cost.ATTEND)):
         assert code["warps"] == program.warps
@@ -54,13 +50,38 @@ def test_what_the_model_rests_on(capability, tmp_path):
     assert append["warps"] == cost.APPEND.warps
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [192, 256])
+def test_large_heads_leave_room_for_fewer_programs(head_dim, tmp_path):
+    _, select, attend = machine_codes(90, head_dim, tmp_path)
+    assert fits(90, head_dim, select, attend)
+    assert fits(80, head_dim, select, attend)  # same shared memory, fewer bytes of it
+    assert not fits(90, LLAMA.head_dim, select, attend)
+
+
+def machine_codes(capability: int, head_dim: int, cache: object) -> list[dict[str, Any]]:
+    """What `machine_code` tells of the kernels of a step."""
+    lines = compiled(__file__, f"{capability},{head_dim}", cache)
+    return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def fits(capability: int, head_dim: int, select: dict[str, Any], attend: dict[str, Any]) -> bool:
+    """Whether a multiprocessor holds as many programs at once as the grids take for granted."""
+    found = True
+    for name, code in (("select_slots", select), ("attend", attend)):
+        resident = grid.programs_at_once(name, 2 * head_dim, 1)
+        found &= resident * code["registers"] * 32 * code["warps"] <= REGISTERS
+        found &= resident * (code["shared"] + 1024) <= SHARED[capability]
+    return found
+
+
 def test_the_model_takes_what_is_launched():
     assert decode.launch("select_slots", torch.device("cpu"), 128).block == cost.TILE_PAGES
     assert decode.launch("attend", torch.device("cpu"), 128).block == cost.TILE_TOKENS
     case = cost.CASES[1]
     append, select, attend = cost.layer(case, cost.Machine())
     assert append.programs == 8
-    assert select.programs + select.empty == 8 * pages.whole_waves("select_slots", 8, 1040, 132)
+    assert select.programs + select.empty == 8 * pages.whole_waves(2 * 132, 8, 1040)
     assert (attend.programs, attend.tiles, attend.empty) == (8 * 16, 1, 4)
     assert sum(kernel.launches for kernel in (append, select, attend)) == 3
 
@@ -90,9 +111,9 @@ def test_the_tables_are_printed(capsys):
     assert "estimates" in printed
 
 
-def launch_a_step() -> None:
+def launch_a_step(dim: int) -> None:
     """One decode step of one request."""
-    layout, heads, kv_heads, dim = PageLayout(64, LLAMA.head_dim, 4), 32, 8, LLAMA.head_dim
+    layout, heads, kv_heads = PageLayout(64, dim, 4), 32, 8
     cache = torch.zeros(9, kv_heads, 64, 2 * dim + 2 * dim // 4, dtype=torch.bfloat16)
     query, key = torch.zeros(1, heads, dim).bfloat16(), torch.zeros(1, kv_heads, dim).bfloat16()
     table, lengths = torch.zeros(1, 2048, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
@@ -103,5 +124,6 @@ def launch_a_step() -> None:
 
 
 if __name__ == "__main__":
-    machine_code(int(sys.argv[1]))
-    launch_a_step()
+    capability, head_dim = (int(part) for part in sys.argv[1].split(","))
+    machine_code(capability)
+    launch_a_step(head_dim)

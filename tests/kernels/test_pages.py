@@ -139,10 +139,10 @@ def test_rows_that_score_may_share_blocks_unless_they_promise_not_to():
 def test_parts_fill_whole_waves(monkeypatch):
     """Shares of a row and KV head, by rows times KV heads, where 264 programs fit at once."""
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
-    assert grid.RESIDENT["select_slots"] == 2
+    assert grid.RESIDENT["select_slots"] == (2, 2)
     found = {
-        pairs: pages.score_shares(pairs, 33000, 64, DEVICE) for pairs in (8, 64, 216, 320, 512)
+        pairs: pages.score_shares(pairs, 33000, 64, 256, DEVICE) for pairs in (8, 64, 216, 320, 512)
     }
     assert found == {8: 33, 64: 4, 216: 1, 320: 3, 512: 1}
-    assert pages.score_shares(8, 300, 64, DEVICE) == 5  # no more than a row has tiles
+    assert pages.score_shares(8, 300, 64, 256, DEVICE) == 5  # no more than a row has tiles
     assert choose.LOG2_E.value == launch.LOG2_E
