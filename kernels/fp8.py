@@ -19,6 +19,8 @@ FP8 = torch.float8_e4m3fn
 # Largest e4m3 number, and the smallest one with a full mantissa.
 _LARGEST = 448.0
 _NORMAL = 2.0**-6
+# Of a float32's bits, sign, exponent and three digits.
+_KEPT = -1 << 20
 
 
 class Scales(NamedTuple):
@@ -67,13 +69,13 @@ def encode(numbers: Tensor, dtype: torch.dtype, scale: float, truncates: bool) -
         return (numbers.float() / scale).clamp(-_LARGEST, _LARGEST).to(dtype)
     number = numbers.float() * torch.tensor(scale).reciprocal().to(numbers.device)
     # NaN becomes the largest number, as in vLLM's kernels.
-    size = number.abs().nan_to_num(_LARGEST).clamp(max=_LARGEST)
+    size = number.abs().nan_to_num_(_LARGEST).clamp_(max=_LARGEST)
     # A sum with the smallest normal number puts the digits of a subnormal one in their place; it is
     # rounded as theirs is.
-    small = size < _NORMAL
-    bits = torch.where(small, size + _NORMAL, size).view(torch.int32) >> 20
-    bits = bits - torch.where(small, 121 << 3, 120 << 3) + torch.where(number < 0, 0x80, 0)
-    return bits.to(torch.uint8).view(dtype)
+    shift = (size < _NORMAL).float().mul_(_NORMAL)
+    size.add_(shift).view(torch.int32).bitwise_and_(_KEPT)
+    size.sub_(shift)
+    return torch.where(number < 0, -size, size).to(dtype)
 
 
 def as_slots(queries: Tensor, dtype: torch.dtype) -> Tensor:

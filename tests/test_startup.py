@@ -162,7 +162,6 @@ class TestGuard:
             ({"model_config__is_hybrid": True}, "recurrent state"),
             ({"speculative_config": object()}, "--speculative-config"),
             ({"model_config__enable_sleep_mode": True}, "--enable-sleep-mode"),
-            ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ],
     )
     def test_unsupported_combinations_are_refused(self, changes, why):
@@ -200,6 +199,19 @@ class TestGuard:
         accepted = config(parallel_config__tensor_parallel_size=2)
         startup.check_config(accepted)
         assert accepted.cache_config.num_gpu_blocks_override == 80, "half the bytes per rank"
+
+    def test_fp8_halves_the_bytes_of_blocks_but_not_those_of_compressed_keys(self, monkeypatch):
+        accepted = config(cache_config__cache_dtype="fp8")
+        startup.check_config(accepted)
+        assert accepted.cache_config.num_gpu_blocks_override == 80
+        monkeypatch.setattr(startup, "left_bytes", lambda config, total: total)
+        taken = 80 * (BLOCK_BYTES // 2) // 8 + 2 * 16 * 2 * 512  # compressed keys, staging
+        started = config({"staging_blocks": 16}, cache_config__cache_dtype="fp8")
+        startup.check_config(started, lambda: taken + 3 * 4 * 4096)
+        assert started.scheduler_config.max_num_seqs == 3
+        started = config({"staging_blocks": 16}, cache_config__cache_dtype="fp8")
+        startup.check_config(started, lambda: taken + 3 * 4 * 4096 - 1)
+        assert started.scheduler_config.max_num_seqs == 2
 
     def test_contradicting_block_sizes(self):
         given = {"cache_config__user_specified_block_size": True, "cache_config__block_size": 64}

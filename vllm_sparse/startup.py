@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.backends.prefix_tier import prepare_tier, unsupported_tier
-from vllm_sparse.backends.refusals import unsupported
+from vllm_sparse.backends.refusals import cache_itemsize, unsupported
 from vllm_sparse.config import NAMESPACE, load_settings
 from vllm_sparse.device_room import left_bytes
 from vllm_sparse.errors import ConfigError, UnsupportedError
@@ -118,7 +118,8 @@ def size_sparda(
         )
     cache.block_size = settings.block_size
     layers, kv_heads = model.get_num_layers(parallel), model.get_num_kv_heads(parallel)
-    shape = settings.block_size, model.get_head_size(), model.dtype.itemsize
+    itemsize = cache_itemsize(str(cache.cache_dtype), model.dtype.itemsize)
+    shape = settings.block_size, model.get_head_size(), itemsize
     bytes_per_block = block_bytes(layers, kv_heads, *shape)
     blocks = host_blocks(settings, bytes_per_block, model.max_model_len)
     if cache.num_gpu_blocks_override is None:
@@ -145,12 +146,15 @@ def size_sparda(
         "max_model_len": model.max_model_len,
     }
     if device_bytes is not None and settings.slab_gib is None and not settings.resident:
-        settings = _choose_slab(config, settings, device_bytes(), blocks * bytes_per_block, sizes)
+        # Compressed keys: one of two strides for keys and values of as many tokens, not in fp8.
+        numbers = blocks * bytes_per_block // itemsize
+        compressed = numbers * max(itemsize, 2) // (2 * settings.kernel_stride)
+        settings = _choose_slab(config, settings, device_bytes(), compressed, sizes)
     return plan_frames(settings, max_num_seqs=config.scheduler_config.max_num_seqs, **sizes)
 
 
 def _choose_slab(
-    config: Any, settings: SpardaSettings, total: int, pool_bytes: int, sizes: dict[str, int]
+    config: Any, settings: SpardaSettings, total: int, compressed: int, sizes: dict[str, int]
 ) -> SpardaSettings:
     """Give frames what the model leaves, and admit as many requests as these serve.
 
@@ -158,15 +162,13 @@ def _choose_slab(
         config: vLLM's; its settings and its scheduler's are changed, so that every process knows.
         settings: As given.
         total: Bytes of a device.
-        pool_bytes: Bytes of a rank's host pool.
+        compressed: Bytes of a rank's compressed keys.
         sizes: Of :func:`fit_slab`.
 
     Returns:
         The settings with the slab.
     """
     scheduler = config.scheduler_config
-    # Compressed keys: one of two strides for keys and values of as many tokens; staging.
-    compressed = pool_bytes // (2 * settings.kernel_stride)
     staging = 2 * settings.staging_blocks * sizes["num_kv_heads"] * sizes["piece_bytes"]
     room = left_bytes(config, total) - compressed - staging
     asked = scheduler.max_num_seqs

@@ -79,15 +79,15 @@ void attend(const Sizes& s, const void* query, void* out, float scale, float val
 extern "C" {
 
 // frames: pages of [block_size][2 * D]; table: [tokens][kv_heads][table_stride]; lengths: [tokens].
-// Returns 1 for a head size and 2 for a dtype that is not supported; see with_dtype.
+// Returns 1 for a head size and 2 for a dtype that is not supported; see with_cache_dtype.
 int vllm_sparse_attend_frames(int dtype, const void* frames, const void* query, void* out,
                               const int32_t* table, const int32_t* lengths, const FrameSizes* sizes,
-                              float scale) {
+                              float scale, float value_scale) {
   const FrameSizes& s = *sizes;
   if (s.dim > kMaxDim) return 1;
-  return with_dtype(dtype, [&](auto zero) {
+  return with_cache_dtype(dtype, [&](auto zero) {
     typedef decltype(zero) T;
-    attend<T>(s, query, out, scale, 1.0f, [&](int64_t t, int64_t h, std::vector<Run<T>>& runs) {
+    attend<T>(s, query, out, scale, value_scale, [&](int64_t t, int64_t h, auto& runs) {
       const int32_t* frame = table + (t * s.kv_heads + h) * s.table_stride;
       for (int64_t slot = 0; slot < lengths[t]; slot += s.block_size)
         runs.push_back({static_cast<const T*>(frames) + *frame++ * s.block_size * 2 * s.dim,

@@ -36,15 +36,15 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, FP8: 3}
 # int, 64-bit number, float or pointer.
 _ARGUMENTS = {
     "vllm_sparse_decode": "ippppppppppfffi",
-    "vllm_sparse_attend_frames": "ippppppf",
+    "vllm_sparse_attend_frames": "ippppppff",
     "vllm_sparse_attend_slots": "ippppppppfff",
     "vllm_sparse_attend_part": "ipppppppf",
     "vllm_sparse_choose_blocks": "ippppppf",
     "vllm_sparse_select_blocks": "ipppppppp",
-    "vllm_sparse_update_windows": "ippppppp",
+    "vllm_sparse_update_windows": "ipppppppf",
     "vllm_sparse_resolve": "pppppppnp",
     "vllm_sparse_copy": "pppppn",
-    "vllm_sparse_write_tokens": "ppppppp",
+    "vllm_sparse_write_tokens": "pppppppff",
     "vllm_sparse_record_queries": "ppppp",
 }
 _SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cpp")))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from vllm_sparse.kernels.cpu import build
+from vllm_sparse.kernels.fp8 import FP8, UNSCALED, Scales
 from vllm_sparse.kernels.reference.sparda_attention import unframed_rows
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def attend_frames(
     lengths: Tensor,
     scale: float,
     unframed: Unframed | None = None,
+    scales: Scales = UNSCALED,
 ) -> None:
     """Exact decode attention over frames; arguments as the reference explains them.
 
@@ -37,7 +39,10 @@ def attend_frames(
     """
     tokens, heads, dim = query.shape
     kv_heads, count = frames.shape[1:]
-    block_size = slab.shape[1]
+    block_size, target = slab.shape[1], output
+    if slab.dtype == FP8:
+        query = query.float()
+        output = torch.empty_like(query)
     assert slab.is_contiguous()
     assert frames.is_contiguous()
     assert frames.dtype == lengths.dtype == torch.int32
@@ -46,13 +51,14 @@ def attend_frames(
         tokens, kv_heads, heads // kv_heads, dim, block_size, count, count * block_size,
         query.stride(0), output.stride(0),
     )  # fmt: skip
-    build.call(
-        "attend_frames", (slab, query, output, frames, lengths), sizes, scale, dtype=slab.dtype
-    )
+    tensors, factors = (slab, query, output, frames, lengths), (scale * scales.key, scales.value)
+    build.call("attend_frames", tensors, sizes, *factors, dtype=slab.dtype)
     if unframed is not None:
         for row, pieces in unframed_rows(unframed):
             here = slice(row, row + 1)
             attend_frames(
                 unframed.host.flatten(0, 1), query[here], output[here], pieces,
-                unframed.lengths[here], scale,
+                unframed.lengths[here], scale, scales=scales,
             )  # fmt: skip
+    if output is not target:
+        target.copy_(output)

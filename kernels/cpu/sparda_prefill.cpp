@@ -15,6 +15,7 @@ extern "C" {
 // Mirrored by sparda_prefill.py. Strides in elements; channels and marks are contiguous.
 struct PartSizes {
   int64_t kv_heads, group, tokens, dim, keys, first_position, block_size, past_from, past, merge;
+  int64_t fp8;  // keys and values are, which T says how to multiply
   int64_t query_head, query_member, query_token, key_head, key_token, value_head, value_token;
   int64_t chosen_head, chosen_token, out_head, out_member, out_token, lse_head, lse_member;
   int64_t lse_token;
@@ -48,6 +49,13 @@ __attribute__((noinline)) Task<Q>& task_of_thread() {
 template <typename Q>
 __attribute__((noinline)) std::vector<Q>& packed_of_thread() {
   static thread_local std::vector<Q> own;
+  return own;
+}
+
+// Keys or values of fp8 before they are packed.
+template <typename T>
+__attribute__((noinline)) std::vector<T>& widened_of_thread() {
+  static thread_local std::vector<T> own;
   return own;
 }
 
@@ -134,7 +142,9 @@ struct Part {
     return false;
   }
 
-  void run(const T* query, const T* keys, const T* values) {
+  // S: what keys and values are stored as.
+  template <typename S>
+  void run(const T* query, const S* keys, const S* values) {
     const int64_t end = s.first_position + s.keys, size = chosen ? s.block_size : end + 1;
     for (int64_t at = s.first_position; at < end;) {
       const int64_t until = std::min({(at / size + 1) * size, at + kTile, end});
@@ -156,11 +166,14 @@ struct Part {
         const int64_t head = i / count;
         const Tile& tile = tiles[i % count];
         if (!(ready[i] = wanted(head, tile))) continue;
-        const T* key = keys + head * s.key_head + tile.first * s.key_token;
-        pack_keys<T>(tile.count, s.dim, [&](int64_t k) { return key + k * s.key_token; },
+        int64_t key_token = s.key_token, value_token = s.value_token;
+        const T* key = widened(keys + head * s.key_head + tile.first * s.key_token, tile.count, 0,
+                               key_token);
+        const T* value = widened(values + head * s.value_head + tile.first * s.value_token,
+                                 tile.count, 1, value_token);
+        pack_keys<T>(tile.count, s.dim, [&](int64_t k) { return key + k * key_token; },
                      packed + i * each);
-        pack_values(values + head * s.value_head + tile.first * s.value_token, s.value_token,
-                    tile.count, s.dim, packed + i * each + packed_keys(s.dim));
+        pack_values(value, value_token, tile.count, s.dim, packed + i * each + packed_keys(s.dim));
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < s.kv_heads * tasks; ++i) {  // those with the longest past first
@@ -169,6 +182,19 @@ struct Part {
                std::min(first + tokens, s.tokens));
       }
     }
+  }
+
+  const T* widened(const T* rows, int64_t, int, int64_t&) const { return rows; }
+  // Rows of fp8 as T holds them, which is exact; `token` becomes the distance of two.
+  const T* widened(const fp8* rows, int64_t count, int half, int64_t& token) const {
+    std::vector<T>& room = widened_of_thread<T>();
+    room.resize(2 * kTile * s.dim);
+    T* target = room.data() + half * kTile * s.dim;
+    for (int64_t k = 0; k < count; ++k)
+      for (int64_t j = 0; j < s.dim; ++j)
+        target[k * s.dim + j] = from_float<T>(to_float(rows[k * token + j]));
+    token = s.dim;
+    return target;
   }
 
   void attend(const T* query, const Q* packed, const uint8_t* ready, int64_t each, int64_t head,
@@ -248,7 +274,8 @@ struct Part {
 
 extern "C" {
 
-// query: [kv_heads][group][tokens][dim]; keys and values: [kv_heads][keys][dim]; chosen:
+// query: [kv_heads][group][tokens][dim]; keys and values: [kv_heads][keys][dim], of fp8 if the sizes
+// say so; chosen:
 // [kv_heads][tokens][blocks] or null; out and lse: float, also read with `merge`. Returns 2 for a
 // dtype that is not supported; see with_dtype.
 int vllm_sparse_attend_part(int dtype, const void* query, const void* keys, const void* values,
@@ -257,8 +284,15 @@ int vllm_sparse_attend_part(int dtype, const void* query, const void* keys, cons
   return with_dtype(dtype, [&](auto zero) {
     typedef decltype(zero) T;
     Part<T> part{*sizes, chosen, out, lse, scale * kLog2E, {}};
-    part.run(static_cast<const T*>(query), static_cast<const T*>(keys),
-             static_cast<const T*>(values));
+    auto run = [&](auto number) {
+      typedef decltype(number) S;
+      part.run(static_cast<const T*>(query), static_cast<const S*>(keys),
+               static_cast<const S*>(values));
+    };
+    if (sizes->fp8)
+      run(fp8{});
+    else
+      run(T{});
   });
 }
 }

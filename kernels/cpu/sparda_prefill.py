@@ -7,10 +7,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from vllm_sparse.kernels.cpu import build
+from vllm_sparse.kernels.fp8 import FP8
 
 PartSizes = build.sizes(
     "PartSizes",
-    "kv_heads group tokens dim keys first_position block_size past_from past merge "
+    "kv_heads group tokens dim keys first_position block_size past_from past merge fp8 "
     "query_head query_member query_token key_head key_token value_head value_token "
     "chosen_head chosen_token out_head out_member out_token lse_head lse_member lse_token",
 )
@@ -23,8 +24,8 @@ def attend_part(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Softmax attention over some of the keys; arguments as the reference explains them.
 
-    Queries are rounded to the dtype of the keys. Channels of all tensors and blocks of ``chosen``
-    are contiguous.
+    Queries are rounded to the dtype of the keys, unless that is fp8. Channels of all tensors and
+    blocks of ``chosen`` are contiguous.
 
     Raises:
         ValueError: Unsupported dtype.
@@ -33,7 +34,8 @@ def attend_part(
     if total is None:
         total = torch.empty(query.shape), torch.empty(query.shape[:3])
     output, lse = total
-    query = query.to(keys.dtype)
+    fp8 = keys.dtype == FP8
+    query = query if fp8 else query.to(keys.dtype)
     strides: tuple[int, ...] = (0, 0)
     marks = None
     if chosen is not None:
@@ -45,9 +47,9 @@ def attend_part(
     kv_heads, group, tokens, dim = query.shape
     sizes = PartSizes(
         kv_heads, group, tokens, dim, keys.shape[1], first_position, block_size, past_from or 0,
-        past_from is not None, merge, *query.stride()[:3], *keys.stride()[:2],
+        past_from is not None, merge, fp8, *query.stride()[:3], *keys.stride()[:2],
         *values.stride()[:2], *strides, *output.stride()[:3], *lse.stride(),
     )  # fmt: skip
     tensors = query, keys, values, marks, output, lse
-    build.call("attend_part", tensors, sizes, scale, dtype=keys.dtype)
+    build.call("attend_part", tensors, sizes, scale, dtype=query.dtype)
     return output, lse

@@ -19,15 +19,24 @@ constexpr int64_t kWorthThreads = 1 << 17;
 
 extern "C" {
 
-// Sizes and strides in bytes, except for counts.
+// Sizes and strides in bytes, except for counts. With fp8, keys and values come as floats.
 struct SpardaWriteSizes {
-  int64_t tokens, kv_heads, block_size, head_bytes;
+  int64_t tokens, kv_heads, block_size, head_bytes, fp8;
   int64_t key_token, key_head, value_token, value_head;
 };
 
 void vllm_sparse_write_tokens(char* host, char* slab, const int32_t* frame_of, const int64_t* slots,
-                              const char* key, const char* value, const SpardaWriteSizes* sizes) {
+                              const char* key, const char* value, const SpardaWriteSizes* sizes,
+                              float key_scale, float value_scale) {
   const SpardaWriteSizes s = *sizes;
+  const float keys = 1.0f / key_scale, values = 1.0f / value_scale;
+  auto put = [&](char* target, const char* from, float factor) {
+    if (!s.fp8) return static_cast<void>(std::memcpy(target, from, s.head_bytes));
+    for (int64_t j = 0; j < s.head_bytes; ++j) {
+      const fp8 number = from_float<fp8>(reinterpret_cast<const float*>(from)[j] * factor);
+      std::memcpy(target + j, &number, 1);
+    }
+  };
   const int64_t row = 2 * s.head_bytes;
 #pragma omp parallel for if (s.tokens * s.kv_heads * row > kWorthThreads)
   for (int64_t t = 0; t < s.tokens; ++t) {
@@ -36,9 +45,8 @@ void vllm_sparse_write_tokens(char* host, char* slab, const int32_t* frame_of, c
     for (int64_t h = 0; h < s.kv_heads; ++h) {
       const int64_t piece = block * s.kv_heads + h, frame = frame_of[piece];
       char* target = host + (piece * s.block_size + offset) * row;
-      std::memcpy(target, key + t * s.key_token + h * s.key_head, s.head_bytes);
-      std::memcpy(target + s.head_bytes, value + t * s.value_token + h * s.value_head,
-                  s.head_bytes);
+      put(target, key + t * s.key_token + h * s.key_head, keys);
+      put(target + s.head_bytes, value + t * s.value_token + h * s.value_head, values);
       if (frame >= 0) std::memcpy(slab + (frame * s.block_size + offset) * row, target, row);
     }
   }
@@ -46,16 +54,18 @@ void vllm_sparse_write_tokens(char* host, char* slab, const int32_t* frame_of, c
 
 // Strides in elements.
 struct SpardaWindowSizes {
-  int64_t rows, kv_heads, block_size, dim, stride, table_row;
+  int64_t rows, kv_heads, block_size, dim, stride, fp8, table_row;
   int64_t compressed_block, compressed_head, compressed_window;
 };
 }
 
 namespace {
 
-template <typename T>
-void update_windows(T* compressed, const T* source, const T* slab, const int32_t* frame_of,
-                    const int64_t* positions, const int32_t* table, const SpardaWindowSizes& s) {
+// Means of keys of S, times a factor.
+template <typename T, typename S>
+void update_windows(T* compressed, const S* source, const S* slab, const int32_t* frame_of,
+                    const int64_t* positions, const int32_t* table, const SpardaWindowSizes& s,
+                    float factor) {
   // Prompts add up in PyTorch, half by half: with the same order, a window does not depend on which
   // step completed it.
   static thread_local std::vector<float> sums;
@@ -70,7 +80,7 @@ void update_windows(T* compressed, const T* source, const T* slab, const int32_t
       for (int64_t token = end - size; token < end; ++token) {
         const int64_t piece = blocks[token / s.block_size] * s.kv_heads + h;
         const int64_t frame = frame_of[piece];
-        const T* key = (frame < 0 ? source + piece * s.block_size * 2 * s.dim
+        const S* key = (frame < 0 ? source + piece * s.block_size * 2 * s.dim
                                   : slab + frame * s.block_size * 2 * s.dim) +
                        token % s.block_size * 2 * s.dim;
         for (int64_t j = 0; j < s.dim; ++j) *sum++ = to_float(key[j]);
@@ -84,7 +94,7 @@ void update_windows(T* compressed, const T* source, const T* slab, const int32_t
       const int64_t newest = end - 1;
       T* target = compressed + blocks[newest / s.block_size] * s.compressed_block +
                   h * s.compressed_head + newest % s.block_size / s.stride * s.compressed_window;
-      for (int64_t j = 0; j < s.dim; ++j) target[j] = from_float<T>(sum[j] / size);
+      for (int64_t j = 0; j < s.dim; ++j) target[j] = from_float<T>(sum[j] / size * factor);
     }
   }
 }
@@ -93,14 +103,22 @@ void update_windows(T* compressed, const T* source, const T* slab, const int32_t
 
 extern "C" {
 
-// dtype: as with_dtype names it; others return 2.
+// dtype: of what is compressed, as with_dtype names it; others return 2.
 int vllm_sparse_update_windows(int dtype, void* compressed, const void* source, const void* slab,
                                const int32_t* frame_of, const int64_t* positions,
-                               const int32_t* table, const SpardaWindowSizes* sizes) {
+                               const int32_t* table, const SpardaWindowSizes* sizes,
+                               float key_scale) {
   return with_dtype(dtype, [&](auto zero) {
     typedef decltype(zero) T;
-    update_windows<T>(static_cast<T*>(compressed), static_cast<const T*>(source),
-                      static_cast<const T*>(slab), frame_of, positions, table, *sizes);
+    auto update = [&](auto number) {
+      typedef decltype(number) S;
+      update_windows(static_cast<T*>(compressed), static_cast<const S*>(source),
+                     static_cast<const S*>(slab), frame_of, positions, table, *sizes, key_scale);
+    };
+    if (sizes->fp8)
+      update(fp8{});
+    else
+      update(T{});
   });
 }
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from vllm_sparse.kernels.cpu import build
+from vllm_sparse.kernels.fp8 import FP8, UNSCALED, Scales
 from vllm_sparse.kernels.reference import sparda_tokens as reference
 
 if TYPE_CHECKING:
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
 
 WriteSizes = build.sizes(
     "SpardaWriteSizes",
-    "tokens kv_heads block_size head_bytes key_token key_head value_token value_head",
+    "tokens kv_heads block_size head_bytes fp8 key_token key_head value_token value_head",
 )
 WindowSizes = build.sizes(
     "SpardaWindowSizes",
-    "rows kv_heads block_size dim stride table_row "
+    "rows kv_heads block_size dim stride fp8 table_row "
     "compressed_block compressed_head compressed_window",
 )
 RecordSizes = build.sizes(
@@ -36,6 +37,7 @@ def write_tokens(
     key: Tensor,
     value: Tensor,
     windows: NewWindows | None = None,
+    scales: Scales = UNSCALED,
 ) -> None:
     """Store tokens on the host, and in those frames that hold their pieces.
 
@@ -46,36 +48,43 @@ def write_tokens(
     Raises:
         ValueError: Unsupported dtype.
     """
-    key, value = key.to(host.dtype), value.to(host.dtype)
+    # The kernel makes fp8 of floats, and leaves all others as they are.
+    fp8 = host.dtype == FP8
+    given = torch.float32 if fp8 else host.dtype
+    key, value = key.to(given), value.to(given)
     tokens, kv_heads, dim = key.shape
-    size = host.element_size()
+    size = given.itemsize
     assert slots.dtype == torch.int64
     assert frame_of.dtype == torch.int32
     assert host.is_contiguous()
     assert slab.is_contiguous()
     assert key.stride(2) == value.stride(2) == 1
     sizes = WriteSizes(
-        tokens, kv_heads, host.shape[2], dim * size,
+        tokens, kv_heads, host.shape[2], dim * host.element_size(), fp8,
         key.stride(0) * size, key.stride(1) * size, value.stride(0) * size, value.stride(1) * size,
     )  # fmt: skip
-    build.call("write_tokens", (host, slab, frame_of, slots, key, value), sizes)
+    tensors = host, slab, frame_of, slots, key, value
+    build.call("write_tokens", tensors, sizes, scales.key, scales.value)
     if windows is not None:
-        _complete_windows(windows, host, slab, frame_of)
+        _complete_windows(windows, host, slab, frame_of, scales.key)
 
 
-def _complete_windows(windows: NewWindows, host: Tensor, slab: Tensor, frame_of: Tensor) -> None:
+def _complete_windows(
+    windows: NewWindows, host: Tensor, slab: Tensor, frame_of: Tensor, key_scale: float
+) -> None:
     compressed, table = windows.compressed, windows.table
     _, kv_heads, block_size, width = host.shape
-    assert compressed.dtype == host.dtype
+    fp8 = host.dtype == FP8
+    assert fp8 or compressed.dtype == host.dtype
     assert table.dtype == torch.int32
     assert compressed.stride(3) == table.stride(1) == 1
     positions = windows.positions.to(torch.int64).contiguous()
     sizes = WindowSizes(
-        positions.shape[0], kv_heads, block_size, width // 2, windows.stride, table.stride(0),
+        positions.shape[0], kv_heads, block_size, width // 2, windows.stride, fp8, table.stride(0),
         *compressed.stride()[:3],
     )  # fmt: skip
     tensors = compressed, host, slab, frame_of, positions, table
-    build.call("update_windows", tensors, sizes, dtype=compressed.dtype)
+    build.call("update_windows", tensors, sizes, key_scale, dtype=compressed.dtype)
 
 
 def record_queries(

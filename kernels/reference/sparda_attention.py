@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from vllm_sparse.kernels.fp8 import UNSCALED, Scales
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.types import Unframed
@@ -21,6 +22,7 @@ def attend_frames(
     lengths: Tensor,
     scale: float,
     unframed: Unframed | None = None,
+    scales: Scales = UNSCALED,
 ) -> None:
     """Exact decode attention over the frames of each token and KV head.
 
@@ -32,6 +34,7 @@ def attend_frames(
         lengths: Tokens in each token's frames, the same for all KV heads, int32 ``[T]``.
         scale: Logit scale.
         unframed: Rows that have no frames; their entry of ``lengths`` is 0.
+        scales: Of an fp8 slab, whose numbers are read in the dtype of ``query``.
     """
     block_size, width = slab.shape[1:]
     dim = width // 2
@@ -41,16 +44,16 @@ def attend_frames(
     # Stale frames may hold anything, NaN included, which a zero weight would not silence.
     rows = rows.masked_fill(hidden[:, None, :, None], 0.0)
     grouped = query.float().unflatten(1, (kv_heads, -1))
-    logits = grouped @ rows[..., :dim].transpose(2, 3) * scale
+    logits = grouped @ rows[..., :dim].transpose(2, 3) * (scale * scales.key)
     logits = logits.masked_fill(hidden[:, None, None], float("-inf"))
     weights = torch.softmax(logits, -1).nan_to_num(0.0)
-    output.copy_((weights @ rows[..., dim:]).reshape_as(output))
+    output.copy_((weights @ rows[..., dim:] * scales.value).reshape_as(output))
     if unframed is not None:
         for row, pieces in unframed_rows(unframed):
             here = slice(row, row + 1)
             attend_frames(
                 unframed.host.flatten(0, 1), query[here], output[here], pieces,
-                unframed.lengths[here], scale,
+                unframed.lengths[here], scale, scales=scales,
             )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ def attend_part(
     Args:
         query: ``[G, group, T, D]``.
         keys: ``[G, n, D]``, of consecutive positions; blocks that nobody chose may be garbage.
+            Those of fp8 are read in the dtype of ``query``, their scale is the caller's.
         values: ``[G, n, D]``.
         chosen: Blocks that each token may read, bool ``[G, T, blocks]``; ``None`` allows all.
         scale: Logit scale.
@@ -40,13 +41,14 @@ def attend_part(
     """
     sizes = query.shape[2], keys.shape[1]
     mask = visible(*sizes, chosen, first_position, block_size, past_from, keys.device)
-    logits = query.float() @ keys.float().transpose(1, 2).unsqueeze(1) * scale
+    keys, values = keys.float(), values.float()
+    logits = query.float() @ keys.transpose(1, 2).unsqueeze(1) * scale
     if mask is not None:
         logits = logits.masked_fill(~mask.unsqueeze(1), float("-inf"))
         values = values.masked_fill(~mask.any(1).unsqueeze(-1), 0)
     lse = torch.logsumexp(logits, -1)
     weights = (logits - lse.unsqueeze(-1)).exp().nan_to_num(0.0)
-    part = weights @ values.float().unsqueeze(1), lse
+    part = weights @ values.unsqueeze(1), lse
     if total is None:
         return part
     for place, merged in zip(total, merge_parts(*total, *part), strict=True):

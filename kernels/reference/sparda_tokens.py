@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from vllm_sparse.kernels.fp8 import UNSCALED, Scales, encode
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.types import NewWindows
@@ -21,6 +22,7 @@ def write_tokens(
     key: Tensor,
     value: Tensor,
     windows: NewWindows | None = None,
+    scales: Scales = UNSCALED,
 ) -> None:
     """Store tokens on the host, and in those frames that hold their pieces; complete windows.
 
@@ -32,10 +34,15 @@ def write_tokens(
         key: ``[T, G, D]``.
         value: ``[T, G, D]``.
         windows: For tokens that each are the newest one of a row.
+        scales: Of an fp8 cache.
     """
     kv_heads, size = host.shape[1:3]
     real = slots >= 0
-    rows = torch.cat((key, value), -1)[real].to(host.dtype)
+    stored = (
+        encode(part[real], host.dtype, scale, scales.truncates)
+        for part, scale in ((key, scales.key), (value, scales.value))
+    )
+    rows = torch.cat(tuple(stored), -1)
     block, offset = slots[real] // size, slots[real] % size
     host[block, :, offset] = rows.to(host.device)
     pieces = block[:, None] * kv_heads + torch.arange(kv_heads, device=block.device)
@@ -43,10 +50,12 @@ def write_tokens(
     held = frame >= 0
     slab[frame[held], offset[:, None].expand_as(frame)[held]] = rows[held]
     if windows is not None:
-        _complete_windows(windows, host, slab, frame_of)
+        _complete_windows(windows, host, slab, frame_of, scales.key)
 
 
-def _complete_windows(windows: NewWindows, host: Tensor, slab: Tensor, frame_of: Tensor) -> None:
+def _complete_windows(
+    windows: NewWindows, host: Tensor, slab: Tensor, frame_of: Tensor, key_scale: float
+) -> None:
     """Add windows; pieces are read from their frames where they have one."""
     kv_heads, size = host.shape[1:3]
     dim, stride = windows.compressed.shape[3], windows.stride
@@ -60,8 +69,9 @@ def _complete_windows(windows: NewWindows, host: Tensor, slab: Tensor, frame_of:
         frame = frame_of[pieces].long()
         held = frame >= 0
         rows[held] = slab[frame[held], (token % size)[:, None].expand_as(frame)[held]]
-        mean = mean_of_windows(rows[None, ..., :dim])[0]
-        windows.compressed[block[-1], :, position % size // stride] = mean.to(rows.dtype)
+        mean = mean_of_windows(rows[None, ..., :dim])[0] * key_scale
+        target = windows.compressed[block[-1], :, position % size // stride]
+        target.copy_(mean)
 
 
 def mean_of_windows(keys: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
+from vllm_sparse.kernels.fp8 import FP8, UNSCALED, Scales
 from vllm_sparse.kernels.triton.attention import (
     make_shares,
     merge_pair,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 @triton.jit(do_not_specialize=["least", "stride_table"])
 def _attend_frames_kernel(
     slab, query, output, frames, lengths, host, table, unframed, partial, lse_out, arrived, count,
-    least, scale_log2, stride_query_row, stride_query_head, stride_output_row,
+    least, scale_log2, value_scale, stride_query_row, stride_query_head, stride_output_row,
     stride_output_head, stride_table, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, MOST: tl.constexpr, CHUNK: tl.constexpr,
@@ -97,7 +98,9 @@ def _attend_frames_kernel(
         loaded = inside[:, None] & dim_inside[None, :]
         b_k = tl.load(source, mask=loaded, other=0.0)  # [BLOCK_N, BLOCK_D]
         b_v = tl.load(source + DIM, mask=loaded, other=0.0)
+        b_k, b_v = b_k.to(b_q.dtype), b_v.to(b_q.dtype)
         peak, mass, b_o = attend_tile(b_q, b_k, b_v, inside[None, :], peak, mass, b_o, scale_log2)
+    b_o *= value_scale
     shares = tl.num_programs(2)
     tiles = tl.cdiv(length, BLOCK_N)
     used = tl.cdiv(tiles, tl.cdiv(tiles, tl.minimum(shares, tl.cdiv(tiles, least))))
@@ -124,11 +127,12 @@ def attend_frames(
     lengths: Tensor,
     scale: float,
     unframed: Unframed | None = None,
+    scales: Scales = UNSCALED,
 ) -> None:
     """Same contract as :func:`vllm_sparse.kernels.reference.sparda_attention.attend_frames`.
 
     One launch; those of one device must not run beside each other. Queries are rounded to the
-    slab's dtype. Scratch: ``4 * T * H * D * splits`` bytes.
+    slab's dtype, unless that is fp8. Scratch: ``4 * T * H * D * splits`` bytes.
 
     Args:
         slab: ``[frames, block_size, 2 * D]``, contiguous.
@@ -138,6 +142,7 @@ def attend_frames(
         lengths: int32 ``[T]``.
         scale: Logit scale.
         unframed: Its pool is contiguous, and so are the entries of its table; int32.
+        scales: Of an fp8 slab.
     """
     rows, heads, dim = query.shape
     kv_heads, count = frames.shape[1:]
@@ -154,18 +159,19 @@ def attend_frames(
         assert host.dtype == slab.dtype
         assert table.stride(-1) == 1
         assert whole.is_contiguous()
+    if slab.dtype != FP8:
+        query = query.to(slab.dtype)
     (block, warps, stages), (shares, least) = split_kernel(
-        "attend", rows * kv_heads, count * block_size, dim, slab.dtype, device
+        "attend", rows * kv_heads, count * block_size, dim, query.dtype, device
     )
     assert rows * kv_heads <= MOST_PAIRS
-    query = query.to(slab.dtype)
     group = heads // kv_heads
     _attend_frames_kernel[(rows, kv_heads, shares)](
         slab, query, output, frames, lengths, host, table, whole, *make_shares(output, shares),
-        counters(device).shares, count, least, scale * LOG2_E, query.stride(0), query.stride(1),
-        output.stride(0), output.stride(1), table.stride(0), HEADS=kv_heads, GROUP=group, DIM=dim,
-        BLOCK_SIZE=block_size, BLOCK_M=row_block(group), BLOCK_N=block, BLOCK_D=dim_block(dim),
-        BLOCK_G=triton.next_power_of_2(group), MOST=MOST_SHARES,
-        CHUNK=merged_at_once(group, dim), UNFRAMED=unframed is not None, num_warps=warps,
-        num_stages=stages,
+        counters(device).shares, count, least, scale * scales.key * LOG2_E, scales.value,
+        query.stride(0), query.stride(1), output.stride(0), output.stride(1), table.stride(0),
+        HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_SIZE=block_size, BLOCK_M=row_block(group),
+        BLOCK_N=block, BLOCK_D=dim_block(dim), BLOCK_G=triton.next_power_of_2(group),
+        MOST=MOST_SHARES, CHUNK=merged_at_once(group, dim), UNFRAMED=unframed is not None,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+from vllm_sparse.kernels.fp8 import FP8
 from vllm_sparse.kernels.triton.launch import LOG2_E, dim_block, launch, row_block
 from vllm_sparse.kernels.triton.ops import attend_tile
 
@@ -123,6 +124,7 @@ def _attend_part_kernel(
         at = column[:, None].to(tl.int64)
         b_k = tl.load(keys + at * stride_key_token + dim[None, :], mask=loaded, other=0.0)
         b_v = tl.load(values + at * stride_value_token + dim[None, :], mask=loaded, other=0.0)
+        b_k, b_v = b_k.to(b_q.dtype), b_v.to(b_q.dtype)
         seen = visible[:, None] & inside[None, :]
         if CAUSAL:
             seen &= first_position + column[None, :] <= past_from + token[:, None]
@@ -141,8 +143,9 @@ def attend_part(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Same contract as :func:`vllm_sparse.kernels.reference.sparda_prefill.attend_part`.
 
-    Queries are rounded to the dtype of the keys. One launch, or two with ``chosen``: the first
-    lists the blocks that each tile of queries reads, so that others cost nothing.
+    Queries are rounded to the dtype of the keys, unless that is fp8. One launch, or two with
+    ``chosen``: the first lists the blocks that each tile of queries reads, so that others cost
+    nothing.
 
     Args:
         query: ``[G, group, T, D]``, channels contiguous.
@@ -166,12 +169,13 @@ def attend_part(
     assert output.stride(-1) == 1
     if not lse.numel() or not num_keys:
         return total
-    query = query.to(keys.dtype)
+    if keys.dtype != FP8:
+        query = query.to(keys.dtype)
     shape = {"CAUSAL": past_from is not None, "GROUP": group, "BLOCK_SIZE": block_size}
     past_from = past_from or 0
     block, warps, stages = launch("attend_part", device, dim)
     most = _ROWS
-    if keys.dtype == torch.float32:
+    if query.dtype == torch.float32:
         most, block, stages = most // 2, block // 2, 1
     if dim > 128:
         most //= 2

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+from vllm_sparse.kernels.fp8 import UNSCALED, Scales
 from vllm_sparse.kernels.triton.launch import dim_block
+from vllm_sparse.kernels.triton.ops import rounded_to
 
 # Heads whose queries one program stores, and numbers of queries that one recalls.
 _HEADS, _RECALLED = 8, 1024
@@ -22,9 +24,9 @@ if TYPE_CHECKING:
 # How wide a table is changes from step to step, which must not compile variants.
 @triton.jit(do_not_specialize=["stride_table"])
 def _write_tokens_kernel(
-    host, slab, frame_of, slots, key, value, compressed, positions, table, stride_key_row,
-    stride_key_head, stride_value_row, stride_value_head, stride_block, stride_head, stride_slot,
-    stride_table, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    host, slab, frame_of, slots, key, value, compressed, positions, table, key_scale, value_scale,
+    stride_key_row, stride_key_head, stride_value_row, stride_value_head, stride_block, stride_head,
+    stride_slot, stride_table, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One token of one KV head, and the window that it completes; without a stride there are none.
@@ -39,12 +41,12 @@ def _write_tokens_kernel(
     dim = tl.arange(0, BLOCK_D)
     inside = dim < DIM
     element = host.dtype.element_ty
-    b_k = tl.load(
-        key + row * stride_key_row + head * stride_key_head + dim, mask=inside, other=0.0
-    ).to(element)
+    b_k = tl.load(key + row * stride_key_row + head * stride_key_head + dim, mask=inside, other=0.0)
+    b_k = rounded_to(b_k, key_scale, element)
     b_v = tl.load(
         value + row * stride_value_row + head * stride_value_head + dim, mask=inside, other=0.0
-    ).to(element)
+    )
+    b_v = rounded_to(b_v, value_scale, element)
     piece = slot // BLOCK_SIZE * HEADS + head
     offset = slot % BLOCK_SIZE
     target = host + (piece * BLOCK_SIZE + offset) * (2 * DIM) + dim
@@ -80,12 +82,12 @@ def _write_tokens_kernel(
             ).to(tl.float32)
             newest = (member == 2 * STRIDE - 1)[:, None]
             b_keys = tl.where(newest, b_k.to(tl.float32)[None, :], b_keys)
-            mean = tl.sum(b_keys, 0) / (2 * STRIDE)
-            target = (
+            mean = tl.sum(b_keys, 0) / (2 * STRIDE) * key_scale
+            window = (
                 compressed + slot // BLOCK_SIZE * stride_block + head * stride_head
                 + offset // STRIDE * stride_slot + dim
             )  # fmt: skip
-            tl.store(target, mean.to(compressed.dtype.element_ty), mask=inside)
+            tl.store(window, mean.to(compressed.dtype.element_ty), mask=inside)
 
 
 def write_tokens(
@@ -96,6 +98,7 @@ def write_tokens(
     key: Tensor,
     value: Tensor,
     windows: NewWindows | None = None,
+    scales: Scales = UNSCALED,
 ) -> None:
     """Same contract as :func:`vllm_sparse.kernels.reference.sparda_tokens.write_tokens`.
 
@@ -110,6 +113,7 @@ def write_tokens(
         value: ``[T, G, D]``, channels contiguous.
         windows: Channels of what is compressed and entries of the table are contiguous; positions
             are int32 or int64, the table is int32.
+        scales: Of an fp8 cache; numbers are rounded to the nearest.
     """
     rows, kv_heads, dim = key.shape
     assert host.is_contiguous()
@@ -127,10 +131,11 @@ def write_tokens(
         assert compressed.stride(-1) == table.stride(-1) == 1
         steps = (*compressed.stride()[:3], table.stride(0))
     _write_tokens_kernel[(rows, kv_heads)](
-        host, slab, frame_of, slots, key, value, compressed, positions, table, key.stride(0),
-        key.stride(1), value.stride(0), value.stride(1), *steps, HEADS=kv_heads, DIM=dim,
-        BLOCK_SIZE=host.shape[2], STRIDE=stride, BLOCK_N=triton.next_power_of_2(2 * stride),
-        BLOCK_D=dim_block(dim), num_warps=4 if windows else 1,
+        host, slab, frame_of, slots, key, value, compressed, positions, table, scales.key,
+        scales.value, key.stride(0), key.stride(1), value.stride(0), value.stride(1), *steps,
+        HEADS=kv_heads, DIM=dim, BLOCK_SIZE=host.shape[2], STRIDE=stride,
+        BLOCK_N=triton.next_power_of_2(2 * stride), BLOCK_D=dim_block(dim),
+        num_warps=4 if windows else 1,
     )  # fmt: skip
 
 

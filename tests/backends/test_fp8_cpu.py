@@ -11,10 +11,9 @@ from __future__ import annotations
 import re
 
 import pytest
-import torch
 from support.engine import BLOCK_SIZE, SETTINGS, run_engine
+from support.fp8 import stored_on_cpus
 from support.masked import assert_tokens_of_hugging_face, policy_of
-from support.stand_ins import KEY_SCALE, VALUE_SCALE
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -25,18 +24,6 @@ EVERYTHING = {**SETTINGS, "token_budget": 4096, "stage1": False}
 # Queries of float32 that wait take four slots a number, so that a block has room for one of them.
 SPARSE = {**SETTINGS, "window": 8}
 SLOTS = 4
-
-
-def truncated(numbers: torch.Tensor, scale: float) -> torch.Tensor:
-    """The next number towards zero that a cache with such a scale has, found by looking it up."""
-    every = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    size = numbers.abs() / scale
-    place = torch.searchsorted(every, size.contiguous(), right=True) - 1
-    return every[place] * numbers.sign() * scale
-
-
-def as_stored(key, value):
-    return truncated(key, KEY_SCALE), truncated(value, VALUE_SCALE)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +40,7 @@ def test_a_budget_of_the_whole_context_equals_stock(llama, prompts, stock_run):
 
 def test_sparse_engine_equals_hugging_face_on_rounded_keys_and_values(llama, prompts, sparse_fp8):
     assert_tokens_of_hugging_face(
-        llama, prompts, sparse_fp8["tokens"][0], stored=as_stored, query_slots=SLOTS, window=8
+        llama, prompts, sparse_fp8["tokens"][0], stored=stored_on_cpus, query_slots=SLOTS, window=8
     )
 
 

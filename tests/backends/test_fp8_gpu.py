@@ -9,28 +9,16 @@ ROCKETKV's kernels and votes do not.
 from __future__ import annotations
 
 import pytest
-import torch
 from support.engine import BLOCK_SIZE, SETTINGS, run_engine
+from support.fp8 import nearest, stored_on_gpus
 from support.masked import assert_tokens_of_hugging_face
-from support.stand_ins import KEY_SCALE, QUERY_SCALE, VALUE_SCALE
+from support.stand_ins import QUERY_SCALE
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 SPARSE = {**SETTINGS, "window": 8}
 SLOTS = 4
-
-
-def nearest(numbers: torch.Tensor, scale: float) -> torch.Tensor:
-    """The nearest number of a cache with such a scale, found by looking it up."""
-    every = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    between = (every[1:] + every[:-1]) / 2
-    place = torch.bucketize((numbers.abs() / scale).contiguous(), between)
-    return every[place] * numbers.sign() * scale
-
-
-def as_stored(key, value):
-    return nearest(key, KEY_SCALE), nearest(value, VALUE_SCALE)
 
 
 @pytest.mark.parametrize("chunk", [320, 101])
@@ -44,7 +32,7 @@ def test_tokens_are_those_of_hugging_face_on_rounded_numbers(llama, prompts, chu
     )  # fmt: skip
     assert run["counters"]["prompts_compacted"] == 1
     assert_tokens_of_hugging_face(
-        llama, prompts[1:2], run["tokens"][0], stored=as_stored,
+        llama, prompts[1:2], run["tokens"][0], stored=stored_on_gpus,
         asked=lambda query: nearest(query, QUERY_SCALE), query_slots=SLOTS, window=8,
     )  # fmt: skip
 

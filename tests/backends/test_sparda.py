@@ -9,58 +9,17 @@ allows, so that blocks really leave and come back.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from reference import hf_sparda, lora, random_models
 from safetensors.torch import load_file
-from support.engine import BLOCK_SIZE, NEW_TOKENS, SPARDA_SELECTION, SPARDA_SETTINGS, run_engine
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from support.engine import BLOCK_SIZE, NEW_TOKENS, SPARDA_SELECTION
+from support.masked_sparda import assert_tokens_of_hugging_face, hf_model, run_sparda
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
-
-_OTHER_SETTINGS = {"forecast", "prefetch", "resident", "resident_first_layer"}
-
-
-def run_sparda(model: Path, prompts: list[list[int]], /, **changes: Any) -> dict[str, Any]:
-    """Run with some settings or some arguments of :func:`run_engine` changed."""
-    settings = {k: v for k, v in changes.items() if k in SPARDA_SETTINGS or k in _OTHER_SETTINGS}
-    arguments = {k: v for k, v in changes.items() if k not in settings}
-    if settings.get("resident"):
-        settings["slab_gib"] = None
-    return run_engine(
-        model,
-        prompts,
-        settings={**SPARDA_SETTINGS, **settings},
-        backend="sparda",
-        **{"max_num_seqs": 6, **arguments},
-    )
-
-
-@cache
-def _hf_model(path: Path):
-    return hf_sparda.load_model(path)
-
-
-def assert_tokens_of_hugging_face(model: Path, prompts, tokens, forecast=None, **changes) -> None:
-    """Every request's tokens equal the masked Hugging Face run's, up to genuine near-ties."""
-    agreed = 0
-    for prompt, got in zip(prompts, tokens, strict=True):
-        expected = hf_sparda.generate(
-            _hf_model(model), prompt, len(got), forecast=forecast, **{**SPARDA_SELECTION, **changes}
-        )
-        same = [a == b for a, b in zip(got, expected.tokens, strict=True)]
-        first = same.index(False) if False in same else len(same)
-        agreed += first
-        if first < len(same):
-            margin, gap = expected.margins[first], min(expected.gaps[: first + 1])
-            assert margin < 3e-4 or gap < 1e-5, f"diverges at {first}: {margin}, {gap}"
-    assert agreed > 0.9 * sum(map(len, tokens)), "near-ties may excuse few tokens only"
 
 
 def test_lookahead_query_equals_hugging_face(llama, prompts, sparda_run):
@@ -234,7 +193,7 @@ def test_ten_thousand_generated_tokens_equal_hugging_face(tmp_path):
     )
     (tokens,) = run["tokens"][0]
     logits, _, _ = hf_sparda.evaluate(
-        _hf_model(model), prompt + tokens[:-1], len(prompt), **{**SPARDA_SELECTION, **changes}
+        hf_model(model), prompt + tokens[:-1], len(prompt), **{**SPARDA_SELECTION, **changes}
     )
     logits = logits[len(prompt) - 1 :]
     chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]

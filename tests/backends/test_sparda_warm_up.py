@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from support.ahead_of_time import compiled, name_only
 from support.kernels import DEVICE
 from vllm_sparse.kernels import dispatch
+from vllm_sparse.kernels.fp8 import FP8
 from vllm_sparse.kernels.types import Blocks, NewWindows, PageTable, Ranking, Rotary, Unframed
 
 from vllm_sparse.backends.sparda_warm_up import warm_up
@@ -43,8 +44,8 @@ def test_the_kernels_run_on_what_the_warm_up_gives_them(monkeypatch):
     )
     kernels = dispatch.sparda_kernels(device, "triton")
     blocks, rotary = Blocks(32, 16, 1, 1, 4), Rotary(torch.zeros(200, 16, device=device), True)
-    for ranking in (Ranking(False, rotary=rotary), Ranking(True, 0.2)):
-        warm_up(kernels, settings, ranking, blocks, (64, 2, 16), torch.float32, device)
+    for ranking, stored in ((Ranking(False, rotary=rotary), None), (Ranking(True, 0.2), FP8)):
+        warm_up(kernels, settings, ranking, blocks, (64, 2, 16), torch.float32, device, stored)
     from vllm_sparse.kernels.triton.counters import counters
 
     assert not any(part.any() for part in counters(torch.zeros(1, device=device).device))

@@ -27,8 +27,15 @@ from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kernels.reference import append as ref_append
 from vllm_sparse.kernels.reference import compaction as ref_compaction
 from vllm_sparse.kernels.reference import decode as reference
-from vllm_sparse.kernels.triton import append, compaction
+from vllm_sparse.kernels.triton import (
+    append,
+    compaction,
+    sparda_attention,
+    sparda_prefill,
+    sparda_tokens,
+)
 from vllm_sparse.kernels.triton import decode as decode_kernel
+from vllm_sparse.kernels.types import NewWindows, Unframed
 
 from vllm_sparse.kv.tail.compaction import QueryParking
 
@@ -114,6 +121,7 @@ def test_kernels_compile_for_gpus_that_have_the_conversion(capability, tmp_path)
     names = {line.split()[0] for line in lines}
     assert {"_append_kernel", "_select_slots_kernel", "_attend_kernel", "_score_kernel"} <= names
     assert {"_gather_kernel", "_write_kernel"} <= names
+    assert {"_write_tokens_kernel", "_attend_frames_kernel", "_attend_part_kernel"} <= names
 
 
 def compile_everything(capability: int) -> None:
@@ -130,6 +138,17 @@ def compile_everything(capability: int) -> None:
             cache, query, key, key, query, table, lengths, lengths, lengths, layout=layout,
             top_k=128, scale=0.1, scales=NEAREST, **options,
         )  # fmt: skip
+    tokens = layout.tokens(cache).contiguous()
+    slots, slab = lengths.long(), tokens.flatten(0, 1)
+    for given in (None, NewWindows(key[:, :, None].repeat(3, 1, 4, 1), slots, table, 16)):
+        sparda_tokens.write_tokens(
+            tokens, slab, table.flatten(), slots, key, key, given, NEAREST
+        )  # fmt: skip
+    frames = table[:, None].repeat(1, 2, 1)
+    whole = Unframed(tokens, table, lengths)
+    sparda_attention.attend_frames(slab, query, query, frames, lengths, 0.1, whole, NEAREST)
+    part = query.view(2, 4, 3, 128), *tokens.flatten(1, 2)[:2].split(128, -1)
+    sparda_prefill.attend_part(*part, None, 0.1, past_from=0)
     compaction.compact_prompts(
         cache, *packed_views(cache, layout), torch.zeros(3, 8, 16, 128).bfloat16(), table, lengths,
         lengths, layout=layout, pool_kernel=63, scale=0.1, max_kept=300, scales=NEAREST,

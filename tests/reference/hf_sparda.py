@@ -173,8 +173,9 @@ def block_lists(chosen, sparse, top_k):
 class _Run:
     """What the attention function needs to know of the generation in progress."""
 
-    def __init__(self, settings, prompt_len, projections):
+    def __init__(self, settings, prompt_len, projections, stored=None):
         self.settings = settings
+        self.stored = stored
         self.prompt_len = prompt_len
         self.projections = projections  # per layer: weight [G * D, hidden] and bias or None
         self.position = 0  # of the first token of the current forward
@@ -241,6 +242,8 @@ class _Run:
 def _attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     run = kwargs.pop("sparda_run")
     assert query.shape[0] == 1, "one request at a time"
+    if run.stored is not None:
+        key, value = run.stored(key, value)
     keep = run.keep(module, query[0], key[0])
     mask = torch.zeros(keep.shape, dtype=query.dtype).masked_fill(~keep, -math.inf)
     own_attention = sys.modules[type(module).__module__].eager_attention_forward
@@ -329,7 +332,7 @@ def _projections(model, settings, forecast):
     return projections
 
 
-def _start(model, prompt_len, forecast, settings):
+def _start(model, prompt_len, forecast, settings, stored=None):
     settings = Settings(**settings)
     if settings.selector not in SELECTORS:
         raise ValueError(f"unknown selector {settings.selector!r}")
@@ -339,7 +342,7 @@ def _start(model, prompt_len, forecast, settings):
         raise ValueError(f"top_k={settings.top_k} does not hold the forced blocks")
     if not hasattr(model, "config"):
         model = load_model(model)
-    return model, _Run(settings, prompt_len, _projections(model, settings, forecast))
+    return model, _Run(settings, prompt_len, _projections(model, settings, forecast), stored)
 
 
 def _forward(model, run, cache, ids):
@@ -358,7 +361,9 @@ def _forward(model, run, cache, ids):
 
 
 @torch.inference_mode()
-def generate(model, prompt, num_tokens, *, forecast=None, continuation=None, **settings):
+def generate(
+    model, prompt, num_tokens, *, forecast=None, continuation=None, stored=None, **settings
+):
     """Greedy :class:`Generation` of ``num_tokens`` tokens.
 
     Args:
@@ -368,9 +373,10 @@ def generate(model, prompt, num_tokens, *, forecast=None, continuation=None, **s
         forecast: safetensors file of Forecast weights, for selector ``forecast``.
         continuation: Tokens to feed instead of the greedy ones (at least ``num_tokens - 1``), to
             follow another implementation past a near tie. ``tokens`` stays what would be greedy.
+        stored: Maps keys and values to those that a cache would hold.
         **settings: Fields of :class:`Settings`.
     """
-    model, run = _start(model, len(prompt), forecast, settings)
+    model, run = _start(model, len(prompt), forecast, settings, stored)
     cache = DynamicCache(config=model.config)
     tokens, logits, gaps, blocks = [], [], [], []
     with _instrumented(model, run):

@@ -38,6 +38,18 @@ def unserved_cache(kind: str) -> Iterator[str]:
         yield f"--kv-cache-dtype {kind}: {why}; use fp8 or auto"
 
 
+def cache_itemsize(kind: str, model_itemsize: int) -> int:
+    """Bytes of a number in a KV cache that is served.
+
+    Args:
+        kind: vLLM's ``cache_dtype``.
+        model_itemsize: Bytes of the model's numbers.
+    """
+    if kind in FP8_CACHES:
+        return 1
+    return model_itemsize if kind == "auto" else 2
+
+
 def unsupported(config: Any) -> Iterator[str]:
     """What none of our backends can serve.
 
@@ -122,8 +134,6 @@ def unsupported_by_sparda(config: Any, on_gpu: bool) -> Iterator[str]:
     parallel = config.parallel_config
     if parallel.pipeline_parallel_size > 1:
         yield "pipeline parallelism puts a layer and the one before it on different ranks"
-    if config.cache_config.cache_dtype in FP8_CACHES:
-        yield "--kv-cache-dtype fp8: the host pool holds the model's own dtype; use auto"
     heads = config.model_config.get_total_num_kv_heads()
     if parallel.tensor_parallel_size > heads:
         yield (

@@ -14,6 +14,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
@@ -30,7 +31,7 @@ from vllm_sparse.backends.base import (
     sequence_lengths,
 )
 from vllm_sparse.backends.prompts import Newcomers, prompt_lengths_on_host, watch_requests
-from vllm_sparse.backends.refusals import check_layer
+from vllm_sparse.backends.refusals import FP8_CACHES, check_layer
 from vllm_sparse.backends.sparda_setup import (
     Machine,
     check_layers,
@@ -40,6 +41,7 @@ from vllm_sparse.backends.sparda_setup import (
 )
 from vllm_sparse.backends.sparda_warm_up import warm_up
 from vllm_sparse.config import SpardaSettings, load_settings
+from vllm_sparse.kernels.fp8 import FP8, UNSCALED, Scales
 from vllm_sparse.kv.spec import SpardaSpec
 from vllm_sparse.steps.host import SpardaPlanner
 from vllm_sparse.steps.host_layer import Layer
@@ -47,7 +49,6 @@ from vllm_sparse.steps.host_rows import RowPlanner
 from vllm_sparse.steps.host_step import SpardaStep
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -70,6 +71,7 @@ class Context:
 
     settings: SpardaSettings
     instance_id: str
+    dtype: torch.dtype
 
 
 class SpardaBackend(SparseBackend):
@@ -95,7 +97,10 @@ class SpardaBackend(SparseBackend):
         if not isinstance(spec, FullAttentionSpec) or isinstance(spec, SpardaSpec):
             return spec
         assert cls._context is not None, "a SPARDA layer is built before its spec is asked for"
-        return SpardaSpec.wrap(spec, cls._context.settings, cls._context.instance_id)
+        context = cls._context
+        # vLLM takes fp8 for bytes, but compressed keys are of the model's dtype.
+        dtype = context.dtype if spec.dtype == torch.uint8 else spec.dtype
+        return SpardaSpec.wrap(spec, context.settings, context.instance_id, dtype)
 
 
 class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
@@ -121,15 +126,18 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         serving = vllm_config.cache_config.num_gpu_blocks
         layers = [context[name] for name in sorted(layer_names, key=extract_layer_index)]
         check_layers(vllm_config, settings, kv_cache_spec, layers)
+        dtype, fp8 = kv_cache_spec.dtype, layers[0].impl.kv_cache_dtype in FP8_CACHES
+        stored = FP8 if fp8 else dtype
+        blocks = serving or _BLOCKS_TO_PROFILE
         geometry = geometry_of(
-            vllm_config, settings, kv_cache_spec, len(layers), serving or _BLOCKS_TO_PROFILE
+            vllm_config, settings, kv_cache_spec, len(layers), blocks, stored.itemsize
         )
         machine = self.machine(settings, geometry, device)
         # Threads and pinned memory end with the builder: its model runner has gone, or has built
         # another one. When the process ends, the thread ends itself and the driver unpins.
         weakref.finalize(self, machine.close).atexit = False
         counters = metrics.counters()
-        blocks, fresh = geometry.num_blocks, machine.attend_fresh is not None
+        fresh = machine.attend_fresh is not None
         self.planner = SpardaPlanner(settings, blocks, counters.add, fresh)
         self._rehearsal = SpardaPlanner(settings, blocks, lambda *_: None, fresh)
         self._newcomers = Newcomers()
@@ -139,15 +147,19 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         self._rows = RowPlanner(settings, rows, device, machine.captured)
         self._bytes_per_token = geometry.host_bytes // (blocks * geometry.block_size)
         self._steps = 0
-        dtype = kv_cache_spec.dtype
-        self.runtime = runtime_of(settings, geometry, dtype, layers, machine, rows)
+        self.runtime = runtime_of(settings, geometry, dtype, stored, layers, machine, rows)
         for number, layer in enumerate(layers):
-            layer.impl.layer = Layer(self.runtime, number)
+            scales = UNSCALED
+            if fp8:  # weights are loaded, so these are final
+                scales = Scales(layer._k_scale_float, layer._v_scale_float, machine.truncates)
+            layer.impl.layer = Layer(self.runtime, number, scales)
         if serving and device.type == "cuda":  # elsewhere nothing is compiled
             impl, runtime = layers[0].impl, self.runtime
             heads = impl.num_heads, impl.num_kv_heads, impl.head_size
             ranking = runtime.selector.ranking
-            warm_up(machine.kernels, settings, ranking, runtime.blocks, heads, dtype, device)
+            warm_up(
+                machine.kernels, settings, ranking, runtime.blocks, heads, dtype, device, stored
+            )
         ask_for_prompt_lengths(vllm_config)
         counters.publish_to(metrics.folder(vllm_config.instance_id))
         counters.set_gauge("host_pool_bytes", geometry.host_bytes)
@@ -241,8 +253,9 @@ class SpardaImpl(AttentionImpl[SpardaStep]):
         self.head_size = head_size
         self.num_kv_heads = num_kv_heads
         self.scale = float(scale)
+        self.kv_cache_dtype = kv_cache_dtype
         settings = load_settings(config.additional_config, "sparda")
-        SpardaBackend._context = Context(settings, config.instance_id)
+        SpardaBackend._context = Context(settings, config.instance_id, config.model_config.dtype)
 
     def forward(
         self,

@@ -35,4 +35,5 @@ class SpardaCpuBuilder(SpardaBuilder):
     @staticmethod
     def machine(settings: SpardaSettings, geometry: Geometry, device: torch.device) -> Machine:
         """Two pools in one memory, and a thread that copies between them."""
-        return Machine(sparda_kernels(device), ThreadLane(settings.link_gb_per_s), captured=False)
+        lane = ThreadLane(settings.link_gb_per_s)
+        return Machine(sparda_kernels(device), lane, captured=False, truncates=True)

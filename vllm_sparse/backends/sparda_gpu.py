@@ -60,13 +60,14 @@ class SpardaGpuBuilder(SpardaBuilder):
         version = flash_attn.get_flash_attn_version(head_size=geometry.head_dim)
         fresh = None if version is None else partial(_attend_fresh, version)
         if device.type != "cuda":
-            return Machine(kernels, LateLane(), captured=True, attend_fresh=fresh)
+            return Machine(kernels, LateLane(), captured=True, truncates=False, attend_fresh=fresh)
         _check_memory(geometry, settings, device)
         pinned: list[Tensor] = []
         return Machine(
             kernels,
             StreamLane(device),
             captured=True,
+            truncates=False,
             view=partial(_pinned_view, pinned),
             attend_fresh=fresh,
             release=partial(_unpin, pinned),

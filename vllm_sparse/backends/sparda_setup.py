@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vllm_sparse import metrics
 from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.kernels.fp8 import FP8
 from vllm_sparse.kv.host.geometry import GIB, Geometry, plan_frames
 from vllm_sparse.kv.host.memory import page_aligned
 from vllm_sparse.kv.host.pager import Pager
@@ -44,6 +45,7 @@ class Machine:
         kernels: What layers run.
         lane: Where copies run.
         captured: Graphs may replay batches of single tokens.
+        truncates: How it makes fp8 numbers, see :class:`Scales`.
         view: Pins host memory and returns it as a GPU sees it; ``None`` where host and device are
             one memory.
         attend_fresh: Serves prompt rows without a past; ``None`` if they are streamed like others.
@@ -53,6 +55,7 @@ class Machine:
     kernels: SpardaKernels
     lane: Lane
     captured: bool
+    truncates: bool
     view: Callable[[Tensor], Tensor] | None = None
     attend_fresh: Callable[..., Tensor] | None = None
     release: Callable[[], None] = lambda: None
@@ -69,8 +72,9 @@ def geometry_of(
     spec: SpardaSpec,
     num_layers: int,
     num_blocks: int,
+    itemsize: int,
 ) -> Geometry:
-    """Sizes of a worker's cache.
+    """Sizes of a worker's cache, whose numbers take ``itemsize`` bytes.
 
     Raises:
         ConfigError: The slab cannot hold what one step may read.
@@ -80,18 +84,19 @@ def geometry_of(
         num_layers=num_layers,
         num_pieces=num_blocks * spec.num_kv_heads,
         num_kv_heads=spec.num_kv_heads,
-        piece_bytes=spec.block_size * 2 * spec.head_size * spec.dtype.itemsize,
+        piece_bytes=spec.block_size * 2 * spec.head_size * itemsize,
         max_num_seqs=config.scheduler_config.max_num_seqs,
         max_model_len=config.model_config.max_model_len,
     )
     shape = num_blocks, spec.num_kv_heads, spec.block_size, spec.head_size
-    return Geometry(num_layers, *shape, spec.dtype.itemsize, frames)
+    return Geometry(num_layers, *shape, itemsize, frames)
 
 
 def runtime_of(
     settings: SpardaSettings,
     geometry: Geometry,
     dtype: torch.dtype,
+    stored: torch.dtype,
     layers: list[Any],
     machine: Machine,
     rows: int,
@@ -101,13 +106,14 @@ def runtime_of(
     Args:
         settings: The settings.
         geometry: Sizes of the cache.
-        dtype: Of keys and values.
+        dtype: Of compressed keys and of queries that are kept.
+        stored: Of keys and values.
         layers: The engine's attention layers.
         machine: What this kind of device brings.
         rows: Most rows of a batch of single tokens.
     """
     kernels, lane, count = machine.kernels, machine.lane, metrics.counters().add
-    pager = Pager(geometry, dtype, settings.poison, machine.view)
+    pager = Pager(geometry, stored, settings.poison, machine.view)
     return Runtime(
         settings,
         layers[0].impl.scale,
@@ -206,6 +212,7 @@ def start_line(runtime: Runtime, config: VllmConfig) -> str:
         prompts = f"sparse ({settings.prompt_blocks_read} blocks)"
     kernels = runtime.kernels
     note = f" (slow: {kernels.note.splitlines()[0]})" if kernels.note else ""
+    fp8 = " in fp8" if runtime.pager.host.dtype == FP8 else ""
     total = f" per rank, {geometry.host_bytes * ranks / GIB:.2f} GiB in total" if ranks > 1 else ""
     tokens = (geometry.num_blocks - 1) * geometry.block_size
     return (
@@ -213,7 +220,7 @@ def start_line(runtime: Runtime, config: VllmConfig) -> str:
         f"{geometry.block_size} tokens per KV head ({settings.init_blocks} first, "
         f"{settings.local_blocks} + 1 last), dense up to {settings.dense_len} tokens, prompts "
         f"{prompts}; host pool "
-        f"{geometry.host_bytes / GIB:.2f} GiB{total} for {geometry.num_blocks - 1} blocks = "
+        f"{geometry.host_bytes / GIB:.2f} GiB{fp8}{total} for {geometry.num_blocks - 1} blocks = "
         f"{tokens} tokens; device slab {geometry.slab_bytes / GIB:.3f} GiB, "
         f"{geometry.frames[-1]} frames a layer for {config.scheduler_config.max_num_seqs} requests "
         f"at once, staging {runtime.stream.nbytes / GIB:.3f} GiB; "

@@ -34,6 +34,7 @@ def warm_up(
     heads: tuple[int, int, int],
     dtype: torch.dtype,
     device: torch.device,
+    stored: torch.dtype | None = None,
 ) -> None:
     """Run every variant once.
 
@@ -43,9 +44,11 @@ def warm_up(
         ranking: Of decode rows.
         blocks: What rows read.
         heads: Query heads, KV heads, head size.
-        dtype: Of keys and values.
+        dtype: Of what the model computes with.
         device: Where.
+        stored: Of the cache's keys and values, if that is another one.
     """
+    stored = dtype if stored is None else stored
     query_heads, kv_heads, dim = heads
     size, stride = settings.block_size, settings.kernel_stride
     whole = max(blocks.top_k, -(-settings.dense_len // size))
@@ -54,8 +57,8 @@ def warm_up(
     def zeros(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=of, device=device)
 
-    host = zeros(2, kv_heads, size, 2 * dim)
-    slab, compressed = zeros(kv_heads, size, 2 * dim), zeros(2, kv_heads, size // stride, dim)
+    host, slab = (zeros(n, size, 2 * dim, of=stored) for n in (2 * kv_heads, kv_heads))
+    host, compressed = host.unflatten(0, (2, -1)), zeros(2, kv_heads, size // stride, dim)
     # As a projection leaves them: a row holds all heads.
     tokens = zeros(3, query_heads + 2 * kv_heads, dim)
     query, key, value = tokens.split([query_heads, kv_heads, kv_heads], 1)
@@ -92,7 +95,7 @@ def warm_up(
         for recent in (None, kept.clone()):
             kernels.record_queries(kept, query, slots, last, size, recent)
         kernels.recall_queries(kept, kept.clone(), last, last)
-    _warm_up_prompts(kernels, settings, ranking, blocks, heads, compressed, table[0])
+    _warm_up_prompts(kernels, settings, ranking, blocks, heads, compressed, table[0], stored)
 
 
 def _warm_up_prompts(
@@ -103,11 +106,12 @@ def _warm_up_prompts(
     heads: tuple[int, int, int],
     compressed: torch.Tensor,
     table: torch.Tensor,
+    stored: torch.dtype,
 ) -> None:
     """Prompts that are dense and sparse, with tokens before them, of so many tokens and few."""
     (query_heads, kv_heads, dim), size = heads, settings.block_size
     device, dtype = compressed.device, compressed.dtype
-    past = torch.zeros(kv_heads, size, 2 * dim, dtype=dtype, device=device)
+    past = torch.zeros(kv_heads, size, 2 * dim, dtype=stored, device=device)
     tile = Tile(table[:1].long(), 0, size, False)
     start = len(table) * size
     count, most = 1, _MOST_ROWS // (query_heads // kv_heads) + 1
@@ -121,6 +125,7 @@ def _warm_up_prompts(
     while count < 2 * most:
         tokens = torch.zeros(count, query_heads + 2 * kv_heads, dim, dtype=dtype, device=device)
         query, rows = tokens[:, :query_heads], tokens[:, query_heads:].reshape(count, kv_heads, -1)
+        rows = rows.to(stored)
         for sparse_from in (0, count) if settings.sparse_prefill else (count,):
             chosen = None
             if sparse_from < count:

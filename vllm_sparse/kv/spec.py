@@ -7,13 +7,15 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Self
 
-from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kv.manager import PolicyManager, PromptAwareManager
 
 if TYPE_CHECKING:
+    import torch
+
     from vllm_sparse.policies.protocol import Policy
     from vllm_sparse.policies.sparda import SpardaSettings
 
@@ -101,17 +103,24 @@ class SpardaSpec(SharedSpec):
 
     @classmethod
     def wrap(
-        cls, spec: FullAttentionSpec, settings: SpardaSettings, instance_id: str = ""
+        cls,
+        spec: FullAttentionSpec,
+        settings: SpardaSettings,
+        instance_id: str = "",
+        dtype: torch.dtype | None = None,
     ) -> SpardaSpec:
-        """A stock spec with compressed keys in place of keys and values."""
+        """A stock spec with compressed keys, of ``dtype``, in place of keys and values."""
+        dtype = spec.dtype if dtype is None else dtype
         return replace_as(
             spec,
             cls,
+            dtype=dtype,
+            kv_quant_mode=KVQuantMode.NONE,
             dense_len=settings.dense_len,
             alike=settings.prompts_like_outputs,
             instance_id=instance_id,
             tokens_per_state=spec.block_size,
-            state_content_bytes=settings.windows_per_block * spec.head_size * spec.dtype.itemsize,
+            state_content_bytes=settings.windows_per_block * spec.head_size * dtype.itemsize,
         )
 
     def publishable_tokens(self, prompt_len: int) -> int | None:

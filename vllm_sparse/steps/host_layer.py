@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from vllm_sparse.kernels.fp8 import UNSCALED, Scales, encode, readable
 from vllm_sparse.kernels.reference.sparda_tokens import mean_of_windows
 from vllm_sparse.kernels.types import Blocks, NewWindows, Selected, Unframed
 from vllm_sparse.steps.host_prompt import attend_prompt
@@ -135,11 +136,13 @@ class Layer:
     Args:
         runtime: Shared by all layers.
         number: Position of the layer in the model.
+        scales: Of its keys and values in an fp8 cache.
     """
 
-    def __init__(self, runtime: Runtime, number: int) -> None:
+    def __init__(self, runtime: Runtime, number: int, scales: Scales = UNSCALED) -> None:
         self.runtime = runtime
         self.number = number
+        self.scales = scales
         self.pager = runtime.pager.layers[number]
         self.last = number + 1 == len(runtime.layers)
 
@@ -171,8 +174,11 @@ class Layer:
             key,
             value,
             None if isinstance(windows, WindowList) else self._new_windows(windows),
+            self.scales,
         )
         if isinstance(windows, WindowList):
+            # As later steps will read them, so that the size of a chunk changes nothing.
+            key, value = self._as_stored(key, value)
             self._compress(key, windows)
         if step.decode is not None:
             self._decode(query, step.decode, output)
@@ -198,9 +204,17 @@ class Layer:
         size, per_block = pager.block_size, compressed.shape[2]
         block, offset = windows.older // size, windows.older % size
         older = pager.host[block, :, offset, : key.shape[2]]
-        keys = torch.cat((key.to(older.dtype), older))[windows.tokens]
-        means = mean_of_windows(keys).to(compressed.dtype)
-        compressed[windows.slots // per_block, :, windows.slots % per_block] = means
+        means = mean_of_windows(torch.cat((key, older))[windows.tokens]) * self.scales.key
+        target = windows.slots // per_block, slice(None), windows.slots % per_block
+        compressed[target] = means.to(compressed.dtype)
+
+    def _as_stored(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What the cache makes of a step's tokens, in its dtype."""
+        scales, dtype = self.scales, self.pager.host.dtype
+        return (
+            encode(key, dtype, scales.key, scales.truncates),
+            encode(value, dtype, scales.value, scales.truncates),
+        )
 
     def _decode(self, query: Tensor, rows: DecodeRows, output: Tensor) -> None:
         runtime, pager, fetcher = self.runtime, self.pager, self.runtime.fetcher
@@ -218,7 +232,7 @@ class Layer:
             query = query[rows.tokens.index]
         target = output[: query.shape[0]] if rows.whole else torch.empty_like(query)
         runtime.kernels.attend_frames(
-            pager.slab, query, target, frames, lengths, runtime.scale, unframed
+            pager.slab, query, target, frames, lengths, runtime.scale, unframed, self.scales
         )
         if not rows.whole:
             output[rows.tokens.index] = target
@@ -228,7 +242,12 @@ class Layer:
     ) -> None:
         assert self.runtime.attend_fresh is not None, "the planner set such rows apart"
         mine = query[rows.index], key[rows.index], value[rows.index]
-        output[rows.index] = self.runtime.attend_fresh(*mine, rows, self.runtime.scale)
+        query, key, value = (readable(part).to(query.dtype) for part in mine)
+        scale = self.runtime.scale * self.scales.key
+        attended = self.runtime.attend_fresh(query, key, value, rows, scale)
+        # fp8 numbers are exact in the dtype of the queries; times their scales they are not.
+        factor = self.scales.value
+        output[rows.index] = attended if factor == 1.0 else attended * factor
 
     def _attend_prompts(
         self, query: Tensor, rows: Tensor, step: SpardaStep, output: Tensor
@@ -257,7 +276,8 @@ class Layer:
                 block_size=settings.block_size,
                 tile_tokens=settings.staging_blocks * settings.block_size,
                 attend_part=runtime.kernels.attend_part,
-                scale=runtime.scale,
+                scale=runtime.scale * self.scales.key,
+                value_scale=self.scales.value,
             )
 
     def _choose_prompt(self, query: Tensor, prompt: PromptRow) -> Tensor:

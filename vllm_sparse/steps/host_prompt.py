@@ -27,6 +27,7 @@ def attend_prompt(
     tile_tokens: int,
     attend_part: Callable[..., tuple[Tensor, Tensor]],
     scale: float,
+    value_scale: float = 1.0,
 ) -> Tensor:
     """Exact attention of one row's tokens over what each may see.
 
@@ -45,7 +46,8 @@ def attend_prompt(
         block_size: Tokens per block.
         tile_tokens: Own tokens per part.
         attend_part: The kernel of that name: attention over some keys, and its log-sum-exp.
-        scale: Logit scale.
+        scale: Logit scale, that of stored keys included.
+        value_scale: What stored values are multiplied with.
 
     Returns:
         ``[T, H, D]``.
@@ -78,4 +80,6 @@ def attend_prompt(
     own = rows.transpose(0, 1)
     for begin in range(0, tokens, tile_tokens):
         attend(own[:, begin : begin + tile_tokens], start + begin, start)
+    if value_scale != 1.0:  # the same for all parts
+        output *= value_scale
     return output.reshape(tokens, heads, dim).to(query.dtype)
