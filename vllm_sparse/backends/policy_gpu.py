@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionImpl,
     FlashAttentionMetadataBuilder,
 )
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_sparse.backends.base import most_rows, prompt_lengths, sequence_lengths, withdraw
 from vllm_sparse.backends.gpu import GpuBackend, warn_of_gpus
