@@ -53,6 +53,14 @@ def test_registration_is_idempotent_and_any_case_parses():
         assert AttentionConfig(backend=name).backend.name == "ROCKETKV"
 
 
+def test_the_doctor_sees_what_vllm_has_loaded():
+    from vllm_sparse.machine.probe import plugin_facts
+
+    facts = plugin_facts()
+    assert facts["missing"] == []
+    assert facts["listens"]
+
+
 def test_the_backend_survives_pickling_into_a_fresh_process():
     from vllm.config.attention import AttentionConfig
 

@@ -18,6 +18,7 @@ from vllm_sparse.errors import VllmSparseError
 COMMAND_MODULES = (
     "vllm_sparse.demo.models",
     "vllm_sparse.demo.run",
+    "vllm_sparse.doctor.commands",
     "vllm_sparse.forecast.convert",
     "vllm_sparse.planner.commands",
     "vllm_sparse.training.commands",

@@ -80,6 +80,15 @@ def find_compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
+def library_path(compiler: str) -> Path:
+    """Where these sources are, or will be, compiled for this machine."""
+    headers = sorted(Path(__file__).parent.glob("*.h"))
+    sources = b"".join(source.read_bytes() for source in (*_SOURCES, *headers))
+    parts = (sources, compiler.encode(), " ".join(_FLAGS).encode(), _cpu_fingerprint().encode())
+    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    return cache_dir() / "kernels" / f"kernels-{platform.machine()}-{digest}.so"
+
+
 @cache
 def load() -> ctypes.CDLL:
     """Compile the kernels if this machine has not done so yet, and load them.
@@ -95,11 +104,7 @@ def load() -> ctypes.CDLL:
         raise KernelBuildError(
             "no C++ compiler found (g++ or clang++, or set CXX); vLLM's CPU build needs one too"
         )
-    headers = sorted(Path(__file__).parent.glob("*.h"))
-    sources = b"".join(source.read_bytes() for source in (*_SOURCES, *headers))
-    parts = (sources, compiler.encode(), " ".join(_FLAGS).encode(), _cpu_fingerprint().encode())
-    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    library = cache_dir() / "kernels" / f"kernels-{platform.machine()}-{digest}.so"
+    library = library_path(compiler)
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         # Several workers may start at once: each builds under its own name, the last rename wins.

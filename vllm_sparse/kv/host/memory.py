@@ -7,10 +7,13 @@ from __future__ import annotations
 import math
 import mmap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _CGROUP = Path("/sys/fs/cgroup")
 _HUGE_PAGE = 2 << 20
@@ -26,6 +29,8 @@ def page_aligned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         shape: Of the tensor.
         dtype: Of its elements.
     """
+    import torch  # here, because how much memory there is can be asked without it
+
     count = math.prod(shape)
     size = -(-count * dtype.itemsize // _HUGE_PAGE) * _HUGE_PAGE
     memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

