@@ -28,9 +28,10 @@ def main() -> None:
     options = parser.parse_args()
     stages = dict(probe.THOROUGH if options.thorough else probe.QUICK)
     if options.model:
-        # Before vLLM, which takes longest.
-        last = {name: stages.pop(name) for name in ("vllm", "plugin") if name in stages}
-        stages |= {"model": partial(model_facts, options.model), **last}
+        stages["model"] = partial(model_facts, options.model)
+        for name in ("vllm", "plugin"):  # what takes longest comes last
+            if name in stages:
+                stages[name] = stages.pop(name)
     probe.main(stages)
 
 
