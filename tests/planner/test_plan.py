@@ -52,6 +52,35 @@ def test_what_is_refused_has_its_own_exit_status(config, capsys):
     assert status == 4
 
 
+def test_a_measured_bandwidth_scales_the_steps(config, capsys):
+    _, estimated = plan(capsys, config(), "--device", "cpu")
+    _, measured = plan(capsys, config(), "--device", "cpu", "--bandwidth", "40")
+    for name, arm in measured.items():
+        assert arm["step_ms"] == pytest.approx(estimated[name]["step_ms"] / 2)
+        assert arm["wins_from"] == estimated[name]["wins_from"]
+    assert main(["plan", config(), "--bandwidth", "0"]) == 1
+
+
+def test_a_cpu_pays_for_sparda_s_copies(config, capsys):
+    """Each fetched block is read and written once more than a resident one."""
+    settings = {"top_k": 65, "local_blocks": 32, "dense_len": 0, "host_gib": 60}
+    options = ("--backend", "SPARDA", "--device", "cpu", "--concurrency", "1", "--settings")
+    _, fetched = plan(capsys, config(), *options, json.dumps(settings))
+    _, resident = plan(capsys, config(), *options, json.dumps({**settings, "resident": True}))
+    free, block = 65 - 34, 64 * 128 * 1024
+    extra = 1e3 * 2 * 0.25 * free * block / 20e9
+    assert fetched["SPARDA"]["step_ms"] - resident["SPARDA"]["step_ms"] == pytest.approx(extra)
+    assert fetched["SPARDA"]["wins_from"] is not None
+    assert "bookkeeping" in fetched["SPARDA"]["left_out"]
+
+
+def test_what_runs_here_is_said(config, capsys):
+    assert main(["plan", config(), "--host-memory", "512"]) == 0
+    last = capsys.readouterr().out.split("\n\n")[-1]
+    assert "vLLM" in last.splitlines()[0]
+    assert any(words in last for words in ("C++", "PyTorch reference", "Triton, launches"))
+
+
 @pytest.mark.vllm
 def test_blocks_are_those_of_an_engine(tmp_path, capsys):
     pytest.importorskip("vllm")

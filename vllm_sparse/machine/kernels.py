@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.machine.findings import error, fine, warning
+from vllm_sparse.machine.probe import kernel_facts, said
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,6 +32,17 @@ _VECTORS = (
 def on_gpu(observed: Observed) -> bool:
     """Whether a GPU will compute."""
     return bool(observed.facts.get("torch", {}).get("devices"))
+
+
+def summary() -> str:
+    """Which kernels this process would run, in words; imports torch."""
+    try:
+        found = kernel_facts()
+    except Exception as problem:  # imports of others: anything may come
+        found = {"error": said(problem)}
+    if "launches" in found:
+        return f"Triton, launches {found['launches'][0]}"
+    return cpu_kernels(found).what
 
 
 def kernel_findings(observed: Observed) -> Iterator[Finding]:

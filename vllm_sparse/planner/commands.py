@@ -13,6 +13,7 @@ from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.planner.devices import DEVICES
 
 if TYPE_CHECKING:
+    from vllm_sparse.planner.devices import Device
     from vllm_sparse.planner.plan import Arm, Question
 
 REFUSED, TOO_MANY = 3, 4
@@ -39,6 +40,7 @@ def add_command(subparsers: Any) -> None:
     add("--output", type=int, default=256, help="generated tokens (default: %(default)s)")
     add("--concurrency", type=int, default=8, help="requests at once (default: %(default)s)")
     add("--device", choices=DEVICES, default="h100", help="kind (default: %(default)s)")
+    add("--bandwidth", type=float, metavar="GB/S", help="of its memory, instead of an estimate")
     add("--device-memory", type=float, metavar="GIB", help="of one device")
     add("--host-memory", type=float, metavar="GIB", help="free (default: this machine's)")
     add("--kv-memory", type=float, metavar="GIB", help="pool of a rank; on CPUs 4 if unset")
@@ -65,7 +67,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([asdict(arm) for arm in arms], indent=1))
     else:
-        print("\n\n".join(_text(arm, question) for arm in arms))
+        print("\n\n".join([*(_text(arm, question) for arm in arms), _here()]))
     able = [arm for arm in sparse if not arm.refused]
     if not able:
         return REFUSED
@@ -77,7 +79,7 @@ def _question(arguments: argparse.Namespace) -> Question:
     from vllm_sparse.planner.model import read_model
     from vllm_sparse.planner.plan import Question
 
-    device = DEVICES[arguments.device]
+    device = _device(arguments.device, arguments.bandwidth)
     for name in ("context", "concurrency", "tensor_parallel_size", "output"):
         if getattr(arguments, name) < 1:
             raise UnsupportedError(f"--{name.replace('_', '-')} must be at least 1")
@@ -100,6 +102,26 @@ def _question(arguments: argparse.Namespace) -> Question:
     )
 
 
+def _device(kind: str, bandwidth: float | None) -> Device:
+    """A kind of device, with a bandwidth in GB/s if that was measured."""
+    device = DEVICES[kind]
+    if bandwidth is None:
+        return device
+    if not bandwidth > 0:
+        raise UnsupportedError("--bandwidth must be more than 0 GB/s")
+    measured = bandwidth * 1e9
+    link = device.link_bytes_per_s if device.launch_us else measured  # a CPU has one memory
+    return device._replace(bytes_per_s=measured, link_bytes_per_s=link)
+
+
+def _here() -> str:
+    """What this machine has installed and would run, whatever is planned for."""
+    from vllm_sparse.machine.kernels import summary
+    from vllm_sparse.machine.versions import summary as versions
+
+    return f"this machine: {versions()}\n  kernels: {summary()}; `vllm-sparse doctor` says more"
+
+
 def _text(arm: Arm, question: Question) -> str:
     if arm.refused:
         return f"{arm.name}: refused\n  " + "\n  ".join(arm.refused)
@@ -110,13 +132,13 @@ def _text(arm: Arm, question: Question) -> str:
         f"  pool: {arm.pool_blocks} blocks, {arm.pool_bytes / _GIB:.2f} GiB on the device; "
         f"{arm.fits} requests at once",
     ]
-    if arm.step_ms:
-        lines.append(f"  decode step of {question.concurrency}: at least {arm.step_ms:.2f} ms, "
-                     f"{arm.speedup:.2f}x dense (estimate)")  # fmt: skip
+    beside = f"; not in it: {arm.left_out}" if arm.left_out else ""
+    lines.append(f"  decode step of {question.concurrency}: at least {arm.step_ms:.2f} ms, "
+                 f"{arm.speedup:.2f}x dense (estimate{beside})")  # fmt: skip
     if arm.host_bytes:
         lines.insert(2, f"  host pool {arm.host_bytes / _GIB:.2f} GiB, "
                      f"slab {arm.slab_bytes / _GIB:.2f} GiB")  # fmt: skip
-    if arm.name != "dense" and arm.step_ms:
+    if arm.name != "dense":
         first = arm.wins_from
         lines.append("  never faster than dense" if first is None else
                      f"  faster than dense from {first} prompt tokens")  # fmt: skip

@@ -21,7 +21,7 @@ from vllm_sparse.errors import VllmSparseError
 from vllm_sparse.forecast.routing import tapped_architecture
 from vllm_sparse.kv.host.geometry import GIB, block_bytes, blocks_per_row
 from vllm_sparse.planner import bounds
-from vllm_sparse.planner.devices import LAUNCHES, POLICY_LAUNCHES
+from vllm_sparse.planner.times import DENSE, dense_ms, policy_ms, sparda_ms, wins_from
 from vllm_sparse.policies.making import make_policy
 from vllm_sparse.policies.protocol import Shape as CacheShape
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from vllm_sparse.policies.protocol import Policy
     from vllm_sparse.policies.sparda import SpardaSettings
 
-DENSE = "dense"
 MISSES = 0.25
 """Of SPARDA's free picks; docs/benchmarks.md says 0.18 to 0.33."""
 
@@ -41,6 +40,7 @@ _STEP = 1024
 _FURTHEST = 1 << 20
 # More requests at once than any server is asked for, to learn how many a slab serves.
 _MANY = 4096
+CPU_LEAVES_OUT = "choosing, bookkeeping and the wait for copies, which a CPU does itself"
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,10 @@ class Arm:
         host_bytes: Of the host pool, all ranks.
         slab_bytes: Frames of all requests.
         fits: Requests that decode at once.
-        step_ms: A decode step of ``concurrency`` requests; 0: not estimated.
+        step_ms: A decode step of ``concurrency`` requests.
         speedup: Against dense.
         wins_from: Prompt tokens from which a step is shorter than dense; ``None``: never.
+        left_out: What the step takes beside that, in words.
         serve: The command.
     """
 
@@ -155,6 +156,7 @@ class Arm:
     step_ms: float = 0.0
     speedup: float = 0.0
     wins_from: int | None = None
+    left_out: str = ""
     serve: str = ""
 
 
@@ -248,7 +250,7 @@ def _policy(question: Question, name: str, settings: Any) -> Arm:
         fits=bounds.most_rows(max(blocks - 1, 0), held, max(prompt - held, 0)),
         step_ms=milliseconds(context),
         speedup=dense_ms(question, context) / milliseconds(context),
-        wins_from=_wins_from(question, milliseconds),
+        wins_from=wins_from(question, milliseconds),
         serve=_serve(question, name, question.settings),
     )
 
@@ -275,8 +277,7 @@ def _sparda(question: Question, settings: SpardaSettings) -> Arm:
     compressed = each * settings.windows_per_block // (2 * size)
     rows = heads * blocks_per_row(settings, model.max_model_len) * model.layers
     by_slab = config.scheduler_config.max_num_seqs if question.on_gpu else _MANY
-    # On a CPU device and host are one memory: fetching blocks cannot save what the bound counts.
-    step = sparda_ms(question, settings, question.context) if question.on_gpu else 0.0
+    step = sparda_ms(question, settings, question.context)
     return Arm(
         "SPARDA",
         kept=f"selector {settings.chosen_selector}, {settings.blocks_read} blocks read per KV head",
@@ -291,64 +292,11 @@ def _sparda(question: Question, settings: SpardaSettings) -> Arm:
         slab_bytes=sum(frames) * piece,
         fits=min((blocks - 1) // held, by_slab),
         step_ms=step,
-        speedup=dense_ms(question, question.context) / step if step else 0.0,
-        wins_from=_wins_from(question, lambda tokens: sparda_ms(question, settings, tokens))
-        if step
-        else None,
+        speedup=dense_ms(question, question.context) / step,
+        wins_from=wins_from(question, lambda tokens: sparda_ms(question, settings, tokens)),
+        left_out="" if question.on_gpu else CPU_LEAVES_OUT,
         serve=_serve(question, "SPARDA", chosen),
     )
-
-
-def dense_ms(question: Question, context: int) -> float:
-    """A decode step of stock vLLM."""
-    shape = question.model.shape()
-    read = bounds.step_bytes(shape, question.concurrency, context)
-    return _milliseconds(question, read, LAUNCHES[DENSE])
-
-
-def policy_ms(question: Question, policy: Policy, context: int) -> float:
-    """A decode step of a policy."""
-    if not policy.retention(context).sparse:
-        return dense_ms(question, context)
-    shape, rows = question.model.shape(), question.concurrency
-    split = bounds.split_by(policy, context)
-    skipped = min(policy.settings.skip_layers, shape.layers)
-    read = bounds.step_bytes(shape, rows, context, split)
-    read += skipped * bounds.layer_bytes(shape, rows, context, split._replace(stage2=False))
-    read -= skipped * bounds.layer_bytes(shape, rows, context, split)
-    return _milliseconds(question, read, POLICY_LAUNCHES)
-
-
-def sparda_ms(question: Question, settings: SpardaSettings, context: int) -> float:
-    """A decode step of SPARDA, in which a share of the free picks is fetched."""
-    shape, rows, size = question.model.shape(), question.concurrency, settings.block_size
-    there = -(-context // size)
-    read = there if context <= settings.dense_len else min(settings.blocks_read, there)
-    free = max(read - settings.init_blocks - settings.local_blocks - 1, 0)
-    if context <= settings.dense_len or settings.resident or not question.on_gpu:
-        free = 0
-    fetched = MISSES * free * rows * shape.kv_bytes_per_token * size / question.ranks
-    step = bounds.paged_step(
-        shape, rows, context, (read, size, settings.kernel_stride), fetched,
-        question.device.bytes_per_s * question.ranks, question.device.link_bytes_per_s,
-    )  # fmt: skip
-    ahead = settings.prefetch and settings.chosen_selector != "query"
-    launches = LAUNCHES["SPARDA"] * shape.layers * question.device.launch_us / 1e3
-    return (step.prefetched_ms if ahead else step.blocking_ms) + launches
-
-
-def _milliseconds(question: Question, read: int, launches: int) -> float:
-    device, layers = question.device, question.model.layers
-    begin = launches * layers * device.launch_us / 1e3
-    return 1e3 * read / (device.bytes_per_s * question.ranks) + begin
-
-
-def _wins_from(question: Question, milliseconds: Callable[[int], float]) -> int | None:
-    furthest = int(question.model.text.get("max_position_embeddings") or _FURTHEST)
-    for context in range(_STEP, furthest + 1, _STEP):
-        if milliseconds(context) < dense_ms(question, context):
-            return context
-    return None
 
 
 def _policy_of(question: Question, name: str, settings: Any, longest: int) -> Policy:
