@@ -53,7 +53,8 @@ def add_command(subparsers: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from vllm_sparse.planner.plan import DENSE, answer
+    from vllm_sparse.planner.plan import answer
+    from vllm_sparse.planner.times import DENSE
     from vllm_sparse.registry import entries
 
     chosen = arguments.backend
