@@ -5,11 +5,14 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from vllm_sparse.config import load_settings, preset_names
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.policies.rocketkv import RocketKVSettings
+from vllm_sparse.registry import entries, settings_class
 
 
 def load(section):
@@ -101,3 +104,53 @@ def test_errors_name_the_key(section, names):
 def test_a_misspelt_section_is_noticed():
     with pytest.raises(ConfigError, match="should be 'vllm_sparse'"):
         load_settings({"vllm-sparse": {}}, "rocketkv")
+
+
+ALGORITHMS = [name.lower() for name in entries()]
+FIELDS = {name: [*settings_class(name).model_fields, "config", "other"] for name in ALGORITHMS}
+# What JSON on a command line can be: numbers of any size, NaN, and whatever a typing mistake makes.
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.integers(-4, 300), st.floats(), st.text(),
+    st.sampled_from([2**31, 1e308, "64", "nan", "x" * 5000, "\0", "/dev/null", ".", "true"]),
+)  # fmt: skip
+JSON = st.recursive(SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(), x))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_no_value_passes_by_accident(data):
+    """A wrong one is refused by its name; what is accepted, kernels can count."""
+    algorithm = data.draw(st.sampled_from(ALGORITHMS))
+    field = st.sampled_from(FIELDS[algorithm])
+    section = data.draw(st.dictionaries(field, JSON, min_size=1, max_size=2))
+    loaded, message = None, ""
+    try:
+        loaded = load_settings({"vllm_sparse": section}, algorithm)
+    except ConfigError as error:
+        message = str(error)
+    if loaded is None:
+        assert any(name in message for name in section)
+        return
+    assert "other" not in section
+    for value in dict(loaded).values():
+        for number in value if isinstance(value, tuple) else (value,):
+            assert not isinstance(number, int | float) or abs(number) < 2**31
+
+
+@settings(max_examples=50, deadline=None)
+@given(JSON)
+def test_a_config_that_is_no_mapping_is_refused(value):
+    if value is None or isinstance(value, dict):
+        return
+    with pytest.raises(ConfigError, match="--additional-config"):
+        load_settings(value, "rocketkv")
+    with pytest.raises(ConfigError, match="vllm_sparse: expected a mapping"):
+        load_settings({"vllm_sparse": value}, "rocketkv")
+
+
+@pytest.mark.parametrize("content", [b"token_budget: [", b"\xff\xfe\x00", b"[" * 1000, b"7", b""])
+def test_a_broken_preset_file_is_named(tmp_path, content):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"vllm_sparse.config.*mine\.yaml"):
+        load({"config": str(path)})

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.registry import settings_class
@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 NAMESPACE = "vllm_sparse"
 PRESETS = "vllm_sparse.configs"
 
+_LIMIT = 1 << 31
+
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class CommonSettings(BaseModel):
     """Settings of every backend."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     algorithm: str = Field("", description="The backend's name in small letters; may be left out.")
     kernels: Literal["auto", "triton"] = Field(
@@ -39,6 +41,15 @@ class CommonSettings(BaseModel):
         description="`auto`: C++ on a CPU, Triton on a GPU. `triton` on a CPU takes the GPU's path "
         "in Triton's interpreter, for tests.",
     )
+
+    @field_validator("*")
+    @classmethod
+    def _countable(cls, value: Any) -> Any:
+        """Kernels count in 32 bits, and would go on with what is left of a larger number."""
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not -_LIMIT < number < _LIMIT:
+                raise ValueError(f"{number} is beyond what kernels can count; stay below {_LIMIT}")
+        return value
 
 
 def __getattr__(name: str) -> Any:
@@ -71,16 +82,22 @@ def read_values(key: str, name: str, package: str, kind: str) -> dict[str, Any]:
     Raises:
         ConfigError: There are none, or it is no mapping.
     """
-    if name in shipped_names(package):
-        text = resources.files(package).joinpath(f"{name}.yaml").read_text()
-    elif Path(name).is_file():
-        text = Path(name).read_text()
-    else:
+    try:
+        if name in shipped_names(package):
+            text = resources.files(package).joinpath(f"{name}.yaml").read_text()
+        elif Path(name).is_file():
+            text = Path(name).read_text()
+        else:
+            raise ConfigError(
+                f"{key}: {name!r} is neither a file nor a {kind}. "
+                f"{kind.capitalize()}s: {', '.join(shipped_names(package))}"
+            )
+        values = yaml.safe_load(text)
+    except (OSError, UnicodeError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
-            f"{key}: {name!r} is neither a file nor a {kind}. "
-            f"{kind.capitalize()}s: {', '.join(shipped_names(package))}"
-        )
-    values = yaml.safe_load(text)
+            f"{key}: {name!r} is no readable YAML file of settings: {reason}"
+        ) from error
     if not isinstance(values, dict):
         raise ConfigError(f"{key}: {name!r} must hold a mapping of settings")
     return values
@@ -125,6 +142,11 @@ def load_settings(additional_config: Any, algorithm: str) -> Any:
         ConfigError: Unknown key, wrong type, contradictory values, unknown preset, or settings
             for another algorithm; the message names the key.
     """
+    if isinstance(additional_config, str | int | float | list):  # what JSON can be beside
+        raise ConfigError(
+            f"--additional-config: expected a mapping such as {{{NAMESPACE!r}: {{...}}}}, got "
+            f"{additional_config!r}"
+        )
     section = {}
     if isinstance(additional_config, Mapping):
         section = additional_config.get(NAMESPACE, {})

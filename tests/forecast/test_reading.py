@@ -4,10 +4,14 @@
 
 from __future__ import annotations
 
+import functools
+import io
+import random
+
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from support.forecast import LAYERS, MODEL, Malicious, tensors
 
 from vllm_sparse.errors import ConfigError
@@ -121,3 +125,53 @@ def test_pickled_code_is_refused_and_not_run(tmp_path):
     assert not proof.exists()
     torch.load(path, weights_only=False)
     assert proof.exists(), "the file should have been dangerous"
+
+
+@functools.cache
+def whole_files() -> dict[str, tuple[str, bytes]]:
+    """A Forecast in each format: suffix and content."""
+    files = {"safetensors": (".safetensors", save(tensors(), {"block_size": "64"}))}
+    for kind in ("zip", "legacy"):
+        buffer = io.BytesIO()
+        torch.save(training(tensors()), buffer, _use_new_zipfile_serialization=kind == "zip")
+        files[kind] = ".pt", buffer.getvalue()
+    return files
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    """A few bytes overwritten, mostly where the names are, or an end that is missing."""
+    if draw.random() < 0.3:
+        return content[: draw.randrange(len(content))]
+    broken = bytearray(content)
+    for _ in range(draw.choice([1, 2, 9])):
+        broken[draw.randrange(draw.choice([600, 2500, len(broken)]))] ^= 1 << draw.randrange(8)
+    return bytes(broken)
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns of odd pickle protocols
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
+def test_a_damaged_file_is_refused_by_name(tmp_path, kind):
+    """It loads, or it is refused; nothing else."""
+    suffix, content = whole_files()[kind]
+    path, refused = tmp_path / f"damaged{suffix}", 0
+    for seed in range(150):
+        path.write_bytes(damaged(content, random.Random(seed)))
+        try:
+            loaded = load_forecast(path, *MODEL)
+        except ConfigError as error:
+            message = str(error)
+        else:
+            message = ""
+        if message:
+            assert path.name in message
+            refused += 1
+        else:
+            assert len(loaded.future) == LAYERS - 1
+            assert all(weight.isfinite().all() for weight in loaded.future)
+    assert 50 < refused < 150
+
+
+def test_a_path_that_nobody_can_open_is_named(tmp_path):
+    for name in ("x" * 300, "a\0b"):
+        with pytest.raises(ConfigError, match="forecast: "):
+            load_forecast(tmp_path / name, *MODEL)

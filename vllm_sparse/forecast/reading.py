@@ -34,15 +34,19 @@ def forecast_files(path: Path) -> list[Path]:
     Raises:
         ConfigError: There is none.
     """
+    try:
+        found = path.is_dir() or path.is_file()
+    except OSError as error:  # such as a name that is too long
+        raise ConfigError(f"forecast: {path} cannot be looked at: {error}") from error
     if path.is_dir():
         files = sorted(path.glob(f"*{SAFETENSORS_SUFFIX}")) or sorted(
-            found for suffix in TORCH_SUFFIXES for found in path.glob(f"*{suffix}")
+            file for suffix in TORCH_SUFFIXES for file in path.glob(f"*{suffix}")
         )
         if not files:
             listed = ", ".join((SAFETENSORS_SUFFIX, *TORCH_SUFFIXES))
             raise ConfigError(f"forecast: the directory {path} holds no file of {listed}")
         return files
-    if not path.is_file():
+    if not found:
         raise ConfigError(f"forecast: there is no file {path}; name one, or a directory of such")
     return [path]
 

@@ -100,8 +100,8 @@ def _numpy_globals() -> list[Any]:
 def _load_without_executing(path: Path) -> Any:
     """Read a PyTorch file with only tensors, plain containers and numpy arrays allowed in it."""
     with torch.serialization.safe_globals(_numpy_globals()):
-        zipped = zipfile.is_zipfile(path)
         try:
+            zipped = zipfile.is_zipfile(path)
             if zipped:  # only here can all names be had at once
                 unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
                 if unsafe:
@@ -112,7 +112,7 @@ def _load_without_executing(path: Path) -> Any:
         except pickle.UnpicklingError as error:
             named = re.search(r"GLOBAL (\S+)", str(error))
             raise _not_allowed(path, named[1] if named else str(error).splitlines()[0]) from error
-        except (RuntimeError, ValueError, EOFError, OSError) as error:
+        except Exception as error:  # a damaged pickle raises anything: KeyError, struct.error, ...
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(f"{path} is not a readable PyTorch file: {reason}") from error
 

@@ -43,6 +43,7 @@ class SpardaSettings(CommonSettings):
     )
     forecast: str | None = Field(
         None,
+        min_length=1,
         description="File with Forecast weights: safetensors, or an official PyTorch checkpoint as "
         "it is, also as sglang's pull requests #38302 and #38397 read it (nested, any prefix). "
         "Nothing in it is executed. `vllm-sparse convert-forecast` makes safetensors of one.",
