@@ -103,10 +103,10 @@ def timed_prefill(llm: LLM, prompt: list[int]) -> dict[str, float]:
     return {"seconds": seconds, **parts, "counters": counted}
 
 
-def begin(llm: LLM, prompts: list[list[int]], max_tokens: int) -> float:
+def begin(llm: LLM, prompts: list[list[int]], max_tokens: int, temperature: float = 0.0) -> float:
     """Adds a batch of requests and returns the seconds until every one of them decodes."""
     start = time.perf_counter()
-    waiting = set(_add(llm, prompts, max_tokens))
+    waiting = set(_add(llm, prompts, max_tokens, temperature))
     while waiting:
         for output in llm.llm_engine.step():
             waiting.discard(output.request_id)
@@ -127,6 +127,13 @@ def decode(llm: LLM, steps: int, batch: int, dropped: int = 0) -> list[float]:
         if len(outputs) != batch or any(output.finished for output in outputs):
             raise RuntimeError(f"a step served {len(outputs)} of {batch} requests")
     return seconds[dropped:]
+
+
+def stretch(llm: LLM, steps: int) -> dict:
+    """Decodes one request; ``seconds`` of each step, and ``cpu``: those of this process in all."""
+    before = time.process_time()
+    seconds = decode(llm, steps, 1)
+    return {"seconds": seconds, "cpu": time.process_time() - before}
 
 
 def finish(llm: LLM) -> None:
@@ -169,17 +176,22 @@ def occupy(llm: LLM, prompts: list[list[int]], steps: int) -> dict:
     """Lets requests decode some steps and returns what they occupy meanwhile."""
     begin(llm, prompts, max_tokens=steps + 64 * len(prompts))
     decode(llm, steps, len(prompts))
+    result = held(llm)
+    finish(llm)
+    return result
+
+
+def held(llm: LLM) -> dict:
+    """Blocks in use, and the bytes of the pools that they are of."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
-    result = {
+    return {
         "blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),  # one is the null block
         "num_blocks": pool.num_gpu_blocks,
         "block_tokens": scheduler.block_size,
         "cache_bytes": llm.collective_rpc(live.cache_bytes)[0],
         **memory_of(llm),
     }
-    finish(llm)
-    return result
 
 
 def memory_of(llm: LLM) -> dict:
@@ -208,10 +220,12 @@ def forced(llm: LLM, rate: float, steps: int, batch: int) -> dict:
     return {"seconds": seconds, "counts": {key: after[key] - before[key] for key in after}}
 
 
-def _add(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[str]:
+def _add(
+    llm: LLM, prompts: list[list[int]], max_tokens: int, temperature: float = 0.0
+) -> list[str]:
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
     ids = []
     for prompt in prompts:
         request_id = str(next(llm.request_counter))

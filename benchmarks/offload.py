@@ -54,7 +54,7 @@ def measure_memory(cell: str, options: argparse.Namespace, chosen: list[arms.Arm
         for arm in chosen:
             with Worker(arm, arguments) as worker:
                 found = worker.call("occupy", prompts=prompts, steps=options.steps)
-            row = rows[arm.name] = _per_request(found, options.requests)
+            row = rows[arm.name] = per_request(found, options.requests)
             row["settings"] = arm.settings
             row["times_less_than_dense"] = (
                 rows[chosen[0].name]["device_bytes"] / row["device_bytes"]
@@ -64,7 +64,7 @@ def measure_memory(cell: str, options: argparse.Namespace, chosen: list[arms.Arm
     return {"model": name, "context": context, "tokens": tokens_held, "arms": rows}
 
 
-def _per_request(found: dict, requests: int) -> dict[str, Any]:
+def per_request(found: dict, requests: int) -> dict[str, Any]:
     """Divides what was found among the requests.
 
     A pool's part is its bytes per block times the blocks in use; frames, staging and the part of

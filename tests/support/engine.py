@@ -47,6 +47,14 @@ SPARDA_SETTINGS = {
 }
 
 
+# One process for engine, scheduler and worker, of which run_forked has one that is warm.
+IN_PROCESS = {
+    "VLLM_CPU_CI_ENV": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+
 def run_engine(
     model: Path,
     prompts: list[list[int]],
@@ -101,9 +109,8 @@ def run_engine(
     on_gpu_path = (settings or {}).get("kernels") == "triton"
     environment = {
         **({"TRITON_INTERPRET": "1"} if on_gpu_path else {}),
-        "VLLM_CPU_CI_ENV": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        **IN_PROCESS,
+        **({} if in_process else {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}),
         **(env or {}),
     }
     with tempfile.TemporaryDirectory() as folder:
