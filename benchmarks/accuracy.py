@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import statistics
 import sys
 import tempfile
 import time
@@ -186,8 +187,9 @@ class _Run:
         harness.progress(line)
 
     def _longest(self) -> int:
-        prose = [PROSE_CONTEXT + 256] if "prose" in self._options.tasks else []
-        return max([*self._options.contexts, *prose])
+        options = self._options
+        room = options.prose_context + options.prose_tokens + 64
+        return max([*options.contexts, *([room] if "prose" in options.tasks else [])])
 
     def _worker(self, arm: arms.Arm, context: int, pool: float) -> Worker:
         # Compilation is cached per setting, so compiling every arm would take longer than it saves.
@@ -226,16 +228,17 @@ class _Run:
         from benchmarks import teacher
 
         # One more than is compared: the first token comes from prefill.
-        count, length = self._options.passages, PROSE_CONTEXT + PROSE_TOKENS + 1
+        count, context = self._options.passages, self._options.prose_context
+        length = context + self._options.prose_tokens + 1
         passages = corpus.prose_tokens(self._tokenizer, count, length)
-        forced = [passage[PROSE_CONTEXT:] for passage in passages]
+        forced = [passage[context:] for passage in passages]
         references = self._references()
         own = [path.with_name(f"arm-{path.name}") for path in references]
         paths = own if references[0].exists() else references
         worker.call("forget")
         worker.call(
             "force",
-            prompts=[passage[:PROSE_CONTEXT] for passage in passages],
+            prompts=[passage[:context] for passage in passages],
             forced=forced,
             record_to=[str(path) for path in paths],
         )
@@ -244,7 +247,11 @@ class _Run:
             path.unlink(missing_ok=True)
         return {
             **harness.mean_of(compared, teacher.MEANS),
-            "context": PROSE_CONTEXT,
+            "context": context,
+            "kl_by_quarter": [
+                statistics.mean(parts)
+                for parts in zip(*(each["kl_by_quarter"] for each in compared), strict=True)
+            ],
             "passages": compared,
         }
 
@@ -255,6 +262,8 @@ def run(options: argparse.Namespace, chosen: list[arms.Arm]) -> list[str]:
         "model": options.model, "seed": options.seed,
         "two_turn_context": options.two_turn_context, "questions": options.questions, "arms": {},
     }  # fmt: skip
+    if (prose := (options.prose_context, options.prose_tokens)) != (PROSE_CONTEXT, PROSE_TOKENS):
+        body["prose"] = "{}+{}".format(*prose)
     failed = []
     record = Recorder(options.out, "accuracy", body, resume=options.resume)
     with record, tempfile.TemporaryDirectory(prefix="vllm-sparse-prose-") as scratch:
@@ -281,6 +290,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--conversations", type=int, default=8)
     parser.add_argument("--two-turn-context", type=int, default=4096)
     parser.add_argument("--passages", type=int, default=4, help="of prose")
+    parser.add_argument(
+        "--prose-context", type=int, default=PROSE_CONTEXT, help="tokens of its prompts"
+    )
+    parser.add_argument(
+        "--prose-tokens", type=int, default=PROSE_TOKENS, help="that follow, one a decode step"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compiled", action="store_true", help="torch.compile instead of eager")
     parser.add_argument("--resume", action="store_true", help="only what --out does not have yet")

@@ -86,6 +86,12 @@ def _blocks(label: str, number: str | None = "top_k", **settings: Any) -> Kind:
     return Kind("SPARDA", number, label, settings, forced)
 
 
+def _prompts(label: str, **settings: Any) -> Kind:
+    # All read as many blocks at decode, so that only prompts differ.
+    decode = {"init_blocks": 1, "local_blocks": 2, "dense_len": 0, "top_k": 32}
+    return Kind("SPARDA", "sparse_prefill", label, settings, {"selector": "query", **decode})
+
+
 KINDS = {
     DENSE: Kind(None, None, "stock (dense)"),
     "rocketkv": _budget("ROCKETKV", "ROCKETKV, t = {n}"),
@@ -105,10 +111,11 @@ KINDS = {
     "previous": _blocks("`previous`, {n}", selector="previous"),
     "forecast": _blocks("`forecast`, {n}", selector="forecast"),
     "sparda": _blocks("SPARDA, {n} blocks"),
-    "prompts": Kind(
-        *("SPARDA", "sparse_prefill", "prompts of {n} blocks", {}),
-        {"init_blocks": 1, "local_blocks": 2, "dense_len": 0, "top_k": 32, "selector": "query"},
+    "prompts": _prompts("prompts of {n} blocks"),
+    "prompts-lookahead": _prompts(
+        "prompts of {n} blocks, `lookahead-query`", selector="lookahead-query"
     ),
+    "prompts-forecast": _prompts("prompts of {n} blocks, `forecast`", selector="forecast"),
     "sparse-dense": _blocks(
         "SPARDA, every block", None, selector="query", top_k=8, dense_len=1 << 30
     ),

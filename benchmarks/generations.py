@@ -154,7 +154,7 @@ def run(options: argparse.Namespace, chosen: list[arms.Arm], record: Record) -> 
         else:
             model = harness.resolve_model(options.model)
         arguments = harness.engine_args(
-            model, longest, longest + harness.BLOCK_TOKENS, max_num_seqs=1,
+            model, longest, longest * 3 // 2, max_num_seqs=1,  # blocks with an index are larger
             enable_prefix_caching=False, **overrides,
         )  # fmt: skip
         workers = []

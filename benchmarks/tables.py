@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import statistics
 import string
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +168,32 @@ def accuracy(result: Row) -> str:
     if any("prose" in row for row in rows):
         columns["prose KL"] = "{prose[kl]:.3f}"
         columns["top-1"] = "{prose[top1_agreement]:.3f}"
+    if any("kl_by_quarter" in row.get("prose", {}) for row in rows):
+        columns["KL by quarter"] = lambda row: " / ".join(
+            f"{part:.3f}" for part in row["prose"]["kl_by_quarter"]
+        )
     return f"**{result['model']}**, seed {result['seed']}\n\n{table(rows, columns)}"
+
+
+def generations(result: Row) -> str:
+    """Steps and memory of long generations, where the tokens so far have doubled."""
+    parts = [f"**{result['model']}**"]
+    for name, cell in result["cells"].items():
+        curves = {
+            arm: {point["generated"]: point for point in row["curve"]}
+            for arm, row in cell["arms"].items()
+        }
+        points = sorted(next(iter(curves.values())))
+        shown = [at for n, at in enumerate(points, 1) if n & (n - 1) == 0 or at == points[-1]]
+        columns: dict[str, Any] = {"generated": "generated"}
+        for arm in curves:
+            columns[f"{arm}, ms (CPU)"] = f"{{{arm}[step_ms]:.2f}} ({{{arm}[cpu_ms]:.2f}})"
+            columns[f"{arm}, MiB"] = mib(arm, "device_bytes", digits=1)
+        rows = [{"generated": at, **{arm: curves[arm].get(at) for arm in curves}} for at in shown]
+        others = cell["cores_used_by_others"]
+        used = f"{statistics.median(others):.2f} cores" if others else "?"
+        parts += [f"{name} tokens (other processes used {used})", table(rows, columns)]
+    return "\n\n".join(parts)
 
 
 def capacity(result: Row) -> str:
@@ -333,7 +359,7 @@ def stages(result: Row) -> str:
 
 RENDERERS: dict[str, Renderer] = {
     "kernels": kernels, "speed": speed, "prompts": prompts, "accuracy": accuracy,
-    "capacity": capacity, "blocks": blocks, "memory": memory,
+    "capacity": capacity, "generations": generations, "blocks": blocks, "memory": memory,
     "overlap": overlap, "serve": serve, "train-memory": training, "forecast-recall": recall,
     **dict.fromkeys(("gpu-check", "gpu-bench", "gpu-tune"), stages),
 }  # fmt: skip

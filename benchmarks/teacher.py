@@ -84,7 +84,7 @@ def compare(reference: Path, other: Path, forced_tokens: list[int], first: int =
 
     Returns:
         Means over the rows: ``kl`` from the reference to the other in nats, ``top1_agreement``, and
-        both models' negative log-likelihoods of the text.
+        both models' negative log-likelihoods of the text; ``kl_by_quarter`` of the text.
     """
     p_rows, q_rows = np.load(reference, mmap_mode="r"), np.load(other, mmap_mode="r")
     kl, agreement, nll_p, nll_q = [], [], [], []
@@ -95,7 +95,9 @@ def compare(reference: Path, other: Path, forced_tokens: list[int], first: int =
         agreement.append((p.argmax() == q.argmax()).item())
         nll_p.append(-p[forced_tokens[row]].item())
         nll_q.append(-q[forced_tokens[row]].item())
+    quarters = [float(np.mean(part)) for part in np.array_split(kl, 4) if len(part)]
     return {
         "kl": float(np.mean(kl)), "top1_agreement": float(np.mean(agreement)),
         "nll_dense": float(np.mean(nll_p)), "nll": float(np.mean(nll_q)), "tokens": len(kl),
+        "kl_by_quarter": quarters,
     }  # fmt: skip

@@ -21,14 +21,14 @@ pytestmark = pytest.mark.vllm
 LENGTHS = (40, 200, 290)
 NEW_TOKENS = 600
 EVERYTHING = {**SETTINGS, "token_budget": 4096, "min_context": 32, "stage1": False, "window": 16}
+FEW_KEPT = {"min_context": 64, "window": 8, "generation_reserve": 20}
 ALL_BLOCKS = {**SPARDA_SETTINGS, "top_k": 64, "slab_gib": 0.02}
 # Blocks for two thirds of what the requests come to, so that one is preempted late.
 CASES: dict[str, tuple[dict[str, Any] | None, int]] = {
     "stock": (None, 200),
     "rocketkv": (EVERYTHING, 60),
     "sparda": (ALL_BLOCKS, 60),
-    "rocketkv-evicting": ({**SETTINGS, "min_context": 64}, 45),
-    "sparda-choosing": (SPARDA_SETTINGS, 60),
+    "rocketkv-evicting": ({**SETTINGS, **FEW_KEPT}, 60),
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import arms, harness
 
 FORCED = {"init_blocks": 1, "local_blocks": 2, "dense_len": 0}
+PROMPTS = {**FORCED, "top_k": 32}
 EVERY = {**FORCED, "selector": "query", "top_k": 8, "dense_len": 1 << 30}
 
 
@@ -26,6 +27,12 @@ EVERY = {**FORCED, "selector": "query", "top_k": 8, "dense_len": 1 << 30}
         ("lookahead-16", "SPARDA", {**FORCED, "top_k": 16, "selector": "lookahead-query"}),
         ("sparda-96-local-32", "SPARDA", {**FORCED, "top_k": 96, "local_blocks": 32}),
         ("sparse-dense", "SPARDA", EVERY),
+        ("prompts-64", "SPARDA", {**PROMPTS, "sparse_prefill": 64, "selector": "query"}),
+        (
+            "prompts-lookahead-64",
+            "SPARDA",
+            {**PROMPTS, "sparse_prefill": 64, "selector": "lookahead-query"},
+        ),
     ],
 )
 def test_a_name_says_backend_and_settings(name, backend, settings):
@@ -62,8 +69,9 @@ def test_an_arm_takes_the_settings_that_its_backend_has():
 
 
 def test_forecast_arms_need_weights():
-    with pytest.raises(ValueError, match="--forecast"):
-        arms.parse_arm("forecast-16")
+    for name in ("forecast-16", "prompts-forecast-32"):
+        with pytest.raises(ValueError, match="--forecast"):
+            arms.parse_arm(name)
     assert arms.parse_arm("forecast-16", forecast="f").settings["forecast"] == "f"
 
 

@@ -17,7 +17,7 @@ from vllm_sparse.kernels.types import NewWindows
 
 from vllm_sparse.policies.pages import page_extrema
 
-BEGIN, STEPS, KV_HEADS, DIM = (0, 29), 72, 2, 64
+BEGIN, STEPS, KV_HEADS, DIM = (0, 29), 52, 2, 64
 
 
 def rows_of(table, block_size, kept, length):
@@ -58,7 +58,7 @@ def test_extrema_of_appended_tokens_equal_a_rebuild(folder):
                 cache, query, key, value, torch.empty_like(query), *rows, layout=layout, top_k=32,
                 scale=0.3,
             )  # fmt: skip
-        if step % 24 and step != 5:
+        if step not in (5, 23, STEPS):
             continue
         for own, length in zip(table, lengths.tolist(), strict=True):
             keys = rows_of(own, 16, layout.tokens(cache), length)[..., :DIM].transpose(0, 1)
@@ -99,5 +99,5 @@ def test_windows_of_written_tokens_equal_a_rebuild(ours):
         stored = rows_of(own, size // stride, compressed, length // stride)
         first = max(1, -((stride - 1 - begin) // stride))  # before, nobody wrote any
         found, expected = stored[first:], expected[first - 1 :].to(host.dtype)
-        assert len(found) == len(expected) > 2
+        assert len(found) == len(expected) > 1
         assert found.equal(expected)
