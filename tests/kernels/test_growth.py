@@ -17,7 +17,7 @@ from vllm_sparse.kernels.types import NewWindows
 
 from vllm_sparse.policies.pages import page_extrema
 
-BEGIN, STEPS, KV_HEADS, DIM = (0, 29), 52, 2, 64
+BEGIN, KV_HEADS, DIM = (0, 29), 2, 64
 
 
 def rows_of(table, block_size, kept, length):
@@ -32,8 +32,8 @@ def test_extrema_of_appended_tokens_equal_a_rebuild(folder):
     if folder == "triton":
         pytest.importorskip("triton")
     device = DEVICE if folder == "triton" else torch.device("cpu")
-    generator, layout = torch.Generator().manual_seed(3), PageLayout(16, DIM, 4)
-    width = (max(BEGIN) + STEPS) // 16 + 1
+    generator, layout, steps = torch.Generator().manual_seed(3), PageLayout(16, DIM, 4), 37
+    width = (max(BEGIN) + steps) // 16 + 1
     table = scattered_table(len(BEGIN), width, generator, device)
     shape = len(BEGIN) * width, KV_HEADS, 16, 2 * DIM + 2 * DIM // 4
     cache = torch.full(shape, torch.nan, dtype=torch.bfloat16, device=device)
@@ -44,7 +44,7 @@ def test_extrema_of_appended_tokens_equal_a_rebuild(folder):
     page = torch.arange(len(bounds), device=device)
     layout.index(cache)[table[1].long()[page // 4], :, :, page % 4] = bounds
     top_r = torch.full((len(BEGIN),), DIM, dtype=torch.int32, device=device)
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         query, key, value = (
             noise(len(BEGIN), heads, DIM, generator=generator, device=device, dtype=cache.dtype)
             for heads in (3 * KV_HEADS, KV_HEADS, KV_HEADS)
@@ -58,7 +58,7 @@ def test_extrema_of_appended_tokens_equal_a_rebuild(folder):
                 cache, query, key, value, torch.empty_like(query), *rows, layout=layout, top_k=32,
                 scale=0.3,
             )  # fmt: skip
-        if step not in (5, 23, STEPS):
+        if step not in (5, 23, steps):
             continue
         for own, length in zip(table, lengths.tolist(), strict=True):
             keys = rows_of(own, 16, layout.tokens(cache), length)[..., :DIM].transpose(0, 1)
@@ -70,9 +70,9 @@ def test_extrema_of_appended_tokens_equal_a_rebuild(folder):
 
 def test_windows_of_written_tokens_equal_a_rebuild(ours):
     """Blocks of two windows, some of which have frames; sums of whole numbers have no order."""
-    device, size, stride = device_of(ours), 32, 16
+    device, size, stride, steps = device_of(ours), 32, 16, 52
     generator = torch.Generator().manual_seed(5)
-    width = (max(BEGIN) + STEPS) // size + 1
+    width = (max(BEGIN) + steps) // size + 1
     table = scattered_table(len(BEGIN), width, generator, device)
     blocks = len(BEGIN) * width
     options = {"generator": generator, "device": device, "dtype": torch.bfloat16, "whole": True}
@@ -83,7 +83,7 @@ def test_windows_of_written_tokens_equal_a_rebuild(ours):
     compressed = torch.full(
         (blocks, KV_HEADS, size // stride, DIM), torch.nan, dtype=host.dtype, device=device
     )
-    for step in range(STEPS):
+    for step in range(steps):
         key, value = (noise(len(BEGIN), KV_HEADS, DIM, **options) for _ in "kv")
         positions = torch.tensor([begin + step for begin in BEGIN], device=device)
         block = table.gather(1, (positions // size)[:, None])[:, 0].long()
@@ -93,7 +93,7 @@ def test_windows_of_written_tokens_equal_a_rebuild(ours):
         )  # fmt: skip
     assert slab.equal(host.flatten(0, 1)[::3])
     for begin, own in zip(BEGIN, table, strict=True):
-        length = begin + STEPS
+        length = begin + steps
         keys = rows_of(own, size, host, length)[..., :DIM]
         expected = mean_of_windows(keys.unfold(0, 2 * stride, stride).permute(0, 3, 1, 2))
         stored = rows_of(own, size // stride, compressed, length // stride)
