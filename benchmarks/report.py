@@ -12,11 +12,14 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import results, tables
+from benchmarks import replay, results, serving, tables
 from benchmarks.quality import report as quality
 
 UNKNOWN = "not recorded"
-RENDERERS = {**tables.RENDERERS, "quality": quality.render}
+RENDERERS = {
+    **tables.RENDERERS,
+    **{"quality": quality.render, "serving": serving.render, "replay": replay.render},
+}
 
 
 def render(path: Path) -> str:
