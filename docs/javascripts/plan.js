@@ -1,0 +1,360 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: The vllm-sparse authors
+//
+// The arithmetic of `vllm-sparse plan` (vllm_sparse/planner), for pages without a server. Numbers
+// are whole ones below 2^53, so that sums, products and floors are exact. tests/docs/test_plan.py
+// compares every answer with the command's.
+"use strict";
+
+(function (root) {
+  const GIB = 2 ** 30;
+  const ITEM_BYTES = 2; // bfloat16
+  const RESERVED_BYTES = 4 * GIB;
+  const UTILIZATION = 0.92;
+  const MANY = 4096;
+  const MISSES = 0.25;
+  const STEP = 1024;
+  const LAUNCHES = { dense: 2, ROCKETKV: 4, SPARDA: 8 };
+
+  // vllm_sparse/planner/devices.py
+  const gpu = (name, memoryGib, bytesPerS, linkBytesPerS) => ({
+    name, memoryGib, bytesPerS, linkBytesPerS, launchUs: 2.4, blockSize: 16, batchedTokens: 8192,
+  });
+  const DEVICES = {
+    h200: gpu("H200", 140.0, 4.1e12, 50e9),
+    h100: gpu("H100 SXM", 79.6, 2.85e12, 50e9),
+    a100: gpu("A100 80 GB", 79.3, 1.7e12, 24e9),
+    l40s: gpu("L40S", 44.5, 0.73e12, 24e9),
+    l4: gpu("L4", 22.0, 0.25e12, 12e9),
+    cpu: {
+      name: "CPU", memoryGib: 0.0, bytesPerS: 20e9, linkBytesPerS: 20e9, launchUs: 0.0,
+      blockSize: 128, batchedTokens: 4096,
+    },
+  };
+
+  const ROCKETKV = {
+    token_budget: 1024, window: 16, page_size: 4, min_context: 2048, generation_reserve: 256,
+  };
+  const SPARDA = {
+    block_size: 64, kernel_stride: 16, init_blocks: 1, local_blocks: 32, top_k: 96,
+    dense_len: 8192, staging_blocks: 32,
+  };
+
+  const floorDiv = (a, b) => Math.floor(a / b);
+  const ceilDiv = (a, b) => -Math.floor(-a / b);
+
+  // The sizes that a config.json has, under its own names.
+  function shapeOf(config) {
+    const heads = config.num_attention_heads;
+    return {
+      layers: config.num_hidden_layers,
+      hidden: config.hidden_size,
+      intermediate: config.intermediate_size,
+      expertWidth: config.moe_intermediate_size || config.intermediate_size,
+      experts: config.num_experts || 0,
+      active: config.num_experts ? config.num_experts_per_tok || 1 : 1,
+      heads,
+      kvHeads: config.num_key_value_heads || heads,
+      dim: config.head_dim || floorDiv(config.hidden_size, heads),
+      vocab: config.vocab_size,
+      tied: Boolean(config.tie_word_embeddings),
+      furthest: config.max_position_embeddings || 0,
+    };
+  }
+
+  // question: config, name, context, output, concurrency, device (a key), deviceGib, hostGib,
+  // ranks, kvGib (or null), bandwidth (GB/s, or null), settings ({ROCKETKV: {}, SPARDA: {}}).
+  function prepare(question) {
+    const kind = DEVICES[question.device];
+    const onGpu = kind.launchUs > 0;
+    const measured = question.bandwidth ? question.bandwidth * 1e9 : kind.bytesPerS;
+    return {
+      ...question,
+      shape: shapeOf(question.config),
+      onGpu,
+      blockSize: kind.blockSize,
+      batchedTokens: kind.batchedTokens,
+      launchUs: kind.launchUs,
+      bytesPerS: measured,
+      linkBytesPerS: onGpu ? kind.linkBytesPerS : measured,
+      deviceBytes: Math.trunc(question.deviceGib * GIB),
+      hostBytes: Math.trunc(question.hostGib * GIB),
+      kvBytes: question.kvGib === null ? null : Math.trunc(question.kvGib * GIB),
+      longest: question.context + question.output,
+    };
+  }
+
+  // vllm_sparse/device_room.py
+  function weightBytes(shape) {
+    const attention = 2 * shape.hidden * (shape.heads + shape.kvHeads) * shape.dim;
+    const mlp = 3 * shape.hidden * shape.expertWidth * Math.max(1, shape.experts);
+    const embeddings = (shape.tied ? 1 : 2) * shape.vocab * shape.hidden;
+    return ITEM_BYTES * (shape.layers * (attention + mlp) + embeddings);
+  }
+
+  function leftBytes(asked) {
+    const { shape } = asked;
+    const widest = 6 * shape.hidden + 3 * shape.intermediate;
+    const working = asked.batchedTokens * widest * ITEM_BYTES + RESERVED_BYTES;
+    const usable = Math.trunc(asked.deviceBytes * UTILIZATION);
+    return usable - floorDiv(weightBytes(shape), asked.ranks) - working;
+  }
+
+  const poolRoom = (asked) => (asked.kvBytes !== null ? asked.kvBytes : Math.max(leftBytes(asked), 0));
+  const rankHeads = (asked) => Math.max(1, floorDiv(asked.shape.kvHeads, asked.ranks));
+  const blockBytes = (asked, size) =>
+    asked.shape.layers * rankHeads(asked) * size * 2 * asked.shape.dim * ITEM_BYTES;
+
+  // vllm_sparse/planner/bounds.py
+  const attendBytes = (shape, rows, tokens) =>
+    ITEM_BYTES * rows * (2 * shape.kvHeads * tokens + 2 * shape.heads) * shape.dim;
+
+  function scoreBytes(shape, rows, split) {
+    const channels = shape.kvHeads * split.topR * ceilDiv(split.held, split.pageSize);
+    return ITEM_BYTES * rows * (channels + shape.heads * shape.dim);
+  }
+
+  function stepWeightBytes(shape) {
+    const attention = 2 * shape.hidden * (shape.heads + shape.kvHeads) * shape.dim;
+    const layer = attention + 3 * shape.hidden * shape.expertWidth * shape.active;
+    return ITEM_BYTES * (shape.layers * layer + shape.hidden * shape.vocab);
+  }
+
+  // vllm_sparse/policies/rocketkv.py
+  function stage2Geometry(held, budget, dim, pageSizes) {
+    const ratio = Math.max(1.0, held / budget);
+    let page = Math.ceil(Math.sqrt(ratio));
+    if (page > ratio) page = 1;
+    page = pageSizes.find((size) => size >= page) || Math.max(...pageSizes);
+    return { pageSize: page, topR: Math.min(Math.max(Math.floor((dim * page) / ratio), 1), dim) };
+  }
+
+  function roomForWindow(shape, size, own) {
+    const group = floorDiv(shape.heads, shape.kvHeads);
+    const perBlock = floorDiv(2 * shape.dim * floorDiv(size, own.page_size), group * shape.dim);
+    return ceilDiv(own.window, perBlock) + ceilDiv(own.window, size);
+  }
+
+  function retention(asked, own, prompt, longest) {
+    const size = asked.blockSize;
+    const reserve = Math.max(0, Math.min(own.generation_reserve, longest - prompt));
+    const dense = { sparse: false, dropped: 0 };
+    if (prompt <= Math.max(own.min_context, own.window)) return { ...dense, reason: "short_prompt" };
+    const planned = prompt + reserve;
+    const ratio = Math.max(1.0, planned / own.token_budget);
+    const rho = Math.min(0.2 + 0.06 * Math.log2(ratio), 0.8);
+    const capacity = Math.max(Math.floor(planned / ratio ** rho), Math.min(2 * reserve, planned));
+    const geometry = stage2Geometry(capacity, own.token_budget, asked.shape.dim, [own.page_size]);
+    const kept = Math.max(ceilDiv(capacity, size), roomForWindow(asked.shape, size, own));
+    const dropped = floorDiv(prompt, size) - kept;
+    if (dropped < 1) return { ...dense, reason: "fits_budget" };
+    return { sparse: true, dropped, reason: "", ...geometry };
+  }
+
+  // vllm_sparse/planner/times.py
+  function milliseconds(asked, read, launches) {
+    const begin = (launches * asked.shape.layers * asked.launchUs) / 1e3;
+    return (1e3 * read) / (asked.bytesPerS * asked.ranks) + begin;
+  }
+
+  function denseMs(asked, context) {
+    const { shape, concurrency } = asked;
+    const read = stepWeightBytes(shape) + shape.layers * attendBytes(shape, concurrency, context);
+    return milliseconds(asked, read, LAUNCHES.dense);
+  }
+
+  function rocketMs(asked, own, context) {
+    const { shape, concurrency } = asked;
+    const found = retention(asked, own, context, context + asked.output);
+    if (!found.sparse) return denseMs(asked, context);
+    const split = { ...found, held: context - found.dropped * asked.blockSize };
+    const topK = floorDiv(own.token_budget, 2);
+    const layer =
+      scoreBytes(shape, concurrency, split) +
+      attendBytes(shape, concurrency, Math.min(topK, split.held));
+    return milliseconds(asked, stepWeightBytes(shape) + shape.layers * layer, LAUNCHES.ROCKETKV);
+  }
+
+  function spardaMs(asked, own, context) {
+    const { shape, concurrency: rows, onGpu } = asked;
+    const size = own.block_size;
+    const there = ceilDiv(context, size);
+    const whole = context <= own.dense_len;
+    const read = whole ? there : Math.min(own.top_k, there);
+    const free = whole ? 0 : Math.max(read - own.init_blocks - own.local_blocks - 1, 0);
+    const kvBytesPerToken = ITEM_BYTES * shape.layers * shape.kvHeads * 2 * shape.dim;
+    const fetched = (MISSES * free * rows * kvBytesPerToken * size) / asked.ranks;
+    const keys = ITEM_BYTES * rows * shape.kvHeads * shape.dim
+      * (floorDiv(context, own.kernel_stride) + 1);
+    const choices = 2 * 4 * rows * shape.kvHeads * read;
+    const layer = attendBytes(shape, rows, read * size) + keys + choices;
+    const bytes = stepWeightBytes(shape) + shape.layers * layer;
+    const compute = (1e3 * bytes) / (asked.bytesPerS * asked.ranks);
+    const transfer = (1e3 * (onGpu ? fetched : 2 * fetched)) / asked.linkBytesPerS;
+    const begin = (LAUNCHES.SPARDA * shape.layers * asked.launchUs) / 1e3;
+    return (onGpu ? Math.max(compute, transfer) : compute + transfer) + begin;
+  }
+
+  function winsFrom(asked, steps) {
+    const furthest = asked.shape.furthest || 2 ** 20;
+    for (let context = STEP; context <= furthest; context += STEP) {
+      if (steps(context) < denseMs(asked, context)) return context;
+    }
+    return null;
+  }
+
+  // vllm_sparse/planner/plan.py
+  function dense(asked) {
+    const each = blockBytes(asked, asked.blockSize);
+    const blocks = floorDiv(poolRoom(asked), each);
+    const held = ceilDiv(asked.longest, asked.blockSize);
+    return {
+      name: "dense", refused: [], kept: "keeps and reads every token",
+      block_bytes: each, pool_blocks: blocks, pool_bytes: blocks * each,
+      prompt_blocks: ceilDiv(asked.context, asked.blockSize), request_blocks: held,
+      request_bytes: held * each, request_host_bytes: 0, host_bytes: 0, slab_bytes: 0,
+      fits: floorDiv(Math.max(blocks - 1, 0), held),
+      step_ms: denseMs(asked, asked.context), speedup: 1.0, wins_from: null,
+      serve: serve(asked, "dense", {}),
+    };
+  }
+
+  function rocketkv(asked, given) {
+    const own = { ...ROCKETKV, ...given };
+    const { shape, blockSize: size } = asked;
+    const refused = tooLong(asked);
+    if (own.token_budget < Math.max(16, 4 * own.page_size)) refused.push("token_budget is too small");
+    if (floorDiv(size, own.page_size) * 2 < floorDiv(shape.heads, shape.kvHeads)) {
+      refused.push(`blocks of ${size} tokens are too small for this many query heads per KV head`);
+    }
+    if (refused.length) return { name: "ROCKETKV", refused };
+    const numbers = 2 * shape.dim + floorDiv(2 * shape.dim, own.page_size);
+    const each = floorDiv(blockBytes(asked, size) * numbers, 2 * shape.dim);
+    const found = retention(asked, own, asked.context, asked.longest);
+    const blocks = floorDiv(poolRoom(asked), each);
+    const prompt = ceilDiv(asked.context, size);
+    const held = ceilDiv(asked.longest, size) - found.dropped;
+    const room = Math.max(blocks - 1, 0) - Math.max(prompt - held, 0);
+    const steps = (context) => rocketMs(asked, own, context);
+    return {
+      name: "ROCKETKV", refused,
+      kept: found.sparse
+        ? `stage1+stage2, token budget ${own.token_budget}`
+        : `serves this densely (${found.reason})`,
+      block_bytes: each, pool_blocks: blocks, pool_bytes: blocks * each,
+      prompt_blocks: prompt, request_blocks: held, request_bytes: held * each,
+      request_host_bytes: 0, host_bytes: 0, slab_bytes: 0,
+      fits: Math.max(0, floorDiv(room, held)),
+      step_ms: steps(asked.context), speedup: denseMs(asked, asked.context) / steps(asked.context),
+      wins_from: winsFrom(asked, steps), serve: serve(asked, "ROCKETKV", given),
+    };
+  }
+
+  function sparda(asked, given) {
+    const own = { ...SPARDA, ...given };
+    const { shape, ranks } = asked;
+    const size = own.block_size;
+    const refused = tooLong(asked);
+    const forced = own.init_blocks + own.local_blocks + 1;
+    if (own.top_k < forced) refused.push(`top_k is less than the ${forced} blocks always read`);
+    if (ranks > shape.kvHeads) refused.push(`more ranks than the ${shape.kvHeads} KV heads`);
+    if (refused.length) return { name: "SPARDA", refused };
+    const each = blockBytes(asked, size);
+    const held = ceilDiv(asked.longest, size);
+    const most = floorDiv(floorDiv(asked.hostBytes * 8, 10), ranks);
+    const wanted = Math.min((asked.concurrency * held + 1) * each, most);
+    const hostGib = ceilDiv(wanted * 100, GIB) / 100;
+    const blocks = floorDiv(Math.trunc(hostGib * GIB), each);
+    if (blocks < held + 1) return { name: "SPARDA", refused: ["host memory holds not one request"] };
+    if (blocks * each * ranks > asked.hostBytes) {
+      return { name: "SPARDA", refused: ["the host pool is more than what is free"] };
+    }
+    const heads = rankHeads(asked);
+    const piece = floorDiv(each, shape.layers * heads);
+    const pieces = blocks * heads;
+    const perRow = Math.min(Math.max(own.top_k, ceilDiv(own.dense_len, size)), held);
+    let frames = Math.min(2 * Math.min(asked.concurrency * heads * perRow, pieces), pieces);
+    let bySlab = MANY;
+    if (asked.onGpu) {
+      const pool = floorDiv(blocks * each, 2 * own.kernel_stride);
+      const staging = 2 * own.staging_blocks * heads * piece;
+      const room = leftBytes(asked) - pool - staging;
+      frames = floorDiv(floorDiv(room, piece), shape.layers);
+      if (frames >= pieces) {
+        frames = pieces;
+      } else if (frames < heads * perRow) {
+        return { name: "SPARDA", refused: ["frames of one request's step do not fit the device"] };
+      } else {
+        bySlab = Math.min(MANY, floorDiv(frames, heads * perRow));
+      }
+    }
+    const compressed = floorDiv(each * Math.max(1, floorDiv(size, own.kernel_stride)), 2 * size);
+    const steps = (context) => spardaMs(asked, own, context);
+    return {
+      name: "SPARDA", refused,
+      kept: `selector previous, ${own.top_k} blocks read per KV head`,
+      block_bytes: compressed, pool_blocks: blocks, pool_bytes: blocks * compressed,
+      prompt_blocks: ceilDiv(asked.context, size), request_blocks: held,
+      request_bytes: held * compressed + heads * perRow * shape.layers * piece,
+      request_host_bytes: held * each, host_bytes: blocks * each * ranks,
+      slab_bytes: frames * shape.layers * piece,
+      fits: Math.min(floorDiv(blocks - 1, held), bySlab),
+      step_ms: steps(asked.context), speedup: denseMs(asked, asked.context) / steps(asked.context),
+      wins_from: winsFrom(asked, steps),
+      serve: serve(asked, "SPARDA", { ...given, host_gib: { float: hostGib } }),
+    };
+  }
+
+  function tooLong(asked) {
+    const { furthest } = asked.shape;
+    return furthest && furthest < asked.longest
+      ? [`${asked.longest} tokens are more than the ${furthest} that the model was made for`]
+      : [];
+  }
+
+  const shown = (value) =>
+    value.float === undefined ? String(value) : value.float.toFixed(20).match(/\.0+$/)
+      ? value.float.toFixed(1) : String(value.float);
+
+  function serve(asked, backend, settings) {
+    const parts = [
+      `vllm serve ${asked.name}`, `--max-model-len ${asked.longest}`,
+      `--max-num-seqs ${asked.concurrency}`,
+    ];
+    if (asked.ranks > 1) parts.push(`--tensor-parallel-size ${asked.ranks}`);
+    if (backend !== "SPARDA") {
+      if (asked.kvBytes !== null) parts.push(`--kv-cache-memory-bytes ${asked.kvBytes}`);
+      else if (asked.onGpu) parts.push(`--gpu-memory-utilization ${UTILIZATION}`);
+    }
+    if (backend !== "dense") parts.push(`--attention-backend ${backend}`);
+    const keys = Object.keys(settings);
+    if (keys.length) {
+      const said = keys.map((key) => `"${key}": ${shown(settings[key])}`).join(", ");
+      parts.push(`--additional-config '{"vllm_sparse": {${said}}}'`);
+    }
+    return parts.join(" ");
+  }
+
+  function answer(question) {
+    const asked = prepare(question);
+    const own = question.settings || {};
+    return [dense(asked), rocketkv(asked, own.ROCKETKV || {}), sparda(asked, own.SPARDA || {})];
+  }
+
+  // Decode steps in ms of each backend at some contexts, whatever fits.
+  function curves(question, contexts) {
+    const asked = prepare(question);
+    const own = question.settings || {};
+    const rocket = { ...ROCKETKV, ...own.ROCKETKV };
+    const paged = { ...SPARDA, ...own.SPARDA };
+    return {
+      dense: contexts.map((tokens) => denseMs(asked, tokens)),
+      ROCKETKV: contexts.map((tokens) => rocketMs(asked, rocket, tokens)),
+      SPARDA: contexts.map((tokens) => spardaMs(asked, paged, tokens)),
+    };
+  }
+
+  const plan = { GIB, DEVICES, ROCKETKV, SPARDA, answer, curves };
+  root.vllmSparsePlan = plan;
+  if (typeof module !== "undefined") module.exports = plan;
+})(typeof globalThis === "undefined" ? this : globalThis);
