@@ -236,6 +236,11 @@ class TestGuard:
         with pytest.raises(ConfigError, match=r"vllm_sparse\.host_gib.*available.*Lower host_gib"):
             startup.check_config(config({"host_gib": 101 * BLOCK_BYTES / GIB}))
 
+    def test_staging_larger_than_memory(self):
+        startup.check_config(config({"staging_blocks": 200}))
+        with pytest.raises(ConfigError, match=r"vllm_sparse\.staging_blocks.*Lower"):
+            startup.check_config(config({"staging_blocks": 2**31 - 1}))
+
     def test_all_ranks_pools_together_must_fit(self):
         halves = config(
             {"host_gib": 51 * BLOCK_BYTES / GIB}, parallel_config__tensor_parallel_size=2

@@ -25,6 +25,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from vllm_sparse import leftovers
+
 COUNTERS = {
     "visible_tokens": "Context tokens of sparse decode rows: what dense attention would read",
     "selected_tokens": "Context tokens that sparse decode rows attended to, per KV head and layer",
@@ -58,6 +60,13 @@ GAUGES = {
 def folder(instance_id: str) -> Path:
     """Where the processes of one vLLM instance leave their counters."""
     return Path(tempfile.gettempdir()) / f"vllm-sparse-{os.getuid()}-{instance_id}"
+
+
+def _sweep_other_folders(own: Path) -> None:
+    """Remove what instances left whose processes were killed."""
+    for found in own.parent.glob(f"vllm-sparse-{os.getuid()}-*"):
+        if found != own:
+            leftovers.sweep(found)
 
 
 class Counters:
@@ -100,8 +109,10 @@ class Counters:
         if self._target == target:
             return
         self._target = target
+        _sweep_other_folders(target)
         for kind in ("counter", "gauge_livesum"):
             path = target / f"{kind}_{os.getpid()}.db"
+            leftovers.hold(path)
             self._files[kind] = MmapedDict(str(path))
             atexit.register(_remove, path)
         for name in COUNTERS:
@@ -167,7 +178,10 @@ class SparseStatLogger(StatLoggerBase):
         if not is_ours(backend) or engine_index:
             return
         registry = get_prometheus_registry()
-        registry.register(_FolderCollector(folder(vllm_config.instance_id)))
+        source = folder(vllm_config.instance_id)
+        registry.register(_FolderCollector(source))
+        # This process outlives engine and workers, which may be killed.
+        atexit.register(leftovers.sweep, source, grace_s=0)
 
     def record(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: counters travel through files."""

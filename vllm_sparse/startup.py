@@ -145,6 +145,13 @@ def size_sparda(
         "piece_bytes": bytes_per_block // (layers * kv_heads),
         "max_model_len": model.max_model_len,
     }
+    staging = 2 * settings.staging_blocks * kv_heads * sizes["piece_bytes"]
+    if device_bytes is None and staging > available:  # on a GPU it is part of what the slab leaves
+        raise ConfigError(
+            f"vllm_sparse.staging_blocks: twice {settings.staging_blocks} blocks take "
+            f"{staging / GIB:.2f} GiB, but this machine has {available / GIB:.2f} GiB available. "
+            "Lower staging_blocks"
+        )
     if device_bytes is not None and settings.slab_gib is None and not settings.resident:
         # Compressed keys: one of two strides for keys and values of as many tokens, not in fp8.
         numbers = blocks * bytes_per_block // itemsize
