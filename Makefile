@@ -9,7 +9,7 @@ TREE := build/tree
 PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast lint style tree types layers site docs tables format bench gpu-first gpu-check gpu-bench gpu-tune clean
+.PHONY: help setup demo serve test test-fast lint style tree types layers site docs tables report format bench gpu-first gpu-check gpu-bench gpu-tune clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ docs: setup site ## Build the documentation into build/site
 
 tables: setup ## Write the tables of README.md and docs/ anew, from code and result files
 	@$(BIN)/python -m scripts.pages
+
+report: setup ## Draw the pictures of the results anew (needs matplotlib: the extra report)
+	@$(BIN)/python -m benchmarks.pictures
 
 format: setup ## Format the code and fix what can be fixed
 	@$(BIN)/ruff check --fix .

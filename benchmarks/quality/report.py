@@ -70,12 +70,20 @@ def _context(every: dict[str, Any], baseline: str, context: str) -> str:
     return f"**{context} tokens**\n\n{tables.table(rows, columns)}"
 
 
-def _lost(of_tasks: list[list[float]]) -> str:
-    """Mean over tasks of the mean difference; resampled within each task."""
+def lost_points(of_tasks: list[list[float]]) -> tuple[float, float, float]:
+    """Mean over tasks of the mean difference, in points, and its 90 % interval.
+
+    Args:
+        of_tasks: See :func:`differences`; resampled within each task.
+    """
     rng = np.random.default_rng(0)
     means = np.mean(
         [rng.choice(np.asarray(each), (RESAMPLES, len(each))).mean(1) for each in of_tasks], 0
     )
     low, high = 100 * np.quantile(means, [0.05, 0.95])
-    centre = 100 * float(np.mean([np.mean(each) for each in of_tasks]))
+    return 100 * float(np.mean([np.mean(each) for each in of_tasks])), float(low), float(high)
+
+
+def _lost(of_tasks: list[list[float]]) -> str:
+    centre, low, high = lost_points(of_tasks)
     return f"{centre:+.1f} ({low:+.1f} to {high:+.1f})"

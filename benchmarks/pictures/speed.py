@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Steps, prompts and copies against stock."""
+
+from __future__ import annotations
+
+from benchmarks.pictures.picture import MODELS, K, Picture, Series, machine
+from benchmarks.published import result
+
+SPEEDS = (
+    ("speed-smollm2", 1),
+    ("speed-smollm2-8k-shared", 0),
+    ("speed-smollm2-8k-alone", 0),
+    ("speed-qwen-16k", 0),
+)
+
+
+def speed() -> Picture:
+    """Decode steps against stock, with what any sparse method could reach."""
+    categories, gains, bounds = [], [], []
+    for place, (file, number) in enumerate(SPEEDS):
+        found = result(file)["cells"][number]
+        cell = found["cell"]
+        shared = ", one shared document" if cell["shared"] else ""
+        categories.append(
+            f"{MODELS[cell['model']]}, {cell['context'] // K}K, batch {cell['batch']}{shared}"
+        )
+        gains.append((place, round(found["arms"]["rocket-512"]["speedup"], 3)))
+        bounds.append((place, round(found["bound"], 3)))
+    most = max(gain for _, gain in gains)
+    shares = [
+        100 * gain / bound
+        for (_, gain), (_, bound) in zip(gains, bounds, strict=True)
+        if bound > 1.01
+    ]
+    files = tuple(file for file, _ in SPEEDS)
+    return Picture(
+        "speed",
+        f"A decode step of ROCKETKV is up to {most:.2f}x as fast as stock's: {min(shares):.0f} to "
+        f"{max(shares):.0f} % of what any sparse method could gain",
+        "t = 512; bound: stock's step at this context over its step at 128 tokens. Below "
+        f"min_context it is dense. {machine(*files)}",
+        "times stock's speed",
+        "",
+        (
+            Series("ROCKETKV", tuple(gains), role="bar"),
+            Series("bound", tuple(bounds), role="bound"),
+        ),
+        files,
+        tuple(categories),
+        shown="{:.2f}x",
+    )
+
+
+PROMPTS = ("prompts-qwen-8k", "prompts-qwen-16k")
+
+
+def prompts() -> Picture:
+    """CPU seconds of whole prompts."""
+    cells = [cell for file in PROMPTS for cell in result(file)["cells"]]
+    names = {"dense": "stock", "prompts-64": "SPARDA, 64 blocks", "prompts-32": "SPARDA, 32 blocks"}
+    series = tuple(
+        Series(
+            name,
+            tuple(
+                (cell["context"], round(cell["arms"][arm]["cpu"]["median"], 2)) for cell in cells
+            ),
+        )
+        for arm, name in names.items()
+    )
+    last = cells[-1]
+    gain = last["arms"]["prompts-32"]["speedup_cpu"]
+    return Picture(
+        "prompts",
+        f"Reading a prompt of {last['context'] // K}K sparsely takes {gain:.1f}x less CPU time "
+        "than stock",
+        "Qwen2.5-Coder-0.5B, selector query, sparse_prefill, one prompt each; accuracy of such "
+        f"prompts is not measured. {machine(*PROMPTS)}",
+        "prompt tokens",
+        "CPU seconds of the whole prompt",
+        series,
+        PROMPTS,
+        ticks=tuple(cell["context"] for cell in cells),
+    )
+
+
+def overlap() -> Picture:
+    """Steps at forced miss rates."""
+    found = result("sparda-overlap")
+    rows = {(row["arm"], row["rate"]): row for row in found["rows"]}
+    rates = sorted({rate for _, rate in rows})
+    share = {
+        rate: round(100 * rows["no prefetch", rate]["miss_share_of_free_picks"], 2)
+        for rate in rates
+    }
+    names = {
+        "no prefetch": "fetched when needed",
+        "prefetch": "a layer ahead",
+        "resident": "resident",
+    }
+    series = tuple(
+        Series(
+            name,
+            tuple((share[rate], round(rows[arm, rate]["step_ms"]["median"], 2)) for rate in rates),
+        )
+        for arm, name in names.items()
+    )
+    needed, ahead, _ = (dict(each.points) for each in series)
+    gains = {at: needed[at] / ahead[at] for at in needed}
+    best = max(gains, key=lambda at: gains[at])
+    return Picture(
+        "overlap",
+        f"Fetching a layer ahead makes a step up to {gains[best]:.2f}x as fast "
+        f"({best:.0f} % misses)",
+        f"SmolLM2-135M, {found['context'] // K}K, batch {found['batch']}, {found['top_k']} blocks, "
+        f"copies slowed to {found['link_gb_per_s']:.2f} GB/s, all arms choose alike. "
+        + machine("sparda-overlap"),
+        "misses among the free picks, %",
+        "decode step, ms",
+        series,
+        ("sparda-overlap",),
+    )
