@@ -88,6 +88,14 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def delta_net(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-Next in bfloat16: gated delta nets beside gated attention."""
+    path = tmp_path_factory.mktemp("models") / "delta_net"
+    random_models.save_random_delta_net(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def windowed(llama: Path, tmp_path_factory) -> Path:
     """The random Llama with window layers around a full one."""
     model = tmp_path_factory.mktemp("models") / "windowed"

@@ -234,6 +234,7 @@ def generate(
     return_logits: bool = False,
     stored=None,
     asked=None,
+    forced=None,
 ):
     """Greedy tokens (or a Generation with ``return_logits``) of ``model`` with RocketKV.
 
@@ -261,7 +262,7 @@ def generate(
         "select_dtype": select_dtype,
     }
     run = _Run(prompt_len, num_kept, settings)
-    return run_greedily(model, prompt_ids, num_tokens, run, return_logits, stored, asked)
+    return run_greedily(model, prompt_ids, num_tokens, run, return_logits, stored, asked, forced)
 
 
 @torch.inference_mode()
@@ -273,6 +274,7 @@ def run_greedily(
     return_logits: bool = False,
     stored=None,
     asked=None,
+    forced=None,
 ):
     """Greedy generation under a mask.
 
@@ -282,7 +284,7 @@ def run_greedily(
     ``page_gap``, ``channel_gap`` and ``kept`` as :class:`_Run`, and is told ``scaling``, what the
     model multiplies logits with. ``stored(key, value)`` returns what a rounding cache would give
     back of both; all attention reads that. ``asked(query)`` returns what dense attention over the
-    prompt makes of its queries.
+    prompt makes of its queries. ``forced`` tokens go in as if the model had said them.
     """
     run.stored, run.asked = stored, asked
     cache = DynamicCache(config=model.config)
@@ -310,7 +312,7 @@ def run_greedily(
             logits.append(out.logits[0, -1].float())
             tokens.append(int(logits[-1].argmax()))
             position += len(step_ids)
-            step_ids = [tokens[-1]]
+            step_ids = [tokens[-1] if forced is None else forced[len(tokens) - 1]]
     finally:
         torch.set_num_threads(threads)
         model.set_attn_implementation(before)

@@ -38,6 +38,8 @@ from transformers import (
     MistralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from .hf_rocketkv import save_random_llama
@@ -137,6 +139,46 @@ def save_random_hybrid(path, *, vocab=1024, seed=0, std=0.1, max_position_embedd
     model = GraniteMoeHybridForCausalLM(config)
     _randomise(model, seed, std)
     model.to(torch.float32).save_pretrained(path)
+    return path
+
+
+def save_random_delta_net(path, *, vocab=1024, seed=0, std=0.1, max_position_embeddings=4096):
+    """Write a random bfloat16 Qwen3-Next: gated delta nets beside gated attention; ``path``.
+
+    vLLM's CPU kernels of delta nets take bfloat16 and heads of 128, and its model wants one layer
+    of experts. Every token has both experts, so that rounding cannot choose others.
+    """
+    config = Qwen3NextConfig(
+        vocab_size=vocab,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        linear_num_key_heads=1,
+        linear_num_value_heads=1,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        num_experts=2,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        mlp_only_layers=[0, 1, 2],
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    model = Qwen3NextForCausalLM(config)
+    _randomise(model, seed, std)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and "linear_attn" not in name:
+                parameter.sub_(1.0)  # its norms multiply with one plus the weight
+    model.to(torch.bfloat16).save_pretrained(path)
     return path
 
 

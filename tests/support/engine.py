@@ -70,7 +70,7 @@ def run_engine(
     timeout: float = 300,
     **llm: Any,
 ) -> dict[str, Any]:
-    """Generate greedily in float32.
+    """Generate greedily, in float32 unless ``llm`` says otherwise.
 
     Args:
         model: Checkpoint folder.
@@ -98,6 +98,7 @@ def run_engine(
         "kv_cache_memory_bytes": 64 << 20,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 2048,
+        "dtype": "float32",
         **llm,
     }
     if adapter is not None:
@@ -141,7 +142,6 @@ def serve(job: dict[str, Any]) -> None:
         model=job["model"],
         skip_tokenizer_init=True,
         enforce_eager=True,
-        dtype="float32",
         seed=0,
         disable_log_stats=False,
         **job["llm"],

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from vllm_sparse.policies.rocketkv import RocketKV
 
 
-def policy_of(*, group_size: int = 4, **changes) -> RocketKV:
+def policy_of(*, group_size: int = 4, head_dim: int = 32, **changes) -> RocketKV:
     """The policy that an engine has with ``SETTINGS`` and these changes."""
     own = {"block_size": BLOCK_SIZE, "window": 32, "max_model_len": 1024, **SETTINGS, **changes}
-    return make_policy(head_dim=32, group_size=group_size, **own)
+    return make_policy(head_dim=head_dim, group_size=group_size, **own)
 
 
 @cache
@@ -39,6 +39,7 @@ def assert_tokens_of_hugging_face(
     tokens,
     *,
     group_size=4,
+    head_dim=32,
     block_size=BLOCK_SIZE,
     stored=None,
     asked=None,
@@ -51,12 +52,13 @@ def assert_tokens_of_hugging_face(
         prompts: Token ids.
         tokens: Of each request.
         group_size: Query heads per KV head.
+        head_dim: D.
         block_size: Tokens per block.
         stored: See :func:`.hf_rocketkv.run_greedily`.
         asked: The same.
         **changes: Of the settings, or of the policy's shape.
     """
-    policy = policy_of(group_size=group_size, block_size=block_size, **changes)
+    policy = policy_of(group_size=group_size, head_dim=head_dim, block_size=block_size, **changes)
     for prompt, got in zip(prompts, tokens, strict=True):
         retention = policy.retention(len(prompt))
         assert retention.sparse
@@ -86,3 +88,43 @@ def assert_tokens_of_hugging_face(
             assert gaps[0] < 1e-4 or min([gaps[1], *selection]) < 1e-5, (
                 f"diverges at token {first} without a near-tie: {gaps}, {min(selection)}"
             )
+
+
+def gaps_to_hugging_face(model: Path, prompts, tokens, *, sparse=True, **changes) -> torch.Tensor:
+    """How far each token is from the one that Hugging Face, having said the same, would say.
+
+    For models that vLLM runs in bfloat16 only, whose tokens rounding changes.
+
+    Args:
+        model: Checkpoint.
+        prompts: Token ids.
+        tokens: Of each request.
+        sparse: With the mask.
+        **changes: Of the settings, or of the policy's shape.
+
+    Returns:
+        The best logit minus the token's, float32 ``[all tokens]``.
+    """
+    policy, gaps = policy_of(**changes), []
+    for prompt, got in zip(prompts, tokens, strict=True):
+        retention = policy.retention(len(prompt))
+        assert retention.sparse
+        said = hf_rocketkv.generate(
+            hf_model(model),
+            prompt,
+            len(got),
+            dropped_blocks=retention.dropped_blocks * sparse,
+            block_size=policy.shape.block_size,
+            page_size=retention.page_size,
+            top_r=retention.top_r,
+            top_k=policy.top_k,
+            window=policy.settings.window,
+            stage1=policy.settings.stage1,
+            stage2=policy.settings.stage2,
+            sparse=sparse,
+            return_logits=True,
+            forced=got,
+        )
+        chosen = said.logits.gather(1, torch.tensor(got)[:, None])[:, 0]
+        gaps.append(said.logits.amax(1) - chosen)
+    return torch.cat(gaps)

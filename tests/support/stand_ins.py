@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 from typing import Any
 
@@ -200,3 +201,45 @@ def profiled_graphs() -> None:
         real(self, config, is_profiling=is_profiling, **options)
 
     model_runner.GPUModelRunner.initialize_kv_cache = initialize
+
+
+def float32_delta_nets() -> None:
+    """Gated delta nets in float32 by Hugging Face's functions; vLLM's CPU kernels take bfloat16."""
+    from transformers.models.qwen3_next import modeling_qwen3_next as hugging_face
+    from vllm.forward_context import get_forward_context
+    from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
+    from vllm.utils.torch_utils import _resolve_layer_name
+
+    def core(mixed_qkv: Any, b: Any, a: Any, core_attn_out: Any, layer_name: Any) -> None:
+        name, context = _resolve_layer_name(layer_name), get_forward_context()
+        layer = context.no_compile_layers[name]
+        if context.attn_metadata is None:
+            return
+        step = context.attn_metadata[layer.prefix]
+        started = [True] * step.num_decodes
+        if step.num_prefills:
+            started = step.has_initial_state.tolist()
+        past, states = layer.kv_cache  # [blocks, width - 1, channels], [blocks, heads, V, K]
+        if gdn_attention.is_conv_state_dim_first():
+            past = past.transpose(1, 2)
+        weight = layer.conv1d.weight.flatten(0, 1)[:, None]
+        gate = -layer.A_log.exp() * torch.nn.functional.softplus(a + layer.dt_bias)
+        bounds = itertools.pairwise(step.non_spec_query_start_loc.tolist())
+        for row, (begin, end) in enumerate(bounds):
+            block = int(step.non_spec_state_indices_tensor[row])
+            before = past[block] if started[row] else torch.zeros_like(past[block])
+            text = torch.cat((before, mixed_qkv[begin:end]))
+            past[block] = text[-len(before) :]
+            turned = torch.nn.functional.conv1d(text.T, weight, groups=text.shape[1])
+            parts = layer.rearrange_mixed_qkv(torch.nn.functional.silu(turned.T))
+            state = states[block].transpose(-1, -2) if started[row] else None
+            core_attn_out[begin:end], state = hugging_face.torch_recurrent_gated_delta_rule(
+                *parts, gate[None, begin:end], b[None, begin:end].sigmoid(),
+                initial_state=None if state is None else state[None].clone(),
+                output_final_state=True, use_qk_l2norm_in_kernel=True,
+            )  # fmt: skip
+            states[block] = state[0].transpose(-1, -2)
+
+    real = gdn_attention.cpu_gdn_attention_core
+    core.__signature__ = inspect.signature(real, eval_str=True)  # type: ignore[attr-defined]
+    gdn_attention.cpu_gdn_attention_core = core

@@ -101,8 +101,9 @@ def unsupported_by_policies(config: Any, on_gpu: bool) -> Iterator[str]:
         )
     if drafts is not None and config.model_config.is_hybrid:
         yield (
-            "speculative decoding beside recurrent state layers gives other tokens than without; "
-            "remove --speculative-config"
+            "speculative decoding beside recurrent state layers: vLLM 0.32's CPU kernels give "
+            "other tokens as soon as it is configured, with this plugin or without, and its GPU "
+            "kernels are untried with it; remove --speculative-config"
         )
     if config.model_config.is_hybrid and on_gpu:
         yield (
