@@ -212,6 +212,9 @@ SEAMS = {
         "store_cpu_blocks",
     ],
     "config/vllm.py": ["current_platform.check_and_update_config(self)", "kv_offloading_size"],
+    "config/parallel.py": ["_api_process_rank"],
+    "v1/metrics/loggers.py": ["engine_indexes=self.engine_indexes", "logger.log()"],
+    "v1/metrics/prometheus.py": ["PROMETHEUS_MULTIPROC_DIR"],
     "config/cache.py": ["kv_offloading_backend", "num_gpu_blocks_override"],
     "distributed/kv_transfer/kv_connector/factory.py": ["kv_connector_module_path"],
 }  # fmt: skip

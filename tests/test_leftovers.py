@@ -11,6 +11,8 @@ import time
 import pytest
 
 from vllm_sparse import leftovers
+from vllm_sparse.metrics.published import Counters
+from vllm_sparse.metrics.published import folder as folder_of
 
 
 def killed_holder(path) -> None:
@@ -57,25 +59,22 @@ def test_links_and_what_is_not_there_are_left_alone(folder, tmp_path):
     assert (folder / "dead.db").exists()
 
 
-@pytest.mark.vllm
 def test_the_next_start_sweeps_the_counters_of_killed_processes(tmp_path, monkeypatch):
-    pytest.importorskip("vllm")
-    from vllm_sparse import metrics
-
-    monkeypatch.setattr(metrics.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     child = os.fork()
     if not child:
-        metrics.Counters().publish_to(metrics.folder("killed"))
+        Counters().publish_to(folder_of("killed"), "policies")
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
-    left = metrics.folder("killed")
+    left = folder_of("killed")
     assert len(list(left.iterdir())) == 2
     old = time.time() - 3600
     for path in (*left.iterdir(), left):
         os.utime(path, (old, old))
-    started = metrics.Counters()
-    started.publish_to(metrics.folder("started"))
+    started = Counters()
+    started.publish_to(folder_of("started"), "policies")
     assert not left.exists()
-    assert len(list(metrics.folder("started").iterdir())) == 2
-    metrics.Counters().publish_to(metrics.folder("another"))
-    assert len(list(metrics.folder("started").iterdir())) == 2, "in use"
+    assert len(list(folder_of("started").iterdir())) == 2
+    Counters().publish_to(folder_of("another"), "policies")
+    assert len(list(folder_of("started").iterdir())) == 2, "in use"

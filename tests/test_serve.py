@@ -5,86 +5,22 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from support.engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS, SPARDA_SETTINGS
+from support.engine import NEW_TOKENS, SETTINGS, SPARDA_SETTINGS
+from support.server import Server, add_tokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _add_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(1024)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
-
-
-class Server:
-    """A running ``vllm serve``."""
-
-    def __init__(self, model: Path, log: Path, *arguments: str) -> None:
-        self.port, self.log = _free_port(), log
-        self.url = f"http://127.0.0.1:{self.port}"
-        command = [
-            str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--port",
-            str(self.port), "--served-model-name", "m", "--dtype", "float32", "--enforce-eager",
-            "--max-model-len", "1024", "--max-num-seqs", "8", "--kv-cache-memory-bytes",
-            str(64 << 20), "--block-size", str(BLOCK_SIZE), *arguments,
-        ]  # fmt: skip
-        environment = {**os.environ, "VLLM_CPU_CI_ENV": "1"}
-        environment.pop("OMP_NUM_THREADS", None)
-        self.process = subprocess.Popen(
-            command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment
-        )
-
-    def wait(self, seconds: float = 240) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                break
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=2)
-                return
-            except OSError:
-                time.sleep(1)
-        raise AssertionError(f"server did not start:\n{self.log.read_text()[-4000:]}")
-
-    def metrics(self) -> dict[str, float]:
-        text = urllib.request.urlopen(f"{self.url}/metrics", timeout=10).read().decode()
-        rows = re.findall(r"^(vllm:\w+)(\{.*?\})? ([\d.e+-]+)$", text, re.MULTILINE)
-        totals: dict[str, float] = {}
-        for name, labels, value in rows:
-            reason = re.search(r'reason="(\w+)"', labels)
-            key = f"{name}/{reason[1]}" if reason else name
-            totals[key] = totals.get(key, 0.0) + float(value)
-        return totals
-
-    def stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
 
 
 BACKENDS = {"rocketkv": SETTINGS, "sparda": {**SPARDA_SETTINGS, "slab_gib": None}}
@@ -95,7 +31,7 @@ def server(request, llama: Path, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("served")
     model = folder / "model"
     shutil.copytree(llama, model)
-    _add_tokenizer(model)
+    add_tokenizer(model)
     running = Server(
         model, folder / "log", "--attention-backend", request.param, "--additional-config",
         json.dumps({"vllm_sparse": BACKENDS[request.param]}),
@@ -162,6 +98,7 @@ def test_several_samples_of_one_prompt_share_it(client, prompts, expected):
 
 def test_metrics_reach_the_api_server(client, server, prompts):
     before = server.metrics()
+    assert before["vllm:sparse_pool_blocks"] > 100
     _complete(client, prompts[1])
     _complete(client, prompts[1][:50])
     after = server.metrics()
@@ -171,6 +108,7 @@ def test_metrics_reach_the_api_server(client, server, prompts):
 
     rows = NEW_TOKENS - 1
     if server.backend == "sparda":
+        assert grown("vllm:sparse_requests_total") == 2
         assert grown("vllm:sparse_decode_rows_total") == 2 * rows
         pieces = grown("vllm:sparse_frame_hits_total") + grown("vllm:sparse_frame_misses_total")
         assert pieces == grown("vllm:sparse_selected_blocks_total") * 2 * 3  # KV heads, layers
@@ -178,6 +116,7 @@ def test_metrics_reach_the_api_server(client, server, prompts):
         assert after["vllm:sparse_host_pool_bytes"] > 0.05 * 2**30
         assert 0 < after["vllm:sparse_slab_frames_in_use"] <= after["vllm:sparse_slab_frames"]
         return
+    assert grown("vllm:sparse_requests_total") == 1
     assert grown("vllm:sparse_decode_rows_total") == rows
     assert grown("vllm:sparse_selected_tokens_total") == rows * SETTINGS["token_budget"] // 2
     assert grown("vllm:sparse_visible_tokens_total") == sum(
@@ -186,6 +125,23 @@ def test_metrics_reach_the_api_server(client, server, prompts):
     assert grown("vllm:sparse_blocks_evicted_total") > 0  # counted by the scheduler's process
     assert grown("vllm:sparse_prompts_compacted_total") == 1
     assert grown("vllm:sparse_dense_fallbacks_total/short_prompt") == 1
+
+
+def test_the_log_says_what_was_counted_once(client, server, prompts):
+    """Every line of the log has the name of the process that wrote it."""
+    _complete(client, prompts[0][:50])
+    deadline = time.monotonic() + 20
+    while not (lines := re.findall(r".*: Sparse: .*", server.log.read_text())):
+        assert time.monotonic() < deadline, "nothing was logged"
+        time.sleep(0.2)
+    assert all(line.startswith("(APIServer") for line in lines)
+    asked = 6 + 3 + 2 + 1  # what the tests up to here have sent
+    found = [re.search(r"Sparse: (\d+) reqs, Dense: (\d+) reqs", line) for line in lines]
+    served = [sum(int(match[kind]) for match in found) for kind in (1, 2)]
+    assert served == ([asked, 0] if server.backend == "sparda" else [asked - 2, 2])
+    if server.backend == "rocketkv":
+        assert "KV blocks freed: " in "".join(lines)
+        assert "decode read " in lines[0]
 
 
 def test_an_aborted_request_gives_everything_back(client, server, prompts):
@@ -205,7 +161,7 @@ def test_an_aborted_request_gives_everything_back(client, server, prompts):
 def test_drafts_are_served(llama, prompts, sparse_run, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(llama, model)
-    _add_tokenizer(model)
+    add_tokenizer(model)
     running = Server(
         model, tmp_path / "log", "--attention-backend", "ROCKETKV", "--additional-config",
         json.dumps({"vllm_sparse": SETTINGS}), "--speculative-config",

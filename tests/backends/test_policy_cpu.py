@@ -8,6 +8,9 @@ then give the same tokens.
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 from reference import hf_rocketkv, lora
 from support.engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS, run_engine
@@ -201,6 +204,24 @@ def test_sliding_window_layers_stay_stock(windowed, prompts):
     assert sparse["counters"]["blocks_evicted"] > 0
     assert sparse["tokens"][0] == sparse["tokens"][1] != stock["tokens"][0]
     assert max(sparse["cached"][1]) > 0
+
+
+def test_rows_that_two_groups_of_full_layers_see_are_counted_once(windowed, prompts, tmp_path):
+    """Groups have as many layers as the smallest kind has."""
+    model = tmp_path / "model"
+    shutil.copytree(windowed, model)
+    config = json.loads((model / "config.json").read_text())
+    config["layer_types"] = ["full_attention", "sliding_attention", "full_attention"]
+    (model / "config.json").write_text(json.dumps(config))
+    run = run_engine(
+        model, prompts[:2], settings=SETTINGS, block_size=BLOCK_SIZE, new_tokens=11
+    )  # fmt: skip
+    assert "kv cache group sizes (32, 32, 32)" in run["log"]
+    counters = run["counters"]
+    assert counters["requests"] == counters["prompts_compacted"] == 2
+    assert counters["decode_rows"] == 2 * 10
+    assert counters["selected_tokens"] == 2 * 10 * SETTINGS["token_budget"] // 2
+    assert counters["blocks_evicted"] > 0 == counters["blocks_saved"]
 
 
 def test_forgetting_the_plugin_is_harmless(llama, prompts, stock_run):

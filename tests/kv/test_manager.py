@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from support.policies import make_policy
 
+from vllm_sparse.metrics import counters
+
 
 @pytest.mark.vllm
 class TestManager:
@@ -157,6 +159,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = self.manager.block_pool
         self.running: dict[str, object] = {}
         self.preempted: list[object] = []
+        self.saved_before = counters().value("blocks_saved")
         self.content: dict[int, tuple] = {}  # block id -> what the worker wrote there
         self.serial = 0
 
@@ -274,6 +277,12 @@ class PoolMachine(RuleBasedStateMachine):
             for block in blocks[retention.dropped_blocks :] if retention.sparse else ():
                 assert block.block_hash is None
                 assert not block.is_null, "a kept block was given back"
+
+    @invariant()
+    def what_running_requests_save_is_counted(self):
+        blocks = [block for request in self.running.values() for block in self._blocks(request)]
+        saved = counters().value("blocks_saved") - self.saved_before
+        assert saved == sum(block.is_null for block in blocks)
 
     def teardown(self):
         self.finish_all()

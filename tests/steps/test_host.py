@@ -187,14 +187,15 @@ def test_a_plan_is_what_its_tokens_say(batch) -> None:
     blocks = [-(-rows[r].end // size) for r in decodes]
     reads = [b if rows[r].end <= options.dense_len else min(b, options.blocks_read)
              for b, r in zip(blocks, decodes, strict=True)]  # fmt: skip
-    dense = [row for row in rows if row.start < row.prompt_len <= row.end]
+    ended = [row for row in rows if row.start < row.prompt_len <= row.end]
     expected = {
         ("decode_rows", ""): len(decodes),
         ("visible_blocks", ""): sum(blocks),
         ("selected_blocks", ""): sum(reads),
         ("dense_fallbacks", "shorter_than_dense_len"): sum(
-            row.prompt_len < options.dense_len for row in dense
+            row.prompt_len < options.dense_len for row in ended
         ),
+        ("requests", ""): sum(row.prompt_len >= options.dense_len for row in ended),
     }
     assert counts == Counter({key: value for key, value in expected.items() if value})
 

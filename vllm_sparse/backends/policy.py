@@ -155,6 +155,7 @@ class Planning:
         policy: Decides.
         planner: Splits batches.
         layers: vLLM's attention layers.
+        count: Receives what is counted in a step, by one of the groups.
 
     Raises:
         UnsupportedError: vLLM's block size or the heads of the layers do not suit the policy.
@@ -199,11 +200,13 @@ class Planning:
                 reads_all=extract_layer_index(name) < policy.settings.skip_layers,
                 **_of_fp8(layer, spec, config, truncates),
             )
-        counters = metrics.counters()
-        self.count = counters.add
-        if config.parallel_config.rank == 0:
-            # Every rank does the same; one of them speaks.
-            counters.publish_to(metrics.folder(config.instance_id))
+        counters, speaks = metrics.counters(), config.parallel_config.rank == 0
+        kind = type(self.layers[0].impl)
+        first = next(n for n, x in context.items() if isinstance(getattr(x, "impl", None), kind))
+        # Beside window layers, ours may be several groups, which all see every row.
+        self.count = counters.add if first in layer_names else _count_nothing
+        counters.publish_to(metrics.folder(config.instance_id), "policies", speaks=speaks)
+        if speaks:
             logger.info_once(_start_line(spec, config, kernels))
 
     def split(
@@ -253,6 +256,10 @@ class Planning:
             dense,
             self.count,
         )
+
+
+def _count_nothing(*_: Any) -> None:
+    pass
 
 
 def _of_fp8(layer: Any, spec: PolicySpec, config: VllmConfig, truncates: bool) -> dict[str, Any]:

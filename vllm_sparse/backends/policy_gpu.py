@@ -190,7 +190,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         """
         start = common.query_start_loc_cpu[: common.num_reqs + 1]
         lens, count = sequence_lengths(common), self._planning.count
-        self._planner.count_fallbacks(start, lens, prompt_lens, count)
+        self._planner.count_requests(start, lens, prompt_lens, count)
         if not self._planning.policy.moves:
             return
         table = common.block_table_tensor

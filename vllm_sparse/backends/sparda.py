@@ -161,11 +161,12 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
                 machine.kernels, settings, ranking, runtime.blocks, heads, dtype, device, stored
             )
         ask_for_prompt_lengths(vllm_config)
-        counters.publish_to(metrics.folder(vllm_config.instance_id))
+        speaks = vllm_config.parallel_config.rank == 0
+        counters.publish_to(metrics.folder(vllm_config.instance_id), "SPARDA", speaks=speaks)
         counters.set_gauge("host_pool_bytes", geometry.host_bytes)
         counters.set_gauge("slab_bytes", geometry.slab_bytes)
         counters.set_gauge("slab_frames", sum(geometry.frames))
-        if vllm_config.parallel_config.rank == 0 and serving:
+        if speaks and serving:
             logger.info_once(start_line(self.runtime, vllm_config))
 
     def build(

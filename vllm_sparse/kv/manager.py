@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vllm.v1.request import Request
+
+    from vllm_sparse.metrics.definitions import Family
 
 
 # A child of vLLM's logger: others have no handler in its processes.
@@ -35,10 +38,14 @@ class PromptAwareManager(FullAttentionManager):
     # of their hash list.
     _requests: ClassVar[WeakValueDictionary[int, Request]] = WeakValueDictionary()
 
+    family: ClassVar[Family] = "SPARDA"
+
     def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
         if kv_cache_spec.instance_id:
-            metrics.counters().publish_to(metrics.folder(kv_cache_spec.instance_id))
+            counters = metrics.counters()
+            counters.publish_to(metrics.folder(kv_cache_spec.instance_id), self.family)
+            counters.set_gauge("pool_blocks", self.block_pool.num_gpu_blocks - 1)  # one is null
 
     def cache_blocks(
         self,
@@ -116,8 +123,11 @@ class PolicyManager(PromptAwareManager):
     private. Freed blocks keep their hash, so they stay hit-able until someone needs the memory.
     """
 
+    family: ClassVar[Family] = "policies"
+
     def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
+        self._saved: defaultdict[str, int] = defaultdict(int)
         # How many blocks states take, nobody tells this group.
         if kv_cache_spec.instance_id and not kv_cache_spec.beside_states:
             logger.info_once(self._capacity_line())
@@ -157,4 +167,12 @@ class PolicyManager(PromptAwareManager):
             count += 1
         if count:
             self._remove_blocks_in_range(request_id, first, last)
+            self._saved[request_id] += count
             metrics.counters().add("blocks_evicted", count)
+            metrics.counters().add("blocks_saved", count)
+
+    def pop_blocks_for_free(self, request_id: str) -> Any:
+        """A request that ends, or is preempted, saves nothing any more."""
+        if saved := self._saved.pop(request_id, 0):
+            metrics.counters().add("blocks_saved", -saved)
+        return super().pop_blocks_for_free(request_id)

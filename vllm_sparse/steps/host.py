@@ -263,7 +263,7 @@ class SpardaPlanner:
         return tuple(prompts), tuple(tiles)
 
     def count_requests(self, start: Tensor, seq_lens: Tensor, prompt_lens: Tensor) -> None:
-        """Count each request that starts to decode densely once, when its prompt completes.
+        """Count each request once, when its prompt completes, by how it starts to decode.
 
         Args:
             start: Host ``[R]``: position of each row's first token.
@@ -271,5 +271,8 @@ class SpardaPlanner:
             prompt_lens: Host ``[R]``: prompt tokens of each row's request.
         """
         finished = (start < prompt_lens) & (seq_lens >= prompt_lens) & (seq_lens > 0)
-        if short := int((prompt_lens[finished] < self._settings.dense_len).sum()):
-            self._count("dense_fallbacks", short, "shorter_than_dense_len")
+        short = prompt_lens[finished] < self._settings.dense_len
+        if dense := int(short.sum()):
+            self._count("dense_fallbacks", dense, "shorter_than_dense_len")
+        if sparse := len(short) - dense:
+            self._count("requests", sparse)

@@ -195,7 +195,7 @@ class StepPlanner:
         sparse_row = self._is_sparse(prompt_lens)
         any_sparse = bool(sparse_row.any())
         if not any_sparse and self.policy.moves:
-            self.count_fallbacks(query_start, seq_lens, prompt_lens, count)
+            self.count_requests(query_start, seq_lens, prompt_lens, count)
             return StepMetadata(num_tokens, dense_metadata(None, None, None))
 
         device = block_table.device
@@ -211,7 +211,7 @@ class StepPlanner:
         prompts: tuple[PromptEnd, ...] = ()
         all_sparse = bool(sparse_token.all())
         if not all_sparse:
-            self.count_fallbacks(query_start, seq_lens, prompt_lens, count)
+            self.count_requests(query_start, seq_lens, prompt_lens, count)
             if self.policy.moves:
                 prompts = self.ending_prompts(
                     query_start, seq_lens, prompt_lens, block_table, count
@@ -341,20 +341,24 @@ class StepPlanner:
                 count("prompts_compacted", 1)
         return tuple(prompts)
 
-    def count_fallbacks(
+    def count_requests(
         self,
         query_start: Tensor,
         seq_lens: Tensor,
         prompt_lens: Tensor,
         count: Callable[..., None],
     ) -> None:
-        """Count each dense request once, in the step that completes its prompt."""
+        """Count each request once, in the step that completes its prompt, by how it is served."""
         first = seq_lens - query_start.diff()
-        finished = ~self._is_sparse(prompt_lens) & (first < prompt_lens) & (seq_lens >= prompt_lens)
-        if bool(finished.any()):
-            lengths = prompt_lens[finished].clamp(max=len(self._reasons) - 1).tolist()
-            for reason, amount in Counter(self._reasons[n] for n in lengths).items():
-                count("dense_fallbacks", amount, reason)
+        finished = prompt_lens[(first < prompt_lens) & (seq_lens >= prompt_lens)]
+        if not len(finished):
+            return
+        sparse = self._is_sparse(finished)
+        if amount := int(sparse.sum()):
+            count("requests", amount)
+        lengths = finished[~sparse].clamp(max=len(self._reasons) - 1).tolist()
+        for reason, amount in Counter(self._reasons[n] for n in lengths).items():
+            count("dense_fallbacks", amount, reason)
 
     def _is_sparse(self, prompt_lens: Tensor) -> Tensor:
         return self._sparse[prompt_lens.clamp(max=len(self._sparse) - 1).long()]

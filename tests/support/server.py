@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Starts ``vllm serve`` on a free port and reads its metrics."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from support.engine import BLOCK_SIZE
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def add_tokenizer(folder: Path) -> None:
+    """Words ``w0`` to ``w1023`` for a random model, which has no tokenizer of its own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(1024)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+
+
+class Server:
+    """A running ``vllm serve``.
+
+    Args:
+        model: Checkpoint folder.
+        log: File for what it prints.
+        *arguments: Further ones of the command.
+        env: Additional environment.
+    """
+
+    def __init__(
+        self, model: Path, log: Path, *arguments: str, env: dict[str, str] | None = None
+    ) -> None:
+        self.port, self.log = _free_port(), log
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [
+            str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--port",
+            str(self.port), "--served-model-name", "m", "--dtype", "float32", "--enforce-eager",
+            "--max-model-len", "1024", "--max-num-seqs", "8", "--kv-cache-memory-bytes",
+            str(64 << 20), "--block-size", str(BLOCK_SIZE), *arguments,
+        ]  # fmt: skip
+        environment = {**os.environ, "VLLM_CPU_CI_ENV": "1", "VLLM_LOG_STATS_INTERVAL": "0.5"}
+        environment.pop("OMP_NUM_THREADS", None)
+        environment |= env or {}
+        self.process = subprocess.Popen(
+            command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment
+        )
+
+    def wait(self, seconds: float = 240) -> None:
+        """Until it is healthy."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=2)
+                return
+            except OSError:
+                time.sleep(1)
+        raise AssertionError(f"server did not start:\n{self.log.read_text()[-4000:]}")
+
+    def metrics(self) -> dict[str, float]:
+        """Values summed over labels, but for ``reason``, which follows the name behind a slash."""
+        text = urllib.request.urlopen(f"{self.url}/metrics", timeout=10).read().decode()
+        rows = re.findall(r"^(vllm:\w+)(\{.*?\})? ([\d.e+-]+)$", text, re.MULTILINE)
+        totals: dict[str, float] = {}
+        for name, labels, value in rows:
+            reason = re.search(r'reason="(\w+)"', labels)
+            key = f"{name}/{reason[1]}" if reason else name
+            totals[key] = totals.get(key, 0.0) + float(value)
+        return totals
+
+    def stop(self) -> None:
+        """End it."""
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
