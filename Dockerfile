@@ -4,8 +4,7 @@
 # docker build -t vllm-sparse .
 # docker run --gpus all -p 8000:8000 vllm-sparse MODEL
 #
-# ROCKETKV runs on CPUs only in this release and says so at start-up on a GPU; the image is the base
-# of the GPU path.
+# No GPU has run the plugin yet, and start-up says so: see docs/gpu.md before you rely on it.
 
 FROM vllm/vllm-openai:v0.32.0
 
@@ -14,7 +13,7 @@ COPY . /tmp/vllm-sparse
 RUN pip install --no-cache-dir --no-deps /tmp/vllm-sparse && rm -rf /tmp/vllm-sparse
 
 RUN useradd --create-home --uid 1000 vllm
-USER vllm
+USER 1000
 WORKDIR /home/vllm
 
 # The base image's ENTRYPOINT, `vllm serve`, is kept.

@@ -7,17 +7,20 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-from types import SimpleNamespace
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
 import torch
+from support.configuration import configuration
 
 from vllm_sparse import backends, versions
 from vllm_sparse.errors import ConfigError, UnsupportedError
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
+
+_config = partial(configuration, "ROCKETKV")
 
 
 def _python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -155,88 +158,6 @@ def test_supported_vllm_versions_pass(monkeypatch, version):
     versions.check_vllm_version()
 
 
-def _config(**changes):
-    """The parts of a vLLM config that the guard reads."""
-    model = SimpleNamespace(
-        use_mla=False,
-        is_attention_free=False,
-        runner_type="generate",
-        is_hybrid=False,
-        enable_sleep_mode=False,
-        get_total_num_kv_heads=lambda: 8,
-    )
-    values = {
-        "attention_config": SimpleNamespace(
-            backend=SimpleNamespace(name="ROCKETKV"), use_non_causal=False
-        ),
-        "additional_config": {},
-        "model_config": model,
-        "cache_config": SimpleNamespace(cache_dtype="auto", kv_offloading_size=None),
-        "speculative_config": None,
-        "kv_transfer_config": None,
-        "parallel_config": SimpleNamespace(
-            decode_context_parallel_size=1,
-            prefill_context_parallel_size=1,
-            use_ubatching=False,
-            pipeline_parallel_size=1,
-            tensor_parallel_size=1,
-        ),
-        "lora_config": None,
-    }
-    for key, value in changes.items():
-        head, _, tail = key.partition("__")
-        if tail:
-            setattr(values[head], tail, value)
-        else:
-            values[head] = value
-    return SimpleNamespace(**values)
-
-
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [
-        ({"model_config__use_mla": True}, "MLA"),
-        ({"model_config__runner_type": "pooling"}, "pooling"),
-        (
-            {"cache_config__cache_dtype": "fp8_e5m2"},
-            "--kv-cache-dtype fp8_e5m2: .*two binary digits",
-        ),
-        ({"cache_config__cache_dtype": "int8_per_token_head"}, "scale of its own.*use fp8 or auto"),
-        ({"cache_config__cache_dtype": "nvfp4"}, "fewer than 8 bits"),
-        ({"speculative_config": SimpleNamespace(method="eagle")}, "--speculative-config.*eagle"),
-        ({"kv_transfer_config": Mock(kv_connector="any")}, "--kv-transfer-config"),
-        ({"parallel_config__use_ubatching": True}, "--enable-dbo"),
-        ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
-        ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
-        ({"attention_config__use_non_causal": True}, "non-causal"),
-    ],
-)
-def test_unsupported_combinations_are_refused(changes, why):
-    from vllm_sparse.startup import check_config
-
-    check_config(_config())
-    with pytest.raises(UnsupportedError, match=why):
-        check_config(_config(**changes))
-
-
-@pytest.mark.parametrize("method", ["ngram", "suffix", "custom_class"])
-def test_drafts_and_states_are_served_on_cpus_only(method):
-    from vllm_sparse.startup import check_config
-
-    drafts = {"speculative_config": SimpleNamespace(method=method)}
-    states = {"model_config__is_hybrid": True}
-    check_config(_config(**drafts))
-    check_config(_config(**states))
-    with pytest.raises(UnsupportedError, match="beside recurrent state"):
-        check_config(_config(**drafts, **states))
-    interpreted = {"additional_config": {"vllm_sparse": {"kernels": "triton"}}}
-    for changes, why in ((drafts, "speculative decoding on GPUs"), (states, "power of two")):
-        with pytest.raises(UnsupportedError, match=why):
-            check_config(_config(**changes), lambda: 1 << 30)
-        with pytest.raises(UnsupportedError, match=why):
-            check_config(_config(**changes, **interpreted))
-
-
 @pytest.mark.parametrize(("backend", "served"), [("ROCKETKV", True), ("SPARDA", False)])
 def test_offloading_is_ours_or_refused_before_vllm_makes_a_connector_of_it(llama, backend, served):
     from vllm.engine.arg_utils import EngineArgs
@@ -265,35 +186,6 @@ def test_wrong_settings_stop_the_start():
 
     with pytest.raises(ConfigError, match=r"vllm_sparse\.budget"):
         check_config(_config(additional_config={"vllm_sparse": {"budget": 1}}))
-
-
-@pytest.mark.parametrize(
-    ("layer", "why"),
-    [
-        ({"alibi_slopes": [1.0]}, "ALiBi"),
-        ({"sinks": object()}, "sinks"),
-        ({"logits_soft_cap": 30.0}, "capped"),
-        ({"attn_type": "encoder"}, "encoder"),
-        ({"kv_sharing_target_layer_name": "layer.0"}, "share"),
-        ({"kv_cache_dtype": "fp8_e5m2"}, "e5m2"),
-        ({"kv_cache_dtype": "auto", "expected_cache_dtype": "fp8"}, "kv-cache-dtype-skip-layers"),
-    ],
-)
-def test_unsupported_layers_are_refused(layer, why):
-    from vllm_sparse.backends.refusals import check_layer
-
-    plain = {
-        "alibi_slopes": None,
-        "sinks": None,
-        "logits_soft_cap": None,
-        "attn_type": "decoder",
-        "kv_sharing_target_layer_name": None,
-        "kv_cache_dtype": "auto",
-        "expected_cache_dtype": "auto",
-    }
-    check_layer(**plain)
-    with pytest.raises(UnsupportedError, match=why):
-        check_layer(**{**plain, **layer})
 
 
 def test_the_vllm_symbols_we_rely_on_exist():

@@ -10,9 +10,8 @@ from vllm.platforms import cpu_platform_plugin
 from vllm.platforms.interface import PlatformEnum
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from vllm_sparse.backends.refusals import windows_refused
-from vllm_sparse.errors import UnsupportedError
-from vllm_sparse.registry import backend_path, entries, is_ours
+from vllm_sparse.backends.refusals import check_windows
+from vllm_sparse.registry import backend_path, is_ours
 
 _StockPlatform: Any = resolve_obj_by_qualname(
     cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform"
@@ -25,8 +24,7 @@ def _get_attn_backend_cls(
     """Path of our backend where it was chosen, else the stock choice."""
     if is_ours(selected_backend):
         if attn_selector_config.has_sliding_window:
-            if entries()[selected_backend.name].needs_every_layer:
-                raise UnsupportedError(windows_refused(selected_backend.name))
+            check_windows(selected_backend.name, cls._enum == PlatformEnum.CUDA)
             # Sliding-window layers have nothing to evict and stay stock.
             selected_backend = None
         elif cls._enum == PlatformEnum.CPU:  # where the stock platform would not listen

@@ -15,6 +15,8 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vllm_sparse.features import OUTSIDE, POLICIES, SPARDA
+
 if TYPE_CHECKING:
     from vllm_sparse.config import CommonSettings
 
@@ -31,10 +33,7 @@ class Entry(NamedTuple):
         settings: The settings class, or a policy that has one.
         cpu: vLLM backend on CPUs.
         gpu: vLLM backend on GPUs, and on CPUs where kernels are interpreted.
-        tier: Evicted prefixes may be kept in host memory (``--kv-offloading-size``).
-        needs_every_layer: Sliding-window layers cannot stay stock beside it.
-        refusals: Yields what it cannot serve of vLLM's configuration beside what no name can;
-            also told whether steps take a GPU's path.
+        family: Whose cells of :data:`vllm_sparse.features.FEATURES` say what it serves.
         prepare: Called at start-up with vLLM's configuration, which it completes, the settings, and
             what tells the memory of a device, or ``None``.
     """
@@ -42,23 +41,20 @@ class Entry(NamedTuple):
     settings: str
     cpu: str = "vllm_sparse.backends.policy_cpu:PolicyCpuBackend"
     gpu: str = "vllm_sparse.backends.policy_gpu:PolicyGpuBackend"
-    tier: bool = False
-    needs_every_layer: bool = False
-    refusals: str = "vllm_sparse.backends.refusals:unsupported_by_policies"
+    family: str = OUTSIDE
     prepare: str = ""
 
 
 _BUILT_IN = {
-    "ROCKETKV": Entry("vllm_sparse.policies.rocketkv:RocketKV", tier=True),
-    "QUEST": Entry("vllm_sparse.policies.quest:Quest", tier=True),
-    "SNAPKV": Entry("vllm_sparse.policies.snapkv:SnapKV", tier=True),
-    "STREAMINGLLM": Entry("vllm_sparse.policies.streamingllm:StreamingLLM", tier=True),
+    "ROCKETKV": Entry("vllm_sparse.policies.rocketkv:RocketKV", family=POLICIES),
+    "QUEST": Entry("vllm_sparse.policies.quest:Quest", family=POLICIES),
+    "SNAPKV": Entry("vllm_sparse.policies.snapkv:SnapKV", family=POLICIES),
+    "STREAMINGLLM": Entry("vllm_sparse.policies.streamingllm:StreamingLLM", family=POLICIES),
     "SPARDA": Entry(
         "vllm_sparse.policies.sparda:SpardaSettings",
         cpu="vllm_sparse.backends.sparda_cpu:SpardaCpuBackend",
         gpu="vllm_sparse.backends.sparda_gpu:SpardaGpuBackend",
-        needs_every_layer=True,
-        refusals="vllm_sparse.backends.refusals:unsupported_by_sparda",
+        family=SPARDA,
         prepare="vllm_sparse.startup:prepare_sparda",
     ),
 }

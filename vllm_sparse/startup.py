@@ -7,8 +7,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from vllm_sparse.backends.prefix_tier import prepare_tier, unsupported_tier
-from vllm_sparse.backends.refusals import cache_itemsize, unsupported
+from vllm_sparse.backends.asked import cache_itemsize
+from vllm_sparse.backends.prefix_tier import prepare_tier
+from vllm_sparse.backends.refusals import unsupported
 from vllm_sparse.config import NAMESPACE, load_settings
 from vllm_sparse.device_room import left_bytes
 from vllm_sparse.errors import ConfigError, UnsupportedError
@@ -45,7 +46,7 @@ def check_config(vllm_config: Any, device_bytes: Callable[[], int] | None = None
     settings = load_settings(vllm_config.additional_config, backend.name.lower())
     entry = entries()[backend.name]
     on_gpu = device_bytes is not None or settings.kernels == "triton"
-    reasons = refusals(vllm_config, backend.name, on_gpu)
+    reasons = unsupported(vllm_config, backend.name, on_gpu)
     if reasons:
         raise UnsupportedError(
             f"{backend.name} cannot serve this configuration: " + "; ".join(reasons)
@@ -53,22 +54,6 @@ def check_config(vllm_config: Any, device_bytes: Callable[[], int] | None = None
     prepare_tier(vllm_config)
     if entry.prepare:
         load(entry.prepare)(vllm_config, settings, device_bytes)
-
-
-def refusals(vllm_config: Any, name: str, on_gpu: bool) -> list[str]:
-    """Every reason why a backend cannot serve a configuration.
-
-    Args:
-        vllm_config: vLLM's complete configuration.
-        name: Of the backend, in capitals.
-        on_gpu: The path of GPUs, interpreted or not.
-    """
-    entry = entries()[name]
-    return [
-        *unsupported(vllm_config),
-        *unsupported_tier(vllm_config, entry.tier),
-        *load(entry.refusals)(vllm_config, on_gpu),
-    ]
 
 
 def prepare_sparda(

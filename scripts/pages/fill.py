@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 
 from benchmarks import published
-from scripts.pages import metrics, settings
+from scripts.pages import features, metrics, settings
 
 ROOT = Path(__file__).parents[2]
-TABLES = {**published.TABLES, **settings.TABLES, **metrics.TABLES}
+TABLES = {**published.TABLES, **settings.TABLES, **features.TABLES, **metrics.TABLES}
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 

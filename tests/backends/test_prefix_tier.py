@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""``--kv-offloading-size``: what refuses it, and whole engines in which evicted prefixes return."""
+"""``--kv-offloading-size``: whole engines in which evicted prefixes return."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
+from support.configuration import configuration
 from support.engine import BLOCK_SIZE, SETTINGS, run_engine
 from support.policies import make_policy
 
@@ -24,56 +23,10 @@ def limits(prompts, **changes) -> list[int]:
     return [policy.publishable_tokens(len(prompt)) for prompt in prompts]
 
 
-def config(**changes):
-    values = {
-        "kv_offloading_size": 1.0, "kv_offloading_backend": "native", "enable_prefix_caching": True,
-        "kv_transfer_config": None, "is_hybrid": False, "pipeline_parallel_size": 1, **changes,
-    }  # fmt: skip
-    part = SimpleNamespace(**values)
-    return SimpleNamespace(
-        cache_config=part,
-        model_config=part,
-        parallel_config=part,
-        kv_transfer_config=part.kv_transfer_config,
-    )
-
-
-@pytest.mark.parametrize(
-    ("served", "changes", "why"),
-    [
-        (False, {}, "remove --kv-offloading-size"),
-        (True, {"kv_offloading_backend": "lmcache"}, "remove --kv-offloading-backend"),
-        (True, {"enable_prefix_caching": False}, "--no-enable-prefix-caching"),
-        (True, {"is_hybrid": True}, "recurrent states"),
-        (True, {"pipeline_parallel_size": 2}, "stages of a pipeline"),
-        (
-            True,
-            {"kv_transfer_config": SimpleNamespace(kv_connector_module_path=None)},
-            "remove --kv-transfer-config",
-        ),
-        (
-            False,
-            {
-                "kv_transfer_config": SimpleNamespace(kv_connector_module_path=prefix_tier._MODULE),
-                "kv_offloading_size": None,
-            },
-            "remove --kv-transfer-config",
-        ),
-    ],
-)  # fmt: skip
-def test_what_is_refused(served, changes, why):
-    assert any(why in reason for reason in prefix_tier.unsupported_tier(config(**changes), served))
-
-
-def test_what_is_not():
-    assert not list(prefix_tier.unsupported_tier(config(), True))
-    assert not list(prefix_tier.unsupported_tier(config(kv_offloading_size=None), False))
-
-
 def test_more_than_the_machine_has_is_refused(monkeypatch):
     monkeypatch.setattr(prefix_tier, "available_bytes", lambda: int(0.9 * GIB))
     with pytest.raises(ConfigError, match=r"--kv-offloading-size 1\.0: .* 0\.90 GiB available"):
-        prefix_tier.prepare_tier(config())
+        prefix_tier.prepare_tier(configuration("ROCKETKV", cache_config__kv_offloading_size=1.0))
 
 
 @pytest.mark.vllm

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_sparse.backends.refusals import FP8_CACHES, PLAIN_CACHES
+from vllm_sparse.backends.asked import FP8_CACHES, PLAIN_CACHES
 from vllm_sparse.errors import IntegrityError
 
 if TYPE_CHECKING:

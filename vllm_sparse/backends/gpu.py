@@ -10,9 +10,7 @@ from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
-from vllm_sparse.backends.prefix_tier import unsupported_tier
 from vllm_sparse.backends.refusals import unsupported
-from vllm_sparse.registry import entries, load
 
 # A child of vLLM's logger: others have no handler in its processes.
 logger = init_logger("vllm.sparse")
@@ -24,13 +22,9 @@ class GpuBackend(FlashAttentionBackend):
     @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
         """Reasons against using this backend; vLLM lists them and stops."""
-        config = get_current_vllm_config()
-        entry = entries()[cls.get_name()]
         return [
             *super().validate_configuration(*args, **kwargs),
-            *unsupported(config),
-            *unsupported_tier(config, entry.tier),
-            *load(entry.refusals)(config, True),
+            *unsupported(get_current_vllm_config(), cls.get_name(), True),
         ]
 
     @classmethod

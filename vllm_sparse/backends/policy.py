@@ -19,9 +19,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_sparse import metrics
 from vllm_sparse.backends.base import SparseBackend, ask_for_prompt_lengths
-from vllm_sparse.backends.refusals import check_layer
+from vllm_sparse.backends.refusals import check_layer, takes_gpu_path
 from vllm_sparse.config import load_settings
-from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.features import POLICIES, refuse
 from vllm_sparse.kernels.fp8 import Scales, as_numbers
 from vllm_sparse.kv.spec import PolicySpec
 from vllm_sparse.policies.making import make_policy
@@ -118,7 +118,11 @@ def set_up_layer(
         UnsupportedError: The layer cannot be served sparsely.
     """
     given = inspect.signature(stock).bind(*arguments, **named).arguments
+    name = config.attention_config.backend.name
+    settings = load_settings(config.additional_config, name.lower())
     check_layer(
+        name,
+        takes_gpu_path(settings),
         alibi_slopes=given.get("alibi_slopes"),
         sinks=given.get("sinks"),
         logits_soft_cap=given.get("logits_soft_cap"),
@@ -127,10 +131,9 @@ def set_up_layer(
         kv_cache_dtype=given["kv_cache_dtype"],
         expected_cache_dtype=str(config.cache_config.cache_dtype),
     )
-    name = config.attention_config.backend.name
     PolicyBackend.context = Context(
         name,
-        load_settings(config.additional_config, name.lower()),
+        settings,
         given["num_heads"] // given["num_kv_heads"],
         config.model_config.max_model_len,
         config.instance_id,
@@ -172,12 +175,9 @@ class Planning:
         reader: Callable[[Any], Reader],
     ) -> None:
         self.policy = policy = spec.policy
-        if policy.shape.block_size != block_size:
-            raise UnsupportedError(
-                f"vLLM changed the block size from {policy.shape.block_size} to {block_size} to "
-                "give all layers of this model pages of one size. Choose a --block-size that it "
-                f"keeps, for example {block_size}"
-            )
+        wanted, on_gpu = policy.shape.block_size, takes_gpu_path(policy.settings)
+        if wanted != block_size:
+            refuse("other-blocks", POLICIES, on_gpu, wanted=wanted, size=block_size)
         self.planner = StepPlanner(policy)
         ask_for_prompt_lengths(config)
         context = config.compilation_config.static_forward_context
@@ -185,10 +185,8 @@ class Planning:
         for name, layer in zip(layer_names, self.layers, strict=True):
             group_size = layer.impl.num_heads // layer.impl.num_kv_heads
             if group_size != policy.shape.group_size:
-                raise UnsupportedError(
-                    f"layers with {group_size} and {policy.shape.group_size} query heads per KV "
-                    f"head share a cache layout; {spec.backend} needs one ratio for the whole model"
-                )
+                ratios = {"found": group_size, "expected": policy.shape.group_size}
+                refuse("unlike-layers", POLICIES, on_gpu, backend=spec.backend, **ratios)
             # The spec, which the scheduler evaluates too, does not know a layer's scale.
             shape = replace(policy.shape, scale=layer.impl.scale)
             layer.impl.sparse = SparseLayer(

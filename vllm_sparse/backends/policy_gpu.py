@@ -27,7 +27,7 @@ from vllm_sparse.backends.policy import Planning, PolicyBackend, attend_step, se
 from vllm_sparse.backends.prompts import prompt_lengths_on_host, watch_requests
 from vllm_sparse.backends.refusals import check_block_size
 from vllm_sparse.counters import DeviceCounters
-from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.features import POLICIES, refuse
 from vllm_sparse.kernels.dispatch import policy_triton
 from vllm_sparse.kernels.fp8 import FP8, as_numbers, encode
 from vllm_sparse.kernels.layout import PageLayout
@@ -88,12 +88,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         spec, policy = kv_cache_spec, kv_cache_spec.policy
         warn_of_gpus(spec.backend)
         watch_requests()
-        check_block_size(self.block_size)
-        if len(policy.page_sizes) > 1:
-            raise UnsupportedError(
-                f"page_sizes={list(policy.page_sizes)}: on GPUs one page size serves all "
-                "requests, because a captured graph has one shape. Give one of them"
-            )
+        check_block_size(spec.backend, self.block_size)
         self._kernels = policy_triton(device)
         reader = PlainReader(spec.layout(policy.page_sizes[0]))
         self._planning = Planning(
@@ -132,11 +127,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         ours = self._planning.layers
         stock = [getattr(layer, "impl", None) for layer in layers if layer not in ours]
         if any(getattr(impl, "vllm_flash_attn_version", None) == 4 for impl in stock):
-            # It takes what makes the runner hand over prompt lengths for another kind of window.
-            raise UnsupportedError(
-                "sliding-window layers stay stock beside ours, which FlashAttention 4 does not "
-                "allow. Choose an older one with --attention-config.flash_attn_version"
-            )
+            refuse("flash-attention-4", POLICIES, True)
 
     def build(
         self,
@@ -221,10 +212,7 @@ class PolicyGpuImpl(FlashAttentionImpl):
         set_up_layer(self._config, FlashAttentionImpl, args, kwargs)
         super().__init__(*args, **kwargs)
         if self.vllm_flash_attn_version is None:
-            raise UnsupportedError(
-                "prompts run through FlashAttention, which this installation of vLLM lacks for "
-                "this device. On a CPU leave vllm_sparse.kernels at auto"
-            )
+            refuse("flash-attention", POLICIES, True)
         self._cache_dtype = self._config.model_config.dtype
         if is_quantized_kv_cache(self.kv_cache_dtype):
             self._cache_dtype = torch.uint8

@@ -22,6 +22,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, M
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_sparse import metrics
+from vllm_sparse.backends.asked import FP8_CACHES
 from vllm_sparse.backends.base import (
     SparseBackend,
     ask_for_prompt_lengths,
@@ -31,7 +32,7 @@ from vllm_sparse.backends.base import (
     sequence_lengths,
 )
 from vllm_sparse.backends.prompts import Newcomers, prompt_lengths_on_host, watch_requests
-from vllm_sparse.backends.refusals import FP8_CACHES, check_layer
+from vllm_sparse.backends.refusals import check_layer, takes_gpu_path
 from vllm_sparse.backends.sparda_setup import (
     Machine,
     check_layers,
@@ -241,7 +242,10 @@ class SpardaImpl(AttentionImpl[SpardaStep]):
         sinks: Tensor | None = None,
     ) -> None:
         config = get_current_vllm_config()
+        settings = load_settings(config.additional_config, "sparda")
         check_layer(
+            "SPARDA",
+            takes_gpu_path(settings),
             alibi_slopes=alibi_slopes,
             sinks=sinks,
             logits_soft_cap=logits_soft_cap,
@@ -255,7 +259,6 @@ class SpardaImpl(AttentionImpl[SpardaStep]):
         self.num_kv_heads = num_kv_heads
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
-        settings = load_settings(config.additional_config, "sparda")
         SpardaBackend._context = Context(settings, config.instance_id, config.model_config.dtype)
 
     def forward(

@@ -54,8 +54,7 @@ class SpardaGpuBuilder(SpardaBuilder):
     def machine(settings: SpardaSettings, geometry: Geometry, device: torch.device) -> Machine:
         """A GPU; or on a CPU, what is most like one."""
         warn_of_gpus("SPARDA")
-        check_block_size(geometry.block_size)
-        _check_prompts(settings)
+        check_block_size("SPARDA", geometry.block_size)
         kernels = sparda_kernels(device, "triton")
         version = flash_attn.get_flash_attn_version(head_size=geometry.head_dim)
         fresh = None if version is None else partial(_attend_fresh, version)
@@ -102,21 +101,6 @@ def _attend_fresh(
         fa_version=version,
     )
     return output
-
-
-def _check_prompts(settings: SpardaSettings) -> None:
-    """Refuse prompts that read another number of blocks than outputs.
-
-    Raises:
-        ConfigError: Says why, and what to do.
-    """
-    if settings.sparse_prefill and not settings.prompts_like_outputs:
-        raise ConfigError(
-            f"vllm_sparse.sparse_prefill: {settings.sparse_prefill} blocks for prompts and "
-            f"{settings.blocks_read} for outputs are supported on CPUs only: on a GPU a captured "
-            "graph may run a prompt's token among decode rows. Set sparse_prefill to true, or "
-            "top_k to the same number"
-        )
 
 
 def _check_memory(geometry: Geometry, settings: SpardaSettings, device: torch.device) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from vllm_sparse import metrics
-from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.backends.refusals import takes_gpu_path
+from vllm_sparse.features import SPARDA, refuse
 from vllm_sparse.kernels.fp8 import FP8
 from vllm_sparse.kv.host.geometry import GIB, Geometry, plan_frames
 from vllm_sparse.kv.host.memory import page_aligned
@@ -135,17 +136,14 @@ def check_layers(
     Raises:
         UnsupportedError: Says what differs.
     """
+    on_gpu = takes_gpu_path(settings)
     if spec.block_size != settings.block_size:
-        raise UnsupportedError(
-            f"vLLM chose blocks of {spec.block_size} tokens, but vllm_sparse.block_size is "
-            f"{settings.block_size}"
-        )
+        sizes = {"size": spec.block_size, "wanted": settings.block_size}
+        refuse("other-blocks", SPARDA, on_gpu, **sizes)
     expected = config.model_config.get_num_layers(config.parallel_config)
     if len(layers) != expected:
-        raise UnsupportedError(
-            f"{len(layers)} of {expected} layers have one kind of attention and one size of KV "
-            "heads; SPARDA looks from each layer to the next and needs them all alike"
-        )
+        found = {"found": len(layers), "expected": expected}
+        refuse("unlike-layers", SPARDA, on_gpu, backend="SPARDA", **found)
 
 
 def _selector(
@@ -182,10 +180,8 @@ def _selector(
         )
     missing = [layer.layer_name for layer in layers[:-1] if not hasattr(layer, "sparda_tap")]
     if missing:
-        raise UnsupportedError(
-            f"selector {kind} needs a projection beside qkv_proj, which these layers lack: "
-            f"{', '.join(missing)}. Choose selector query or previous"
-        )
+        facts = {"selector": kind, "layers": ", ".join(missing)}
+        refuse("untapped", SPARDA, takes_gpu_path(settings), **facts)
     taps = [getattr(layer, "sparda_tap", None) for layer in layers]
     # On a CPU the model's own kernel is as fast; on a GPU every launch counts.
     rotary = taps[0].rotary() if machine.captured and taps[0] is not None else None

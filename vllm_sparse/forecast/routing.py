@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_sparse.config import load_settings
-from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.features import SPARDA, refuse
 
 PREFIX = "Sparda"
 LOOKAHEAD_SELECTORS = ("forecast", "lookahead-query")
@@ -89,11 +89,8 @@ def tapped_architecture(vllm_config: Any) -> str:
     model = vllm_config.model_config
     name: str = model.architecture.removeprefix(PREFIX)
     if name not in ARCHITECTURES:
-        raise UnsupportedError(
-            f"selector {settings.chosen_selector} needs the input of each layer's query projection,"
-            f" and {name} is not among the architectures where that is known: "
-            f"{', '.join(ARCHITECTURES)}. Set vllm_sparse.selector to query or previous"
-        )
+        asked = {"selector": settings.chosen_selector, "architecture": name}
+        refuse("unknown-projections", SPARDA, False, known=", ".join(ARCHITECTURES), **asked)
     if settings.forecast:
         # Here as well as in the workers: a wrong file should not cost a model load.
         from vllm_sparse.forecast.weights import check_metadata, load_forecast

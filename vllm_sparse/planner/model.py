@@ -18,10 +18,9 @@ from typing import Any
 import torch
 
 from vllm_sparse import paths
-from vllm_sparse.backends.refusals import check_layer, windows_refused
+from vllm_sparse.backends.refusals import check_layer, check_windows
 from vllm_sparse.errors import ConfigError, UnsupportedError
 from vllm_sparse.planner.shapes import Shape
-from vllm_sparse.registry import entries
 
 _ATTENTION_FREE = ("mamba", "mamba2", "falcon_mamba", "rwkv")
 _RECURRENT_KEYS = ("mamba_d_state", "mamba_d_ssm", "linear_num_key_heads", "attn_layer_indices")
@@ -159,12 +158,14 @@ class Model:
             0.0,
         )
 
-    def layer_refusals(self, name: str) -> list[str]:
+    def layer_refusals(self, name: str, on_gpu: bool) -> list[str]:
         """Why layers cannot be served by a backend; what start-up finds when it builds them."""
         text, found = self.text, []
         alibi = text.get("alibi") or text.get("model_type") in ("bloom", "mpt")
         try:
             check_layer(
+                name,
+                on_gpu,
                 alibi_slopes=alibi or None,
                 sinks=True if text.get("model_type") == "gpt_oss" else None,
                 logits_soft_cap=text.get("attn_logit_softcapping"),
@@ -175,8 +176,11 @@ class Model:
             )
         except UnsupportedError as error:
             found.append(str(error))
-        if self.windowed_layers and entries()[name].needs_every_layer:
-            found.append(windows_refused(name))
+        try:
+            if self.windowed_layers:
+                check_windows(name, on_gpu)
+        except UnsupportedError as error:
+            found.append(str(error))
         return found
 
 

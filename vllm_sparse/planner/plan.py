@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse import startup
-from vllm_sparse.backends.refusals import check_block_size
+from vllm_sparse.backends.refusals import check_block_size, unsupported
 from vllm_sparse.config import NAMESPACE, load_settings
 from vllm_sparse.device_room import left_bytes
 from vllm_sparse.errors import VllmSparseError
@@ -175,8 +175,8 @@ def answer(question: Question, name: str) -> Arm:
     settings = load_settings({NAMESPACE: dict(question.settings)}, name.lower())
     config = question.configuration(question.concurrency)
     refused = [
-        *startup.refusals(config, name, question.on_gpu),
-        *question.model.layer_refusals(name),
+        *unsupported(config, name, question.on_gpu),
+        *question.model.layer_refusals(name, question.on_gpu),
     ]
     allowed = int(question.model.text.get("max_position_embeddings") or 0)
     if 0 < allowed < question.model.max_model_len:
@@ -225,7 +225,7 @@ def _dense(question: Question) -> Arm:
 def _policy(question: Question, name: str, settings: Any) -> Arm:
     size = question.blocks_of
     if question.on_gpu:
-        check_block_size(size)
+        check_block_size(name, size)
     policy = _policy_of(question, name, settings, question.model.max_model_len)
     each = _block_bytes(question, size) * policy.numbers_per_token // (2 * policy.shape.head_dim)
     context, longest = question.context, question.model.max_model_len

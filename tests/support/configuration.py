@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The parts of vLLM's configuration that start-up reads, without vLLM."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from vllm_sparse.kv.host.geometry import GIB
+
+BLOCK_BYTES = 8192
+
+
+class Model(SimpleNamespace):
+    """A model of 4 layers and 2 KV heads of 8 bfloat16 numbers: 8 KiB per block of 32 tokens."""
+
+    use_mla = is_attention_free = is_hybrid = enable_sleep_mode = False
+    runner_type = "generate"
+    max_model_len = 1024
+    dtype = torch.bfloat16
+    kv_heads = 2
+
+    @property
+    def architecture(self) -> str:
+        return self.hf_config.architectures[0]
+
+    def get_num_layers(self, parallel) -> int:
+        return 4
+
+    def get_total_num_kv_heads(self) -> int:
+        return self.kv_heads
+
+    def get_num_kv_heads(self, parallel) -> int:
+        return max(1, self.kv_heads // parallel.tensor_parallel_size)
+
+    def get_head_size(self) -> int:
+        return 8
+
+
+# 40 blocks of host memory.
+SPARDA = {
+    **{"selector": "query", "block_size": 32, "kernel_stride": 8, "local_blocks": 1},
+    **{"top_k": 4, "dense_len": 0, "host_gib": 40 * BLOCK_BYTES / GIB},
+}
+
+
+def configuration(backend: str, settings: dict[str, Any] | None = None, **changes: Any) -> Any:
+    """A configuration that the backend serves, but for the changes.
+
+    Args:
+        backend: Its name.
+        settings: Its own, beside those that make SPARDA small.
+        **changes: ``part__key`` or whole parts.
+    """
+    section = {**(SPARDA if backend == "SPARDA" else {}), **(settings or {})}
+    values = {
+        "attention_config": SimpleNamespace(
+            backend=SimpleNamespace(name=backend), use_non_causal=False
+        ),
+        "additional_config": {"vllm_sparse": section},
+        "model_config": Model(hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"])),
+        "cache_config": SimpleNamespace(
+            cache_dtype="auto",
+            kv_offloading_size=None,
+            kv_offloading_backend="native",
+            enable_prefix_caching=True,
+            block_size=16,
+            user_specified_block_size=False,
+            num_gpu_blocks_override=None,
+        ),
+        "speculative_config": None,
+        "kv_transfer_config": None,
+        "lora_config": None,
+        "scheduler_config": SimpleNamespace(max_num_seqs=4),
+        "compilation_config": SimpleNamespace(cudagraph_capture_sizes=None),
+        "parallel_config": SimpleNamespace(
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            pipeline_parallel_size=1,
+            tensor_parallel_size=1,
+            data_parallel_size_local=1,
+            use_ubatching=False,
+        ),
+    }
+    for key, value in changes.items():
+        head, _, tail = key.partition("__")
+        if tail:
+            setattr(values[head], tail, value)
+        else:
+            values[head] = value
+    return SimpleNamespace(**values)

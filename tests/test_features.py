@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The table of features: what it refuses stops the start; what it serves has a test, and starts."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import torch
+from support.configuration import configuration
+from support.policies import make_policy
+
+from vllm_sparse import registry, startup
+from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.features import FEATURES, OUTSIDE, POLICIES, SPARDA, Refused, Served, Stock
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+ROOT = Path(__file__).resolve().parents[1]
+PLACES = [(family, on_gpu) for family in (POLICIES, SPARDA) for on_gpu in (False, True)]
+NAMES = {POLICIES: ("ROCKETKV", "QUEST", "SNAPKV", "STREAMINGLLM"), SPARDA: ("SPARDA",)}
+AHEAD = {"selector": "lookahead-query"}
+
+# What vLLM's configuration says when somebody asks for a feature, and part of the reason.
+BY_CONFIGURATION = {
+    "states": ({"model_config__is_hybrid": True}, "recurrent state"),
+    "mla": ({"model_config__use_mla": True}, "MLA"),
+    "pooling": ({"model_config__runner_type": "pooling"}, "pooling models"),
+    "non-causal": ({"attention_config__use_non_causal": True}, "non-causal"),
+    "fp8": ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+    "e5m2": ({"cache_config__cache_dtype": "fp8_e5m2"}, "fp8_e5m2: .*two binary digits"),
+    "scales-per-token": (
+        {"cache_config__cache_dtype": "int8_per_token_head"},
+        "scale of its own.*use fp8 or auto",
+    ),
+    "few-bits": ({"cache_config__cache_dtype": "nvfp4"}, "fewer than 8 bits"),
+    "tier": ({"cache_config__kv_offloading_size": 1e-3}, "remove --kv-offloading-size"),
+    "tier-backend": (
+        {
+            "cache_config__kv_offloading_size": 1e-3,
+            "cache_config__kv_offloading_backend": "lmcache",
+        },
+        "remove --kv-offloading-backend",
+    ),
+    "tier-alone": (
+        {
+            "cache_config__kv_offloading_size": 1e-3,
+            "cache_config__enable_prefix_caching": False,
+        },
+        "--no-enable-prefix-caching",
+    ),
+    "tier-states": (
+        {"cache_config__kv_offloading_size": 1e-3, "model_config__is_hybrid": True},
+        "recurrent states cannot come back",
+    ),
+    "tier-stages": (
+        {
+            "cache_config__kv_offloading_size": 1e-3,
+            "parallel_config__pipeline_parallel_size": 2,
+        },
+        "stages of a pipeline",
+    ),
+    "connectors": ({"kv_transfer_config": Mock(kv_connector="any")}, "--kv-transfer-config"),
+    "page-sizes": ({"settings": {"page_sizes": [1, 2]}}, r"page_sizes=\[1, 2\]"),
+    "tensor-parallel": ({"parallel_config__tensor_parallel_size": 2}, ""),
+    "ranks-than-heads": (
+        {"parallel_config__tensor_parallel_size": 4},
+        "--tensor-parallel-size 4 .* 2 KV heads",
+    ),
+    "pipeline": ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
+    "context-parallel": (
+        {"parallel_config__decode_context_parallel_size": 2},
+        "context parallelism",
+    ),
+    "half-steps": ({"parallel_config__use_ubatching": True}, "--enable-dbo"),
+    "drafts": ({"speculative_config": SimpleNamespace(method="suffix")}, "--speculative-config"),
+    "drafters": ({"speculative_config": SimpleNamespace(method="eagle")}, "--speculative-config"),
+    "drafts-states": (
+        {
+            "speculative_config": SimpleNamespace(method="ngram"),
+            "model_config__is_hybrid": True,
+        },
+        "beside recurrent state layers",
+    ),
+    "lora": ({"lora_config": object()}, "LoRA"),
+    "lora-ahead": ({"settings": AHEAD, "lora_config": object()}, "lookahead-query .*--enable-lora"),
+    "sparse-prompts": ({"settings": {"sparse_prefill": True}}, "sparse_prefill"),
+    "prompt-blocks": (
+        {"settings": {"sparse_prefill": 8}},
+        "sparse_prefill: 8 blocks for prompts and 4 for outputs",
+    ),
+    "sleep": ({"model_config__enable_sleep_mode": True}, "--enable-sleep-mode"),
+}
+
+PLAIN_LAYER = {
+    **{"alibi_slopes": None, "sinks": None, "logits_soft_cap": None, "attn_type": "decoder"},
+    **{"kv_sharing_target_layer_name": None},
+    **{"kv_cache_dtype": "auto", "expected_cache_dtype": "auto"},
+}
+
+# What a layer is built with.
+BY_LAYER = {
+    "alibi": ({"alibi_slopes": [1.0]}, "ALiBi"),
+    "sinks": ({"sinks": object()}, "sinks"),
+    "soft-cap": ({"logits_soft_cap": 30.0}, "capped"),
+    "encoder": ({"attn_type": "encoder"}, "encoder attention"),
+    "shared-caches": ({"kv_sharing_target_layer_name": "layer.0"}, "share one KV cache"),
+    "several-dtypes": (
+        {"kv_cache_dtype": "auto", "expected_cache_dtype": "fp8"},
+        "auto in a layer beside fp8 .*--kv-cache-dtype-skip-layers",
+    ),
+}
+
+# Nothing can ask for these in particular.
+ALWAYS = {
+    *("attention", "prefix-caching", "chunks", "preemption", "data-parallel", "server", "runner"),
+}
+
+# A whole engine shows it.
+BY_ENGINE = {
+    "flash-attention": "tests/backends/test_policy_gpu.py::"
+    "test_the_start_line_and_what_a_cpu_lacks",
+}
+
+
+def on_path(settings: dict, on_gpu: bool) -> dict:
+    return {**settings, "kernels": "triton"} if on_gpu else settings
+
+
+def windows(name: str, on_gpu: bool) -> None:
+    from vllm_sparse.backends.refusals import check_windows
+
+    check_windows(name, on_gpu)
+
+
+def flash_attention_4(name: str, on_gpu: bool) -> None:
+    from vllm_sparse.backends.policy_gpu import PolicyGpuBuilder
+
+    window = SimpleNamespace(impl=SimpleNamespace(vllm_flash_attn_version=4))
+    context = SimpleNamespace(static_forward_context={"window": window})
+    builder = SimpleNamespace(_planning=SimpleNamespace(layers=[]))
+    PolicyGpuBuilder._check_other_layers(builder, SimpleNamespace(compilation_config=context))
+
+
+def planning(name: str, on_gpu: bool, block_size: int) -> None:
+    """Two layers, of which the second has another ratio of heads."""
+    from vllm_sparse.backends.policy import Planning
+
+    policy = make_policy(head_dim=32, group_size=4, block_size=32, max_model_len=1024,
+                         **on_path({}, on_gpu))  # fmt: skip
+    layer = SimpleNamespace(impl=SimpleNamespace(num_heads=4, num_kv_heads=2))
+    model = SimpleNamespace(model_arch_config=SimpleNamespace())
+    config = SimpleNamespace(
+        model_config=model,
+        compilation_config=SimpleNamespace(static_forward_context={"model.layers.0.attn": layer}),
+    )
+    spec = SimpleNamespace(policy=policy, backend=name)
+    kernels = SimpleNamespace(name="any")
+    Planning(spec, ["model.layers.0.attn"], config, block_size, kernels, False, Mock())
+
+
+def sparda_layers(on_gpu: bool, block_size: int, count: int) -> None:
+    from vllm_sparse.backends.sparda_setup import check_layers
+    from vllm_sparse.config import load_settings
+
+    config = configuration("SPARDA", on_path({}, on_gpu))
+    settings = load_settings(config.additional_config, "sparda")
+    check_layers(config, settings, SimpleNamespace(block_size=block_size), [object()] * count)
+
+
+def unlike_layers(name: str, on_gpu: bool) -> None:
+    sparda_layers(on_gpu, 32, 3) if name == "SPARDA" else planning(name, on_gpu, 32)
+
+
+def other_blocks(name: str, on_gpu: bool) -> None:
+    sparda_layers(on_gpu, 64, 4) if name == "SPARDA" else planning(name, on_gpu, 48)
+
+
+def odd_blocks(name: str, on_gpu: bool) -> None:
+    from vllm_sparse.backends.refusals import check_block_size
+
+    if on_gpu:  # CPUs do not ask
+        check_block_size(name, 48)
+
+
+def unknown_projections(name: str, on_gpu: bool) -> None:
+    config = configuration(name, on_path(AHEAD, on_gpu))
+    config.model_config.hf_config.architectures = ["StrangeForCausalLM"]
+    startup.check_config(config)
+
+
+def untapped(name: str, on_gpu: bool) -> None:
+    from vllm_sparse.backends.sparda_setup import _selector
+    from vllm_sparse.config import load_settings
+
+    config = configuration(name, on_path(AHEAD, on_gpu))
+    settings = load_settings(config.additional_config, "sparda")
+    layer = SimpleNamespace(impl=None, layer_name="layer.0")
+    _selector(settings, None, torch.float32, [layer, layer], None, 1, torch.device("cpu"))
+
+
+BY_CHECK = {
+    "windows": (windows, "sliding-window"),
+    "flash-attention-4": (flash_attention_4, "flash_attn_version"),
+    "unlike-layers": (unlike_layers, "(2 and 4 query heads|3 of 4 layers)"),
+    "other-blocks": (other_blocks, "from 32 to 48|blocks of 64 tokens, but .* 32"),
+    "odd-blocks": (odd_blocks, "blocks of 48 tokens"),
+    "unknown-projections": (unknown_projections, "StrangeForCausalLM.*selector to query"),
+    "untapped": (untapped, "layer.0"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _machine(monkeypatch):
+    monkeypatch.setattr(startup, "available_bytes", lambda: 1 << 30)
+
+
+def ask(feature: str, name: str, on_gpu: bool) -> None:
+    """Ask a backend for a feature as start-up hears of it."""
+    if feature in BY_CONFIGURATION:
+        changes = dict(BY_CONFIGURATION[feature][0])
+        settings = on_path(changes.pop("settings", {}), on_gpu)
+        startup.check_config(configuration(name, settings, **changes))
+    elif feature in BY_LAYER:
+        from vllm_sparse.backends.refusals import check_layer
+
+        check_layer(name, on_gpu, **{**PLAIN_LAYER, **BY_LAYER[feature][0]})
+    elif feature in BY_CHECK:
+        BY_CHECK[feature][0](name, on_gpu)
+
+
+def names(feature: str, family: str) -> tuple[str, ...]:
+    """Backends that can ask: a setting may be one backend's."""
+    return ("ROCKETKV",) if feature == "page-sizes" else NAMES[family]
+
+
+@cache
+def written_in(file: str) -> frozenset[str]:
+    found = set()
+    for node in ast.parse((ROOT / file).read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}::{part.name}" for part in node.body if hasattr(part, "name")}
+    return frozenset(found)
+
+
+def test_every_feature_can_be_asked_for():
+    kinds = [BY_CONFIGURATION, BY_LAYER, BY_CHECK, BY_ENGINE, ALWAYS]
+    assert sorted(name for kind in kinds for name in kind) == sorted(FEATURES)
+    for name in ALWAYS:
+        assert not any(isinstance(cell, Refused) for cell in FEATURES[name].cells.values())
+
+
+@pytest.mark.parametrize("feature", sorted({*BY_CONFIGURATION, *BY_LAYER, *BY_CHECK}))
+def test_what_is_refused_stops_the_start_and_nothing_else_does(feature):
+    (words,) = (
+        kind[feature][1] for kind in (BY_CONFIGURATION, BY_LAYER, BY_CHECK) if feature in kind
+    )
+    for family, on_gpu in PLACES:
+        verdict = FEATURES[feature].verdict(family, on_gpu)
+        for name in names(feature, family):
+            if isinstance(verdict, Refused):
+                with pytest.raises(UnsupportedError) as stopped:
+                    ask(feature, name, on_gpu)
+                said = str(stopped.value)
+                fixed = re.split(r"\{\w+\}", verdict.reason)
+                assert all(part in said for part in fixed), said
+                assert re.search(words, said), said
+                assert not re.search(r"\{\w+\}", said), said
+            elif verdict is not None:
+                ask(feature, name, on_gpu)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_what_is_served_has_a_test(feature):
+    cells = FEATURES[feature].cells.values()
+    shown = [cell.test for cell in cells if isinstance(cell, Served | Stock)]
+    for test in [*shown, *([BY_ENGINE[feature]] if feature in BY_ENGINE else [])]:
+        file, _, name = test.partition("::")
+        assert name in written_in(file), test
+
+
+def test_reasons_say_what_to_do():
+    advice = re.compile(r"\b(use|remove|leave|choose|set|are served on CPUs|vllm_sparse\.)", re.I)
+    for feature in FEATURES.values():
+        for cell in feature.cells.values():
+            # A layer's reasons end with "Leave out --attention-backend".
+            if isinstance(cell, Refused) and feature.name not in BY_LAYER:
+                assert advice.search(cell.reason), cell.reason
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix", "custom_class"])
+def test_a_gpus_path_is_a_gpus_interpreted_or_not(method):
+    drafts = {"speculative_config": SimpleNamespace(method=method)}
+    startup.check_config(configuration("ROCKETKV", **drafts))
+    with pytest.raises(UnsupportedError, match="on GPUs"):
+        startup.check_config(configuration("ROCKETKV", **drafts), lambda: 1 << 30)
+    with pytest.raises(UnsupportedError, match="on GPUs"):
+        startup.check_config(configuration("ROCKETKV", {"kernels": "triton"}, **drafts))
+
+
+def test_a_tier_of_somebody_elses_making_is_refused():
+    chosen = SimpleNamespace(kv_connector_module_path="vllm_sparse.kv.tier")
+    startup.check_config(configuration("ROCKETKV", kv_transfer_config=chosen))
+    with pytest.raises(UnsupportedError, match="remove --kv-transfer-config"):
+        startup.check_config(configuration("SPARDA", kv_transfer_config=chosen))
+
+
+def test_a_policy_of_another_package_is_served_as_ours_but_for_its_own_cells(monkeypatch):
+    point = EntryPoint("LARGEKEYS", "support.outside:LargeKeys", registry.ENTRY_POINTS)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    registry.entries.cache_clear()
+    try:
+        for feature in sorted(set(BY_CONFIGURATION) - {"page-sizes"}):
+            verdict = FEATURES[feature].verdict(OUTSIDE, False)
+            if isinstance(verdict, Refused):
+                with pytest.raises(UnsupportedError):
+                    ask(feature, "LARGEKEYS", False)
+            elif verdict is not None:
+                ask(feature, "LARGEKEYS", False)
+        assert isinstance(FEATURES["tier"].verdict(OUTSIDE, False), Refused)
+    finally:
+        monkeypatch.undo()
+        registry.entries.cache_clear()
+
+
+def test_adapters_refuse_by_the_table_alone():
+    """Whoever raises by hand says something that the documentation does not know."""
+    allowed = {("refusals.py", "check_layer"), ("startup.py", "check_config")}
+    package = ROOT / "vllm_sparse"
+    found = set()
+    for path in [*(package / "backends").glob("*.py"), *package.glob("*.py")]:
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef) or path.name == "versions.py":
+                continue
+            for node in ast.walk(function):
+                if isinstance(node, ast.Raise) and "UnsupportedError(" in ast.unparse(node):
+                    found.add((path.name, function.name))
+    assert found == allowed

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Which features a configuration or a layer asks for, whoever is to serve them.
+
+Names are those of :data:`vllm_sparse.features.FEATURES`; facts fill its reasons.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_sparse.forecast.routing import LOOKAHEAD_SELECTORS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    Asked = Iterator[tuple[str, dict[str, object]]]
+
+PLAIN_CACHES = ("auto", "bfloat16", "float16")
+FP8_CACHES = ("fp8", "fp8_e4m3")
+
+# They draft from tokens alone: no layers, no KV cache.
+_DRAFTS_WITHOUT_CACHE = ("ngram", "suffix", "custom_class")
+
+TIER_MODULE = "vllm_sparse.kv.tier"
+"""Of the connector that start-up chooses for ``--kv-offloading-size``."""
+
+
+def cache_itemsize(kind: str, model_itemsize: int) -> int:
+    """Bytes of a number in a KV cache that is served.
+
+    Args:
+        kind: vLLM's ``cache_dtype``.
+        model_itemsize: Bytes of the model's numbers.
+    """
+    if kind in FP8_CACHES:
+        return 1
+    return model_itemsize if kind == "auto" else 2
+
+
+def of_config(config: Any, settings: Any) -> Asked:
+    """What a configuration asks for.
+
+    Args:
+        config: vLLM's configuration.
+        settings: The backend's.
+
+    Yields:
+        Names of features, and facts.
+    """
+    model = config.model_config
+    if model.use_mla:
+        yield "mla", {}
+    if not model.is_attention_free and model.runner_type != "generate":
+        yield "pooling", {"runner": model.runner_type}
+    if model.is_hybrid:
+        yield "states", {}
+    if config.attention_config.use_non_causal:
+        yield "non-causal", {}
+    yield from of_cache(str(config.cache_config.cache_dtype))
+    yield from _of_drafts(config)
+    yield from _of_ranks(config)
+    yield from _of_tier(config)
+    if model.enable_sleep_mode:
+        yield "sleep", {}
+    if config.lora_config is not None:
+        yield "lora", {}
+    yield from _of_settings(settings, config.lora_config is not None)
+
+
+def of_cache(kind: str) -> Asked:
+    """What a kind of KV cache asks for: vLLM's ``cache_dtype``."""
+    if kind in FP8_CACHES:
+        yield "fp8", {"kind": kind}
+    elif kind not in PLAIN_CACHES:
+        others = (("e5m2", "e5m2"), ("per_token_head", "scales-per-token"), ("", "few-bits"))
+        yield next(name for part, name in others if part in kind), {"kind": kind}
+
+
+def _of_drafts(config: Any) -> Asked:
+    drafts = config.speculative_config
+    if drafts is None:
+        return
+    known = drafts.method in _DRAFTS_WITHOUT_CACHE
+    yield "drafts" if known else "drafters", {"method": drafts.method}
+    if config.model_config.is_hybrid:
+        yield "drafts-states", {}
+
+
+def _of_ranks(config: Any) -> Asked:
+    parallel, heads = config.parallel_config, config.model_config.get_total_num_kv_heads()
+    if parallel.tensor_parallel_size > 1:
+        yield "tensor-parallel", {}
+    if parallel.tensor_parallel_size > heads:
+        yield "ranks-than-heads", {"ranks": parallel.tensor_parallel_size, "heads": heads}
+    if parallel.pipeline_parallel_size > 1:
+        yield "pipeline", {}
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        yield "context-parallel", {}
+    if parallel.use_ubatching:
+        yield "half-steps", {}
+
+
+def _of_tier(config: Any) -> Asked:
+    cache, transfer = config.cache_config, config.kv_transfer_config
+    ours = transfer is not None and transfer.kv_connector_module_path == TIER_MODULE
+    if transfer is not None and not ours:
+        yield "connectors", {}
+    if cache.kv_offloading_size is None and not ours:
+        return
+    yield "tier", {"option": "--kv-transfer-config" if ours else "--kv-offloading-size"}
+    if ours:  # start-up has chosen it, or somebody has
+        return
+    if cache.kv_offloading_backend != "native":
+        yield "tier-backend", {}
+    if not cache.enable_prefix_caching:
+        yield "tier-alone", {}
+    if config.model_config.is_hybrid:
+        yield "tier-states", {}
+    if config.parallel_config.pipeline_parallel_size > 1:
+        yield "tier-stages", {}
+
+
+def _of_settings(settings: Any, lora: bool) -> Asked:
+    if len(getattr(settings, "page_sizes", ())) > 1:
+        yield "page-sizes", {"sizes": list(settings.page_sizes)}
+    if not hasattr(settings, "chosen_selector"):
+        return
+    if lora and settings.chosen_selector in LOOKAHEAD_SELECTORS:
+        yield "lora-ahead", {"selector": settings.chosen_selector}
+    if settings.sparse_prefill:
+        yield "sparse-prompts", {}
+    if settings.sparse_prefill and not settings.prompts_like_outputs:
+        prompts, outputs = settings.prompt_blocks_read, settings.blocks_read
+        yield "prompt-blocks", {"prompts": prompts, "outputs": outputs}
+
+
+def of_layer(
+    *,
+    alibi_slopes: Any,
+    sinks: Any,
+    logits_soft_cap: float | None,
+    attn_type: str,
+    kv_sharing_target_layer_name: str | None,
+    kv_cache_dtype: str,
+    expected_cache_dtype: str,
+) -> Asked:
+    """What a layer asks for.
+
+    Args:
+        alibi_slopes: Not None for ALiBi models.
+        sinks: Not None for learned attention sinks.
+        logits_soft_cap: Non-zero for capped logits.
+        attn_type: vLLM's attention type.
+        kv_sharing_target_layer_name: Not None if the layer reads another layer's KV cache.
+        kv_cache_dtype: The layer's; a checkpoint may set it after start-up's checks.
+        expected_cache_dtype: That of all layers.
+
+    Yields:
+        Names of features, and facts.
+    """
+    if alibi_slopes is not None:
+        yield "alibi", {}
+    if sinks is not None:
+        yield "sinks", {}
+    if logits_soft_cap:
+        yield "soft-cap", {}
+    if attn_type != "decoder":
+        yield "encoder", {"kind": attn_type}
+    if kv_sharing_target_layer_name is not None:
+        yield "shared-caches", {}
+    yield from of_cache(kv_cache_dtype)
+    if kv_cache_dtype != expected_cache_dtype:
+        yield "several-dtypes", {"kind": kv_cache_dtype, "expected": expected_cache_dtype}

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Rows of the table: models: what their layers are."""
+
+from __future__ import annotations
+
+from vllm_sparse.features.verdicts import Refused, Served, Stock, everywhere, row
+
+_CPU = "tests/backends/test_policy_cpu.py::"
+_STATES = "tests/backends/test_states_cpu.py::"
+_GPU = "tests/backends/test_policy_gpu.py::"
+_SPARDA = "tests/backends/test_sparda.py::"
+_SPARDA_GPU = Served("tests/backends/test_sparda_gpu.py::test_gpu_path_gives_the_cpu_path_s_tokens")
+_MODELS = "Models"
+
+ROWS = (
+    row(
+        _MODELS, "attention",
+        "multi-head and grouped-query attention (Llama, Qwen, Mistral, MiniCPM, Granite)",
+        (
+            Served(_CPU + "test_sparse_engine_equals_hugging_face_with_the_mask"),
+            Served(_GPU + "test_gpu_path_gives_the_cpu_path_s_tokens"),
+        ),
+        (Served(_SPARDA + "test_lookahead_query_equals_hugging_face"), _SPARDA_GPU),
+    ),
+    row(
+        _MODELS, "windows", "sliding-window layers beside full attention",
+        (
+            Stock(_CPU + "test_sliding_window_layers_stay_stock"),
+            Stock(_GPU + "test_sliding_window_layers_stay_stock"),
+        ),
+        Refused(
+            "this model has sliding-window layers, but {backend} looks from each layer to the next "
+            "and needs them all alike. Use --attention-backend ROCKETKV"
+        ),
+    ),
+    row(
+        _MODELS, "flash-attention-4", "sliding-window layers that run on FlashAttention 4",
+        (
+            None,
+            # It takes what makes the runner hand over prompt lengths for another kind of window.
+            Refused(
+                "sliding-window layers stay stock beside ours, which FlashAttention 4 does not "
+                "allow. Choose an older one with --attention-config.flash_attn_version"
+            ),
+        ),
+        None,
+    ),
+    row(
+        _MODELS, "states", "recurrent state layers (Granite H, Qwen3-Next)",
+        (
+            Served(_STATES + "test_recurrent_states_equal_hugging_face"),
+            Refused(
+                "models with recurrent state layers have blocks that are no power of two, which "
+                "GPU kernels need; they are served on CPUs"
+            ),
+        ),
+        Refused(
+            "models with recurrent state layers pad each block to a state, which takes more device "
+            "memory than stock attention; use ROCKETKV on CPUs"
+        ),
+    ),
+    row(
+        _MODELS, "unlike-layers", "full-attention layers of several shapes in one model",
+        Refused(
+            "layers with {found} and {expected} query heads per KV head share a cache layout; "
+            "{backend} needs one ratio for the whole model. Leave out --attention-backend"
+        ),
+        Refused(
+            "{found} of {expected} layers have one kind of attention and one size of KV heads; "
+            "{backend} looks from each layer to the next and needs them all alike. Use "
+            "--attention-backend ROCKETKV"
+        ),
+    ),
+    everywhere(
+        _MODELS, "mla", "multi-head latent attention (DeepSeek)",
+        "MLA models have one latent vector per token and no KV heads; use a GQA model",
+    ),
+    everywhere(
+        _MODELS, "pooling", "embedding, classification and other models that do not decode",
+        "{runner} models do not decode; leave out --attention-backend",
+    ),
+    everywhere(
+        _MODELS, "alibi", "ALiBi",
+        "ALiBi adds a bias by position, which kept tokens no longer have",
+    ),
+    everywhere(
+        _MODELS, "sinks", "learned attention sinks (gpt-oss)",
+        "learned attention sinks take part in every softmax",
+    ),
+    everywhere(
+        _MODELS, "soft-cap", "capped logits (Gemma 2)",
+        "capped logits are not implemented by the decode kernels",
+    ),
+    everywhere(
+        _MODELS, "encoder", "encoder and cross attention",
+        "{kind} attention has no KV cache that grows by decoding",
+    ),
+    everywhere(
+        _MODELS, "shared-caches", "layers that share one KV cache (Gemma 3n)",
+        "layers that share one KV cache keep different tokens",
+    ),
+    everywhere(
+        _MODELS, "non-causal", "non-causal attention",
+        "non-causal attention needs the whole context at every step; leave out --attention-backend",
+    ),
+    row(
+        _MODELS, "unknown-projections",
+        "selectors `forecast` and `lookahead-query` with other architectures than are known",
+        None,
+        Refused(
+            "selector {selector} needs the input of each layer's query projection, and "
+            "{architecture} is not among the architectures where that is known: {known}. Set "
+            "vllm_sparse.selector to query or previous"
+        ),
+    ),
+    row(
+        _MODELS, "untapped", "the same with layers that have no projection to sit beside",
+        None,
+        Refused(
+            "selector {selector} needs a projection beside qkv_proj, which these layers lack: "
+            "{layers}. Choose selector query or previous"
+        ),
+    ),
+)  # fmt: skip

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Rows of the table: ranks, decoding and serving."""
+
+from __future__ import annotations
+
+from vllm_sparse.features.verdicts import Refused, Served, Untested, everywhere, row
+
+_CPU = "tests/backends/test_policy_cpu.py::"
+_GPU = "tests/backends/test_policy_gpu.py::"
+_SPARDA = "tests/backends/test_sparda.py::"
+_SPARDA_GPU = Served("tests/backends/test_sparda_gpu.py::test_gpu_path_gives_the_cpu_path_s_tokens")
+_SERVE = Served("tests/test_serve.py::test_concurrent_served_requests_equal_the_engine")
+_RANKS = "Parallelism"
+_SERVING = "Decoding and serving"
+
+ROWS = (
+    row(
+        _RANKS, "tensor-parallel", "tensor parallelism",
+        (Served(_CPU + "test_tensor_parallelism_changes_nothing"), Untested()),
+        (Served(_SPARDA + "test_nothing_changes_with"), Untested()),
+    ),
+    row(
+        _RANKS, "ranks-than-heads", "more tensor-parallel ranks than KV heads",
+        Untested(),
+        Refused(
+            "--tensor-parallel-size {ranks} is more than the {heads} KV heads, each of which has a "
+            "cache of its own; use at most as many ranks"
+        ),
+    ),
+    row(
+        _RANKS, "pipeline", "pipeline parallelism",
+        Untested(),
+        Refused(
+            "pipeline parallelism puts a layer and the one before it on different ranks; use "
+            "tensor parallelism, or ROCKETKV"
+        ),
+    ),
+    row(_RANKS, "data-parallel", "data parallelism", Untested(), Untested()),
+    everywhere(
+        _RANKS, "context-parallel", "context parallelism",
+        "context parallelism spreads one request's tokens over ranks; use tensor parallelism",
+    ),
+    everywhere(
+        _RANKS, "half-steps", "dual batch overlap",
+        "dual batch overlap builds the metadata of half a step; remove --enable-dbo",
+    ),
+    row(
+        _SERVING, "server", "the OpenAI API, batches, several samples, aborts, metrics",
+        (_SERVE, Untested()), (_SERVE, Untested()),
+    ),
+    row(
+        _SERVING, "runner", "Model Runner V2, beside V1",
+        (
+            Served(_CPU + "test_model_runner_v2_changes_nothing"),
+            Served(_GPU + "test_gpu_path_gives_the_cpu_path_s_tokens"),
+        ),
+        (Served(_SPARDA + "test_nothing_changes_with"), _SPARDA_GPU),
+    ),
+    row(
+        _SERVING, "drafts", "drafts from tokens: methods `ngram`, `suffix`, `custom_class`",
+        (
+            Served(_CPU + "test_drafts_change_nothing"),
+            Refused(
+                "speculative decoding on GPUs: steps are planned from lengths that count rejected "
+                "drafts; remove --speculative-config"
+            ),
+        ),
+        Refused(
+            "speculative decoding: rows of several tokens stream their whole context in every "
+            "step; remove --speculative-config"
+        ),
+    ),
+    row(
+        _SERVING, "drafters", "drafters with layers: EAGLE, MTP, draft models",
+        Refused(
+            "--speculative-config: the drafter of method {method} has layers of its own, whose "
+            "blocks would leave with ours; use method ngram, suffix, custom_class"
+        ),
+        Refused(
+            "speculative decoding: rows of several tokens stream their whole context in every "
+            "step; remove --speculative-config"
+        ),
+    ),
+    row(
+        _SERVING, "drafts-states", "speculative decoding beside recurrent state layers",
+        Refused(
+            "speculative decoding beside recurrent state layers: vLLM 0.32's CPU kernels give "
+            "other tokens as soon as it is configured, with this plugin or without, and its GPU "
+            "kernels are untried with it; remove --speculative-config"
+        ),
+        None,
+    ),
+    row(
+        _SERVING, "lora", "LoRA",
+        (Served(_CPU + "test_lora_equals_merged_weights"), Untested()),
+        (Served(_SPARDA + "test_lora_equals_merged_weights"), Untested()),
+    ),
+    row(
+        _SERVING, "lora-ahead", "LoRA with the selectors `forecast` and `lookahead-query`",
+        None,
+        Refused(
+            "LoRA replaces the projections that selector {selector} sits beside; set "
+            "vllm_sparse.selector to previous or query, or remove --enable-lora"
+        ),
+    ),
+    row(
+        _SERVING, "sparse-prompts", "`sparse_prefill`",
+        None, (Served(_SPARDA + "test_sparse_prompts_equal_hugging_face"), _SPARDA_GPU),
+    ),
+    row(
+        _SERVING, "prompt-blocks", "`sparse_prefill` with another number of blocks than outputs",
+        None,
+        (
+            Served(_SPARDA + "test_sparse_prompts_equal_hugging_face"),
+            Refused(
+                "vllm_sparse.sparse_prefill: {prompts} blocks for prompts and {outputs} for "
+                "outputs are supported on CPUs only: on a GPU a captured graph may run a prompt's "
+                "token among decode rows. Set sparse_prefill to true, or top_k to the same number"
+            ),
+        ),
+    ),
+    row(
+        _SERVING, "sleep", "sleep mode",
+        Untested(),
+        Refused(
+            "sleep mode frees device memory that it does not know of; remove --enable-sleep-mode"
+        ),
+    ),
+    row(
+        _SERVING, "flash-attention", "GPUs for which vLLM has no FlashAttention",
+        (
+            None,
+            Refused(
+                "prompts run through FlashAttention, which this installation of vLLM lacks for "
+                "this device. On a CPU leave vllm_sparse.kernels at auto"
+            ),
+        ),
+        None,
+    ),
+)  # fmt: skip
