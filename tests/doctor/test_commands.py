@@ -26,17 +26,18 @@ def test_it_works_where_nothing_else_does(tmp_path):
     package(tmp_path, "vllm", "raise RuntimeError('first line\\n\\noperator nms does not exist')")
     package(tmp_path, "torchvision", "raise RuntimeError('another torch')")
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "vllm_sparse.cli", "doctor", "--json"],
+        [sys.executable, "-P", "-m", "vllm_sparse.cli", "doctor", "--json", "--thorough"],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     wrong = [found for found in json.loads(done.stdout) if found["level"] == "error"]
     said = "\n".join(found["what"] for found in wrong)
-    assert len(wrong) == 3
     assert "cannot be imported: ImportError: libtorch.so: not found" in said
     assert "cannot be imported: RuntimeError: operator nms does not exist" in said
     assert "torchvision does not load with this torch: RuntimeError: another torch" in said
+    assert "vLLM cannot load it: RuntimeError: operator nms does not exist" in said
+    assert len(wrong) == 4
     assert all(found["why"] and found["todo"] for found in wrong)
 
 
@@ -48,9 +49,11 @@ def test_imports_that_hang_or_crash(monkeypatch, tmp_path, body, stopped):
     package(tmp_path, "torch", f"print('noise', flush=True); {body}")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     begin = time.monotonic()
-    seen = observe.Probe(examine.PROBE, (), 1.0 if stopped == "time" else 30.0).collect()
-    assert time.monotonic() - begin < 20
-    assert seen == observe.Observed({}, stopped, "noise")
+    seen = observe.Probe(examine.PROBE, (), 0.5 if stopped == "time" else 100.0).collect()
+    assert time.monotonic() - begin < 45
+    assert (seen.facts, seen.stopped) == ({}, stopped)
+    if stopped == "died":
+        assert seen.noise == "noise"
 
 
 def test_text_and_status(monkeypatch, capsys):
