@@ -75,7 +75,13 @@ BY_CONFIGURATION = {
         {"parallel_config__tensor_parallel_size": 4},
         "--tensor-parallel-size 4 .* 2 KV heads",
     ),
-    "pipeline": ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
+    "pipeline": ({"parallel_config__pipeline_parallel_size": 2}, ""),
+    "pipeline-ahead": (
+        {"settings": AHEAD, "parallel_config__pipeline_parallel_size": 2},
+        "pipeline parallelism.* lookahead-query",
+    ),
+    "windows-only": ({"cache_config__sliding_window": 4096}, "window of 4096 tokens"),
+    "auxiliary": ({"aux_output_config": SimpleNamespace(enabled=True)}, "auxiliary outputs"),
     "context-parallel": (
         {"parallel_config__decode_context_parallel_size": 2},
         "context parallelism",
@@ -121,7 +127,16 @@ BY_LAYER = {
 
 # Nothing can ask for these in particular.
 ALWAYS = {
-    *("attention", "prefix-caching", "chunks", "preemption", "data-parallel", "server", "runner"),
+    *(
+        "attention",
+        "experts",
+        "prefix-caching",
+        "chunks",
+        "preemption",
+        "data-parallel",
+        "server",
+        "runner",
+    ),
 }
 
 # A whole engine shows it.

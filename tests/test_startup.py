@@ -35,7 +35,7 @@ def test_weights_are_known_from_files_or_from_the_shape(tmp_path):
     assert device_room.weight_bytes(model) / 2 == pytest.approx(8.03e9, rel=0.001)  # Llama 3.1 8B
     given = SimpleNamespace(
         model_config=model,
-        parallel_config=SimpleNamespace(tensor_parallel_size=2),
+        parallel_config=SimpleNamespace(tensor_parallel_size=2, pipeline_parallel_size=1),
         cache_config=SimpleNamespace(gpu_memory_utilization=0.5),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=1000),
     )
@@ -56,6 +56,7 @@ class TestGuard:
         accepted = config()
         startup.check_config(accepted)
         assert accepted.cache_config.block_size == 32
+        assert accepted.cache_config.user_specified_block_size, "or vLLM would choose again"
         assert accepted.cache_config.num_gpu_blocks_override == 40
         assert accepted.model_config.architecture == "LlamaForCausalLM"
 
@@ -129,6 +130,17 @@ class TestGuard:
         started = config({"staging_blocks": 16}, cache_config__cache_dtype="fp8")
         startup.check_config(started, lambda: taken + 3 * 4 * 4096 - 1)
         assert started.scheduler_config.max_num_seqs == 2
+
+    def test_the_longest_stage_of_a_pipeline_bounds_the_blocks(self, monkeypatch):
+        """Three of four layers; but all stages are in the memory of one machine."""
+        accepted = config(parallel_config__pipeline_parallel_size=2)
+        startup.check_config(accepted)
+        assert accepted.cache_config.num_gpu_blocks_override == 40 * 4 // 3
+        monkeypatch.setattr(startup, "available_bytes", lambda: 53 * BLOCK_BYTES)
+        startup.check_config(config(parallel_config__pipeline_parallel_size=2))
+        monkeypatch.setattr(startup, "available_bytes", lambda: 53 * BLOCK_BYTES - 1)
+        with pytest.raises(ConfigError, match="on all ranks together"):
+            startup.check_config(config(parallel_config__pipeline_parallel_size=2))
 
     def test_contradicting_block_sizes(self):
         given = {"cache_config__user_specified_block_size": True, "cache_config__block_size": 64}

@@ -20,7 +20,8 @@ def left_bytes(config: Any, total_bytes: int) -> int:
         config: vLLM's configuration; only parts that are known before anything is loaded.
         total_bytes: Of one device.
     """
-    ranks = config.parallel_config.tensor_parallel_size
+    parallel = config.parallel_config
+    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     usable = int(total_bytes * config.cache_config.gpu_memory_utilization)
     return usable - weight_bytes(config.model_config) // ranks - _working_bytes(config)
 

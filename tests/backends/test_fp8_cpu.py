@@ -58,6 +58,22 @@ def test_chunks_prefix_hits_and_preemption_change_nothing(llama, prompts, sparse
     assert max(run["cached"][1]) > 0
 
 
+def test_drafts_and_a_tier_of_host_memory_beside_it_change_nothing(llama, prompts, sparse_fp8):
+    """All at once: six prompts of 19 blocks twice through a pool of 47, drafts mostly wrong."""
+    drafter = {
+        "method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1,
+        "prompt_lookup_max": 3,
+    }  # fmt: skip
+    run = run_engine(
+        llama, prompts, settings=SPARSE, new_tokens=60, waves=2, num_gpu_blocks_override=48,
+        kv_offloading_size=0.05, speculative_config=drafter, **SCALED,
+    )  # fmt: skip
+    assert run["tokens"] == sparse_fp8["tokens"] * 2
+    assert run["drafted"] > run["accepted"] + 100
+    assert min(run["cached"][1]) > 0, "the pool alone would have lost the first ones"
+    assert run["free_blocks"][0] == run["free_blocks"][1]
+
+
 @pytest.mark.parametrize("backend", ["quest", "snapkv", "streamingllm"])
 def test_other_policies(llama, prompts, backend):
     """With a budget of the whole context as stock; with less, not."""

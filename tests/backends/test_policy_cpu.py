@@ -12,7 +12,7 @@ import json
 import shutil
 
 import pytest
-from reference import hf_rocketkv, lora
+from reference import hf_rocketkv, lora, random_models
 from support.engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS, run_engine
 from support.masked import assert_tokens_of_hugging_face, hf_model, policy_of
 from support.oracle import speculation
@@ -192,14 +192,23 @@ def test_model_runner_v2_changes_nothing(llama, prompts, sparse_run):
     assert run["counters"]["decode_rows"] > 0
 
 
+def test_experts_equal_hugging_face(tmp_path, prompts):
+    model = random_models.save_random_model(tmp_path / "moe", "qwen3_moe", layers=3)
+    run = run_engine(
+        model, prompts[:2], settings=SETTINGS, block_size=BLOCK_SIZE, new_tokens=40
+    )  # fmt: skip
+    assert_tokens_of_hugging_face(model, prompts[:2], run["tokens"][0])
+
+
 def test_sliding_window_layers_stay_stock(windowed, prompts):
-    """Only the full ones are ours."""
+    """Only the full one is ours, which the start says."""
     model, shared = windowed, {"block_size": BLOCK_SIZE, "new_tokens": 40}
     everything = {**SETTINGS, "token_budget": 4096, "stage1": False}
     stock = run_engine(model, prompts[:3], **shared)
     run = run_engine(model, prompts[:3], settings=everything, **shared)
     assert run["tokens"] == stock["tokens"]
     assert run["counters"]["decode_rows"] > 0
+    assert "1 of 3 attention layers, the others have sliding windows" in run["log"]
     sparse = run_engine(model, prompts[:3], settings=SETTINGS, waves=2, **shared)
     assert sparse["counters"]["blocks_evicted"] > 0
     assert sparse["tokens"][0] == sparse["tokens"][1] != stock["tokens"][0]

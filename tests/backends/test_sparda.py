@@ -105,7 +105,9 @@ def test_crossing_dense_len_while_decoding_equals_hugging_face(llama, prompts):
     assert run["counters"]["dense_fallbacks/shorter_than_dense_len"] == 2
 
 
-@pytest.mark.parametrize(("arch", "extra"), [("qwen3", {}), ("minicpm", {"model_type": "llama"})])
+@pytest.mark.parametrize(
+    ("arch", "extra"), [("qwen3", {}), ("qwen3_moe", {}), ("minicpm", {"model_type": "llama"})]
+)
 def test_other_architectures_equal_hugging_face(tmp_path, prompts, arch, extra):
     model = tmp_path / arch
     if arch == "minicpm":

@@ -71,7 +71,7 @@ def test_the_gpu_path_rounds_to_the_nearest(llama, prompts):
     prompts = [prompts[1][:301]]
     run = run_sparda(
         llama, prompts, selector="previous", kernels="triton", kv_cache_dtype="fp8",
-        new_tokens=6, max_num_batched_tokens=200, timeout=900,
+        new_tokens=16, max_num_batched_tokens=200, timeout=900,
         env={"VLLM_USE_V2_MODEL_RUNNER": "1"},
         stand_ins=("flash_attention", "captured_graphs", "kv_scales"),
     )  # fmt: skip

@@ -38,6 +38,8 @@ from transformers import (
     MistralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
@@ -63,7 +65,9 @@ def save_random_model(
     std=0.1,
     max_position_embeddings=4096,
 ):
-    """Write a random float32 checkpoint of one of ``ARCHITECTURES`` or granite; returns ``path``.
+    """Write a random float32 checkpoint of one of ``ARCHITECTURES``, granite or qwen3_moe.
+
+    Returns ``path``.
 
     ``hidden`` defaults to 128, for qwen2, minicpm and granite to ``heads * head_dim``: vLLM derives
     their head size from it. Granite multiplies logits with ``GRANITE_SCALE``.
@@ -102,6 +106,9 @@ def save_random_model(
     }
     if arch == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**options))
+    elif arch == "qwen3_moe":
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": hidden}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**experts, **options))
     elif arch == "mistral":
         model = MistralForCausalLM(MistralConfig(sliding_window=None, **options))
     elif arch == "granite":

@@ -28,7 +28,8 @@ class Model(SimpleNamespace):
         return self.hf_config.architectures[0]
 
     def get_num_layers(self, parallel) -> int:
-        return 4
+        stages = {1: [4], 2: [1, 3]}[parallel.pipeline_parallel_size]
+        return stages[parallel.rank // parallel.tensor_parallel_size]
 
     def get_total_num_kv_heads(self) -> int:
         return self.kv_heads
@@ -67,6 +68,7 @@ def configuration(backend: str, settings: dict[str, Any] | None = None, **change
             kv_offloading_size=None,
             kv_offloading_backend="native",
             enable_prefix_caching=True,
+            sliding_window=None,
             block_size=16,
             user_specified_block_size=False,
             num_gpu_blocks_override=None,
@@ -81,6 +83,7 @@ def configuration(backend: str, settings: dict[str, Any] | None = None, **change
             prefill_context_parallel_size=1,
             pipeline_parallel_size=1,
             tensor_parallel_size=1,
+            rank=0,
             data_parallel_size_local=1,
             use_ubatching=False,
         ),

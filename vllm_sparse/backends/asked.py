@@ -57,6 +57,11 @@ def of_config(config: Any, settings: Any) -> Asked:
         yield "states", {}
     if config.attention_config.use_non_causal:
         yield "non-causal", {}
+    if window := config.cache_config.sliding_window:  # vLLM sets it if all layers have one
+        yield "windows-only", {"window": window}
+    auxiliary = getattr(config, "aux_output_config", None)  # from vLLM 0.33 on
+    if auxiliary is not None and auxiliary.enabled:
+        yield "auxiliary", {}
     yield from of_cache(str(config.cache_config.cache_dtype))
     yield from _of_drafts(config)
     yield from _of_ranks(config)
@@ -65,7 +70,7 @@ def of_config(config: Any, settings: Any) -> Asked:
         yield "sleep", {}
     if config.lora_config is not None:
         yield "lora", {}
-    yield from _of_settings(settings, config.lora_config is not None)
+    yield from _of_settings(config, settings)
 
 
 def of_cache(kind: str) -> Asked:
@@ -121,13 +126,16 @@ def _of_tier(config: Any) -> Asked:
         yield "tier-stages", {}
 
 
-def _of_settings(settings: Any, lora: bool) -> Asked:
+def _of_settings(config: Any, settings: Any) -> Asked:
     if len(getattr(settings, "page_sizes", ())) > 1:
         yield "page-sizes", {"sizes": list(settings.page_sizes)}
     if not hasattr(settings, "chosen_selector"):
         return
-    if lora and settings.chosen_selector in LOOKAHEAD_SELECTORS:
-        yield "lora-ahead", {"selector": settings.chosen_selector}
+    if settings.chosen_selector in LOOKAHEAD_SELECTORS:
+        if config.parallel_config.pipeline_parallel_size > 1:
+            yield "pipeline-ahead", {"selector": settings.chosen_selector}
+        if config.lora_config is not None:
+            yield "lora-ahead", {"selector": settings.chosen_selector}
     if settings.sparse_prefill:
         yield "sparse-prompts", {}
     if settings.sparse_prefill and not settings.prompts_like_outputs:

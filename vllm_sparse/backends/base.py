@@ -24,6 +24,8 @@ class SparseBackend:
     # ROCKETKV may write a replayed token only after compaction; SPARDA writes in the order that its
     # copies allow.
     forward_includes_kv_cache_update: bool = True
+    # From vLLM 0.33 on, models may write keys and values into a stock cache before the layer runs.
+    supports_kv_cache_update_bypass: bool = False
     supported_kv_cache_dtypes: ClassVar[list[Any]] = [*PLAIN_CACHES, *FP8_CACHES]
 
     @classmethod

@@ -205,7 +205,18 @@ class Planning:
         self.count = counters.add if first in layer_names else _count_nothing
         counters.publish_to(metrics.folder(config.instance_id), "policies", speaks=speaks)
         if speaks:
-            logger.info_once(_start_line(spec, config, kernels))
+            logger.info_once(_start_line(spec, config, kernels, self._stock_layers(context)))
+
+    def _stock_layers(self, context: dict[str, Any]) -> str:
+        """Says how many layers of a mixed model are not served by us, if any."""
+        impls = [layer.impl for layer in context.values() if hasattr(layer, "impl")]
+        served = sum(isinstance(impl, type(self.layers[0].impl)) for impl in impls)
+        if served == len(impls):
+            return ""
+        return (
+            f"; {served} of {len(impls)} attention layers, the others have sliding windows and "
+            "stay stock"
+        )
 
     def split(
         self,
@@ -268,7 +279,7 @@ def _of_fp8(layer: Any, spec: PolicySpec, config: VllmConfig, truncates: bool) -
     return {"scales": scales, "query_dtype": config.model_config.dtype}
 
 
-def _start_line(spec: PolicySpec, config: VllmConfig, kernels: PolicyKernels) -> str:
+def _start_line(spec: PolicySpec, config: VllmConfig, kernels: PolicyKernels, others: str) -> str:
     policy, longest = spec.policy, config.model_config.max_model_len
     held = -(-longest // spec.block_size)
     index = policy.index_width // min(policy.page_sizes)
@@ -278,7 +289,7 @@ def _start_line(spec: PolicySpec, config: VllmConfig, kernels: PolicyKernels) ->
         f"{policy.settings.min_context} tokens served sparsely; a prompt of {longest} tokens keeps "
         f"{policy.held_blocks(longest, longest)} of {held} blocks; the page index takes "
         f"{100 * index // (2 * spec.head_size + index)}% of each block; "
-        f"decode kernel: {_decode_kernel(policy, kernels)}{note}"
+        f"decode kernel: {_decode_kernel(policy, kernels)}{note}{others}"
     )
 
 

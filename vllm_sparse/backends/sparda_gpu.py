@@ -36,11 +36,6 @@ if TYPE_CHECKING:
 class SpardaGpuBackend(SpardaBackend, GpuBackend):
     """SPARDA on NVIDIA GPUs; FlashAttention only says what the device can do."""
 
-    @classmethod
-    def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """Start-up has made this vLLM's block size; workers ask again once the model is loaded."""
-        return cls._context.settings.block_size if cls._context else default_block_size
-
     @staticmethod
     def get_builder_cls() -> type[SpardaGpuBuilder]:
         """The metadata builder."""

@@ -191,7 +191,6 @@ def _selector(
 def start_line(runtime: Runtime, config: VllmConfig) -> str:
     """What a worker says at start-up."""
     settings, geometry = runtime.settings, runtime.pager.geometry
-    ranks = config.parallel_config.tensor_parallel_size
     ahead = runtime.selector.ahead
     mode = "a layer ahead" if ahead and settings.prefetch else "when a layer runs"
     if all(geometry.is_resident(layer) for layer in range(geometry.num_layers)):
@@ -209,7 +208,7 @@ def start_line(runtime: Runtime, config: VllmConfig) -> str:
     kernels = runtime.kernels
     note = f" (slow: {kernels.note.splitlines()[0]})" if kernels.note else ""
     fp8 = " in fp8" if runtime.pager.host.dtype == FP8 else ""
-    total = f" per rank, {geometry.host_bytes * ranks / GIB:.2f} GiB in total" if ranks > 1 else ""
+    total = _total(geometry, config)
     tokens = (geometry.num_blocks - 1) * geometry.block_size
     return (
         f"SPARDA: selector {settings.chosen_selector}, {settings.blocks_read} blocks of "
@@ -220,5 +219,28 @@ def start_line(runtime: Runtime, config: VllmConfig) -> str:
         f"{tokens} tokens; device slab {geometry.slab_bytes / GIB:.3f} GiB, "
         f"{geometry.frames[-1]} frames a layer for {config.scheduler_config.max_num_seqs} requests "
         f"at once, staging {runtime.stream.nbytes / GIB:.3f} GiB; "
-        f"fetched {mode}; kernels: {kernels.name}{note}"
+        f"fetched {mode}; kernels: {kernels.name}{note}{_turning(runtime)}"
     )
+
+
+def _turning(runtime: Runtime) -> str:
+    """Says that projections are not turned where they are read, on machines where that costs."""
+    selector = runtime.selector
+    if not isinstance(selector, ForecastSelector) or not runtime.kernels.name.startswith("triton"):
+        return ""
+    if selector.ranking.rotary is not None:
+        return ""
+    return (
+        "; the kernels do not know this model's rotary embedding, which takes further launches a "
+        "layer"
+    )
+
+
+def _total(geometry: Geometry, config: VllmConfig) -> str:
+    """What the host pools of all ranks take, if there are several."""
+    parallel = config.parallel_config
+    if parallel.tensor_parallel_size * parallel.pipeline_parallel_size == 1:
+        return ""
+    layers = config.model_config.get_total_num_hidden_layers() * parallel.tensor_parallel_size
+    total = geometry.host_bytes // geometry.num_layers * layers
+    return f" per rank, {total / GIB:.2f} GiB in total"

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from vllm_sparse.features.verdicts import Refused, Served, Stock, everywhere, row
+from vllm_sparse.features.verdicts import Refused, Served, Stock, Untested, everywhere, row
 
 _CPU = "tests/backends/test_policy_cpu.py::"
 _STATES = "tests/backends/test_states_cpu.py::"
@@ -24,6 +24,11 @@ ROWS = (
         (Served(_SPARDA + "test_lookahead_query_equals_hugging_face"), _SPARDA_GPU),
     ),
     row(
+        _MODELS, "experts", "mixtures of experts (Qwen3-MoE)",
+        (Served(_CPU + "test_experts_equal_hugging_face"), Untested()),
+        (Served(_SPARDA + "test_other_architectures_equal_hugging_face"), Untested()),
+    ),
+    row(
         _MODELS, "windows", "sliding-window layers beside full attention",
         (
             Stock(_CPU + "test_sliding_window_layers_stay_stock"),
@@ -33,6 +38,14 @@ ROWS = (
             "this model has sliding-window layers, but {backend} looks from each layer to the next "
             "and needs them all alike. Use --attention-backend ROCKETKV"
         ),
+    ),
+    row(
+        _MODELS, "windows-only", "nothing but sliding-window layers",
+        Refused(
+            "every layer has a sliding window of {window} tokens and would be served by stock "
+            "attention; use --disable-sliding-window, with --max-model-len at most that long"
+        ),
+        None,
     ),
     row(
         _MODELS, "flash-attention-4", "sliding-window layers that run on FlashAttention 4",

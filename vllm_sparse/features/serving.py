@@ -30,10 +30,16 @@ ROWS = (
     ),
     row(
         _RANKS, "pipeline", "pipeline parallelism",
-        Untested(),
+        (Served("tests/backends/test_pipeline.py::test_rocketkv"), Untested()),
+        (Served("tests/backends/test_pipeline.py::test_sparda"), Untested()),
+    ),
+    row(
+        _RANKS, "pipeline-ahead", "the same with the selectors `forecast` and `lookahead-query`",
+        None,
         Refused(
-            "pipeline parallelism puts a layer and the one before it on different ranks; use "
-            "tensor parallelism, or ROCKETKV"
+            "pipeline parallelism: selector {selector} looks at the input of the layer before, "
+            "which another rank has where a stage begins; set vllm_sparse.selector to previous or "
+            "query"
         ),
     ),
     row(_RANKS, "data-parallel", "data parallelism", Untested(), Untested()),
@@ -119,6 +125,11 @@ ROWS = (
                 "token among decode rows. Set sparse_prefill to true, or top_k to the same number"
             ),
         ),
+    ),
+    everywhere(
+        _SERVING, "auxiliary", "`--aux-output-config` (vLLM 0.33)",
+        "auxiliary outputs shorten lookups of cached prefixes, whose length tells where a prompt "
+        "ends; remove --aux-output-config",
     ),
     row(
         _SERVING, "sleep", "sleep mode",

@@ -101,6 +101,12 @@ class Model:
         return self.layers if window and self.text.get("use_sliding_window", True) else 0
 
     @property
+    def window_of_all(self) -> int | None:
+        """The window, if every layer has one."""
+        alike = self.windowed_layers == self.layers
+        return self.text.get("sliding_window") if alike else None
+
+    @property
     def layers(self) -> int:
         """All of them."""
         return int(self.text["num_hidden_layers"])

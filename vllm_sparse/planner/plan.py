@@ -99,6 +99,7 @@ class Question:
                 cache_dtype="auto", kv_offloading_size=None, num_gpu_blocks_override=None,
                 gpu_memory_utilization=self.utilization,
                 user_specified_block_size=self.block_size is not None, block_size=self.blocks_of,
+                sliding_window=self.model.window_of_all,
             ),
             parallel_config=SimpleNamespace(
                 decode_context_parallel_size=1, prefill_context_parallel_size=1,
