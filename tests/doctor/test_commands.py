@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from support.site import package
@@ -79,6 +80,23 @@ def test_a_dependency_of_ours_is_missing(monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert main(["doctor"]) == 2
     assert "psutil is not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("facts", "level", "words"),
+    [
+        ({"findings": [["model", "ok", "fits", "", ""]]}, "ok", "fits"),
+        ({"error": "KeyError: 'x'"}, "warning", "KeyError"),
+        (None, "ok", "--thorough"),
+    ],
+)
+def test_a_model_is_looked_at_by_the_probe(monkeypatch, facts, level, words):
+    seen = observe.Observed({} if facts is None else {"model": facts}, "" if facts else "time")
+    made = SimpleNamespace(collect=lambda *wanted: seen)
+    monkeypatch.setattr(examine, "Probe", lambda module, arguments, seconds: made)
+    found = examine.examine("somewhere")[-1]
+    assert (found.subject, found.level) == ("model", level)
+    assert words in found.what
 
 
 def test_a_model(tmp_path):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vllm_sparse.doctor.probe import MODEL, THOROUGH
 from vllm_sparse.kv.host.memory import available_bytes
 from vllm_sparse.machine.cores import core_findings, quota
-from vllm_sparse.machine.findings import Finding, fine
+from vllm_sparse.machine.findings import Finding, fine, warning
 from vllm_sparse.machine.imports import import_findings
 from vllm_sparse.machine.kernels import kernel_findings, on_gpu
 from vllm_sparse.machine.memory import cache_finding, container_limit, memory_findings
@@ -52,5 +52,11 @@ def _of_model(observed: Observed) -> list[Finding]:
     found = observed.facts.get("model", {})
     if "findings" in found:
         return [Finding(*each) for each in found["findings"]]
-    reason = found.get("error", "the time was up; --thorough waits")
-    return [fine("model", f"not looked at: {reason}")]
+    if "error" in found:
+        return [
+            warning(
+                "model", f"not looked at: {found['error']}", "what reads it failed",
+                "mend the errors above first; is it a decoder's config.json?",
+            )
+        ]  # fmt: skip
+    return [fine("model", "not looked at: the time was up; --thorough waits")]
