@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import accuracy, corpus, harness, needles
+from benchmarks import accuracy, corpus, harness, needles, report
 from benchmarks.needles import Conversation, Question
 from benchmarks.worker import WorkerError
 
@@ -99,6 +99,20 @@ def test_all_tasks_of_all_arms(tmp_path):
     kl = 0.5 * (np.log(0.5 / 0.4) + np.log(0.5 / 0.6))
     assert found["arms"]["rocket-256"]["prose"]["kl"] == pytest.approx(kl, rel=1e-4)
     assert len(found["arms"]["rocket-256"]["prose"]["passages"]) == 2
+
+
+def test_prose_of_other_lengths_is_another_result(tmp_path, capsys):
+    path, more = tmp_path / "a.json", ("--tasks", "prose", "--resume", "--prose-tokens", "9")
+    found = run(path, *more, "--prose-context", "6000")
+    assert found["prose"] == "6000+9"
+    cell = found["arms"]["rocket-256"]["prose"]
+    assert (cell["context"], cell["passages"][0]["tokens"]) == (6000, 9)
+    assert cell["kl_by_quarter"] == pytest.approx([cell["kl"]] * 4)
+    assert "KL by quarter" in report.render(path)
+    assert CALLS[0] == ("dense", "start", 6000 + 9 + 64)
+    with pytest.raises(SystemExit):
+        run(path, *more)
+    assert "prose" in capsys.readouterr().err
 
 
 def test_a_run_that_is_interrupted_is_continued_where_it_ended(tmp_path, monkeypatch):
