@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.engine import NEW_TOKENS, SETTINGS, SPARDA_SETTINGS
+from support.examples import example
 from support.server import Server, add_tokenizer
 
 if TYPE_CHECKING:
@@ -156,6 +158,29 @@ def test_an_aborted_request_gives_everything_back(client, server, prompts):
     while server.metrics()["vllm:kv_cache_usage_perc"] > 0:
         assert time.monotonic() < deadline, "blocks are still held"
         time.sleep(0.2)
+
+
+class TestExamples:
+    @pytest.fixture
+    def document(self, server, tmp_path):
+        if server.backend != "rocketkv":
+            pytest.skip("clients do not know the backend")
+        path = tmp_path / "document.txt"
+        path.write_text(" ".join(f"w{7 * i % 1024}" for i in range(400)))
+        return str(path)
+
+    def test_questions_about_a_document(self, server, document, capsys):
+        url = f"{server.url}/v1"
+        example("document").main([document, "w5 w6", "w8", "--base-url", url])
+        printed = capsys.readouterr().out
+        assert re.findall("^> (.*)", printed, re.MULTILINE) == ["w5 w6", "w8"]
+        assert len(re.findall(r"^\([\d.]+ s to the first token\)", printed, re.MULTILINE)) == 2
+
+    def test_a_chat_grows(self, server, document, capsys, monkeypatch):
+        monkeypatch.setattr("sys.stdin", io.StringIO("w1\nw2\n"))
+        example("chat").main([document, "--base-url", f"{server.url}/v1"])
+        first, second = re.findall(r"\((\d+) tokens of", capsys.readouterr().out)
+        assert 400 < int(first) < int(second)
 
 
 def test_drafts_are_served(llama, prompts, sparse_run, tmp_path):

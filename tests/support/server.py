@@ -29,7 +29,9 @@ def add_tokenizer(folder: Path) -> None:
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(1024)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
 
 
 class Server:
