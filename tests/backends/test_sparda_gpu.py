@@ -8,12 +8,16 @@ compared with Hugging Face in ``test_sparda``.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.engine import SPARDA_SETTINGS, run_engine
+from vllm_sparse.kernels.types import Rotary
 
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.kv.host.geometry import GIB, Geometry
+from vllm_sparse.policies.selectors import ForecastSelector
 from vllm_sparse.policies.sparda import SpardaSettings
 
 pytest.importorskip("vllm")
@@ -98,3 +102,17 @@ def test_a_slab_that_the_gpu_cannot_hold_is_refused(monkeypatch):
         else:
             with pytest.raises(ConfigError, match=r"slab_gib: 0\.01 GiB of frames"):
                 sparda_gpu._check_memory(geometry, options, torch.device("cuda"))
+
+
+def test_the_start_says_if_projections_take_launches_of_their_own():
+    from vllm_sparse.backends.sparda_setup import _turning
+
+    for rotary, kernels, said in (
+        (None, "triton, launches of sm_80", True),
+        (None, "cpu", False),
+        (Rotary(torch.zeros(1, 2), halves=True), "triton, launches of sm_80", False),
+    ):
+        runtime = SimpleNamespace(
+            selector=ForecastSelector([], rotary), kernels=SimpleNamespace(name=kernels)
+        )
+        assert ("do not know this model's rotary embedding" in _turning(runtime)) == said

@@ -98,6 +98,24 @@ class TestBesideOtherGroups:
             machine.prefill(request)
             machine.finish_all()
 
+    def test_a_limit_in_the_first_chunk_is_counted(self):
+        """It comes too late for window layers, which are asked first."""
+        pytest.importorskip("vllm")
+        from vllm_sparse import metrics
+
+        def missed(beside, whole):
+            machine = PoolMachine(beside=beside)
+            before = metrics.counters().value("prefix_limits_missed")
+            request = machine.request([1] * 500)
+            if whole:
+                machine._schedule(request, 500)
+            else:
+                machine.prefill(request)
+            return metrics.counters().value("prefix_limits_missed") - before
+
+        assert missed("window", whole=True) == 1
+        assert missed("window", whole=False) == missed("", whole=True) == 0
+
     def test_a_prefix_that_prompts_share_stays_pinned_beside_window_layers(self):
         """vLLM keeps what a junction needs once it has been seen; ours come after it."""
         pytest.importorskip("vllm")

@@ -166,6 +166,7 @@ def test_a_plan_is_what_its_tokens_say(batch) -> None:
 
     begins = list(itertools.accumulate((row.count for row in rows), initial=0))
     assert len(step.prompts) == len(prompts)
+    mixed = 0
     for prompt, r in zip(step.prompts, prompts, strict=True):
         row = rows[r]
         assert (prompt.begin, prompt.end, prompt.start) == (begins[r], begins[r + 1], row.start)
@@ -177,6 +178,7 @@ def test_a_plan_is_what_its_tokens_say(batch) -> None:
         ]
         assert sees_all == sorted(sees_all, reverse=True)
         assert prompt.sparse_from == sum(sees_all)
+        mixed += row.start > 0 and len({*sees_all}) == 2
         assert prompt.output_from == sum(p < row.prompt_len for p in range(row.start, row.end))
         assert_tokens(prompt.tokens, [t for t in tokens if t[0] == r], tokens, rows, size)
 
@@ -195,6 +197,7 @@ def test_a_plan_is_what_its_tokens_say(batch) -> None:
         ("dense_fallbacks", "shorter_than_dense_len"): sum(
             row.prompt_len < options.dense_len for row in ended
         ),
+        ("prompt_chunks_streamed_whole", ""): mixed,
         ("requests", ""): sum(row.prompt_len >= options.dense_len for row in ended),
     }
     assert counts == Counter({key: value for key, value in expected.items() if value})
@@ -286,12 +289,14 @@ def test_which_tokens_of_a_prompt_row_are_sparse() -> None:
         (0, 10, 16, 20, 40), (False, True), (1, 12, 16, 18, 40), (0, 9, 16, 17), (2, 8)
     ):
         options = simple(dense_len=dense_len, sparse_prefill=sparse_prefill)
-        step, _ = plan(options, [Row(start, count, prompt_len, list(range(1, 8)))])
+        step, counts = plan(options, [Row(start, count, prompt_len, list(range(1, 8)))])
         dense = [
             p < dense_len or (p < prompt_len and not sparse_prefill)
             for p in range(start, start + count)
         ]
         (prompt,) = step.prompts
+        whole = start > 0 and 0 < sum(dense) < count
+        assert counts["prompt_chunks_streamed_whole", ""] == whole
         assert prompt.sparse_from == sum(dense)
 
 

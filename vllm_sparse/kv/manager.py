@@ -56,9 +56,12 @@ class PromptAwareManager(FullAttentionManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         """Publish full blocks, but only the publishable ones."""
+        first_chunk = id(request.block_hashes) not in self._requests
         self._requests[id(request.block_hashes)] = request
         limit = self.kv_cache_spec.publishable_tokens(request.num_prompt_tokens)
         if limit is not None:
+            if first_chunk and self.kv_cache_group_id and 0 < limit <= num_tokens:
+                metrics.counters().add("prefix_limits_missed", 1)
             num_tokens = min(num_tokens, limit)
             self._pin(request, limit)
         super().cache_blocks(

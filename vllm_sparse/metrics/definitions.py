@@ -100,6 +100,13 @@ _ALL = (
         "policies",
     ),
     Metric(
+        "prefix_limits_missed",
+        "prompts",
+        "Prompts whose shareable part ended in their first chunk, too late for the window or state "
+        "layers beside ours to keep what a prefix hit there needs",
+        "policies",
+    ),
+    Metric(
         "blocks_saved",
         "blocks",
         "KV blocks that running requests have given back: dense attention would hold them too",
@@ -137,6 +144,13 @@ _ALL = (
         "Blocks that some token of a sparse chunk read, of each KV head and layer",
         "SPARDA",
         per_rank=True,
+    ),
+    Metric(
+        "prompt_chunks_streamed_whole",
+        "chunks",
+        "Chunks of prompts, or of what is computed again, with both dense and sparse tokens: all "
+        "earlier blocks are streamed back, chosen or not",
+        "SPARDA",
     ),
     Metric(
         "frame_hits",

@@ -242,6 +242,8 @@ class SpardaPlanner:
                 dense_until = max(dense_until, prompt_len)
             blocks = table[r, : -(-length // size)]
             sparse_from = min(max(dense_until - first, 0), end - begin)
+            if first and 0 < sparse_from < end - begin:
+                self._count("prompt_chunks_streamed_whole", 1)
             first_tile = len(tiles)
             for b in range(0, -(-first // size), settings.staging_blocks):
                 part = slice(b, min(b + settings.staging_blocks, -(-first // size)))
