@@ -9,7 +9,7 @@ TREE := build/tree
 PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast lint style tree types layers site docs tables report format bench gpu-first gpu-check gpu-bench gpu-tune clean
+.PHONY: help setup demo serve test test-fast lint style tree types layers site docs tables report format bench soak gpu-first gpu-check gpu-bench gpu-tune clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ format: setup ## Format the code and fix what can be fixed
 
 bench: setup ## Run the benchmarks
 	@$(BIN)/python -m benchmarks.run_all
+
+soak: setup ## Soak a server with hard traffic and kills (options: ARGS="--backend SPARDA --minutes 10")
+	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
 gpu-first: ## The first ten minutes on a GPU: checks and the cells that matter (options: ARGS="...")
 	@$(PYTHON) -m benchmarks.gpu.first $(ARGS)

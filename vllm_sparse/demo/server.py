@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from types import TracebackType
 
 MAX_THREADS = 8
@@ -35,14 +36,20 @@ class Server:
         arguments: What follows ``vllm serve`` on the command line.
         log_path: Receives the server's output.
         start_timeout_seconds: How long it may take to become healthy.
+        environment: Added to this process's.
     """
 
     def __init__(
-        self, arguments: list[str], log_path: Path, start_timeout_seconds: float = 240
+        self,
+        arguments: list[str],
+        log_path: Path,
+        start_timeout_seconds: float = 240,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._arguments = arguments
         self._log_path = log_path
         self._start_timeout_seconds = start_timeout_seconds
+        self._further = environment or {}
         self._process: subprocess.Popen[bytes] | None = None
         self.url = ""
 
@@ -53,7 +60,7 @@ class Server:
         with self._log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 [*command, "--host", "127.0.0.1", "--port", str(port)],
-                env=_environment(),
+                env={**_environment(), **self._further},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -74,6 +81,21 @@ class Server:
     ) -> None:
         if self._process is not None:
             self._stop(self._process)
+
+    @property
+    def pid(self) -> int:
+        """Of the API server, which leads the group of all processes."""
+        assert self._process is not None, "only between entry and exit"
+        return self._process.pid
+
+    def ended(self, timeout_seconds: float) -> bool:
+        """Returns whether the API server ends in that time."""
+        assert self._process is not None, "only between entry and exit"
+        try:
+            self._process.wait(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def metrics(self) -> dict[str, float]:
         """Returns every metric's value, summed over its labels."""
