@@ -15,16 +15,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import harness, results
-from benchmarks.soak import crash, serving, storm, traffic, watch
+from benchmarks.soak import crash, growth, serving, storm, traffic, watch
 from benchmarks.soak.client import Client
 
 if TYPE_CHECKING:
     import argparse
 
-_GROWTH_BYTES = 64 << 20  # of a process, from the second round on
 _STOCK_CHECKS = 24
 _MOST_FAULTS = 20
 
@@ -44,42 +43,30 @@ def main(arguments: list[str] | None = None) -> int:
     options = harness.parse(parser, arguments)
     options.out = options.out or results.FOLDER / f"soak-{options.backend.lower()}.json"
     subject = serving.subject(options.backend, options.longest, **options.settings)
-    findings = storm.Findings()
-    with tempfile.TemporaryDirectory() as folder:
-        run = _Run(options, subject, Path(folder), findings)
-        run.soak()
-        run.compare_with_stock()
-        if options.kills:
-            run.kill()
-    body = {
+    body: dict[str, Any] = {
         "backend": subject.backend, "settings": subject.settings, "longest": subject.longest,
         "blocks": subject.blocks, "minutes": options.minutes, "seed": options.seed,
-        "counts": dict(findings.counts), "largest_gap": findings.largest_gap,
-        "seen_by_clients": sorted(findings.seen), "held": {
-            when: {role: then._asdict() for role, then in roles.items()}
-            for when, roles in run.held.items()
-        },
-        "faults": findings.faults[:_MOST_FAULTS], "number_of_faults": len(findings.faults),
     }  # fmt: skip
-    with results.Recorder(options.out, "soak", body) as record:
-        record.save()
+    with (
+        results.Recorder(options.out, "soak", body) as record,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        run = _Run(options, subject, Path(folder))
+        for part in (run.soak, run.compare_with_stock, run.kill)[: 3 if options.kills else 2]:
+            part()
+            body |= run.report()
+            record.save()
     print(json.dumps(body, indent=1))
-    return 1 if findings.faults else 0
+    return 1 if body["faults"] else 0
 
 
 class _Run:
     """The parts of a run, in order."""
 
-    def __init__(
-        self,
-        options: argparse.Namespace,
-        subject: serving.Subject,
-        folder: Path,
-        findings: storm.Findings,
-    ) -> None:
+    def __init__(self, options: argparse.Namespace, subject: serving.Subject, folder: Path) -> None:
         from benchmarks.soak import checkpoint
 
-        self._options, self._subject, self._findings = options, subject, findings
+        self._options, self._subject, self._findings = options, subject, storm.Findings()
         self._folder = folder
         self._model = checkpoint.write(folder / "model", subject.longest)
         self.held: dict[str, dict[str, watch.Held]] = {}
@@ -90,27 +77,43 @@ class _Run:
     def _target(self, server: serving.Server) -> storm.Target:
         return storm.Target(Client(server.url, serving.NAME), server.metrics, self._subject.longest)
 
+    def report(self) -> dict[str, Any]:
+        """What was found so far, for a result file."""
+        found = self._findings
+        return {
+            "counts": dict(found.counts),
+            "largest_gap": found.largest_gap,
+            "seen_by_clients": sorted(found.seen),
+            "held": {
+                when: {role: then._asdict() for role, then in roles.items()}
+                for when, roles in self.held.items()
+            },
+            "faults": found.faults[:_MOST_FAULTS],
+            "number_of_faults": len(found.faults),
+        }
+
     def soak(self) -> None:
         """Rounds until the time is over, and then what is held."""
         options, findings = self._options, self._findings
         with self._server("soak", self._subject) as server:
             target, begin, number = self._target(server), time.monotonic(), 0
-            looks = {}
+            looks = []
             while number < 3 or time.monotonic() < begin + 60 * options.minutes:
                 asks = traffic.plan(options.seed + number, options.requests, options.longest)
                 storm.round_of(target, asks, options.clients, findings)
                 number += 1
                 if number == 2:  # by then every thread has been needed, every buffer made
                     self.held["after two rounds"] = watch.held(server.pid)
-                    looks["early"] = target.look()
+                    looks.append(target.look())
                 counts = {key: findings.counts[key] for key in ("requests", "hung up", "ties")}
                 harness.progress(f"round {number}: {counts}, {len(findings.faults)} faults")
             self.held["in the end"] = watch.held(server.pid)
-            looks["late"] = target.look()
+            looks.append(target.look())
             metrics, files = target.metrics(), watch.files_of(server.pid)
         findings.counts["rounds"] = number
         findings.faults += [f"left behind: {path}" for path in watch.left_behind(files)]
-        self._check_held(**looks)
+        findings.faults += growth.of_processes(*self.held.values())
+        findings.faults += growth.of_worker(*looks)
         for name in ("num_preemptions", "prefix_cache_hits"):
             findings.counts[name] = int(metrics[f"vllm:{name}_total"])
             if not findings.counts[name]:
@@ -120,23 +123,6 @@ class _Run:
                 findings.counts[name.removeprefix("vllm:")] = int(value)
         if self._subject.backend == "SPARDA" and not metrics["vllm:sparse_frame_misses_total"]:
             findings.faults.append("nothing was tested: every block had a frame")
-
-    def _check_held(self, early: dict, late: dict) -> None:
-        faults = self._findings.faults
-        first, last = self.held["after two rounds"], self.held["in the end"]
-        for role, then in last.items():
-            if then.threads > first[role].threads:
-                faults.append(f"{role}: {first[role].threads} threads became {then.threads}")
-            if then.files > first[role].files:
-                faults.append(f"{role}: {first[role].files} open files became {then.files}")
-            if then.rss_bytes > first[role].rss_bytes + _GROWTH_BYTES:
-                faults.append(f"{role}: {first[role].rss_bytes} bytes became {then.rss_bytes}")
-        for key in ("tensors", "tensor_bytes"):
-            if late[key] > 1.05 * early[key] + 16:
-                faults.append(f"the worker's {key} grew from {early[key]} to {late[key]}")
-        for key in ("host_bytes", "threads"):
-            if late.get(key) != early.get(key):
-                faults.append(f"the worker's {key} were {early.get(key)}, are {late.get(key)}")
 
     def compare_with_stock(self) -> None:
         """Requests that are served densely, by stock vLLM."""
