@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import harness, results
-from benchmarks.soak import crash, growth, serving, storm, traffic, watch
+from benchmarks.soak import checkpoint, crash, growth, serving, storm, traffic, watch
 from benchmarks.soak.client import Client
 
 if TYPE_CHECKING:
@@ -64,8 +64,6 @@ class _Run:
     """The parts of a run, in order."""
 
     def __init__(self, options: argparse.Namespace, subject: serving.Subject, folder: Path) -> None:
-        from benchmarks.soak import checkpoint
-
         self._options, self._subject, self._findings = options, subject, storm.Findings()
         self._folder = folder
         self._model = checkpoint.write(folder / "model", subject.longest)
