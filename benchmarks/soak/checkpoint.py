@@ -23,15 +23,7 @@ def write(folder: Path, longest: int) -> Path:
     if not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         save_random_llama(folder, vocab=VOCAB, max_position_embeddings=longest)
+        from support.server import add_tokenizer  # as the random model, of the tests
+
         add_tokenizer(folder)
     return folder
-
-
-def add_tokenizer(folder: Path) -> None:
-    """Writes a tokenizer whose words are ``w0``, ``w1`` and so on, one for each id."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
