@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from benchmarks.soak.storm import Findings, Target
 
 CLIENTS = 4
-VICTIMS = ("worker", "engine", "server")
+VICTIMS = ("worker", "engine")
 END_S = 60  # for a client to be told, and for what is left of the server to end
 _TOKENS = 400  # more than are generated before the kill
 
@@ -57,8 +57,6 @@ def kill_amid_answers(target: Target, leader: int, victim: str, findings: Findin
     if not watch.until(lambda: not watch.group(leader), END_S):
         findings.faults.append(f"{where}: processes {watch.group(leader)} live on")
         _end_group(leader)
-    if victim == "server":  # its counters go at the next start
-        files = {path for path in files if path.startswith("/dev/shm/")}
     left = watch.left_behind(files)
     findings.counts[f"files gone {where}"] += len(files) - len(left)
     findings.faults += [f"{where}, left behind: {path}" for path in left]

@@ -59,7 +59,8 @@ def plan(seed: int, count: int, longest: int) -> list[Ask]:
         most = min(longest - len(prompt), _LONG_ANSWER)
         tokens = draw.randint(1, most) if draw.random() < 0.3 else min(most, draw.randint(1, 48))
         asks.append(_behave(draw, prompt, tokens))
-    return crowd + asks
+    late = [ask._replace(after_s=2.0) for ask in asks[: _CROWD + 1]]
+    return [*crowd, *late, *asks[_CROWD + 1 :]]
 
 
 def _behave(draw: random.Random, prompt: tuple[int, ...], tokens: int) -> Ask:

@@ -16,11 +16,11 @@ LOOK = {"tensors": 200, "tensor_bytes": 10**7, "threads": ["MainThread"], "host_
 @pytest.mark.parametrize(
     ("late", "words"),
     [
-        (Held(40, 90, 850 << 20), []),
+        (Held(40, 90, EARLY["worker"].rss_bytes + growth.MOST_BYTES), []),
         (Held(39, 80, 1), []),
         (Held(41, 90, 1), ["40 threads became 41"]),
         (Held(40, 91, 1), ["90 open files became 91"]),
-        (Held(40, 90, 900 << 20), [f"{800 << 20} bytes became {900 << 20}"]),
+        (Held(40, 90, 2000 << 20), [f"{800 << 20} bytes became {2000 << 20}"]),
     ],
 )
 def test_processes(late, words):
