@@ -9,10 +9,10 @@ TREE := build/tree
 PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast lint style tree types layers site docs tables report format bench soak gpu-first gpu-check gpu-bench gpu-tune clean
+.PHONY: help setup demo serve test test-fast lint style tree types layers site docs tables report format bench soak metrics-check gpu-first gpu-check gpu-bench gpu-tune clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Create .venv with vLLM, the plugin and the tools (does nothing if up to date)
 	@scripts/setup.sh
@@ -71,6 +71,9 @@ bench: setup ## Run the benchmarks
 
 soak: setup ## Soak a server with hard traffic and kills (options: ARGS="--backend SPARDA --minutes 10")
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
+
+metrics-check: setup ## Ask a real Prometheus every query of the dashboard, and check the alerts
+	@$(BIN)/python -m pytest -q -s -n 0 tests/metrics/live_check.py $(ARGS)
 
 gpu-first: ## The first ten minutes on a GPU: checks and the cells that matter (options: ARGS="...")
 	@$(PYTHON) -m benchmarks.gpu.first $(ARGS)
