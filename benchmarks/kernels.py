@@ -4,7 +4,8 @@
 
 Layers have caches of their own, together larger than the processor's, and are visited in turn, as
 in a model. The floor is the bytes that one layer must read (selected channels of the key extrema,
-selected keys and values) over the bandwidth of a sequential read, measured in the same run.
+selected keys and values) over the bandwidth of a sequential read, measured in the same run. Beside
+it, in turns, the same in a cache of fp8.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
+from vllm_sparse.kernels.fp8 import FP8, Scales
 
 from benchmarks import harness
 from benchmarks.ops import kernels
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     import argparse
 
 BLOCK_SIZE, PAGE_SIZE = 128, 4
+SCALES = Scales(truncates=True)
 
 
 def measure(options: argparse.Namespace) -> dict:
@@ -42,20 +45,32 @@ def measure(options: argparse.Namespace) -> dict:
 
     def layer(kernel, cache: torch.Tensor, read_all: bool) -> float:
         started = time.perf_counter()
-        kernels.call(kernel, {**step, "cache": cache, "read_all": read_all})
+        kernels.call(kernel, {**step, "cache": cache, "read_all": read_all, "scales": SCALES})
         return (time.perf_counter() - started) * 1e6
 
-    def variant(kernel, rounds: int, read_all: bool = False) -> dict:
-        layer(kernel, caches[0], read_all)
-        times = [layer(kernel, cache, read_all) for _ in range(rounds) for cache in caches]
-        return {"us": statistics.median(times), "us_p10": sorted(times)[len(times) // 10]}
+    def variants(kernel, rounds: int, read_all: bool = False, *caches: torch.Tensor) -> list[dict]:
+        for cache in caches:
+            layer(kernel, cache[0], read_all)
+        turns = [
+            [layer(kernel, cache, read_all) for cache in turn]
+            for _ in range(rounds)
+            for turn in zip(*caches, strict=True)
+        ]
+        return [
+            {"us": statistics.median(times), "us_p10": sorted(times)[len(times) // 10]}
+            for times in zip(*turns, strict=True)
+        ]
 
     fused = kernels.cpu("decode").decode_attention
-    result = {"fused, small pages": variant(fused, options.rounds)}
-    kernels.cpu("memory").back_with_huge_pages(caches)
-    result["fused"] = variant(fused, options.rounds)
-    result["fused, every kept token"] = variant(fused, options.rounds, True)
-    result["reference"] = variant(kernels.reference("decode_attention"), 1)
+    (small,) = variants(fused, options.rounds, False, caches)
+    narrow = caches.to(FP8)
+    for cache in (caches, narrow):
+        kernels.cpu("memory").back_with_huge_pages(cache)
+    result = {"fused, small pages": small}
+    for name, read_all in (("fused", False), ("fused, every kept token", True)):
+        found = variants(fused, options.rounds, read_all, caches, narrow)
+        result[name], result[f"{name}, fp8"] = found
+    (result["reference"],) = variants(kernels.reference("decode_attention"), 1, False, caches)
 
     flat = caches.flatten()
     started = time.perf_counter()
