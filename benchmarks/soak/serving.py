@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.soak import probe
+from benchmarks.soak.traffic import CROWD
 from vllm_sparse.config import load_settings
 from vllm_sparse.demo.server import Server
 from vllm_sparse.kv.host.geometry import GIB, block_bytes, blocks_per_row
@@ -16,10 +17,10 @@ from vllm_sparse.kv.host.geometry import GIB, block_bytes, blocks_per_row
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "soaked"
 BLOCK_TOKENS = 32
-AT_ONCE = 8  # requests in a step
+AT_ONCE = CROWD  # requests in a step
 _KV_HEADS, _HEAD_DIM, _LAYERS, _ITEM_BYTES = 2, 32, 3, 4  # of the checkpoint, in float32
 
-_POLICY = {"token_budget": 128, "min_context": 192}
+_POLICY = {"token_budget": 128}
 _SETTINGS: dict[str, dict[str, Any]] = {
     "ROCKETKV": {**_POLICY, "generation_reserve": 64},
     "QUEST": _POLICY,
@@ -69,6 +70,8 @@ def subject(backend: str, longest: int, **changed: Any) -> Subject:
         **changed: Settings.
     """
     settings = {**_SETTINGS[backend], **changed}
+    if backend != "SPARDA":
+        settings.setdefault("min_context", longest // 8)  # a crowd's prompts keep their blocks
     blocks = longest // BLOCK_TOKENS + 8
     if backend == "SPARDA" and "slab_gib" not in settings:
         loaded = load_settings({"vllm_sparse": settings}, "sparda")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 VOCAB = 1024
 _DOCUMENTS = 3
-_CROWD = 7
+CROWD = 8
 _LONG_ANSWER = 160
 
 
@@ -40,9 +40,8 @@ def plan(seed: int, count: int, longest: int) -> list[Ask]:
         longest: Most tokens of a prompt and its answer.
     """
     draw = random.Random(seed)
-    crowd = [Ask(_text(draw, 160), _LONG_ANSWER) for _ in range(_CROWD)]
-    # While they write: only a prompt that does not yet have all its blocks takes others'.
-    crowd.append(Ask(_text(draw, longest - 64), 32, after_s=1.0))
+    # They fit the pool together until they have written some of their answers.
+    crowd = [Ask(_text(draw, longest // 8 - 64), _LONG_ANSWER) for _ in range(CROWD)]
     documents = [_text(draw, _length(draw, longest - _LONG_ANSWER)) for _ in range(_DOCUMENTS)]
     asks: list[Ask] = []
     for _ in range(count):
@@ -59,8 +58,8 @@ def plan(seed: int, count: int, longest: int) -> list[Ask]:
         most = min(longest - len(prompt), _LONG_ANSWER)
         tokens = draw.randint(1, most) if draw.random() < 0.3 else min(most, draw.randint(1, 48))
         asks.append(_behave(draw, prompt, tokens))
-    late = [ask._replace(after_s=2.0) for ask in asks[: _CROWD + 1]]
-    return [*crowd, *late, *asks[_CROWD + 1 :]]
+    late = [ask._replace(after_s=1.0) for ask in asks[:CROWD]]
+    return [*crowd, *late, *asks[CROWD:]]
 
 
 def _behave(draw: random.Random, prompt: tuple[int, ...], tokens: int) -> Ask:

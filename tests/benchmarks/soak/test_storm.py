@@ -25,7 +25,7 @@ def test_a_storm_changes_no_answer_and_leaves_nothing(backend, tmp_path):
     findings = storm.Findings()
     with serving.server(model, tmp_path / "log", serving.subject(backend, LONGEST)) as server:
         target = storm.Target(Client(server.url, serving.NAME), server.metrics, LONGEST)
-        storm.round_of(target, traffic.plan(1, 8, LONGEST), 16, findings)
+        storm.round_of(target, traffic.plan(2, 8, LONGEST), 16, findings)
         assert findings.faults == []
         for name in MUST_GROW[backend]:
             assert server.metrics()[f"vllm:{name}_total"] > 0, name

@@ -38,3 +38,16 @@ def test_the_slab_has_not_a_frame_to_spare():
     assert frames == (serving.AT_ONCE * 2 * 6,) * 3
     assert frames[0] < 2 * subject.blocks, "blocks have to be fetched"
     assert sum(frames) * sizes["piece_bytes"] == subject.settings["slab_gib"] * GIB
+
+
+def test_a_crowd_fits_the_pool_until_it_has_written():
+    for longest in (2048, 8192):
+        crowd = traffic.plan(0, 0, longest)
+        pool = serving.subject("ROCKETKV", longest).blocks - 1  # one is the null block
+        tokens = serving.BLOCK_TOKENS
+        assert sum(-(-len(ask.prompt) // tokens) for ask in crowd) < pool
+        assert sum((len(ask.prompt) + ask.max_tokens) // tokens for ask in crowd) > pool
+        assert len(crowd) == serving.AT_ONCE
+        assert all(
+            len(ask.prompt) <= serving.subject("ROCKETKV", longest).dense_tokens for ask in crowd
+        )
