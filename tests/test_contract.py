@@ -200,6 +200,12 @@ SEAMS = {
         "def remove_skipped_blocks", "processed_computed_tokens", "num_prompt_tokens",
         "def _remove_blocks_in_range", "req_to_blocks", "replay_boundaries", "retention_interval",
     ],
+    "v1/request.py": [
+        "self.block_hashes: list", "self.sampling_params = sampling_params", "extra_args",
+    ],
+    "v1/engine/input_processor.py": ["current_platform.validate_request(engine_input, params)"],
+    "v1/worker/gpu_input_batch.py": ["def add_request(", "self.req_id_to_index"],
+    "v1/worker/gpu/model_runner.py": ["def add_requests(self, scheduler_output"],
     "v1/kv_cache_interface.py": [
         "state_content_bytes", "tokens_per_state", "block_stride", "layer_stride",
     ],

@@ -70,6 +70,7 @@ BY_CONFIGURATION = {
     ),
     "connectors": ({"kv_transfer_config": Mock(kv_connector="any")}, "--kv-transfer-config"),
     "page-sizes": ({"settings": {"page_sizes": [1, 2]}}, r"page_sizes=\[1, 2\]"),
+    "budgets": ({"settings": {"max_token_budget": 4096}}, "max_token_budget=4096: on GPUs"),
     "tensor-parallel": ({"parallel_config__tensor_parallel_size": 2}, ""),
     "ranks-than-heads": (
         {"parallel_config__tensor_parallel_size": 4},

@@ -17,3 +17,7 @@ class UnsupportedError(VllmSparseError, NotImplementedError):
 
 class IntegrityError(VllmSparseError, RuntimeError):
     """Internal bookkeeping is inconsistent; raised by ``check_integrity`` methods."""
+
+
+class RequestError(VllmSparseError, ValueError):
+    """What a request asks for cannot be had; the request is refused before it reaches a worker."""

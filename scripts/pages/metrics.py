@@ -42,7 +42,7 @@ def reasons() -> str:
         found,
         {
             "reason": lambda reason: f"`{reason.value}`",
-            "counted by": lambda reason: reason.family,
+            "counted by": lambda reason: reason.family or "all",
             "when": lambda reason: reason.meaning,
         },
     )

@@ -33,6 +33,7 @@ pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 NEW_TOKENS = 60
+DENSE = {"vllm_sparse.sparse": False}
 SHAPE = {"head_dim": 32, "group_size": 4, "block_size": BLOCK_SIZE, "max_model_len": 1024}
 
 
@@ -120,6 +121,14 @@ def whole(run, prompts) -> dict[str, Any]:
     return run(prompts)
 
 
+@pytest.fixture(scope="module")
+def short(llama, prompts) -> tuple[list[int], list[int]]:
+    """A prompt that every policy would serve sparsely, and stock vLLM's tokens."""
+    prompt = prompts[3][:140]
+    stock = run_engine(llama, [prompt], block_size=BLOCK_SIZE, new_tokens=16)
+    return prompt, stock["tokens"][0][0]
+
+
 @cache
 def _hf_model(path: Path):
     from transformers import AutoModelForCausalLM
@@ -154,6 +163,22 @@ def test_chunks_prefix_hits_and_preemption_change_nothing(case, run, prompts, wh
     assert again["preemptions"] > 0
     assert again["free_blocks"][0] == again["free_blocks"][1]
     assert max(again["cached"][1]) > 0
+
+
+def test_dense_requests_beside_sparse_ones_equal_stock(case, run, prompts, whole, stock_run):
+    """In chunks, preempted, and with hits on what requests of the other kind have published."""
+    asked = [[None, DENSE] * 2, [DENSE, None] * 2]
+    again = run(
+        prompts[:4], waves=2, max_num_batched_tokens=100, scheduler_reserve_full_isl=False,
+        num_gpu_blocks_override=50, asked=[*asked[0], *asked[1]],
+    )  # fmt: skip
+    for wave, tokens in zip(asked, again["tokens"], strict=True):
+        runs = [stock_run if extra else whole for extra in wave]
+        assert tokens == [run["tokens"][0][i][:NEW_TOKENS] for i, run in enumerate(runs)]
+    assert again["preemptions"] > 0
+    assert max(again["cached"][1]) > 0
+    assert again["counters"]["dense_fallbacks/requested"] >= 4
+    assert again["free_blocks"][0] == again["free_blocks"][1]
 
 
 def test_drafts_change_nothing(case, run, prompts, whole):
@@ -205,16 +230,20 @@ def test_what_is_read_and_freed_is_counted(case, prompts, whole):
     assert whole["free_blocks"][0] == whole["free_blocks"][1]
 
 
-def test_the_gpu_path_gives_the_same_tokens(run, case, prompts, whole):
-    """Model Runner V2, interpreted kernels, FlashAttention in PyTorch, batches as captured."""
+def test_the_gpu_path_gives_the_same_tokens(run, case, prompts, whole, short):
+    """Beside a request that asks to be dense.
+
+    Model Runner V2, interpreted kernels, FlashAttention in PyTorch, batches as captured.
+    """
     settings = {**case.settings, "kernels": "triton"}
+    asked = [None, None, DENSE]
     again = run(
-        prompts[:2], settings, max_num_batched_tokens=320, timeout=900, new_tokens=16,
-        kv_cache_memory_bytes=6 << 20, env={"VLLM_USE_V2_MODEL_RUNNER": "1"},
+        [*prompts[:2], short[0]], settings, max_num_batched_tokens=320, timeout=900, new_tokens=16,
+        kv_cache_memory_bytes=6 << 20, env={"VLLM_USE_V2_MODEL_RUNNER": "1"}, asked=asked,
         stand_ins=("flash_attention", "captured_graphs", "profiled_graphs"),
     )  # fmt: skip
-    for got, expected in zip(again["tokens"][0], whole["tokens"][0], strict=False):
-        assert got == expected[:16]
+    expected = [*whole["tokens"][0][:2], short[1]]
+    assert again["tokens"][0] == [tokens[:16] for tokens in expected]
     assert again["counters"]["decode_rows"] > 0
 
 

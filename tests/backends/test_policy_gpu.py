@@ -20,6 +20,7 @@ pytestmark = pytest.mark.vllm
 
 V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
 NEW_TOKENS = 8
+DENSE = {"vllm_sparse.sparse": False}
 
 
 def run_gpu_path(model, prompts, *, v2=True, graphs=True, settings=SETTINGS, further=(), **options):
@@ -88,12 +89,15 @@ def test_a_window_that_comes_token_by_token(llama, prompts, sparse_run):
 
 
 def test_dense_requests_share_the_batch(llama, prompts, sparse_run):
-    mixed = [prompts[0], prompts[3][:60]]
-    run = run_gpu_path(llama, mixed)
+    """One has a short prompt, one asks to be dense: 201 tokens, of which the last comes alone."""
+    mixed, asked = [prompts[0], prompts[3][:60], prompts[1][:201]], [None, None, DENSE]
+    run = run_gpu_path(llama, mixed, asked=asked, max_num_batched_tokens=100)
     stock = run_engine(llama, mixed[1:], block_size=BLOCK_SIZE, new_tokens=NEW_TOKENS)
     assert run["tokens"][0][0] == first_tokens(sparse_run, [0])[0]
-    assert run["tokens"][0][1] == stock["tokens"][0][0]
+    assert run["tokens"][0][1:] == stock["tokens"][0]
     assert run["counters"]["dense_fallbacks/short_prompt"] == 1
+    assert run["counters"]["dense_fallbacks/requested"] == 1
+    assert run["counters"]["prompts_compacted"] == 1
 
 
 def test_sliding_window_layers_stay_stock(windowed, prompts):

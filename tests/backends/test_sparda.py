@@ -174,6 +174,37 @@ def test_preemption_changes_nothing(llama, prompts, sparda_run, selector, chunk)
     assert run["free_blocks"] == [89, 89]
 
 
+DENSE = {"vllm_sparse.sparse": False}
+
+
+def test_dense_requests_beside_sparse_ones_equal_stock(llama, prompts, sparda_run, stock_run):
+    """In chunks, preempted, and with hits on what requests of the other kind have published."""
+    asked = [[None, DENSE] * 3, [DENSE, None] * 3]
+    run = run_sparda(
+        llama, prompts, waves=2, max_num_batched_tokens=100, num_gpu_blocks_override=90,
+        new_tokens=60, asked=[*asked[0], *asked[1]],
+    )  # fmt: skip
+    for wave, tokens in zip(asked, run["tokens"], strict=True):
+        runs = [stock_run if extra else sparda_run for extra in wave]
+        assert tokens == [run["tokens"][0][i][:60] for i, run in enumerate(runs)]
+    assert run["preemptions"] > 0
+    assert max(run["cached"][1]) > 0
+    assert run["counters"]["dense_fallbacks/requested"] >= len(prompts)
+    assert run["free_blocks"] == [89, 89]
+
+
+def test_dense_requests_share_little_with_sparse_prompts(llama, prompts, stock_run):
+    """Of a sparse prompt only the dense start is as they would have computed it."""
+    run = run_sparda(
+        llama, prompts[:2], sparse_prefill=True, dense_len=150, waves=3, new_tokens=20,
+        asked=[None, None, DENSE, DENSE, None, None],
+    )  # fmt: skip
+    dense = [tokens[:20] for tokens in stock_run["tokens"][0][:2]]
+    assert run["tokens"][1] == dense
+    assert run["tokens"][2] == run["tokens"][0] != dense
+    assert run["cached"][1] == [150 // BLOCK_SIZE * BLOCK_SIZE] * 2
+
+
 @pytest.mark.slow
 def test_ten_thousand_generated_tokens_equal_hugging_face(tmp_path):
     """Over hundreds of block borders and the dense border, with every frame in constant use."""

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from support.policies import make_policy
 
 from vllm_sparse.metrics import counters
+from vllm_sparse.policies.protocol import Retention
 
 
 @pytest.mark.vllm
@@ -50,6 +51,29 @@ class TestManager:
         _, hit, *_ = machine.manager.get_computed_blocks(short)
         assert hit == dropped * 16
         machine.prefill(short)
+
+    def test_a_dense_request_keeps_and_shares_everything(self):
+        """With a sparse one before and after it, each of which hits as much as it ever does."""
+        pytest.importorskip("vllm")
+        machine, hits = PoolMachine(), []
+        for sparse in (True, False, True):
+            request = machine.request([1] * 400, {"vllm_sparse.sparse": sparse})
+            hits.append(machine.manager.get_computed_blocks(request)[1])
+            machine.prefill(request)
+            for _ in range(40):
+                request.append_output_token_ids(7)
+                assert machine._schedule(request, 1) is not None
+                machine._compute(request, 1)
+            if not sparse:
+                blocks = machine._blocks(request)
+                assert not any(block.is_null for block in blocks)
+                # The last token's keys and values are not there yet.
+                assert [b.block_hash is not None for b in blocks] == [True] * 27 + [False]
+            machine.finish_all()
+        dropped = machine.policy.retention(400).dropped_blocks
+        assert hits == [0, dropped * 16, dropped * 16]
+        long = machine.request([*[1] * 400, *[7] * 40], {"vllm_sparse.sparse": False})
+        assert machine.manager.get_computed_blocks(long)[1] == 27 * 16
 
     def test_dropped_blocks_are_freed_once_the_step_after_the_prompt_is_processed(self):
         """That step may begin with compaction, which reads them."""
@@ -181,7 +205,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.content: dict[int, tuple] = {}  # block id -> what the worker wrote there
         self.serial = 0
 
-    def request(self, tokens):
+    def request(self, tokens, extra_args=None):
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
@@ -189,7 +213,7 @@ class PoolMachine(RuleBasedStateMachine):
         return Request(
             request_id=str(self.serial),
             prompt_token_ids=tokens,
-            sampling_params=SamplingParams(max_tokens=500),
+            sampling_params=SamplingParams(max_tokens=500, extra_args=extra_args),
             pooling_params=None,
             block_hasher=self.hasher,
         )
@@ -204,6 +228,14 @@ class PoolMachine(RuleBasedStateMachine):
     def finish_all(self):
         while self.running:
             self.manager.free(self.running.popitem()[1])
+
+    def _retention(self, request):
+        """What the worker makes of the request, which gets its sampling parameters with it."""
+        asked = request.sampling_params.extra_args or {}
+        if not asked.get("vllm_sparse.sparse", True):
+            return Retention(sparse=False)
+        tokens = asked.get("vllm_sparse.token_budget", self.policy.settings.token_budget)
+        return make_policy(token_budget=tokens).retention(request.num_prompt_tokens)
 
     def _blocks(self, request):
         return self.manager.coordinator.single_type_managers[self.group].req_to_blocks[
@@ -221,7 +253,7 @@ class PoolMachine(RuleBasedStateMachine):
         start = request.num_computed_tokens
         request.num_computed_tokens += tokens
         blocks, prompt_len = self._blocks(request), request.num_prompt_tokens
-        retention = self.policy.retention(prompt_len)
+        retention = self._retention(request)
         for index in range(start // 16, -(-request.num_computed_tokens // 16)):
             logical = tuple(request.all_token_ids[: (index + 1) * 16])
             if len(logical) == (index + 1) * 16:
@@ -234,7 +266,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def _admit(self, request):
         hit_blocks, hit, request.shared_prefix_boundary = self.manager.get_computed_blocks(request)
-        retention = self.policy.retention(request.num_prompt_tokens)
+        retention = self._retention(request)
         if retention.sparse:
             assert hit <= retention.dropped_blocks * 16
         for index, block in enumerate(hit_blocks.blocks[self.group]):
@@ -250,9 +282,13 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(
         family=st.integers(0, 2), shared=st.integers(0, 300), own=st.integers(1, 200),
+        asked=st.sampled_from([
+            None, {"vllm_sparse.sparse": False},
+            {"vllm_sparse.token_budget": 32}, {"vllm_sparse.token_budget": 150},
+        ]),
     )  # fmt: skip
-    def arrive(self, family, shared, own):
-        self._admit(self.request([family] * shared + [100 + self.serial] * own))
+    def arrive(self, family, shared, own, asked):
+        self._admit(self.request([family] * shared + [100 + self.serial] * own, asked))
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
@@ -290,10 +326,9 @@ class PoolMachine(RuleBasedStateMachine):
             held |= {b.block_id for b in self._blocks(request) if not b.is_null}
         assert self.pool.get_num_free_blocks() == 79 - len(held)
         for request in self.running.values():
-            retention = self.policy.retention(request.num_prompt_tokens)
-            blocks = self._blocks(request)
-            for block in blocks[retention.dropped_blocks :] if retention.sparse else ():
-                assert block.block_hash is None
+            retention = self._retention(request)
+            for block in self._blocks(request)[retention.dropped_blocks :]:
+                assert not retention.sparse or block.block_hash is None
                 assert not block.is_null, "a kept block was given back"
 
     @invariant()

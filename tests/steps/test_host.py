@@ -30,6 +30,7 @@ class Row(NamedTuple):
     count: int
     prompt_len: int
     blocks: list[int]
+    dense: bool = False
 
     @property
     def end(self) -> int:
@@ -64,8 +65,14 @@ def plan(
         torch.tensor([row.end for row in rows]).int(),
         torch.tensor([row.prompt_len for row in rows]).int(),
         torch.tensor(table).int(),
+        dense=asked_to_be_dense(rows),
     )
     return step, counts
+
+
+def asked_to_be_dense(rows: list[Row]) -> torch.Tensor | None:
+    asked = torch.tensor([row.dense for row in rows])
+    return asked if bool(asked.any()) else None
 
 
 def simple(**changes) -> SpardaSettings:
@@ -339,12 +346,13 @@ def plan_rows(
     planner = planner or RowPlanner(options, 8, torch.device("cpu"), captured)
     prefilling = any(0 < row.end <= row.prompt_len for row in rows)
     counting = SpardaPlanner(options, NUM_BLOCKS, count)
-    return planner.plan(counting, ends, ends, prompts, table, prefilling), counts
+    dense = asked_to_be_dense(rows)
+    return planner.plan(counting, ends, ends, prompts, table, prefilling, dense), counts
 
 
 @st.composite
 def single_tokens(draw) -> tuple[SpardaSettings, list[Row]]:
-    """Decode rows and prompts' last tokens that come alone."""
+    """Decode rows, also of requests that ask to be dense, and prompts' last tokens."""
     options = simple(
         dense_len=draw(st.sampled_from([0, 16, 33])), sparse_prefill=draw(st.booleans())
     )
@@ -354,7 +362,8 @@ def single_tokens(draw) -> tuple[SpardaSettings, list[Row]]:
         start = draw(st.integers(0, 60))
         prompt_len = draw(st.sampled_from([start + 1, start, start // 2 + 1]))
         blocks = [next(unused) for _ in range(start // 8 + 1)]
-        rows.append(Row(start, 1, max(prompt_len, 1), blocks))
+        dense = not options.sparse_prefill and draw(st.booleans())
+        rows.append(Row(start, 1, max(prompt_len, 1), blocks, dense))
     return options, rows
 
 
@@ -374,7 +383,9 @@ def test_single_tokens_are_planned_as_others_are(batch, captured) -> None:
     assert found.whole
     tokens = [(r, row.start) for r, row in enumerate(rows)]
     assert_tokens(found.tokens, tokens, tokens, rows, 8)
-    alone = [row.start < row.prompt_len and not options.sparse_prefill for row in rows]
+    alone = [
+        row.dense or (row.start < row.prompt_len and not options.sparse_prefill) for row in rows
+    ]
     assert (found.framed < 0).tolist() == alone
     whole = torch.zeros(len(rows)).int() if found.unframed is None else found.unframed
     assert whole.tolist() == [
@@ -417,6 +428,25 @@ def test_padding_rows_read_and_write_nothing() -> None:
     assert step.decode.framed.tolist() == step.windows.positions.tolist() == [20, -1]
     assert step.decode.unframed.tolist() == [0, 0]
     assert counts["decode_rows", ""] == 1
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_dense_requests_beside_sparse_prompts_are_streamed(captured) -> None:
+    """As frames are set aside for the chosen blocks only; a graph would have to wait for them."""
+    rows = [Row(40, 1, 5, [1, 2, 3, 4, 5, 6], True), Row(20, 1, 5, [7, 8, 9])]
+    assert plan_rows(simple(sparse_prefill=True), rows, captured)[0] is None
+    step, counts = plan(simple(sparse_prefill=True), rows)
+    (streamed,) = step.prompts
+    assert (streamed.start, streamed.sparse_from) == (40, 1)
+    assert step.decode.tokens.positions.tolist() == [20]
+    assert counts["decode_rows", ""] == 1
+
+
+def test_a_dense_request_is_counted_when_its_prompt_ends() -> None:
+    rows = [Row(4, 2, 6, [1], True), Row(4, 2, 6, [2]), Row(4, 1, 6, [3], True)]
+    _, counts = plan(simple(dense_len=16), rows)
+    assert counts["dense_fallbacks", "requested"] == 1
+    assert counts["dense_fallbacks", "shorter_than_dense_len"] == 1
 
 
 def test_a_lone_token_of_a_prompt_with_its_own_number_of_blocks_is_left_to_the_other_planner():

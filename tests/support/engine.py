@@ -67,6 +67,7 @@ def run_engine(
     stand_ins: tuple[str, ...] = (),
     in_process: bool = True,
     adapter: Path | None = None,
+    asked: list[dict[str, Any] | None] | None = None,
     timeout: float = 300,
     **llm: Any,
 ) -> dict[str, Any]:
@@ -83,6 +84,8 @@ def run_engine(
         stand_ins: Functions of :mod:`.stand_ins` to call before vLLM starts.
         in_process: Engine, scheduler and worker in one process.
         adapter: Folder of a LoRA adapter, which every prompt uses.
+        asked: What each request says of itself (``vllm_xargs``), one after the other; the waves
+            take turns if there are more than prompts.
         timeout: Seconds.
         **llm: Arguments of ``LLM``.
 
@@ -123,6 +126,7 @@ def run_engine(
             "new_tokens": new_tokens,
             "llm": arguments,
             "adapter": adapter and str(adapter),
+            "asked": asked or [None] * len(prompts),
             "stand_ins": [name for name in stand_ins if name],
             "result": str(result),
         }
@@ -146,9 +150,13 @@ def serve(job: dict[str, Any]) -> None:
         disable_log_stats=False,
         **job["llm"],
     )
-    sampling = SamplingParams(
-        max_tokens=job["new_tokens"], temperature=0, ignore_eos=True, detokenize=False
-    )
+    sampling = [
+        SamplingParams(
+            max_tokens=job["new_tokens"], temperature=0, ignore_eos=True, detokenize=False,
+            extra_args=extra_args,
+        )
+        for extra_args in job["asked"]
+    ]  # fmt: skip
     request = None
     if job["adapter"]:
         from vllm.lora.request import LoRARequest
@@ -156,10 +164,12 @@ def serve(job: dict[str, Any]) -> None:
         request = LoRARequest("adapter", 1, job["adapter"])
     result: dict[str, Any] = {"tokens": [], "cached": []}
     before = _free_blocks(llm)
-    for _ in range(job["waves"]):
+    count = len(job["prompts"])
+    for wave in range(job["waves"]):
+        first = wave * count % len(sampling)
         outputs = llm.generate(
             [{"prompt_token_ids": prompt} for prompt in job["prompts"]],
-            sampling,
+            sampling[first : first + count],
             use_tqdm=False,
             lora_request=request,
         )

@@ -129,6 +129,8 @@ def _of_tier(config: Any) -> Asked:
 def _of_settings(config: Any, settings: Any) -> Asked:
     if len(getattr(settings, "page_sizes", ())) > 1:
         yield "page-sizes", {"sizes": list(settings.page_sizes)}
+    if getattr(settings, "most_tokens", 0) > getattr(settings, "token_budget", 0):
+        yield "budgets", {"budget": settings.most_tokens}
     if not hasattr(settings, "chosen_selector"):
         return
     if settings.chosen_selector in LOOKAHEAD_SELECTORS:

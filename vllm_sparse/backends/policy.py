@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_sparse import metrics
 from vllm_sparse.backends.base import SparseBackend, ask_for_prompt_lengths
+from vllm_sparse.backends.controls import watch_controls
 from vllm_sparse.backends.refusals import check_layer, takes_gpu_path
 from vllm_sparse.config import load_settings
 from vllm_sparse.features import POLICIES, refuse
@@ -198,6 +199,7 @@ class Planning:
                 reads_all=extract_layer_index(name) < policy.settings.skip_layers,
                 **_of_fp8(layer, spec, config, truncates),
             )
+        watch_controls(config)
         counters, speaks = metrics.counters(), config.parallel_config.rank == 0
         kind = type(self.layers[0].impl)
         first = next(n for n, x in context.items() if isinstance(getattr(x, "impl", None), kind))
@@ -223,6 +225,7 @@ class Planning:
         common: CommonAttentionMetadata,
         seq_lens: Tensor,
         prompt_lens: Tensor,
+        controls: Tensor | None,
         build: Callable[[int, CommonAttentionMetadata], Any],
     ) -> StepMetadata:
         """Split the batch into dense tokens, ending prompts and sparse decode tokens.
@@ -231,6 +234,7 @@ class Planning:
             common: The batch.
             seq_lens: Tokens of each row after the step, on the host, ``[R]``.
             prompt_lens: Prompt tokens of each row's request, on the host, ``[R]``.
+            controls: What these ask for, on the host, ``[R]``; ``None`` if nothing.
             build: The stock builder's.
         """
         rows = common.num_reqs
@@ -264,6 +268,7 @@ class Planning:
             common.slot_mapping,
             dense,
             self.count,
+            controls,
         )
 
 

@@ -17,6 +17,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_sparse.backends.base import prompt_lengths, withdraw
+from vllm_sparse.backends.controls import controls
 from vllm_sparse.backends.policy import Planning, PolicyBackend, attend_step, set_up_layer
 from vllm_sparse.kernels.cpu.memory import back_with_huge_pages
 from vllm_sparse.kernels.dispatch import policy_cpu
@@ -91,7 +92,8 @@ class PolicyCpuBuilder(CPUAttentionMetadataBuilder):
         """Plan one step."""
         common = common_attn_metadata
         lengths = common.seq_lens[: common.num_reqs]
-        return self._planning.split(common, lengths, prompt_lengths(common), super().build)
+        asked = prompt_lengths(common), controls(common)
+        return self._planning.split(common, lengths, *asked, super().build)
 
 
 def _bind_on_huge_pages(layer: Any, kv_cache: Tensor) -> None:

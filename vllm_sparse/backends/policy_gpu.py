@@ -22,6 +22,7 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_sparse.backends.base import most_rows, prompt_lengths, sequence_lengths, withdraw
+from vllm_sparse.backends.controls import controls
 from vllm_sparse.backends.gpu import GpuBackend, warn_of_gpus
 from vllm_sparse.backends.policy import Planning, PolicyBackend, attend_step, set_up_layer
 from vllm_sparse.backends.prompts import prompt_lengths_on_host, watch_requests
@@ -102,7 +103,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         )
         self._planner = self._planning.planner
         self._check_other_layers(vllm_config)
-        self._rules = self._planner.rules.to(device)
+        self._rules = self._planner.rules.on_device.to(device)
         self._counters = DeviceCounters(
             ("decode_rows", "visible_tokens", "selected_tokens"), device, self._planning.count
         )
@@ -141,16 +142,20 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         if common.max_query_len == 1:
             return self._plan_rows(common)
         lengths = sequence_lengths(common)
-        return self._planning.split(common, lengths, prompt_lengths_on_host(common), super().build)
+        asked = prompt_lengths_on_host(common), controls(common)
+        return self._planning.split(common, lengths, *asked, super().build)
 
     def _plan_rows(self, common: CommonAttentionMetadata) -> StepMetadata:
         count = common.num_reqs
         table = common.block_table_tensor[:count]
         rows = Rows(*(buffer[:count] for buffer in self._buffers(table.shape[1])))
+        prompts, asked = upload(prompt_lengths(common), self.device), controls(common)
+        if asked is not None:  # what is dense needs no prompt length, but another rule
+            prompts = self._planner.rules.find(prompts, upload(asked, self.device)).int()
         self._kernels.plan_rows(
             rows,
             common.seq_lens[:count],
-            upload(prompt_lengths(common), self.device),
+            prompts,
             table,
             self._rules,
             self._counters.values,
@@ -162,7 +167,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         self._counters.publish()
         prefilling = common.is_prefilling
         if prefilling is not None and bool(prefilling.any()):
-            self._note_late(common, prompt_lengths_on_host(common))
+            self._note_late(common, prompt_lengths_on_host(common), asked)
         return StepMetadata(count, None, rows=rows)
 
     def _buffers(self, width: int) -> Rows:
@@ -172,7 +177,9 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
             self._rows = Rows(table, *one)
         return self._rows
 
-    def _note_late(self, common: CommonAttentionMetadata, prompt_lens: Tensor) -> None:
+    def _note_late(
+        self, common: CommonAttentionMetadata, prompt_lens: Tensor, asked: Tensor | None
+    ) -> None:
         """Remember prompts whose last token is a row of this step.
 
         A captured graph may run the step, and compaction is not part of it. The queries are parked
@@ -181,11 +188,12 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         """
         start = common.query_start_loc_cpu[: common.num_reqs + 1]
         lens, count = sequence_lengths(common), self._planning.count
-        self._planner.count_requests(start, lens, prompt_lens, count)
+        rows = prompt_lens, self._planner.rules.find(prompt_lens, asked)
+        self._planner.count_requests(start, lens, *rows, count)
         if not self._planning.policy.moves:
             return
         table = common.block_table_tensor
-        for prompt in self._planner.ending_prompts(start, lens, prompt_lens, table, count):
+        for prompt in self._planner.ending_prompts(start, lens, *rows, table, count):
             if prompt.complete:
                 blocks = prompt.blocks.clone()
                 self._late.append(replace(prompt, blocks=blocks, parked=self._window))

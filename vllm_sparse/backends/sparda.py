@@ -31,6 +31,7 @@ from vllm_sparse.backends.base import (
     prompt_lengths,
     sequence_lengths,
 )
+from vllm_sparse.backends.controls import controls, watch_controls
 from vllm_sparse.backends.prompts import Newcomers, prompt_lengths_on_host, watch_requests
 from vllm_sparse.backends.refusals import check_layer, takes_gpu_path
 from vllm_sparse.backends.sparda_setup import (
@@ -42,6 +43,7 @@ from vllm_sparse.backends.sparda_setup import (
 )
 from vllm_sparse.backends.sparda_warm_up import warm_up
 from vllm_sparse.config import SpardaSettings, load_settings
+from vllm_sparse.control import DENSE
 from vllm_sparse.kernels.fp8 import FP8, UNSCALED, Scales
 from vllm_sparse.kv.spec import SpardaSpec
 from vllm_sparse.steps.host import SpardaPlanner
@@ -162,6 +164,7 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
                 machine.kernels, settings, ranking, runtime.blocks, heads, dtype, device, stored
             )
         ask_for_prompt_lengths(vllm_config)
+        watch_controls(vllm_config)
         speaks = vllm_config.parallel_config.rank == 0
         counters.publish_to(metrics.folder(vllm_config.instance_id), "SPARDA", speaks=speaks)
         counters.set_gauge("host_pool_bytes", geometry.host_bytes)
@@ -184,14 +187,17 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
             metrics.counters().set_gauge("slab_frames_in_use", in_use)
         self._steps += 1
         planner = self._rehearsal if is_rehearsal(common) else self.planner
-        prompts, new = prompt_lengths_on_host(common), False
+        prompts, new, dense = prompt_lengths_on_host(common), False, None
         if planner is self.planner:
             tokens = int(common.query_start_loc_cpu[count])
             metrics.counters().add("device_to_host_bytes", tokens * self._bytes_per_token)
             new = self._newcomers.arrived()
-        step = self._plan_rows(common, planner, prompts) if common.max_query_len == 1 else None
-        if step is not None:
-            return step
+            asked = controls(common)
+            dense = None if asked is None else asked == DENSE
+        if common.max_query_len == 1:
+            step = self._plan_rows(common, planner, prompts, dense)
+            if step is not None:
+                return step
         self._rows.forget()
         return planner.plan(
             common.query_start_loc_cpu[: count + 1],
@@ -199,10 +205,15 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
             prompts,
             common.block_table_tensor[:count],
             new,
+            dense,
         ).to(self.device)
 
     def _plan_rows(
-        self, common: CommonAttentionMetadata, planner: SpardaPlanner, prompts: Tensor
+        self,
+        common: CommonAttentionMetadata,
+        planner: SpardaPlanner,
+        prompts: Tensor,
+        dense: Tensor | None,
     ) -> SpardaStep | None:
         """Plan a batch of single tokens, if that can be done where they are."""
         rows = common.num_reqs
@@ -215,6 +226,7 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
             prompts if prefilling else prompt_lengths(common),
             common.block_table_tensor[:rows],
             prefilling,
+            dense,
         )
 
 

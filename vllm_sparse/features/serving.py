@@ -126,6 +126,17 @@ ROWS = (
             ),
         ),
     ),
+    row(
+        _SERVING, "budgets", "`max_token_budget`: requests that bring a `token_budget`",
+        (
+            Served("tests/backends/test_controls.py::test_budgets_share_batches_and_prefixes"),
+            Refused(
+                "vllm_sparse.max_token_budget={budget}: on GPUs a captured graph reads one number "
+                "of tokens; leave it out, or raise token_budget for all requests"
+            ),
+        ),
+        None,
+    ),
     everywhere(
         _SERVING, "auxiliary", "`--aux-output-config` (vLLM 0.33)",
         "auxiliary outputs shorten lookups of cached prefixes, whose length tells where a prompt "

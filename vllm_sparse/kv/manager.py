@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakValueDictionary
+from weakref import WeakSet
 
 from vllm.logger import init_logger
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from vllm_sparse import metrics
+from vllm_sparse.kv.requests import control_of_request, of_hashes, of_id, watch_requests
+from vllm_sparse.policies.controlled import policy_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,20 +30,17 @@ logger = init_logger("vllm.sparse")
 class PromptAwareManager(FullAttentionManager):
     """Full attention that shares only what is the same whoever computes it.
 
-    The spec's ``publishable_tokens(prompt_len)`` says how many leading tokens of a request are;
-    blocks beyond are never published (:meth:`cache_blocks`) and never taken from the cache
+    The spec's ``publishable_tokens(prompt_len, control)`` says how many leading tokens of a request
+    are; blocks beyond are never published (:meth:`cache_blocks`) and never taken from the cache
     (:meth:`find_longest_cache_hit`).
     """
 
-    # A preempted request looks its prompt and its output up in one go, so its prompt length cannot
-    # be told from the lookup's length. Requests that were scheduled once are known by the identity
-    # of their hash list.
-    _requests: ClassVar[WeakValueDictionary[int, Request]] = WeakValueDictionary()
-
     family: ClassVar[Family] = "SPARDA"
+    _begun: ClassVar[WeakSet[Request]] = WeakSet()
 
     def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
+        watch_requests()
         if kv_cache_spec.instance_id:
             counters = metrics.counters()
             counters.publish_to(metrics.folder(kv_cache_spec.instance_id), self.family)
@@ -56,9 +55,9 @@ class PromptAwareManager(FullAttentionManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         """Publish full blocks, but only the publishable ones."""
-        first_chunk = id(request.block_hashes) not in self._requests
-        self._requests[id(request.block_hashes)] = request
-        limit = self.kv_cache_spec.publishable_tokens(request.num_prompt_tokens)
+        first_chunk = request not in self._begun
+        self._begun.add(request)
+        limit = publishable_tokens(self.kv_cache_spec, request)
         if limit is not None:
             if first_chunk and self.kv_cache_group_id and 0 < limit <= num_tokens:
                 metrics.counters().add("prefix_limits_missed", 1)
@@ -85,37 +84,36 @@ class PromptAwareManager(FullAttentionManager):
     def find_longest_cache_hit(
         cls, block_hashes: Any, max_length: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """Longest hit that leaves everything else to be computed by the request itself."""
-        _, pool, spec, drop_eagle_block, alignment_tokens = cls._arguments(*args, **kwargs)
-        request = cls._requests.get(id(block_hashes))
-        if request is not None and request.block_hashes is block_hashes:
-            limit = spec.publishable_tokens(request.num_prompt_tokens)
-        elif max_length % alignment_tokens and not drop_eagle_block:
-            # vLLM looks up at most all tokens but the last.
-            limit = spec.publishable_tokens(max_length + 1)
-        else:
-            # It may be another group's hit, which ends at a boundary, instead. The prompt ends
-            # somewhere in the block after the last hashed one.
-            size = pool.hash_block_size
-            hashed = len(block_hashes) * size
-            limits = map(spec.publishable_tokens, range(hashed, hashed + size))
-            limit = min((limit for limit in limits if limit is not None), default=None)
+        """Longest hit that leaves everything else to be computed by the request itself.
+
+        The length does not tell whose lookup it is: a preempted request looks its prompt and its
+        output up in one go, and another group's hit may have shortened it.
+        """
+        request, spec = of_hashes(block_hashes), cls._spec(*args, **kwargs)
+        limit = 0 if request is None else publishable_tokens(spec, request)
         if limit is not None:
             max_length = min(max_length, limit)
         return super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
 
     @staticmethod
-    def _arguments(
-        kv_cache_group_ids: Any,
-        block_pool: Any,
-        kv_cache_spec: Any,
-        drop_eagle_block: bool,
-        alignment_tokens: int,
-        *_: Any,
-        **__: Any,
-    ) -> tuple[Any, Any, Any, bool, int]:
-        """What a lookup gets beside hashes and length, by place or by name."""
-        return kv_cache_group_ids, block_pool, kv_cache_spec, drop_eagle_block, alignment_tokens
+    def _spec(
+        kv_cache_group_ids: Any, block_pool: Any, kv_cache_spec: Any, *_: Any, **__: Any
+    ) -> Any:
+        """One of the things that a lookup gets beside hashes and length, by place or by name."""
+        return kv_cache_spec
+
+
+def publishable_tokens(spec: Any, request: Request) -> int | None:
+    """Leading tokens of a request that others may share; ``None``: all.
+
+    Args:
+        spec: One of ours.
+        request: The request.
+    """
+    limit: int | None = spec.publishable_tokens(
+        request.num_prompt_tokens, control_of_request(request)
+    )
+    return limit
 
 
 class PolicyManager(PromptAwareManager):
@@ -162,7 +160,7 @@ class PolicyManager(PromptAwareManager):
         if num_prompt_tokens is None or processed_computed_tokens <= num_prompt_tokens:
             return
         blocks = self.req_to_blocks.get(request_id, ())
-        policy = self.kv_cache_spec.policy
+        policy = policy_for(self.kv_cache_spec.policy, control_of_request(of_id(request_id)))
         first, last = policy.freed_blocks(num_prompt_tokens, processed_computed_tokens)
         last = min(last, len(blocks))
         count = 0  # what was freed before lies before the rest

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Self
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from vllm_sparse.control import DENSE
 from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kv.manager import PolicyManager, PromptAwareManager
+from vllm_sparse.policies.controlled import policy_for
 
 if TYPE_CHECKING:
     import torch
@@ -82,9 +84,9 @@ class PolicySpec(SharedSpec):
         """Page geometry for requests with pages of ``page_size`` tokens."""
         return PageLayout(self.block_size, self.head_size, page_size, self.policy.index_width)
 
-    def publishable_tokens(self, prompt_len: int) -> int | None:
+    def publishable_tokens(self, prompt_len: int, control: int) -> int | None:
         """Leading tokens of a request that others may share; ``None``: all."""
-        return self.policy.publishable_tokens(prompt_len)
+        return policy_for(self.policy, control).publishable_tokens(prompt_len)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +98,12 @@ class SpardaSpec(SharedSpec):
     Attributes:
         dense_len: Tokens that see at most this many are attended densely.
         alike: Prompts are attended as outputs are.
+        sparse_prompts: Prompts are attended sparsely.
     """
 
     dense_len: int = 0
     alike: bool = False
+    sparse_prompts: bool = False
 
     @classmethod
     def wrap(
@@ -118,17 +122,21 @@ class SpardaSpec(SharedSpec):
             kv_quant_mode=KVQuantMode.NONE,
             dense_len=settings.dense_len,
             alike=settings.prompts_like_outputs,
+            sparse_prompts=bool(settings.sparse_prefill),
             instance_id=instance_id,
             tokens_per_state=spec.block_size,
             state_content_bytes=settings.windows_per_block * spec.head_size * dtype.itemsize,
         )
 
-    def publishable_tokens(self, prompt_len: int) -> int | None:
+    def publishable_tokens(self, prompt_len: int, control: int) -> int | None:
         """Leading tokens of a request that others may share; ``None``: all.
 
         If only outputs are sparse, or read more or less than prompts, the same token has other keys
-        and values as another request's prompt.
+        and values as another request's prompt. What a request attends densely at its own wish is
+        as in others' prompts unless these are sparse.
         """
+        if control == DENSE:
+            return self.dense_len if self.sparse_prompts else None
         return None if self.alike else max(prompt_len, self.dense_len)
 
 

@@ -21,6 +21,7 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.simple_kv_offload.worker import SimpleCPUOffloadWorker
 
+from vllm_sparse.kv.manager import publishable_tokens
 from vllm_sparse.kv.spec import PolicySpec, SharedSpec
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class PrefixTierConnector(SimpleCPUOffloadConnector):
 
         A loaded token leaves no query, and the last ones' queries choose what the prompt keeps.
         """
-        limits = [spec.publishable_tokens(request.num_prompt_tokens) for spec in self._specs]
+        limits = [publishable_tokens(spec, request) for spec in self._specs]
         room = min(
             (limit - num_computed_tokens for limit in limits if limit is not None),
             default=request.num_tokens,

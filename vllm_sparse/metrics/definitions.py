@@ -17,12 +17,12 @@ class Reason(NamedTuple):
     Attributes:
         value: The value.
         meaning: When.
-        family: Who counts it.
+        family: Who counts it; ``None``: all.
     """
 
     value: str
     meaning: str
-    family: Family
+    family: Family | None = None
 
 
 class Metric(NamedTuple):
@@ -68,6 +68,7 @@ _ALL = (
             Reason("short_prompt", "The prompt has at most `min_context` tokens", "policies"),
             Reason("fits_budget", "What the policy keeps would be the whole prompt", "policies"),
             Reason("shorter_than_dense_len", "The prompt is shorter than `dense_len`", "SPARDA"),
+            Reason("requested", "[The request asks for it](requests.md)"),
         ),
     ),
     Metric(
@@ -255,7 +256,7 @@ METRICS = {metric.name: metric for metric in _ALL}
 def of(family: Family) -> list[Metric]:
     """The metrics of a family, with its own reasons."""
     return [
-        metric._replace(reasons=tuple(r for r in metric.reasons if r.family == family))
+        metric._replace(reasons=tuple(r for r in metric.reasons if r.family in (None, family)))
         for metric in _ALL
         if metric.family in (None, family)
     ]

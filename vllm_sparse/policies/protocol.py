@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vllm_sparse.config import CommonSettings
 from vllm_sparse.policies.pages import page_tokens, select_pages
@@ -28,6 +28,12 @@ class PolicySettings(CommonSettings):
     """Settings of every policy that keeps keys and values on the device."""
 
     token_budget: int = Field(1024, ge=16, description="KV pairs read per KV head and decode step.")
+    max_token_budget: int | None = Field(
+        None,
+        ge=16,
+        description="Largest `token_budget` that a single request may bring, on CPUs; not set: the "
+        "configured one. See [requests](requests.md).",
+    )
     min_context: int = Field(
         2048, ge=0, description="Prompts up to this many tokens are served densely."
     )
@@ -37,6 +43,21 @@ class PolicySettings(CommonSettings):
     huge_pages: bool = Field(
         True, description="Put a CPU's KV cache on huge pages, which scattered reads profit from."
     )
+
+    @property
+    def most_tokens(self) -> int:
+        """The largest budget that a request may bring."""
+        return self.max_token_budget or self.token_budget
+
+    @model_validator(mode="after")
+    def _bounded(self) -> PolicySettings:
+        if self.most_tokens < self.token_budget:
+            raise ValueError(
+                f"max_token_budget={self.max_token_budget} is less than token_budget="
+                f"{self.token_budget}, which requests have that ask for nothing; raise one or "
+                "lower the other"
+            )
+        return self
 
 
 class Retention(NamedTuple):
@@ -109,7 +130,11 @@ class Policy(ABC):
 
     @abstractmethod
     def retention(self, prompt_len: int) -> Retention:
-        """What happens to a prompt of ``prompt_len`` tokens; a pure function."""
+        """What happens to a prompt of ``prompt_len`` tokens; a pure function.
+
+        Of settings only the token budget differs between requests; what a block looks like (pages,
+        index, window) must not depend on it.
+        """
 
     @property
     def top_k(self) -> int | None:

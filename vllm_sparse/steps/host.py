@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_sparse.control import REQUESTED
 from vllm_sparse.policies.selectors import Tokens
 from vllm_sparse.prefetch.stream import Tile
 from vllm_sparse.steps.host_step import DecodeRows, FreshRows, PromptRow, SpardaStep, WindowList
@@ -77,6 +78,7 @@ class SpardaPlanner:
         prompt_lens: Tensor,
         block_table: Tensor,
         may_borrow: bool = True,
+        dense: Tensor | None = None,
     ) -> SpardaStep:
         """Plan one step.
 
@@ -87,6 +89,8 @@ class SpardaPlanner:
             block_table: ``[R, max_blocks]``, on the host or a device.
             may_borrow: Some row may read blocks that this step writes. Only one whose request is
                 new may: later it has its blocks' content. Finding out waits for the device.
+            dense: Host bool ``[R]``: rows of requests that ask to read everything, which they do
+                as prompts do; ``None`` if there are none.
 
         Returns:
             The metadata, in part on the host.
@@ -141,11 +145,18 @@ class SpardaPlanner:
             past = there(start // size)
             borrowed = borrowed_blocks(slots // size, table, past, self.num_blocks).cpu()
         decoding = (query_lens == 1) & (start >= prompt_lens) & ~borrowed.any(1)
+        dense_until = torch.full_like(prompt_lens, settings.dense_len)
+        if not settings.sparse_prefill:
+            dense_until = torch.maximum(dense_until, prompt_lens)
+        if dense is not None:
+            decoding &= ~dense
+            dense_until = torch.where(dense, seq_lens, dense_until)
 
         prompts, tiles = self._prompts(
-            tokens, query_start, start, seq_lens, prompt_lens, table, ~decoding, borrowed
-        )
-        self.count_requests(start, seq_lens, prompt_lens)
+            tokens, query_start, start, seq_lens, prompt_lens, dense_until, table, ~decoding,
+            borrowed,
+        )  # fmt: skip
+        self.count_requests(start, seq_lens, prompt_lens, dense)
         owners = owner[:, None].expand_as(members)
         older_slots = slot_of(there(owners[older]), there(members[older]))
         windows = WindowList(window_slots, window_tokens, older_slots)
@@ -225,6 +236,7 @@ class SpardaPlanner:
         start: Tensor,
         seq_lens: Tensor,
         prompt_lens: Tensor,
+        dense_until: Tensor,
         table: Tensor,
         streamed: Tensor,
         borrowed: Tensor,
@@ -237,11 +249,8 @@ class SpardaPlanner:
             if begin == end:
                 continue
             first, length, prompt_len = int(start[r]), int(seq_lens[r]), int(prompt_lens[r])
-            dense_until = settings.dense_len
-            if not settings.sparse_prefill:
-                dense_until = max(dense_until, prompt_len)
             blocks = table[r, : -(-length // size)]
-            sparse_from = min(max(dense_until - first, 0), end - begin)
+            sparse_from = min(max(int(dense_until[r]) - first, 0), end - begin)
             if first and 0 < sparse_from < end - begin:
                 self._count("prompt_chunks_streamed_whole", 1)
             first_tile = len(tiles)
@@ -264,17 +273,24 @@ class SpardaPlanner:
             )
         return tuple(prompts), tuple(tiles)
 
-    def count_requests(self, start: Tensor, seq_lens: Tensor, prompt_lens: Tensor) -> None:
+    def count_requests(
+        self, start: Tensor, seq_lens: Tensor, prompt_lens: Tensor, dense: Tensor | None
+    ) -> None:
         """Count each request once, when its prompt completes, by how it starts to decode.
 
         Args:
             start: Host ``[R]``: position of each row's first token.
             seq_lens: Host ``[R]``: tokens of each row after the step, 0 for padding rows.
             prompt_lens: Host ``[R]``: prompt tokens of each row's request.
+            dense: As of :meth:`plan`.
         """
         finished = (start < prompt_lens) & (seq_lens >= prompt_lens) & (seq_lens > 0)
-        short = prompt_lens[finished] < self._settings.dense_len
-        if dense := int(short.sum()):
-            self._count("dense_fallbacks", dense, "shorter_than_dense_len")
-        if sparse := len(short) - dense:
+        if dense is not None:
+            if asked := int((finished & dense).sum()):
+                self._count("dense_fallbacks", asked, REQUESTED)
+            finished &= ~dense
+        is_short = prompt_lens[finished] < self._settings.dense_len
+        if short := int(is_short.sum()):
+            self._count("dense_fallbacks", short, "shorter_than_dense_len")
+        if sparse := len(is_short) - short:
             self._count("requests", sparse)

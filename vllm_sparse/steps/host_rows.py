@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 class RowPlanner:
     """Plans batches in which every row brings one token, into buffers that never move.
 
-    A prompt's token that comes alone is dense unless prompts are sparse. No frames are set aside
-    for all the blocks that it reads, but a captured graph may run the step: so the attention over
-    frames reads the host pool for it. Sparse ones that read another number of blocks than outputs
-    are left to the other planner, which no captured graph survives.
+    A prompt's token that comes alone is dense unless prompts are sparse, and so is every token of a
+    request that asks for it. No frames are set aside for all the blocks that these read, but a
+    captured graph may run the step: so the attention over frames reads the host pool for them.
+    Sparse ones that read another number of blocks than outputs, and dense ones beside sparse
+    prompts, are left to the other planner, which no captured graph survives.
 
     Args:
         settings: Block geometry and what is sparse.
@@ -60,6 +61,7 @@ class RowPlanner:
         prompt_lens: Tensor,
         block_table: Tensor,
         prefilling: bool,
+        dense: Tensor | None = None,
     ) -> SpardaStep | None:
         """Plan one step.
 
@@ -70,6 +72,7 @@ class RowPlanner:
             prompt_lens: Prompt tokens of each row's request, ``[R]``, anywhere.
             block_table: Physical blocks, int32 ``[R, max_blocks]``.
             prefilling: Whether any row is a prompt's, where it cannot be seen from the lengths.
+            dense: As of :meth:`.SpardaPlanner.plan`.
 
         Returns:
             The metadata; ``None`` if the other planner must do it.
@@ -105,16 +108,22 @@ class RowPlanner:
         dense_prompts = not self._settings.sparse_prefill
         if prefilling and not (dense_prompts or self._settings.prompts_like_outputs):
             return None
-        may_be_alone = dense_prompts and (prefilling or self._captured)
+        if dense is not None and not dense_prompts:
+            return None
+        may_be_alone = dense_prompts and (prefilling or self._captured or dense is not None)
         if may_be_alone:
             alone = positions < upload(prompt_lens, device)
+            if dense is not None:
+                alone |= upload(dense, device) & (positions >= 0)
             framed.masked_fill_(alone, -1)
             unframed.copy_(torch.where(alone, positions + 1, 0))
         if prefilling:
             prompts = prompt_lens.cpu()
-            planner.count_requests(host_lens - 1, host_lens, prompts)
+            planner.count_requests(host_lens - 1, host_lens, prompts, dense)
             if dense_prompts:
                 host_lens = host_lens.where(host_lens > prompts, 0)
+        if dense is not None:
+            host_lens = host_lens.where(~dense, 0)
         scored = planner.count_rows(host_lens) or self._captured
         return SpardaStep(
             num_tokens=rows,

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from vllm_sparse.kernels.fp8 import UNSCALED, Scales
 from vllm_sparse.kv.tail.codec import PlainReader
 from vllm_sparse.kv.tail.compaction import QueryParking, compact_prompt
+from vllm_sparse.policies.controlled import policy_for
 from vllm_sparse.steps.select import attend_tokens, select_tokens, store_index, store_tokens
 
 if TYPE_CHECKING:
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
     from vllm_sparse.kv.tail.codec import Reader
     from vllm_sparse.policies.protocol import Policy
     from vllm_sparse.steps.split import Pages, PromptEnd, SparseRows
+
+
+# Policies of requests that bring a token budget, kept by budget.
+_MOST_BUDGETS = 64
 
 
 class SparseLayer:
@@ -54,6 +60,7 @@ class SparseLayer:
         query_dtype: torch.dtype | None = None,
     ) -> None:
         self.policy = policy
+        self._policy_for = lru_cache(_MOST_BUDGETS)(partial(policy_for, policy))
         self.layouts = layouts
         self.stock_layout = layouts[min(layouts)]
         self.reads_all = reads_all or policy.top_k is None
@@ -174,15 +181,16 @@ class SparseLayer:
             target = torch.empty_like(query)
         elif (count := len(rows.lengths)) != len(query):
             query, key, value, target = query[:count], key[:count], value[:count], output[:count]
-        layout = self.layouts[rows.page_size]
+        layout, policy = self.layouts[rows.page_size], self._policy_for(rows.control)
         tables = rows.block_table, rows.lengths, rows.final_lengths, rows.top_r
         if self._fused:
-            self._decode_fused(cache, query, key, value, target, *tables, layout=layout)
+            tensors = cache, query, key, value, target, *tables
+            self._decode_fused(*tensors, layout=layout, policy=policy)
         else:
             if self.policy.moves:  # where tokens stay in place, all of the step are written first
                 self._store(cache, key, value, *tables, layout)
             held = rows.block_table, rows.lengths, rows.top_r
-            self._decode_selected(cache, query, target, *held, layout)
+            self._decode_selected(cache, query, target, *held, layout, policy)
         if index is not None:
             output[index] = target
 
@@ -207,20 +215,23 @@ class SparseLayer:
             if self.parking is not None:
                 parked = {"parked": rows.parked, "per_block": self.parking.per_block}
             self._decode_fused(
-                cache, query, key, value, output, *tables, layout=layout, replays=False, **parked
-            )
+                cache, query, key, value, output, *tables, layout=layout, policy=self.policy,
+                replays=False, **parked,
+            )  # fmt: skip
             return
         if self.parking is not None:
             self.parking.store_at(cache, query, rows.parked)
         self._store(cache, key, value, *tables, layout)
         held = rows.block_table, rows.lengths, rows.top_r
-        self._decode_selected(cache, query, output, *held, layout)
+        self._decode_selected(cache, query, output, *held, layout, self.policy)
 
-    def _decode_fused(self, *arguments: Tensor, layout: PageLayout, **options: Any) -> None:
+    def _decode_fused(
+        self, *arguments: Tensor, layout: PageLayout, policy: Policy, **options: Any
+    ) -> None:
         self._kernels.decode(
             *arguments,
             layout=layout,
-            top_k=self.policy.top_k or 0,
+            top_k=policy.top_k or 0,
             scale=self._scale,
             read_all=self.reads_all,
             scales=self._scales,
@@ -260,11 +271,12 @@ class SparseLayer:
         lengths: Tensor,
         top_r: Tensor,
         layout: PageLayout,
+        policy: Policy,
     ) -> None:
         table, reader, positions = block_table.long(), self._reader, None
         if not self.reads_all:
             positions = select_tokens(
-                cache, query, table, lengths, policy=self.policy, reader=reader, layout=layout,
+                cache, query, table, lengths, policy=policy, reader=reader, layout=layout,
                 scales=self._scales,
             )  # fmt: skip
         if not self._plain:
@@ -281,5 +293,5 @@ class SparseLayer:
             slots = (block * size + positions % size).int()
         self._kernels.attend_slots(
             cache, query, output, slots, block_table, lengths, top_r, layout=layout,
-            top_k=self.policy.top_k or 0, scale=self._scale, scales=self._scales,
+            top_k=policy.top_k or 0, scale=self._scale, scales=self._scales,
         )  # fmt: skip

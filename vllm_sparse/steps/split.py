@@ -6,11 +6,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vllm_sparse.control import AS_SET
+from vllm_sparse.steps.rules import Rules, Table
 from vllm_sparse.upload import upload
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ class SparseRows:
         final_lengths: Physical tokens of the row's request after this step, int32 ``[T]``.
         top_r: Channels to read, int32 ``[T]``.
         page_size: Tokens per page.
+        control: What their requests ask for, which is the same.
     """
 
     token_index: Tensor | None
@@ -39,6 +43,7 @@ class SparseRows:
     final_lengths: Tensor
     top_r: Tensor
     page_size: int
+    control: int = AS_SET
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,12 @@ class _Steady(NamedTuple):
 
     query_start: Tensor
     prompt_lens: Tensor
+    table: Table
+    rule: Tensor
     dropped: Tensor
     top_r: Tensor
     page_size: int
+    control: int
 
 
 class StepPlanner:
@@ -125,36 +133,16 @@ class StepPlanner:
 
     Args:
         policy: Decides from the prompt length.
+
+    Attributes:
+        rules: What it decides.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.block_size = policy.shape.block_size
-        # The policy is a Python function of one integer; a table makes it a gather.
-        rows = [policy.retention(length) for length in range(policy.shape.max_model_len + 1)]
-        self._sparse = torch.tensor([row.sparse for row in rows])
-        self._dropped = torch.tensor([row.dropped_blocks for row in rows], dtype=torch.int32)
-        self._page_size = torch.tensor([row.page_size for row in rows], dtype=torch.int32)
-        self._top_r = torch.tensor([row.top_r for row in rows], dtype=torch.int32)
-        self._reasons = [row.reason for row in rows]
+        self.rules = Rules(policy)
         self._steady: _Steady | None = None
-        self._shared = torch.tensor(
-            [
-                policy.shared_blocks(length, row.dropped_blocks) if row.sparse else 0
-                for length, row in enumerate(rows)
-            ],
-            dtype=torch.int32,
-        )
-
-    @property
-    def rules(self) -> Tensor:
-        """By prompt length: dropped blocks, channels to read or 0 if dense, and shared blocks.
-
-        Returns:
-            int32 ``[lengths, 3]``, for :func:`vllm_sparse.kernels.reference.rows.plan_rows`.
-        """
-        top_r = torch.where(self._sparse, self._top_r.clamp(min=1), 0)
-        return torch.stack((self._dropped, top_r.int(), self._shared), 1)
 
     def split(
         self,
@@ -165,6 +153,7 @@ class StepPlanner:
         slots: Tensor,
         dense_metadata: Callable[[Tensor | None, Tensor | None, Tensor | None], Any],
         count: Callable[..., None],
+        controls: Tensor | None = None,
     ) -> StepMetadata:
         """Plan one step.
 
@@ -177,13 +166,16 @@ class StepPlanner:
             dense_metadata: Called with the rows, token positions and sequence lengths of the dense
                 part (``None`` thrice: the whole batch as it is).
             count: Receives counter names and amounts.
+            controls: As of :meth:`.Rules.find`.
 
         Returns:
             The metadata.
         """
-        steady = self._steady
+        steady, rule = self._steady, self.rules.find_on_host(prompt_lens, controls)
         if (
             steady is not None
+            and steady.table is self.rules.table
+            and torch.equal(rule, steady.rule)
             and torch.equal(query_start, steady.query_start)
             and torch.equal(prompt_lens, steady.prompt_lens)
             and bool((seq_lens > prompt_lens).all())
@@ -192,14 +184,13 @@ class StepPlanner:
         self._steady = None
         num_tokens = int(query_start[-1])
         query_lens = query_start.diff()
-        sparse_row = self._is_sparse(prompt_lens)
+        sparse_row = self.rules.table.sparse[rule]
         any_sparse = bool(sparse_row.any())
         if not any_sparse and self.policy.moves:
-            self.count_requests(query_start, seq_lens, prompt_lens, count)
+            self.count_requests(query_start, seq_lens, prompt_lens, rule, count)
             return StepMetadata(num_tokens, dense_metadata(None, None, None))
 
         device = block_table.device
-        known = prompt_lens.clamp(max=len(self._sparse) - 1).long()
         start = seq_lens - query_lens
         row = torch.repeat_interleave(
             torch.arange(len(seq_lens)), query_lens, output_size=num_tokens
@@ -211,10 +202,10 @@ class StepPlanner:
         prompts: tuple[PromptEnd, ...] = ()
         all_sparse = bool(sparse_token.all())
         if not all_sparse:
-            self.count_requests(query_start, seq_lens, prompt_lens, count)
+            self.count_requests(query_start, seq_lens, prompt_lens, rule, count)
             if self.policy.moves:
                 prompts = self.ending_prompts(
-                    query_start, seq_lens, prompt_lens, block_table, count
+                    query_start, seq_lens, prompt_lens, rule, block_table, count
                 )
             if bool(sparse_token.any()):
                 dense_index = (~sparse_token).nonzero()[:, 0]
@@ -226,15 +217,18 @@ class StepPlanner:
                 dense = dense_metadata(None, None, None)
 
         groups = []
-        page_sizes = self._page_size[known]
-        for page_size in self.policy.page_sizes if any_sparse else ():
+        page_sizes = self.rules.table.page_size[rule]
+        asked = [AS_SET] if controls is None else controls[sparse_row].unique().tolist()
+        for page_size, control in product(self.policy.page_sizes, asked) if any_sparse else ():
             chosen = sparse_token & (page_sizes[row] == page_size)
+            if controls is not None:
+                chosen &= (controls == control)[row]
             whole = all_sparse and bool(chosen.all())
             index = torch.arange(num_tokens) if whole else chosen.nonzero()[:, 0]
             if not len(index):
                 continue
             rows = row[index]
-            dropped = self._dropped[known][rows]
+            dropped = self.rules.table.dropped[rule][rows]
             gone = dropped * self.block_size
             lengths = (position[index] + 1 - gone).int()
             width = -(-int(lengths.max()) // self.block_size)
@@ -245,16 +239,16 @@ class StepPlanner:
                     block_table[upload(rows, device)[:, None], upload(columns, device)],
                     upload(lengths, device),
                     upload((seq_lens[rows] - gone).int(), device),
-                    upload(self._top_r[known][rows], device),
+                    upload(self.rules.table.top_r[rule][rows], device),
                     page_size,
+                    control,
                 )
             )
-            self._count_rows(position[index] + 1, lengths, count)
+            self._count_rows(position[index] + 1, lengths, control, count)
             if whole and self.policy.moves and num_tokens == len(seq_lens):
-                top_r = groups[-1].top_r
-                self._steady = _Steady(
-                    query_start.clone(), prompt_lens.clone(), dropped, top_r, page_size
-                )
+                batch = query_start.clone(), prompt_lens.clone(), self.rules.table, rule
+                kind = dropped, groups[-1].top_r, page_size, control
+                self._steady = _Steady(*batch, *kind)
         pages = None
         if not self.policy.moves:
             size = self.policy.page_sizes[0]
@@ -278,16 +272,17 @@ class StepPlanner:
         width = -(-int(lengths.max()) // self.block_size)
         columns = steady.dropped[:, None].long() + torch.arange(width)
         columns = upload(columns.clamp_(max=block_table.shape[1] - 1), device)
-        self._count_rows(seq_lens, lengths, count)
-        lengths = upload(lengths, device)
-        rows = SparseRows(
-            None, block_table.gather(1, columns), lengths, lengths, steady.top_r, steady.page_size
-        )
+        self._count_rows(seq_lens, lengths, steady.control, count)
+        lengths, table = upload(lengths, device), block_table.gather(1, columns)
+        kind = steady.top_r, steady.page_size, steady.control
+        rows = SparseRows(None, table, lengths, lengths, *kind)
         return StepMetadata(len(seq_lens), None, sparse=(rows,))
 
-    def _count_rows(self, visible: Tensor, lengths: Tensor, count: Callable[..., None]) -> None:
+    def _count_rows(
+        self, visible: Tensor, lengths: Tensor, control: int, count: Callable[..., None]
+    ) -> None:
         """Count decode rows by the tokens that they would see densely, and those that they hold."""
-        top_k = self.policy.top_k
+        top_k = self.rules.policy_for(control).top_k
         read = lengths if top_k is None else lengths.clamp(max=top_k)
         count("decode_rows", len(lengths))
         count("visible_tokens", int(visible.sum()))
@@ -298,6 +293,7 @@ class StepPlanner:
         query_start: Tensor,
         seq_lens: Tensor,
         prompt_lens: Tensor,
+        rule: Tensor,
         block_table: Tensor,
         count: Callable[..., None],
     ) -> tuple[PromptEnd, ...]:
@@ -307,27 +303,28 @@ class StepPlanner:
             query_start: Host ``[R + 1]``: where each row's tokens start in the batch.
             seq_lens: Host ``[R]``: tokens of each row after the step.
             prompt_lens: Host ``[R]``: prompt tokens of each row's request.
+            rule: Host ``[R]``: as of :meth:`.Rules.find`.
             block_table: ``[R, max_blocks]`` on the device.
             count: Receives counter names and amounts.
         """
         start = seq_lens - query_start.diff()
         window_start = prompt_lens - max(self.policy.window, 1)
-        ending = self._is_sparse(prompt_lens) & (start < prompt_lens) & (seq_lens > window_start)
+        ending = self.rules.table.sparse[rule] & (start < prompt_lens) & (seq_lens > window_start)
         prompts = []
         for r in ending.nonzero()[:, 0].tolist():
-            prompt_len, first = int(prompt_lens[r]), int(start[r])
+            prompt_len, first, row = int(prompt_lens[r]), int(start[r]), int(rule[r])
             end = min(int(seq_lens[r]), prompt_len)
             complete = end == prompt_len
             shift = int(query_start[r]) - first
             begin = max(int(window_start[r]), first)
-            dropped = int(self._dropped[prompt_len])
+            dropped = int(self.rules.table.dropped[row])
             prompts.append(
                 PromptEnd(
                     blocks=block_table[r, : -(-prompt_len // self.block_size)],
                     prompt_len=prompt_len,
                     dropped_blocks=dropped,
-                    shared_blocks=int(self._shared[prompt_len]),
-                    page_size=int(self._page_size[prompt_len]),
+                    shared_blocks=int(self.rules.table.shared[row]),
+                    page_size=int(self.rules.table.page_size[row]),
                     first_token=begin + shift,
                     last_token=end + shift,
                     parked=begin - int(window_start[r]),
@@ -346,19 +343,17 @@ class StepPlanner:
         query_start: Tensor,
         seq_lens: Tensor,
         prompt_lens: Tensor,
+        rule: Tensor,
         count: Callable[..., None],
     ) -> None:
         """Count each request once, in the step that completes its prompt, by how it is served."""
         first = seq_lens - query_start.diff()
-        finished = prompt_lens[(first < prompt_lens) & (seq_lens >= prompt_lens)]
+        finished = rule[(first < prompt_lens) & (seq_lens >= prompt_lens)]
         if not len(finished):
             return
-        sparse = self._is_sparse(finished)
+        sparse = self.rules.table.sparse[finished]
         if amount := int(sparse.sum()):
             count("requests", amount)
-        lengths = finished[~sparse].clamp(max=len(self._reasons) - 1).tolist()
-        for reason, amount in Counter(self._reasons[n] for n in lengths).items():
+        reasons = Counter(self.rules.reasons[n] for n in finished[~sparse].tolist())
+        for reason, amount in reasons.items():
             count("dense_fallbacks", amount, reason)
-
-    def _is_sparse(self, prompt_lens: Tensor) -> Tensor:
-        return self._sparse[prompt_lens.clamp(max=len(self._sparse) - 1).long()]

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Whose blocks the scheduler asks about: vLLM's block managers are given hashes or an id only.
+
+What may be shared depends on the prompt's length and on the request's control, neither of which can
+be told from a lookup. So every request of the scheduler's process is known from its beginning.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+from weakref import WeakValueDictionary
+
+from vllm.v1.request import Request
+
+from vllm_sparse.control import AS_SET, control_of
+
+_by_id: WeakValueDictionary[str, Request] = WeakValueDictionary()
+_by_hashes: WeakValueDictionary[int, Request] = WeakValueDictionary()
+
+
+def watch_requests() -> None:
+    """Know all requests that this process makes from now on."""
+    begin = Request.__init__
+    if hasattr(begin, "__wrapped__"):
+        return
+
+    @functools.wraps(begin)
+    def __init__(self: Request, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        _by_id[self.request_id] = self
+        # The list lives as long as the request and grows with it.
+        _by_hashes[id(self.block_hashes)] = self
+
+    Request.__init__ = __init__
+
+
+def of_id(request_id: str) -> Request | None:
+    """The request with an id; ``None`` if this process has not made it."""
+    return _by_id.get(request_id)
+
+
+def of_hashes(block_hashes: Any) -> Request | None:
+    """The request that a list of hashes, or a view of it with larger blocks, belongs to."""
+    hashes = getattr(block_hashes, "block_hashes", block_hashes)
+    request = _by_hashes.get(id(hashes))
+    return request if request is not None and request.block_hashes is hashes else None
+
+
+def control_of_request(request: Request | None) -> int:
+    """A request's control; of one that nobody knows, what the server has set."""
+    if request is None or request.sampling_params is None:
+        return AS_SET
+    return control_of(request.sampling_params.extra_args)
