@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_THREADS = 8
 _LOG_TAIL_LINES = 30
+_GRACE_TICKS, _TICK_SECONDS = 100, 0.1
 
 
 class ServerError(RuntimeError):
@@ -148,6 +149,10 @@ class Server:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=30)
         with contextlib.suppress(ProcessLookupError):
+            # Engine and worker may still be cleaning up after the API server has gone.
+            for _ in range(_GRACE_TICKS):
+                os.killpg(process.pid, 0)
+                time.sleep(_TICK_SECONDS)
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
