@@ -51,6 +51,23 @@ def test_what_is_young_may_be_about_to_be_held(folder):
     assert not (folder / "dead.db").exists()
 
 
+def test_the_end_waits_for_whoever_is_ending(folder):
+    killed_holder(folder / "dead.db")
+    child = os.fork()
+    if not child:
+        leftovers.hold(folder / "ending.db")
+        time.sleep(0.5)
+        os._exit(0)
+    while not (folder / "ending.db").exists():
+        time.sleep(0.01)
+    time.sleep(0.1)
+    leftovers.sweep_at_the_end(folder, patience_s=0)
+    assert [path.name for path in folder.iterdir()] == ["ending.db"]
+    leftovers.sweep_at_the_end(folder)
+    assert not folder.exists()
+    os.waitpid(child, 0)
+
+
 def test_links_and_what_is_not_there_are_left_alone(folder, tmp_path):
     killed_holder(folder / "dead.db")
     (tmp_path / "link").symlink_to(folder)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Far more than lies between the making of a file and its lock.
 _GRACE_S = 600
+# A worker that was told to end holds its files until it has given back its memory.
+_PATIENCE_S, _TICK_S = 10.0, 0.1
 
 
 def hold(path: Path) -> int:
@@ -50,6 +52,20 @@ def sweep(folder: Path, grace_s: float = _GRACE_S) -> None:
                 _remove_unless_held(path)
         if found.st_mtime <= before:
             folder.rmdir()
+
+
+def sweep_at_the_end(folder: Path, patience_s: float = _PATIENCE_S) -> None:
+    """Remove a folder whose processes are ending, as soon as they have let go of their files.
+
+    Args:
+        folder: As for `sweep`.
+        patience_s: After so long it is left to whoever sweeps next.
+    """
+    end = time.monotonic() + patience_s
+    sweep(folder, grace_s=0)
+    while folder.exists() and time.monotonic() < end:
+        time.sleep(_TICK_S)
+        sweep(folder, grace_s=0)
 
 
 def _remove_unless_held(path: Path) -> None:

@@ -64,7 +64,7 @@ class SparseStatLogger(AggregateStatLoggerBase):
         if shared_folder() is None:  # else vLLM's own collector finds our files
             self._register(FolderCollector(source))
             # This process outlives engine and workers, which may be killed.
-            atexit.register(leftovers.sweep, source, grace_s=0)
+            atexit.register(leftovers.sweep_at_the_end, source)
         # All API servers read the same files; the first one speaks.
         if vllm_config.parallel_config._api_process_rank <= 0:
             self._source = source
