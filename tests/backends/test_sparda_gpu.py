@@ -74,8 +74,16 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_gpu_path_gives_the_cpu_path_s_tokens(llama, prompts, case):
     changes, options = CASES[case]
-    run = run_gpu_path(llama, prompts[:2], changes, **options)
-    reference = run_engine(llama, prompts[:2], settings={**SPARDA_SETTINGS, **changes}, **SHARED)
+    prompts, asked = prompts[:2], None
+    if case == "lone-prompt-token-in-graphs":  # beside a request that asks to be dense
+        prompts, asked = [*prompts, prompts[0][:100]], [None, None, {"vllm_sparse.sparse": False}]
+        stock = run_engine(llama, prompts[2:], new_tokens=NEW_TOKENS)
+    settings = {**SPARDA_SETTINGS, **changes}
+    run = run_gpu_path(llama, prompts, changes, asked=asked, **options)
+    reference = run_engine(llama, prompts, settings=settings, asked=asked, **SHARED)
+    if asked:
+        assert run["tokens"][0][2:] == stock["tokens"][0]
+        assert run["counters"]["dense_fallbacks/requested"] == 1
     assert run["tokens"] == reference["tokens"]
     names = ["decode_rows", "visible_blocks", "selected_blocks", "device_to_host_bytes"]
     assert [run["counters"][k] for k in names] == [reference["counters"][k] for k in names]
