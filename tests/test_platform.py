@@ -17,6 +17,8 @@ def test_wrong_requests_are_refused_where_ours_serves(monkeypatch):
 
     from vllm_sparse.platform import SparseCpuPlatform
 
+    # Tests before this one may have configured an engine in this process.
+    monkeypatch.setattr(SparseCpuPlatform, "_vllm_sparse_allowed", None)
     wrong = SamplingParams(extra_args={"vllm_sparse.spars": False})
     SparseCpuPlatform.validate_request({}, wrong)  # another backend serves: no concern of ours
     monkeypatch.setattr(SparseCpuPlatform, "_vllm_sparse_allowed", Allowed())

@@ -389,7 +389,7 @@ class LayerMachine(RuleBasedStateMachine):
             self.logical[number] = logical
         return Selected(logical.int(), pieces, lengths)
 
-    def _check_frames(self, slab, query, output, frames, lengths, scale, unframed) -> None:
+    def _check_frames(self, slab, query, output, frames, lengths, scale, unframed, scales) -> None:
         if self.failure == (self.number, "read"):
             raise HalfwayError
         rows = self.now.decode
