@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import arms, corpus, harness, tables
 from benchmarks.results import Recorder
-from benchmarks.servers import SERVED, Watch, server_of
+from benchmarks.servers import SERVED, Watch, add_options, in_turns, server_of
 from vllm_sparse.demo.server import ServerError
 
 if TYPE_CHECKING:
@@ -119,13 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--result", type=int, default=768, help="tokens that a tool adds")
     parser.add_argument("--reply", type=int, default=64, help="tokens that are generated a turn")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument(
-        "--pool-tokens", type=int, help="in stock's pool (default: half of all conversations)"
-    )
-    parser.add_argument(
-        "--server-arg", nargs="+", default=[], metavar="OPTION", help="of vllm serve, for all arms"
-    )
-    arms.add_options(parser, "dense,rocketkv-512")
+    add_options(parser, "half of all conversations")
     options = harness.parse(parser, arguments, QUICK)
     longest = options.start + (options.turns - 1) * options.result + options.reply
     options.context = -(-longest // harness.BLOCK_TOKENS) * harness.BLOCK_TOKENS
@@ -138,15 +132,14 @@ def main(arguments: list[str] | None = None) -> None:
     }  # fmt: skip
     texts = corpus.documents(harness.tokenizer_of(options.model), options.agents, options.context)
     with Recorder(options.out, "replay", body) as record:
-        for number in range(options.rounds):
-            for arm in chosen if number % 2 == 0 else chosen[::-1]:
-                try:
-                    found = measure(arm, texts, options)
-                except ServerError as error:
-                    sys.exit(f"benchmarks.replay: {error}")
-                body["runs"].append({"arm": arm.name, "round": number, **found})
-                record.save()
-                harness.progress(f"{arm.name}: {found['seconds']:.1f} s")
+        for number, arm in in_turns(chosen, options.rounds):
+            try:
+                found = measure(arm, texts, options)
+            except ServerError as error:
+                sys.exit(f"benchmarks.replay: {error}")
+            body["runs"].append({"arm": arm.name, "round": number, **found})
+            record.save()
+            harness.progress(f"{arm.name}: {found['seconds']:.1f} s")
 
 
 if __name__ == "__main__":

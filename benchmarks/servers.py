@@ -8,10 +8,12 @@ import json
 import threading
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import harness
+from benchmarks import arms, harness
 from vllm_sparse.demo.server import Server
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
     from pathlib import Path
     from types import TracebackType
 
@@ -48,6 +50,29 @@ def server_of(
         text = value if isinstance(value, str) else json.dumps(value)
         options += [f"--{name.replace('_', '-')}", text]
     return Server([*options, *further], log)
+
+
+def add_options(parser: argparse.ArgumentParser, default_pool: str) -> None:
+    """Adds what programs that start servers have in common.
+
+    Args:
+        parser: A benchmark's.
+        default_pool: In words, what stock's pool holds unless told.
+    """
+    parser.add_argument(
+        "--pool-tokens", type=int, help=f"in stock's pool (default: {default_pool})"
+    )
+    parser.add_argument(
+        "--server-arg", nargs="+", default=[], metavar="OPTION", help="of vllm serve, for all arms"
+    )
+    arms.add_options(parser, "dense,rocketkv-512")
+
+
+def in_turns(chosen: list[Arm], rounds: int) -> Iterator[tuple[int, Arm]]:
+    """Every arm in every round, in alternating order; yields round and arm."""
+    for number in range(rounds):
+        for arm in chosen if number % 2 == 0 else chosen[::-1]:
+            yield number, arm
 
 
 class Watch:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import arms, harness, tables
 from benchmarks.results import Recorder
-from benchmarks.servers import SERVED, Watch, server_of
+from benchmarks.servers import SERVED, Watch, add_options, in_turns, server_of
 from vllm_sparse.demo.server import ServerError
 
 if TYPE_CHECKING:
@@ -112,22 +112,20 @@ def run(options: argparse.Namespace, chosen: list[arms.Arm], record: Recorder) -
     model = harness.resolve_model(options.model)
     rows = record.body["points"]
     with tempfile.TemporaryDirectory(prefix="vllm-sparse-") as folder:
-        for number in range(options.rounds):
-            for arm in chosen if number % 2 == 0 else chosen[::-1]:
-                log = Path(folder, f"{arm.name}.log")
-                with server_of(
-                    *(arm, model, options.context, options.pool_tokens, log),
-                    *("--max-num-seqs", str(max(options.users)), *options.server_arg),
-                ) as server:
-                    for users in options.users:
-                        seed = 1000 * number + users
-                        found = point(server, model, users, seed, options)
-                        rows.append({"arm": arm.name, "round": number, "users": users, **found})
-                        record.save()
-                        harness.progress(
-                            f"{arm.name}, {users} users: {found['output_throughput']:.1f} tokens/s,"
-                            f" TPOT {found['tpot_ms']['p50']:.0f} ms"
-                        )
+        for number, arm in in_turns(chosen, options.rounds):
+            log = Path(folder, f"{arm.name}.log")
+            with server_of(
+                *(arm, model, options.context, options.pool_tokens, log),
+                *("--max-num-seqs", str(max(options.users)), *options.server_arg),
+            ) as server:
+                for users in options.users:
+                    found = point(server, model, users, 1000 * number + users, options)
+                    rows.append({"arm": arm.name, "round": number, "users": users, **found})
+                    record.save()
+                    harness.progress(
+                        f"{arm.name}, {users} users: {found['output_throughput']:.1f} tokens/s,"
+                        f" TPOT {found['tpot_ms']['p50']:.0f} ms"
+                    )
 
 
 def render(result: dict[str, Any]) -> str:
@@ -187,13 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--shared", type=int, default=0, metavar="DOCUMENTS", help="users ask about so many"
     )
-    parser.add_argument(
-        "--pool-tokens", type=int, help="in stock's pool (default: four whole requests)"
-    )
-    parser.add_argument(
-        "--server-arg", nargs="+", default=[], metavar="OPTION", help="of vllm serve, for all arms"
-    )
-    arms.add_options(parser, "dense,rocketkv-512")
+    add_options(parser, "four whole requests")
     options = harness.parse(parser, arguments, QUICK)
     options.pool_tokens = options.pool_tokens or 4 * options.context
     chosen = arms.parse_arms(parser, options, baseline=True)
