@@ -99,7 +99,7 @@ def measure(
         for begin in range(first, last, turn):
             # The first token comes with the prompt.
             steps = min(turn, last - begin) - (begin == 0)
-            for worker in workers if begin // turn % 2 == 0 else workers[::-1]:
+            for worker in harness.alternating(workers, begin // turn):
                 with worker.running(), neighbours.observed(others):
                     took = worker.call("stretch", steps=steps)
                 seconds[worker.arm.name] += took["seconds"]

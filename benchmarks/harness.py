@@ -11,9 +11,14 @@ import signal
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from benchmarks import results
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Side = TypeVar("Side")
 
 MODEL_ALIASES = {"smollm2": "smollm2-135m-instruct", "qwen": "qwen2.5-coder-0.5b-instruct"}
 BLOCK_TOKENS = 128  # vLLM's default block size on CPU
@@ -114,6 +119,16 @@ def summary(values: list[float]) -> dict[str, float]:
 def mean_of(rows: list[dict], keys: tuple[str, ...]) -> dict[str, float]:
     """Returns the mean of each key over the rows."""
     return {key: sum(row[key] for row in rows) / len(rows) for key in keys}
+
+
+def alternating(sides: Sequence[Side], number: int) -> Sequence[Side]:
+    """The sides of a comparison in the order of a round: forwards and backwards by turns.
+
+    Args:
+        sides: Arms, or their workers.
+        number: Of the round, or of the turn within it.
+    """
+    return sides if number % 2 == 0 else sides[::-1]
 
 
 def exit_cleanly() -> None:

@@ -86,7 +86,7 @@ def run(options: argparse.Namespace, settings: dict) -> None:
             workers.append(worker)
         for turn in range(turns):
             rate = options.rates[turn % len(options.rates)]
-            for worker in workers if turn % 2 == 0 else workers[::-1]:
+            for worker in harness.alternating(workers, turn):
                 with worker.running():
                     one = worker.call("forced", rate=rate, steps=options.steps, batch=options.batch)
                 _check(worker.arm, rate, one["counts"], body["shape"]["piece_bytes"])

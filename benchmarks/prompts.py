@@ -83,7 +83,7 @@ def measure(
             harness.progress(f"{context}: {arm.name} is up")
         neighbours = Neighbours(workers, 0.0)
         for index, prompt in enumerate(prompts):
-            for worker in workers if index % 2 == 0 else workers[::-1]:
+            for worker in harness.alternating(workers, index):
                 with worker.running(), neighbours.observed(others):
                     took = worker.call("timed_prefill", prompt=prompt)
                 found.setdefault(worker.arm.name, []).append(took)

@@ -71,7 +71,7 @@ def add_options(parser: argparse.ArgumentParser, default_pool: str) -> None:
 def in_turns(chosen: list[Arm], rounds: int) -> Iterator[tuple[int, Arm]]:
     """Every arm in every round, in alternating order; yields round and arm."""
     for number in range(rounds):
-        for arm in chosen if number % 2 == 0 else chosen[::-1]:
+        for arm in harness.alternating(chosen, number):
             yield number, arm
 
 

@@ -168,7 +168,7 @@ class _Turns:
     keep: Callable[[], object]
 
     def _each(self, index: int) -> Iterator[Worker]:
-        for worker in self.workers if index % 2 == 0 else self.workers[::-1]:
+        for worker in harness.alternating(self.workers, index):
             self.neighbours.wait()
             with worker.running(), self.neighbours.observed(self.others):
                 yield worker
