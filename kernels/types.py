@@ -23,12 +23,15 @@ class Rows(NamedTuple):
         top_r: Channels to read, int32 ``[R]``; 0 reads every token.
         parked: Where the row's query waits for its prompt's compaction, as
             ``block * per_block + place``, int32 ``[R]``; -1 for rows outside a window.
+        final_lengths: Physical tokens of the row's request after this step, int32 ``[R]``; ``None``
+            if every request has one row.
     """
 
     block_table: Tensor
     lengths: Tensor
     top_r: Tensor
     parked: Tensor
+    final_lengths: Tensor | None = None
 
 
 class Probes(NamedTuple):

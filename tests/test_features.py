@@ -89,6 +89,10 @@ BY_CONFIGURATION = {
     ),
     "half-steps": ({"parallel_config__use_ubatching": True}, "--enable-dbo"),
     "drafts": ({"speculative_config": SimpleNamespace(method="suffix")}, "--speculative-config"),
+    "drafts-moved": (
+        {"speculative_config": SimpleNamespace(method="ngram", enable_adaptive_verification=True)},
+        "adaptive_verification",
+    ),
     "drafters": ({"speculative_config": SimpleNamespace(method="eagle")}, "--speculative-config"),
     "drafts-states": (
         {

@@ -25,6 +25,7 @@ def plan_rows(
     window: int,
     per_block: int,
     top_k: int,
+    query_start: Tensor | None = None,
 ) -> None:
     """Fill ``rows`` for one step.
 
@@ -43,11 +44,26 @@ def plan_rows(
         window: Last prompt tokens whose queries are parked; 0 parks none.
         per_block: Window queries that a block has room for.
         top_k: Tokens that a sparse row reads at most.
+        query_start: Where the tokens of each request start in the batch, int32 ``[R + 1]``, if it
+            may have several: then ``rows`` has a row for each of the ``T`` tokens, and those after
+            the last request's are padding. No request that is compacted may have tokens on both
+            sides of its prompt's end.
     """
+    final_lens = seq_lens
+    if query_start is not None:
+        token = torch.arange(len(rows.lengths), device=seq_lens.device)
+        row = torch.searchsorted(query_start[1:].contiguous(), token, right=True)
+        inside, row = row < len(seq_lens), row.clamp(max=len(seq_lens) - 1)
+        final_lens = torch.where(inside, seq_lens[row], 0)
+        later = query_start[row + 1] - 1 - token
+        seq_lens = torch.where(inside, final_lens - later, 0).clamp(min=0).int()
+        prompt_lens, block_table = prompt_lens[row], block_table[row]
     dropped, top_r, shared = rules[prompt_lens.clamp(0, len(rules) - 1).long()].unbind(-1)
     sparse = (top_r > 0) & (seq_lens > prompt_lens)
     gone = torch.where(sparse, dropped, 0)
     rows.lengths.copy_(seq_lens - gone * block_size)
+    if rows.final_lengths is not None:
+        rows.final_lengths.copy_(final_lens - gone * block_size)
     rows.top_r.copy_(torch.where(sparse, top_r, 0))
     column = gone[:, None] + torch.arange(block_table.shape[1], device=block_table.device)
     column = column.clamp(max=block_table.shape[1] - 1).long()

@@ -219,7 +219,7 @@ def append_tokens(
         replays: A request may bring several tokens. If the caller knows that none does, the
             token and the extrema are written by one launch instead of two.
         query: Channels contiguous.
-        parked: int32; needs ``replays=False``.
+        parked: int32.
         per_block: Window queries that a block has room for.
         probes: Contiguous, the queries in the cache's dtype, or of fp8 caches in their own.
         scale: Logit scale; needed with ``probes``.
@@ -230,7 +230,6 @@ def append_tokens(
     assert key.stride(-1) == value.stride(-1) == block_table.stride(-1) == 1
     assert cache.stride(-1) == 1
     assert cache.stride(-2) == cache.shape[-1], "a page must be one contiguous run"
-    assert parked is None or not replays
     assert cache.dtype != FP8 or not scales.truncates
     if not rows:
         return
@@ -278,7 +277,7 @@ def append_tokens(
             BLOCK_D=dim_block(dim),
             WRITE_ROW=write_row,
             WRITE_EXTREMA=write_extrema,
-            PER_BLOCK=0 if parked is None else per_block,
+            PER_BLOCK=per_block if parked is not None and write_extrema else 0,
             PROBE=probing,
             COUNTERS=counters,
             PDL=overlapped,

@@ -15,17 +15,20 @@ if TYPE_CHECKING:
 
 
 # How wide a table is changes from step to step, which must not compile variants.
-@triton.jit(do_not_specialize=["width", "stride_table_out", "stride_table"])
+@triton.jit(do_not_specialize=["width", "stride_table_out", "stride_table", "requests"])
 def _plan_rows_kernel(
     table_out,
     lengths_out,
     top_r_out,
     parked_out,
+    final_out,
     seq_lens,
     prompt_lens,
     table,
     rules,
     counted,
+    query_start,
+    requests,
     num_rules,
     width,
     stride_table_out,
@@ -35,10 +38,24 @@ def _plan_rows_kernel(
     WINDOW: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
+    SEVERAL: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
-    seq_len = tl.load(seq_lens + row)
+    row = token
+    if SEVERAL:
+        before = 0  # requests whose tokens all come earlier
+        for first in range(0, requests, BLOCK):
+            request = first + tl.arange(0, BLOCK)
+            end = tl.load(query_start + 1 + request, mask=request < requests, other=1 << 30)
+            before += tl.sum((end <= token).to(tl.int32))
+        row = tl.minimum(before, requests - 1).to(tl.int64)
+        final = tl.where(before < requests, tl.load(seq_lens + row), 0)
+        later = tl.load(query_start + row + 1) - 1 - token.to(tl.int32)
+        seq_len = tl.where(before < requests, tl.maximum(final - later, 0), 0)
+    else:
+        seq_len = tl.load(seq_lens + row)
+        final = seq_len
     prompt_len = tl.load(prompt_lens + row)
     rule = tl.minimum(tl.maximum(prompt_len, 0), num_rules - 1)
     dropped = tl.load(rules + 3 * rule)
@@ -49,16 +66,18 @@ def _plan_rows_kernel(
 
     column = tile * BLOCK + tl.arange(0, BLOCK)
     block = tl.load(table + tl.minimum(column + gone, width - 1), mask=column < width, other=0)
-    tl.store(table_out + row * stride_table_out + column, block, mask=column < width)
+    tl.store(table_out + token * stride_table_out + column, block, mask=column < width)
     if tile == 0:
         length = seq_len - gone * BLOCK_SIZE
-        tl.store(lengths_out + row, length)
-        tl.store(top_r_out + row, tl.where(sparse, top_r, 0))
+        tl.store(lengths_out + token, length)
+        if SEVERAL:
+            tl.store(final_out + token, final - gone * BLOCK_SIZE)
+        tl.store(top_r_out + token, tl.where(sparse, top_r, 0))
         index = seq_len - 1 - (prompt_len - WINDOW)
         parks = (top_r > 0) & (seq_len > 0) & (seq_len <= prompt_len) & (index >= 0)
         shared = tl.load(rules + 3 * rule + 2)
         tail = tl.load(table + shared + index // PER_BLOCK, mask=parks, other=0)
-        tl.store(parked_out + row, tl.where(parks, tail * PER_BLOCK + index % PER_BLOCK, -1))
+        tl.store(parked_out + token, tl.where(parks, tail * PER_BLOCK + index % PER_BLOCK, -1))
         if sparse:
             tl.atomic_add(counted, 1, sem="relaxed")
             tl.atomic_add(counted + 1, seq_len.to(tl.int64), sem="relaxed")
@@ -77,13 +96,21 @@ def plan_rows(
     window: int,
     per_block: int,
     top_k: int,
+    query_start: Tensor | None = None,
 ) -> None:
     """Same contract as :func:`vllm_sparse.kernels.reference.rows.plan_rows`."""
-    count, width = block_table.shape
+    (requests, width), count = block_table.shape, len(rows.lengths)
     assert block_table.stride(-1) == rows.block_table.stride(-1) == 1
     assert rules.is_contiguous()
-    assert rows.block_table.shape == block_table.shape
-    if not count:
+    assert rows.block_table.shape == (count, width)
+    final, start = rows.final_lengths, query_start
+    if final is None or start is None:
+        assert final is start is None
+        assert count == requests
+        final = start = rows.lengths  # not used
+    else:
+        assert start.is_contiguous()
+    if not count or not requests:
         return
     tile = 1024
     _plan_rows_kernel[(count, -(-width // tile))](
@@ -91,11 +118,14 @@ def plan_rows(
         rows.lengths,
         rows.top_r,
         rows.parked,
+        final,
         seq_lens,
         prompt_lens,
         block_table,
         rules,
         counted,
+        start,
+        requests,
         len(rules),
         width,
         rows.block_table.stride(0),
@@ -105,6 +135,7 @@ def plan_rows(
         WINDOW=window,
         PER_BLOCK=per_block,
         BLOCK=tile,
+        SEVERAL=query_start is not None,
         num_warps=4,
         num_stages=1,
     )

@@ -14,41 +14,12 @@ import sys
 
 import pytest
 from support.engine import BLOCK_SIZE, SETTINGS, run_engine
+from support.gpu_path import NEW_TOKENS, first_tokens, run_gpu_path
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
-V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
-NEW_TOKENS = 8
 DENSE = {"vllm_sparse.sparse": False}
-
-
-def run_gpu_path(model, prompts, *, v2=True, graphs=True, settings=SETTINGS, further=(), **options):
-    return run_engine(
-        model,
-        prompts,
-        settings={**settings, "kernels": "triton"},
-        stand_ins=(
-            "flash_attention",
-            *(("captured_graphs",) if graphs else ()),
-            *(("profiled_graphs",) if graphs and v2 else ()),
-            *further,
-        ),
-        env=V2 if v2 else {},
-        **{
-            "block_size": BLOCK_SIZE,
-            "new_tokens": NEW_TOKENS,
-            # The interpreter copies every tensor that a kernel gets.
-            "kv_cache_memory_bytes": 6 << 20,
-            "timeout": 900,
-            **options,
-        },
-    )
-
-
-def first_tokens(run, requests):
-    return [run["tokens"][0][i][:NEW_TOKENS] for i in requests]
-
 
 @pytest.mark.parametrize("v2", [True, False], ids=["v2", "v1"])
 def test_gpu_path_gives_the_cpu_path_s_tokens(llama, prompts, sparse_run, v2):

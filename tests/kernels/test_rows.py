@@ -15,10 +15,12 @@ from vllm_sparse.kernels.triton import rows as rows_kernel
 from vllm_sparse.kernels.types import Rows
 
 
-def make_rows(count, width):
+def make_rows(count, width, several=False):
     """Buffers that hold what an earlier step left there."""
     table = torch.full((count, width), 1 << 30, dtype=torch.int32, device=DEVICE)
-    return Rows(table, *(torch.full((count,), 7, dtype=torch.int32, device=DEVICE) for _ in "abc"))
+    fields = ["lengths", "top_r", "parked", *["final_lengths"] * several]
+    left = {name: torch.full((count,), 7, dtype=torch.int32, device=DEVICE) for name in fields}
+    return Rows(table, **left)
 
 
 @pytest.mark.parametrize("window", [8, 0])
@@ -42,8 +44,8 @@ def test_planned_rows_equal_reference(window):
         module.plan_rows(rows, *arguments, table, rules.to(DEVICE), counted, **options)
         results.append((*rows, counted))
     for expected, actual in zip(*results, strict=True):
-        assert torch.equal(expected, actual)
-    table_out, lengths, top_r, parked, counted = results[1]
+        assert expected is actual is None or torch.equal(expected, actual)
+    table_out, lengths, top_r, parked, _, counted = results[1]
     assert lengths.tolist()[:5] == [0, 51, 299, 180, 201 - 2 * 16]
     assert top_r.bool().tolist() == [False, False, True, False, True, *[False] * 3, False, True,
                                      False]  # fmt: skip
@@ -51,6 +53,39 @@ def test_planned_rows_equal_reference(window):
     window_rows = [5, 7, 8] if window else []
     assert (parked >= 0).nonzero()[:, 0].tolist() == window_rows
     assert int(counted[0]) == 4
+
+
+@pytest.mark.parametrize("module", [ref_rows, rows_kernel])
+def test_several_tokens_of_a_request_are_rows_of_their_own(module):
+    """Each as if it came alone, with its request's last length; tokens behind are padding."""
+    generator = torch.Generator().manual_seed(0)
+    rules = torch.zeros(301, 3, dtype=torch.int32)
+    rules[100:] = torch.tensor([2, 5, 1])
+    counts, lens, prompts = [3, 1, 4, 2, 0, 3], [230, 150, 200, 60, 0, 203], [200, 149, 200, 50, 0]
+    prompts.append(200)
+    table = torch.randint(1, 999, (6, 25), generator=generator).int()
+    start = torch.tensor([0, *counts]).cumsum(0).int()
+    options = {"block_size": 16, "window": 8, "per_block": 3, "top_k": 90}
+    fixed = [part.to(DEVICE) for part in (table, rules)]
+    rows, counted = make_rows(15, 25, several=True), torch.zeros(3, dtype=torch.int64).to(DEVICE)
+    length, prompt = (torch.tensor(part).int().to(DEVICE) for part in (lens, prompts))
+    module.plan_rows(rows, length, prompt, *fixed, counted, **options, query_start=start.to(DEVICE))
+
+    owner = [row for row, count in enumerate(counts) for _ in range(count)]
+    single = [lens[row] - (int(start[row + 1]) - 1 - t) for t, row in enumerate(owner)]
+    alone, counts_alone = make_rows(13, 25), torch.zeros_like(counted)
+    one = torch.tensor(single).int().to(DEVICE)
+    ref_rows.plan_rows(
+        alone, one, prompt[owner], fixed[0][owner], fixed[1], counts_alone, **options
+    )
+    for name in ("block_table", "lengths", "top_r", "parked"):
+        assert torch.equal(getattr(rows, name)[:13], getattr(alone, name))
+    gone = torch.tensor([2 * 16 if n > prompts[row] >= 100 else 0
+                         for n, row in zip(single, owner, strict=True)])  # fmt: skip
+    assert rows.final_lengths[:13].tolist() == (torch.tensor(lens)[owner] - gone).tolist()
+    assert rows.lengths[13:].tolist() == rows.final_lengths[13:].tolist() == [0, 0]
+    assert rows.parked[13:].tolist() == [-1, -1]
+    assert torch.equal(counted, counts_alone)
 
 
 def with_gaps_int(table: torch.Tensor) -> torch.Tensor:

@@ -14,12 +14,16 @@ from vllm_sparse.control import DENSE
 from vllm_sparse.policies.quest import Quest
 from vllm_sparse.policies.rocketkv import RocketKV
 from vllm_sparse.steps import rules
+from vllm_sparse.steps.drafts import Drafts
 from vllm_sparse.steps.split import StepPlanner
 
 PROMPTS = torch.tensor([300, 520, 411])
 
 
-def plan(planner: StepPlanner, seq_lens, query_lens, prompts=PROMPTS, table=None, controls=None):
+def plan(
+    planner: StepPlanner, seq_lens, query_lens, prompts=PROMPTS, table=None, controls=None,
+    drafts=None,
+):  # fmt: skip
     start = torch.cat((torch.zeros(1, dtype=torch.int64), torch.tensor(query_lens).cumsum(0)))
     counted: Counter[str] = Counter()
 
@@ -31,7 +35,7 @@ def plan(planner: StepPlanner, seq_lens, query_lens, prompts=PROMPTS, table=None
     slots = torch.arange(int(start[-1]))
     step = planner.split(
         start, torch.tensor(seq_lens), prompts, table, slots, lambda *part: part, count,
-        None if controls is None else torch.tensor(controls),
+        None if controls is None else torch.tensor(controls), drafts,
     )  # fmt: skip
     return step, counted
 
@@ -136,3 +140,26 @@ def test_rules_of_old_budgets_are_forgotten(monkeypatch):
                 dropped = policy.retention(int(PROMPTS[row])).dropped_blocks
                 assert length == lens[row] - 16 * dropped
         assert len(planner.rules.reasons) <= 2048 + 2 + 5
+
+
+@pytest.mark.parametrize("kind", [RocketKV, Quest])
+def test_rejected_drafts_that_the_host_still_counts_change_no_plan(kind):
+    """Two requests decode several tokens beside a prompt's chunk; one has lost three drafts."""
+    planner = StepPlanner(make_policy(kind))
+    lens, rows, off = [330, 460, 415], [4, 60, 2], torch.tensor([-3, 0, -1], dtype=torch.int32)
+    exact, count = plan(planner, lens, rows)
+    counted = torch.zeros(3, dtype=torch.int64)
+    told = (torch.tensor(lens) - off).tolist()
+    loose, _ = plan(planner, told, rows, drafts=Drafts(off, counted))
+    for one, other in zip(exact.sparse, loose.sparse, strict=True):
+        for name in ("token_index", "lengths", "final_lengths", "top_r"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+        width = one.block_table.shape[1]
+        assert torch.equal(one.block_table, other.block_table[:, :width])
+    names = ("decode_rows", "visible_tokens", "selected_tokens")
+    assert counted.tolist() == [count[name] for name in names]
+    assert torch.equal(exact.dense_index, loose.dense_index)
+    if kind is Quest:  # vLLM's null block, where nobody reads, stands for what closes no page
+        closing = loose.pages.closing
+        assert torch.equal(closing[closing > 0], exact.pages.closing[exact.pages.closing > 0])
+        assert len(closing) == sum(rows)

@@ -133,6 +133,52 @@ def no_read_backs() -> None:
     PolicyGpuBuilder.build = guarded
 
 
+def loose_lengths() -> None:
+    """Let the host know lengths of requests that decode as upper bounds only, at random.
+
+    So it is on a GPU, where the runner plans ahead of what is rejected; on a CPU it would know.
+    """
+    from vllm_sparse.backends.policy_gpu import PolicyGpuBuilder
+
+    build, generator = PolicyGpuBuilder.build, torch.Generator().manual_seed(0)
+
+    def loosened(self: Any, prefix: int, common: Any, *args: Any, **kwargs: Any) -> Any:
+        bound, prompts = common.seq_lens_cpu_upper_bound, common.rswa_prefix_lens
+        if bound is not None and prompts is not None:
+            lens, rows = bound.clone(), min(len(bound), len(prompts))
+            start = lens[:rows] - common.query_start_loc_cpu.diff()[:rows]
+            more = torch.randint(0, 6, (rows,), generator=generator, dtype=lens.dtype)
+            lens[:rows] += torch.where(start >= prompts[:rows].to(lens.device), more, 0)
+            common = common.replace(seq_lens_cpu_upper_bound=lens)
+        return build(self, prefix, common, *args, **kwargs)
+
+    PolicyGpuBuilder.build = loosened
+
+
+def oracle_on_the_device() -> None:
+    """The oracle in place of Model Runner V2's own look-up, which the interpreter does not run.
+
+    As many tokens for every row, as from all of that runner's drafters; two drafts of three go
+    wrong somewhere.
+    """
+    from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
+
+    def propose(self: Any, input_batch: Any, *_: Any, dummy_run: bool = False, **__: Any) -> Any:
+        drafts, states = self.drafts[: input_batch.num_reqs].zero_(), self.req_states
+        for row, index in enumerate([] if dummy_run else input_batch.idx_mapping.tolist()):
+            count = int(states.total_len.gpu[index])
+            known = states.all_token_ids.gpu[index, :count].tolist()
+            texts = self.vllm_config.additional_config["oracle"]
+            whole = next((text for text in texts if text[:count] == known), [])
+            draft = torch.tensor(whole[count : count + drafts.shape[1]], dtype=drafts.dtype)
+            drafts[row, : len(draft)] = draft
+            if count % 3 < 2:
+                drafts[row, count // 2 % drafts.shape[1]] += 1
+        return drafts
+
+    NgramGPUSpeculator.propose = propose
+
+
 def captured_graphs() -> None:
     """Run batches of single tokens as a captured CUDA graph would: with the first metadata.
 

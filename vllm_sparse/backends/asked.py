@@ -20,7 +20,7 @@ PLAIN_CACHES = ("auto", "bfloat16", "float16")
 FP8_CACHES = ("fp8", "fp8_e4m3")
 
 # They draft from tokens alone: no layers, no KV cache.
-_DRAFTS_WITHOUT_CACHE = ("ngram", "suffix", "custom_class")
+_DRAFTS_WITHOUT_CACHE = ("ngram", "ngram_gpu", "suffix", "custom_class")
 
 TIER_MODULE = "vllm_sparse.kv.tier"
 """Of the connector that start-up chooses for ``--kv-offloading-size``."""
@@ -88,6 +88,8 @@ def _of_drafts(config: Any) -> Asked:
         return
     known = drafts.method in _DRAFTS_WITHOUT_CACHE
     yield "drafts" if known else "drafters", {"method": drafts.method}
+    if known and getattr(drafts, "enable_adaptive_verification", False):
+        yield "drafts-moved", {}
     if config.model_config.is_hybrid:
         yield "drafts-states", {}
 

@@ -100,7 +100,8 @@ def prompt_lengths(common: CommonAttentionMetadata) -> Tensor:
 def sequence_lengths(common: CommonAttentionMetadata) -> Tensor:
     """Tokens of each row after the step, on the host, ``[R]``.
 
-    The runner's upper bound is exact: only speculative decoding, which is refused, makes it loose.
+    The runner's upper bound is exact but for requests that decode where drafts are served: those
+    that were rejected are still counted then, unless the runner waits for the device.
     """
     bound = common.seq_lens_cpu_upper_bound
     if bound is None:  # some dummy runs
@@ -109,6 +110,7 @@ def sequence_lengths(common: CommonAttentionMetadata) -> Tensor:
 
 
 def most_rows(vllm_config: VllmConfig) -> int:
-    """Rows that a batch of single tokens may have, the padding of captured graphs included."""
+    """Tokens that a batch without prompts may have, the padding of captured graphs included."""
     captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-    return max(vllm_config.scheduler_config.max_num_seqs, captured)
+    tokens = vllm_config.scheduler_config.max_num_seqs * (1 + vllm_config.num_speculative_tokens)
+    return max(tokens, captured)

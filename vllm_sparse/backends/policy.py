@@ -27,6 +27,7 @@ from vllm_sparse.kernels.fp8 import Scales, as_numbers
 from vllm_sparse.kv.spec import PolicySpec
 from vllm_sparse.policies.making import make_policy
 from vllm_sparse.policies.protocol import Policy, Shape
+from vllm_sparse.steps.drafts import Drafts
 from vllm_sparse.steps.layer import SparseLayer
 from vllm_sparse.steps.split import StepMetadata, StepPlanner
 from vllm_sparse.upload import upload
@@ -227,6 +228,7 @@ class Planning:
         prompt_lens: Tensor,
         controls: Tensor | None,
         build: Callable[[int, CommonAttentionMetadata], Any],
+        counted: Tensor | None = None,
     ) -> StepMetadata:
         """Split the batch into dense tokens, ending prompts and sparse decode tokens.
 
@@ -236,9 +238,15 @@ class Planning:
             prompt_lens: Prompt tokens of each row's request, on the host, ``[R]``.
             controls: What these ask for, on the host, ``[R]``; ``None`` if nothing.
             build: The stock builder's.
+            counted: Given where drafts make ``seq_lens`` an upper bound; see
+                :class:`.drafts.Drafts`.
         """
         rows = common.num_reqs
         device = common.block_table_tensor.device
+        drafts = None
+        if counted is not None:
+            exact = common.seq_lens[:rows]
+            drafts = Drafts(exact - upload(seq_lens.int(), device), counted)
 
         def dense(rows: Tensor | None, tokens: Tensor | None, lens: Tensor | None) -> Any:
             part = common
@@ -247,15 +255,18 @@ class Planning:
                 assert lens is not None
                 start = torch.searchsorted(tokens, common.query_start_loc_cpu[:-1].long()[rows])
                 start = torch.cat((start, torch.tensor([len(tokens)]))).int()
+                there, final = upload(rows, device), upload(lens, device)
+                if drafts is not None:
+                    final = final + drafts.off[there]
                 part = common.replace(
                     query_start_loc=upload(start, device),
                     query_start_loc_cpu=start,
-                    seq_lens=upload(lens, device),
+                    seq_lens=final,
                     num_reqs=len(rows),
                     num_actual_tokens=len(tokens),
                     max_query_len=int(start.diff().max()),
                     max_seq_len=int(lens.max()),
-                    block_table_tensor=common.block_table_tensor[upload(rows, device)],
+                    block_table_tensor=common.block_table_tensor[there],
                     slot_mapping=common.slot_mapping[upload(tokens, device)],
                 )
             return build(0, part)
@@ -269,6 +280,7 @@ class Planning:
             dense,
             self.count,
             controls,
+            drafts,
         )
 
 

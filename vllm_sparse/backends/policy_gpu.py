@@ -2,9 +2,12 @@
 # SPDX-FileCopyrightText: The vllm-sparse authors
 """Policies on top of FlashAttention.
 
-A batch in which every row is one token is planned on the device, into buffers that never move: a
-captured CUDA graph reads them, and nothing waits for the host. Any other batch is split on the host
-as on a CPU.
+A batch in which every request has one token, or with drafts so many more, is planned on the
+device, token by token, into buffers that never move: a captured CUDA graph reads them, and nothing
+waits for the host. Any other batch is split on the host as on a CPU.
+
+Where drafts are served, the host knows lengths of requests that decode as upper bounds only: the
+runner plans ahead of what is rejected. So these come from the device in any batch.
 """
 
 from __future__ import annotations
@@ -21,13 +24,20 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from vllm_sparse.backends.base import most_rows, prompt_lengths, sequence_lengths, withdraw
+from vllm_sparse.backends.base import (
+    is_rehearsal,
+    most_rows,
+    prompt_lengths,
+    sequence_lengths,
+    withdraw,
+)
 from vllm_sparse.backends.controls import controls
 from vllm_sparse.backends.gpu import GpuBackend, warn_of_gpus
 from vllm_sparse.backends.policy import Planning, PolicyBackend, attend_step, set_up_layer
 from vllm_sparse.backends.prompts import prompt_lengths_on_host, watch_requests
 from vllm_sparse.backends.refusals import check_block_size
 from vllm_sparse.counters import DeviceCounters
+from vllm_sparse.errors import IntegrityError
 from vllm_sparse.features import POLICIES, refuse
 from vllm_sparse.kernels.dispatch import policy_triton
 from vllm_sparse.kernels.fp8 import FP8, as_numbers, encode
@@ -72,9 +82,7 @@ class PolicyGpuBackend(PolicyBackend, GpuBackend):
 class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
     """Plans steps; finishes prompts whose last token came alone."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = (
-        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    )
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
     supports_update_block_table: ClassVar[bool] = False
 
     def __init__(
@@ -111,13 +119,16 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         self._read = policy.top_k or policy.shape.max_model_len
         parking = self._layers[0].parking
         self._window, self._per_block = policy.window, parking.per_block if parking else 1
-        self._rows: Rows | None = None
+        self._table: Tensor | None = None
         self._late: list[PromptEnd] = []
         self._max_rows = most_rows(vllm_config)
+        self._drafts = vllm_config.num_speculative_tokens
         if policy.moves:
             variants = {layer.impl.sparse.reads_all: layer.impl for layer in self._planning.layers}
             for impl in variants.values():
-                _warm_up(impl, spec, vllm_config.model_config.dtype, device)
+                _warm_up(
+                    impl, spec, vllm_config.model_config.dtype, device, drafts=self._drafts > 0
+                )
 
     @property
     def _layers(self) -> list[SparseLayer]:
@@ -139,22 +150,26 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         """Plan one step."""
         common = common_attn_metadata
         self._compact_late()
-        if common.max_query_len == 1:
+        if common.max_query_len <= 1 + self._drafts:
             return self._plan_rows(common)
+        counted = None
+        if self._drafts and not is_rehearsal(common):
+            counted = self._counters.values
         lengths = sequence_lengths(common)
         asked = prompt_lengths_on_host(common), controls(common)
-        return self._planning.split(common, lengths, *asked, super().build)
+        return self._planning.split(common, lengths, *asked, super().build, counted)
 
     def _plan_rows(self, common: CommonAttentionMetadata) -> StepMetadata:
-        count = common.num_reqs
-        table = common.block_table_tensor[:count]
-        rows = Rows(*(buffer[:count] for buffer in self._buffers(table.shape[1])))
+        requests = common.num_reqs
+        count = common.num_actual_tokens if self._drafts else requests
+        table = common.block_table_tensor[:requests]
+        rows = self._buffers(table.shape[1], count)
         prompts, asked = upload(prompt_lengths(common), self.device), controls(common)
         if asked is not None:  # what is dense needs no prompt length, but another rule
             prompts = self._planner.rules.find(prompts, upload(asked, self.device)).int()
         self._kernels.plan_rows(
             rows,
-            common.seq_lens[:count],
+            common.seq_lens[:requests],
             prompts,
             table,
             self._rules,
@@ -163,6 +178,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
             window=self._window,
             per_block=self._per_block,
             top_k=self._read,
+            query_start=common.query_start_loc[: requests + 1] if self._drafts else None,
         )
         self._counters.publish()
         prefilling = common.is_prefilling
@@ -170,17 +186,19 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
             self._note_late(common, prompt_lengths_on_host(common), asked)
         return StepMetadata(count, None, rows=rows)
 
-    def _buffers(self, width: int) -> Rows:
-        if self._rows is None or self._rows.block_table.shape[1] != width:
-            one = torch.zeros(3, self._max_rows, dtype=torch.int32, device=self.device)
-            table = torch.zeros(self._max_rows, width, dtype=torch.int32, device=self.device)
-            self._rows = Rows(table, *one)
-        return self._rows
+    def _buffers(self, width: int, count: int) -> Rows:
+        if self._table is None or self._table.shape[1] != width:
+            options: dict[str, Any] = {"dtype": torch.int32, "device": self.device}
+            self._table = torch.zeros(self._max_rows, width, **options)
+            self._numbers = torch.zeros(4, self._max_rows, **options)
+        lengths, top_r, parked, final = self._numbers[:, :count].unbind()
+        rows = Rows(self._table[:count], lengths, top_r, parked)
+        return rows._replace(final_lengths=final) if self._drafts else rows
 
     def _note_late(
         self, common: CommonAttentionMetadata, prompt_lens: Tensor, asked: Tensor | None
     ) -> None:
-        """Remember prompts whose last token is a row of this step.
+        """Remember prompts that end in this step.
 
         A captured graph may run the step, and compaction is not part of it. The queries are parked
         there; the next step starts by compacting. Blocks that it gives up cannot be written before:
@@ -192,6 +210,12 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         self._planner.count_requests(start, lens, *rows, count)
         if not self._planning.policy.moves:
             return
+        straddles = (lens - start.diff() < prompt_lens) & (lens > prompt_lens)
+        if bool((straddles & self._planner.rules.table.sparse[rows[1]]).any()):
+            raise IntegrityError(
+                "vLLM scheduled drafts in the step that ends a prompt, which its compaction must "
+                "follow first, and prefix hits are kept short of it. Remove --speculative-config"
+            )
         table = common.block_table_tensor
         for prompt in self._planner.ending_prompts(start, lens, *rows, table, count):
             if prompt.complete:
@@ -314,7 +338,11 @@ class _QuantisedQueries:
 
 
 def _warm_up(
-    impl: PolicyGpuImpl, spec: PolicySpec, dtype: torch.dtype, device: torch.device
+    impl: PolicyGpuImpl,
+    spec: PolicySpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    drafts: bool,
 ) -> None:
     """Compile what vLLM's dummy runs need not reach: a prompt's end, and both kinds of decode.
 

@@ -67,15 +67,23 @@ ROWS = (
         _SERVING, "drafts", "drafts from tokens: methods `ngram`, `suffix`, `custom_class`",
         (
             Served(_CPU + "test_drafts_change_nothing"),
-            Refused(
-                "speculative decoding on GPUs: steps are planned from lengths that count rejected "
-                "drafts; remove --speculative-config"
-            ),
+            Served("tests/backends/test_drafts_gpu.py::test_unlike_rows_and_rejections"),
         ),
         Refused(
             "speculative decoding: rows of several tokens stream their whole context in every "
             "step; remove --speculative-config"
         ),
+    ),
+    row(
+        _SERVING, "drafts-moved", "the same with `enable_adaptive_verification`",
+        (
+            None,
+            Refused(
+                "--speculative-config: enable_adaptive_verification moves drafts from request to "
+                "request on the device, while steps are planned; set it to false"
+            ),
+        ),
+        None,
     ),
     row(
         _SERVING, "drafters", "drafters with layers: EAGLE, MTP, draft models",

@@ -147,7 +147,7 @@ class SparseLayer:
         """
         if not self.policy.index_width or self.reads_all:
             return
-        slots = pages.slots[pages.closing].long()
+        slots = pages.closing.long()
         size = self.stock_layout.block_size
         self._store_index(cache, slots // size, slots % size, self.stock_layout)
 
@@ -197,7 +197,7 @@ class SparseLayer:
     def decode_rows(
         self, cache: Tensor, query: Tensor, key: Tensor, value: Tensor, rows: Rows, output: Tensor
     ) -> None:
-        """Attend a batch of single tokens that was planned on the device, in fixed shapes.
+        """Attend a batch that was planned on the device token by token, in fixed shapes.
 
         Args:
             cache: ``[blocks, G, block_size, C]``, changed.
@@ -209,14 +209,16 @@ class SparseLayer:
         """
         count, layout = len(rows.lengths), self.stock_layout
         query, key, value, output = query[:count], key[:count], value[:count], output[:count]
-        tables = rows.block_table, rows.lengths, rows.lengths, rows.top_r
+        several = rows.final_lengths is not None
+        final = rows.final_lengths if rows.final_lengths is not None else rows.lengths
+        tables = rows.block_table, rows.lengths, final, rows.top_r
         if self._fused:
             parked: dict[str, Any] = {}
             if self.parking is not None:
                 parked = {"parked": rows.parked, "per_block": self.parking.per_block}
             self._decode_fused(
                 cache, query, key, value, output, *tables, layout=layout, policy=self.policy,
-                replays=False, **parked,
+                replays=several, **parked,
             )  # fmt: skip
             return
         if self.parking is not None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from vllm_sparse.kernels.types import Rows
     from vllm_sparse.policies.protocol import Policy
+    from vllm_sparse.steps.drafts import Drafts
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ class Pages:
 
     Attributes:
         slots: ``block * block_size + offset`` of every token, int64 ``[T]``.
-        closing: Batch positions of the last token that the step writes to each page of the index,
-            int64 ``[n]``.
+        closing: Slots of the last token that the step writes to each page of the index, int64
+            ``[n]``.
         whole: Metadata of the stock backend for the whole batch, for layers that read everything;
             ``None`` if there are none, or no sparse tokens.
     """
@@ -103,7 +104,8 @@ class StepMetadata:
         prompts: Prompts to compact or whose window queries to park.
         sparse: Sparse decode tokens by page size.
         pages: Set if tokens stay in place.
-        rows: Set on a GPU if every row of the batch is one token; then there is nothing else.
+        rows: Set on a GPU if no request brings more tokens than drafts and one; then there is
+            nothing else.
     """
 
     num_tokens: int
@@ -154,6 +156,7 @@ class StepPlanner:
         dense_metadata: Callable[[Tensor | None, Tensor | None, Tensor | None], Any],
         count: Callable[..., None],
         controls: Tensor | None = None,
+        drafts: Drafts | None = None,
     ) -> StepMetadata:
         """Plan one step.
 
@@ -167,6 +170,7 @@ class StepPlanner:
                 part (``None`` thrice: the whole batch as it is).
             count: Receives counter names and amounts.
             controls: As of :meth:`.Rules.find`.
+            drafts: How far ``seq_lens`` may be off.
 
         Returns:
             The metadata.
@@ -230,22 +234,32 @@ class StepPlanner:
             rows = row[index]
             dropped = self.rules.table.dropped[rule][rows]
             gone = dropped * self.block_size
-            lengths = (position[index] + 1 - gone).int()
+            visible, lengths = position[index] + 1, (position[index] + 1 - gone).int()
             width = -(-int(lengths.max()) // self.block_size)
             columns = (dropped[:, None] + torch.arange(width)).clamp_(max=block_table.shape[1] - 1)
+            there = upload(rows, device)
+            held, final = upload(lengths, device), upload((seq_lens[rows] - gone).int(), device)
+            if drafts is not None:
+                off = drafts.off[there]
+                held, final = held + off, final + off
             groups.append(
                 SparseRows(
                     None if whole else upload(index, device),
-                    block_table[upload(rows, device)[:, None], upload(columns, device)],
-                    upload(lengths, device),
-                    upload((seq_lens[rows] - gone).int(), device),
+                    block_table[there[:, None], upload(columns, device)],
+                    held,
+                    final,
                     upload(self.rules.table.top_r[rule][rows], device),
                     page_size,
                     control,
                 )
             )
-            self._count_rows(position[index] + 1, lengths, control, count)
-            if whole and self.policy.moves and num_tokens == len(seq_lens):
+            if drafts is None:
+                self._count_rows(visible, lengths, control, count)
+            else:
+                policy = self.rules.policy_for(control)
+                drafts.count(upload(visible, device) + off, held, policy)
+            lone = drafts is None and num_tokens == len(seq_lens)
+            if lone and whole and self.policy.moves:
                 batch = query_start.clone(), prompt_lens.clone(), self.rules.table, rule
                 kind = dropped, groups[-1].top_r, page_size, control
                 self._steady = _Steady(*batch, *kind)
@@ -253,12 +267,19 @@ class StepPlanner:
         if not self.policy.moves:
             size = self.policy.page_sizes[0]
             last = torch.arange(num_tokens) == (query_start[1:] - 1)[row]
-            closes = ((position + 1) % size == 0) | last
-            closing = closes.nonzero()[:, 0] if self.policy.index_width else position[:0]
+            slots = slots[:num_tokens]
+            if drafts is not None:
+                position = upload(position, device) + drafts.off[upload(row, device)]
+                closes = ((position + 1) % size == 0) | upload(last, device)
+                # The others go to vLLM's null block.
+                closing = torch.where(closes, slots, 0)
+            else:
+                closes = ((position + 1) % size == 0) | last
+                closing = slots[upload(closes.nonzero()[:, 0], device)]
             reads_all = bool(groups) and self.policy.settings.skip_layers > 0
             pages = Pages(
-                slots[:num_tokens],
-                upload(closing, device),
+                slots,
+                closing if self.policy.index_width else slots[:0],
                 dense_metadata(None, None, None) if reads_all else None,
             )
         return StepMetadata(num_tokens, dense, dense_index, prompts, tuple(groups), pages)
