@@ -321,11 +321,16 @@ def test_reasons_say_what_to_do():
 @pytest.mark.parametrize("method", ["ngram", "suffix", "custom_class"])
 def test_a_gpus_path_is_a_gpus_interpreted_or_not(method):
     drafts = {"speculative_config": SimpleNamespace(method=method)}
-    startup.check_config(configuration("ROCKETKV", **drafts))
-    with pytest.raises(UnsupportedError, match="on GPUs"):
-        startup.check_config(configuration("ROCKETKV", **drafts), lambda: 1 << 30)
-    with pytest.raises(UnsupportedError, match="on GPUs"):
-        startup.check_config(configuration("ROCKETKV", {"kernels": "triton"}, **drafts))
+    for states, why in ((False, None), (True, "power of two")):
+        other = {"model_config__is_hybrid": True} if states else drafts
+        startup.check_config(configuration("ROCKETKV", **other))
+        for settings, room in (({}, lambda: 1 << 30), ({"kernels": "triton"}, None)):
+            asked = configuration("ROCKETKV", settings, **other)
+            if why is None:
+                startup.check_config(asked, room)
+                continue
+            with pytest.raises(UnsupportedError, match=why):
+                startup.check_config(asked, room)
 
 
 def test_a_tier_of_somebody_elses_making_is_refused():
