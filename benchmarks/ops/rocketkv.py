@@ -122,7 +122,8 @@ def _rows_unlike(actual: Side, expected: Side) -> float:
     def used(side: Side) -> tuple[Tensor, ...]:
         rows, size = side.arguments["rows"], side.arguments["block_size"]
         mask = _mask(-(-rows.lengths // size), rows.block_table.shape[1])
-        return (rows.block_table[mask], *rows[1:], side.arguments["counted"])
+        others = (part for part in rows[1:] if part is not None)
+        return (rows.block_table[mask], *others, side.arguments["counted"])
 
     return unless(
         all(torch.equal(*pair) for pair in zip(*map(used, (actual, expected)), strict=True))
