@@ -21,6 +21,7 @@ pytestmark = pytest.mark.vllm
 
 DENSE = {"vllm_sparse.sparse": False}
 
+
 @pytest.mark.parametrize("v2", [True, False], ids=["v2", "v1"])
 def test_gpu_path_gives_the_cpu_path_s_tokens(llama, prompts, sparse_run, v2):
     """One prompt after the other arrives in chunks, so that steps are pure and mixed."""

@@ -126,9 +126,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         if policy.moves:
             variants = {layer.impl.sparse.reads_all: layer.impl for layer in self._planning.layers}
             for impl in variants.values():
-                _warm_up(
-                    impl, spec, vllm_config.model_config.dtype, device, drafts=self._drafts > 0
-                )
+                _warm_up(impl, spec, vllm_config.model_config.dtype, device, self._drafts > 0)
 
     @property
     def _layers(self) -> list[SparseLayer]:
@@ -338,11 +336,7 @@ class _QuantisedQueries:
 
 
 def _warm_up(
-    impl: PolicyGpuImpl,
-    spec: PolicySpec,
-    dtype: torch.dtype,
-    device: torch.device,
-    drafts: bool,
+    impl: PolicyGpuImpl, spec: PolicySpec, dtype: torch.dtype, device: torch.device, drafts: bool
 ) -> None:
     """Compile what vLLM's dummy runs need not reach: a prompt's end, and both kinds of decode.
 
@@ -365,5 +359,5 @@ def _warm_up(
     row = lengths[:1]
     rows = SparseRows(None, table[None], row, row, row, pages)
     sparse.decode(cache, query, key, value, rows, torch.empty_like(query))
-    alone = Rows(table[None], row, row, torch.full_like(row, -1))
+    alone = Rows(table[None], row, row, torch.full_like(row, -1), row if drafts else None)
     sparse.decode_rows(cache, query, key, value, alone, torch.empty_like(query))
