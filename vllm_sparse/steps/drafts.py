@@ -24,7 +24,7 @@ class Drafts(NamedTuple):
     off: Tensor
     counted: Tensor
 
-    def count(self, visible: Tensor, lengths: Tensor, policy: Policy) -> None:
+    def count_rows(self, visible: Tensor, lengths: Tensor, policy: Policy) -> None:
         """Count sparse rows.
 
         Args:

@@ -257,7 +257,7 @@ class StepPlanner:
                 self._count_rows(visible, lengths, control, count)
             else:
                 policy = self.rules.policy_for(control)
-                drafts.count(upload(visible, device) + off, held, policy)
+                drafts.count_rows(upload(visible, device) + off, held, policy)
             lone = drafts is None and num_tokens == len(seq_lens)
             if lone and whole and self.policy.moves:
                 batch = query_start.clone(), prompt_lens.clone(), self.rules.table, rule
