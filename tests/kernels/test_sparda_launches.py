@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import adversary
+from support.capture import capturing
 from support.kernels import DEVICE, sparda
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm_sparse.kernels.types import Rotary
@@ -63,9 +64,8 @@ def layers() -> list[Layer]:
         SimpleNamespace(kv_cache=torch.randn(blocks, KV_HEADS, 1, SIZE // 16 * DIM))
         for _ in range(LAYERS)
     ]
-    fetcher = Fetcher(pager, kernels, lane, lambda *_: None)
-    fetcher._readable = False  # as where counters are on a device
-    stream = PromptStream(pager, kernels, lane, 2, lambda *_: None)
+    fetcher = Fetcher(pager, kernels, lane, lambda *_: None, captured=True)
+    stream = PromptStream(pager, kernels, lane, 2, lambda *_: None, captured=True)
     selector = ForecastSelector([*taps, None], rotary)
     runtime = Runtime(SETTINGS, 0.2, pager, kernels, selector, fetcher, stream, caches)
     return [Layer(runtime, number) for number in range(LAYERS)]
@@ -88,7 +88,7 @@ def test_a_layer_takes_seven_launches_and_its_tap_one(layers, monkeypatch):
     found = []
     for layer in layers:
         before = Counter(adversary.LAUNCHES)
-        with Operations() as operations:
+        with capturing(), Operations() as operations:
             layer.run(query, key, value, step, output)
         found.append((adversary.LAUNCHES - before, operations.found))
     kernels = (

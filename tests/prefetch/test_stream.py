@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.capture import CaptureError, capturing
 from support.kernels import REFERENCE as KERNELS
 from support.lanes import ManualLane, counting, gated_lane, make_pager
 
@@ -84,6 +85,25 @@ def test_blocks_that_a_chunk_needs_are_counted(counts) -> None:
     stream.note_needs((0, 0), chosen)
     stream.begin_step(())
     assert counts == {"prompt_blocks_visible": 36, "prompt_blocks_needed": 6}
+
+
+def test_a_graph_can_capture_the_begin_of_a_step(counts) -> None:
+    """Even when what was counted is on its way to the host, which is asked for between steps."""
+    stream = PromptStream(
+        make_pager(), KERNELS, ManualLane(), 3, counting(counts), False, captured=True
+    )
+    for _ in range(8):
+        with capturing():
+            stream.begin_step(())
+        stream.note_needs((0, 0), torch.ones(2, 5, 9, dtype=torch.bool))
+        stream.poll()
+    assert counts["prompt_blocks_visible"] == counts["prompt_blocks_needed"] == 18 * 5
+
+
+def test_where_host_and_device_are_one_a_step_reads_what_no_graph_could(counts) -> None:
+    stream = PromptStream(make_pager(), KERNELS, ManualLane(), 3, counting(counts), False)
+    with capturing(), pytest.raises(CaptureError, match="tolist reads a tensor back"):
+        stream.begin_step(())
 
 
 class TestPromptStream:

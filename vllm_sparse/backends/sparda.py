@@ -181,7 +181,7 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
     ) -> SpardaStep:
         """Plan one step: single tokens where they are, any other batch on the host."""
         common, count = common_attn_metadata, common_attn_metadata.num_reqs
-        self.runtime.fetcher.poll()
+        self.runtime.poll()
         if self.device.type == "cpu" and self._steps % _STEPS_PER_GAUGE == 0:
             in_use = self.runtime.pager.frames_in_use()
             metrics.counters().set_gauge("slab_frames_in_use", in_use)

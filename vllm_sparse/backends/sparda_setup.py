@@ -114,6 +114,7 @@ def runtime_of(
         rows: Most rows of a batch of single tokens.
     """
     kernels, lane, count = machine.kernels, machine.lane, metrics.counters().add
+    how = settings.prefetch, machine.captured
     pager = Pager(geometry, stored, settings.poison, machine.view)
     return Runtime(
         settings,
@@ -121,8 +122,8 @@ def runtime_of(
         pager,
         kernels,
         _selector(settings, geometry, dtype, layers, machine, rows, pager.layers[0].slab.device),
-        Fetcher(pager, kernels, lane, count, settings.prefetch),
-        PromptStream(pager, kernels, lane, settings.staging_blocks, count, settings.prefetch),
+        Fetcher(pager, kernels, lane, count, *how),
+        PromptStream(pager, kernels, lane, settings.staging_blocks, count, *how),
         layers,
         machine.attend_fresh,
     )

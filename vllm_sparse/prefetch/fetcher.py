@@ -54,6 +54,7 @@ class Fetcher:
         lane: Where copies run.
         count: Receives counter names and amounts.
         prefetch: Off: announced selections are fetched when their layer runs.
+        captured: Graphs may replay steps, of whose work the host then reads nothing back.
 
     Attributes:
         step: Number of the step, int64 ``[1]``.
@@ -69,6 +70,7 @@ class Fetcher:
         lane: Lane,
         count: Callable[..., None],
         prefetch: bool = True,
+        captured: bool = False,
     ) -> None:
         self.kernels = kernels
         self.prefetch = prefetch
@@ -77,7 +79,7 @@ class Fetcher:
         self._count = count
         device = pager.layers[0].slab.device
         # Where host and device share memory, what kernels count can be read without waiting.
-        self._readable = device.type == "cpu"
+        self._readable = device.type == "cpu" and not captured
         self.step = torch.ones(1, dtype=torch.int64, device=device)
         self.counters = DeviceCounters(_COUNTED, device, self._publish)
         self._counted = self.counters.values.view(2, 4)[:, :3].unbind()
@@ -162,7 +164,7 @@ class Fetcher:
             if not copies:
                 return _Fetch(selected, found.frames, None, 0, ahead)
         if pager.poison:
-            pager.slab[found.targets[: int(found.misses)].long()] = torch.nan
+            pager.poison_frames(found.targets, found.misses)
 
         def work() -> object:
             kernels.copy_pieces(

@@ -57,6 +57,7 @@ class PromptStream:
         tile_blocks: Blocks per half of the staging area.
         count: Receives counter names and amounts.
         prefetch: Off: every tile is copied when it is read.
+        captured: Graphs may replay steps, of whose work the host then reads nothing back.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class PromptStream:
         tile_blocks: int,
         count: Callable[..., None],
         prefetch: bool = True,
+        captured: bool = False,
     ) -> None:
         geometry = pager.geometry
         self.tile_blocks = tile_blocks
@@ -91,6 +93,7 @@ class PromptStream:
         self._tickets: dict[int, Ticket] = {}
         self._needed: dict[int, Tensor] = {}
         self._counted = DeviceCounters(_COUNTED, self.staging.device, count)
+        self._readable = self.staging.device.type == "cpu" and not captured
 
     @property
     def nbytes(self) -> int:
@@ -103,12 +106,15 @@ class PromptStream:
             ticket.wait()
         self._tickets.clear()
         self._needed.clear()
-        if self.staging.device.type == "cpu":
+        if self._readable:
             self._counted.flush()
-        else:
-            self._counted.publish()
         self._tiles = tiles
         self._pieces = [self._pieces_of(tile) for tile in tiles]  # the same in every layer
+
+    def poll(self) -> None:
+        """Called between steps: publish what a device has counted, as far as it has arrived."""
+        if not self._readable:
+            self._counted.publish()
 
     def note_needs(self, tiles: tuple[int, int], chosen: Tensor) -> None:
         """Say what a row's sparse tokens need in a layer, before any tile of the layer is read.
@@ -168,7 +174,7 @@ class PromptStream:
             places = needed.int().argsort(descending=True, stable=True).int()
             pieces, count = pieces[places], needed.sum(dtype=torch.int32)[None]
             piece_bytes = self._pager.geometry.piece_bytes
-            nbytes = int(count) * piece_bytes if count.device.type == "cpu" else 0
+            nbytes = int(count) * piece_bytes if self._readable else 0
 
         def work() -> object:
             self._kernels.copy_pieces(staging, places, pager.source, pieces, count)

@@ -94,8 +94,13 @@ class Runtime:
             self._views[layer] = cache, view
         return view
 
+    def poll(self) -> None:
+        """Called between steps, and so never while a graph is captured."""
+        self.fetcher.poll()
+        self.stream.poll()
+
     def begin_step(self, step: SpardaStep) -> None:
-        """Called by the first layer."""
+        """Called by the first layer, whose step a graph may capture."""
         self._same_for_all = None
         self.fetcher.begin_step()
         self.stream.begin_step(step.tiles)

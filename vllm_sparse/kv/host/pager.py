@@ -83,6 +83,15 @@ class LayerPager:
         frame = self.table.frame_of[block[:, None] * self.num_kv_heads + head].long()
         self.slab[frame[frame >= 0]] = torch.nan
 
+    def poison_frames(self, frames: Tensor, count: Tensor) -> None:
+        """Fill frames that something is about to be copied into.
+
+        Args:
+            frames: Their numbers, int32, of which the first ones count.
+            count: How many do, int32 ``[1]``.
+        """
+        self.slab[frames[: int(count)].long()] = torch.nan
+
     def check_integrity(self) -> None:
         """Compare the two directions of the page table and every frame with its host piece.
 

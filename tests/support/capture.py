@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""What may not happen while a CUDA graph is captured, as far as a CPU can see it.
+
+A capture records what is launched and runs nothing. So nothing can be read back or waited for, no
+event of before can be asked, and what the host hands over is read again in every replay, when its
+memory is long gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vllm_sparse.counters import DeviceCounters
+from vllm_sparse.kv.host.pager import LayerPager
+from vllm_sparse.upload import upload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+# What Python calls: it does not reach PyTorch's operators, or looks like another one there.
+_CALLS = {
+    **dict.fromkeys(("tolist", "numpy", "cpu", "item", "__array__"), "reads a tensor back"),
+    **dict.fromkeys(("tensor", "as_tensor", "from_numpy"), "copies from pageable memory"),
+    "pin_memory": "copies from memory of this one step",
+}
+
+# With poison, which looks at everything, nothing is captured.
+_POISON = "poison_fresh", "poison_frames"
+
+# Operators whose result the host has to know.
+_OPERATORS = {
+    *("_local_scalar_dense", "equal", "nonzero", "masked_select", "unique_dim", "_unique2"),
+    *("unique_consecutive", "unique_dim_consecutive", "is_nonzero", "bincount"),
+}
+_MASKS = torch.bool, torch.uint8
+
+
+class CaptureError(AssertionError):
+    """What ran could not be captured."""
+
+
+_allowed = 0
+
+
+@contextlib.contextmanager
+def allowed() -> Iterator[None]:
+    """For what stands in for a kernel, and for checks that nobody runs in graphs."""
+    global _allowed
+    _allowed += 1
+    try:
+        yield
+    finally:
+        _allowed -= 1
+
+
+def allow(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function in which everything may happen."""
+
+    def free(*args: Any, **options: Any) -> Any:
+        with allowed():
+            return function(*args, **options)
+
+    return free
+
+
+def _refuse(what: str, why: str) -> None:
+    if not _allowed:
+        raise CaptureError(f"{what} {why}, which no captured graph can")
+
+
+class _Calls(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _CALLS:
+            _refuse(name, _CALLS[name])
+        return func(*args, **(kwargs or {}))
+
+
+class _Operators(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name in _OPERATORS:
+            _refuse(name, "reads a tensor back")
+        if name.startswith("index") and len(args) > 1 and isinstance(args[1], list | tuple):
+            masks = [part for part in args[1] if part is not None and part.dtype in _MASKS]
+            if masks:
+                _refuse(name, "asks how many elements of a mask are set")
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """Everything in here is captured.
+
+    Raises:
+        CaptureError: It cannot be.
+    """
+    patched: list[tuple[Any, str, Any]] = [
+        (DeviceCounters, "publish", _refused("DeviceCounters.publish", "asks an event")),
+        *((LayerPager, name, allow(getattr(LayerPager, name))) for name in _POISON),
+        *(
+            (module, "upload", _refused("upload", "copies from memory of this one step"))
+            for path, module in list(sys.modules.items())
+            if path.startswith("vllm_sparse.") and vars(module).get("upload") is upload
+        ),
+    ]
+    if "triton" in sys.modules:  # interpreted, a launch is all that a capture sees of a kernel
+        executor = importlib.import_module("triton.runtime.interpreter").GridExecutor
+        patched.append((executor, "__call__", allow(executor.__call__)))
+    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in patched]
+    try:
+        for owner, name, function in patched:
+            setattr(owner, name, function)
+        with _Calls(), _Operators():
+            yield
+    finally:
+        for owner, name, function in saved:
+            setattr(owner, name, function)
+
+
+def _refused(what: str, why: str) -> Callable[..., None]:
+    return lambda *_, **__: _refuse(what, why)
