@@ -42,8 +42,6 @@ def build(arm: Arm, options: argparse.Namespace, model: Path, **arguments: Any) 
     shared = {
         "model": str(model), "dtype": "bfloat16", "seed": options.seed,
         "skip_tokenizer_init": True, "disable_log_stats": False,
-        # Requests of one prompt would be attended together, which no server can count on.
-        "disable_cascade_attn": True,
         **arguments,
         **arms.parse_settings(options.engine_arg),
     }  # fmt: skip

@@ -139,8 +139,8 @@ class SpardaStep:
     tiles: tuple[Tile, ...] = ()
 
     def to(self, device: torch.device) -> SpardaStep:
-        """The step on a device; tiles stay, of which most are numbers."""
-        if device == self.slots.device:
+        """The step on a device, where parts of it may be; tiles stay, of which most are numbers."""
+        if device.type == "cpu":
             return self
         moved = {
             part.name: _moved(getattr(self, part.name), device)
