@@ -200,8 +200,6 @@ class _Subject:
             CheckFailedError: Steps would not run in graphs.
             NotAvailableError: The engine refuses; says why.
         """
-        from vllm_sparse.errors import VllmSparseError
-
         options, sized = self._options, self._plan
         on_cpu = options.device == "cpu"
         mode = llms.EAGER if on_cpu or options.sparda_eager else llms.GRAPHS
@@ -223,8 +221,11 @@ class _Subject:
         arm = arms.Arm(self._arm, self._settings, "SPARDA")
         try:
             self.llm = llms.build(arm, options, model, **arguments)
-        except VllmSparseError as error:
-            reason = " ".join(str(error).split())
+        except Exception as error:
+            refusal = _refusal(error)
+            if refusal is None:
+                raise
+            reason = " ".join(str(refusal).split())
             raise NotAvailableError(f"the engine refuses: {reason}") from error
         held = self.llm.collective_rpc(live.device_bytes)[0]
         self._report.note(**llms.facts(self.llm, started), device_bytes=held)
@@ -319,6 +320,15 @@ class _Subject:
 
     def _prompt(self, number: int, length: int) -> list[int]:
         return shapes.random_prompt(self._options.seed + number, length, self._shape.vocab)
+
+
+def _refusal(error: Exception) -> Exception | None:
+    """What the plugin refuses: the error, or what validating vLLM's configuration has wrapped."""
+    from vllm_sparse.errors import VllmSparseError
+
+    found = error.errors() if hasattr(error, "errors") else []
+    wrapped = (item.get("ctx", {}).get("error") for item in found)
+    return next((e for e in (error, *wrapped) if isinstance(e, VllmSparseError)), None)
 
 
 def _milliseconds(turns: list[dict]) -> list[float]:

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import time
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import pytest
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from benchmarks.gpu import bench, stages
 from benchmarks.gpu.shapes import MINICPM
@@ -53,8 +54,19 @@ def test_only_what_the_plugin_refuses_is_not_available(tmp_path, monkeypatch):
     from benchmarks.gpu import llms
     from vllm_sparse.errors import ConfigError
 
+    def refuse(_: object) -> None:
+        raise ConfigError("too little\nmemory")
+
+    # As vLLM's configuration, which is validated by pydantic, has what is refused before a worker.
+    with pytest.raises(ValidationError) as wrapped:
+        TypeAdapter(Annotated[int, BeforeValidator(refuse)]).validate_python(1)
+    with pytest.raises(ValidationError) as others:
+        TypeAdapter(int).validate_python("one")
+
     for error, expected in (
         (ConfigError("too little\nmemory"), stages.NotAvailableError),
+        (wrapped.value, stages.NotAvailableError),
+        (others.value, ValidationError),
         (RuntimeError("CUDA error"), RuntimeError),
     ):
 
