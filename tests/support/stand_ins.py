@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import itertools
 from typing import Any
 
 import torch
+
+from support.devices import tensors_of
 
 
 def flash_attention() -> None:
@@ -207,15 +208,9 @@ def _replayed(plan: Any) -> Any:
     return replay
 
 
-def _addresses(item: Any) -> list[int]:
+def _addresses(step: Any) -> list[int]:
     """Where the tensors of a step are, those without elements apart."""
-    if isinstance(item, torch.Tensor):
-        return [item.data_ptr()] if item.numel() else []
-    if dataclasses.is_dataclass(item):
-        item = [getattr(item, field.name) for field in dataclasses.fields(item)]
-    return (
-        [at for part in item for at in _addresses(part)] if isinstance(item, list | tuple) else []
-    )
+    return [tensor.data_ptr() for _, tensor in tensors_of(step) if tensor.numel()]
 
 
 def profiled_graphs() -> None:
