@@ -47,7 +47,7 @@ class CaptureError(AssertionError):
     """What ran could not be captured."""
 
 
-_allowed = 0
+_captures = _allowed = 0
 
 
 @contextlib.contextmanager
@@ -72,7 +72,7 @@ def allow(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse(what: str, why: str) -> None:
-    if not _allowed:
+    if _captures and not _allowed:
         raise CaptureError(f"{what} {why}, which no captured graph can")
 
 
@@ -87,7 +87,8 @@ class _Calls(TorchFunctionMode):
 class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        if name in _OPERATORS:
+        unknown = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        if name in _OPERATORS or unknown:
             _refuse(name, "reads a tensor back")
         if name.startswith("index") and len(args) > 1 and isinstance(args[1], list | tuple):
             masks = [part for part in args[1] if part is not None and part.dtype in _MASKS]
@@ -116,12 +117,15 @@ def capturing() -> Iterator[None]:
         executor = importlib.import_module("triton.runtime.interpreter").GridExecutor
         patched.append((executor, "__call__", allow(executor.__call__)))
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in patched]
+    global _captures
+    _captures += 1
     try:
         for owner, name, function in patched:
             setattr(owner, name, function)
         with _Calls(), _Operators():
             yield
     finally:
+        _captures -= 1
         for owner, name, function in saved:
             setattr(owner, name, function)
 

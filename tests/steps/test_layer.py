@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""A layer's batch of single tokens does nothing that a captured graph cannot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import adversary
+from support.capture import CaptureError, capturing
+from support.kernels import DEVICE
+from support.policies import make_policy
+from vllm_sparse.kernels.dispatch import policy_triton
+from vllm_sparse.kernels.layout import PageLayout
+from vllm_sparse.kernels.types import Rows
+
+from vllm_sparse.kv.tail.codec import PlainReader
+from vllm_sparse.policies.quest import Quest
+from vllm_sparse.policies.rocketkv import RocketKV
+from vllm_sparse.policies.snapkv import SnapKV
+from vllm_sparse.policies.streamingllm import StreamingLLM
+from vllm_sparse.steps import split
+from vllm_sparse.steps.layer import SparseLayer
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="a stand-in for captures on GPUs")
+
+SIZE, DIM, KV_HEADS, GROUP, WIDTH = 16, 16, 2, 2, 8
+
+
+@pytest.fixture(params=[RocketKV, Quest, SnapKV, StreamingLLM])
+def layer(request, monkeypatch) -> SparseLayer:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(adversary, "_THOROUGH", 0)
+    policy = make_policy(request.param, token_budget=48)
+    layouts = {
+        pages: PageLayout(SIZE, DIM, pages, policy.index_width) for pages in policy.page_sizes
+    }
+    reader = PlainReader(layouts[policy.page_sizes[0]])
+    kernels = policy_triton(torch.device("cpu"))
+    return SparseLayer(policy, layouts, reader, kernels, group_size=GROUP, reads_all=False)
+
+
+def test_a_graph_can_capture_rows(layer):
+    """A long one, one of a few tokens, a prompt's token whose query waits, and padding."""
+    layout = layer.stock_layout
+    content = 2 * DIM + layout.channels // layout.page_size
+    cache = torch.randn(1 + 4 * WIDTH, KV_HEADS, SIZE, content)
+    table = torch.arange(1, 1 + 4 * WIDTH, dtype=torch.int32).view(4, WIDTH)
+    lengths, top_r = torch.tensor([100, 3, 90, 0]).int(), torch.tensor([4, 0, 0, 0]).int()
+    parked = torch.tensor([-1, -1, 20, -1]).int()
+    rows = Rows(table, lengths, top_r, parked)
+    query, key, value = (torch.randn(4, n * KV_HEADS, DIM) for n in (GROUP, 1, 1))
+    output = torch.empty_like(query)
+    with capturing():
+        layer.decode_rows(cache, query, key, value, rows, output)
+    assert bool(output[:3].isfinite().all())
+
+
+def hand_over(lengths):
+    split.upload(lengths, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x: int(x.max()),
+        lambda x: bool((x > 2).any()),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x[x > 2],
+        lambda x: x.nonzero(),
+        lambda x: x.masked_fill_(x > 2, 0).equal(x),
+        lambda x: x.add_(torch.tensor([1, 2, 3])),
+        lambda x: x.index_put_((x > 2,), x[:1]),
+        lambda x: torch.repeat_interleave(x),
+        hand_over,
+    ],
+)
+def test_what_a_graph_cannot_capture_is_refused(step):
+    lengths = torch.tensor([3, 2, 1])
+    with capturing(), pytest.raises(CaptureError, match="which no captured graph can"):
+        step(lengths)
+    step(lengths)
