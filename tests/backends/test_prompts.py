@@ -20,7 +20,8 @@ from vllm_sparse.backends import prompts
 def table(monkeypatch):
     """A table of requests in which index 2 was given away."""
     seen = []
-    monkeypatch.setattr(RequestState, "add_request", lambda self, **given: seen.append(given))
+    monkeypatch.setattr(RequestState, "add_request", lambda self, *given, **_: seen.append(given))
+    monkeypatch.setattr(RequestState, "remove_request", RequestState.remove_request)
     monkeypatch.setattr(prompts, "_requests", None)
     prompts.watch_requests()
     watching = RequestState.add_request
@@ -29,10 +30,12 @@ def table(monkeypatch):
 
     class Table:
         prompt_len = SimpleNamespace(np=np.array([7, 300, 41, 0], dtype=np.int32))
+        max_num_reqs = 4
+        req_id_to_index = {"new": 2}  # noqa: RUF012
 
     table = Table()
-    watching(table, prompt_len=41)
-    assert seen == [{"prompt_len": 41}]
+    watching(table, "new", prompt_len=41)
+    assert seen == [("new",)]
     return table
 
 
@@ -66,8 +69,8 @@ def test_steps_with_a_new_request(table, monkeypatch):
     newcomers = prompts.Newcomers()
     assert newcomers.arrived()  # the builder is younger than its first request
     assert not newcomers.arrived()
-    RequestState.add_request(table, prompt_len=41)  # preempted, and taken up again
-    RequestState.add_request(table, prompt_len=7)
+    RequestState.add_request(table, "new", prompt_len=41)  # preempted, and taken up again
+    RequestState.add_request(table, "new", prompt_len=7)
     assert newcomers.arrived()
     assert not newcomers.arrived()
     assert prompts.Newcomers().arrived()

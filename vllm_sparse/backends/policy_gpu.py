@@ -34,7 +34,12 @@ from vllm_sparse.backends.base import (
 from vllm_sparse.backends.controls import controls
 from vllm_sparse.backends.gpu import GpuBackend, warn_of_gpus
 from vllm_sparse.backends.policy import Planning, PolicyBackend, attend_step, set_up_layer
-from vllm_sparse.backends.prompts import prompt_lengths_on_host, watch_requests
+from vllm_sparse.backends.prompts import (
+    has_left,
+    prompt_lengths_on_host,
+    stay_of,
+    watch_requests,
+)
 from vllm_sparse.backends.refusals import check_block_size
 from vllm_sparse.counters import DeviceCounters
 from vllm_sparse.errors import IntegrityError
@@ -120,7 +125,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         parking = self._layers[0].parking
         self._window, self._per_block = policy.window, parking.per_block if parking else 1
         self._table: Tensor | None = None
-        self._late: list[PromptEnd] = []
+        self._late: list[tuple[PromptEnd, tuple[int, int] | None]] = []
         self._max_rows = most_rows(vllm_config)
         self._drafts = vllm_config.num_speculative_tokens
         if policy.moves:
@@ -200,7 +205,9 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
 
         A captured graph may run the step, and compaction is not part of it. The queries are parked
         there; the next step starts by compacting. Blocks that it gives up cannot be written before:
-        the scheduler frees them once this step is processed.
+        the scheduler frees them once this step is processed. If the request has left by then, none
+        of its blocks may be written: what another one finds in a tier of prefixes is loaded into
+        them beside the computation.
         """
         start = common.query_start_loc_cpu[: common.num_reqs + 1]
         lens, count = sequence_lengths(common), self._planning.count
@@ -217,12 +224,15 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         table = common.block_table_tensor
         for prompt in self._planner.ending_prompts(start, lens, *rows, table, count):
             if prompt.complete:
-                blocks = prompt.blocks.clone()
-                self._late.append(replace(prompt, blocks=blocks, parked=self._window))
+                late = replace(prompt, blocks=prompt.blocks.clone(), parked=self._window)
+                row = int(torch.searchsorted(start, prompt.last_token)) - 1
+                self._late.append((late, stay_of(common, row)))
 
     def _compact_late(self) -> None:
         late, self._late = self._late, []
-        for prompt in late:
+        for prompt, stay in late:
+            if has_left(stay):
+                continue
             for layer in self._planning.layers:
                 layer.impl.sparse.compact_parked(as_numbers(layer.kv_cache), prompt)
 

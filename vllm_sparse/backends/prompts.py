@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""What Model Runner V2 knows of requests on the host: how long prompts are, and who is new.
+"""What Model Runner V2 knows of requests on the host: how long prompts are, who is new, who left.
 
 It hands prompt lengths over on the device. Reading them back would wait for the step before, in
 every step that holds a prompt's chunk.
@@ -12,6 +12,7 @@ import functools
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from vllm_sparse.backends.base import prompt_lengths
@@ -33,18 +34,55 @@ def watch_requests() -> None:
     """
     from vllm.v1.worker.gpu.states import RequestState
 
-    add = RequestState.add_request
+    add, remove = RequestState.add_request, RequestState.remove_request
     if hasattr(add, "__wrapped__"):
         return
 
     @functools.wraps(add)
-    def add_request(self: Any, *args: Any, **kwargs: Any) -> None:
+    def add_request(self: Any, req_id: str, *args: Any, **kwargs: Any) -> None:
         global _requests, _taken_up
         _requests = weakref.ref(self)
         _taken_up += 1
-        add(self, *args, **kwargs)
+        add(self, req_id, *args, **kwargs)
+        _stays(self)[self.req_id_to_index[req_id]] = _taken_up
+
+    @functools.wraps(remove)
+    def remove_request(self: Any, req_id: str) -> int | None:
+        index: int | None = remove(self, req_id)
+        if index is not None:
+            _stays(self)[index] = 0
+        return index
 
     RequestState.add_request = add_request
+    RequestState.remove_request = remove_request
+
+
+def _stays(table: Any) -> Any:
+    """Number of the stay of each index's request in the table, 0 where there is none."""
+    if not hasattr(table, "_vllm_sparse_stays"):
+        table._vllm_sparse_stays = np.zeros(table.max_num_reqs, dtype=np.int64)
+    return table._vllm_sparse_stays
+
+
+def stay_of(common: CommonAttentionMetadata, row: int) -> tuple[int, int] | None:
+    """What tells whether a row's request is still there, see :func:`has_left`."""
+    requests = None if _requests is None else _requests()
+    if requests is None or common.req_idx is None:
+        return None
+    index = int(common.req_idx[row])
+    return index, int(_stays(requests)[index])
+
+
+def has_left(stay: tuple[int, int] | None) -> bool:
+    """Whether a request has ended or was preempted since; false where nobody tells.
+
+    Its blocks are free then, and may be another one's already.
+    """
+    requests = None if _requests is None else _requests()
+    if stay is None or requests is None:
+        return False
+    index, number = stay
+    return bool(_stays(requests)[index] != number)
 
 
 def prompt_lengths_on_host(common: CommonAttentionMetadata) -> Tensor:
