@@ -23,8 +23,12 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
 
 
-# What a prompt keeps changes from prompt to prompt, which must not compile variants.
-@triton.jit(do_not_specialize=["max_chosen", "max_kept", "stride_table"])
+# What a prompt keeps changes from prompt to prompt, which must not compile variants, nor must the
+# place of its row in the step's table, which not every width aligns.
+@triton.jit(
+    do_not_specialize=["max_chosen", "max_kept", "stride_table"],
+    do_not_specialize_on_alignment=["table"],
+)
 def _gather_kernel(
     keys,
     values,
@@ -77,7 +81,9 @@ def _gather_kernel(
     tl.store(target + DIM, b_v, mask=mask)
 
 
-@triton.jit(do_not_specialize=["max_kept", "stride_table"])
+@triton.jit(
+    do_not_specialize=["max_kept", "stride_table"], do_not_specialize_on_alignment=["table"]
+)
 def _write_kernel(
     rows,
     cache,

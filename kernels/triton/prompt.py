@@ -38,8 +38,12 @@ def _load_keys(
     )
 
 
-# How wide a table is changes from prompt to prompt, which must not compile variants.
-@triton.jit(do_not_specialize=["stride_query_row", "stride_table"])
+# How wide a table is changes from prompt to prompt, which must not compile variants, nor must the
+# place of a prompt's row in the step's table, which not every width aligns.
+@triton.jit(
+    do_not_specialize=["stride_query_row", "stride_table"],
+    do_not_specialize_on_alignment=["table"],
+)
 def _normaliser_kernel(
     query,
     keys,
@@ -103,7 +107,10 @@ def _normaliser_kernel(
     tl.store(lse + offset * tl.num_programs(0) + tl.program_id(0), value, mask=row_inside)
 
 
-@triton.jit(do_not_specialize=["width", "stride_query_row", "stride_table"])
+@triton.jit(
+    do_not_specialize=["width", "stride_query_row", "stride_table"],
+    do_not_specialize_on_alignment=["table"],
+)
 def _score_kernel(
     query,
     keys,

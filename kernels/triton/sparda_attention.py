@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.types import Unframed
 
 
-# How wide a table is changes from step to step, which must not compile variants, nor must the
-# number of rows, on which it depends how often they are split.
-@triton.jit(do_not_specialize=["least", "stride_table"])
+# How wide a table is, and with it the blocks of a row, changes from step to step, which must not
+# compile variants, nor must the number of rows, on which it depends how often they are split.
+@triton.jit(do_not_specialize=["count", "least", "stride_table"])
 def _attend_frames_kernel(
     slab, query, output, frames, lengths, host, table, unframed, partial, lse_out, arrived, count,
     least, scale_log2, value_scale, stride_query_row, stride_query_head, stride_output_row,

@@ -60,7 +60,8 @@ def _list_blocks_kernel(
         "tokens", "num_keys", "first_position", "past_from", "stride_chosen_head",
         "stride_chosen_token", "stride_list", "stride_out_head", "stride_out_member",
         "stride_lse_head", "stride_lse_member", "stride_lse_token",
-    ]
+    ],
+    do_not_specialize_on_alignment=["lists", "lse_out"],
 )  # fmt: skip
 def _attend_part_kernel(
     query, keys, values, chosen, lists, output, lse_out, scale_log2, tokens, num_keys,

@@ -22,7 +22,9 @@ from vllm_sparse.prefetch.stream import Tile
 from vllm_sparse.steps.host_prompt import attend_prompt
 
 CPU, SERVED = torch.device("cpu"), "requests from here on"
-HEADS, SIZE = (32, 2, 128), 64
+SIZE = 64
+# Query heads, KV heads, size: sums of 14 heads start anywhere between two tokens.
+HEADS = {"forecast": (32, 2, 128), "query": (14, 2, 128)}
 
 
 @pytest.mark.slow
@@ -51,14 +53,14 @@ def test_the_kernels_run_on_what_the_warm_up_gives_them(monkeypatch):
     assert not any(part.any() for part in counters(torch.zeros(1, device=device).device))
 
 
-def serve(kernels, settings, ranking, blocks) -> None:
+def serve(kernels, settings, ranking, blocks, heads) -> None:
     """Steps that hold decode rows and prompts of any length, sparse and dense."""
-    query_heads, kv_heads, dim = HEADS
+    query_heads, kv_heads, dim = heads
     host = torch.zeros(40, kv_heads, SIZE, 2 * dim).bfloat16()
     slab, compressed = host.flatten(0, 1), torch.zeros(40, kv_heads, 4, dim).bfloat16()
     turned = ranking._replace(rotary=None)
     of_rows = query_heads if ranking.softmax else kv_heads
-    for rows, width in ((1, 17), (2, 100), (19, 512)):
+    for rows, width in ((1, 17), (2, 100), (19, 512), (3, 5), (2, 1)):
         fused = torch.zeros(rows, query_heads + 2 * kv_heads, dim).bfloat16()
         query, key, value = fused.split([query_heads, kv_heads, kv_heads], 1)
         table = torch.zeros(rows, width, dtype=torch.int32)
@@ -114,6 +116,7 @@ if __name__ == "__main__":
     rotary = Rotary(torch.zeros(4096, 128).bfloat16(), True)
     ranking = Ranking(False, rotary=rotary) if sys.argv[1] == "forecast" else Ranking(True, 0.2)
     blocks, kernels = Blocks(SIZE, 16, 1, 2, 9), dispatch.sparda_kernels(CPU, "triton")
-    warm_up(kernels, settings, ranking, blocks, HEADS, torch.bfloat16, CPU)
+    heads = HEADS[sys.argv[1]]
+    warm_up(kernels, settings, ranking, blocks, heads, torch.bfloat16, CPU)
     print(SERVED, flush=True)
-    serve(kernels, settings, ranking, blocks)
+    serve(kernels, settings, ranking, blocks, heads)
