@@ -7,7 +7,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import arms, results
+from benchmarks import arms, replay, results
+from benchmarks import serving as served
 from benchmarks.tables import inside, mib, number, table
 
 if TYPE_CHECKING:
@@ -122,6 +123,16 @@ def capacity() -> str:
         "all done after": "{seconds:.0f} s",
     }
     return table(lines, columns)
+
+
+def serving() -> str:
+    """Throughput and latency against the number of users."""
+    return served.points(result("serving-smollm2-4k"))
+
+
+def agents() -> str:
+    """Growing conversations."""
+    return replay.runs(result("replay-smollm2"))
 
 
 def selectors() -> str:
@@ -283,6 +294,7 @@ def _command(name: str) -> str:
 TABLES = {
     make.__name__: make
     for make in (
-        *(accuracy, policies, speed, capacity, selectors, mass, memory, overlap, training, main),
+        *(accuracy, policies, speed, capacity, serving, agents, selectors, mass, memory, overlap),
+        *(training, main),
     )
 }

@@ -82,8 +82,8 @@ def measure(arm: arms.Arm, texts: list[list[int]], options: Any) -> dict[str, An
         return {"seconds": time.perf_counter() - began, "agents": turns, **watch.found()}
 
 
-def render(result: dict[str, Any]) -> str:
-    """A row per arm and round: first turns, later turns, the whole."""
+def runs(result: dict[str, Any]) -> str:
+    """A table with a row per arm and round: first turns, later turns, the whole."""
 
     def middle(run: dict[str, Any], key: str, first: bool) -> float:
         turns = [t for agent in run["agents"] for t in agent if (t["turn"] == 0) == first]
@@ -101,12 +101,17 @@ def render(result: dict[str, Any]) -> str:
         "blocks at most": "peak_blocks",
         "preemptions": "preemptions",
     }
+    return tables.table(result["runs"], columns)
+
+
+def render(result: dict[str, Any]) -> str:
+    """What was served, and :func:`runs`."""
     head = (
         f"{result['model']}, {result['conversations']} agents, {result['turns']} turns from"
         f" {result['start']} tokens, each adding {result['result']}, replies of {result['reply']},"
         f" a pool of {result['pool_tokens']} tokens (stock's); medians"
     )
-    return f"{head}:\n\n{tables.table(result['runs'], columns)}"
+    return f"{head}:\n\n{runs(result)}"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -128,24 +128,30 @@ def run(options: argparse.Namespace, chosen: list[arms.Arm], record: Recorder) -
                     )
 
 
-def render(result: dict[str, Any]) -> str:
-    """A table per number of users: medians of rounds."""
+def points(result: dict[str, Any]) -> str:
+    """A table with a row per number of users and arm: medians of rounds."""
     columns: tables.Columns = {
         "users": "users",
         "arm": "arm",
         "tokens/s": "{output_throughput:.1f}",
         "TTFT p50 / p99, s": "{ttft[0]:.1f} / {ttft[1]:.1f}",
         "TPOT p50 / p99, ms": "{tpot[0]:.0f} / {tpot[1]:.0f}",
+        "between two tokens p50, ms": "{itl:.0f}",
         "running at most": "peak_running",
         "blocks at most": "peak_blocks",
         "preemptions": "preemptions",
     }
+    return tables.table(medians(result["points"]), columns)
+
+
+def render(result: dict[str, Any]) -> str:
+    """What was served, and :func:`points`."""
     documents = f", {result['shared']} shared documents" if result["shared"] else ""
     head = (
         f"{result['model']}, {result['context'] - result['output']} + {result['output']} tokens"
         f"{documents}, a pool of {result['pool_tokens']} tokens (stock's), medians of rounds"
     )
-    return f"{head}:\n\n{tables.table(medians(result['points']), columns)}"
+    return f"{head}:\n\n{points(result)}"
 
 
 def medians(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -167,6 +173,7 @@ def medians(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 scale * middle(lambda p, kind=kind, part=part: p[f"{kind}_ms"][part])
                 for part in ("p50", "p99")
             ]
+        row["itl"] = middle(lambda p: p["itl_ms"]["p50"])
         for name in ("output_throughput", "peak_running", "peak_blocks", "preemptions"):
             row[name] = middle(lambda p, name=name: p[name])
         rows.append(row)

@@ -149,4 +149,4 @@ def test_rounds_are_shown_by_their_medians():
     assert [row[:3] for row in rows[2:]] == [
         ["1", "dense", "14.0"], ["1", "rocketkv-512", "30.0"], ["2", "dense", "20.0"],
     ]  # fmt: skip
-    assert rows[2][4] == "4 / 5"
+    assert rows[2][4:6] == ["4 / 5", "7"]
