@@ -22,6 +22,7 @@ questions of `benchmarks.needles` with their answers. All documents have the sam
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import sysconfig
@@ -233,7 +234,7 @@ class Writer:
             holders = [names.pop() for _ in range(rng.randrange(3, 6))]
             number = _value(rng)
             facts.append(f"The first to hold token {number} was {holders[0]}.")
-            for one, other in zip(holders, holders[1:], strict=False):
+            for one, other in itertools.pairwise(holders):
                 facts.append(rng.choice(_HANDED_ON).format(one=one, other=other))
             asked.append((f"Who had token {number}, one after the other?", ", ".join(holders)))
         return self._asked(rng, lines, facts, asked)
