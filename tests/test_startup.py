@@ -198,6 +198,27 @@ class TestGuard:
         with pytest.raises(ConfigError, match=r"vllm_sparse\.host_gib.*available.*Lower host_gib"):
             startup.check_config(config({"host_gib": 101 * BLOCK_BYTES / GIB}))
 
+    @pytest.mark.parametrize(("dtype", "query", "fits"), [("auto", 256, 96), ("fp8", 256, 188)])
+    def test_queries_that_are_kept_count_where_they_are_pinned(self, dtype, query, fits):
+        """One of 4 heads, 4 layers and 8 bfloat16 numbers beside each block, all ranks together."""
+        block = BLOCK_BYTES if dtype == "auto" else BLOCK_BYTES // 2
+        assert fits * (block + query) <= 100 * BLOCK_BYTES < (fits + 1) * (block + query)
+        for ranks in (1, 2):
+
+            def given(blocks, selector="previous", ranks=ranks):
+                options = {"selector": selector, "slab_gib": 1.0, "host_gib": blocks * block / GIB}
+                return config(
+                    {**options, "host_gib": options["host_gib"] / ranks},
+                    cache_config__cache_dtype=dtype, parallel_config__tensor_parallel_size=ranks,
+                )  # fmt: skip
+
+            startup.check_config(given(fits), lambda: GIB)
+            message = r"queries that selector=previous keeps .*Lower host_gib or choose another"
+            with pytest.raises(ConfigError, match=message):
+                startup.check_config(given(fits + 1), lambda: GIB)
+            startup.check_config(given(fits + 1))  # on a CPU
+            startup.check_config(given(fits + 1, "query"), lambda: GIB)
+
     def test_staging_larger_than_memory(self):
         startup.check_config(config({"staging_blocks": 200}))
         with pytest.raises(ConfigError, match=r"vllm_sparse\.staging_blocks.*Lower"):

@@ -157,11 +157,18 @@ def size_sparda(
     columns = parallel.tensor_parallel_size * max(parallel.data_parallel_size_local, 1)
     ranks = len(stages) * columns
     total = blocks * block_bytes(sum(stages), kv_heads, *shape) * columns
-    if total > available:
+    queries, more, instead = 0, "", ""
+    if device_bytes is not None and settings.chosen_selector == "previous":
+        # One query of each block, in the model's dtype; a CPU only takes what is written.
+        numbers = sum(stages) * model.get_num_attention_heads(parallel) * model.get_head_size()
+        queries = blocks * numbers * model.dtype.itemsize * columns
+        more = f" and the queries that selector=previous keeps another {queries / GIB:.2f} GiB"
+        instead = " or choose another selector"
+    if total + queries > available:
         raise ConfigError(
-            f"vllm_sparse.host_gib: the host pool takes {total / GIB:.2f} GiB"
+            f"vllm_sparse.host_gib: the host pool takes {total / GIB:.2f} GiB{more}"
             f"{' on all ranks together' if ranks > 1 else ''}, but this "
-            f"machine has {available / GIB:.2f} GiB available. Lower host_gib"
+            f"machine has {available / GIB:.2f} GiB available. Lower host_gib{instead}"
         )
     sizes = {
         "num_layers": layers,

@@ -52,6 +52,15 @@ def test_what_is_refused_has_its_own_exit_status(config, capsys):
     assert status == 4
 
 
+def test_queries_that_a_gpu_pins_are_host_memory(config, capsys):
+    """Of 512 GiB, a pool of 500 leaves 12; the queries of its blocks take 15.6."""
+    for selector, fits in (("query", True), ("previous", False)):
+        settings = json.dumps({"selector": selector, "host_gib": 500})
+        _, arms = plan(capsys, config(), "--backend", "SPARDA", "--settings", settings)
+        refused = arms["SPARDA"]["refused"]
+        assert refused == [] if fits else "keeps another 15.62 GiB" in refused[0]
+
+
 def test_a_measured_bandwidth_scales_the_steps(config, capsys):
     _, estimated = plan(capsys, config(), "--device", "cpu")
     _, measured = plan(capsys, config(), "--device", "cpu", "--bandwidth", "40")

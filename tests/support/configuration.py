@@ -37,6 +37,9 @@ class Model(SimpleNamespace):
     def get_num_kv_heads(self, parallel) -> int:
         return max(1, self.kv_heads // parallel.tensor_parallel_size)
 
+    def get_num_attention_heads(self, parallel) -> int:
+        return 4 // parallel.tensor_parallel_size
+
     def get_head_size(self) -> int:
         return 8
 

@@ -128,6 +128,10 @@ class Model:
         """KV heads of a rank."""
         return max(1, self.get_total_num_kv_heads() // int(parallel.tensor_parallel_size))
 
+    def get_num_attention_heads(self, parallel: Any) -> int:
+        """Query heads of a rank."""
+        return int(self.text["num_attention_heads"]) // int(parallel.tensor_parallel_size)
+
     def get_head_size(self) -> int:
         """D."""
         return int(self.text.get("head_dim") or self.hidden // self.text["num_attention_heads"])
