@@ -9,7 +9,7 @@ TREE := build/tree
 PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast lint style tree types layers site docs tables report format bench soak metrics-check gpu-first gpu-check gpu-bench gpu-tune clean
+.PHONY: help setup demo serve test test-fast lint style tree types layers site docs tables report format bench soak metrics-check gpu-first gpu-check gpu-bench gpu-tune gpu-walk clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -83,6 +83,11 @@ gpu-check: ## Check installation, kernels and engines on a GPU (options: ARGS=".
 
 gpu-bench: ## Measure kernels and engines on a GPU against stock vLLM (options: ARGS="--part rocketkv")
 	@$(PYTHON) -m benchmarks.gpu.bench $(ARGS)
+
+# Stages that need what only a GPU has are left out.
+gpu-walk: setup ## Walk the stages of the GPU programs on a pretended GPU: an hour (options: ARGS="...", PROGRAMS="first")
+	@for program in $(or $(PROGRAMS),first check bench tune); do \
+	  GPU_WALK=$$program $(PYTHON) -m tests.support.gpu_walk --out build/gpu-walk $(ARGS) || exit 1; done
 
 gpu-tune: ## Find faster kernel launches for this GPU and install them (options: ARGS="...")
 	@$(PYTHON) -m benchmarks.gpu.tune $(ARGS)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from benchmarks.gpu.stages import Report
 
-NEW_TOKENS = 80  # kernels count on the device, and that is read every few dozen steps
+# Kernels count on the device, and that is read every few dozen steps.
+NEW_TOKENS, TINY_NEW_TOKENS = 80, 24
 # Log-probability by which the baseline's token may lead the other one where two engines part.
 NEAR_TIE = {"bfloat16": 0.15, "float16": 0.03}
 LIKELY = 5
@@ -38,6 +39,8 @@ WHOLE = {"token_budget": 1 << 16, "stage1": False, "min_context": 64}
 # two are equal within rounding, either may be, and it must not decide the next token.
 LITTLE = {"token_budget": 512, "min_context": 64, "generation_reserve": 64}
 TINY_LITTLE = {**LITTLE, "token_budget": 160}
+# The queries of a longer window would not fit a short prompt's blocks, and it would stay dense.
+TINY_WINDOW = {"window": 16}
 
 # SPARDA's, with as many tokens read. Host memory for all requests and little more; frames for no
 # more than a step may read, so that every block which is chosen anew drives another one out.
@@ -167,7 +170,10 @@ def variants(*, tiny: bool = False) -> dict[str, Variant]:
         # Their prompts are attended as a whole, so that the first token is stock vLLM's.
         **{
             name.lower(): Variant(
-                {key: little[key] for key in ("token_budget", "min_context")},
+                {
+                    **{key: little[key] for key in ("token_budget", "min_context")},
+                    **(TINY_WINDOW if tiny and name == "SNAPKV" else {}),
+                },
                 baseline=STOCK,
                 compared=1,
                 expect="decode_rows",
@@ -257,7 +263,7 @@ def run(name: str, report: Report, options: argparse.Namespace) -> None:
     started = time.perf_counter()
     llm = llms.build(arm, options, model, **arguments)
     report.note(**llms.facts(llm, started), settings=variant.settings, dtype=dtype)
-    new_tokens = 24 if options.tiny else NEW_TOKENS
+    new_tokens = TINY_NEW_TOKENS if options.tiny else NEW_TOKENS
     outputs = generate(llm, prompts, new_tokens, variant.waves)
     counted = {
         key.removeprefix("vllm:").removeprefix("sparse_").removesuffix("_total"): value

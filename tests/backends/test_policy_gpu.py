@@ -14,7 +14,8 @@ import sys
 
 import pytest
 from support.engine import BLOCK_SIZE, SETTINGS, run_engine
-from support.gpu_path import NEW_TOKENS, first_tokens, run_gpu_path
+from support.forked import PRETENDED_GPU
+from support.gpu_path import NEW_TOKENS, V2, first_tokens, run_gpu_path
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -70,6 +71,24 @@ def test_dense_requests_share_the_batch(llama, prompts, sparse_run):
     assert run["counters"]["dense_fallbacks/short_prompt"] == 1
     assert run["counters"]["dense_fallbacks/requested"] == 1
     assert run["counters"]["prompts_compacted"] == 1
+
+
+def test_a_dense_request_beside_a_sparse_one_in_replayed_graphs(llama, prompts):
+    """Which of the rows are dense is read where a graph finds it: its Python ran for others."""
+    options = {
+        "env": {**V2, PRETENDED_GPU: "1"}, "dtype": "float16", "enforce_eager": False,
+        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+        "cudagraph_capture_sizes": [2], "new_tokens": NEW_TOKENS, "max_num_seqs": 2,
+    }  # fmt: skip
+    both, everything = [prompts[0][:150], prompts[1][:201]], {"token_budget": 4096, "stage1": False}
+    stock = run_engine(llama, both, **options)
+    run = run_engine(
+        llama, both, settings={**SETTINGS, **everything}, asked=[None, DENSE], **options
+    )
+    assert run["tokens"] == stock["tokens"]
+    assert run["counters"]["dense_fallbacks/requested"] == 1
+    assert run["counters"]["decode_rows"] > 0
+    assert run["replays"] >= NEW_TOKENS - 1
 
 
 def test_sliding_window_layers_stay_stock(windowed, prompts):

@@ -124,6 +124,8 @@ def _facts(cubin: bytes) -> dict[str, Any]:
         "before_tiles": _count(code[: loads[0]], "BAR.SYNC") if loads else 0,
         "tile_instructions": len(tiles),
         "tile_barriers": _count(tiles, "BAR.SYNC"),
+        "spills": _count(code, "STL") + _count(code, "LDL"),
+        "tile_spills": _count(tiles, "STL") + _count(tiles, "LDL"),
         "tile_copies": _count(tiles, "LDGSTS"),
         "tile_copies_of_16": sum("LDGSTS" in line and ".128" in line for line in tiles),
     }

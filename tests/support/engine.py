@@ -93,8 +93,8 @@ def run_engine(
         ``tokens[wave][request]``, ``cached[wave][request]`` (prefix-cache hits in tokens),
         ``counters`` (of the worker and scheduler if in process), ``preemptions``, ``drafted`` and
         ``accepted`` tokens, ``free_blocks`` ``[before, after]``, ``launches`` of our Triton kernels
-        (if interpreted in process), ``copy_threads`` after the engine has shut down (if in process)
-        and ``log``.
+        (if interpreted in process), ``replays`` of graphs (on a pretended GPU), ``copy_threads``
+        after the engine has shut down (if in process) and ``log``.
     """
     arguments = {
         "max_model_len": 1024,
@@ -136,7 +136,7 @@ def run_engine(
 
 def serve(job: dict[str, Any]) -> None:
     """Do what :func:`run_engine` was asked for, in a process with nothing else to do."""
-    from support import adversary, stand_ins
+    from support import adversary, pretend_gpu, stand_ins
 
     for name in job["stand_ins"]:
         getattr(stand_ins, name)()
@@ -145,10 +145,9 @@ def serve(job: dict[str, Any]) -> None:
     llm = LLM(
         model=job["model"],
         skip_tokenizer_init=True,
-        enforce_eager=True,
         seed=0,
         disable_log_stats=False,
-        **job["llm"],
+        **{"enforce_eager": True, **job["llm"]},
     )
     sampling = [
         SamplingParams(
@@ -179,6 +178,7 @@ def serve(job: dict[str, Any]) -> None:
 
     counted = metrics.counters()._values
     result["launches"] = dict(adversary.LAUNCHES)
+    result["replays"] = pretend_gpu.Graph.replays
     result["counters"] = {"/".join(filter(None, key)): value for key, value in counted.items()}
     for key, name in _METRICS.items():
         result[key] = sum(

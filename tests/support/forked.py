@@ -20,11 +20,10 @@ import tempfile
 import traceback
 from pathlib import Path
 
-_IMPORTED = (
-    "vllm.entrypoints.llm",
-    "vllm.model_executor.models.llama",
-    "vllm.v1.worker.cpu_worker",
-)
+# An environment in which there is a pretended GPU.
+PRETENDED_GPU = "TESTS_PRETEND_GPU"
+_IMPORTED = ("vllm.entrypoints.llm", "vllm.model_executor.models.llama")
+_WORKERS = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.gpu_worker")
 _MOST_PROCESSES = 3
 _processes: dict[frozenset[tuple[str, str]], subprocess.Popen[str]] = {}
 
@@ -79,16 +78,18 @@ def _fork_for_every_job() -> None:
     answers = os.fdopen(os.dup(1), "w")
     sys.path[0] = str(Path(__file__).parents[1])
     os.dup2(2, 1)  # whatever is printed while importing is no answer
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+    if os.environ.get(PRETENDED_GPU):
+        importlib.import_module("support.gpu_walk").install()
+    elif os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
         _interpret_triton()
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if os.environ.get("TRITON_INTERPRET") == "1" and not os.environ.get(PRETENDED_GPU):
         adversary = importlib.import_module("support.adversary")
         adversary.install()
         adversary.poison_scratch()
         interpreter = importlib.import_module("support.interpreter")
         interpreter.round_to_fp8_as_gpus_do()
         interpreter.patch_language_once_per_launch()
-    for name in _IMPORTED:
+    for name in (*_IMPORTED, _WORKERS[PRETENDED_GPU in os.environ]):
         importlib.import_module(name)
     gc.freeze()  # or every child would collect all that was imported, several times
     for line in sys.stdin:

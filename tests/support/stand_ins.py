@@ -19,11 +19,11 @@ def flash_attention() -> None:
 
     flash_attn.get_flash_attn_version = lambda **_: 2
     flash_attn.flash_attn_supports_kv_cache_dtype = lambda *_, **__: True
-    flash_attn.flash_attn_varlen_func = _attend
-    flash_attn.reshape_and_cache_flash = _write
+    flash_attn.flash_attn_varlen_func = attend
+    flash_attn.reshape_and_cache_flash = write
 
 
-def _attend(
+def attend(
     *,
     q: Any,
     k: Any,
@@ -73,7 +73,7 @@ def _attend(
         out[begin:end] = attended.transpose(0, 1)
 
 
-def _write(
+def write(
     key: Any,
     value: Any,
     key_cache: Any,

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Stages of the first run on a GPU, by their own code, with vLLM's CUDA platform and graphs.
+
+The GPU is pretended (``tests/support/pretend_gpu.py``): the first minutes on a real one are not to
+end with what Python gets wrong. ``make gpu-walk`` walks every stage of every program.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support.forked import PRETENDED_GPU, run_forked
+from support.gpu_walk import GRAPHS
+
+from benchmarks.gpu import first, machine
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+
+def walk(stage: str, work) -> dict:
+    """Runs a stage as its program does, and returns its report."""
+    arguments = ["--tiny", "--work", str(work), "--stage", stage, "--engine-arg", GRAPHS]
+    job = {"program": "first", "arguments": arguments}
+    run_forked("support.gpu_walk", job, {**machine.ENVIRONMENT, PRETENDED_GPU: "1"}, 600)
+    return json.loads((work / f"{stage}.json").read_text())
+
+
+def test_stages_run_in_graphs_that_are_replayed(tmp_path):
+    """Each engine is compared with stock vLLM by the stage itself."""
+    found = {}
+    for stage in ("smoke", "stock", "whole-graphs", "sparda-whole", "rocket-1024"):
+        found[stage] = walk(stage, tmp_path)
+        assert found[stage]["status"] == "ok", stage
+    facts = {name: report["facts"] for name, report in found.items()}
+    assert facts["smoke"]["capability"] == "9.0"
+    assert facts["stock"]["flash_attention"] == 3
+    for name in ("stock", "whole-graphs", "sparda-whole", "rocket-1024"):
+        assert facts[name]["graphs"] == "FULL_DECODE_ONLY"
+        assert facts[name]["model_runner"] == "V2"
+    assert facts["sparda-whole"]["counted"]["frame_misses"] > 0
+    assert facts["rocket-1024"]["selected_pages"] > 0  # of the look at what is selected
+    assert [row["batch"] for row in found["rocket-1024"]["rows"] if "batch" in row] == [1, 2]
+    assert set(found) <= {stage.name for stage in first.plan(first.parser_of().parse_args([]))}

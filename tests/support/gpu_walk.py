@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The programs for a GPU, stage by stage, on a pretended one: their own code and command lines.
+
+``GPU_WALK=first python -m tests.support.gpu_walk OPTIONS`` is ``make gpu-first ARGS=OPTIONS`` but
+for the GPU, and for sizes that an interpreter of kernels can bear. ``make gpu-walk`` runs them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+PROGRAM_ENV = "GPU_WALK"
+# What only a GPU has, or compilers for one: races, compiled models, how vLLM finds out what fits.
+NOT_HERE = ("sanitizer", "gsan", "whole-compiled", "dense-compiled", "sparda-profiled")
+PROMPTS = (340, 347)
+LIMIT_S = 900  # of a stage
+OPTIONS = ("--tiny", "--budget-s", "7200", "--jobs", "1")
+GRAPHS = "cudagraph_capture_sizes=[1,2]"
+
+
+def install() -> None:
+    """Pretend a GPU, before anything of vLLM is imported."""
+    os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    os.environ.setdefault("VLLM_SPARSE_LAUNCHES", "")  # nor is one found for this GPU installed
+    # There are benchmarks among the tests, too; it is the others that are meant.
+    sys.path[:0] = map(str, (Path(__file__).parents[2], Path(__file__).parents[1]))
+    from support import interpreter, pretend_gpu, pretend_vllm
+
+    pretend_gpu.install()
+    interpreter.round_to_fp8_as_gpus_do()
+    interpreter.patch_language_once_per_launch()
+    pretend_vllm.install()
+
+
+def shrink() -> None:
+    """Two short prompts, a few tokens; kernels are timed once, on one input."""
+    from benchmarks.gpu import shapes, tokens
+    from benchmarks.ops import registry, timings
+
+    def prompts(seed: int, **_: bool) -> list[list[int]]:
+        return [shapes.random_prompt(seed, length, 1024) for length in PROMPTS]
+
+    shapes.parity_prompts = prompts
+    tokens.TINY_NEW_TOKENS = 8
+    registry.COLD_BYTES = 1
+    timings.median_ms.__defaults__ = (1,)
+
+
+def program_of(name: str) -> Any:
+    """A program whose stages are begun here, and have time."""
+    program: Any = importlib.import_module(f"benchmarks.gpu.{name}")
+    program.MODULE, plan = "tests.support.gpu_walk", program.plan
+    program.plan = lambda options: [
+        dataclasses.replace(stage, limit_s=LIMIT_S)
+        for stage in plan(options)
+        if stage.name not in NOT_HERE
+    ]
+    return program
+
+
+def main(arguments: list[str]) -> int:
+    """Run a program, or one of its stages."""
+    program = program_of(os.environ[PROGRAM_ENV])
+    if "--stage" in arguments:
+        install()
+        shrink()
+        return program.main(arguments)
+    return program.main([*OPTIONS, "--engine-arg", GRAPHS, *arguments])
+
+
+def serve(job: dict[str, Any]) -> None:
+    """Run one stage in this process, which is forked from one with a pretended GPU."""
+    shrink()
+    program_of(job["program"]).main(job["arguments"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
