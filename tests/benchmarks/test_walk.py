@@ -12,19 +12,22 @@ import json
 
 import pytest
 from support.forked import PRETENDED_GPU, run_forked
-from support.gpu_walk import GRAPHS
+from support.gpu_walk import GRAPHS, starts_engine
 
-from benchmarks.gpu import first, machine
+from benchmarks.gpu import bench, check, first, machine
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
+
+
+ENVIRONMENT = {**machine.ENVIRONMENT, PRETENDED_GPU: "1"}
 
 
 def walk(stage: str, work) -> dict:
     """Runs a stage as its program does, and returns its report."""
     arguments = ["--tiny", "--work", str(work), "--stage", stage, "--engine-arg", GRAPHS]
     job = {"program": "first", "arguments": arguments}
-    run_forked("support.gpu_walk", job, {**machine.ENVIRONMENT, PRETENDED_GPU: "1"}, 600)
+    run_forked("support.gpu_walk", job, ENVIRONMENT, 600)
     return json.loads((work / f"{stage}.json").read_text())
 
 
@@ -44,3 +47,17 @@ def test_stages_run_in_graphs_that_are_replayed(tmp_path):
     assert facts["rocket-1024"]["selected_pages"] > 0  # of the look at what is selected
     assert [row["batch"] for row in found["rocket-1024"]["rows"] if "batch" in row] == [1, 2]
     assert set(found) <= {stage.name for stage in first.plan(first.parser_of().parse_args([]))}
+
+
+def test_the_arguments_of_every_engine_are_accepted(tmp_path):
+    """Of real size, as vLLM's CUDA platform and the plugin check them."""
+    job = {"work": str(tmp_path), "result": str(tmp_path / "found.json")}
+    run_forked("support.gpu_walk", job, ENVIRONMENT, 300)
+    found = json.loads((tmp_path / "found.json").read_text())
+    plans = [program.plan(program.parser_of().parse_args([])) for program in (check, bench)]
+    assert set(found) == {stage.name for plan in plans for stage in plan if starts_engine(stage)}
+    backends = {backend for backend, *_ in found.values()}
+    assert backends == {"FLASH_ATTN", "ROCKETKV", "QUEST", "SNAPKV", "STREAMINGLLM", "SPARDA"}
+    assert found["rocket-1024"] == ["ROCKETKV", "FULL_DECODE_ONLY", 256, 132608]
+    assert found["whole-eager"][1] == "NONE"
+    assert found["whole-compiled"][1] == "FULL_AND_PIECEWISE"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -76,8 +77,58 @@ def main(arguments: list[str]) -> int:
 
 def serve(job: dict[str, Any]) -> None:
     """Run one stage in this process, which is forked from one with a pretended GPU."""
+    if "result" in job:
+        return configure(job)
     shrink()
-    program_of(job["program"]).main(job["arguments"])
+    return program_of(job["program"]).main(job["arguments"])
+
+
+class Configured(Exception):
+    """Raised with a configuration that vLLM has accepted."""
+
+
+def configure(job: dict[str, Any]) -> None:
+    """Have vLLM accept the arguments of every engine, of real size, and start none.
+
+    Args:
+        job: ``work``, a folder, and ``result``, a file for what vLLM made of each stage: backend,
+            mode of graphs, most requests, longest one.
+    """
+    from vllm.v1.engine import llm_engine
+
+    from benchmarks.gpu import bench, check, forced, stages, tokens
+    from benchmarks.ops import timings
+
+    def configured(engine_args: Any, usage_context: Any = None, **_: Any) -> None:
+        raise Configured(engine_args.create_engine_config(usage_context))
+
+    llm_engine.LLMEngine.from_engine_args = configured
+    timings.copy_bytes_per_s = lambda *_: 4e12
+    timings.link_bytes_per_s = lambda *_: {"host_to_device": 5e10, "device_to_host": 5e10}
+    forced._available_gib = lambda: 4.0  # the pool is not to be refused on this machine
+    found, work = {}, Path(job["work"])
+    stages.Report(work / f"{tokens.SPARSE}.json").note(block_size=64)
+    for program in (check, bench):
+        for stage in program.plan(program.parser_of().parse_args([])):
+            if not starts_engine(stage):
+                continue
+            options = program.parser_of().parse_args(["--work", str(work), "--stage", stage.name])
+            try:
+                stage.run(stages.Report(work / "report.json"), options)
+            except Configured as made:
+                (config,) = made.args
+                found[stage.name] = [
+                    config.attention_config.backend.name,
+                    config.compilation_config.cudagraph_mode.name,
+                    config.scheduler_config.max_num_seqs,
+                    config.model_config.max_model_len,
+                ]
+    Path(job["result"]).write_text(json.dumps(found))
+
+
+def starts_engine(stage: Any) -> bool:
+    """Whether a stage of ``gpu-check`` or ``gpu-bench`` does more than run kernels."""
+    return stage.name not in ("smoke", "sanitizer", "gsan") and "kernel" not in stage.name
 
 
 if __name__ == "__main__":
