@@ -5,7 +5,8 @@
 Memory is the host's and everything runs in order, so nothing is learnt about time or races. But
 what Python gets wrong on a GPU shows: calls that do not exist, tensors on the wrong device, host
 reads and copies that a capture forbids, and what a replayed graph does not see, as a replay runs
-the captured operations and kernels on the addresses of the capture.
+the captured operations and kernels on the addresses of the capture. (The capture itself computes,
+too, which a real one does not, and no memory of a graph is used twice.)
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ def _wanted(func: Any, args: Any, kwargs: Any) -> bool | None:
     found = kwargs.get("device")
     if func is torch.Tensor.to and isinstance(args[1] if len(args) > 1 else None, torch.Tensor):
         return args[1] in _there
+    if isinstance(found, int):  # the number of a GPU
+        return True
     for item in (found, *args):
         if _is_cuda(item):
             return True
