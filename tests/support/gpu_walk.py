@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM_ENV = "GPU_WALK"
-# What only a GPU has, or compilers for one: races, compiled models, how vLLM finds out what fits.
-NOT_HERE = ("sanitizer", "gsan", "whole-compiled", "dense-compiled", "sparda-profiled")
+# What only a GPU has, or compilers for one.
+NOT_HERE = ("sanitizer", "gsan", "whole-compiled", "dense-compiled")
 PROMPTS = (340, 347)
 LIMIT_S = 900  # of a stage
 OPTIONS = ("--tiny", "--budget-s", "7200", "--jobs", "1")
