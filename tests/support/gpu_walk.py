@@ -33,9 +33,9 @@ def install() -> None:
     sys.path[:0] = map(str, (Path(__file__).parents[2], Path(__file__).parents[1]))
     from support import interpreter, pretend_gpu, pretend_vllm
 
-    pretend_gpu.install()
     interpreter.round_to_fp8_as_gpus_do()
-    interpreter.patch_language_once_per_launch()
+    interpreter.patch_language_once_per_launch()  # first: what is captured must be a whole launch
+    pretend_gpu.install()
     pretend_vllm.install()
 
 
