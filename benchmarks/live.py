@@ -321,8 +321,7 @@ def locality(worker: Any, seed: int) -> tuple[float, float]:
     from benchmarks.ops.kernels import reference, triton
 
     builder = worker.model_runner.attn_groups[0][0].get_metadata_builder()
-    rows = builder._rows
-    table, lengths, top_r = (part[:1] for part in (rows.block_table, rows.lengths, rows.top_r))
+    table, lengths, top_r, *_ = builder._buffers(builder._table.shape[1], 1)
     generator = torch.Generator(table.device).manual_seed(seed)
     found: list[int] = []
     for layer in builder._planning.layers:
