@@ -4,25 +4,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("vllm")
 from support.devices import META, elsewhere, tensors_of, upload_to_meta
 from support.policies import make_policy
-from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.worker.gpu.states import RequestState
+from support.runner import PROMPT, batch, table_of, take_up
+from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 
-from vllm_sparse.backends import prompts
+from vllm_sparse.backends.policy import Planning
 from vllm_sparse.backends.policy_gpu import PolicyGpuBuilder
 from vllm_sparse.policies.quest import Quest
 from vllm_sparse.policies.rocketkv import RocketKV
 from vllm_sparse.steps.split import StepPlanner
-
-PROMPT = 300
 
 
 class Builder(PolicyGpuBuilder):
@@ -35,56 +34,28 @@ class Builder(PolicyGpuBuilder):
             compact_parked=lambda cache, prompt: self.compacted.append(prompt.prompt_len)
         )
         layer = SimpleNamespace(impl=SimpleNamespace(sparse=sparse), kv_cache=torch.zeros(1))
-        self._planning = SimpleNamespace(count=lambda *_: None, policy=policy, layers=[layer])
+        self.counts = Counter()
+        self._planning = SimpleNamespace(
+            count=self._count, policy=policy, layers=[layer], planner=planner
+        )
+        self._planning.split = partial(Planning.split, self._planning)
         self._planner, self._rules = planner, planner.rules.on_device
-        self._kernels = SimpleNamespace(plan_rows=lambda *_, **__: None)
-        self._counters = SimpleNamespace(values=None, publish=lambda: None)
+        self._kernels = SimpleNamespace(plan_rows=self._plan)
+        self._counters, self._uncounted = SimpleNamespace(values=[], publish=lambda: None), []
         self._read, self._window, self._per_block = 64, policy.window, 1
         self._table, self._late, self._max_rows, self._drafts = None, [], 8, drafts
         self.device, self.block_size = META, policy.shape.block_size
 
+    def _count(self, name, amount, reason=""):
+        self.counts[name] += amount
+
+    def _plan(self, *arguments, **_):
+        arguments[5].append(1)
+
 
 @pytest.fixture
 def table(monkeypatch):
-    """The runner's table of three requests, at indices 3, 2 and 1."""
-    for name in ("add_request", "remove_request"):
-        monkeypatch.setattr(RequestState, name, getattr(RequestState, name))
-    monkeypatch.setattr(prompts, "_requests", None)
-    prompts.watch_requests()
-    table = RequestState.__new__(RequestState)
-    table.max_num_reqs, table.free_indices = 4, [0, 1, 2, 3]
-    table.req_id_to_index, table.index_to_req_id = {}, {}
-    table.max_seq_len = np.zeros(4, dtype=np.int32)
-    table.num_computed_prefill_tokens = table.num_computed_tokens_np = table.max_seq_len
-    table.prompt_len = table.prefill_len = SimpleNamespace(np=np.zeros(4, dtype=np.int32))
-    ignored = SimpleNamespace(stage_write=lambda *_: None, stage_write_elem=lambda *_: None)
-    table.total_len = table.all_token_ids = table.num_computed_tokens = ignored
-    table.draft_tokens = torch.zeros(4, 0)
-    for name in "abc":
-        take_up(table, name)
-    return table
-
-
-def take_up(table, name):
-    table.add_request(
-        req_id=name, prompt_len=PROMPT, all_token_ids=[0] * PROMPT, num_computed_tokens=0,
-        max_tokens=1,
-    )  # fmt: skip
-
-
-def batch(table, ends, counts=(1, 1, 1), names="abc"):
-    """Requests of the table that have so many tokens after the step."""
-    starts = torch.tensor([0, *counts]).cumsum(0).int()
-    index, lens = [table.req_id_to_index[name] for name in names], torch.tensor(ends).int()
-    return CommonAttentionMetadata(
-        query_start_loc=starts.to(META), query_start_loc_cpu=starts, seq_lens=lens.to(META),
-        num_reqs=len(ends), num_actual_tokens=sum(counts), max_query_len=max(counts),
-        max_seq_len=max(ends), seq_lens_cpu_upper_bound=lens, req_idx=np.array(index),
-        block_table_tensor=torch.zeros(len(ends), 40, dtype=torch.int32, device=META),
-        slot_mapping=torch.zeros(sum(counts), dtype=torch.int64, device=META),
-        is_prefilling=lens <= PROMPT,
-        rswa_prefix_lens=torch.full((len(ends),), PROMPT, dtype=torch.int32, device=META),
-    )  # fmt: skip
+    return table_of(monkeypatch, "a", "b", "c")
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +68,7 @@ def _meta(monkeypatch):
 def test_single_tokens_are_planned_on_the_device(table, kind, drafts):
     builder = Builder(make_policy(kind), drafts)
     ends, counts = [340, PROMPT, 320], (1 + drafts, 1, 1)
-    step = builder.build(0, batch(table, ends, counts))
+    step = builder.build(0, batch(table, "abc", ends, counts))
     assert not elsewhere(step)
     late = [prompt for prompt, _ in builder._late]
     assert not elsewhere(late)
@@ -109,7 +80,7 @@ def test_single_tokens_are_planned_on_the_device(table, kind, drafts):
 def test_a_prompt_that_ends_alone_is_compacted_unless_its_request_has_left(table, fate):
     """Its blocks may be another's then, with a prefix that is just being loaded."""
     builder = Builder(make_policy())
-    builder.build(0, batch(table, [340, PROMPT, 320]))
+    builder.build(0, batch(table, "abc", [340, PROMPT, 320]))
     assert not builder.compacted
     if fate != "runs on":
         table.remove_request("b")
@@ -117,15 +88,35 @@ def test_a_prompt_that_ends_alone_is_compacted_unless_its_request_has_left(table
         take_up(table, "d")
     elif fate == "is preempted and back":
         take_up(table, "b")
-    builder.build(0, batch(table, [341, 321], (1, 1), "ac"))
+    builder.build(0, batch(table, "ac", [341, 321]))
     assert builder.compacted == [PROMPT] * (fate == "runs on")
-    builder.build(0, batch(table, [342, 322], (1, 1), "ac"))
+    builder.build(0, batch(table, "ac", [342, 322]))
     assert len(builder.compacted) == (fate == "runs on")
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (40, 1)], ids=["single", "mixed"])
+@pytest.mark.parametrize(
+    ("names", "served"),
+    [
+        (("_warmup_0_", "_v2_mixed_warmup_prefill_"), False),
+        (("_warmup_0_", "cmpl-1"), True),
+        (("cmpl-_warmup_0_", "cmpl-1"), True),
+    ],
+)
+def test_requests_that_vllm_makes_itself_count_for_nothing(monkeypatch, names, served, counts):
+    monkeypatch.setattr(FlashAttentionMetadataBuilder, "build", lambda self, _, common: common)
+    builder, table = Builder(make_policy()), table_of(monkeypatch, *names)
+    builder.build(0, batch(table, names, [PROMPT, 320], counts))
+    assert (builder.counts["requests"] == 1) == served
+    assert bool(builder.counts) == served
+    if counts == (1, 1):
+        assert len(builder._counters.values) == served
+        assert len(builder._uncounted) == (not served)
 
 
 def test_where_nobody_tells_who_left_a_prompt_is_compacted(table, monkeypatch):
     """Model Runner V1 gives no indices."""
-    builder, common = Builder(make_policy()), batch(table, [340, PROMPT, 320])
+    builder, common = Builder(make_policy()), batch(table, "abc", [340, PROMPT, 320])
     common.req_idx = None
     common.rswa_prefix_lens = torch.full((3,), PROMPT)
     builder.build(0, common)

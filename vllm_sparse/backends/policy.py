@@ -205,7 +205,7 @@ class Planning:
         kind = type(self.layers[0].impl)
         first = next(n for n, x in context.items() if isinstance(getattr(x, "impl", None), kind))
         # Beside window layers, ours may be several groups, which all see every row.
-        self.count = counters.add if first in layer_names else _count_nothing
+        self.count = counters.add if first in layer_names else count_nothing
         counters.publish_to(metrics.folder(config.instance_id), "policies", speaks=speaks)
         if speaks:
             logger.info_once(_start_line(spec, config, kernels, self._stock_layers(context)))
@@ -229,6 +229,7 @@ class Planning:
         controls: Tensor | None,
         build: Callable[[int, CommonAttentionMetadata], Any],
         counted: Tensor | None = None,
+        count: Callable[..., None] | None = None,
     ) -> StepMetadata:
         """Split the batch into dense tokens, ending prompts and sparse decode tokens.
 
@@ -240,6 +241,7 @@ class Planning:
             build: The stock builder's.
             counted: Given where drafts make ``seq_lens`` an upper bound; see
                 :class:`.drafts.Drafts`.
+            count: Receives what is counted on the host, if not :attr:`count`.
         """
         rows = common.num_reqs
         device = common.block_table_tensor.device
@@ -278,14 +280,14 @@ class Planning:
             common.block_table_tensor[:rows],
             common.slot_mapping,
             dense,
-            self.count,
+            count or self.count,
             controls,
             drafts,
         )
 
 
-def _count_nothing(*_: Any) -> None:
-    pass
+def count_nothing(*_: Any) -> None:
+    """For steps that serve nobody, and groups that see what another one counts."""
 
 
 def _of_fp8(layer: Any, spec: PolicySpec, config: VllmConfig, truncates: bool) -> dict[str, Any]:

@@ -33,9 +33,16 @@ from vllm_sparse.backends.base import (
 )
 from vllm_sparse.backends.controls import controls
 from vllm_sparse.backends.gpu import GpuBackend, warn_of_gpus
-from vllm_sparse.backends.policy import Planning, PolicyBackend, attend_step, set_up_layer
+from vllm_sparse.backends.policy import (
+    Planning,
+    PolicyBackend,
+    attend_step,
+    count_nothing,
+    set_up_layer,
+)
 from vllm_sparse.backends.prompts import (
     has_left,
+    is_warm_up,
     prompt_lengths_on_host,
     stay_of,
     watch_requests,
@@ -54,6 +61,8 @@ from vllm_sparse.steps.split import PromptEnd, SparseRows, StepMetadata
 from vllm_sparse.upload import upload
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -120,6 +129,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         self._counters = DeviceCounters(
             ("decode_rows", "visible_tokens", "selected_tokens"), device, self._planning.count
         )
+        self._uncounted = torch.zeros_like(self._counters.values)
         # Reads are counted up to this many tokens per row.
         self._read = policy.top_k or policy.shape.max_model_len
         parking = self._layers[0].parking
@@ -155,18 +165,23 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         self._compact_late()
         if common.max_query_len <= 1 + self._drafts:
             return self._plan_rows(common)
-        counted = None
-        if self._drafts and not is_rehearsal(common):
-            counted = self._counters.values
+        count, counted = self._counting(common)
+        corrected = counted if self._drafts and not is_rehearsal(common) else None
         lengths = sequence_lengths(common)
         asked = prompt_lengths_on_host(common), controls(common)
-        return self._planning.split(common, lengths, *asked, super().build, counted)
+        return self._planning.split(common, lengths, *asked, super().build, corrected, count)
+
+    def _counting(self, common: CommonAttentionMetadata) -> tuple[Callable[..., None], Tensor]:
+        """What takes the counts of a step, on the host and on the device; not of vLLM's own."""
+        if is_warm_up(common):
+            return count_nothing, self._uncounted
+        return self._planning.count, self._counters.values
 
     def _plan_rows(self, common: CommonAttentionMetadata) -> StepMetadata:
         requests = common.num_reqs
         count = common.num_actual_tokens if self._drafts else requests
         table = common.block_table_tensor[:requests]
-        rows = self._buffers(table.shape[1], count)
+        rows, (counts, counted) = self._buffers(table.shape[1], count), self._counting(common)
         prompts, asked = upload(prompt_lengths(common), self.device), controls(common)
         if asked is not None:  # what is dense needs no prompt length, but another rule
             prompts = self._planner.rules.find(prompts, upload(asked, self.device)).int()
@@ -176,7 +191,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
             prompts,
             table,
             self._rules,
-            self._counters.values,
+            counted,
             block_size=self.block_size,
             window=self._window,
             per_block=self._per_block,
@@ -186,7 +201,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         self._counters.publish()
         prefilling = common.is_prefilling
         if prefilling is not None and bool(prefilling.any()):
-            self._note_late(common, prompt_lengths_on_host(common), asked)
+            self._note_late(common, prompt_lengths_on_host(common), asked, counts)
         return StepMetadata(count, None, rows=rows)
 
     def _buffers(self, width: int, count: int) -> Rows:
@@ -199,7 +214,11 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         return rows._replace(final_lengths=final) if self._drafts else rows
 
     def _note_late(
-        self, common: CommonAttentionMetadata, prompt_lens: Tensor, asked: Tensor | None
+        self,
+        common: CommonAttentionMetadata,
+        prompt_lens: Tensor,
+        asked: Tensor | None,
+        count: Callable[..., None],
     ) -> None:
         """Remember prompts that end in this step.
 
@@ -210,7 +229,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         them beside the computation.
         """
         start = common.query_start_loc_cpu[: common.num_reqs + 1]
-        lens, count = sequence_lengths(common), self._planning.count
+        lens = sequence_lengths(common)
         rows = prompt_lens, self._planner.rules.find(prompt_lens, asked)
         self._planner.count_requests(start, lens, *rows, count)
         if not self._planning.policy.moves:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
+# How vLLM names the requests that it makes itself before it serves any (`v1/worker/gpu/warmup.py`).
+_WARM_UPS = "_warmup_", "_v2_mixed_warmup"
+
 # The runner's own table of requests, whose host half is what it uploads.
 _requests: weakref.ref[Any] | None = None
 _taken_up = 0
@@ -44,7 +47,8 @@ def watch_requests() -> None:
         _requests = weakref.ref(self)
         _taken_up += 1
         add(self, req_id, *args, **kwargs)
-        _stays(self)[self.req_id_to_index[req_id]] = _taken_up
+        sign = -1 if req_id.startswith(_WARM_UPS) else 1
+        _stays(self)[self.req_id_to_index[req_id]] = sign * _taken_up
 
     @functools.wraps(remove)
     def remove_request(self: Any, req_id: str) -> int | None:
@@ -58,10 +62,21 @@ def watch_requests() -> None:
 
 
 def _stays(table: Any) -> Any:
-    """Number of the stay of each index's request in the table, 0 where there is none."""
+    """Number of the stay of each index's request in the table, 0 where there is none.
+
+    Those of vLLM's own requests are negative.
+    """
     if not hasattr(table, "_vllm_sparse_stays"):
         table._vllm_sparse_stays = np.zeros(table.max_num_reqs, dtype=np.int64)
     return table._vllm_sparse_stays
+
+
+def is_warm_up(common: CommonAttentionMetadata) -> bool:
+    """Whether all requests of a batch are vLLM's own, which warm its kernels up: nobody's."""
+    requests = None if _requests is None else _requests()
+    if requests is None or common.req_idx is None or common.rswa_prefix_lens is None:
+        return False
+    return bool((_stays(requests)[common.req_idx] < 0).all())
 
 
 def stay_of(common: CommonAttentionMetadata, row: int) -> tuple[int, int] | None:

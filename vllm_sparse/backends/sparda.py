@@ -32,7 +32,12 @@ from vllm_sparse.backends.base import (
     sequence_lengths,
 )
 from vllm_sparse.backends.controls import controls, watch_controls
-from vllm_sparse.backends.prompts import Newcomers, prompt_lengths_on_host, watch_requests
+from vllm_sparse.backends.prompts import (
+    Newcomers,
+    is_warm_up,
+    prompt_lengths_on_host,
+    watch_requests,
+)
 from vllm_sparse.backends.refusals import check_layer, takes_gpu_path
 from vllm_sparse.backends.sparda_setup import (
     Machine,
@@ -186,9 +191,10 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
             in_use = self.runtime.pager.frames_in_use()
             metrics.counters().set_gauge("slab_frames_in_use", in_use)
         self._steps += 1
-        planner = self._rehearsal if is_rehearsal(common) else self.planner
+        served = not (is_rehearsal(common) or is_warm_up(common))
+        planner = self.planner if served else self._rehearsal
         prompts, new, dense = prompt_lengths_on_host(common), False, None
-        if planner is self.planner:
+        if served:
             tokens = int(common.query_start_loc_cpu[count])
             metrics.counters().add("device_to_host_bytes", tokens * self._bytes_per_token)
             new = self._newcomers.arrived()

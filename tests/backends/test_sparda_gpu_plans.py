@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""SPARDA's plans on a GPU as a whole, without an engine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+from support.devices import META, elsewhere, upload_to_meta
+from support.runner import PROMPT, batch, table_of
+
+from vllm_sparse import metrics
+from vllm_sparse.backends.prompts import Newcomers
+from vllm_sparse.backends.sparda_gpu import SpardaGpuBuilder
+from vllm_sparse.policies.sparda import SpardaSettings
+from vllm_sparse.steps.host import SpardaPlanner
+from vllm_sparse.steps.host_rows import RowPlanner
+
+SETTINGS = SpardaSettings(selector="previous", block_size=16, kernel_stride=4, top_k=5, dense_len=0,
+                          local_blocks=1)  # fmt: skip
+
+
+class Builder(SpardaGpuBuilder):
+    """One without layers, whose counts can be seen."""
+
+    def __init__(self, counts):
+        self.polls = 0
+        self.runtime = SimpleNamespace(poll=self._poll)
+        self.device, self._steps, self._bytes_per_token = META, 0, 7
+        self.planner = SpardaPlanner(SETTINGS, 50, counts.add, split_fresh=True)
+        self._rehearsal = SpardaPlanner(SETTINGS, 50, lambda *_: None, split_fresh=True)
+        self._rows = RowPlanner(SETTINGS, 8, META, captured=True)
+        self._newcomers = Newcomers()
+        self._newcomers.arrived()  # looking for who shares a block reads the table
+
+    def _poll(self):
+        self.polls += 1
+
+
+class Counts:
+    """What is counted."""
+
+    def __init__(self):
+        self.found = Counter()
+
+    def add(self, name, amount, reason=""):
+        self.found[name] += amount
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (40, 1)], ids=["single", "mixed"])
+@pytest.mark.parametrize(
+    ("names", "served"), [(("_warmup_0_", "_warmup_1_"), False), (("a", "_warmup_0_"), True)]
+)
+def test_a_plan_is_on_the_device_and_counts_who_is_served(monkeypatch, names, served, counts):
+    upload_to_meta(monkeypatch)
+    found = Counts()
+    monkeypatch.setattr(metrics, "counters", lambda: found)
+    table = table_of(monkeypatch, *names)
+    builder = Builder(found)
+    step = builder.build(0, batch(table, names, [PROMPT, 320], counts))
+    assert not elsewhere(step)
+    assert builder.polls == 1
+    expected = {
+        "requests": 1, "decode_rows": 1, "visible_blocks": 20, "selected_blocks": 5,
+        "device_to_host_bytes": 7 * sum(counts),
+    }  # fmt: skip
+    assert found.found == (expected if served else {})
