@@ -11,9 +11,7 @@
 The first command writes ``train.jsonl`` and three held-out sets. Training documents are cut from
 the plays and poems that `benchmarks.corpus` does not use and from Python's standard library; in
 most of them facts are hidden that a conversation at the end asks for, or a passage is repeated at
-the end. Others are lists of random keys and values, or hide chains of names that hand a number on.
-Facts, questions and keys have nothing in common with those of `benchmarks.needles`, and the
-sentences nothing with those of RULER, whose UUIDs and chains of variables are judged.
+the end. Facts, questions and keys have nothing in common with those of `benchmarks.needles`.
 
 The held-out sets are the prose of `benchmarks.corpus`, other modules of the standard library, and
 questions of `benchmarks.needles` with their answers. All documents have the same number of tokens.
@@ -22,7 +20,6 @@ questions of `benchmarks.needles` with their answers. All documents have the sam
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import random
 import sysconfig
@@ -91,34 +88,6 @@ _FACTS = (
         "It weighs {value}",
     ),
 )
-
-
-# A line of a list of keys and values, and the question for one of them.
-_RECORDS = (
-    ('"{key}": "{value}",', 'Which string belongs to "{key}"?', '"{key}": "{value}"'),
-    ("{key} -> {value}", "Where does {key} lead?", "{key} -> {value}"),
-    ("row {key} | {value} |", "What stands in row {key}?", "Row {key} has {value}"),
-    ("The digest of file {key} was {value}.", "Quote the digest of file {key}.", "It was {value}"),
-)
-_HANDED_ON = (
-    "{one} handed the token on to {other}.",
-    "From {one} the token went to {other}.",
-    "Later {other} received what {one} had held.",
-)
-
-
-def _hexadecimal(rng: random.Random, digits: int) -> str:
-    return f"{rng.getrandbits(4 * digits):0{digits}x}"
-
-
-def _identifier(rng: random.Random) -> str:
-    """A random string that no model can guess and that takes many tokens."""
-    kind = rng.randrange(4)
-    if kind == 0:
-        return "-".join(_hexadecimal(rng, digits) for digits in (8, 4, 4, 4, 12))
-    if kind == 1:
-        return _hexadecimal(rng, rng.choice((16, 24, 32)))
-    return str(rng.randrange(10**6, 10**9)) if kind == 2 else _value(rng)
 
 
 def _value(rng: random.Random) -> str:
@@ -211,49 +180,7 @@ class Writer:
         """Text with hidden facts, and a conversation about them at the end."""
         facts = _facts(rng, min(len(_THINGS), self._num_tokens // 340))
         lines = self.passage(rng, texts).splitlines(keepends=True)
-        asked = [(question, answer) for _, question, answer in rng.sample(facts, len(facts))]
-        return self._asked(rng, lines, [fact for fact, _, _ in facts], asked)
-
-    def records(self, rng: random.Random, _: list[str]) -> list[int]:
-        """A list of random keys and values, and a conversation about some of them."""
-        key, value = (rng.choice((_identifier, _value)) for _ in range(2))
-        said, asked, answered = rng.choice(_RECORDS)
-        pairs = [{"key": key(rng), "value": value(rng)} for _ in range(self._num_tokens // 16)]
-        lines = [said.format(**pair) + "\n" for pair in pairs]
-        # Of the first half only: how many fit is known later.
-        chosen = rng.sample(pairs[: self._num_tokens // 70], self._num_tokens // 340)
-        return self._asked(
-            rng, lines, [], [(asked.format(**p), answered.format(**p)) for p in chosen]
-        )
-
-    def chains(self, rng: random.Random, texts: list[str]) -> list[int]:
-        """Text that hides who hands a number on to whom, and questions for all who had it."""
-        lines = self.passage(rng, texts).splitlines(keepends=True)
-        facts, asked, names = [], [], rng.sample(_NAMES, len(_NAMES))
-        for _ in range(max(1, self._num_tokens // 1024)):
-            holders = [names.pop() for _ in range(rng.randrange(3, 6))]
-            number = _value(rng)
-            facts.append(f"The first to hold token {number} was {holders[0]}.")
-            for one, other in itertools.pairwise(holders):
-                facts.append(rng.choice(_HANDED_ON).format(one=one, other=other))
-            asked.append((f"Who had token {number}, one after the other?", ", ".join(holders)))
-        return self._asked(rng, lines, facts, asked)
-
-    def _asked(
-        self,
-        rng: random.Random,
-        lines: list[str],
-        facts: list[str],
-        asked: list[tuple[str, str]],
-    ) -> list[int]:
-        """Lines with facts between them, in order, and a conversation at the end.
-
-        Args:
-            rng: Draws the places of the facts and the length of the conversation.
-            lines: More than enough for a document.
-            facts: One line each.
-            asked: Questions and answers.
-        """
+        asked = rng.sample(facts, len(facts))
         rendered = self._tokenizer.apply_chat_template(
             [{"role": "user", "content": "\x00"}], tokenize=False, add_generation_prompt=True
         )
@@ -261,7 +188,7 @@ class Writer:
         turn = head.removesuffix("\n").rpartition("\n")[2] + "\n"
         end = answer_head.partition("\n")[0]
         talk = ""
-        for number, (question, answer) in enumerate(asked):
+        for number, (_, question, answer) in enumerate(asked):
             before = f"{end}\n{turn}" if number else ""
             talk += f"{before}{question}{answer_head}{answer}."
         tail = self.ids(f"\n\n{talk}")[: rng.randrange(self._tail - 60, self._tail)]
@@ -271,7 +198,7 @@ class Writer:
         count = len(lines)
         while True:  # fewer lines until they fit, the facts spread over them
             text = lines[:count]
-            for place, fact in reversed(list(zip(spread, facts, strict=True))):
+            for place, (fact, _, _) in reversed(list(zip(spread, facts, strict=True))):
                 text.insert(int(place * count), f"{fact}\n")
             ids = self.ids(begin + "".join(text))
             if len(ids) <= room or count < 50:
@@ -287,13 +214,10 @@ def training_documents(tokenizer: Any, num_tokens: int, count: int, seed: int) -
     writer = Writer(tokenizer, num_tokens)
     plays, library = _training_plays(), _library(held_out=False)
     result = []
-    kinds = (
-        *(writer.questions, writer.plain, writer.questions, writer.repeating),
-        *(writer.records, writer.chains, writer.records, writer.repeating),
-    )
     for number in range(count):
         texts = library if number % 3 == 2 else plays
-        result.append(kinds[number % len(kinds)](rng, texts))
+        make = (writer.questions, writer.plain, writer.questions, writer.repeating)[number % 4]
+        result.append(make(rng, texts))
     return result
 
 
