@@ -4,17 +4,17 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
+import re
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 import torch
 
 from vllm_sparse.kv.host.memory import available_bytes, page_aligned
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 1 << 20)])
@@ -28,6 +28,34 @@ def test_memory_to_be_pinned_shares_no_page(shape):
     first.fill_(1)
     second.fill_(2)  # still mapped, and another memory
     assert bool((first == 1).all())
+
+
+def advice_of(tensor) -> set[str]:
+    """The flags of the mapping that a tensor lies in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(match[1], 16) <= tensor.data_ptr() < int(match[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return set(line.split()[1:])
+    raise AssertionError("not mapped")
+
+
+def test_memory_to_be_pinned_stays_with_its_process():
+    """A fork would leave a device with pages that are no longer the parent's."""
+    assert "dc" in advice_of(page_aligned((1 << 20,), torch.uint8))
+
+
+def test_a_kernel_without_huge_pages_will_do(monkeypatch):
+    class Mapping(mmap.mmap):
+        def madvise(self, advice, *place):
+            if advice == mmap.MADV_HUGEPAGE:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            super().madvise(advice, *place)
+
+    monkeypatch.setattr(mmap, "mmap", Mapping)
+    tensor = page_aligned((1 << 20,), torch.uint8)
+    assert {"dc", "hg"} & advice_of(tensor.fill_(1)) == {"dc"}
 
 
 class TestAvailableBytes:

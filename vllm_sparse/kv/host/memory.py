@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 from pathlib import Path
@@ -34,7 +35,10 @@ def page_aligned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     count = math.prod(shape)
     size = -(-count * dtype.itemsize // _HUGE_PAGE) * _HUGE_PAGE
     memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    # A fork shares pages until somebody writes; the parent would then write to new ones, while a
+    # device keeps to the old ones, which are pinned.
+    memory.madvise(mmap.MADV_DONTFORK)
+    with contextlib.suppress(OSError):  # where the kernel was built without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)  # holds on to the memory
     begin = -whole.data_ptr() % _HUGE_PAGE
