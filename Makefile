@@ -75,6 +75,10 @@ soak: setup ## Soak a server with hard traffic and kills (options: ARGS="--backe
 metrics-check: setup ## Ask a real Prometheus every query of the dashboard, and check the alerts
 	@$(BIN)/python -m pytest -q -s -n 0 tests/metrics/live_check.py $(ARGS)
 
+wheel: setup ## Build the plugin's wheel into dist/, for a machine without a network
+	@rm -f dist/vllm_sparse-*.whl
+	@$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation --wheel-dir dist .
+
 gpu-first: ## The first ten minutes on a GPU: checks and the cells that matter (options: ARGS="...")
 	@$(PYTHON) -m benchmarks.gpu.first $(ARGS)
 

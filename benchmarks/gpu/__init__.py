@@ -10,6 +10,6 @@ finds plugins by their metadata; the first stage says what to run
 if not::
 
     export PYTHONPATH=$PWD:/tmp/site
-    python3 -m pip install --no-index --no-deps --no-build-isolation --upgrade --target /tmp/site .
+    python3 -m pip install --no-index --no-deps --upgrade --target /tmp/site dist/*.whl
     make gpu-first ARGS="--out results"
 """

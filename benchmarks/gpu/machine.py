@@ -60,11 +60,15 @@ def default_site() -> Path:
 
 
 def install_command(site: Path) -> str:
-    """What to run to install this checkout beside vLLM, without a network."""
-    return (
-        "python3 -m pip install --no-index --no-deps --no-build-isolation --upgrade "
-        f"--target {site} {ROOT}"
-    )
+    """What to run to install this checkout beside vLLM, without a network.
+
+    The wheel that came along, of which nothing has to be built; else what builds it must be there.
+    """
+    install, target = "python3 -m pip install --no-index --no-deps", f"--upgrade --target {site}"
+    wheels = sorted((ROOT / "dist").glob("vllm_sparse-*.whl"))
+    if wheels:
+        return f"{install} {target} {wheels[-1]}"
+    return f"PYTHONPATH={site} {install} --no-build-isolation {target} {ROOT}"
 
 
 def child_paths(scratch: Path) -> str:

@@ -31,6 +31,21 @@ def test_stages_see_the_checkout_only_through_links(tmp_path, monkeypatch):
     assert machine.default_site() == machine.SITE
 
 
+def test_a_wheel_that_came_along_is_installed(tmp_path, monkeypatch):
+    """Else the checkout is, with setuptools from where vLLM is."""
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    command = machine.install_command(Path("/site"))
+    assert command.startswith("PYTHONPATH=/site python3 -m pip install --no-index --no-deps")
+    assert command.endswith(f"--no-build-isolation --upgrade --target /site {tmp_path}")
+    (tmp_path / "dist").mkdir()
+    wheel = tmp_path / "dist" / "vllm_sparse-0.1-py3-none-any.whl"
+    wheel.touch()
+    command = machine.install_command(Path("/site"))
+    assert (
+        command == f"python3 -m pip install --no-index --no-deps --upgrade --target /site {wheel}"
+    )
+
+
 def test_stale_installed_files_are_found(tmp_path):
     import shutil
 
