@@ -4,16 +4,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import sys
-from typing import TYPE_CHECKING, Any
+import tempfile
+from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu import machine
 from vllm_sparse.planner.shapes import Shape
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 LINEAR_SPREAD = 0.02
 
@@ -43,7 +43,10 @@ def _config(shape: Shape, positions: int) -> dict:
 def write_config(folder: Path, shape: Shape, positions: int) -> Path:
     """Writes a model folder without weights, for ``load_format="dummy"``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(_config(shape, positions), indent=1))
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        whole = Path(scratch) / "config.json"
+        whole.write_text(json.dumps(_config(shape, positions), indent=1))
+        whole.replace(folder / "config.json")  # another stage may be reading it
     return folder
 
 
@@ -73,9 +76,14 @@ def write_checkpoint(folder: Path, seed: int) -> Path:
     Dummy weights are so small that attention has no say, and any two backends agree.
     """
     if not (folder / "config.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         sizes = {"layers": 3, "hidden": 256, "heads": 8, "kv_heads": 2, "head_dim": 64}
-        save_random_llama(folder, vocab=2048, seed=seed, max_position_embeddings=8192, **sizes)
+        # Stages run at once: each of them writes its own, and the first one that is whole stays.
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            whole = Path(scratch) / "checkpoint"
+            save_random_llama(whole, vocab=2048, seed=seed, max_position_embeddings=8192, **sizes)
+            with contextlib.suppress(OSError):  # there is one by now, of the same seed
+                whole.rename(folder)
     return folder
 
 

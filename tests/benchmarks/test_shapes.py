@@ -24,6 +24,29 @@ def test_model_folders_have_the_published_sizes(tmp_path):
     assert LLAMA.step_weight_bytes == pytest.approx(15.01e9, rel=1e-3)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_stages_at_once_never_see_half_a_checkpoint(tmp_path, monkeypatch, first):
+    """Each writes its own; who comes second leaves the first one's."""
+    target, seen = tmp_path / "work" / "checkpoint", []
+
+    def save(folder, **sizes):
+        assert folder != target
+        folder.mkdir()
+        (folder / "config.json").write_text(str(sizes["seed"]))
+        seen.append(target.exists())
+        if not first:  # another stage has finished meanwhile
+            target.mkdir()
+            (target / "config.json").write_text("another")
+            (target / "model").touch()
+
+    monkeypatch.setattr(shapes, "save_random_llama", save)
+    for _ in range(2):
+        assert shapes.write_checkpoint(target, 3) == target
+    assert seen == [False]
+    assert (target / "config.json").read_text() == ("3" if first else "another")
+    assert [path.name for path in target.parent.iterdir()] == ["checkpoint"]
+
+
 def test_prompts_are_reproducible_and_share_what_they_should():
     prompts = shapes.parity_prompts(3)
     assert prompts == shapes.parity_prompts(3) != shapes.parity_prompts(4)
