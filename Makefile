@@ -9,7 +9,7 @@ TREE := build/tree
 PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast lint style tree types layers site docs tables report format bench soak metrics-check gpu-first gpu-check gpu-bench gpu-tune gpu-walk clean
+.PHONY: help setup wheel demo serve test test-fast lint style tree types layers site docs tables report format bench soak metrics-check gpu-first gpu-check gpu-bench gpu-tune gpu-walk clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
