@@ -90,7 +90,9 @@ def test_gpu_path_gives_the_cpu_path_s_tokens(llama, prompts, case):
     assert run["counters"]["frame_misses"] > 0
     launches = run["launches"]
     attended = launches["_attend_frames_kernel"]
-    assert launches["_look_up_kernel"] == launches["_fill_kernel"] == attended
+    looked_up = launches["_look_up_kernel"]
+    # In vLLM's two profiling runs every block has a frame in all three layers.
+    assert looked_up == launches["_fill_kernel"] == attended - 2 * 3 * options.get("graphs", False)
     scoring = "_softmax_kernel" if "selector" in changes else "_forecast_kernel"
     assert 0 < launches[scoring] <= launches["_choose_kernel"]
     if "sparse_prefill" not in changes:  # else prompts choose too
