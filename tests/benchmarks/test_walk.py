@@ -12,7 +12,7 @@ import json
 
 import pytest
 from support.forked import PRETENDED_GPU, run_forked
-from support.gpu_walk import GRAPHS, starts_engine
+from support.gpu_walk import ENGINE, starts_engine
 
 from benchmarks.gpu import bench, check, first, machine
 
@@ -25,7 +25,7 @@ ENVIRONMENT = {**machine.ENVIRONMENT, PRETENDED_GPU: "1"}
 
 def walk(stage: str, work) -> dict:
     """Runs a stage as its program does, and returns its report."""
-    arguments = ["--tiny", "--work", str(work), "--stage", stage, "--engine-arg", GRAPHS]
+    arguments = ["--tiny", "--work", str(work), "--stage", stage, *ENGINE]
     job = {"program": "first", "arguments": arguments}
     run_forked("support.gpu_walk", job, ENVIRONMENT, 600)
     return json.loads((work / f"{stage}.json").read_text())

@@ -22,7 +22,7 @@ NOT_HERE = ("sanitizer", "gsan", "whole-compiled", "dense-compiled")
 PROMPTS = (340, 347)
 LIMIT_S = 900  # of a stage
 OPTIONS = ("--tiny", "--budget-s", "7200", "--jobs", "1")
-GRAPHS = "cudagraph_capture_sizes=[1,2]"
+ENGINE = ("--engine-arg", "cudagraph_capture_sizes=[1,2]", "max_num_batched_tokens=256")
 
 
 def install() -> None:
@@ -42,7 +42,7 @@ def install() -> None:
 
 def shrink() -> None:
     """Two short prompts, a few tokens; kernels are timed once, on one input."""
-    from benchmarks.gpu import shapes, tokens
+    from benchmarks.gpu import decode, shapes, tokens
     from benchmarks.ops import registry, timings
 
     def prompts(seed: int, **_: bool) -> list[list[int]]:
@@ -50,6 +50,7 @@ def shrink() -> None:
 
     shapes.parity_prompts = prompts
     tokens.TINY_NEW_TOKENS = 8
+    decode.TINY_CELLS = (decode.Cell(256, (1, 2), 1),)
     registry.COLD_BYTES = 1
     timings.median_ms.__defaults__ = (1,)
 
@@ -73,7 +74,7 @@ def main(arguments: list[str]) -> int:
         install()
         shrink()
         return program.main(arguments)
-    return program.main([*OPTIONS, "--engine-arg", GRAPHS, *arguments])
+    return program.main([*OPTIONS, *ENGINE, *arguments])
 
 
 def serve(job: dict[str, Any]) -> None:
