@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Real servers under load and a real Prometheus: ``make metrics-check``.
+"""Real servers of several processes, and a real Prometheus: ``make metrics-check``.
 
 Too slow for the suite, so pytest collects it only by name.
 """
@@ -8,13 +8,14 @@ Too slow for the suite, so pytest collects it only by name.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from support.engine import NEW_TOKENS, SETTINGS, SPARDA_SETTINGS
+from support.engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS, SPARDA_SETTINGS, run_engine
 from support.prometheus import Prometheus, promtool
 from support.server import Server, add_tokenizer
 
@@ -35,8 +36,13 @@ def model(llama, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def asked(prompts):
-    """Six long prompts and two short ones, of which none is the beginning of another."""
-    return [*prompts, *(prompt[-SHORT:] for prompt in prompts[:2])]
+    """Six long prompts and two short ones, of which no two begin alike.
+
+    What two requests of a step read of one block is looked up once, so that it would depend on who
+    meets whom.
+    """
+    unlike = [prompt[:: 1 - 2 * (i % 2)] for i, prompt in enumerate(prompts)]
+    return [*unlike, *(prompt[-SHORT:] for prompt in prompts[:2])]
 
 
 def serve(model, log, backend, *arguments, **changes) -> Server:
@@ -58,6 +64,72 @@ def complete(server, prompt):
         {"Content-Type": "application/json"},
     )  # fmt: skip
     return urllib.request.urlopen(request, timeout=300).read()
+
+
+SAME = {
+    "rocketkv": (
+        "requests", "dense_fallbacks/short_prompt", "decode_rows", "visible_tokens",
+        "selected_tokens", "prompts_compacted", "blocks_evicted",
+    ),
+    "sparda": (
+        "requests", "dense_fallbacks/shorter_than_dense_len", "decode_rows", "visible_blocks",
+        "selected_blocks",
+    ),
+}  # fmt: skip
+PARALLEL = ("--tensor-parallel-size", "2", "--data-parallel-size", "2")
+
+
+def series(name: str) -> str:
+    stem, _, reason = name.partition("/")
+    return f"vllm:sparse_{stem}_total{reason and '/'}{reason}"
+
+
+@pytest.mark.parametrize(
+    ("backend", "arguments", "engines", "ranks"),
+    [
+        pytest.param("rocketkv", PARALLEL, 2, 2, id="rocketkv-tp2-dp2-api2"),
+        pytest.param("sparda", PARALLEL, 2, 2, id="sparda-tp2-dp2-api2"),
+        pytest.param(
+            "rocketkv", ("--data-parallel-size", "2", "--api-server-count", "1"), 2, 1,
+            id="rocketkv-dp2-api1",
+        ),
+        pytest.param("sparda", ("--api-server-count", "2"), 1, 1, id="sparda-api2"),
+    ],
+)  # fmt: skip
+def test_several_processes_count_what_one_does(
+    model, asked, tmp_path, backend, arguments, engines, ranks
+):
+    options = {"rocketkv": {"block_size": BLOCK_SIZE}, "sparda": {"max_num_seqs": 8}}[backend]
+    settings = BACKENDS[backend]
+    run = run_engine(model, asked, settings=settings, backend=backend, **options)
+    expected = run["counters"]
+    server = serve(model, tmp_path / "log", backend, *arguments)
+    try:
+        server.wait(400)
+        with ThreadPoolExecutor(len(asked)) as pool:
+            list(pool.map(lambda prompt: complete(server, prompt), asked))
+        time.sleep(2)  # vLLM records and logs after it has answered
+        for _ in range(4):  # whoever answers
+            found = server.metrics()
+            assert {name: found[series(name)] for name in SAME[backend]} == {
+                name: expected[name] for name in SAME[backend]
+            }
+        print({name: found[series(name)] for name in SAME[backend]})
+        if backend == "rocketkv":
+            assert found["vllm:sparse_blocks_saved"] == 0
+        else:
+            layers, heads, dim = 3, 2, 32
+            pieces = sum(found[series(f"frame_{kind}")] for kind in ("hits", "misses"))
+            assert pieces == expected["selected_blocks"] * heads * layers
+            computed = found["vllm:prompt_tokens_total"] - found["vllm:prefix_cache_hits_total"]
+            written = computed + len(asked) * (NEW_TOKENS - 1)
+            assert found[series("device_to_host_bytes")] == written * layers * heads * dim * 2 * 4
+            pools = found["vllm:sparse_host_pool_bytes"] / (SPARDA_SETTINGS["host_gib"] * 2**30)
+            assert round(pools, 1) == engines * ranks
+        lines = re.findall(r"Sparse: (\d+) reqs, Dense: (\d+)", server.log.read_text())
+        assert [sum(int(line[kind]) for line in lines) for kind in (0, 1)] == [6, 2]
+    finally:
+        server.stop()
 
 
 def numbers(answer) -> list[float]:
