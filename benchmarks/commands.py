@@ -136,6 +136,37 @@ def stretch(llm: LLM, steps: int) -> dict:
     return {"seconds": seconds, "cpu": time.process_time() - before}
 
 
+def generate_once(llm: LLM, prompt: list[int], max_tokens: int) -> dict:
+    """Generates for one prompt and returns what it cost from the first token on.
+
+    ``tokens``, ``steps``, ``seconds``, CPU seconds of the model's process as ``cpu``, ``drafted``
+    and ``accepted`` tokens, and the ``text``.
+    """
+    drafts = [f"vllm:spec_decode_num_{kind}_tokens" for kind in ("draft", "accepted")]
+    begin(llm, [prompt], max_tokens)
+    counted, spent = metrics(llm), llm.collective_rpc(_cpu_seconds)[0]
+    start, steps, last = time.perf_counter(), 0, None
+    while llm.llm_engine.has_unfinished_requests():
+        outputs = llm.llm_engine.step()
+        steps, last = steps + 1, outputs[-1] if outputs else last
+    after = metrics(llm)
+    return {
+        "tokens": len(last.outputs[0].token_ids) - 1,
+        "steps": steps,
+        "seconds": time.perf_counter() - start,
+        "cpu": llm.collective_rpc(_cpu_seconds)[0] - spent,
+        **{
+            key: after.get(name, 0) - counted.get(name, 0)
+            for key, name in zip(("drafted", "accepted"), drafts, strict=True)
+        },
+        "text": last.outputs[0].text,
+    }
+
+
+def _cpu_seconds(worker: object) -> float:
+    return time.process_time()
+
+
 def finish(llm: LLM) -> None:
     """Aborts all requests; prefix cache and blocks stay as they are."""
     engine = llm.llm_engine

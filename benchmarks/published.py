@@ -8,6 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import arms, replay, results
+from benchmarks import drafts as drafting
 from benchmarks import serving as served
 from benchmarks.tables import inside, mib, number, table
 
@@ -216,6 +217,16 @@ def overlap() -> str:
     return table(lines, columns)
 
 
+def drafts() -> str:
+    """Drafts from the context beside sparse decode."""
+    lines = [
+        {"task": task, "arm": drafting.label(name), **row}
+        for task, found in result("drafts")["tasks"].items()
+        for name, row in found["arms"].items()
+    ]
+    return table(lines, {"task": "task", " ": "arm", **drafting.columns()})
+
+
 def training() -> str:
     """Memory of training against the length of the sequence."""
     found: dict[int, list[str]] = {}
@@ -295,6 +306,6 @@ TABLES = {
     make.__name__: make
     for make in (
         *(accuracy, policies, speed, capacity, serving, agents, selectors, mass, memory, overlap),
-        *(training, main),
+        *(drafts, training, main),
     )
 }

@@ -12,13 +12,14 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import replay, results, serving, tables
+from benchmarks import drafts, replay, results, serving, tables
 from benchmarks.quality import report as quality
 
 UNKNOWN = "not recorded"
 RENDERERS = {
     **tables.RENDERERS,
     **{"quality": quality.render, "serving": serving.render, "replay": replay.render},
+    **{"drafts": drafts.render},
 }
 
 
