@@ -32,6 +32,10 @@ AHEAD = {"selector": "lookahead-query"}
 # What vLLM's configuration says when somebody asks for a feature, and part of the reason.
 BY_CONFIGURATION = {
     "states": ({"model_config__is_hybrid": True}, "recurrent state"),
+    "states-runner": (
+        {"model_config__is_hybrid": True, "use_v2_model_runner": True},
+        "VLLM_USE_V2_MODEL_RUNNER=0",
+    ),
     "mla": ({"model_config__use_mla": True}, "MLA"),
     "pooling": ({"model_config__runner_type": "pooling"}, "pooling models"),
     "non-causal": ({"attention_config__use_non_causal": True}, "non-causal"),
@@ -170,11 +174,11 @@ def flash_attention_4(name: str, on_gpu: bool) -> None:
     PolicyGpuBuilder._check_other_layers(builder, SimpleNamespace(compilation_config=context))
 
 
-def planning(name: str, on_gpu: bool, block_size: int) -> None:
+def planning(name: str, on_gpu: bool, block_size: int, whole: int = 32, group: int = 4) -> None:
     """Two layers, of which the second has another ratio of heads."""
     from vllm_sparse.backends.policy import Planning
 
-    policy = make_policy(head_dim=32, group_size=4, block_size=32, max_model_len=1024,
+    policy = make_policy(head_dim=32, group_size=group, block_size=whole, max_model_len=1024,
                          **on_path({}, on_gpu))  # fmt: skip
     layer = SimpleNamespace(impl=SimpleNamespace(num_heads=4, num_kv_heads=2))
     model = SimpleNamespace(model_arch_config=SimpleNamespace())
@@ -211,6 +215,10 @@ def odd_blocks(name: str, on_gpu: bool) -> None:
         check_block_size(name, 48)
 
 
+def narrow_parts(name: str, on_gpu: bool) -> None:
+    planning("ROCKETKV", on_gpu, 32, whole=224, group=12)
+
+
 def unknown_projections(name: str, on_gpu: bool) -> None:
     config = configuration(name, on_path(AHEAD, on_gpu))
     config.model_config.hf_config.architectures = ["StrangeForCausalLM"]
@@ -233,6 +241,7 @@ BY_CHECK = {
     "unlike-layers": (unlike_layers, "(2 and 4 query heads|3 of 4 layers)"),
     "other-blocks": (other_blocks, "from 32 to 48|blocks of 64 tokens, but .* 32"),
     "odd-blocks": (odd_blocks, "blocks of 48 tokens"),
+    "narrow-parts": (narrow_parts, "parts of 32, where 7 of the 8 queries"),
     "unknown-projections": (unknown_projections, "StrangeForCausalLM.*selector to query"),
     "untapped": (untapped, "layer.0"),
 }
@@ -321,16 +330,12 @@ def test_reasons_say_what_to_do():
 @pytest.mark.parametrize("method", ["ngram", "suffix", "custom_class"])
 def test_a_gpus_path_is_a_gpus_interpreted_or_not(method):
     drafts = {"speculative_config": SimpleNamespace(method=method)}
-    for states, why in ((False, None), (True, "power of two")):
-        other = {"model_config__is_hybrid": True} if states else drafts
-        startup.check_config(configuration("ROCKETKV", **other))
-        for settings, room in (({}, lambda: 1 << 30), ({"kernels": "triton"}, None)):
-            asked = configuration("ROCKETKV", settings, **other)
-            if why is None:
-                startup.check_config(asked, room)
-                continue
-            with pytest.raises(UnsupportedError, match=why):
-                startup.check_config(asked, room)
+    larger = {"max_token_budget": 4096}
+    startup.check_config(configuration("ROCKETKV", larger, **drafts))
+    for settings, room in (({}, lambda: 1 << 30), ({"kernels": "triton"}, None)):
+        startup.check_config(configuration("ROCKETKV", settings, **drafts), room)
+        with pytest.raises(UnsupportedError, match="on GPUs a captured graph"):
+            startup.check_config(configuration("ROCKETKV", {**settings, **larger}), room)
 
 
 def test_a_tier_of_somebody_elses_making_is_refused():

@@ -143,6 +143,28 @@ def test_rules_of_old_budgets_are_forgotten(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [RocketKV, Quest])
+def test_blocks_in_parts_hold_the_same_tokens(kind):
+    """Blocks of 16 as two of 8: as many tokens leave, and tables name the same places."""
+    whole, parts = StepPlanner(make_policy(kind)), StepPlanner(make_policy(kind), 8)
+    table = torch.arange(1, 1 + 3 * 40, dtype=torch.int32).view(3, 40)
+    split = torch.stack((2 * table, 2 * table + 1), -1).flatten(1)
+    for lens, rows in (((PROMPTS + 9).tolist(), [1, 1, 1]), (PROMPTS.tolist(), [20, 20, 20])):
+        one, counted = plan(whole, lens, rows)
+        other, again = plan(parts, lens, rows, table=split)
+        assert counted == again
+        for a, b in zip(one.sparse, other.sparse, strict=True):
+            assert torch.equal(a.lengths, b.lengths)
+            for row, length in enumerate(a.lengths.tolist()):
+                at = torch.arange(length)
+                where = a.block_table[row, at // 16] * 16 + at % 16
+                assert torch.equal(where, b.block_table[row, at // 8] * 8 + at % 8)
+        for a, b in zip(one.prompts, other.prompts, strict=True):
+            assert 16 * a.dropped_blocks == 8 * b.dropped_blocks
+            assert 16 * a.shared_blocks == 8 * b.shared_blocks
+            assert b.sizes.tolist() == [a.prompt_len, 2 * a.dropped_blocks]
+
+
+@pytest.mark.parametrize("kind", [RocketKV, Quest])
 def test_rejected_drafts_that_the_host_still_counts_change_no_plan(kind):
     """Two requests decode several tokens beside a prompt's chunk; one has lost three drafts."""
     planner = StepPlanner(make_policy(kind))

@@ -244,6 +244,25 @@ def profiled_graphs() -> None:
     model_runner.GPUModelRunner.initialize_kv_cache = initialize
 
 
+def zeroed_parts() -> None:
+    """Zero new blocks where kernels take them in parts; vLLM's runner for CPUs never does that."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    def zero(self: Any, block_ids: list[int]) -> None:
+        layers = self.compilation_config.static_forward_context
+        for group in self.kv_cache_config.kv_cache_groups:
+            if isinstance(group.kv_cache_spec, FullAttentionSpec):
+                for name in group.layer_names:
+                    whole = layers[name].kv_cache.unflatten(
+                        0, (self.kv_cache_config.num_blocks, -1)
+                    )
+                    for block in block_ids:
+                        whole[block].zero_()
+
+    CPUModelRunner._zero_block_ids = zero
+
+
 def float32_delta_nets() -> None:
     """Gated delta nets in float32 by Hugging Face's functions; vLLM's CPU kernels take bfloat16."""
     from transformers.models.qwen3_next import modeling_qwen3_next as hugging_face

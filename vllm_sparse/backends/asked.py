@@ -55,6 +55,8 @@ def of_config(config: Any, settings: Any) -> Asked:
         yield "pooling", {"runner": model.runner_type}
     if model.is_hybrid:
         yield "states", {}
+        if getattr(config, "use_v2_model_runner", False):  # the planner has no runner
+            yield "states-runner", {}
     if config.attention_config.use_non_causal:
         yield "non-causal", {}
     if window := config.cache_config.sliding_window:  # vLLM sets it if all layers have one

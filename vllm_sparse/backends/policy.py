@@ -151,7 +151,7 @@ class Planning:
         spec: The group's.
         layer_names: Its layers.
         config: vLLM's configuration.
-        block_size: Of the stock metadata builder.
+        block_size: Of the stock metadata builder; of the block table.
         kernels: What layers run.
         truncates: How the stock kernel makes fp8 numbers, see :class:`Scales`.
         reader: Makes what reads the stock pages of a layer.
@@ -178,9 +178,12 @@ class Planning:
     ) -> None:
         self.policy = policy = spec.policy
         wanted, on_gpu = policy.shape.block_size, takes_gpu_path(policy.settings)
-        if wanted != block_size:
+        # GPUs' kernels may take a block in parts.
+        if wanted != block_size and not (on_gpu and wanted % block_size == 0):
             refuse("other-blocks", POLICIES, on_gpu, wanted=wanted, size=block_size)
-        self.planner = StepPlanner(policy)
+        if wanted != block_size:
+            _check_parts(spec, block_size)
+        self.planner = StepPlanner(policy, block_size)
         ask_for_prompt_lengths(config)
         context = config.compilation_config.static_forward_context
         self.layers = [context[name] for name in layer_names]
@@ -286,6 +289,15 @@ class Planning:
         )
 
 
+def _check_parts(spec: PolicySpec, part: int) -> None:
+    """Refuse parts of blocks that pages or waiting queries do not fit into."""
+    policy = spec.policy
+    make_policy(spec.backend, policy.settings, replace(policy.shape, block_size=part))
+    if (places := policy.places_in_parts(part)) < policy.window:
+        sizes = {"size": policy.shape.block_size, "part": part, "window": policy.window}
+        refuse("narrow-parts", POLICIES, True, places=places, **sizes)
+
+
 def count_nothing(*_: Any) -> None:
     """For steps that serve nobody, and groups that see what another one counts."""
 
@@ -300,11 +312,13 @@ def _of_fp8(layer: Any, spec: PolicySpec, config: VllmConfig, truncates: bool) -
 
 def _start_line(spec: PolicySpec, config: VllmConfig, kernels: PolicyKernels, others: str) -> str:
     policy, longest = spec.policy, config.model_config.max_model_len
-    held = -(-longest // spec.block_size)
+    size = policy.shape.block_size
+    parts = "" if size == spec.block_size else f" in parts of {spec.block_size}"
+    held = -(-longest // size)
     index = policy.index_width // min(policy.page_sizes)
     note = f" (slow: {kernels.note.splitlines()[0]})" if kernels.note else ""
     return (
-        f"{spec.backend}: {policy.describe()}, block size {spec.block_size}, prompts above "
+        f"{spec.backend}: {policy.describe()}, block size {size}{parts}, prompts above "
         f"{policy.settings.min_context} tokens served sparsely; a prompt of {longest} tokens keeps "
         f"{policy.held_blocks(longest, longest)} of {held} blocks; the page index takes "
         f"{100 * index // (2 * spec.head_size + index)}% of each block; "

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backend import AttentionCGSupport, MultipleOf
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionImpl,
     FlashAttentionMetadataBuilder,
@@ -40,6 +40,7 @@ from vllm_sparse.backends.policy import (
     count_nothing,
     set_up_layer,
 )
+from vllm_sparse.backends.policy_warm_up import warm_up
 from vllm_sparse.backends.prompts import (
     has_left,
     is_warm_up,
@@ -47,7 +48,6 @@ from vllm_sparse.backends.prompts import (
     stay_of,
     watch_requests,
 )
-from vllm_sparse.backends.refusals import check_block_size
 from vllm_sparse.counters import DeviceCounters
 from vllm_sparse.errors import IntegrityError
 from vllm_sparse.features import POLICIES, refuse
@@ -57,7 +57,7 @@ from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kernels.types import Rows
 from vllm_sparse.kv.tail.codec import PlainReader
 from vllm_sparse.steps.select import MOST_INDEX_BYTES
-from vllm_sparse.steps.split import PromptEnd, SparseRows, StepMetadata
+from vllm_sparse.steps.split import PromptEnd, StepMetadata
 from vllm_sparse.upload import upload
 
 if TYPE_CHECKING:
@@ -66,10 +66,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.kv_cache_interface import KVCacheSpec
 
     from vllm_sparse.kv.spec import PolicySpec
     from vllm_sparse.steps.layer import SparseLayer
 
+# Kernels have tiles for blocks of at most this many tokens, if they are parts of larger ones.
+_LARGEST_PART = 128
 # A 32-byte sector holds a channel's extrema of 16 pages, 64 tokens with ROCKETKV's page size.
 _PREFERRED_BLOCK_SIZE = 64
 
@@ -81,6 +84,16 @@ class PolicyGpuBackend(PolicyBackend, GpuBackend):
     def get_preferred_block_size(cls, default_block_size: int) -> int:
         """Where the user leaves the choice: reading few channels should move few sectors."""
         return max(super().get_preferred_block_size(default_block_size), _PREFERRED_BLOCK_SIZE)
+
+    @classmethod
+    def get_supported_kernel_block_sizes(
+        cls, kv_cache_spec: KVCacheSpec | None = None
+    ) -> list[int | MultipleOf]:
+        """What vLLM may hand over as a block: all of it, or parts if it is no power of two."""
+        sizes = super().get_supported_kernel_block_sizes(kv_cache_spec)
+        whole = 0 if kv_cache_spec is None else kv_cache_spec.block_size
+        part = _part_of(whole)
+        return sizes if part == whole or sizes != [MultipleOf(16)] else [part]
 
     @staticmethod
     def get_impl_cls() -> type[PolicyGpuImpl]:
@@ -111,7 +124,6 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         spec, policy = kv_cache_spec, kv_cache_spec.policy
         warn_of_gpus(spec.backend)
         watch_requests()
-        check_block_size(spec.backend, self.block_size)
         self._kernels = policy_triton(device)
         reader = PlainReader(spec.layout(policy.page_sizes[0]))
         self._planning = Planning(
@@ -141,7 +153,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         if policy.moves:
             variants = {layer.impl.sparse.reads_all: layer.impl for layer in self._planning.layers}
             for impl in variants.values():
-                _warm_up(impl, spec, vllm_config.model_config.dtype, device, self._drafts > 0)
+                warm_up(impl, spec, vllm_config.model_config.dtype, device, self._drafts > 0)
 
     @property
     def _layers(self) -> list[SparseLayer]:
@@ -306,7 +318,7 @@ class PolicyGpuImpl(FlashAttentionImpl):
         context, config = PolicyBackend.context, self._config
         kernels = policy_triton(device)
         assert context is not None
-        block_size = config.cache_config.block_size
+        block_size = _part_of(config.cache_config.block_size)
         policy = context.policy(self.head_size, block_size, self._cache_dtype)
         if policy.top_k is None or kernels.decode_scratch_bytes is None:
             return
@@ -364,29 +376,7 @@ class _QuantisedQueries:
         return attended
 
 
-def _warm_up(
-    impl: PolicyGpuImpl, spec: PolicySpec, dtype: torch.dtype, device: torch.device, drafts: bool
-) -> None:
-    """Compile what vLLM's dummy runs need not reach: a prompt's end, and both kinds of decode.
-
-    The first requests would wait for it otherwise.
-    """
-    sparse, window = impl.sparse, spec.policy.window
-    size, blocks = spec.block_size, -(-window // spec.block_size) + 2
-    layout = sparse.stock_layout
-    content = 2 * layout.head_dim + layout.channels // layout.page_size
-    shape = (blocks, impl.num_kv_heads, size, content)
-    cache = as_numbers(torch.zeros(shape, dtype=spec.dtype, device=device))
-    table = torch.arange(blocks, dtype=torch.int32, device=device)
-    lengths = torch.tensor([blocks * size, 1], dtype=torch.int32, device=device)
-    heads, dim = impl.num_heads + 2 * impl.num_kv_heads, impl.head_size
-    tokens = torch.zeros(max(window, 1), heads, dim, dtype=dtype, device=device)
-    query, key, value = tokens.split([impl.num_heads, *2 * [impl.num_kv_heads]], 1)
-    pages = layout.page_size
-    prompt = PromptEnd(table, blocks * size, 1, 1, pages, 0, len(tokens), 0, True, lengths)
-    sparse.end_prompt(cache, query, prompt)
-    row = lengths[:1]
-    rows = SparseRows(None, table[None], row, row, row, pages)
-    sparse.decode(cache, query, key, value, rows, torch.empty_like(query))
-    alone = Rows(table[None], row, row, torch.full_like(row, -1), row if drafts else None)
-    sparse.decode_rows(cache, query, key, value, alone, torch.empty_like(query))
+def _part_of(block_size: int) -> int:
+    """Tokens of the parts in which kernels take a block: all, unless it is no power of two."""
+    power = block_size & -block_size
+    return block_size if power == block_size else min(power, _LARGEST_PART)

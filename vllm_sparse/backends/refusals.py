@@ -68,7 +68,7 @@ def check_windows(name: str, on_gpu: bool) -> None:
 
 
 def check_block_size(name: str, block_size: int) -> None:
-    """Refuse blocks that the kernels of GPUs have no tiles for.
+    """Refuse blocks that SPARDA's kernels of GPUs have no tiles for.
 
     Raises:
         UnsupportedError: Not a power of two.

@@ -8,6 +8,7 @@ from vllm_sparse.features.verdicts import Refused, Served, Untested, everywhere,
 
 _CPU = "tests/backends/test_policy_cpu.py::"
 _STATES = "tests/backends/test_states_cpu.py::"
+_STATES_GPU = "tests/backends/test_states_gpu.py::"
 _GPU = "tests/backends/test_policy_gpu.py::"
 _SPARDA = "tests/backends/test_sparda.py::"
 _SPARDA_GPU = Served("tests/backends/test_sparda_gpu.py::test_gpu_path_gives_the_cpu_path_s_tokens")
@@ -17,8 +18,8 @@ _WHOLE_PROMPTS = (
     "KV connectors move whole prompts, but a compacted request has only its kept tokens; remove "
 )
 _POWER_OF_TWO = Refused(
-    "blocks of {size} tokens: on GPUs a block must be a power of two. Choose --block-size (SPARDA: "
-    "vllm_sparse.block_size) 16, 32, 64 or 128"
+    "blocks of {size} tokens: on GPUs a block must be a power of two. Set vllm_sparse.block_size "
+    "to 16, 32, 64 or 128"
 )
 
 ROWS = (
@@ -125,8 +126,23 @@ ROWS = (
     ),
     row(
         _CACHE, "odd-blocks", "blocks that are no power of two",
-        (Served(_STATES + "test_recurrent_states_equal_hugging_face"), _POWER_OF_TWO),
+        (
+            Served(_STATES + "test_recurrent_states_equal_hugging_face"),
+            Served(_STATES_GPU + "test_blocks_taken_in_parts_equal_hugging_face"),
+        ),
         (Untested(), _POWER_OF_TWO),
+    ),
+    row(
+        _CACHE, "narrow-parts", "the same with too little room for a window's queries in a part",
+        (
+            None,
+            Refused(
+                "on GPUs blocks of {size} tokens are taken in parts of {part}, where {places} of "
+                "the {window} queries of a prompt's window can wait for its end; lower "
+                "vllm_sparse.window"
+            ),
+        ),
+        None,
     ),
     row(
         _CACHE, "other-blocks", "a block size that vLLM changes, to give all layers one page size",

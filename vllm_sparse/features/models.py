@@ -8,6 +8,7 @@ from vllm_sparse.features.verdicts import Refused, Served, Stock, Untested, ever
 
 _CPU = "tests/backends/test_policy_cpu.py::"
 _STATES = "tests/backends/test_states_cpu.py::"
+_STATES_GPU = "tests/backends/test_states_gpu.py::"
 _GPU = "tests/backends/test_policy_gpu.py::"
 _SPARDA = "tests/backends/test_sparda.py::"
 _SPARDA_GPU = Served("tests/backends/test_sparda_gpu.py::test_gpu_path_gives_the_cpu_path_s_tokens")
@@ -63,15 +64,24 @@ ROWS = (
         _MODELS, "states", "recurrent state layers (Granite H, Qwen3-Next)",
         (
             Served(_STATES + "test_recurrent_states_equal_hugging_face"),
-            Refused(
-                "models with recurrent state layers have blocks that are no power of two, which "
-                "GPU kernels need; they are served on CPUs"
-            ),
+            Served(_STATES_GPU + "test_blocks_taken_in_parts_equal_hugging_face"),
         ),
         Refused(
             "models with recurrent state layers pad each block to a state, which takes more device "
-            "memory than stock attention; use ROCKETKV on CPUs"
+            "memory than stock attention; use ROCKETKV"
         ),
+    ),
+    row(
+        _MODELS, "states-runner", "the same under Model Runner V2",
+        (
+            Untested(),
+            Refused(
+                "recurrent state layers: Model Runner V2 does not say beside them when a prompt's "
+                "last token comes alone, after which the prompt must be compacted; set "
+                "VLLM_USE_V2_MODEL_RUNNER=0"
+            ),
+        ),
+        None,
     ),
     row(
         _MODELS, "unlike-layers", "full-attention layers of several shapes in one model",

@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from vllm_sparse import metrics
+from vllm_sparse.features import POLICIES, refuse
 from vllm_sparse.kv.requests import control_of_request, of_hashes, of_id, watch_requests
 from vllm_sparse.policies.controlled import policy_for
 
@@ -128,6 +129,9 @@ class PolicyManager(PromptAwareManager):
 
     def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
+        wanted, size = kv_cache_spec.policy.shape.block_size, kv_cache_spec.block_size
+        if wanted != size:  # the worker sees parts of blocks only, on GPUs
+            refuse("other-blocks", POLICIES, False, wanted=wanted, size=size)
         self._saved: defaultdict[str, int] = defaultdict(int)
         # How many blocks states take, nobody tells this group.
         if kv_cache_spec.instance_id and not kv_cache_spec.beside_states:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse import startup
-from vllm_sparse.backends.refusals import check_block_size, unsupported
+from vllm_sparse.backends.refusals import unsupported
 from vllm_sparse.config import NAMESPACE, load_settings
 from vllm_sparse.device_room import left_bytes
 from vllm_sparse.errors import VllmSparseError
@@ -225,8 +225,6 @@ def _dense(question: Question) -> Arm:
 
 def _policy(question: Question, name: str, settings: Any) -> Arm:
     size = question.blocks_of
-    if question.on_gpu:
-        check_block_size(name, size)
     policy = _policy_of(question, name, settings, question.model.max_model_len)
     each = _block_bytes(question, size) * policy.numbers_per_token // (2 * policy.shape.head_dim)
     context, longest = question.context, question.model.max_model_len

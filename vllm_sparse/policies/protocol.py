@@ -268,7 +268,19 @@ class Policy(ABC):
         """
         if not self.window:
             return 0
+        size = self.shape.block_size
+        return -(-self.window // self._waiting(size)) + -(-self.window // size)
+
+    def places_in_parts(self, part_size: int) -> int:
+        """Window queries that can wait there if kernels take blocks in parts of so many tokens."""
+        if not self.window:
+            return 0
+        size = self.shape.block_size
+        blocks = -(-self.window // self._waiting(size))
+        return blocks * (size // part_size) * self._waiting(part_size)
+
+    def _waiting(self, tokens: int) -> int:
+        """Queries that wait in place of the index of so many tokens."""
         shape = self.shape
-        per_block = self.index_width * (shape.block_size // min(self.page_sizes))
-        per_block //= shape.group_size * shape.head_dim * shape.query_slots
-        return -(-self.window // per_block) + -(-self.window // shape.block_size)
+        numbers = self.index_width * (tokens // min(self.page_sizes))
+        return numbers // (shape.group_size * shape.head_dim * shape.query_slots)

@@ -43,6 +43,7 @@ class Rules:
 
     Args:
         policy: Decides from the prompt length.
+        parts: Blocks of the block table for each block of the policy's.
 
     Attributes:
         table: The rules; another object if some were added.
@@ -50,7 +51,8 @@ class Rules:
         policy_for: The policy for requests with a control.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, parts: int = 1) -> None:
+        self._parts = parts
         self.policy_for = lru_cache(_MOST_BUDGETS)(partial(policy_for, policy))
         self._longest = policy.shape.max_model_len
         cases = [(AS_SET, length) for length in range(self._longest + 1)]
@@ -113,6 +115,7 @@ class Rules:
             rule = policy.retention(length)
             shared = policy.shared_blocks(length, rule.dropped_blocks) if rule.sparse else 0
             sparse.append(rule.sparse)
-            numbers.append((rule.dropped_blocks, rule.page_size, rule.top_r, shared))
+            dropped, shared = rule.dropped_blocks * self._parts, shared * self._parts
+            numbers.append((dropped, rule.page_size, rule.top_r, shared))
             reasons.append(rule.reason)
         return Table(torch.tensor(sparse), *torch.tensor(numbers).int().unbind(1)), reasons

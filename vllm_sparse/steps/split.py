@@ -135,15 +135,16 @@ class StepPlanner:
 
     Args:
         policy: Decides from the prompt length.
+        block_size: Tokens per block of the block table; the policy's blocks may be several.
 
     Attributes:
         rules: What it decides.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, block_size: int | None = None) -> None:
         self.policy = policy
-        self.block_size = policy.shape.block_size
-        self.rules = Rules(policy)
+        self.block_size = block_size or policy.shape.block_size
+        self.rules = Rules(policy, policy.shape.block_size // self.block_size)
         self._steady: _Steady | None = None
 
     def split(
