@@ -9,7 +9,7 @@ TREE := build/tree
 PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup wheel demo serve test test-fast lint style tree types layers site docs tables report format bench soak metrics-check gpu-first gpu-check gpu-bench gpu-tune gpu-walk clean
+.PHONY: help setup wheel demo serve test test-fast lint style tree types layers site docs tables report format bench soak fuzz metrics-check gpu-first gpu-check gpu-bench gpu-tune gpu-walk clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ bench: setup ## Run the benchmarks
 
 soak: setup ## Soak a server with hard traffic and kills (options: ARGS="--backend SPARDA --minutes 10")
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
+
+fuzz: setup ## Send a server generated requests, right and wrong (options: ARGS="--backend SPARDA --minutes 5")
+	@$(BIN)/python -m benchmarks.fuzz $(ARGS)
 
 metrics-check: setup ## Ask a real Prometheus every query of the dashboard, and check the alerts
 	@$(BIN)/python -m pytest -q -s -n 0 tests/metrics/live_check.py $(ARGS)

@@ -81,14 +81,14 @@ def subject(backend: str, longest: int, **changed: Any) -> Subject:
     return Subject(backend, settings, longest, blocks)
 
 
-def server(model: Path, log: Path, subject: Subject) -> Server:
-    """Returns a server that answers to the probe, not yet started."""
+def server(model: Path, log: Path, subject: Subject, *further: str) -> Server:
+    """Returns a server that answers to the probe, not yet started; ``further``: its options."""
     arguments = [
         str(model), "--served-model-name", NAME, "--dtype", "float32", "--enforce-eager",
         "--max-model-len", str(subject.longest), "--max-num-seqs", str(AT_ONCE),
         "--block-size", str(BLOCK_TOKENS), "--max-num-batched-tokens", "1024",
         "--kv-cache-memory-bytes", str(1 << 28), "--num-gpu-blocks-override", str(subject.blocks),
-        *PROBED,
+        *PROBED, *further,
     ]  # fmt: skip
     if subject.backend:
         further = json.dumps({"vllm_sparse": subject.settings})

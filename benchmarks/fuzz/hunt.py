@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Sends generated requests, several at once, and makes those that a server fails on small."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import urllib.parse
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import hypothesis
+from hypothesis import strategies as st
+
+from benchmarks.fuzz import bodies
+from benchmarks.soak import judge, watch
+from benchmarks.soak.storm import CALM_S
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benchmarks.fuzz.bodies import Sent
+    from benchmarks.soak.client import Answer, Client
+    from benchmarks.soak.storm import Target
+    from benchmarks.soak.traffic import Ask
+
+AT_ONCE = 6
+EXAMPLES = 40  # between two looks at what the server holds
+_PATIENCE_S = 120
+
+
+class Died(BaseException):
+    """The server is gone; no exception that a request could be made smaller for."""
+
+
+class Fault(AssertionError):
+    """An answer that must not be."""
+
+
+class Answered(NamedTuple):
+    """What became of a request.
+
+    Attributes:
+        status: Of HTTP, or of an error within a stream; 0 if the client left before.
+        text: The beginning of what came.
+    """
+
+    status: int
+    text: str
+
+
+@dataclass
+class Findings:
+    """What happened.
+
+    Attributes:
+        counts: Requests by what became of them.
+        failures: Requests that the server failed on, made small, by what it said.
+        faults: What else must not be, in words.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    failures: dict[str, list[Sent]] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+
+def send(url: str, sent: Sent) -> Answered:
+    """Sends a request and reads its answer, or leaves.
+
+    Raises:
+        OSError: The connection was refused or broken.
+    """
+    address = urllib.parse.urlsplit(url)
+    assert address.hostname is not None
+    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=_PATIENCE_S)
+    try:
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", sent.path, json.dumps(sent.body), headers)
+        if sent.leave_after == 0:
+            return Answered(0, "")
+        response = connection.getresponse()
+        lines = []
+        while line := response.readline():
+            lines.append(line.decode(errors="replace"))
+            if len(lines) == sent.leave_after:
+                break
+        return Answered(_worst_status(response.status, lines), "".join(lines)[:2000])
+    finally:
+        connection.close()
+
+
+def _worst_status(status: int, lines: Sequence[str]) -> int:
+    """The status, or that of an error that came when the status had been sent."""
+    codes = [status]
+    for line in lines:
+        if line.startswith("data: {") and '"error"' in line:
+            error = json.loads(line[6:]).get("error") or {}
+            codes.append(int(error.get("code") or 500))
+    return max(codes)
+
+
+def hunt(
+    target: Target, probes: dict[Ask, Answer], seed: int, findings: Findings, examples: int
+) -> None:
+    """Sends some batches of generated requests beside requests whose answers are known.
+
+    Args:
+        target: The server.
+        probes: Requests, and what they got alone at the start.
+        seed: Of what is generated.
+        findings: Is added to.
+        examples: Batches.
+
+    Raises:
+        Died: The server does not answer any more; the findings have what it was asked last.
+    """
+    client = target.client
+    last: list[Sent] = []
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=examples, deadline=None, database=None, report_multiple_bugs=False,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
+    )  # fmt: skip
+    @hypothesis.given(
+        st.lists(bodies.requests(client.model, target.longest), min_size=1, max_size=AT_ONCE),
+        st.sampled_from(sorted(probes)),
+    )
+    def attempt(batch: list[Sent], probe: Ask) -> None:
+        last[:] = batch
+        with ThreadPoolExecutor(AT_ONCE + 1) as pool:
+            beside = pool.submit(client.complete, probe)
+            answers = list(pool.map(lambda sent: _outcome(client, sent, findings), batch))
+        for answered in answers:
+            if answered.status >= 500 and kind_of(answered) not in findings.failures:
+                raise Fault(kind_of(answered))
+        if said := _differs(beside.result(), probes[probe]):
+            raise Fault(f"beside it, a greedy request {said}")
+
+    try:
+        attempt()
+    except Fault as fault:  # of the smallest batch that still fails, which ran last
+        findings.failures[str(fault)] = list(last)
+    except Died:
+        findings.faults.append(f"the server died of {last}")
+        raise
+
+
+def settle(target: Target, probes: dict[Ask, Answer], findings: Findings) -> None:
+    """Waits until nothing runs, and notes what is still held or what has changed."""
+    if not watch.until(target.is_calm, CALM_S):
+        findings.faults.append(f"not calm after {CALM_S} s: {target.metrics()}")
+        return
+    if not target.forget():
+        findings.faults.append("blocks are held though nothing runs")
+    for ask, expected in probes.items():
+        if said := _differs(target.client.complete(ask), expected):
+            findings.faults.append(f"afterwards a greedy request {said}")
+    look = target.look()
+    if look["broken"]:
+        findings.faults.append(look["broken"])
+    if look["requests"] > 1:  # the last one leaves with the next step
+        findings.faults.append(f"the worker still knows {look['requests']} requests")
+
+
+def fails(client: Client, batch: Sequence[Sent]) -> bool:
+    """Whether this server, too, fails on one of these requests."""
+    return any(send(client.url, sent._replace(leave_after=None)).status >= 500 for sent in batch)
+
+
+def kind_of(answered: Answered) -> str:
+    """What a server said, without what is different every time."""
+    return re.sub(r"[0-9a-f]{8,}|\d+", "#", f"HTTP {answered.status}: {answered.text[:300]}")
+
+
+def _outcome(client: Client, sent: Sent, findings: Findings) -> Answered:
+    try:
+        answered = send(client.url, sent)
+    except (OSError, http.client.HTTPException) as error:
+        if not _is_healthy(client):
+            raise Died from error
+        answered = Answered(599, f"{type(error).__name__}: {error}")
+    left = answered.status == 0 or sent.leave_after is not None
+    findings.counts[f"{answered.status // 100}xx" if answered.status else "left at once"] += 1
+    findings.counts["clients that left"] += left
+    return answered
+
+
+def _is_healthy(client: Client) -> bool:
+    address = urllib.parse.urlsplit(client.url)
+    assert address.hostname is not None
+    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=_PATIENCE_S)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+def _differs(got: Answer, expected: Answer) -> str:
+    """How an answer differs from what it was, in words; empty if it does not."""
+    if got.error:
+        return f"failed: {got.error}"
+    pair: list[Any] = []
+    for answer in (got, expected):
+        pair += [answer.tokens[0], answer.logprobs[0]]
+    found = judge.difference(*pair)
+    if found is None or found.tie:
+        return ""
+    return f"has another token {found.at} than at the start, {found.gap:.2g} apart"

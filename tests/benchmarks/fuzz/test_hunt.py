@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The hunt against a made-up server, which fails where it is told to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+pytest.importorskip("hypothesis")
+
+from benchmarks.fuzz import bodies, hunt
+from benchmarks.soak.client import Client
+from benchmarks.soak.storm import Target
+from benchmarks.soak.traffic import Ask
+
+PROBE = Ask((1, 2, 3), 2)
+EVENT = {"choices": [{"index": 0, "token_ids": [7, 8], "logprobs": {"token_logprobs": [-1, -2]},
+                      "finish_reason": "length"}]}  # fmt: skip
+
+
+@contextlib.contextmanager
+def served(fails, event=EVENT):
+    """A server that answers every request alike, but for those that ``fails`` is true of."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(500 if fails(body) else 200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n".encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield Target(Client(f"http://127.0.0.1:{server.server_port}", "m"), dict, 64)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def hunted(target, examples=40):
+    findings = hunt.Findings()
+    probes = {PROBE: target.client.complete(PROBE)}
+    for seed in range(2):
+        hunt.hunt(target, probes, seed, findings, examples)
+    return findings
+
+
+def test_answers_and_refusals_are_no_faults():
+    with served(lambda body: False) as target:
+        findings = hunted(target, 10)
+    assert not findings.failures
+    assert not findings.faults
+    assert findings.counts["2xx"] > 10
+    assert findings.counts["clients that left"] > 0
+
+
+def test_what_fails_is_made_small_and_found_once():
+    with served(lambda body: "echo" in body and not body["echo"]) as target:
+        findings = hunted(target)
+        ((said, batch),) = findings.failures.items()
+        assert hunt.fails(target.client, batch)
+    with served(lambda body: False) as target:
+        assert not hunt.fails(target.client, batch)
+    assert said.startswith("HTTP #")
+    ((_, body, _),) = batch
+    assert not body["echo"]
+    fixed = {"model", "max_tokens", "temperature", "prompt", "messages"}
+    assert body.keys() - fixed <= {"echo", "vllm_xargs"}
+
+
+def test_an_error_within_a_stream_counts():
+    lines = ['data: {"error": {"code": 500, "message": "no"}}', "data: [DONE]"]
+    assert hunt._worst_status(200, lines) == 500
+    assert hunt._worst_status(200, ['data: {"error": {"code": 400}}']) == 400
+    assert hunt._worst_status(404, []) == 404
+
+
+def test_another_answer_to_a_greedy_request_is_a_fault():
+    with served(lambda body: False) as target:
+        known = {PROBE: target.client.complete(PROBE)}
+    other = json.loads(json.dumps(EVENT))
+    other["choices"][0]["token_ids"][1] = 9
+    other["choices"][0]["logprobs"]["token_logprobs"][1] = -2.5
+    findings = hunt.Findings()
+    with served(lambda body: False, other) as target:
+        hunt.hunt(target, known, 0, findings, 5)
+    (said,) = findings.failures
+    assert "another token 1 than at the start" in said
+
+
+def test_a_server_that_is_gone_ends_it():
+    with served(lambda body: False) as target:
+        known = {PROBE: target.client.complete(PROBE)}
+    findings = hunt.Findings()
+    with pytest.raises(hunt.Died):
+        hunt.hunt(target, known, 0, findings, 5)
+    assert "died of" in findings.faults[0]
+
+
+def test_bodies_are_right_and_wrong():
+    import hypothesis
+
+    seen = []
+
+    @hypothesis.seed(0)
+    @hypothesis.settings(max_examples=100, database=None, deadline=None)
+    @hypothesis.given(bodies.requests("m", 64))
+    def collect(sent):
+        seen.append(sent)
+
+    collect()
+    assert {sent.path for sent in seen} == {bodies.COMPLETIONS, bodies.CHAT}
+    extra = [sent.body["vllm_xargs"] for sent in seen if "vllm_xargs" in sent.body]
+    names = {name for some in extra if isinstance(some, dict) for name in some}
+    assert {"vllm_sparse.sparse", "vllm_sparse.token_budget"} <= names
+    assert any("NaN" in json.dumps(sent.body) for sent in seen)
+    assert any(sent.leave_after is not None for sent in seen)
