@@ -56,6 +56,12 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def triton_cache(pytestconfig: pytest.Config) -> Path:
+    """What Triton has compiled, by a hash of all that it compiled it from; kept between runs."""
+    return pytestconfig.cache.mkdir("triton")
+
+
+@pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama whose attention matters (std 0.1): dummy weights prove nothing."""
     path = tmp_path_factory.mktemp("models") / "llama"

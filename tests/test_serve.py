@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""``vllm serve`` with the plugin, as a stranger uses it: the openai client and ``/metrics``."""
+"""``vllm serve`` with the plugin, as a stranger uses it: the openai client and ``/metrics``.
+
+Last comes a round of the soak, for which the pool is small, and whose end is the server's.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,9 @@ from support.engine import NEW_TOKENS, SETTINGS, SPARDA_SETTINGS
 from support.examples import example
 from support.server import Server, add_tokenizer
 
+from benchmarks.soak import crash, serving, storm, traffic
+from benchmarks.soak.client import Client
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -25,7 +31,15 @@ pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 
-BACKENDS = {"rocketkv": SETTINGS, "sparda": {**SPARDA_SETTINGS, "slab_gib": None}}
+LONGEST = 2048
+BACKENDS = {
+    "rocketkv": {**SETTINGS, "min_context": LONGEST // 8},  # a crowd's prompts keep their blocks
+    "sparda": {
+        **SPARDA_SETTINGS,
+        "slab_gib": serving.subject("SPARDA", LONGEST).settings["slab_gib"],
+    },
+}
+BLOCKS = serving.subject("ROCKETKV", LONGEST).blocks
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -36,7 +50,9 @@ def server(request, llama: Path, tmp_path_factory: pytest.TempPathFactory):
     add_tokenizer(model)
     running = Server(
         model, folder / "log", "--attention-backend", request.param, "--additional-config",
-        json.dumps({"vllm_sparse": BACKENDS[request.param]}),
+        json.dumps({"vllm_sparse": BACKENDS[request.param]}), "--max-model-len", str(LONGEST),
+        "--num-gpu-blocks-override", str(BLOCKS),
+        *serving.PROBED, env=serving.ENVIRONMENT,
     )  # fmt: skip
     running.backend = request.param
     try:
@@ -75,16 +91,16 @@ def test_the_start_up_line_says_what_runs(server):
     if server.backend == "sparda":
         (line,) = re.findall(r"SPARDA: selector.*", log)
         assert "lookahead-query, 6 blocks of 32 tokens" in line
-        assert re.search(r"host pool 0.06 GiB for \d+ blocks", line)
-        assert re.search(r"device slab 0.00\d GiB, 192 frames a layer", line)
+        assert f"host pool 0.00 GiB for {BLOCKS - 1} blocks" in line  # one is the null block
+        assert re.search(r"device slab 0.00\d GiB, 96 frames a layer", line)
         assert "fetched a layer ahead" in line
         return
     (line,) = re.findall(r"ROCKETKV: stage.*", log)
     assert "token budget 64" in line
     assert "block size 32" in line
     assert "decode kernel: cpu" in line
-    assert re.search(r"a prompt of 1024 tokens keeps (\d+) of 32 blocks", line)
-    assert re.search(r"KV blocks hold [\d.]+ decoding requests of 1024 tokens", log)
+    assert re.search(r"a prompt of 2048 tokens keeps (\d+) of 64 blocks", line)
+    assert re.search(r"KV blocks hold [\d.]+ decoding requests of 2048 tokens", log)
 
 
 def test_concurrent_served_requests_equal_the_engine(client, prompts, expected):
@@ -101,7 +117,7 @@ def test_several_samples_of_one_prompt_share_it(client, prompts, expected):
 
 def test_metrics_reach_the_api_server(client, server, prompts):
     before = server.metrics()
-    assert before["vllm:sparse_pool_blocks"] > 100
+    assert before["vllm:sparse_pool_blocks"] > 64
     _complete(client, prompts[1])
     _complete(client, prompts[1][:50])
     after = server.metrics()
@@ -116,7 +132,8 @@ def test_metrics_reach_the_api_server(client, server, prompts):
         pieces = grown("vllm:sparse_frame_hits_total") + grown("vllm:sparse_frame_misses_total")
         assert pieces == grown("vllm:sparse_selected_blocks_total") * 2 * 3  # KV heads, layers
         assert grown("vllm:sparse_device_to_host_bytes_total") > 0
-        assert after["vllm:sparse_host_pool_bytes"] > 0.05 * 2**30
+        block_bytes = 3 * 2 * 32 * 2 * 32 * 4  # layers, KV heads, tokens, keys and values
+        assert after["vllm:sparse_host_pool_bytes"] == BLOCKS * block_bytes
         assert 0 < after["vllm:sparse_slab_frames_in_use"] <= after["vllm:sparse_slab_frames"]
         return
     assert grown("vllm:sparse_requests_total") == 1
@@ -234,33 +251,24 @@ class TestExamples:
         assert 400 < int(first) < int(second)
 
 
-def test_drafts_are_served(llama, prompts, sparse_run, tmp_path):
-    model = tmp_path / "model"
-    shutil.copytree(llama, model)
-    add_tokenizer(model)
-    running = Server(
-        model, tmp_path / "log", "--attention-backend", "ROCKETKV", "--additional-config",
-        json.dumps({"vllm_sparse": SETTINGS}), "--speculative-config",
-        json.dumps({"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1,
-                    "prompt_lookup_max": 3}),
-    )  # fmt: skip
-    try:
-        running.wait()
-        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
-        with ThreadPoolExecutor(3) as pool:
-            answers = list(pool.map(lambda prompt: _complete(client, prompt), prompts[:3]))
-        tokens = [answer.choices[0].token_ids for answer in answers]
-        assert tokens == sparse_run["tokens"][0][:3]
-        assert running.metrics()["vllm:spec_decode_num_draft_tokens_total"] > 0
-    finally:
-        running.stop()
+MUST_GROW = {
+    "rocketkv": ("num_preemptions", "prefix_cache_hits", "sparse_blocks_evicted"),
+    "sparda": ("num_preemptions", "prefix_cache_hits", "sparse_frame_misses"),
+}
 
 
-def test_wrong_settings_stop_the_server_by_name(llama, tmp_path):
-    failing = Server(
-        llama, tmp_path / "log", "--skip-tokenizer-init", "--attention-backend", "ROCKETKV",
-        "--additional-config", '{"vllm_sparse": {"token_budgt": 64}}',
-    )  # fmt: skip
-    assert failing.process.wait(120) != 0
-    log = (tmp_path / "log").read_text()
-    assert "vllm_sparse.token_budgt: unknown setting" in log
+def test_a_storm_changes_no_answer_and_leaves_nothing(server):
+    """And its engine is killed, so that nothing may come after it."""
+    target = storm.Target(Client(server.url, "m"), server.metrics, LONGEST)
+    findings = storm.Findings()
+    before = server.metrics()
+    storm.round_of(target, traffic.plan(2, 8, LONGEST), 16, findings)
+    assert findings.faults == []
+    for name in MUST_GROW[server.backend]:
+        assert server.metrics()[f"vllm:{name}_total"] > before[f"vllm:{name}_total"], name
+    assert findings.counts["hung up"]
+    assert findings.counts["compared with alone"] >= 12
+    crash.kill_amid_answers(target, server.process.pid, "engine", findings)
+    assert findings.faults == []
+    # Counters and gauges of engine and worker, and shared memory between them.
+    assert findings.counts["files gone after kill -9 of the engine"] > 4

@@ -38,7 +38,7 @@ def test_model_runner_v2_drafts_on_the_device(llama, prompts, sparse_run):
     oracle = speculation(prompts, sparse_run["tokens"][0])
     run = run_gpu_path(
         llama, prompts[1:2], max_num_batched_tokens=101, new_tokens=TOKENS,
-        further=("loose_lengths", "no_read_backs", "oracle_on_the_device"),
+        further=("profiled_graphs", "loose_lengths", "no_read_backs", "oracle_on_the_device"),
         additional_config=oracle["additional_config"],
         speculative_config={**drafter, "num_speculative_tokens": 3},
     )  # fmt: skip

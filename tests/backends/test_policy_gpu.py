@@ -9,12 +9,9 @@ with are compared with Hugging Face and stock vLLM in ``test_policy_cpu``.
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 from support.engine import BLOCK_SIZE, SETTINGS, run_engine
-from support.forked import PRETENDED_GPU
+from support.forked import PRETENDED_GPU, run_forked
 from support.gpu_path import NEW_TOKENS, V2, first_tokens, run_gpu_path
 
 pytest.importorskip("vllm")
@@ -26,7 +23,7 @@ DENSE = {"vllm_sparse.sparse": False}
 @pytest.mark.parametrize("v2", [True, False], ids=["v2", "v1"])
 def test_gpu_path_gives_the_cpu_path_s_tokens(llama, prompts, sparse_run, v2):
     """One prompt after the other arrives in chunks, so that steps are pure and mixed."""
-    further = ("no_read_backs",) if v2 else ()
+    further = ("profiled_graphs", "no_read_backs") if v2 else ()
     run = run_gpu_path(llama, prompts[:2], v2=v2, max_num_batched_tokens=320, further=further)
     assert run["tokens"][0] == first_tokens(sparse_run, range(2))
     assert run["counters"]["prompts_compacted"] == 2
@@ -36,7 +33,9 @@ def test_gpu_path_gives_the_cpu_path_s_tokens(llama, prompts, sparse_run, v2):
 def test_a_last_prompt_token_that_comes_alone(llama, prompts, sparse_run):
     """607 tokens in chunks of 101: the last is a batch of one token, which a graph would run."""
     assert len(prompts[1]) % 101 == 1
-    run = run_gpu_path(llama, prompts[1:2], max_num_batched_tokens=101)
+    run = run_gpu_path(
+        llama, prompts[1:2], max_num_batched_tokens=101, further=("profiled_graphs",)
+    )
     assert run["tokens"][0] == first_tokens(sparse_run, [1])
     assert run["counters"]["prompts_compacted"] == 1
     # Three launches a layer. Two builders, of which one measures memory, warm up; each also with a
@@ -125,19 +124,14 @@ def test_the_start_line_and_what_a_cpu_lacks(llama, prompts):
 
 
 def test_the_class_follows_the_platform():
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import vllm_sparse.backends as b\n"
-            "from vllm.platforms import current_platform\n"
-            "print(b.ROCKETKV.__base__.__name__, b.ROCKETKV.get_name())\n"
-            "type(current_platform).is_cpu = lambda self: False\n"
-            "print(b.ROCKETKV.__base__.__name__, b.QUEST.get_name())\n",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    printed = run_forked(
+        "support.code",
+        "import vllm_sparse.backends as b\n"
+        "from vllm.platforms import current_platform\n"
+        "print(b.ROCKETKV.__base__.__name__, b.ROCKETKV.get_name())\n"
+        "type(current_platform).is_cpu = lambda self: False\n"
+        "print(b.ROCKETKV.__base__.__name__, b.QUEST.get_name())\n",
+        {}, 120,
+    )  # fmt: skip
     named = ["PolicyCpuBackend", "ROCKETKV", "PolicyGpuBackend", "QUEST"]
-    assert done.stdout.split()[-4:] == named, done.stderr
+    assert printed.split()[-4:] == named, printed

@@ -132,7 +132,7 @@ def test_as_many_blocks_as_there_are_equal_stock(llama, prompts, stock_run):
         {"max_num_batched_tokens": 256},
         {"max_num_batched_tokens": 33},
         {"enable_prefix_caching": False},
-        {"in_process": False, "tensor_parallel_size": 2},
+        {"tensor_parallel_size": 2, "in_process": False, "stand_ins": ("forked_workers",)},
         {"env": {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}},
     ],
     ids=lambda changes: next(iter(changes)),
@@ -140,11 +140,12 @@ def test_as_many_blocks_as_there_are_equal_stock(llama, prompts, stock_run):
 def test_nothing_changes_with(llama, prompts, sparda_run, changes):
     changes = dict(changes)
     if "tensor_parallel_size" in changes:
-        changes["env"] = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+        changes |= {"env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, "new_tokens": 30}
     if changes.get("max_num_batched_tokens") == 33:
         changes["max_num_seqs"] = 6
     run = run_sparda(llama, prompts, **changes)
-    assert run["tokens"] == sparda_run["tokens"]
+    count = changes.get("new_tokens", NEW_TOKENS)
+    assert run["tokens"][0] == [tokens[:count] for tokens in sparda_run["tokens"][0]]
     if changes.get("resident"):
         assert run["counters"]["frame_misses"] == run["counters"]["host_to_device_bytes"] == 0
     if changes.get("prefetch") is False:
@@ -206,11 +207,11 @@ def test_dense_requests_share_little_with_sparse_prompts(llama, prompts, stock_r
 
 
 @pytest.mark.slow
-def test_ten_thousand_generated_tokens_equal_hugging_face(tmp_path):
-    """Over hundreds of block borders and the dense border, with every frame in constant use."""
-    model, count = tmp_path / "llama", 10_240
+def test_thousands_of_generated_tokens_equal_hugging_face(tmp_path):
+    """Over dozens of block borders and the dense border, with every frame in constant use."""
+    model, count = tmp_path / "llama", 4096
     random_models.save_random_model(
-        model, "llama", layers=2, heads=2, kv_heads=1, hidden=64, max_position_embeddings=16_384
+        model, "llama", layers=2, heads=2, kv_heads=1, hidden=64, max_position_embeddings=8192
     )
     prompt = torch.randint(1024, (300,), generator=torch.Generator().manual_seed(0)).tolist()
     changes = {"block_size": 64, "local_blocks": 2, "top_k": 8, "dense_len": 1000}
@@ -220,7 +221,7 @@ def test_ten_thousand_generated_tokens_equal_hugging_face(tmp_path):
         **changes,
         slab_gib=0.0008,  # 26 frames of 16 KiB a layer; a dense row may need 16
         new_tokens=count,
-        max_model_len=12_000,
+        max_model_len=6000,
         max_num_seqs=1,
         timeout=1500,
     )

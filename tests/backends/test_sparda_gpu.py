@@ -27,12 +27,12 @@ NEW_TOKENS = 8
 SHARED = {"backend": "sparda", "max_num_seqs": 6, "new_tokens": NEW_TOKENS}
 
 
-def run_gpu_path(model, prompts, changes, *, v2=True, graphs=False, **options):
+def run_gpu_path(model, prompts, changes, *, v2=True, further=(), **options):
     return run_engine(
         model,
         prompts,
         settings={**SPARDA_SETTINGS, **changes, "kernels": "triton"},
-        stand_ins=("flash_attention", *(("captured_graphs", "profiled_graphs") if graphs else ())),
+        stand_ins=("flash_attention", *further),
         env={"VLLM_USE_V2_MODEL_RUNNER": "1"} if v2 else {},
         timeout=900,
         **SHARED,
@@ -40,49 +40,59 @@ def run_gpu_path(model, prompts, changes, *, v2=True, graphs=False, **options):
     )
 
 
+@pytest.fixture(scope="module")
+def pair(prompts) -> list[list[int]]:
+    """316 and 295 tokens, of which the first 100 are the same: programs are interpreted."""
+    return [prompts[0][284:], prompts[1][284:579]]
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"prefetch": False}, {"resident": True, "slab_gib": None}],
     ids=lambda c: next(iter(c)),
 )
-def test_how_blocks_come_changes_nothing(llama, prompts, sparda_run, changes):
+def test_how_blocks_come_changes_nothing(llama, pair, changes):
     """With the look-ahead, of which the tests below have the usual way."""
-    run = run_gpu_path(llama, prompts[:2], changes)
-    assert run["tokens"][0] == [tokens[:NEW_TOKENS] for tokens in sparda_run["tokens"][0][:2]]
+    run = run_gpu_path(llama, pair, changes)
+    assert run["tokens"] == run_engine(llama, pair, settings=SPARDA_SETTINGS, **SHARED)["tokens"]
     assert (run["counters"]["frame_misses"] > 0) == ("prefetch" in changes)
 
 
 CASES = {
-    # 600 tokens, then 607 of which 384 are cached: the last token comes alone, beside a row that
-    # decodes, which a graph of single tokens would run.
+    # Beside 100 tokens of a request that asks to be dense. Of the last prompt 96 tokens are cached,
+    # 95 come with the end of the one before and 101 beside two rows that decode: its last one comes
+    # alone, which a graph of single tokens would run.
     "lone-prompt-token-in-graphs": (
         {"selector": "previous"},
-        {"max_num_batched_tokens": 103, "graphs": True},
+        {"max_num_batched_tokens": 103, "further": ("captured_graphs", "profiled_graphs")},
     ),
     "query-v1": ({"selector": "query"}, {"v2": False}),
     "previous-chunked-crossing-dense-len": (
-        {"selector": "previous", "dense_len": 612, "slab_gib": 0.02},
-        {"max_num_batched_tokens": 320},
+        {"selector": "previous", "dense_len": 320, "slab_gib": 0.02},
+        {"max_num_batched_tokens": 200},
     ),
     "sparse-prompts-in-graphs": (
         {"sparse_prefill": True},
-        {"max_num_batched_tokens": 303, "graphs": True},
+        {"max_num_batched_tokens": 153, "further": ("captured_graphs",)},
     ),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gpu_path_gives_the_cpu_path_s_tokens(llama, prompts, case):
+def test_gpu_path_gives_the_cpu_path_s_tokens(llama, prompts, pair, case):
     changes, options = CASES[case]
-    prompts, asked = prompts[:2], None
-    if case == "lone-prompt-token-in-graphs":  # beside a request that asks to be dense
-        prompts, asked = [*prompts, prompts[0][:100]], [None, None, {"vllm_sparse.sparse": False}]
-        stock = run_engine(llama, prompts[2:], new_tokens=NEW_TOKENS)
+    dense, prompts, asked = prompts[2][:100], pair, None
+    if case == "sparse-prompts-in-graphs":  # whose every token chooses
+        prompts = pair[:1]
+    if case == "lone-prompt-token-in-graphs":
+        prompts = [dense, pair[0], pair[1][:293]]
+        asked = [{"vllm_sparse.sparse": False}, None, None]
+        stock = run_engine(llama, [dense], new_tokens=NEW_TOKENS)
     settings = {**SPARDA_SETTINGS, **changes}
     run = run_gpu_path(llama, prompts, changes, asked=asked, **options)
     reference = run_engine(llama, prompts, settings=settings, asked=asked, **SHARED)
     if asked:
-        assert run["tokens"][0][2:] == stock["tokens"][0]
+        assert run["tokens"][0][:1] == stock["tokens"][0]
         assert run["counters"]["dense_fallbacks/requested"] == 1
     assert run["tokens"] == reference["tokens"]
     names = ["decode_rows", "visible_blocks", "selected_blocks", "device_to_host_bytes"]
@@ -92,7 +102,8 @@ def test_gpu_path_gives_the_cpu_path_s_tokens(llama, prompts, case):
     attended = launches["_attend_frames_kernel"]
     looked_up = launches["_look_up_kernel"]
     # In vLLM's two profiling runs every block has a frame in all three layers.
-    assert looked_up == launches["_fill_kernel"] == attended - 2 * 3 * options.get("graphs", False)
+    resident = 2 * 3 * ("profiled_graphs" in options.get("further", ()))
+    assert looked_up == launches["_fill_kernel"] == attended - resident
     scoring = "_softmax_kernel" if "selector" in changes else "_forecast_kernel"
     assert 0 < launches[scoring] <= launches["_choose_kernel"]
     if "sparse_prefill" not in changes:  # else prompts choose too

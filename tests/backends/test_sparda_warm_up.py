@@ -29,8 +29,8 @@ HEADS = {"forecast": (32, 2, 128), "query": (14, 2, 128)}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["forecast", "query"])
-def test_no_request_compiles_a_kernel(kind, tmp_path):
-    lines = compiled(__file__, kind, tmp_path)
+def test_no_request_compiles_a_kernel(kind, triton_cache):
+    lines = compiled(__file__, kind, triton_cache)
     border = lines.index(SERVED)
     assert len({line.split()[0] for line in lines[:border]}) >= 8, lines
     assert not lines[border + 1 :], lines[border + 1 :]

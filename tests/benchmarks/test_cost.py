@@ -25,9 +25,9 @@ REGISTERS = 1 << 16
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-def test_what_the_model_rests_on(capability, tmp_path):
+def test_what_the_model_rests_on(capability, triton_cache):
     """Compiled for batch 1, 32 query and 8 KV heads of 128 channels, bfloat16."""
-    append, select, attend = machine_codes(capability, LLAMA.head_dim, tmp_path)
+    append, select, attend = machine_codes(capability, LLAMA.head_dim, triton_cache)
     found = [append["kernel"], select["kernel"], attend["kernel"]]
     assert found == ["_append_kernel", "_select_slots_kernel", "_attend_kernel"]
     # Launches overlap where the architecture has it; every program waits once.
@@ -55,8 +55,8 @@ def test_what_the_model_rests_on(capability, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [192, 256])
-def test_large_heads_leave_room_for_fewer_programs(head_dim, tmp_path):
-    _, select, attend = machine_codes(90, head_dim, tmp_path)
+def test_large_heads_leave_room_for_fewer_programs(head_dim, triton_cache):
+    _, select, attend = machine_codes(90, head_dim, triton_cache)
     assert fits(90, head_dim, select, attend)
     assert fits(80, head_dim, select, attend)  # same shared memory, fewer bytes of it
     assert not fits(90, LLAMA.head_dim, select, attend)

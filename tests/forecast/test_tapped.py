@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from reference.random_models import save_random_model
 from support.tapped import DIM, KV_HEADS, PROMPT_TOKENS, case, prompt, run_tapped
 
 from vllm_sparse.errors import UnsupportedError
@@ -25,38 +26,6 @@ LOOKAHEAD = {"algorithm": "sparda", "selector": "lookahead-query"}
 
 
 # ---- the reference -------------------------------------------------------------------------------
-
-
-def save_model(path: Path, arch: str, layers: int = 3) -> Path:
-    from reference.hf_rocketkv import save_random_llama
-
-    if arch != "qwen3":
-        return save_random_llama(path, arch=arch, layers=layers)
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        vocab_size=1024,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=layers,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=DIM,
-        bos_token_id=None,
-        eos_token_id=None,
-        tie_word_embeddings=False,
-    )
-    model = Qwen3ForCausalLM(config)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            noise = torch.randn(parameter.shape, generator=generator) * 0.1
-            # Wide enough to show if the query norm's weight were left out.
-            parameter.copy_(1.0 + (5 * noise if "q_norm" in name else noise))
-            if "norm" not in name:
-                parameter.copy_(noise)
-    model.to(torch.float32).save_pretrained(path)
-    return path
 
 
 def reference(path: Path, generated: list[int]) -> tuple[Any, list[torch.Tensor]]:
@@ -143,7 +112,10 @@ def learned(weights: dict[str, torch.Tensor], layer: int) -> list:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    return {arch: save_model(folder / arch, arch) for arch in ("llama", "qwen2", "qwen3")}
+    return {
+        arch: save_random_model(folder / arch, arch, layers=3)
+        for arch in ("llama", "qwen2", "qwen3")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -201,21 +173,15 @@ def test_dummy_weights_are_tapped_too(runs):
 @pytest.mark.slow
 def test_compiled_taps_are_recorded_before_attention(tmp_path):
     """Six layers, so that taps share memory; snapshots are taken inside the attention op."""
-    path = save_model(tmp_path / "model", "llama", layers=6)
+    path = save_random_model(tmp_path / "model", "llama", layers=6)
     weights = save_forecast(tmp_path / "f.safetensors", 6, 128)
     settings = {"algorithm": "sparda", "forecast": str(tmp_path / "f.safetensors")}
-    cases = {
-        "forecast": case(path, settings),
-        "lookahead": case(path, LOOKAHEAD),
-        "stock": case(path, None),
-    }
-    runs = run_tapped(tmp_path / "run", cases, enforce_eager=False)
-    model, inputs = reference(path, runs["stock"]["tokens"])
-    layers = model.model.layers
-    check(runs["forecast"], model, inputs, [learned(weights, i) for i in range(6)])
-    check(runs["lookahead"], model, inputs, [own_and_next(layers, i) for i in range(6)])
-    for name in ("forecast", "lookahead"):
-        assert runs[name]["tokens"] == runs["stock"]["tokens"]
+    compiled = {"run": case(path, settings)}
+    run = run_tapped(tmp_path / "run", compiled, enforce_eager=False)["run"]
+    stock = run_tapped(tmp_path / "stock", {"stock": case(path, None)})["stock"]
+    model, inputs = reference(path, stock["tokens"])
+    check(run, model, inputs, [learned(weights, i) for i in range(6)])
+    assert run["tokens"] == stock["tokens"]
 
 
 @pytest.mark.slow

@@ -116,8 +116,8 @@ def test_compacted_prompts_equal_reference(shape):
 
 
 @pytest.mark.parametrize("capability", [89, 90])
-def test_kernels_compile_for_gpus_that_have_the_conversion(capability, tmp_path):
-    lines = compiled(__file__, capability, tmp_path)
+def test_kernels_compile_for_gpus_that_have_the_conversion(capability, triton_cache):
+    lines = compiled(__file__, capability, triton_cache)
     names = {line.split()[0] for line in lines}
     assert {"_append_kernel", "_select_slots_kernel", "_attend_kernel", "_score_kernel"} <= names
     assert {"_gather_kernel", "_write_kernel"} <= names

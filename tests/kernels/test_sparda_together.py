@@ -99,8 +99,8 @@ def test_decoding_from_the_first_token_on_equals_reference(ours):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_without_a_gpu(capability, tmp_path):
-    lines = compiled(__file__, capability, tmp_path)
+def test_kernels_compile_without_a_gpu(capability, triton_cache):
+    lines = compiled(__file__, capability, triton_cache)
     names = {line.split()[0] for line in lines}
     assert len(names) == 13, names
     most = 166912 if capability == 80 else 232448  # shared memory that one program may have

@@ -24,8 +24,8 @@ from vllm_sparse.kernels.types import Rows
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_without_a_gpu(capability, tmp_path):
-    lines = compiled(__file__, capability, tmp_path)
+def test_kernels_compile_without_a_gpu(capability, triton_cache):
+    lines = compiled(__file__, capability, triton_cache)
     names = {line.split()[0] for line in lines}
     assert len(names) == 10, names
     most = 166912 if capability == 80 else 232448  # shared memory that one program may have
@@ -65,9 +65,9 @@ def compile_everything(capability: int) -> None:
                              layout=layout, pool_kernel=63, scale=0.1, max_kept=300)  # fmt: skip
 
 
-def test_no_shape_of_a_batch_compiles_another_kernel(tmp_path):
+def test_no_shape_of_a_batch_compiles_another_kernel(triton_cache):
     """Batches and prompts of any size run what the first one compiled."""
-    lines = compiled(__file__, "variants", tmp_path)
+    lines = compiled(__file__, "variants", triton_cache)
     counts = collections.Counter(line.split()[0] for line in lines)
     assert len(counts) == 10, counts
     # Tokens and extrema are written by two launches or by one; rows share blocks or do not.

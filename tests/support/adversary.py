@@ -40,8 +40,10 @@ LAUNCHES: Counter[str] = Counter()
 _VARIANTS: Counter[Any] = Counter()
 
 
-def start_over() -> None:
-    """Run the next launches in all orders, whatever was launched before."""
+def start_over(launches: int = _THOROUGH) -> None:
+    """Run so many launches of each variant in all orders, whatever was launched before."""
+    global _THOROUGH
+    _THOROUGH = launches
     _VARIANTS.clear()
 
 

@@ -142,6 +142,7 @@ def serve(job: dict[str, Any]) -> None:
         getattr(stand_ins, name)()
     from vllm import LLM, SamplingParams
 
+    adversary.start_over(0)  # of a warm-up, nobody reads what it leaves
     llm = LLM(
         model=job["model"],
         skip_tokenizer_init=True,
@@ -149,6 +150,7 @@ def serve(job: dict[str, Any]) -> None:
         disable_log_stats=False,
         **{"enforce_eager": True, **job["llm"]},
     )
+    adversary.start_over(1)
     sampling = [
         SamplingParams(
             max_tokens=job["new_tokens"], temperature=0, ignore_eos=True, detokenize=False,

@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: The vllm-sparse authors
 """Runs engines in processes of their own without importing vLLM in each.
 
-Importing vLLM takes several times as long as a short run. So a process for each environment imports
-it once and forks for every job.
+Importing vLLM takes several times as long as a short run. So a process of each kind imports it once
+and forks for every job.
 """
 
 from __future__ import annotations
@@ -18,24 +18,55 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import warnings
 from pathlib import Path
 
 # An environment in which there is a pretended GPU.
 PRETENDED_GPU = "TESTS_PRETEND_GPU"
-_IMPORTED = ("vllm.entrypoints.llm", "vllm.model_executor.models.llama")
-_WORKERS = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.gpu_worker")
-_MOST_PROCESSES = 3
-_processes: dict[frozenset[tuple[str, str]], subprocess.Popen[str]] = {}
+VLLM = (
+    "vllm.distributed.elastic_ep.elastic_execute",
+    "vllm.entrypoints.llm",
+    "vllm.model_executor.model_loader.base_loader",
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
+    "vllm.model_executor.layers.quantization.online.base",
+    "vllm.model_executor.models.llama",
+    "vllm.plugins.lora_resolvers.hf_hub_resolver",
+    "vllm.v1.attention.backends.cpu_attn",
+    "vllm.v1.core.sched.scheduler",
+    "vllm.v1.pool.flash_maxsim",
+    "vllm.v1.worker.cpu_worker",
+)
+_VLLM_ON_GPUS = (
+    "vllm.entrypoints.llm",
+    "vllm.model_executor.models.llama",
+    "vllm.v1.worker.gpu_worker",
+)
+# What is imported depends on these; everything else of an environment can wait for the fork.
+_READ_AT_IMPORT = (
+    PRETENDED_GPU,
+    "HF_HUB_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    "TRITON_INTERPRET",
+    "VLLM_USE_V2_MODEL_RUNNER",
+)
+_processes: dict[tuple[str, ...], subprocess.Popen[str]] = {}
 
 
-def run_forked(module: str, job: object, environment: dict[str, str], timeout: float) -> str:
+def run_forked(
+    module: str,
+    job: object,
+    environment: dict[str, str],
+    timeout: float,
+    imported: tuple[str, ...] = VLLM,
+) -> str:
     """Call ``serve(job)`` of a module in a new process.
 
     Args:
         module: Importable with ``tests`` on the path.
         job: Anything that JSON can hold.
-        environment: Added to this process's; it holds from the first import on.
+        environment: Added to this process's.
         timeout: Seconds.
+        imported: Modules that it finds imported.
 
     Returns:
         What was printed.
@@ -43,11 +74,17 @@ def run_forked(module: str, job: object, environment: dict[str, str], timeout: f
     Raises:
         RuntimeError: The call raised, took too long or took its process down; with the log's end.
     """
-    process = _process({**os.environ, **environment})
+    own = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    own.pop("PYTEST_CURRENT_TEST", None)
+    early = {k: v for k, v in environment.items() if k in _READ_AT_IMPORT}
+    if PRETENDED_GPU in early and imported is VLLM:
+        imported = _VLLM_ON_GPUS
+    process = _process(imported, early, own)
     assert process.stdin is not None
     assert process.stdout is not None
     with tempfile.NamedTemporaryFile("r", errors="replace") as log:
-        print(json.dumps([module, job, int(timeout), log.name]), file=process.stdin, flush=True)
+        order = [module, job, {**own, **environment}, int(timeout), log.name]
+        print(json.dumps(order), file=process.stdin, flush=True)
         status = process.stdout.readline().strip() or "none: vLLM could not be imported"
         text = log.read()
     if status != "0":
@@ -55,22 +92,20 @@ def run_forked(module: str, job: object, environment: dict[str, str], timeout: f
     return text
 
 
-def _process(environment: dict[str, str]) -> subprocess.Popen[str]:
-    """The process with this environment; those used last are kept."""
-    environment.pop("PYTEST_CURRENT_TEST", None)
-    key = frozenset(environment.items())
-    process = _processes.pop(key, None)
+def _process(
+    imported: tuple[str, ...], early: dict[str, str], own: dict[str, str]
+) -> subprocess.Popen[str]:
+    """The process that has imported these modules in an environment with these values."""
+    kind = (*imported, *(f"{name}={value}" for name, value in sorted(early.items())))
+    process = _processes.get(kind)
     if process is None or process.poll() is not None:
-        process = subprocess.Popen(
-            [sys.executable, __file__],
-            env={**environment, "PYTHONUNBUFFERED": "1"},
+        process = _processes[kind] = subprocess.Popen(
+            [sys.executable, __file__, *imported],
+            env={**own, **early},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-    _processes[key] = process
-    if len(_processes) > _MOST_PROCESSES:
-        _processes.pop(next(iter(_processes))).communicate()
     return process
 
 
@@ -89,9 +124,12 @@ def _fork_for_every_job() -> None:
         interpreter = importlib.import_module("support.interpreter")
         interpreter.round_to_fp8_as_gpus_do()
         interpreter.patch_language_once_per_launch()
-    for name in (*_IMPORTED, _WORKERS[PRETENDED_GPU in os.environ]):
+    for name in sys.argv[1:]:
         importlib.import_module(name)
+    if "vllm.v1.worker.cpu_worker" in sys.modules:
+        _prepare_worker()
     gc.freeze()  # or every child would collect all that was imported, several times
+    gc.unfreeze = lambda: None  # as vLLM does before it ends
     for line in sys.stdin:
         child = os.fork()
         if not child:
@@ -101,9 +139,11 @@ def _fork_for_every_job() -> None:
     os._exit(0)
 
 
-def _run(module: str, job: object, timeout: int, log: str) -> None:
+def _run(module: str, job: object, environment: dict[str, str], timeout: int, log: str) -> None:
     """Ends the process; without the interpreter's clean-up, which takes a second."""
     signal.alarm(timeout)
+    os.environ.update(environment)
+    sys.path[1:1] = [at for at in environment.get("PYTHONPATH", "").split(os.pathsep) if at]
     for descriptor in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), descriptor)
     status = 1
@@ -115,6 +155,22 @@ def _run(module: str, job: object, timeout: int, log: str) -> None:
     finally:
         atexit._run_exitfuncs()
         os._exit(status)
+
+
+def _prepare_worker() -> None:
+    """Do once what every worker would do again, with the same outcome."""
+    from vllm.config.logging import LoggingConfig
+    from vllm.logger import configure_logging_if_needed
+    from vllm.platforms import current_platform
+
+    from vllm_sparse.registry import entries
+
+    entries.cache_clear()  # a job's path may have packages with policies
+    configure_logging_if_needed(LoggingConfig())
+    if current_platform.is_cpu():
+        with warnings.catch_warnings(action="ignore"):  # it looks at all names of all modules
+            current_platform.register_triton_kernel_overrides()
+        type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
 
 
 def _interpret_triton() -> None:

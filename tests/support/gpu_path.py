@@ -10,17 +10,12 @@ V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
 NEW_TOKENS = 8
 
 
-def run_gpu_path(model, prompts, *, v2=True, graphs=True, settings=SETTINGS, further=(), **options):
+def run_gpu_path(model, prompts, *, v2=True, settings=SETTINGS, further=(), **options):
     return run_engine(
         model,
         prompts,
         settings={**settings, "kernels": "triton"},
-        stand_ins=(
-            "flash_attention",
-            *(("captured_graphs",) if graphs else ()),
-            *(("profiled_graphs",) if graphs and v2 else ()),
-            *further,
-        ),
+        stand_ins=("flash_attention", "captured_graphs", *further),
         env=V2 if v2 else {},
         **{
             "block_size": BLOCK_SIZE,

@@ -33,52 +33,35 @@ def hf_model(path: Path):
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
+def _said(model: Path, policy: RocketKV, prompt, count: int, *, evicts=True, **further):
+    """What Hugging Face says under the mask of a policy; see :func:`.hf_rocketkv.generate`."""
+    retention = policy.retention(len(prompt))
+    assert retention.sparse
+    settings = policy.settings
+    return hf_rocketkv.generate(
+        hf_model(model), prompt, count, dropped_blocks=retention.dropped_blocks * evicts,
+        block_size=policy.shape.block_size, page_size=retention.page_size, top_r=retention.top_r,
+        top_k=settings.token_budget // 2, window=settings.window, stage1=settings.stage1,
+        stage2=settings.stage2, skip_layers=settings.skip_layers, return_logits=True, **further,
+    )  # fmt: skip
+
+
 def assert_tokens_of_hugging_face(
-    model: Path,
-    prompts,
-    tokens,
-    *,
-    group_size=4,
-    head_dim=32,
-    block_size=BLOCK_SIZE,
-    stored=None,
-    asked=None,
-    **changes,
-):
+    model: Path, prompts, tokens, *, stored=None, asked=None, **changes
+) -> None:
     """Every request's tokens equal the masked Hugging Face run's, up to genuine near-ties.
 
     Args:
         model: Checkpoint.
         prompts: Token ids.
         tokens: Of each request.
-        group_size: Query heads per KV head.
-        head_dim: D.
-        block_size: Tokens per block.
         stored: See :func:`.hf_rocketkv.run_greedily`.
         asked: The same.
         **changes: Of the settings, or of the policy's shape.
     """
-    policy = policy_of(group_size=group_size, head_dim=head_dim, block_size=block_size, **changes)
+    policy = policy_of(**changes)
     for prompt, got in zip(prompts, tokens, strict=True):
-        retention = policy.retention(len(prompt))
-        assert retention.sparse
-        expected = hf_rocketkv.generate(
-            hf_model(model),
-            prompt,
-            len(got),
-            dropped_blocks=retention.dropped_blocks,
-            block_size=block_size,
-            page_size=retention.page_size,
-            top_r=retention.top_r,
-            top_k=changes.get("token_budget", SETTINGS["token_budget"]) // 2,
-            window=policy.settings.window,
-            stage1=policy.settings.stage1,
-            stage2=policy.settings.stage2,
-            skip_layers=changes.get("skip_layers", 0),
-            stored=stored,
-            asked=asked,
-            return_logits=True,
-        )
+        expected = _said(model, policy, prompt, len(got), stored=stored, asked=asked)
         same = [a == b for a, b in zip(got, expected.tokens, strict=True)]
         first = same.index(False) if False in same else len(same)
         if first < len(same):
@@ -107,24 +90,7 @@ def gaps_to_hugging_face(model: Path, prompts, tokens, *, sparse=True, **changes
     """
     policy, gaps = policy_of(**changes), []
     for prompt, got in zip(prompts, tokens, strict=True):
-        retention = policy.retention(len(prompt))
-        assert retention.sparse
-        said = hf_rocketkv.generate(
-            hf_model(model),
-            prompt,
-            len(got),
-            dropped_blocks=retention.dropped_blocks * sparse,
-            block_size=policy.shape.block_size,
-            page_size=retention.page_size,
-            top_r=retention.top_r,
-            top_k=policy.top_k,
-            window=policy.settings.window,
-            stage1=policy.settings.stage1,
-            stage2=policy.settings.stage2,
-            sparse=sparse,
-            return_logits=True,
-            forced=got,
-        )
+        said = _said(model, policy, prompt, len(got), evicts=sparse, sparse=sparse, forced=got)
         chosen = said.logits.gather(1, torch.tensor(got)[:, None])[:, 0]
         gaps.append(said.logits.amax(1) - chosen)
     return torch.cat(gaps)

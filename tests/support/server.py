@@ -59,8 +59,9 @@ class Server:
         environment.pop("OMP_NUM_THREADS", None)
         environment |= env or {}
         self.process = subprocess.Popen(
-            command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment
-        )
+            command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
 
     def wait(self, seconds: float = 240) -> None:
         """Until it is healthy."""

@@ -6,11 +6,18 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import multiprocessing
 from typing import Any
 
 import torch
 
 from support.devices import tensors_of
+
+
+def forked_workers() -> None:
+    """Fork engine and workers, which vLLM spawns on CPUs: each would import it anew."""
+    fork = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method=None: fork  # type: ignore[assignment]
 
 
 def flash_attention() -> None:
