@@ -56,6 +56,7 @@ from vllm_sparse.kernels.fp8 import FP8, as_numbers, encode
 from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kernels.types import Rows
 from vllm_sparse.kv.tail.codec import PlainReader
+from vllm_sparse.kv.tail.compaction import compaction_bytes
 from vllm_sparse.steps.select import MOST_INDEX_BYTES
 from vllm_sparse.steps.split import PromptEnd, StepMetadata
 from vllm_sparse.upload import upload
@@ -320,22 +321,27 @@ class PolicyGpuImpl(FlashAttentionImpl):
         assert context is not None
         block_size = _part_of(config.cache_config.block_size)
         policy = context.policy(self.head_size, block_size, self._cache_dtype)
-        if policy.top_k is None or kernels.decode_scratch_bytes is None:
-            return
-        layout = PageLayout(block_size, self.head_size, min(policy.page_sizes))
-        needed = kernels.decode_scratch_bytes(
-            most_rows(config),
-            -(-config.model_config.max_model_len // block_size),
-            self._most_blocks(layout, device),
-            layout=layout,
-            heads=self.num_heads,
-            kv_heads=self.num_kv_heads,
-            top_k=policy.top_k,
-            dtype=config.model_config.dtype,
-            device=device,
-        )
-        if not policy.kernel:
-            needed += MOST_INDEX_BYTES
+        shape = block_size, self.head_size, min(policy.page_sizes)
+        needed, longest = 0, config.model_config.max_model_len
+        if policy.top_k is not None and kernels.decode_scratch_bytes is not None:
+            layout = PageLayout(*shape)
+            needed = kernels.decode_scratch_bytes(
+                most_rows(config),
+                -(-longest // block_size),
+                self._most_blocks(layout, device),
+                layout=layout,
+                heads=self.num_heads,
+                kv_heads=self.num_kv_heads,
+                top_k=policy.top_k,
+                dtype=config.model_config.dtype,
+                device=device,
+            )
+            if not policy.kernel:
+                needed += MOST_INDEX_BYTES
+        if policy.moves and not policy.kernel:  # one after the other
+            layout, heads = PageLayout(*shape, policy.index_width), self.num_kv_heads
+            moved = compaction_bytes(longest, layout, policy, heads, self._cache_dtype)
+            needed = max(needed, moved)
         torch.empty(needed, dtype=torch.uint8, device=device)
 
     def _most_blocks(self, layout: PageLayout, device: torch.device) -> int:

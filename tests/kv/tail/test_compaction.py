@@ -8,11 +8,15 @@ import pytest
 import torch
 from reference import rocketkv_bruteforce as brute
 from support.policies import make_policy
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from vllm_sparse.kernels.layout import PageLayout
 
 from vllm_sparse.errors import UnsupportedError
-from vllm_sparse.kv.tail.codec import PageCodec
-from vllm_sparse.kv.tail.compaction import QueryParking, compact_prompt
+from vllm_sparse.kv.tail.codec import PageCodec, PlainReader
+from vllm_sparse.kv.tail.compaction import QueryParking, compact_prompt, compaction_bytes
+from vllm_sparse.policies.snapkv import SnapKV
 
 CPU = torch.device("cpu")
 
@@ -112,3 +116,46 @@ def test_parked_queries_come_back(split):
     parking.store(cache, tail, split, queries[split:])
     assert torch.equal(parking.load(cache, tail, 31), queries)
     assert layout.tokens(cache).isnan().all()  # tokens are not touched
+
+
+class HeldBytes(TorchDispatchMode):
+    """The most that tensors on the device ``meta`` take at once, none of which has content."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and not func.is_view:
+                storage = tensor.untyped_storage()
+                self._held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._held = {key: x for key, x in self._held.items() if not x[0].expired()}
+        self.most = max(self.most, sum(nbytes for _, nbytes in self._held.values()))
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    ("heads", "group", "window", "length"), [(8, 4, 32, 131072), (2, 16, 64, 40000), (1, 1, 1, 999)]
+)
+def test_bytes_of_a_compaction_suffice(heads, group, window, length, dtype):
+    """For Llama 3.1 8B and 128K tokens 1.3 GiB in bfloat16, which vLLM has to leave."""
+    shape = {"head_dim": 128, "group_size": group, "block_size": 64, "max_model_len": length}
+    policy = make_policy(SnapKV, token_budget=512, window=window, **shape)
+    layout = PageLayout(64, 128, policy.page_sizes[0], policy.index_width)
+    blocks = -(-length // 64)
+    content = 2 * 128 + policy.index_width // policy.page_sizes[0]
+    with HeldBytes() as held:
+        cache = torch.empty(blocks, heads, 64, content, dtype=dtype, device="meta")
+        table = torch.empty(blocks, dtype=torch.int32, device="meta")
+        query = torch.empty(heads * group, window, 128, dtype=torch.bfloat16, device="meta")
+        before = cache.nbytes + table.nbytes + query.nbytes
+        compact_prompt(
+            cache, table, length, blocks - 8, query, policy=policy, reader=PlainReader(layout),
+            layout=layout,
+        )  # fmt: skip
+    enough = compaction_bytes(length, layout, policy, heads, dtype)
+    assert 0.6 * enough < held.most - before <= enough

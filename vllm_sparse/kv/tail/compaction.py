@@ -73,6 +73,30 @@ def compact_prompt(
         layout.index(cache)[tail] = channels.to(cache.dtype)
 
 
+def compaction_bytes(
+    prompt_len: int, layout: PageLayout, policy: Policy, kv_heads: int, dtype: torch.dtype
+) -> int:
+    """Bytes that :func:`compact_prompt` may hold at once, beside the cache.
+
+    The prompt's pages, its keys and its values; and of one KV head keys in float32 and three times
+    as many logits as the window has of it, which is what votes take.
+
+    Args:
+        prompt_len: P.
+        layout: Page geometry.
+        policy: Whose window votes.
+        kv_heads: G.
+        dtype: Of the cache.
+    """
+    dim, index = layout.head_dim, layout.channels // layout.page_size
+    numbers = kv_heads * (2 * dim + index + 2 * dim) * dtype.itemsize
+    if dtype.itemsize == 1:  # keys that can be computed with
+        numbers += kv_heads * dim * torch.bfloat16.itemsize
+    logits = max(policy.window, 1) * policy.shape.group_size
+    blocks = -(-prompt_len // layout.block_size) + 1
+    return blocks * layout.block_size * (numbers + 4 * (3 * logits + dim))
+
+
 def _take_rows(rows: Tensor, index: Tensor) -> Tensor:
     """``rows [G, n, D]`` at ``index [G, k]``; copies whole rows, unlike ``gather``."""
     heads, tokens, dim = rows.shape
