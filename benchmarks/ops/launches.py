@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import time
 from functools import partial
@@ -170,8 +169,7 @@ def _once(ops: Sequence[Op], arguments: Arguments) -> dict[str, Callable[[], obj
 def _sparda(tiny: bool, generator: torch.Generator) -> Iterator[Kernel]:
     runs = _paged(tiny, ("select blocks",), sparda_timings.selection, generator)
     # A softmax, whose tiles are products of matrices, which a Forecast's are not.
-    case = (sparda.TINY_CASES if tiny else sparda.CASES)[0]
-    case = dataclasses.replace(case, dtype=torch.float32)
+    case = rocketkv.in_float32((sparda.TINY_CASES if tiny else sparda.CASES)[0])
     arguments = sparda.selections(case, make_pool(case, generator.device, generator), generator)
     wide = partial(call, triton("select_blocks"), {**arguments["softmax"], "dense_len": 0})
     yield Kernel("score_blocks", runs["select blocks"], [wide])

@@ -357,6 +357,6 @@ def _flash_attention(
     return Timed(name, [partial(run, *pair) for pair in caches], least)
 
 
-def in_float32(case: Case) -> Case:
+def in_float32(case: Any) -> Any:
     """The case with heads of as many bytes, or it would be launched as larger ones are."""
     return dataclasses.replace(case, dim=case.dim // 2, dtype=torch.float32)

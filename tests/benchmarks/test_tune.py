@@ -315,3 +315,18 @@ if __name__ == "__main__":
     if "parity" in sys.argv:  # of ROCKETKV is enough here
         sparda.TINY_CASES = ()
     sys.exit(tune.main())
+
+
+def test_what_fits_must_be_launched_as_what_is_timed(monkeypatch):
+    """Float32 in heads of as many bytes: larger ones have a launch of their own."""
+    seen = []
+    monkeypatch.setattr(launches, "_paged", lambda *_: {"select blocks": {}})
+    monkeypatch.setattr(launches, "make_pool", lambda case, *_: seen.append(case))
+    monkeypatch.setattr(sparda, "selections", lambda *_: {"softmax": {}})
+    next(launches._sparda(False, torch.Generator()))
+    seen.append(rocketkv.in_float32(rocketkv.CASES[0]))
+    for case in seen:
+        assert case.dtype == torch.float32
+        sizes = {"head_dim": case.dim, "dtype": case.dtype}
+        assert launch.launch("score_blocks", CPU, **sizes) == SHIPPED["score_blocks"][0]
+        assert case.dim * case.dtype.itemsize == launch.SMALL_HEAD
