@@ -25,31 +25,39 @@ from vllm_sparse.steps.layer import SparseLayer
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="a stand-in for captures on GPUs")
 
-SIZE, DIM, KV_HEADS, GROUP, WIDTH = 16, 16, 2, 2, 8
+DIM, KV_HEADS, GROUP, WIDTH = 16, 2, 2, 8
 
 
-@pytest.fixture(params=[RocketKV, Quest, SnapKV, StreamingLLM])
-def layer(request, monkeypatch) -> SparseLayer:
+def layer_of(kind, size, monkeypatch) -> SparseLayer:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(adversary, "_THOROUGH", 0)
-    policy = make_policy(request.param, token_budget=48)
+    policy = make_policy(kind, token_budget=48, block_size=size)
     layouts = {
-        pages: PageLayout(SIZE, DIM, pages, policy.index_width) for pages in policy.page_sizes
+        pages: PageLayout(size, DIM, pages, policy.index_width) for pages in policy.page_sizes
     }
     reader = PlainReader(layouts[policy.page_sizes[0]])
     kernels = policy_triton(torch.device("cpu"))
     return SparseLayer(policy, layouts, reader, kernels, group_size=GROUP, reads_all=False)
 
 
-def test_a_graph_can_capture_rows(layer):
-    """A long one, one of a few tokens, a prompt's token whose query waits, and padding."""
+@pytest.mark.parametrize("drafts", [False, True], ids=["single", "drafts"])
+@pytest.mark.parametrize("kind", [RocketKV, Quest, SnapKV, StreamingLLM])
+def test_a_graph_can_capture_rows(kind, drafts, monkeypatch):
+    """A long one, one of a few tokens, a prompt's token whose query waits, and padding.
+
+    With drafts also several of one request; then in blocks of a size that is no power of two.
+    """
+    size = 48 if drafts else 16
+    layer = layer_of(kind, size, monkeypatch)
     layout = layer.stock_layout
     content = 2 * DIM + layout.channels // layout.page_size
-    cache = torch.randn(1 + 4 * WIDTH, KV_HEADS, SIZE, content)
+    cache = torch.randn(1 + 4 * WIDTH, KV_HEADS, size, content)
     table = torch.arange(1, 1 + 4 * WIDTH, dtype=torch.int32).view(4, WIDTH)
     lengths, top_r = torch.tensor([100, 3, 90, 0]).int(), torch.tensor([4, 0, 0, 0]).int()
     parked = torch.tensor([-1, -1, 20, -1]).int()
     rows = Rows(table, lengths, top_r, parked)
+    if drafts:
+        rows = rows._replace(final_lengths=torch.tensor([103, 3, 90, 0]).int())
     query, key, value = (torch.randn(4, n * KV_HEADS, DIM) for n in (GROUP, 1, 1))
     output = torch.empty_like(query)
     with capturing():
