@@ -92,8 +92,8 @@ gpu-bench: ## Measure kernels and engines on a GPU against stock vLLM (options: 
 	@$(PYTHON) -m benchmarks.gpu.bench $(ARGS)
 
 # Stages that need what only a GPU has are left out.
-gpu-walk: setup ## Walk the stages of the GPU programs on a pretended GPU: an hour (options: ARGS="...", PROGRAMS="first")
-	@for program in $(or $(PROGRAMS),first check bench tune); do \
+gpu-walk: setup ## Walk the stages of gpu-first on a pretended GPU (options: ARGS="...", PROGRAMS="check bench tune")
+	@for program in $(or $(PROGRAMS),first); do \
 	  GPU_WALK=$$program $(PYTHON) -m tests.support.gpu_walk --out build/gpu-walk $(ARGS) || exit 1; done
 
 gpu-tune: ## Find faster kernel launches for this GPU and install them (options: ARGS="...")

@@ -3,7 +3,7 @@
 """Stages of the first run on a GPU, by their own code, with vLLM's CUDA platform and graphs.
 
 The GPU is pretended (``tests/support/pretend_gpu.py``): the first minutes on a real one are not to
-end with what Python gets wrong. ``make gpu-walk`` walks every stage of every program.
+end with what Python gets wrong. ``make gpu-walk`` walks more of them.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 """The programs for a GPU, stage by stage, on a pretended one: their own code and command lines.
 
 ``GPU_WALK=first python -m tests.support.gpu_walk OPTIONS`` is ``make gpu-first ARGS=OPTIONS`` but
-for the GPU, and for sizes that an interpreter of kernels can bear. ``make gpu-walk`` runs them all.
+for the GPU, and for sizes that an interpreter of kernels can bear; so is ``make gpu-walk``.
 """
 
 from __future__ import annotations
