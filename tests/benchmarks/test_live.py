@@ -151,3 +151,17 @@ def test_each_way_to_fetch_has_graphs_of_its_own(graphs):
     assert captured == ([True, False, True] if graphs else [])
     assert [int(count) for count in copied[2:]] == ([0] if graphs else [])
     assert copied[:2] == (["count", "count"] if graphs else [])
+
+
+def test_counters_that_reach_the_metrics_late_are_read_where_they_are():
+    """On a GPU, and where a CPU walks its path: two rows of hits, misses, overflows, nothing."""
+    import torch
+
+    steering = live._Steering.__new__(live._Steering)
+    counters = SimpleNamespace(values=torch.tensor([1, 2, 0, 0, 3, 4, 0, 0]))
+    steering.runtime = SimpleNamespace(
+        fetcher=SimpleNamespace(readable=False, counters=counters),
+        pager=SimpleNamespace(geometry=SimpleNamespace(piece_bytes=10)),
+    )
+    expected = {"frame_hits": 4, "frame_misses": 6, "host_to_device_bytes": 60}
+    assert steering.counted() == expected

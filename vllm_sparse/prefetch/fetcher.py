@@ -61,6 +61,7 @@ class Fetcher:
         counters: Hits, misses and whether the slab was ever too small.
         kernels: May be replaced between steps.
         prefetch: May be changed between steps.
+        readable: The host reads in every step what kernels count, as that waits for nothing.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Fetcher:
         self._count = count
         device = pager.layers[0].slab.device
         # Where host and device share memory, what kernels count can be read without waiting.
-        self._readable = device.type == "cpu" and not captured
+        self.readable = device.type == "cpu" and not captured
         self.step = torch.ones(1, dtype=torch.int64, device=device)
         self.counters = DeviceCounters(_COUNTED, device, self._publish)
         self._counted = self.counters.values.view(2, 4)[:, :3].unbind()
@@ -100,12 +101,12 @@ class Fetcher:
 
     def poll(self) -> None:
         """Called between steps: publish what a device has counted, as far as it has arrived."""
-        if not self._readable:
+        if not self.readable:
             self.counters.publish()
 
     def end_step(self) -> None:
         """Publish what the step counted, where that needs no waiting."""
-        if self._readable:
+        if self.readable:
             self.counters.flush()
 
     def announce(self, layer: int, selected: Selected, *, ahead: bool) -> None:
@@ -151,12 +152,12 @@ class Fetcher:
     def _fetch(self, layer: int, selected: Selected, ahead: bool) -> _Fetch:
         """Give the selected blocks of a layer frames; fill them beside the computation."""
         pager, kernels = self._pager.layers[layer], self.kernels
-        if pager.resident and not self._readable:  # on a GPU, counting hits would take launches
+        if pager.resident and not self.readable:  # on a GPU, counting hits would take launches
             return _Fetch(selected, selected.pieces, None, 0, ahead)
         counted = self._counted[ahead]
         found = kernels.resolve(pager.table, selected.pieces, self.step, counted)
         copies = 0
-        if self._readable:
+        if self.readable:
             _, misses, full = counted.tolist()
             if full:
                 raise SlabFullError(_full(len(pager.slab)))
