@@ -32,9 +32,10 @@ def test_rocketkv(llama, prompts):
     masked.assert_tokens_of_hugging_face(llama, prompts[:3], run["tokens"][0])
 
 
-def test_sparda(llama, prompts):
+@pytest.mark.parametrize("selector", ["previous", "query"])
+def test_sparda(llama, prompts, selector):
     """The longer stage decides how many blocks there are."""
-    run = masked_sparda.run_sparda(llama, prompts[:3], selector="previous", **STAGES)
+    run = masked_sparda.run_sparda(llama, prompts[:3], selector=selector, **STAGES)
     tokens = run["tokens"][0]
-    masked_sparda.assert_tokens_of_hugging_face(llama, prompts[:3], tokens, selector="previous")
+    masked_sparda.assert_tokens_of_hugging_face(llama, prompts[:3], tokens, selector=selector)
     assert "0.03 GiB per rank, 0.09 GiB in total for 1965 blocks" in run["log"]
