@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import multiprocessing
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from support.capture import allow, capturing
 from support.devices import tensors_of
 
 
@@ -26,8 +28,8 @@ def flash_attention() -> None:
 
     flash_attn.get_flash_attn_version = lambda **_: 2
     flash_attn.flash_attn_supports_kv_cache_dtype = lambda *_, **__: True
-    flash_attn.flash_attn_varlen_func = attend
-    flash_attn.reshape_and_cache_flash = write
+    flash_attn.flash_attn_varlen_func = allow(attend)
+    flash_attn.reshape_and_cache_flash = allow(write)
 
 
 def attend(
@@ -192,18 +194,30 @@ def captured_graphs() -> None:
 
     A graph keeps the addresses and the Python numbers of the step that it was captured in. So the
     builder still plans every step, but layers see what it returned for the first batch of that
-    size.
+    size. And layers do nothing with it that no capture allows.
     """
-    from vllm_sparse.backends.policy_gpu import PolicyGpuBuilder
+    from vllm_sparse.backends.policy_gpu import PolicyGpuBuilder, PolicyGpuImpl
+    from vllm_sparse.backends.sparda import SpardaImpl
     from vllm_sparse.backends.sparda_gpu import SpardaGpuBuilder
 
-    for builder in (PolicyGpuBuilder, SpardaGpuBuilder):
-        builder._plan_rows = _replayed(builder._plan_rows)  # type: ignore[method-assign]
-
-
-def _replayed(plan: Any) -> Any:
     captured: dict[tuple[int, int], Any] = {}
+    for builder in (PolicyGpuBuilder, SpardaGpuBuilder):
+        builder._plan_rows = _replayed(builder._plan_rows, captured)  # type: ignore[method-assign]
+    for impl in (PolicyGpuImpl, SpardaImpl):
+        impl.forward = _in_capture(impl.forward, captured)  # type: ignore[method-assign]
 
+
+def _in_capture(forward: Any, captured: dict[tuple[int, int], Any]) -> Any:
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.getcallargs(forward, self, *args, **kwargs)["attn_metadata"]
+        is_captured = any(given is step for step in captured.values())
+        with capturing() if is_captured else contextlib.nullcontext():
+            return forward(self, *args, **kwargs)
+
+    return guarded
+
+
+def _replayed(plan: Any, captured: dict[tuple[int, int], Any]) -> Any:
     def replay(self: Any, common: Any, *args: Any) -> Any:
         step = plan(self, common, *args)
         first = captured.setdefault((id(self), step.num_tokens), step)
