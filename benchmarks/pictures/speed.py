@@ -75,7 +75,7 @@ def prompts() -> Picture:
         f"Reading a prompt of {last['context'] // K}K sparsely takes {gain:.1f}x less CPU time "
         "than stock",
         "Qwen2.5-Coder-0.5B, selector query, sparse_prefill, one prompt each; accuracy of such "
-        f"prompts is not measured. {machine(*PROMPTS)}",
+        f"prompts is hardly measured. {machine(*PROMPTS)}",
         "prompt tokens",
         "CPU seconds of the whole prompt",
         series,
