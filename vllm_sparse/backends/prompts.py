@@ -61,6 +61,11 @@ def watch_requests() -> None:
     RequestState.remove_request = remove_request
 
 
+def _table() -> Any:
+    """The runner's table of requests; ``None`` before it has any, and with another runner."""
+    return None if _requests is None else _requests()
+
+
 def _stays(table: Any) -> Any:
     """Number of the stay of each index's request in the table, 0 where there is none.
 
@@ -73,7 +78,7 @@ def _stays(table: Any) -> Any:
 
 def is_warm_up(common: CommonAttentionMetadata) -> bool:
     """Whether all requests of a batch are vLLM's own, which warm its kernels up: nobody's."""
-    requests = None if _requests is None else _requests()
+    requests = _table()
     if requests is None or common.req_idx is None or common.rswa_prefix_lens is None:
         return False
     return bool((_stays(requests)[common.req_idx] < 0).all())
@@ -81,7 +86,7 @@ def is_warm_up(common: CommonAttentionMetadata) -> bool:
 
 def stay_of(common: CommonAttentionMetadata, row: int) -> tuple[int, int] | None:
     """What tells whether a row's request is still there, see :func:`has_left`."""
-    requests = None if _requests is None else _requests()
+    requests = _table()
     if requests is None or common.req_idx is None:
         return None
     index = int(common.req_idx[row])
@@ -93,7 +98,7 @@ def has_left(stay: tuple[int, int] | None) -> bool:
 
     Its blocks are free then, and may be another one's already.
     """
-    requests = None if _requests is None else _requests()
+    requests = _table()
     if stay is None or requests is None:
         return False
     index, number = stay
@@ -102,7 +107,7 @@ def has_left(stay: tuple[int, int] | None) -> bool:
 
 def prompt_lengths_on_host(common: CommonAttentionMetadata) -> Tensor:
     """As :func:`.base.prompt_lengths`, but on the host; waits for the device only if it must."""
-    requests = None if _requests is None else _requests()
+    requests = _table()
     if requests is None or common.req_idx is None or common.rswa_prefix_lens is None:
         return prompt_lengths(common).cpu()
     lengths = torch.zeros(common.num_reqs, dtype=torch.int32)
@@ -120,5 +125,4 @@ class Newcomers:
     def arrived(self) -> bool:
         """Whether a request may have been taken up since the last call; true where nobody tells."""
         seen, self._seen = self._seen, _taken_up
-        known = _requests is not None and _requests() is not None
-        return not known or seen != _taken_up
+        return _table() is None or seen != _taken_up
