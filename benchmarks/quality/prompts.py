@@ -13,8 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    DynamicCache,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from benchmarks.quality.schemes import SPREAD
 from vllm_sparse.training.files import import_forecast
@@ -70,12 +76,15 @@ class Network:
         self, folder: Path, dtype: torch.dtype = torch.bfloat16, forecast: Path | None = None
     ) -> None:
         AttentionInterface.register("capture", self._capture)
+        AttentionMaskInterface.register("capture", sdpa_mask)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         model.set_attn_implementation("capture")
         self._model, self.config, self.layers = model, model.config, model.model.layers
         ends = model.generation_config.eos_token_id
         self.eos = set(ends if isinstance(ends, list) else [ends]) - {None}
         self._queries: list[tuple[Tensor, Tensor]] = []
+        self._tokens: list[int] = []
+        self._before: Prompt
         _, groups, size = self.heads
         sizes = Sizes(len(self.layers), self.config.hidden_size, groups, size)
         self.forecast = import_forecast(forecast, sizes)[0] if forecast else None
@@ -93,15 +102,34 @@ class Network:
 
     @torch.inference_mode()
     def prompt(self, tokens: list[int]) -> Prompt:
-        """Processes a prompt densely."""
+        """Processes a prompt densely, but what it begins with as the one before did."""
         self._queries.clear()
+        known = self._known(tokens)
         cache = DynamicCache(config=self.config)
-        output = self._model(torch.tensor([tokens]), past_key_values=cache, logits_to_keep=1)
+        if known:
+            keys, values = self._before.keys, self._before.values
+            for number in range(len(self.layers)):
+                parts = (part[number, None, :, :known] for part in (keys, values))
+                cache.update(*parts, number)
+        rest = torch.tensor([tokens[known:]])
+        output = self._model(rest, past_key_values=cache, logits_to_keep=1)
         keys = torch.stack([layer.keys[0] for layer in cache.layers])
         values = torch.stack([layer.values[0] for layer in cache.layers])
         last, spread = (torch.stack(part) for part in zip(*self._queries, strict=True))
         self._queries.clear()
-        return Prompt(keys, values, last, spread, output.logits[0, -1])
+        if known:
+            spread = torch.cat((self._before.spread[:, :, : known // SPREAD], spread), 2)
+        self._tokens = tokens
+        self._before = Prompt(keys, values, last, spread, output.logits[0, -1])
+        return self._before
+
+    def _known(self, tokens: list[int]) -> int:
+        """Tokens to take from the prompt before: not the last ones, whose queries are wanted."""
+        pairs = zip(tokens[:-LAST], self._tokens, strict=False)
+        same = next((place for place, (new, old) in enumerate(pairs) if new != old), None)
+        if same is None:
+            same = min(len(tokens[:-LAST]), len(self._tokens))
+        return same // SPREAD * SPREAD
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, position: int, attend: Any) -> Tensor:

@@ -12,6 +12,7 @@ that appear in the reply, whatever their case.
 * ``multivalue``, ``multiquery``: four numbers of one key, or of four keys, hidden in prose.
 * ``table``: every row of a table that is scattered over prose.
 * ``recall``: a long generation that has to reproduce, item by item, what a list in the prompt says.
+* ``turns-*``: conversations over one context, see `benchmarks.quality.turns`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import corpus, harness
+from benchmarks.quality import turns
 from vllm_sparse import paths
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ RULER_TOKENS = {
     "fwe": 40,
 }  # fmt: skip
 OWN_TOKENS = {"multivalue": 48, "multiquery": 64, "table": 160, "recall": 400}
-TASKS = (*RULER_TOKENS, *OWN_TOKENS)
+TASKS = (*RULER_TOKENS, *OWN_TOKENS, *turns.TOKENS)
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,13 @@ def _make(folder: str, context: int, task: str, seed: int) -> list[Question]:
     if task in OWN_TOKENS:
         own = {"multivalue": multivalue, "multiquery": multiquery, "table": table, "recall": recall}
         return own[task](tokenizer, context, PER_FILE, seed)
+    if task in turns.TOKENS:
+        made = turns.make(task, tokenizer, context, PER_FILE, seed)
+        reply = turns.TOKENS[task]
+        return [
+            Question(task, index, prompt, [answer], reply)
+            for index, (prompt, answer) in enumerate(made)
+        ]
     limit = RULER_TOKENS[task]
     found = []
     for index, sample in enumerate(_ruler(tokenizer, context, task, seed)):

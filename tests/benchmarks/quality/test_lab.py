@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.quality.candidates import schemes as schemes_of
 from benchmarks.quality.lab import Lab
-from benchmarks.quality.prompts import Network, saved
+from benchmarks.quality.prompts import LAST, Network, saved
 from benchmarks.quality.schemes import (
     FEW_FORCED,
+    SPREAD,
     Keep,
     ReadBlocks,
     ReadPages,
@@ -33,6 +34,19 @@ TOKENS = 12
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
 def folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
+
+
+def test_a_prompt_goes_on_from_the_one_before(folder: Path, prompts: list[list[int]]) -> None:
+    network = Network(folder, torch.float32)
+    first = prompts[0]
+    assert len(first) > LAST
+    for tokens in (first[:-30] + prompts[1][:80], first[:150] + prompts[1]):
+        network.prompt(first)
+        assert network._known(tokens) >= min(150, len(tokens) - LAST) // SPREAD * SPREAD > 0
+        got, network._tokens = network.prompt(tokens), []
+        assert network._known(tokens) == 0
+        for name, wanted in vars(network.prompt(tokens)).items():
+            torch.testing.assert_close(getattr(got, name), wanted)
 
 
 def test_answers_are_hugging_face_s(folder: Path, prompts: list[list[int]], tmp_path: Path) -> None:

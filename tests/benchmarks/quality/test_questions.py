@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import corpus
-from benchmarks.quality import questions
+from benchmarks.quality import questions, turns
 from benchmarks.quality.questions import Question
 
 
@@ -50,6 +50,28 @@ def test_own_tasks(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     again = make(_Words(), limit, 3, 0)
     assert [question.answers for question in again] == [question.answers for question in found]
     assert make(_Words(), limit, 1, 1)[0].answers != found[0].answers
+
+
+@pytest.mark.parametrize("task", list(turns.TOKENS))
+def test_turns_share_a_context(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentences = tuple(f"Sentence number {index} says nothing." for index in range(500))
+    monkeypatch.setattr(corpus, "sentences", lambda: sentences)
+    tokenizer, limit = _Words(), 1500
+    found = turns.make(task, tokenizer, limit, 2 * turns.TURNS, 0)
+    assert len(found) == 2 * turns.TURNS
+    for number, (prompt, answer) in enumerate(found):
+        text = tokenizer.decode(prompt)
+        turn = number % turns.TURNS
+        earlier = [each for _, each in found[number - turn : number]]
+        # The answer stands in the context once, those of earlier turns behind their questions too.
+        assert text.count(answer) == 1, answer
+        assert all(text.count(each) == 2 for each in earlier)
+        if turn:
+            assert prompt[: len(found[number - 1][0])] == found[number - 1][0]
+        if turn == turns.TURNS - 1:
+            assert limit - 40 < len(prompt) + turns.TOKENS[task] <= limit
+    again = turns.make(task, _Words(), limit, turns.TURNS, 0)
+    assert [answer for _, answer in again] == [answer for _, answer in found[: turns.TURNS]]
 
 
 def test_ruler_as_lm_eval_makes_it(llama, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
