@@ -18,7 +18,8 @@
 
   // vllm_sparse/planner/devices.py
   const gpu = (name, memoryGib, bytesPerS, linkBytesPerS) => ({
-    name, memoryGib, bytesPerS, linkBytesPerS, launchUs: 2.4, blockSize: 16, batchedTokens: 8192,
+    name, memoryGib, bytesPerS, linkBytesPerS, launchUs: 2.4, blockSize: 16,
+    policyBlockSize: 64, batchedTokens: 8192,
   });
   const DEVICES = {
     h200: gpu("H200", 140.0, 4.1e12, 50e9),
@@ -28,7 +29,7 @@
     l4: gpu("L4", 22.0, 0.25e12, 12e9),
     cpu: {
       name: "CPU", memoryGib: 0.0, bytesPerS: 20e9, linkBytesPerS: 20e9, launchUs: 0.0,
-      blockSize: 128, batchedTokens: 4096,
+      blockSize: 128, policyBlockSize: 128, batchedTokens: 4096,
     },
   };
 
@@ -73,6 +74,7 @@
       shape: shapeOf(question.config),
       onGpu,
       blockSize: kind.blockSize,
+      policyBlockSize: kind.policyBlockSize,
       batchedTokens: kind.batchedTokens,
       launchUs: kind.launchUs,
       bytesPerS: measured,
@@ -136,7 +138,7 @@
   }
 
   function retention(asked, own, prompt, longest) {
-    const size = asked.blockSize;
+    const size = asked.policyBlockSize;
     const reserve = Math.max(0, Math.min(own.generation_reserve, longest - prompt));
     const dense = { sparse: false, dropped: 0 };
     if (prompt <= Math.max(own.min_context, own.window)) return { ...dense, reason: "short_prompt" };
@@ -167,7 +169,7 @@
     const { shape, concurrency } = asked;
     const found = retention(asked, own, context, context + asked.output);
     if (!found.sparse) return denseMs(asked, context);
-    const split = { ...found, held: context - found.dropped * asked.blockSize };
+    const split = { ...found, held: context - found.dropped * asked.policyBlockSize };
     const topK = floorDiv(own.token_budget, 2);
     const layer =
       scoreBytes(shape, concurrency, split) +
@@ -221,7 +223,7 @@
 
   function rocketkv(asked, given) {
     const own = { ...ROCKETKV, ...given };
-    const { shape, blockSize: size } = asked;
+    const { shape, policyBlockSize: size } = asked;
     const refused = tooLong(asked);
     if (own.token_budget < Math.max(16, 4 * own.page_size)) refused.push("token_budget is too small");
     if (floorDiv(size, own.page_size) * 2 < floorDiv(shape.heads, shape.kvHeads)) {

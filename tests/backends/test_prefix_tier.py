@@ -29,6 +29,15 @@ def test_more_than_the_machine_has_is_refused(monkeypatch):
         prefix_tier.prepare_tier(configuration("ROCKETKV", cache_config__kv_offloading_size=1.0))
 
 
+def test_data_parallel_engines_take_it_each(monkeypatch):
+    monkeypatch.setattr(prefix_tier, "available_bytes", lambda: int(1.9 * GIB))
+    asked = {"cache_config__kv_offloading_size": 1.0}
+    prefix_tier.prepare_tier(configuration("ROCKETKV", **asked))
+    two = configuration("ROCKETKV", **asked, parallel_config__data_parallel_size_local=2)
+    with pytest.raises(ConfigError, match=r"--kv-offloading-size 1\.0 for each of 2 engines"):
+        prefix_tier.prepare_tier(two)
+
+
 @pytest.mark.vllm
 class TestEngines:
     @pytest.fixture(autouse=True)

@@ -118,6 +118,7 @@ def test_devices_and_defaults_are_the_command_s(said):
     names = {
         "name": "name", "memory_gib": "memoryGib", "bytes_per_s": "bytesPerS",
         "link_bytes_per_s": "linkBytesPerS", "launch_us": "launchUs", "block_size": "blockSize",
+        "policy_block_size": "policyBlockSize",
         "batched_tokens": "batchedTokens",
     }  # fmt: skip
     for key, device in DEVICES.items():

@@ -10,7 +10,9 @@ import pytest
 from reference.random_models import save_random_model
 from support.engine import BLOCK_SIZE, SETTINGS, run_engine
 
+from vllm_sparse.backends.policy_gpu import _PREFERRED_BLOCK_SIZE
 from vllm_sparse.cli import main
+from vllm_sparse.planner.devices import DEVICES
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
@@ -38,10 +40,39 @@ def test_a_llama_on_a_gpu(config, capsys):
     status, arms = plan(capsys, config())
     assert status == 0
     assert arms["dense"]["block_bytes"] == 16 * 128 * 1024
-    assert arms["ROCKETKV"]["block_bytes"] == 16 * 160 * 1024  # extrema of pages of four
+    assert arms["ROCKETKV"]["block_bytes"] == 64 * 160 * 1024  # extrema of pages of four
+    assert DEVICES["h100"].policy_block_size == _PREFERRED_BLOCK_SIZE
     assert arms["ROCKETKV"]["fits"] > 2 * arms["dense"]["fits"]
     assert arms["SPARDA"]["request_bytes"] < arms["dense"]["request_bytes"]
     assert "--attention-backend SPARDA" in arms["SPARDA"]["serve"]
+
+
+def test_many_query_heads_fit_the_blocks_that_a_gpu_is_given(config, capsys):
+    """405 billion parameters' shape: 16 query heads a KV head, too many for blocks of 16."""
+    big = {"num_attention_heads": 128, "hidden_size": 16384}
+    options = ("--backend", "ROCKETKV", "--tensor-parallel-size", "8", "--kv-memory", "20")
+    _, arms = plan(capsys, config(**big), *options)
+    assert arms["ROCKETKV"]["refused"] == []
+    _, arms = plan(capsys, config(**big), *options, "--block-size", "16")
+    assert "--block-size 16 is too small" in arms["ROCKETKV"]["refused"][0]
+
+
+def test_layers_that_keep_a_window_or_a_state_hold_no_tokens(config, capsys):
+    """Of 32 layers, 8 keep everything; Model Runner V2, a GPU's default, serves no states."""
+    _, whole = plan(capsys, config())
+    _, windowed = plan(
+        capsys, config(layer_types=[*["sliding_attention"] * 3, "full_attention"] * 8)
+    )
+    for name in ("dense", "ROCKETKV"):
+        assert whole[name]["block_bytes"] == 4 * windowed[name]["block_bytes"]
+        assert "24 of 32 layers come on top" in windowed[name]["kept"]
+        assert windowed[name]["step_ms"] < whole[name]["step_ms"]
+    kinds = [*["linear_attention"] * 3, "full_attention"] * 8
+    _, states = plan(capsys, config(layer_types=kinds), "--device", "cpu")
+    assert states["ROCKETKV"]["block_bytes"] == 128 * 160 * 1024 // 4
+    status, states = plan(capsys, config(layer_types=kinds), "--backend", "ROCKETKV")
+    assert status == 3
+    assert "Model Runner V2" in states["ROCKETKV"]["refused"][0]
 
 
 def test_what_is_refused_has_its_own_exit_status(config, capsys):

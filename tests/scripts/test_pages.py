@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks import published
 from scripts.pages import fill, hooks, settings
+from vllm_sparse.policies.making import make_policy
+from vllm_sparse.policies.protocol import Shape
 from vllm_sparse.registry import settings_class
 
 PAGES = fill.pages()
@@ -92,6 +94,20 @@ def test_links_of_pages_that_the_site_lacks_lead_to_files(name):
     path = fill.ROOT / name
     for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", ["ROCKETKV", "QUEST", "SNAPKV", "STREAMINGLLM"])
+def test_what_blocks_hold_beside_keys_and_values_is_as_the_table_says(name):
+    table = (fill.ROOT / "docs/choose.md").read_text().split("## What each costs")[1]
+    names, row = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in table.splitlines()
+        if line.startswith(("| | ROCKETKV", "| beside the keys and values"))
+    )
+    said = re.match(r"([\d.]+) %|nothing", row[names.index(name)])
+    policy = make_policy(name, settings_class(name.lower())(), Shape(128, 4, 64, 8192))
+    share = 100 * policy.numbers_per_token / (2 * 128) - 100
+    assert float(said[1] or 0) == pytest.approx(share, abs=0.5)
 
 
 def test_the_readme_is_two_screens():

@@ -21,15 +21,17 @@ def prepare_tier(config: Any) -> None:
         config: vLLM's, of which nothing is refused; changed.
 
     Raises:
-        ConfigError: The machine has not that much memory.
+        ConfigError: The machine has not that much memory for each of its engines.
     """
     gib = config.cache_config.kv_offloading_size
     if gib is None:
         return
-    if gib * GIB > available_bytes():
+    engines = max(config.parallel_config.data_parallel_size_local, 1)  # each takes it whole
+    if engines * gib * GIB > available_bytes():
+        times = f" for each of {engines} engines" if engines > 1 else ""
         raise ConfigError(
-            f"--kv-offloading-size {gib}: this machine has {available_bytes() / GIB:.2f} GiB "
-            "available. Lower it"
+            f"--kv-offloading-size {gib}{times}: this machine has "
+            f"{available_bytes() / GIB:.2f} GiB available. Lower it"
         )
     from vllm.config import KVTransferConfig
 

@@ -115,8 +115,8 @@ def layer_bytes(shape: Shape, rows: int, context: int, split: Split | None) -> i
 
 
 def step_bytes(shape: Shape, rows: int, context: int, split: Split | None = None) -> int:
-    """What a decode step of the whole model reads."""
-    return shape.step_weight_bytes + shape.layers * layer_bytes(shape, rows, context, split)
+    """What a decode step of the whole model reads, but windows and states."""
+    return shape.step_weight_bytes + shape.kv_layers * layer_bytes(shape, rows, context, split)
 
 
 def speedup(shape: Shape, rows: int, context: int, split: Split) -> float:
@@ -177,5 +177,5 @@ def paged_step(
     top_k, size, stride = blocks
     layer = attend_bytes(shape, rows, top_k * size)
     layer += select_blocks_bytes(shape, rows, context, stride, top_k)
-    read = shape.step_weight_bytes + shape.layers * layer
+    read = shape.step_weight_bytes + shape.kv_layers * layer
     return PagedStep(1e3 * read / device_bytes_per_s, 1e3 * bytes_fetched / link_bytes_per_s)

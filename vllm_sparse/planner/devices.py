@@ -17,6 +17,7 @@ class Device(NamedTuple):
         link_bytes_per_s: From host memory.
         launch_us: What a kernel launch takes in a captured graph.
         block_size: vLLM's tokens per block, if nobody sets it.
+        policy_block_size: Those of a policy.
         batched_tokens: vLLM's ``--max-num-batched-tokens`` for its server.
     """
 
@@ -26,11 +27,12 @@ class Device(NamedTuple):
     link_bytes_per_s: float
     launch_us: float = 2.4
     block_size: int = 16
+    policy_block_size: int = 64
     batched_tokens: int = 8192
 
 
 # One memory: no link and no launches. Bandwidth of two channels of DDR5; see --bandwidth.
-CPU = Device("CPU", 0.0, 20e9, 20e9, 0.0, 128, 4096)
+CPU = Device("CPU", 0.0, 20e9, 20e9, 0.0, 128, 128, 4096)
 
 DEVICES = {
     "h200": Device("H200", 140.0, 4.1e12, 50e9),

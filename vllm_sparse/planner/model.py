@@ -81,15 +81,23 @@ class Model:
     @property
     def is_hybrid(self) -> bool:
         """Whether some layers are recurrent."""
-        kinds = self.text.get("layer_types") or self.text.get("layers_block_type") or ()
-        recurrent = any(str(kind) in _RECURRENT_LAYERS for kind in kinds)
-        return recurrent or any(key in self.text for key in _RECURRENT_KEYS)
+        return self._recurrent_layers > 0 or any(key in self.text for key in _RECURRENT_KEYS)
 
     @property
     def runner_type(self) -> str:
         """Whether it generates."""
         generates = self.architecture.endswith(("CausalLM", "ConditionalGeneration"))
         return "generate" if generates or "LMHead" in self.architecture else "pooling"
+
+    @property
+    def other_layers(self) -> int:
+        """Layers that keep a window or a state, not every token."""
+        return self.windowed_layers + self._recurrent_layers
+
+    @property
+    def _recurrent_layers(self) -> int:
+        kinds = self.text.get("layer_types") or self.text.get("layers_block_type") or ()
+        return sum(str(kind) in _RECURRENT_LAYERS for kind in kinds)
 
     @property
     def windowed_layers(self) -> int:
@@ -166,6 +174,7 @@ class Model:
             self.get_head_size(),
             int(self.text["vocab_size"]),
             0.0,
+            self.other_layers,
         )
 
     def layer_refusals(self, name: str, on_gpu: bool) -> list[str]:

@@ -82,24 +82,25 @@ class Question:
         """Whether device and host have memories of their own."""
         return self.device.launch_us > 0
 
-    @property
-    def blocks_of(self) -> int:
-        """Tokens per block of backends that do not choose them."""
-        return self.block_size or self.device.block_size
+    def blocks_of(self, name: str) -> int:
+        """Tokens per block of a backend that does not set them itself."""
+        default = self.device.block_size if name == DENSE else self.device.policy_block_size
+        return self.block_size or default
 
-    def configuration(self, seqs: int) -> Any:
+    def configuration(self, seqs: int, name: str = DENSE) -> Any:
         """What vLLM's configuration would say, as far as start-up asks.
 
         Args:
             seqs: ``--max-num-seqs``.
+            name: Of the backend.
         """
         return SimpleNamespace(
             model_config=self.model,
             cache_config=SimpleNamespace(
                 cache_dtype="auto", kv_offloading_size=None, num_gpu_blocks_override=None,
                 gpu_memory_utilization=self.utilization,
-                user_specified_block_size=self.block_size is not None, block_size=self.blocks_of,
-                sliding_window=self.model.window_of_all,
+                user_specified_block_size=self.block_size is not None,
+                block_size=self.blocks_of(name), sliding_window=self.model.window_of_all,
             ),
             parallel_config=SimpleNamespace(
                 decode_context_parallel_size=1, prefill_context_parallel_size=1,
@@ -112,6 +113,7 @@ class Question:
             attention_config=SimpleNamespace(use_non_causal=False),
             compilation_config=SimpleNamespace(cudagraph_capture_sizes=None),
             speculative_config=None, kv_transfer_config=None, lora_config=None,
+            use_v2_model_runner=self.on_gpu,  # vLLM's default
             additional_config={NAMESPACE: dict(self.settings)},
         )  # fmt: skip
 
@@ -174,7 +176,7 @@ def answer(question: Question, name: str) -> Arm:
     if name == DENSE:
         return _dense(question)
     settings = load_settings({NAMESPACE: dict(question.settings)}, name.lower())
-    config = question.configuration(question.concurrency)
+    config = question.configuration(question.concurrency, name)
     refused = [
         *unsupported(config, name, question.on_gpu),
         *question.model.layer_refusals(name, question.on_gpu),
@@ -203,13 +205,13 @@ def pool_room(question: Question) -> int:
 
 
 def _dense(question: Question) -> Arm:
-    size = question.blocks_of
+    size = question.blocks_of(DENSE)
     each = _block_bytes(question, size)
     blocks = pool_room(question) // each
     held = -(-question.model.max_model_len // size)
     return Arm(
         DENSE,
-        kept="keeps and reads every token",
+        kept=f"keeps and reads every token{_not_counted(question)}",
         block_bytes=each,
         pool_blocks=blocks,
         pool_bytes=blocks * each,
@@ -224,7 +226,7 @@ def _dense(question: Question) -> Arm:
 
 
 def _policy(question: Question, name: str, settings: Any) -> Arm:
-    size = question.blocks_of
+    size = question.blocks_of(name)
     policy = _policy_of(question, name, settings, question.model.max_model_len)
     each = _block_bytes(question, size) * policy.numbers_per_token // (2 * policy.shape.head_dim)
     context, longest = question.context, question.model.max_model_len
@@ -236,9 +238,10 @@ def _policy(question: Question, name: str, settings: Any) -> Arm:
         return policy_ms(question, _policy_of(question, name, settings, longer), tokens)
 
     reason = policy.retention(context).reason
+    kept = f"serves this densely ({reason})" if reason else policy.describe()
     return Arm(
         name,
-        kept=f"serves this densely ({reason})" if reason else policy.describe(),
+        kept=kept + _not_counted(question),
         block_bytes=each,
         pool_blocks=blocks,
         pool_bytes=blocks * each,
@@ -301,14 +304,20 @@ def _sparda(question: Question, settings: SpardaSettings) -> Arm:
 def _policy_of(question: Question, name: str, settings: Any, longest: int) -> Policy:
     model = question.model
     group = int(model.text["num_attention_heads"]) // model.get_total_num_kv_heads()
-    shape = CacheShape(model.get_head_size(), group, question.blocks_of, longest)
+    shape = CacheShape(model.get_head_size(), group, question.blocks_of(name), longest)
     return make_policy(name, settings, shape)
 
 
 def _block_bytes(question: Question, size: int) -> int:
     model, config = question.model, question.configuration(1)
     heads = model.get_num_kv_heads(config.parallel_config)
-    return block_bytes(model.layers, heads, size, model.get_head_size(), model.dtype.itemsize)
+    layers = model.layers - model.other_layers
+    return block_bytes(layers, heads, size, model.get_head_size(), model.dtype.itemsize)
+
+
+def _not_counted(question: Question) -> str:
+    others, layers = question.model.other_layers, question.model.layers
+    return f"; windows or states of {others} of {layers} layers come on top" if others else ""
 
 
 def _serve(question: Question, name: str, settings: dict[str, Any]) -> str:

@@ -11,7 +11,10 @@ ITEM_BYTES = 2  # bfloat16
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder-only model with grouped query attention and a gated MLP, `intermediate` wide."""
+    """A decoder-only model with grouped query attention and a gated MLP, `intermediate` wide.
+
+    Of its layers, `other_layers` keep a window or a state, not every token.
+    """
 
     name: str
     layers: int
@@ -22,6 +25,7 @@ class Shape:
     head_dim: int
     vocab: int
     rope_theta: float
+    other_layers: int = 0
 
     @property
     def step_weight_bytes(self) -> int:
@@ -31,6 +35,11 @@ class Shape:
         return ITEM_BYTES * (self.layers * layer + self.hidden * self.vocab)
 
     @property
+    def kv_layers(self) -> int:
+        """Layers that keep every token."""
+        return self.layers - self.other_layers
+
+    @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values of one token in all layers."""
-        return ITEM_BYTES * self.layers * self.kv_heads * 2 * self.head_dim
+        """Bytes of keys and values of one token in all layers that keep it."""
+        return ITEM_BYTES * self.kv_layers * self.kv_heads * 2 * self.head_dim

@@ -37,7 +37,7 @@ def policy_ms(question: Question, policy: Policy, context: int) -> float:
         return dense_ms(question, context)
     shape, rows = question.model.shape(), question.concurrency
     split = bounds.split_by(policy, context)
-    skipped = min(policy.settings.skip_layers, shape.layers)
+    skipped = min(policy.settings.skip_layers, shape.kv_layers)
     read = bounds.step_bytes(shape, rows, context, split)
     read += skipped * bounds.layer_bytes(shape, rows, context, split._replace(stage2=False))
     read -= skipped * bounds.layer_bytes(shape, rows, context, split)
