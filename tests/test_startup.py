@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.configuration import BLOCK_BYTES, configuration
 
-from vllm_sparse import startup
+from vllm_sparse import device_room, startup
 from vllm_sparse.errors import ConfigError, RequestError, UnsupportedError
 from vllm_sparse.kv.host.geometry import (
     GIB,
@@ -55,8 +55,6 @@ def test_what_requests_may_ask_for():
 
 
 def test_weights_are_known_from_files_or_from_the_shape(tmp_path):
-    from vllm_sparse import device_room
-
     shape = SimpleNamespace(
         hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=14336,
         vocab_size=128256, tie_word_embeddings=False,
@@ -76,13 +74,27 @@ def test_weights_are_known_from_files_or_from_the_shape(tmp_path):
     working = (4 << 30) + 2000 * (6 * 4096 + 3 * 14336)
     assert left == (40 << 30) - device_room.weight_bytes(model) // 2 - working
     (tmp_path / "model.safetensors").write_bytes(b"x" * 1000)
+    (tmp_path / "consolidated.safetensors").write_bytes(b"x" * 1000)  # the same once more
     model.model = str(tmp_path)
-    assert device_room.weight_bytes(model) == 1000
+    assert device_room.weight_bytes(model) == device_room.least_weight_bytes(model) == 1000
+
+
+def test_quantised_weights_are_not_taken_for_more_than_they_may_be(tmp_path):
+    model = configuration("SPARDA").model_config
+    whole = device_room.weight_bytes(model)
+    assert device_room.least_weight_bytes(model) == whole
+    model.quantization = "awq"
+    assert device_room.least_weight_bytes(model) == whole // 4
+    assert device_room.weight_bytes(model) == whole, "a slab is what surely stays"
 
 
 class TestGuard:
     @pytest.fixture(autouse=True)
     def _machine(self, monkeypatch):
+        monkeypatch.setattr(startup, "available_bytes", lambda: 300 * BLOCK_BYTES)
+
+    @pytest.fixture
+    def _small(self, monkeypatch):
         monkeypatch.setattr(startup, "available_bytes", lambda: 100 * BLOCK_BYTES)
 
     def test_vllm_gets_the_host_pools_size(self):
@@ -169,11 +181,14 @@ class TestGuard:
         accepted = config(parallel_config__pipeline_parallel_size=2)
         startup.check_config(accepted)
         assert accepted.cache_config.num_gpu_blocks_override == 40 * 4 // 3
+        slab = {"slab_gib": 1.0}
         monkeypatch.setattr(startup, "available_bytes", lambda: 53 * BLOCK_BYTES)
-        startup.check_config(config(parallel_config__pipeline_parallel_size=2))
+        startup.check_config(config(slab, parallel_config__pipeline_parallel_size=2), lambda: GIB)
         monkeypatch.setattr(startup, "available_bytes", lambda: 53 * BLOCK_BYTES - 1)
-        with pytest.raises(ConfigError, match="on all ranks together"):
-            startup.check_config(config(parallel_config__pipeline_parallel_size=2))
+        with pytest.raises(ConfigError, match="on all ranks"):
+            startup.check_config(
+                config(slab, parallel_config__pipeline_parallel_size=2), lambda: GIB
+            )
 
     def test_contradicting_block_sizes(self):
         given = {"cache_config__user_specified_block_size": True, "cache_config__block_size": 64}
@@ -193,11 +208,66 @@ class TestGuard:
         with pytest.raises(ConfigError, match=r"host_gib.* hold 32 blocks .* needs 33"):
             startup.check_config(config({"host_gib": 32 * BLOCK_BYTES / GIB}))
 
-    def test_a_pool_larger_than_memory(self, monkeypatch):
-        startup.check_config(config({"host_gib": 100 * BLOCK_BYTES / GIB}))
-        with pytest.raises(ConfigError, match=r"vllm_sparse\.host_gib.*available.*Lower host_gib"):
-            startup.check_config(config({"host_gib": 101 * BLOCK_BYTES / GIB}))
+    @pytest.mark.parametrize("ranks", [1, 2])
+    @pytest.mark.parametrize(
+        ("settings", "frames"), [({}, 64), ({"slab_gib": 40 * 4096 / GIB}, 40), ({"dense_len": 32},
+         64), ({"resident": True}, 80), ({"resident_first_layer": True}, 64 + 16 / 4)],
+    )  # fmt: skip
+    @pytest.mark.parametrize("selector", ["query", "previous"])
+    def test_a_cpu_s_memory_holds_everything(self, monkeypatch, settings, frames, ranks, selector):
+        """Frames in blocks of a KV head; the pool alone would fit three times."""
+        piece, model = 512 * 2, config().model_config
+        given = {
+            **{"selector": selector, "staging_blocks": 16, "host_gib": 40 * BLOCK_BYTES / GIB},
+            **settings,
+        }
+        if ranks == 2:
+            given["host_gib"] /= 2
+            given |= {"slab_gib": given["slab_gib"] / 2} if "slab_gib" in given else {}
+        pool = 40 * BLOCK_BYTES
+        keys, queries = pool // 16, 40 * 256 * (selector == "previous")
+        taken = pool + int(frames * 4 * piece) + keys + queries
+        taken += 2 * 16 * 2 * piece + device_room.weight_bytes(model)
 
+        def start(available):
+            monkeypatch.setattr(startup, "available_bytes", lambda: available)
+            startup.check_config(config(given, parallel_config__tensor_parallel_size=ranks))
+
+        start(taken)
+        message = r"vllm_sparse\.host_gib: .*frames.*weights.*Lower host_gib.* slab_gib"
+        with pytest.raises(ConfigError, match=message) as error:
+            start(taken - 1)
+        assert "--max-num-seqs" in str(error.value)
+        assert ("another selector" in str(error.value)) == (selector == "previous")
+        assert ("on all ranks" in str(error.value)) == (ranks == 2)
+
+    @pytest.mark.usefixtures("_small")
+    def test_a_pool_larger_than_a_gpu_s_host_memory(self):
+        device = {"slab_gib": 1.0}
+        startup.check_config(config({**device, "host_gib": 100 * BLOCK_BYTES / GIB}), lambda: GIB)
+        with pytest.raises(ConfigError, match=r"vllm_sparse\.host_gib.*available.*Lower host_gib$"):
+            startup.check_config(
+                config({**device, "host_gib": 101 * BLOCK_BYTES / GIB}), lambda: GIB
+            )
+
+    def test_only_the_first_of_several_api_servers_compares(self, monkeypatch):
+        """The others complete the configuration beside engines that hold the memory already."""
+        monkeypatch.setattr(startup, "available_bytes", lambda: 0)
+        for count, rank, compared in ((1, 0, True), (2, -1, True), (2, 0, False), (2, 1, False)):
+            for device_bytes in (None, lambda: GIB):
+                parallel = {
+                    "parallel_config___api_process_count": count,
+                    "parallel_config___api_process_rank": rank,
+                }
+                given = config({"slab_gib": 1.0}, **parallel)
+                if compared:
+                    with pytest.raises(ConfigError, match=r"0\.00 GiB available"):
+                        startup.check_config(given, device_bytes)
+                else:
+                    startup.check_config(given, device_bytes)
+                    assert given.cache_config.num_gpu_blocks_override == 40
+
+    @pytest.mark.usefixtures("_small")
     @pytest.mark.parametrize(("dtype", "query", "fits"), [("auto", 256, 96), ("fp8", 256, 188)])
     def test_queries_that_are_kept_count_where_they_are_pinned(self, dtype, query, fits):
         """One of 4 heads, 4 layers and 8 bfloat16 numbers beside each block, all ranks together."""
@@ -216,20 +286,20 @@ class TestGuard:
             message = r"queries that selector=previous keeps .*Lower host_gib or choose another"
             with pytest.raises(ConfigError, match=message):
                 startup.check_config(given(fits + 1), lambda: GIB)
-            startup.check_config(given(fits + 1))  # on a CPU
             startup.check_config(given(fits + 1, "query"), lambda: GIB)
 
     def test_staging_larger_than_memory(self):
-        startup.check_config(config({"staging_blocks": 200}))
-        with pytest.raises(ConfigError, match=r"vllm_sparse\.staging_blocks.*Lower"):
+        with pytest.raises(ConfigError, match=r"staging 8192\.00 GiB.*Lower .*staging_blocks"):
             startup.check_config(config({"staging_blocks": 2**31 - 1}))
 
+    @pytest.mark.usefixtures("_small")
     def test_all_ranks_pools_together_must_fit(self):
         halves = config(
-            {"host_gib": 51 * BLOCK_BYTES / GIB}, parallel_config__tensor_parallel_size=2
+            {"host_gib": 51 * BLOCK_BYTES / GIB, "slab_gib": 1.0},
+            parallel_config__tensor_parallel_size=2,
         )
-        with pytest.raises(ConfigError, match="on all ranks together"):
-            startup.check_config(halves)
+        with pytest.raises(ConfigError, match="on all ranks"):
+            startup.check_config(halves, lambda: GIB)
 
     def test_a_slab_too_small_stops_the_start(self):
         """4 rows, 2 heads, 4 blocks, 4 layers of 1 KiB pieces."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""How much of a GPU's memory a served model will leave, told before it is loaded."""
+"""How much memory a served model will take, and leave of a GPU's, told before it is loaded."""
 
 from __future__ import annotations
 
@@ -32,9 +32,24 @@ def weight_bytes(model: Any) -> int:
     Args:
         model: vLLM's model configuration.
     """
-    folder = Path(model.model)
-    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return stored or _weights_by_shape(model)
+    return _stored(model) or _weights_by_shape(model)
+
+
+def least_weight_bytes(model: Any) -> int:
+    """As :func:`weight_bytes`, but not more than it may be: 4 bits a number where unknown.
+
+    Args:
+        model: vLLM's model configuration.
+    """
+    parts = 4 if getattr(model, "quantization", None) else 1
+    return _stored(model) or _weights_by_shape(model) // parts
+
+
+def _stored(model: Any) -> int:
+    """Bytes of a local model's files; some have their weights in a second form beside them."""
+    files = list(Path(model.model).glob("*.safetensors"))
+    first = [file for file in files if not file.name.startswith("consolidated")]
+    return sum(file.stat().st_size for file in first or files)
 
 
 def _weights_by_shape(model: Any) -> int:

@@ -14,7 +14,7 @@ from vllm_sparse.backends.prefix_tier import prepare_tier
 from vllm_sparse.backends.refusals import unsupported
 from vllm_sparse.config import NAMESPACE, load_settings
 from vllm_sparse.control import Allowed
-from vllm_sparse.device_room import left_bytes
+from vllm_sparse.device_room import least_weight_bytes, left_bytes
 from vllm_sparse.errors import ConfigError, UnsupportedError
 from vllm_sparse.forecast.routing import route_model
 from vllm_sparse.kv.host.geometry import GIB, block_bytes, fit_slab, host_blocks, plan_frames
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # A child of vLLM's logger: others have no handler in its processes.
 logger = logging.getLogger("vllm.sparse.sparda")
+
+_QUERIES = "the queries that selector=previous keeps"
 
 
 def check_config(vllm_config: Any, device_bytes: Callable[[], int] | None = None) -> None:
@@ -154,22 +156,8 @@ def size_sparda(
             f" vllm_sparse.host_gib={settings.host_gib}, which holds {blocks} blocks"
         )
     blocks = cache.num_gpu_blocks_override
-    columns = parallel.tensor_parallel_size * max(parallel.data_parallel_size_local, 1)
-    ranks = len(stages) * columns
-    total = blocks * block_bytes(sum(stages), kv_heads, *shape) * columns
-    queries, more, instead = 0, "", ""
-    if device_bytes is not None and settings.chosen_selector == "previous":
-        # One query of each block, in the model's dtype; a CPU only takes what is written.
-        numbers = sum(stages) * model.get_num_attention_heads(parallel) * model.get_head_size()
-        queries = blocks * numbers * model.dtype.itemsize * columns
-        more = f" and the queries that selector=previous keeps another {queries / GIB:.2f} GiB"
-        instead = " or choose another selector"
-    if total + queries > available:
-        raise ConfigError(
-            f"vllm_sparse.host_gib: the host pool takes {total / GIB:.2f} GiB{more}"
-            f"{' on all ranks together' if ranks > 1 else ''}, but this "
-            f"machine has {available / GIB:.2f} GiB available. Lower host_gib{instead}"
-        )
+    replicas = max(parallel.data_parallel_size_local, 1)
+    columns = parallel.tensor_parallel_size * replicas
     sizes = {
         "num_layers": layers,
         "num_pieces": blocks * kv_heads,
@@ -177,19 +165,66 @@ def size_sparda(
         "piece_bytes": bytes_per_block // (layers * kv_heads),
         "max_model_len": model.max_model_len,
     }
-    staging = 2 * settings.staging_blocks * kv_heads * sizes["piece_bytes"]
-    if device_bytes is None and staging > available:  # on a GPU it is part of what the slab leaves
-        raise ConfigError(
-            f"vllm_sparse.staging_blocks: twice {settings.staging_blocks} blocks take "
-            f"{staging / GIB:.2f} GiB, but this machine has {available / GIB:.2f} GiB available. "
-            "Lower staging_blocks"
-        )
-    if device_bytes is not None and settings.slab_gib is None and not settings.resident:
-        # Compressed keys: one of two strides for keys and values of as many tokens, not in fp8.
-        numbers = blocks * bytes_per_block // itemsize
-        compressed = numbers * max(itemsize, 2) // (2 * settings.kernel_stride)
-        settings = _choose_slab(config, settings, device_bytes(), compressed, sizes)
-    return plan_frames(settings, max_num_seqs=config.scheduler_config.max_num_seqs, **sizes)
+    # Compressed keys: one of two strides for keys and values of as many tokens, not in fp8.
+    numbers = blocks * bytes_per_block // itemsize
+    compressed = numbers * max(itemsize, 2) // (2 * settings.kernel_stride)
+    # What is in host memory; each is of all ranks together.
+    taken = {"the host pool": blocks * block_bytes(sum(stages), kv_heads, *shape) * columns}
+    if settings.chosen_selector == "previous":  # one query of each block, in the model's dtype
+        numbers = sum(stages) * model.get_num_attention_heads(parallel) * model.get_head_size()
+        queries = blocks * numbers * model.dtype.itemsize * columns
+        taken[_QUERIES] = queries
+    if device_bytes is not None:
+        _check_memory(config, settings, taken, available)
+        if settings.slab_gib is None and not settings.resident:
+            settings = _choose_slab(config, settings, device_bytes(), compressed, sizes)
+    seqs = config.scheduler_config.max_num_seqs
+    frames = plan_frames(settings, max_num_seqs=seqs, **sizes)
+    if device_bytes is None:  # one memory holds everything, also what is filled only later
+        staging = 2 * settings.staging_blocks * kv_heads * sizes["piece_bytes"]
+        each = sum(frames) * sizes["piece_bytes"] + compressed
+        taken |= {
+            "frames and compressed keys": each * sum(stages) // layers * columns,
+            "staging": staging * len(stages) * columns,
+            "weights": least_weight_bytes(model) * replicas,
+        }
+        _check_memory(config, settings, taken, available)
+    return frames
+
+
+def _check_memory(
+    config: Any, settings: SpardaSettings, taken: dict[str, int], available: int
+) -> None:
+    """Compare what all ranks will take of host memory with what there is, before they do.
+
+    Args:
+        config: As of :func:`prepare_sparda`.
+        settings: SPARDA's.
+        taken: Bytes of each part, in words.
+        available: Host memory that is free, in bytes.
+
+    Raises:
+        ConfigError: It is too little; says how much each part takes.
+    """
+    parallel = config.parallel_config
+    # Of several API servers, each completes the configuration again beside engines that run.
+    if getattr(parallel, "_api_process_count", 1) > 1 and parallel._api_process_rank >= 0:
+        return
+    total = sum(taken.values())
+    if total <= available:
+        return
+    parts = ", ".join(f"{name} {nbytes / GIB:.2f} GiB" for name, nbytes in taken.items())
+    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    lower = ["host_gib"]
+    if "weights" in taken:
+        lower += ["staging_blocks", "slab_gib"] if settings.slab_gib else ["staging_blocks"]
+        lower += ["--max-num-seqs" if settings.slab_gib else "--max-num-seqs (or set slab_gib)"]
+    raise ConfigError(
+        f"vllm_sparse.host_gib: {parts}: together {total / GIB:.2f} GiB"
+        f"{' on all ranks' if ranks * parallel.data_parallel_size_local > 1 else ''}, but this "
+        f"machine has {available / GIB:.2f} GiB available. Lower {' or '.join(lower)}"
+        f"{' or choose another selector' if _QUERIES in taken else ''}"
+    )
 
 
 def _layers_of_stages(config: Any) -> list[int]:

@@ -263,27 +263,35 @@
     if (refused.length) return { name: "SPARDA", refused };
     const each = blockBytes(asked, size);
     const held = ceilDiv(asked.longest, size);
-    const most = floorDiv(floorDiv(asked.hostBytes * 8, 10), ranks);
+    const perRow = Math.min(Math.max(own.top_k, ceilDiv(own.dense_len, size)), held);
+    const slack = floorDiv(asked.hostBytes * 8, 10);
+    let most = floorDiv(slack, ranks);
+    if (!asked.onGpu) {
+      const left = floorDiv(Math.max(slack - weightBytes(shape), 0), ranks);
+      most = Math.max(floorDiv(left, 2), left - 2 * asked.concurrency * perRow * each);
+    }
     const wanted = Math.min((asked.concurrency * held + 1) * each, most);
     const hostGib = ceilDiv(wanted * 100, GIB) / 100;
     const blocks = floorDiv(Math.trunc(hostGib * GIB), each);
     if (blocks < held + 1) return { name: "SPARDA", refused: ["host memory holds not one request"] };
-    if (blocks * each * ranks > asked.hostBytes) {
-      return { name: "SPARDA", refused: ["the host pool is more than what is free"] };
-    }
     const heads = rankHeads(asked);
     const piece = floorDiv(each, shape.layers * heads);
     const pieces = blocks * heads;
-    const perRow = Math.min(Math.max(own.top_k, ceilDiv(own.dense_len, size)), held);
     const staging = 2 * own.staging_blocks * heads * piece;
-    if (!asked.onGpu && staging > asked.hostBytes) {
-      return { name: "SPARDA", refused: ["the staging area is more than what is free"] };
-    }
+    const keys = floorDiv(blocks * each, 2 * own.kernel_stride);
     let frames = Math.min(2 * Math.min(asked.concurrency * heads * perRow, pieces), pieces);
     let bySlab = MANY;
+    // One query of each block, as the selector is `previous`.
+    const queries = blocks * shape.layers * floorDiv(shape.heads, ranks) * shape.dim * ITEM_BYTES;
+    let taken = (blocks * each + queries) * ranks;
+    if (!asked.onGpu) {
+      taken += (frames * shape.layers * piece + keys + staging) * ranks + weightBytes(shape);
+    }
+    if (taken > asked.hostBytes) {
+      return { name: "SPARDA", refused: ["what is in host memory is more than what is free"] };
+    }
     if (asked.onGpu) {
-      const pool = floorDiv(blocks * each, 2 * own.kernel_stride);
-      const room = leftBytes(asked) - pool - staging;
+      const room = leftBytes(asked) - keys - staging;
       frames = floorDiv(floorDiv(room, piece), shape.layers);
       if (frames >= pieces) {
         frames = pieces;

@@ -89,7 +89,7 @@ def test_queries_that_a_gpu_pins_are_host_memory(config, capsys):
         settings = json.dumps({"selector": selector, "host_gib": 500})
         _, arms = plan(capsys, config(), "--backend", "SPARDA", "--settings", settings)
         refused = arms["SPARDA"]["refused"]
-        assert refused == [] if fits else "keeps another 15.62 GiB" in refused[0]
+        assert refused == [] if fits else "selector=previous keeps 15.62 GiB" in refused[0]
 
 
 def test_a_measured_bandwidth_scales_the_steps(config, capsys):

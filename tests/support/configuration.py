@@ -22,6 +22,15 @@ class Model(SimpleNamespace):
     max_model_len = 1024
     dtype = torch.bfloat16
     kv_heads = 2
+    model = "/nowhere"
+    quantization = None
+    hf_text_config = SimpleNamespace(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64,
+        vocab_size=128, tie_word_embeddings=True,
+    )  # fmt: skip
+
+    def get_num_experts(self) -> int:
+        return 0
 
     @property
     def architecture(self) -> str:
@@ -88,6 +97,8 @@ def configuration(backend: str, settings: dict[str, Any] | None = None, **change
             tensor_parallel_size=1,
             rank=0,
             data_parallel_size_local=1,
+            _api_process_count=1,
+            _api_process_rank=0,
             use_ubatching=False,
         ),
     }

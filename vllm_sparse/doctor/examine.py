@@ -7,12 +7,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_sparse.doctor.probe import MODEL, THOROUGH
-from vllm_sparse.kv.host.memory import available_bytes
+from vllm_sparse.kv.host.memory import available_bytes, container_limit
 from vllm_sparse.machine.cores import core_findings, quota
 from vllm_sparse.machine.findings import Finding, fine, warning
 from vllm_sparse.machine.imports import import_findings
 from vllm_sparse.machine.kernels import kernel_findings, on_gpu
-from vllm_sparse.machine.memory import cache_finding, container_limit, memory_findings
+from vllm_sparse.machine.memory import cache_finding, memory_findings
 from vllm_sparse.machine.observe import Probe
 from vllm_sparse.machine.plugin import plugin_findings
 from vllm_sparse.machine.versions import version_findings

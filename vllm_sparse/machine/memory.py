@@ -58,17 +58,6 @@ def memory_findings(available: int, limit: int | None, on_gpu: bool) -> Iterator
     yield _shared()
 
 
-def container_limit(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that this container may use; ``None``: no limit, or none that can be seen."""
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            text = (folder / name).read_text().strip()
-        except OSError:
-            continue
-        return int(text) if text.isdigit() else None
-    return None
-
-
 def _pinning(available: int, on_gpu: bool) -> Finding:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     unlimited = soft == resource.RLIM_INFINITY

@@ -69,6 +69,12 @@ class Model:
         return torch.float16 if name == "float16" else torch.bfloat16
 
     @property
+    def quantization(self) -> str | None:
+        """How weights are stored; ``None``: as they are."""
+        found = self.config.get("quantization_config") or {}
+        return found.get("quant_method")
+
+    @property
     def use_mla(self) -> bool:
         """Whether tokens have one latent vector."""
         return bool(self.text.get("kv_lora_rank"))

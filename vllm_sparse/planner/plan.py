@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_sparse import startup
 from vllm_sparse.backends.refusals import unsupported
 from vllm_sparse.config import NAMESPACE, load_settings
-from vllm_sparse.device_room import left_bytes
+from vllm_sparse.device_room import least_weight_bytes, left_bytes
 from vllm_sparse.errors import VllmSparseError
 from vllm_sparse.forecast.routing import tapped_architecture
 from vllm_sparse.kv.host.geometry import GIB, block_bytes, blocks_per_row
@@ -263,7 +263,7 @@ def _sparda(question: Question, settings: SpardaSettings) -> Arm:
     held = -(-model.max_model_len // size)
     chosen = dict(question.settings)
     if "host_gib" not in chosen:  # as much as these requests need, if there is as much
-        most = question.host_bytes * 8 // 10 // question.ranks
+        most = _largest_pool(question, settings, each)
         wanted = min((question.concurrency * held + 1) * each, most)
         chosen["host_gib"] = -(-wanted * 100 // GIB) / 100
         settings = settings.model_copy(update={"host_gib": chosen["host_gib"]})
@@ -299,6 +299,22 @@ def _sparda(question: Question, settings: SpardaSettings) -> Arm:
         left_out="" if question.on_gpu else CPU_LEAVES_OUT,
         serve=_serve(question, "SPARDA", chosen),
     )
+
+
+def _largest_pool(question: Question, settings: SpardaSettings, each: int) -> int:
+    """Bytes of a rank's pool, some slack left; on a CPU beside weights and at most as many frames.
+
+    Args:
+        question: What is asked.
+        settings: SPARDA's.
+        each: Bytes of a block.
+    """
+    most = question.host_bytes * 8 // 10
+    if question.on_gpu:
+        return most // question.ranks
+    left = max(most - least_weight_bytes(question.model), 0) // question.ranks
+    read = question.concurrency * blocks_per_row(settings, question.model.max_model_len)
+    return max(left // 2, left - 2 * read * each)
 
 
 def _policy_of(question: Question, name: str, settings: Any, longest: int) -> Policy:

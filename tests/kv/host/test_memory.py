@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from vllm_sparse.kv.host.memory import available_bytes, page_aligned
+from vllm_sparse.kv.host.memory import available_bytes, container_limit, page_aligned
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 1 << 20)])
@@ -92,3 +92,22 @@ class TestAvailableBytes:
 
     def test_old_statistics(self, tmp_path):
         assert available_bytes(self.cgroup(tmp_path, "800\n", stat="anon 300\n")) == 300
+
+    def test_the_first_version_of_control_groups(self, tmp_path):
+        folder = tmp_path / "memory"
+        folder.mkdir()
+        (folder / "memory.limit_in_bytes").write_text("800\n")
+        (folder / "memory.usage_in_bytes").write_text("500\n")
+        (folder / "memory.stat").write_text("inactive_file 7\ntotal_inactive_file 150\n")
+        assert container_limit(tmp_path) == 800
+        assert available_bytes(tmp_path) == 800 - 500 + 150
+        (folder / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+        assert available_bytes(tmp_path) == 1000
+
+
+def test_the_container_s_limit(tmp_path):
+    assert container_limit(tmp_path) is None
+    (tmp_path / "memory.max").write_text("max\n")
+    assert container_limit(tmp_path) is None
+    (tmp_path / "memory.max").write_text("800\n")
+    assert container_limit(tmp_path) == 800

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CGROUP = Path("/sys/fs/cgroup")
+# Of both versions: the limit, what is used, statistics, and in those what is only cached.
+_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat",
+     "total_inactive_file"),
+)  # fmt: skip
 _HUGE_PAGE = 2 << 20
 
 
@@ -45,21 +51,36 @@ def page_aligned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return whole[begin : begin + count * dtype.itemsize].view(dtype).view(shape)
 
 
+def container_limit(cgroup: Path = _CGROUP) -> int | None:
+    """Bytes that this container may use; ``None``: no limit, or none that can be seen.
+
+    Args:
+        cgroup: Folder of the process's control groups.
+    """
+    for file, *_ in _FILES:
+        try:
+            text = (cgroup / file).read_text().strip()
+        except OSError:
+            continue
+        return int(text) if text.isdigit() else None
+    return None
+
+
 def available_bytes(cgroup: Path = _CGROUP) -> int:
     """The smaller of what the machine has available and what the container's limit leaves.
 
     Args:
-        cgroup: Folder of the process's control group (version 2).
+        cgroup: As of :func:`container_limit`.
     """
-    available = int(psutil.virtual_memory().available)
-    try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        used = int((cgroup / "memory.current").read_text())
-        cached = dict(
-            line.split() for line in (cgroup / "memory.stat").read_text().splitlines()
-        ).get("inactive_file", "0")
-    except (OSError, ValueError):
+    available, limit = int(psutil.virtual_memory().available), container_limit(cgroup)
+    if limit is None:
         return available
-    if limit == "max":
-        return available
-    return min(available, int(limit) - used + int(cached))
+    for _, use, statistics, cache in _FILES:
+        try:
+            used = int((cgroup / use).read_text())
+            lines = (cgroup / statistics).read_text().splitlines()
+        except (OSError, ValueError):
+            continue
+        cached = dict(line.split() for line in lines).get(cache, "0")
+        return min(available, limit - used + int(cached))
+    return available
