@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("vllm")
 from support.devices import META, elsewhere, tensors_of, upload_to_meta
 from support.policies import make_policy
-from support.runner import PROMPT, batch, table_of, take_up
+from support.runner import PROMPT, batch, dummy_of_v1, table_of, take_up
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 from vllm_sparse.kernels.layout import PageLayout
 
@@ -56,6 +56,7 @@ class Builder(PolicyGpuBuilder):
 
     def _plan(self, *arguments, **_):
         arguments[5].append(1)
+        self.planned = arguments[1:4]
 
 
 @pytest.fixture
@@ -154,3 +155,18 @@ def test_where_nobody_tells_who_left_a_prompt_is_compacted(table, monkeypatch):
     table.remove_request("b")
     builder.build(0, common)
     assert builder.compacted == [PROMPT]
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_what_an_idle_rank_computes_touches_no_request(drafts):
+    """Model Runner V1 fills it up with rows that its table happens to have."""
+    builder = Builder(make_policy(), drafts)
+    builder.device = torch.device("cpu")
+    builder.build_for_cudagraph_capture(dummy_of_v1(2, 300))
+    lengths, prompts, table = builder.planned
+    assert lengths.tolist() == [1, 1]
+    assert not prompts.any()
+    assert not table.any()
+    assert not builder._late
+    assert not builder.counts
+    assert not builder._counters.values

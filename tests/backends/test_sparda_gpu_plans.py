@@ -8,10 +8,11 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 from support.devices import META, elsewhere, upload_to_meta
-from support.runner import PROMPT, batch, table_of
+from support.runner import PROMPT, batch, dummy_of_v1, table_of
 
 from vllm_sparse import metrics
 from vllm_sparse.backends.prompts import Newcomers
@@ -27,13 +28,13 @@ SETTINGS = SpardaSettings(selector="previous", block_size=16, kernel_stride=4, t
 class Builder(SpardaGpuBuilder):
     """One without layers, whose counts can be seen."""
 
-    def __init__(self, counts):
+    def __init__(self, counts, device=META):
         self.polls = 0
         self.runtime = SimpleNamespace(poll=self._poll)
-        self.device, self._steps, self._bytes_per_token = META, 0, 7
+        self.device, self._steps, self._bytes_per_token = device, 1, 7
         self.planner = SpardaPlanner(SETTINGS, 50, counts.add, split_fresh=True)
         self._rehearsal = SpardaPlanner(SETTINGS, 50, lambda *_: None, split_fresh=True)
-        self._rows = RowPlanner(SETTINGS, 8, META, captured=True)
+        self._rows = RowPlanner(SETTINGS, 8, device, captured=True)
         self._newcomers = Newcomers()
         self._newcomers.arrived()  # looking for who shares a block reads the table
 
@@ -69,3 +70,31 @@ def test_a_plan_is_on_the_device_and_counts_who_is_served(monkeypatch, names, se
         "device_to_host_bytes": 7 * sum(counts),
     }  # fmt: skip
     assert found.found == (expected if served else {})
+
+
+@pytest.mark.parametrize("length", [1, 300])
+def test_what_an_idle_rank_computes_touches_no_request(monkeypatch, length):
+    """Model Runner V1 fills it up with rows of its table; their blocks may be in the prefix cache.
+
+    While it measures what graphs take, it lets them be long.
+    """
+    found = Counts()
+    monkeypatch.setattr(metrics, "counters", lambda: found)
+    builder = Builder(found, torch.device("cpu"))
+    live = dummy_of_v1(2, length)
+    step = builder.build_for_cudagraph_capture(live)
+    assert step.slots.tolist() == [0, 0], "vLLM's null block"
+    assert not step.decode.table.any()
+    assert step.decode.framed.tolist() == [0, 0]
+    assert not found.found
+    assert live.block_table_tensor.all(), "what the runner goes on with"
+
+
+def test_a_run_before_there_are_requests_counts_for_nothing(monkeypatch):
+    """As Model Runner V1 makes it before it captures: nobody has a prompt."""
+    found = Counts()
+    monkeypatch.setattr(metrics, "counters", lambda: found)
+    common = dummy_of_v1(2, 1)
+    common.rswa_prefix_lens = torch.zeros(2, dtype=torch.int32)
+    Builder(found, torch.device("cpu")).build(0, common)
+    assert not found.found

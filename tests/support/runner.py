@@ -65,3 +65,17 @@ def batch(
         is_prefilling=lens <= PROMPT,
         rswa_prefix_lens=torch.full((len(ends),), PROMPT, dtype=torch.int32, device=META),
     )  # fmt: skip
+
+
+def dummy_of_v1(rows: int, length: int) -> CommonAttentionMetadata:
+    """A dummy run of Model Runner V1 on the host, with what is left of requests in its table."""
+    starts, lens = torch.arange(rows + 1).int(), torch.full((rows,), length).int()
+    blocks = torch.arange(40 * rows, dtype=torch.int32).view(rows, 40) % 49 + 1
+    return CommonAttentionMetadata(
+        query_start_loc=starts, query_start_loc_cpu=starts, seq_lens=lens, num_reqs=rows,
+        num_actual_tokens=rows, max_query_len=1, max_seq_len=1000,
+        seq_lens_cpu_upper_bound=lens,
+        block_table_tensor=blocks,
+        slot_mapping=torch.full((rows,), -1), is_prefilling=torch.ones(rows, dtype=torch.bool),
+        rswa_prefix_lens=torch.full((rows,), PROMPT, dtype=torch.int32),
+    )  # fmt: skip

@@ -69,8 +69,25 @@ def withdraw(vllm_config: VllmConfig) -> None:
 
 
 def is_rehearsal(common: CommonAttentionMetadata) -> bool:
-    """Whether this is a dummy run, which counts for nothing."""
-    return common.rswa_prefix_lens is None
+    """Whether this is a dummy run, which counts for nothing: no prompt has a length."""
+    lengths = common.rswa_prefix_lens
+    return lengths is None or (lengths.device.type == "cpu" and not bool(lengths.any()))
+
+
+def rehearsed(common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+    """A batch of the same sizes, of nobody's tokens, which go to vLLM's null block.
+
+    Model Runner V1 fills up what graphs capture, and what an idle rank computes beside the others
+    of data parallelism, with the rows that its table happens to have: blocks of requests that wait
+    or have just ended, which the prefix cache may know.
+    """
+    return common.replace(
+        seq_lens=common.query_start_loc[: common.num_reqs + 1].diff(),
+        seq_lens_cpu_upper_bound=common.query_start_loc_cpu[: common.num_reqs + 1].diff(),
+        block_table_tensor=torch.zeros_like(common.block_table_tensor),
+        rswa_prefix_lens=None,
+        is_prefilling=None,
+    )
 
 
 def prompt_lengths(common: CommonAttentionMetadata) -> Tensor:

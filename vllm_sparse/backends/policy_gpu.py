@@ -28,6 +28,7 @@ from vllm_sparse.backends.base import (
     is_rehearsal,
     most_rows,
     prompt_lengths,
+    rehearsed,
     sequence_lengths,
     withdraw,
 )
@@ -184,9 +185,15 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         asked = prompt_lengths_on_host(common), controls(common)
         return self._planning.split(common, lengths, *asked, super().build, corrected, count)
 
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> StepMetadata:
+        """Plan a dummy run; slots are ours, so that vLLM's empty slot mapping protects nothing."""
+        return self.build(0, rehearsed(common_attn_metadata))
+
     def _counting(self, common: CommonAttentionMetadata) -> tuple[Callable[..., None], Tensor]:
         """What takes the counts of a step, on the host and on the device; not of vLLM's own."""
-        if is_warm_up(common):
+        if is_rehearsal(common) or is_warm_up(common):
             return count_nothing, self._uncounted
         return self._planning.count, self._counters.values
 

@@ -29,6 +29,7 @@ from vllm_sparse.backends.base import (
     is_rehearsal,
     most_rows,
     prompt_lengths,
+    rehearsed,
     sequence_lengths,
 )
 from vllm_sparse.backends.controls import controls, watch_controls
@@ -213,6 +214,12 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
             new,
             dense,
         ).to(self.device)
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> SpardaStep:
+        """Plan a dummy run; slots are ours, so that vLLM's empty slot mapping protects nothing."""
+        return self.build(0, rehearsed(common_attn_metadata))
 
     def _plan_rows(
         self,
