@@ -36,7 +36,7 @@ def speed() -> Picture:
     files = tuple(file for file, _ in SPEEDS)
     return Picture(
         "speed",
-        f"A decode step of ROCKETKV is up to {most:.2f}x as fast as stock's: {min(shares):.0f} to "
+        f"A decode step of ROCKETKV is up to {most:.1f}x as fast as stock's: {min(shares):.0f} to "
         f"{max(shares):.0f} % of what any sparse method could gain",
         "t = 512; bound: stock's step at this context over its step at 128 tokens. Below "
         f"min_context it is dense. {machine(*files)}",
