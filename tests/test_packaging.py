@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -85,6 +86,16 @@ def test_plugin_entry_points_are_installed(group, value):
 def test_entry_points_resolve():
     for point in metadata.distribution("vllm-sparse").entry_points:
         assert callable(point.load()), point
+
+
+def test_nothing_asks_an_index_for_this_package():
+    """It is not published: whoever owns its name there would be installed."""
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.py", "*.md", "*.toml", "*.sh", "Dockerfile"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    asked = re.compile(r"""pip install (?:-\S+ )*["']?vllm-sparse""")
+    assert [name for name in tracked if asked.search((ROOT / name).read_text())] == []
 
 
 def test_version_is_the_same_everywhere():

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from benchmarks.pictures.draw import svg
     except ImportError as error:
-        print(f"{error}; pictures need: pip install 'vllm-sparse[report]'", file=sys.stderr)
+        print(f"{error}; pictures need: pip install '.[report]'", file=sys.stderr)
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
     for make in PICTURES:

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: The vllm-sparse authors
 """What the judge asks: RULER's offline tasks as lm-eval makes them, and tasks of our own.
 
-RULER's prompts are made by lm-eval's own functions (``pip install 'vllm-sparse[quality]'``), plain
+RULER's prompts are made by lm-eval's own functions (``pip install '.[quality]'``), plain
 completions without a chat template, and judged as lm-eval does: the share of the wanted strings
 that appear in the reply, whatever their case.
 

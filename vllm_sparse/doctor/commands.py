@@ -43,7 +43,7 @@ def _run(arguments: argparse.Namespace) -> int:
         findings = [
             error(
                 "dependencies", f"{missing.name} is not installed",
-                "vllm-sparse itself cannot run without it", "pip install vllm-sparse",
+                "vllm-sparse itself cannot run without it", "pip install . in the checkout",
             )
         ]  # fmt: skip
     else:

@@ -28,11 +28,11 @@ def quota(folder: Path = Path("/sys/fs/cgroup")) -> float | None:
     return None if share == "max" else int(share) / int(period)
 
 
-def core_findings(on_gpu: bool, share: float | None) -> Iterator[Finding]:
+def core_findings(on_gpu: bool | None, share: float | None) -> Iterator[Finding]:
     """Cores and threads.
 
     Args:
-        on_gpu: Attention is not computed by them.
+        on_gpu: Attention is not computed by them; ``None``: nobody knows.
         share: See :func:`quota`.
     """
     usable = len(os.sched_getaffinity(0))
@@ -45,7 +45,7 @@ def core_findings(on_gpu: bool, share: float | None) -> Iterator[Finding]:
         )  # fmt: skip
     else:
         yield fine(SUBJECT, shown)
-    if on_gpu:
+    if on_gpu is not False:
         return
     bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
     kept = os.environ.get("VLLM_CPU_NUM_OF_RESERVED_CPU", "1")

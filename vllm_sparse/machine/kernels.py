@@ -29,8 +29,10 @@ _VECTORS = (
 )
 
 
-def on_gpu(observed: Observed) -> bool:
-    """Whether a GPU will compute."""
+def on_gpu(observed: Observed) -> bool | None:
+    """Whether a GPU will compute; ``None``: a driver is here, but torch had no time to say."""
+    if "torch" not in observed.facts and observed.stopped == "time" and _driver_is_here():
+        return None
     return bool(observed.facts.get("torch", {}).get("devices"))
 
 
@@ -48,7 +50,11 @@ def summary() -> str:
 def kernel_findings(observed: Observed) -> Iterator[Finding]:
     """The path that attention will take."""
     found = observed.facts.get("kernels")
-    if on_gpu(observed):
+    gpu = on_gpu(observed)
+    if gpu is None:
+        yield fine("GPU", "not looked at: the time was up; --thorough waits")
+        return
+    if gpu:
         yield from _gpus(observed.facts["torch"]["devices"], found or {})
         return
     yield from _unused_gpu(observed.facts.get("torch", {}))
@@ -101,7 +107,7 @@ def cpu_kernels(found: dict[str, Any]) -> Finding:
         return warning(
             subject, "PyTorch reference, because there is no C++ compiler",
             "the reference is many times slower, and vLLM's CPU build wants a compiler too",
-            "apt-get install g++, or set CXX",
+            "apt-get install g++ python3-dev, or set CXX",
         )  # fmt: skip
     if not found["compiled"]:
         return fine(
@@ -111,8 +117,12 @@ def cpu_kernels(found: dict[str, Any]) -> Finding:
     return fine(subject, f"C++, compiled: {found['library']}")
 
 
+def _driver_is_here() -> bool:
+    return _NVIDIA.exists() or shutil.which("nvidia-smi") is not None
+
+
 def _unused_gpu(torch: dict[str, Any]) -> Iterator[Finding]:
-    if not (_NVIDIA.exists() or shutil.which("nvidia-smi")):
+    if not _driver_is_here():
         return
     if "devices" in torch and torch["cuda"] is None:
         yield warning(

@@ -34,13 +34,13 @@ SHARED = Path("/dev/shm")
 _COLLAPSE = (6, 1)  # Linux, from which huge pages are made at once
 
 
-def memory_findings(available: int, limit: int | None, on_gpu: bool) -> Iterator[Finding]:
+def memory_findings(available: int, limit: int | None, on_gpu: bool | None) -> Iterator[Finding]:
     """What host memory there is, and whether it can be pinned.
 
     Args:
         available: Bytes that are free, the container's limit included.
         limit: The container's limit in bytes, if there is one.
-        on_gpu: SPARDA's pool will be pinned.
+        on_gpu: SPARDA's pool will be pinned; ``None``: nobody knows.
     """
     total = psutil.virtual_memory().total
     shown = f"{available / GIB:.1f} GiB free of {total / GIB:.1f}"
@@ -58,13 +58,13 @@ def memory_findings(available: int, limit: int | None, on_gpu: bool) -> Iterator
     yield _shared()
 
 
-def _pinning(available: int, on_gpu: bool) -> Finding:
+def _pinning(available: int, on_gpu: bool | None) -> Finding:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     unlimited = soft == resource.RLIM_INFINITY
     shown = "unlimited" if unlimited else f"{soft / (1 << 20):.0f} MiB"
-    if not on_gpu:
+    if on_gpu is False:
         return fine("locked memory", f"limit {shown}", "nothing is pinned without a GPU")
-    if unlimited or soft >= available:
+    if on_gpu is None or unlimited or soft >= available:
         return fine("locked memory", f"limit {shown}")
     return warning(
         "locked memory", f"limit {shown}",

@@ -30,7 +30,7 @@ GROUPS = {
 """What `pyproject.toml` declares."""
 
 _REINSTALL = (
-    "pip install --force-reinstall --no-deps vllm-sparse (or its checkout) in vLLM's environment"
+    "pip install --force-reinstall --no-deps . in the checkout, in vLLM's environment"
 )
 
 

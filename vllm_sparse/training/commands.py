@@ -116,7 +116,7 @@ def _guarded(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse
         except ModuleNotFoundError as error:
             raise ConfigError(
                 f"the package {error.name} is missing; install it with: "
-                "pip install 'vllm-sparse[train]'"
+                "pip install '.[train]' in the checkout of vllm-sparse"
             ) from error
 
     return run

@@ -76,7 +76,7 @@ def _read_dataset(source: str, text_key: str) -> Iterator[str | list[int]]:
     except ImportError:
         raise ConfigError(
             f"data: {source!r} is no file or folder. If it is the name of a dataset, install the "
-            "package datasets (pip install 'vllm-sparse[data]')"
+            "package datasets (pip install '.[data]' in the checkout of vllm-sparse)"
         ) from None
     try:
         rows: Any = datasets.load_dataset(name, split=split or "train", streaming=True)
