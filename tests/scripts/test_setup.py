@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""``scripts/setup.sh``, with stand-ins of Python, pip and nvidia-smi that write down their calls."""
+"""``scripts/setup.sh``, with stand-ins of Python, pip and nvidia-smi that write down calls."""
 
 from __future__ import annotations
 

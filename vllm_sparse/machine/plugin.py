@@ -29,9 +29,7 @@ GROUPS = {
 }
 """What `pyproject.toml` declares."""
 
-_REINSTALL = (
-    "pip install --force-reinstall --no-deps . in the checkout, in vLLM's environment"
-)
+_REINSTALL = "pip install --force-reinstall --no-deps . in the checkout, in vLLM's environment"
 
 
 def plugin_findings() -> Iterator[Finding]:
