@@ -5,16 +5,19 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.lanes import copy_threads, gated_lane
 
+from vllm_sparse.prefetch import lane as lane_module
 from vllm_sparse.prefetch.lane import LateLane, ThreadLane
 
 
@@ -87,6 +90,47 @@ class TestThreadLane:
         start = time.perf_counter()
         lane.fork(write(torch.zeros(1)), 4).wait()
         assert time.perf_counter() - start >= 0.03
+        lane.close()
+
+    def test_a_thread_that_may_not_choose_its_cores_works(self, monkeypatch):
+        def refuse(*_):
+            raise OSError(22, "Invalid argument")
+
+        monkeypatch.setattr(os, "sched_setaffinity", refuse)
+        lane, target, done = ThreadLane(), torch.zeros(1), threading.Event()
+        lane.fork(lambda: (target.fill_(1), done.set()))
+        assert done.wait(10)
+        lane.close()
+
+    @pytest.mark.parametrize("parent", [None, 1234, 1])
+    def test_it_stays_on_the_cores_that_the_server_was_given(self, monkeypatch, parent):
+        """A worker is pinned to some of its parent's; nobody leaves those of a `taskset`."""
+        chosen, masks = [], {0: {5}, 1234: {4, 5}}
+
+        def mask(pid):
+            if pid not in masks:
+                raise ProcessLookupError
+            return set(masks[pid])
+
+        monkeypatch.setattr(os, "sched_getaffinity", mask)
+        monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: chosen.append(cores))
+        found = None if parent is None else SimpleNamespace(pid=parent)
+        monkeypatch.setattr(multiprocessing, "parent_process", lambda: found)
+        lane = ThreadLane()
+        lane.fork(write(torch.zeros(1))).wait()
+        lane.close()
+        assert chosen == [{4, 5} if parent == 1234 else {5}]
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+    def test_a_dead_thread_is_not_waited_for(self, monkeypatch):
+        def fail():
+            raise MemoryError
+
+        monkeypatch.setattr(lane_module, "_allowed_cores", fail)
+        lane = ThreadLane()
+        lane._thread.join(10)
+        with pytest.raises(RuntimeError, match="has died"):
+            lane.fork(write(torch.zeros(1)))
         lane.close()
 
     def test_errors_surface_where_the_work_is_awaited(self):

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import queue
 import threading
@@ -106,6 +108,8 @@ class ThreadLane:
         """See :class:`Lane`."""
         if not self._closer.alive:
             raise RuntimeError("the lane is closed")
+        if not self._thread.is_alive():
+            raise RuntimeError("the thread that copies KV blocks has died; nothing would be copied")
         job = _Job(work, nbytes)
         self._jobs.put(job)
         return job
@@ -121,10 +125,21 @@ def _close(jobs: queue.SimpleQueue[_Job | None], thread: threading.Thread) -> No
         thread.join()
 
 
+def _allowed_cores() -> set[int]:
+    """Cores that the server was started on: vLLM pins a worker to some of those of its parent."""
+    cores = os.sched_getaffinity(0)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None:
+        with contextlib.suppress(OSError):  # it has ended
+            cores |= os.sched_getaffinity(parent.pid)
+    return cores
+
+
 def _work(jobs: queue.SimpleQueue[_Job | None], gb_per_s: float | None) -> None:
-    # vLLM pins its threads; a copy on the core that computes would overlap with nothing.
+    # A copy on the core that computes would overlap with nothing; but it works there, too.
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        with contextlib.suppress(OSError):  # forbidden, or the cores have changed
+            os.sched_setaffinity(0, _allowed_cores())
     free_at = 0.0
     while (job := jobs.get()) is not None:
         # A queued copy starts when the link is free, however late this thread wakes up.
