@@ -196,7 +196,7 @@ def test_a_plan_is_what_its_tokens_say(batch) -> None:
     blocks = [-(-rows[r].end // size) for r in decodes]
     reads = [b if rows[r].end <= options.dense_len else min(b, options.blocks_read)
              for b, r in zip(blocks, decodes, strict=True)]  # fmt: skip
-    ended = [row for row in rows if row.start < row.prompt_len <= row.end]
+    ended = [row for row in rows if row.start < row.prompt_len == row.end]
     expected = {
         ("decode_rows", ""): len(decodes),
         ("visible_blocks", ""): sum(blocks),
@@ -447,6 +447,15 @@ def test_a_dense_request_is_counted_when_its_prompt_ends() -> None:
     _, counts = plan(simple(dense_len=16), rows)
     assert counts["dense_fallbacks", "requested"] == 1
     assert counts["dense_fallbacks", "shorter_than_dense_len"] == 1
+
+
+def test_a_preempted_request_is_not_counted_again() -> None:
+    """Its replay goes on past the prompt's end, whichever chunk it comes in."""
+    blocks, total = [1, 2, 3], Counter()
+    for start, count in ((0, 7), (7, 4), (11, 1), (0, 7), (7, 6)):
+        _, counts = plan(simple(), [Row(start, count, 11, blocks)])
+        total += counts
+    assert total["requests", ""] == 1
 
 
 def test_a_lone_token_of_a_prompt_with_its_own_number_of_blocks_is_left_to_the_other_planner():

@@ -278,13 +278,16 @@ class SpardaPlanner:
     ) -> None:
         """Count each request once, when its prompt completes, by how it starts to decode.
 
+        A preempted request is replayed past its prompt. Nothing tells it from a new one if a chunk
+        of that happens to end with the prompt; it is then counted again.
+
         Args:
             start: Host ``[R]``: position of each row's first token.
             seq_lens: Host ``[R]``: tokens of each row after the step, 0 for padding rows.
             prompt_lens: Host ``[R]``: prompt tokens of each row's request.
             dense: As of :meth:`plan`.
         """
-        finished = (start < prompt_lens) & (seq_lens >= prompt_lens) & (seq_lens > 0)
+        finished = (start < prompt_lens) & (seq_lens == prompt_lens) & (seq_lens > 0)
         if dense is not None:
             if asked := int((finished & dense).sum()):
                 self._count("dense_fallbacks", asked, REQUESTED)
