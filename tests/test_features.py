@@ -106,6 +106,10 @@ BY_CONFIGURATION = {
         "beside recurrent state layers",
     ),
     "lora": ({"lora_config": object()}, "LoRA"),
+    "transfer-ahead": (
+        {"settings": AHEAD, "weight_transfer_config": object()},
+        "lookahead-query .*--weight-transfer-config",
+    ),
     "lora-ahead": ({"settings": AHEAD, "lora_config": object()}, "lookahead-query .*--enable-lora"),
     "sparse-prompts": ({"settings": {"sparse_prefill": True}}, "sparse_prefill"),
     "prompt-blocks": (

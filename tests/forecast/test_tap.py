@@ -106,11 +106,11 @@ def test_an_unfilled_tap_shows():
     taps = Taps()
     taps._taps.append(tap)
     with pytest.raises(IntegrityError, match="--load-format auto"):
-        taps.finish()
+        taps.check()
     x = torch.randn(9, 16)  # one padded row more than there is room for
     tap(x, torch.zeros(9, 1))
     torch.testing.assert_close(tap.values[:, 0], (x @ weight.T + bias)[:8].view(8, KV_HEADS, DIM))
     assert tap.values[:, 1].isnan().all()
     tap.fill(-1, weight)
     assert tap.ready
-    taps.finish()
+    taps.check()

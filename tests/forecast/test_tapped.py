@@ -129,7 +129,7 @@ def forecast(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
 @pytest.fixture(scope="module")
 def runs(models: dict, forecast: tuple, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All eager runs, in one process because starting one takes longest."""
-    cases = {arch: case(path, LOOKAHEAD) for arch, path in models.items()}
+    cases = {arch: case(path, LOOKAHEAD, reload=True) for arch, path in models.items()}
     cases["forecast"] = case(models["llama"], forecast[0])
     cases["stock"] = case(models["llama"], None)
     cases["dummy"] = case(models["llama"], LOOKAHEAD, load_format="dummy")
@@ -168,6 +168,16 @@ def test_dummy_weights_are_tapped_too(runs):
     (weights,) = runs["dummy"]["weights"]
     assert [len(weight) for weight in weights] == [2 * KV_HEADS * DIM, KV_HEADS * DIM]
     assert all(weight.isfinite().all() and weight.abs().max() > 0 for weight in weights)
+
+
+@pytest.mark.parametrize(("arch", "factor"), [("llama", 4), ("qwen2", 4), ("qwen3", 8)])
+def test_new_weights_of_a_served_model_reach_its_taps(runs, arch, factor):
+    """Queries times four, and norms, which come after them, times two; all numbers stay exact."""
+    (before,), (after,) = runs[arch]["weights"], runs[arch]["reloaded"]
+    assert len(before) == len(after) == 2
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(new, old * factor)
+    assert "ForecastTap: Failed to load weights" not in runs["log"]
 
 
 @pytest.mark.slow

@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 PROMPT_TOKENS, NEW_TOKENS, KV_HEADS, DIM = 150, 6, 2, 32
 
 
-def case(model: Path, settings: dict[str, Any] | None, **llm: Any) -> dict[str, Any]:
-    """One engine: model, settings of SPARDA (None: all stock), arguments of ``LLM``."""
-    return {"model": str(model), "settings": settings, "llm": llm}
+def case(
+    model: Path, settings: dict[str, Any] | None, *, reload: bool = False, **llm: Any
+) -> dict[str, Any]:
+    """One engine: model, settings of SPARDA (None: all stock), arguments of ``LLM``.
+
+    With ``reload``, it gets new weights after the prompt.
+    """
+    return {"model": str(model), "settings": settings, "reload": reload, "llm": llm}
 
 
 def run_tapped(
@@ -34,9 +39,9 @@ def run_tapped(
 
     Returns:
         ``log`` and by case: ``tokens``, ``models`` (class of each worker), ``weights`` (of each
-        worker's taps), and ``seen``: per pass ("prefill" and "decode") and layer, what that layer's
-        attention found in its own tap and in the one before. ``rotated``: by layer, random values
-        and their rotation.
+        worker's taps), ``reloaded`` (the same after new ones were loaded), and ``seen``: per pass
+        ("prefill" and "decode") and layer, what that layer's attention found in its own tap and in
+        the one before. ``rotated``: by layer, random values and their rotation.
     """
     folder.mkdir(exist_ok=True)
     result = folder / "result.pt"
@@ -73,6 +78,17 @@ def _tap_weights(worker: Any) -> list[torch.Tensor]:
     layers = worker.vllm_config.compilation_config.static_forward_context.values()
     taps = [getattr(layer, "sparda_tap", None) for layer in layers]
     return [tap.weight.clone() for tap in taps if tap is not None]
+
+
+def _reload(worker: Any, path: str) -> None:
+    """Load weights into the served model: queries times four, then their norms times two."""
+    from safetensors.torch import load_file
+
+    weights = load_file(f"{path}/model.safetensors")
+    factors = {"q_proj": 4, "q_norm": 2}
+    changed = [(name, w * factors.get(name.split(".")[-2], 1)) for name, w in weights.items()]
+    changed.sort(key=lambda item: ".q_norm." in item[0])  # after what they follow
+    worker.model_runner.reload_weights(weights_iterator=iter(changed))
 
 
 def _serve(case: dict[str, Any], enforce_eager: bool, in_process: bool) -> dict[str, Any]:
@@ -136,12 +152,18 @@ def _serve(case: dict[str, Any], enforce_eager: bool, in_process: bool) -> dict[
             max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, detokenize=False
         )
         output = llm.generate([{"prompt_token_ids": prompt()}], sampling, use_tqdm=False)[0]
+        models, weights = (llm.collective_rpc(each) for each in (_model_class, _tap_weights))
+        reloaded = None
+        if case["reload"]:
+            llm.collective_rpc(_reload, args=(case["model"],))
+            reloaded = llm.collective_rpc(_tap_weights)
         return {
             "tokens": list(output.outputs[0].token_ids),
             "seen": seen,
             "rotated": rotated,
-            "models": llm.collective_rpc(_model_class),
-            "weights": llm.collective_rpc(_tap_weights),
+            "models": models,
+            "weights": weights,
+            "reloaded": reloaded,
         }
     finally:
         CPUAttentionBackendImpl.forward = stock

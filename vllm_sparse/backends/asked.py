@@ -142,6 +142,9 @@ def _of_settings(config: Any, settings: Any) -> Asked:
             yield "pipeline-ahead", {"selector": settings.chosen_selector}
         if config.lora_config is not None:
             yield "lora-ahead", {"selector": settings.chosen_selector}
+    transfer = getattr(config, "weight_transfer_config", None)  # the planner has none
+    if settings.chosen_selector == "lookahead-query" and transfer is not None:
+        yield "transfer-ahead", {}
     if settings.sparse_prefill:
         yield "sparse-prompts", {}
     if settings.sparse_prefill and not settings.prompts_like_outputs:

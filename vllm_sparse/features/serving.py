@@ -119,6 +119,16 @@ ROWS = (
         ),
     ),
     row(
+        _SERVING, "transfer-ahead",
+        "weight updates (`--weight-transfer-config`) with the selector `lookahead-query`",
+        None,
+        Refused(
+            "selector lookahead-query takes the query projections when vLLM loads them, and would "
+            "not see those that are written in place; set vllm_sparse.selector to previous or "
+            "query, or remove --weight-transfer-config"
+        ),
+    ),
+    row(
         _SERVING, "sparse-prompts", "`sparse_prefill`",
         None, (Served(_SPARDA + "test_sparse_prompts_equal_hugging_face"), _SPARDA_GPU),
     ),

@@ -61,7 +61,7 @@ def _tapped_model(architecture: str) -> type[nn.Module]:
             inherited = getattr(super(), "process_weights_after_loading", None)
             if inherited is not None:
                 inherited()
-            self.forecast_taps.finish()
+            self.forecast_taps.check()
 
     Tapped.__name__ = Tapped.__qualname__ = PREFIX + architecture
     Tapped.__doc__ = f"{architecture} with taps."
@@ -76,17 +76,13 @@ class Taps:
         self._pending: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._targets: list[tuple[ForecastTap, int]] = []
         self._norms: list[Any] = []
-        self._finished = False
 
-    def finish(self) -> None:
-        """Complete what had to wait until all weights were loaded.
+    def check(self) -> None:
+        """Called once all weights were loaded and processed.
 
         Raises:
             IntegrityError: Some tap has no weights.
         """
-        self._finished = True
-        for layer in list(self._pending):
-            self._fill_from_query(layer, *self._pending.pop(layer))
         if not all(tap.ready for tap in self._taps):
             raise IntegrityError(
                 "the model was loaded, but not every qkv_proj was processed, so the look-ahead of "
@@ -100,10 +96,15 @@ class Taps:
         mean = lookahead_weights(
             weight, bias, linear.num_heads, linear.num_kv_heads, linear.head_size
         )
-        if self._norms[layer] is None or self._finished:
+        if self._norms[layer] is None:
             self._fill_from_query(layer, *mean)
         else:
             self._pending[layer] = mean
+
+    def complete(self, layer: int) -> None:
+        """Fill what had to wait for the weights of other modules, the first time or once more."""
+        if layer in self._pending:
+            self._fill_from_query(layer, *self._pending.pop(layer))
 
     def _fill_from_query(self, layer: int, weight: Tensor, bias: Tensor | None) -> None:
         norm = self._norms[layer]
@@ -130,7 +131,7 @@ class _Layer:
 def install_taps(model: nn.Module, vllm_config: Any) -> Taps:
     """Give every attention layer that must look ahead its tap, as ``Attention.sparda_tap``.
 
-    Call it right after the model was built; call ``finish`` of the result after its weights were
+    Call it right after the model was built; call ``check`` of the result after its weights were
     loaded and processed. Layers without a tap have None, models with other selectors no attribute.
 
     Args:
@@ -228,11 +229,20 @@ def _fill_from_queries(taps: Taps, layers: list[_Layer]) -> None:
         method.process_weights_after_loading = functools.partial(
             _capture_and_process, taps, layer.index, method.process_weights_after_loading
         )
+        # Attention is processed when all other modules have their weights.
+        layer.attn.process_weights_after_loading = functools.partial(
+            _complete_and_process, taps, layer.index, layer.attn.process_weights_after_loading
+        )
 
 
 def _capture_and_process(taps: Taps, index: int, process: Any, linear: Any) -> None:
     taps.capture(index, linear)
     process(linear)
+
+
+def _complete_and_process(taps: Taps, index: int, process: Any, dtype: Any) -> None:
+    taps.complete(index)
+    process(dtype)
 
 
 def _query_rows(linear: Any) -> tuple[Tensor, Tensor | None]:
