@@ -88,7 +88,9 @@ class Probe:
     def _layer(self, view: LayerView, inputs: Tensor, rows: Tensor) -> None:
         """Adds a layer; the look-ahead sees ``inputs``."""
         tokens, layer = view.query.shape[1], view.layer
-        exact = LiveTeacher("block-mass", view.query[:, rows], view.keys, rows, FEW_FORCED)
+        exact = LiveTeacher(
+            "block-mass", view.query[:, rows], view.keys, rows, FEW_FORCED, view.scale
+        )
         mass = exact.rows(0, len(rows))  # [G, T, blocks]
         free = FEW_FORCED.free(rows, mass.shape[-1])
         self.mass[layer] += torch.stack([mass.sum(), (mass * free).sum()]).double()
@@ -107,7 +109,7 @@ class Probe:
         keys = compress_keys(view.keys, **sizes)
         scores = {}
         for name, at in (("query", rows), ("previous", rows - 1)):
-            scores[name] = query_scores(view.query[:, at], keys, at, **sizes)
+            scores[name] = query_scores(view.query[:, at], keys, at, **sizes, scale=view.scale)
         for name, forecast in self._forecasts.items():
             vectors = forecast(view.layer, inputs[rows], view.cos[rows], view.sin[rows])
             scores[name] = forecast_scores(vectors, keys)

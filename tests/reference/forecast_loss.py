@@ -9,10 +9,10 @@ import math
 import torch
 
 
-def naive_teacher(kind, query, keys, row, head, sizes):
+def naive_teacher(kind, query, keys, row, head, sizes, scale):
     """Distribution over windows, or over blocks for ``block-mass``."""
     group = query.shape[0] // keys.shape[0]
-    tokens, dim = keys.shape[1:]
+    tokens = keys.shape[1]
     stride, size = sizes.kernel_stride, 2 * sizes.kernel_stride
     windows = (tokens - size) // stride + 1
     total = None
@@ -29,7 +29,7 @@ def naive_teacher(kind, query, keys, row, head, sizes):
             means = torch.stack([keys[head, j : j + size].mean(0) for j in starts])
         else:
             count, means = row + 1, keys[head, : row + 1]
-        weights = torch.softmax(means @ vector / math.sqrt(dim), 0)
+        weights = torch.softmax(means @ vector * scale, 0)
         total = weights if total is None else total + weights
     if kind == "fine":
         result = torch.zeros(windows, dtype=torch.float64)
@@ -48,17 +48,17 @@ def naive_teacher(kind, query, keys, row, head, sizes):
     return result / (result.sum() + 1e-8)
 
 
-def naive_row(kind, supervision, query, keys, forecast, row, head, sizes):
+def naive_row(kind, supervision, query, keys, forecast, row, head, sizes, scale):
     """KL divergence of one row."""
-    tokens, dim = keys.shape[1:]
+    tokens = keys.shape[1]
     stride, per_block = sizes.kernel_stride, sizes.windows_per_block
-    target = naive_teacher(kind, query, keys, row, head, sizes)
+    target = naive_teacher(kind, query, keys, row, head, sizes, scale)
     windows = (tokens - 2 * stride) // stride + 1
     logits = []
     for window in range(windows):
         mean = keys[head, window * stride : (window + 2) * stride].mean(0)
         seen = stride * window <= row
-        logits.append((forecast @ mean) / math.sqrt(dim) if seen else torch.tensor(-math.inf))
+        logits.append((forecast @ mean) * scale if seen else torch.tensor(-math.inf))
     logits = torch.stack([value.double() for value in logits])
     blocks = -(-tokens // sizes.block_size)
 

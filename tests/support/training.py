@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaModel
+from transformers import GraniteConfig, GraniteModel, LlamaConfig, LlamaModel
 
 from vllm_sparse.training.backbone import Backbone
 from vllm_sparse.training.forecast import Forecast
@@ -58,16 +58,33 @@ def backbone(kind=(LlamaConfig, LlamaModel), seed=0, **changes):
     return Backbone(kind[1](config(kind[0], **changes)), "tiny")
 
 
+def scaled_backbones():
+    """A model whose logits are scaled by 1/64, and the same one scaled by ``1 / sqrt(16)``.
+
+    The queries of the second one make up for it, by a power of two, so that both are equal.
+    """
+    models = []
+    for multiplier in (1 / 64, 1 / 4):
+        torch.manual_seed(0)
+        # Logits are peaked in spite of the small scale.
+        changes = {"attention_multiplier": multiplier, "initializer_range": 0.6}
+        models.append(GraniteModel(config(GraniteConfig, **changes)))
+    with torch.no_grad():
+        for layer in models[1].layers:
+            layer.self_attn.q_proj.weight.div_(16)
+    return [Backbone(model, "tiny") for model in models]
+
+
 def sequences(count=5, tokens=256):
     """Random token ids."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, 64, (count, tokens), generator=generator, dtype=torch.int32)
 
 
-def trainer(folder, data=None, kind=(LlamaConfig, LlamaModel), cache=None, **changes):
+def trainer(folder, data=None, frozen=None, cache=None, **changes):
     """A trainer on a tiny model."""
     settings = TrainSettings(**{**SETTINGS, **changes})
-    frozen = backbone(kind)
+    frozen = frozen or backbone()
     source = SampleSource(
         frozen,
         settings.geometry,

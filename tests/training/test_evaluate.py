@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 
 import torch
-from support.training import GEOMETRY, backbone, sequences
+from support.training import GEOMETRY, backbone, scaled_backbones, sequences
 
 from vllm_sparse.training.evaluate import Evaluation
 from vllm_sparse.training.forecast import Forecast
@@ -27,3 +27,13 @@ def test_evaluation_ranks_the_selectors():
     assert report.mass["exact"].ge(report.mass["query"] - 1e-9).all()
     assert len(report.table().splitlines()) == 3 + 4
     json.dumps(report.as_dict())
+
+
+def test_selectors_use_the_scale_of_the_model():
+    reports = [
+        Evaluation(frozen, GEOMETRY, chunk=50).run(sequences(1)) for frozen in scaled_backbones()
+    ]
+    for kind in ("recall", "mass"):
+        first, second = (getattr(report, kind) for report in reports)
+        for name in first:
+            torch.testing.assert_close(first[name], second[name])

@@ -18,6 +18,8 @@ from vllm_sparse.training.objective import (
     pooled,
 )
 
+SCALE = 16**-0.5
+
 
 def layer(seed=0, heads=4, kv_heads=2, dim=16, tokens=TOKENS):
     """Random queries, keys and a Forecast of one layer."""
@@ -31,9 +33,10 @@ def layer(seed=0, heads=4, kv_heads=2, dim=16, tokens=TOKENS):
 @pytest.mark.parametrize(("kind", "supervision"), KINDS)
 def test_loss_and_gradient_equal_a_naive_implementation(kind, supervision):
     query, keys, forecast = layer()
+    scale = 0.3  # not the 1 / sqrt(16) of most models
     positions = torch.tensor([3, 40, 131, 200, 263, 299])
     forecast = forecast[:, positions].requires_grad_()
-    teacher = LiveTeacher(kind, query[:, positions], keys, positions, GEOMETRY)
+    teacher = LiveTeacher(kind, query[:, positions], keys, positions, GEOMETRY, scale)
     compressed = compress_keys(keys, 16, 8)
     loss = forecast_loss(
         forecast, teacher, compressed, positions, TOKENS, GEOMETRY, supervision, chunk=4
@@ -41,10 +44,9 @@ def test_loss_and_gradient_equal_a_naive_implementation(kind, supervision):
     (gradient,) = torch.autograd.grad(loss, forecast)
 
     exact = forecast.detach().double().requires_grad_()
+    wide = query.double(), keys.double()
     rows = [
-        naive_row(
-            kind, supervision, query.double(), keys.double(), exact[head, i], row, head, GEOMETRY
-        )
+        naive_row(kind, supervision, *wide, exact[head, i], row, head, GEOMETRY, scale)
         for head in range(2)
         for i, row in enumerate(positions.tolist())
     ]
@@ -63,7 +65,7 @@ def test_chunk_size_does_not_matter(kind, supervision):
     results = []
     for chunk in (None, 1, 7, 64):
         leaf = forecast.clone().requires_grad_()
-        teacher = LiveTeacher(kind, query, keys, positions, GEOMETRY)
+        teacher = LiveTeacher(kind, query, keys, positions, GEOMETRY, SCALE)
         loss = forecast_loss(
             leaf, teacher, compressed, positions, TOKENS, GEOMETRY, supervision, chunk
         )
@@ -77,9 +79,9 @@ def test_chunk_size_does_not_matter(kind, supervision):
 def test_stored_teacher_gives_what_the_live_one_gave():
     query, keys, forecast = layer(2)
     positions = torch.arange(100, TOKENS, 3)
-    live = LiveTeacher("block-mass", query[:, positions], keys, positions, GEOMETRY)
+    live = LiveTeacher("block-mass", query[:, positions], keys, positions, GEOMETRY, SCALE)
     stored = StoredTeacher(
-        torch.cat([live.rows(0, 32), live.rows(32, len(positions))], 1), per_block=True
+        torch.cat([live.rows(0, 32), live.rows(32, len(positions))], 1), True, SCALE
     )
     compressed = compress_keys(keys, 16, 8)
     forecast = forecast[:, positions]
@@ -92,7 +94,7 @@ def test_stored_teacher_gives_what_the_live_one_gave():
 def test_supervised_and_forced_blocks_are_those_of_the_policy():
     query, keys, _ = layer(3)
     positions = torch.arange(TOKENS)
-    scores = LiveTeacher("query", query, keys, positions, GEOMETRY).rows(0, TOKENS)
+    scores = LiveTeacher("query", query, keys, positions, GEOMETRY, SCALE).rows(0, TOKENS)
     free = best_free_blocks(pooled(scores, TOKENS, GEOMETRY), positions, GEOMETRY)
     blocks = torch.arange(GEOMETRY.num_blocks(TOKENS))
     visible = blocks <= (positions // 32).unsqueeze(-1)
@@ -114,7 +116,7 @@ def test_supervised_and_forced_blocks_are_those_of_the_policy():
 def test_rows_without_a_choice_cost_nothing():
     query, keys, forecast = layer(4)
     positions = torch.arange(32)
-    teacher = LiveTeacher("fine", query[:, positions], keys, positions, GEOMETRY)
+    teacher = LiveTeacher("fine", query[:, positions], keys, positions, GEOMETRY, SCALE)
     for supervision in ("selected", "free"):
         leaf = forecast[:, positions].clone().requires_grad_()
         loss = forecast_loss(

@@ -6,14 +6,34 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
-from support.training import GEOMETRY, backbone, sequences
+from support.training import GEOMETRY, backbone, config, sequences
+from transformers import GraniteConfig, GraniteModel, LlamaConfig, LlamaModel
 
+from vllm_sparse.training.backbone import Backbone
 from vllm_sparse.training.samples import SampleSource, sample_positions
 
 
-def test_sparse_forward_is_dense_when_everything_is_read():
-    frozen = backbone()
+def test_block_mass_is_that_of_the_models_own_attention():
+    """Granite scales its logits by a number of its own."""
+    torch.manual_seed(0)
+    model = GraniteModel(config(GraniteConfig, attention_multiplier=0.01)).eval()
+    tokens = sequences()[0].long()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = model(tokens[None], output_attentions=True, use_cache=False).attentions
+    found = []
+    source = SampleSource(Backbone(model, "granite"), GEOMETRY, "block-mass")
+    source.visit(0, tokens, lambda sample: found.append(sample.teacher.rows(0, 256)))
+    for layer, mass in enumerate(found):
+        expected = weights[layer][0].unflatten(0, (2, 2)).unflatten(-1, (-1, 32)).mean(1).sum(-1)
+        torch.testing.assert_close(mass, expected)
+
+
+@pytest.mark.parametrize("kind", [(LlamaConfig, LlamaModel), (GraniteConfig, GraniteModel)])
+def test_sparse_forward_is_dense_when_everything_is_read(kind):
+    frozen = backbone(kind)  # Granite's scale is 1 unless its config says otherwise
     tokens = sequences()[0]
     outputs = []
     for sparse, top_k in ((False, 5), (True, 8), (True, 5)):

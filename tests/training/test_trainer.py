@@ -11,7 +11,7 @@ import threading
 
 import pytest
 import torch
-from support.training import KINDS, sequences, trainer
+from support.training import KINDS, backbone, scaled_backbones, sequences, trainer
 from transformers import Qwen2Config, Qwen2Model
 
 from vllm_sparse.errors import ConfigError
@@ -50,6 +50,18 @@ def test_every_projection_gets_a_gradient_from_its_own_layer(tmp_path):
     next(run.train())
     for old, new in zip(before, run.forecast.parameters(), strict=True):
         assert not torch.equal(old, new)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
+@pytest.mark.parametrize("kind", ["fine", "query", "block-mass"])
+def test_loss_is_the_same_whatever_scales_the_logits(tmp_path, kind, cached):
+    losses = []
+    for number, frozen in enumerate(scaled_backbones()):
+        cache = tmp_path / f"cache{number}" if cached else None
+        run = trainer(tmp_path / str(number), sequences(1), frozen, cache, teacher=kind)
+        losses.append(next(run.train()).layers)
+    assert min(losses[0]) > 1e-3
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]))
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
@@ -110,7 +122,7 @@ def test_resume_refuses_what_does_not_fit(tmp_path):
     list(trainer(tmp_path, steps=1).train())
     saved = checkpoints(tmp_path)[-1]
     with pytest.raises(ConfigError, match="another base model"):
-        trainer(tmp_path, kind=(Qwen2Config, Qwen2Model)).resume(saved)
+        trainer(tmp_path, frozen=backbone((Qwen2Config, Qwen2Model))).resume(saved)
     with pytest.raises(ConfigError, match=r"do not fit.*bias"):
         trainer(tmp_path, bias=True).resume(saved)
     with pytest.raises(ConfigError, match=r"other settings.*lr 0\.005 -> 0\.1"):

@@ -37,6 +37,8 @@ class LayerView:
         keys: After RoPE, ``[G, n, D]``.
         cos: RoPE table of cosines, ``[n, rotated]``; ``rotated`` is D unless RoPE is partial.
         sin: Its sines, ``[n, rotated]``.
+        scale: What the layer multiplies its logits by, which is not ``1 / sqrt(D)`` in all models
+            (Granite).
     """
 
     layer: int
@@ -45,6 +47,7 @@ class LayerView:
     keys: Tensor
     cos: Tensor
     sin: Tensor
+    scale: float
 
 
 def rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -258,12 +261,14 @@ class Backbone:
             )
         self._seen = (inputs[0], *(table[0] for table in tables))
 
-    def _attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor | None:
+    def _attend(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> Tensor | None:
         """Called in place of the attention; None if it should be dense."""
         if self._visit is None or self._seen is None:
             return None
         inputs, cos, sin = self._seen
-        view = LayerView(layer, inputs, query[0], keys[0], cos, sin)
+        view = LayerView(layer, inputs, query[0], keys[0], cos, sin, scale)
         self._visited += 1
         self._visit(view)
         return self._route(view, values[0]).unsqueeze(0) if self._route else None
@@ -293,14 +298,16 @@ def _tapped_attention(
 ) -> tuple[Tensor, None]:
     """Attention function for transformers, ``[1, heads, n, D]`` to ``[1, n, H, D]``."""
     backbone, layer = module.vllm_sparse_tap
-    output = backbone._attend(layer, query, key, value)
+    scale = options.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    output = backbone._attend(layer, query, key, value, scale)
     if output is None:
         output = functional.scaled_dot_product_attention(
             query,
             key,
             value,
             is_causal=query.shape[2] > 1,
-            scale=options.get("scaling"),
+            scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
     return output.transpose(1, 2).contiguous(), None

@@ -154,7 +154,8 @@ class Evaluation:
         """Adds a layer; the look-ahead sees ``inputs``."""
         sizes, tokens = self._geometry, view.query.shape[1]
         keys = compress_keys(view.keys, sizes.kernel_size, sizes.kernel_stride)
-        exact = LiveTeacher("block-mass", view.query[:, positions], view.keys, positions, sizes)
+        query = view.query[:, positions]
+        exact = LiveTeacher("block-mass", query, view.keys, positions, sizes, view.scale)
         for start in range(0, len(positions), self._chunk):
             rows = positions[start : start + self._chunk]
             mass = exact.rows(start, start + len(rows))
@@ -192,8 +193,14 @@ class Evaluation:
         else:
             at = rows - 1 if name == "previous" else rows
             query = view.query[:, at]
-        options = {"kernel_size": sizes.kernel_size, "kernel_stride": sizes.kernel_stride}
-        return query_scores(query, keys, at, **options)
+        return query_scores(
+            query,
+            keys,
+            at,
+            kernel_size=sizes.kernel_size,
+            kernel_stride=sizes.kernel_stride,
+            scale=view.scale,
+        )
 
 
 def plot(report: Report, path: Path) -> bool:

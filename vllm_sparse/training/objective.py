@@ -34,13 +34,14 @@ _FLOOR = 1e-8
 _HIDDEN = float("-inf")
 
 
-def attention(query: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
+def attention(query: Tensor, keys: Tensor, visible: Tensor, scale: float) -> Tensor:
     """Softmax attention of every query head, summed over the heads of a KV head.
 
     Args:
         query: Post-RoPE queries, ``[H, T, D]``.
         keys: ``[G, columns, D]``.
         visible: bool ``[T, columns]``.
+        scale: Logit scale of the model.
 
     Returns:
         float32 ``[G, T, columns]``; rows that see nothing are zero.
@@ -48,7 +49,7 @@ def attention(query: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
     heads, rows, dim = query.shape
     kv_heads = keys.shape[0]
     grouped = query.float().reshape(kv_heads, heads // kv_heads * rows, dim)
-    logits = (grouped @ keys.float().transpose(1, 2)).mul_(dim**-0.5)
+    logits = (grouped @ keys.float().transpose(1, 2)).mul_(scale)
     logits = logits.view(kv_heads, heads // kv_heads, rows, -1)
     logits.masked_fill_(~visible, torch.finfo(logits.dtype).min)
     return torch.softmax(logits, -1).sum(1).mul_(visible)
@@ -61,6 +62,10 @@ class Teacher(Protocol):
     def per_block(self) -> bool:
         """Whether columns are blocks."""
 
+    @property
+    def scale(self) -> float:
+        """Logit scale of the layer, which is the student's too."""
+
     def rows(self, start: int, stop: int) -> Tensor:
         """Distributions of some rows, float32 ``[G, stop - start, C or B]``, each with sum one."""
 
@@ -72,10 +77,12 @@ class StoredTeacher:
     Attributes:
         table: float32 ``[G, T, C or B]``.
         per_block: Whether columns are blocks.
+        scale: Logit scale of the layer.
     """
 
     table: Tensor
     per_block: bool
+    scale: float
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Distributions of some rows, ``[G, stop - start, C or B]``."""
@@ -99,6 +106,7 @@ class LiveTeacher:
         keys: Tensor,
         positions: Tensor,
         geometry: BlockGeometry,
+        scale: float,
     ) -> None:
         """Prepares the keys.
 
@@ -108,8 +116,9 @@ class LiveTeacher:
             keys: Post-RoPE keys of the sequence, ``[G, n, D]``.
             positions: Ascending positions of the rows, ``[T]``.
             geometry: Block and window sizes.
+            scale: Logit scale of the layer.
         """
-        self.kind = kind
+        self.kind, self.scale = kind, scale
         self.per_block = kind == "block-mass"
         self._query, self._positions, self._geometry = query, positions, geometry
         self._tokens = keys.shape[1]
@@ -132,7 +141,7 @@ class LiveTeacher:
         # No row of the chunk sees more, so the rest needs no work.
         seen = min(int(positions[-1]) + 1, self._keys.shape[1])
         visible = torch.arange(seen, device=query.device) <= positions.unsqueeze(-1)
-        return attention(query, self._keys[:, :seen], visible)
+        return attention(query, self._keys[:, :seen], visible, self.scale)
 
     def _fine(self, query: Tensor, positions: Tensor) -> Tensor:
         stride = self._geometry.kernel_stride
@@ -150,6 +159,7 @@ class LiveTeacher:
             positions,
             kernel_size=sizes.kernel_size,
             kernel_stride=sizes.kernel_stride,
+            scale=self.scale,
         )
 
     def _blocks(self, query: Tensor, positions: Tensor) -> Tensor:
@@ -186,7 +196,11 @@ def pooled(windows: Tensor, tokens: int, geometry: BlockGeometry) -> Tensor:
 
 
 def student_logits(
-    forecast: Tensor, compressed_keys: Tensor, positions: Tensor, geometry: BlockGeometry
+    forecast: Tensor,
+    compressed_keys: Tensor,
+    positions: Tensor,
+    geometry: BlockGeometry,
+    scale: float,
 ) -> Tensor:
     """Logits of the Forecast over the windows that begin at or before each position.
 
@@ -195,11 +209,12 @@ def student_logits(
         compressed_keys: ``[G, C, D]``.
         positions: ``[T]``.
         geometry: Window sizes.
+        scale: Logit scale of the layer; SparDA's ``1 / sqrt(D)`` is that of its models.
 
     Returns:
         float32 ``[G, T, C]``, minus infinity for later windows.
     """
-    logits = forecast_scores(forecast, compressed_keys) * forecast.shape[-1] ** -0.5
+    logits = forecast_scores(forecast, compressed_keys) * scale
     starts = torch.arange(logits.shape[-1], device=logits.device) * geometry.kernel_stride
     return logits.masked_fill(starts > positions.unsqueeze(-1), _HIDDEN)
 
@@ -280,7 +295,7 @@ def forecast_loss(
 
     def losses(vectors: Tensor, target: Tensor, at: Tensor) -> Tensor:
         """Of a chunk of rows, float32 ``[G, T]``."""
-        logits = student_logits(vectors, compressed_keys, at, geometry)
+        logits = student_logits(vectors, compressed_keys, at, geometry, teacher.scale)
         if teacher.per_block:
             logits = pooled(logits, tokens, geometry)
         if supervision == "free":

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from vllm_sparse.training.settings import TeacherKind
 
 
+# Files of another format are not read again: the first one's teachers ignored the model's scale.
+_CACHE_FORMAT = 2
+
+
 @dataclass(frozen=True)
 class LayerSample:
     """One layer and the query rows of one sequence that are trained on.
@@ -150,7 +154,7 @@ class SampleSource:
                     view.sin[positions],
                     positions,
                     compress_keys(keys, self.geometry.kernel_size, self.geometry.kernel_stride),
-                    LiveTeacher(self.teacher, query, keys, positions, self.geometry),
+                    LiveTeacher(self.teacher, query, keys, positions, self.geometry, view.scale),
                     count,
                 )
             )
@@ -163,7 +167,9 @@ class SampleSource:
         heads, count, dim = view.query.shape
         kv_heads = view.keys.shape[0]
         positions = torch.arange(count, device=values.device)
-        teacher = LiveTeacher(self.teacher, view.query, view.keys, positions, self.geometry)
+        teacher = LiveTeacher(
+            self.teacher, view.query, view.keys, positions, self.geometry, view.scale
+        )
         grouped = view.query.view(kv_heads, -1, count, dim)
         output = torch.empty_like(grouped)
         for start in range(0, count, self.chunk):
@@ -181,6 +187,7 @@ class SampleSource:
                 view.keys[:, None, :seen].expand(-1, grouped.shape[1], -1, -1),
                 values[:, None, :seen].expand(-1, grouped.shape[1], -1, -1),
                 attn_mask=mask.unsqueeze(1),
+                scale=view.scale,
             )
         return output.view(heads, count, dim)
 
@@ -209,6 +216,7 @@ class CachedSource:
         self._source = source
         self.check: Callable[[], None] = _never
         described = {
+            "format": _CACHE_FORMAT,
             "model": source.backbone.fingerprint(),
             "geometry": repr(source.geometry),
             "teacher": source.teacher,
@@ -229,7 +237,9 @@ class CachedSource:
         layers = sum(name.endswith(".teacher") for name in stored)
         for layer in range(layers):
             teacher = StoredTeacher(
-                stored[f"{layer}.teacher"], self._source.teacher == "block-mass"
+                stored[f"{layer}.teacher"],
+                self._source.teacher == "block-mass",
+                float(stored[f"{layer}.scale"]),
             )
             use(
                 LayerSample(
@@ -254,6 +264,7 @@ class CachedSource:
                 tensors[f"{input_layer(layer)}.inputs"] = sample.inputs
             tensors[f"{layer}.keys"] = sample.compressed_keys
             tensors[f"{layer}.teacher"] = self._all_rows(sample)
+            tensors[f"{layer}.scale"] = torch.tensor(sample.teacher.scale, dtype=torch.float64)
             shared = {"cos": sample.cos, "sin": sample.sin, "positions": sample.positions}
             for name, tensor in shared.items():
                 tensors.setdefault(name, tensor)
