@@ -39,6 +39,16 @@ BY_CONFIGURATION = {
     "mla": ({"model_config__use_mla": True}, "MLA"),
     "pooling": ({"model_config__runner_type": "pooling"}, "pooling models"),
     "non-causal": ({"attention_config__use_non_causal": True}, "non-causal"),
+    "per-kind": (
+        {"attention_config__backend_per_kind": {"full_attention": SimpleNamespace(name="other")}},
+        "backend_per_kind gives layers of kind full_attention to other",
+    ),
+    "chunked-layers": ({"model_config__attention_chunk_size": 8192}, "chunks of 8192 tokens"),
+    "image-prefixes": ({"model_config__is_mm_prefix_lm": True}, "both ways"),
+    "one-manager": (
+        {"scheduler_config__disable_hybrid_kv_cache_manager": True},
+        "--disable-hybrid-kv-cache-manager",
+    ),
     "fp8": ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
     "e5m2": ({"cache_config__cache_dtype": "fp8_e5m2"}, "fp8_e5m2: .*two binary digits"),
     "scales-per-token": (
@@ -169,6 +179,25 @@ def windows(name: str, on_gpu: bool) -> None:
     check_windows(name, on_gpu)
 
 
+def own_backends(name: str, on_gpu: bool) -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    from vllm_sparse.backends.refusals import check_model
+
+    def layer(backend, window=None):
+        return SimpleNamespace(
+            get_attn_backend=lambda: backend, is_draft_layer=False, sliding_window=window
+        )
+
+    ours = registry.load(registry.entries()[name].cpu)
+    context = {"a": layer(ours), "b": layer(CPUAttentionBackend, 64), "c": object()}
+    given = SimpleNamespace(static_forward_context=context)
+    config = configuration(name, compilation_config=given)
+    check_model(config, on_gpu)
+    context["d"] = layer(CPUAttentionBackend)
+    check_model(config, on_gpu)
+
+
 def flash_attention_4(name: str, on_gpu: bool) -> None:
     from vllm_sparse.backends.policy_gpu import PolicyGpuBuilder
 
@@ -241,6 +270,7 @@ def untapped(name: str, on_gpu: bool) -> None:
 
 BY_CHECK = {
     "windows": (windows, "sliding-window"),
+    "own-backends": (own_backends, "CPU_ATTN whatever .* 1 of 3 of its layers"),
     "flash-attention-4": (flash_attention_4, "flash_attn_version"),
     "unlike-layers": (unlike_layers, "(2 and 4 query heads|3 of 4 layers)"),
     "other-blocks": (other_blocks, "from 32 to 48|blocks of 64 tokens, but .* 32"),

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from vllm.exceptions import VLLMClientError
@@ -11,7 +12,7 @@ from vllm.platforms import cpu_platform_plugin
 from vllm.platforms.interface import PlatformEnum
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from vllm_sparse.backends.refusals import check_windows
+from vllm_sparse.backends.refusals import check_model, check_windows
 from vllm_sparse.errors import RequestError
 from vllm_sparse.registry import backend_path, is_ours
 
@@ -31,16 +32,15 @@ def _get_attn_backend_cls(
             selected_backend = None
         elif cls._enum == PlatformEnum.CPU:  # where the stock platform would not listen
             return backend_path(selected_backend.name)
-    choose, *_ = cls._vllm_sparse_stock
-    return choose(selected_backend, attn_selector_config, num_heads)
+    stock = cls._vllm_sparse_stock
+    return stock.get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
 
 
 def _check_and_update_config(cls: Any, vllm_config: Any) -> None:
     """Refuse at start-up what our backends cannot serve."""
     from vllm_sparse.startup import allowed_requests, check_config
 
-    _, check, _ = cls._vllm_sparse_stock
-    check(vllm_config)
+    cls._vllm_sparse_stock.check_and_update_config(vllm_config)
     on_gpu = cls._enum == PlatformEnum.CUDA
     check_config(vllm_config, cls.get_device_total_memory if on_gpu else None)
     if vllm_config.model_config is not None:
@@ -53,8 +53,7 @@ class RefusedRequest(RequestError, VLLMClientError):  # type: ignore[misc]
 
 def _validate_request(cls: Any, processed_inputs: Any, params: Any) -> None:
     """Refuse a request that asks for what cannot be had, before an engine knows of it."""
-    *_, validate = cls._vllm_sparse_stock
-    validate(processed_inputs, params)
+    cls._vllm_sparse_stock.validate_request(processed_inputs, params)
     if cls._vllm_sparse_allowed is not None:
         try:
             cls._vllm_sparse_allowed.check(getattr(params, "extra_args", None))
@@ -62,24 +61,36 @@ def _validate_request(cls: Any, processed_inputs: Any, params: Any) -> None:
             raise RefusedRequest(str(error)) from None
 
 
-def _stock(platform: Any) -> tuple[Any, ...]:
-    """The methods of a platform that ours go on from."""
-    return (
-        platform.get_attn_backend_cls,
-        platform.check_and_update_config,
-        platform.validate_request,
-    )
+def _update_block_size_for_backend(cls: Any, vllm_config: Any) -> None:
+    """Refuse a model that turns out not to be served by ours; it has just been loaded."""
+    if vllm_config.model_config is not None and is_ours(vllm_config.attention_config.backend):
+        check_model(vllm_config, cls._enum == PlatformEnum.CUDA)
+    cls._vllm_sparse_stock.update_block_size_for_backend(vllm_config)
+
+
+_OURS = {
+    "get_attn_backend_cls": classmethod(_get_attn_backend_cls),
+    "check_and_update_config": classmethod(_check_and_update_config),
+    "update_block_size_for_backend": classmethod(_update_block_size_for_backend),
+    "validate_request": classmethod(_validate_request),
+}
+
+
+def _extend(platform: Any, stock: Any) -> None:
+    """Give a platform our methods, which go on from another's."""
+    platform._vllm_sparse_stock = SimpleNamespace(**{name: getattr(stock, name) for name in _OURS})
+    for name, method in _OURS.items():
+        setattr(platform, name, method)
 
 
 class SparseCpuPlatform(_StockPlatform):  # type: ignore[misc]
     """vLLM's CPU platform (whichever would be active), extended by our backends."""
 
-    _vllm_sparse_stock = _stock(_StockPlatform)
     # What requests may ask for, if this process's last configuration chose one of our backends.
     _vllm_sparse_allowed: Any = None
-    get_attn_backend_cls = classmethod(_get_attn_backend_cls)
-    check_and_update_config = classmethod(_check_and_update_config)
-    validate_request = classmethod(_validate_request)
+
+
+_extend(SparseCpuPlatform, _StockPlatform)
 
 
 def patch_stock_platform() -> None:
@@ -93,7 +104,5 @@ def patch_stock_platform() -> None:
     if hasattr(active, "_vllm_sparse_stock"):
         return
     if current_platform.is_cpu() or current_platform.is_cuda():
-        active._vllm_sparse_stock, active._vllm_sparse_allowed = _stock(active), None
-        active.check_and_update_config = classmethod(_check_and_update_config)
-        active.validate_request = classmethod(_validate_request)
-        active.get_attn_backend_cls = classmethod(_get_attn_backend_cls)
+        active._vllm_sparse_allowed = None
+        _extend(active, active)

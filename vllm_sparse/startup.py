@@ -47,8 +47,11 @@ def check_config(vllm_config: Any, device_bytes: Callable[[], int] | None = None
         ConfigError: The settings are wrong.
         UnsupportedError: The backend cannot serve this configuration; lists every reason.
     """
-    backend = vllm_config.attention_config.backend
-    if not is_ours(backend) or vllm_config.model_config is None:
+    attention = vllm_config.attention_config
+    # One that serves a kind of layers only is refused as the others are.
+    named = (attention.backend, *attention.backend_per_kind.values())
+    backend = next(filter(is_ours, named), None)
+    if backend is None or vllm_config.model_config is None:
         return
     settings = load_settings(vllm_config.additional_config, backend.name.lower())
     entry = entries()[backend.name]

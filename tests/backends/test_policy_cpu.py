@@ -212,6 +212,7 @@ def test_sliding_window_layers_stay_stock(windowed, prompts):
     assert run["tokens"] == stock["tokens"]
     assert run["counters"]["decode_rows"] > 0
     assert "1 of 3 attention layers, the others have sliding windows" in run["log"]
+    assert "KV blocks hold" not in run["log"], "others share them"
     sparse = run_engine(model, prompts[:3], settings=SETTINGS, waves=2, **shared)
     assert sparse["counters"]["blocks_evicted"] > 0
     assert sparse["tokens"][0] == sparse["tokens"][1] != stock["tokens"][0]
@@ -239,6 +240,21 @@ def test_rows_that_two_groups_of_full_layers_see_are_counted_once(windowed, prom
 def test_wrong_settings_stop_the_start_by_name(llama, prompts):
     with pytest.raises(RuntimeError, match=r"vllm_sparse\.token_budgt: unknown setting"):
         run_engine(llama, prompts[:1], settings={"token_budgt": 64})
+
+
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ({"disable_hybrid_kv_cache_manager": True}, "one block table"),
+        (
+            {"attention_config": {"backend_per_kind": {"full_attention": "CPU_ATTN"}}},
+            "full_attention to CPU_ATTN",
+        ),
+    ],
+)
+def test_options_that_would_keep_layers_from_ours_stop_the_start(windowed, prompts, option, why):
+    with pytest.raises(RuntimeError, match=why):
+        run_engine(windowed, prompts[:1], settings=SETTINGS, block_size=BLOCK_SIZE, **option)
 
 
 def test_forgetting_the_plugin_is_harmless(llama, prompts, stock_run):

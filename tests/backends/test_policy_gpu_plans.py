@@ -110,7 +110,7 @@ def test_a_prompt_that_ends_alone_is_compacted_unless_its_request_has_left(table
     ],
 )
 def test_requests_that_vllm_makes_itself_count_for_nothing(monkeypatch, names, served, counts):
-    monkeypatch.setattr(FlashAttentionMetadataBuilder, "build", lambda self, _, common: common)
+    monkeypatch.setattr(FlashAttentionMetadataBuilder, "build", lambda *given: given[2])
     builder, table = Builder(make_policy()), table_of(monkeypatch, *names)
     builder.build(0, batch(table, names, [PROMPT, 320], counts))
     assert (builder.counts["requests"] == 1) == served
@@ -118,6 +118,24 @@ def test_requests_that_vllm_makes_itself_count_for_nothing(monkeypatch, names, s
     if counts == (1, 1):
         assert len(builder._counters.values) == served
         assert len(builder._uncounted) == (not served)
+
+
+def test_schedules_of_one_step_do_not_overwrite_each_other(table, monkeypatch):
+    """Where graphs are captured, FlashAttention 3's builder has one buffer for them."""
+    buffer = torch.zeros(1, dtype=torch.int32)
+
+    def build(self, _, common, fast_build=False):
+        if not fast_build:
+            buffer.fill_(common.num_reqs)
+        return SimpleNamespace(requests=common.num_reqs, schedule=None if fast_build else buffer)
+
+    monkeypatch.setattr(FlashAttentionMetadataBuilder, "build", build)
+    common = batch(table, "abc", [340, 200, 100], (1, 40, 40))
+    step = Builder(make_policy(Quest, skip_layers=2)).build(0, common)
+    whole = step.pages.whole
+    assert (step.dense.requests, whole.requests) == (2, 3)
+    for metadata in (step.dense, whole):
+        assert metadata.schedule is None or metadata.schedule.item() == metadata.requests
 
 
 @pytest.mark.parametrize("kind", [SnapKV, StreamingLLM, Quest])

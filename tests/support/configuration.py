@@ -17,7 +17,8 @@ BLOCK_BYTES = 8192
 class Model(SimpleNamespace):
     """A model of 4 layers and 2 KV heads of 8 bfloat16 numbers: 8 KiB per block of 32 tokens."""
 
-    use_mla = is_attention_free = is_hybrid = enable_sleep_mode = False
+    use_mla = is_attention_free = is_hybrid = enable_sleep_mode = is_mm_prefix_lm = False
+    attention_chunk_size = None
     runner_type = "generate"
     max_model_len = 1024
     dtype = torch.bfloat16
@@ -71,7 +72,7 @@ def configuration(backend: str, settings: dict[str, Any] | None = None, **change
     section = {**(SPARDA if backend == "SPARDA" else {}), **(settings or {})}
     values = {
         "attention_config": SimpleNamespace(
-            backend=SimpleNamespace(name=backend), use_non_causal=False
+            backend=SimpleNamespace(name=backend), use_non_causal=False, backend_per_kind={}
         ),
         "additional_config": {"vllm_sparse": section},
         "model_config": Model(hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"])),
@@ -88,7 +89,7 @@ def configuration(backend: str, settings: dict[str, Any] | None = None, **change
         "speculative_config": None,
         "kv_transfer_config": None,
         "lora_config": None,
-        "scheduler_config": SimpleNamespace(max_num_seqs=4),
+        "scheduler_config": SimpleNamespace(max_num_seqs=4, disable_hybrid_kv_cache_manager=False),
         "compilation_config": SimpleNamespace(cudagraph_capture_sizes=None),
         "parallel_config": SimpleNamespace(
             decode_context_parallel_size=1,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.forecast.routing import LOOKAHEAD_SELECTORS
+from vllm_sparse.registry import is_ours
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,12 +60,21 @@ def of_config(config: Any, settings: Any) -> Asked:
             yield "states-runner", {}
     if config.attention_config.use_non_causal:
         yield "non-causal", {}
+    for kind, other in config.attention_config.backend_per_kind.items():
+        if kind == "full_attention" or is_ours(other):
+            yield "per-kind", {"kind": kind, "other": other.name}
+    if model.attention_chunk_size:
+        yield "chunked-layers", {"size": model.attention_chunk_size}
+    if getattr(model, "is_mm_prefix_lm", False):  # the planner does not know
+        yield "image-prefixes", {}
     if window := config.cache_config.sliding_window:  # vLLM sets it if all layers have one
         yield "windows-only", {"window": window}
     auxiliary = getattr(config, "aux_output_config", None)  # from vLLM 0.33 on
     if auxiliary is not None and auxiliary.enabled:
         yield "auxiliary", {}
     yield from of_cache(str(config.cache_config.cache_dtype))
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        yield "one-manager", {}
     yield from _of_drafts(config)
     yield from _of_ranks(config)
     yield from _of_tier(config)

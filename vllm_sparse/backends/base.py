@@ -49,6 +49,21 @@ class SparseBackend:
         return (KVCacheLayout.LBHNC,)
 
 
+def layers_that_attend(config: VllmConfig) -> tuple[list[Any], list[Any]]:
+    """Layers of a loaded model that keep something of the past: ours, and others.
+
+    Args:
+        config: vLLM's.
+    """
+    ours: list[Any] = []
+    others: list[Any] = []
+    for layer in config.compilation_config.static_forward_context.values():
+        if hasattr(layer, "get_attn_backend"):
+            mine = issubclass(layer.get_attn_backend(), SparseBackend)
+            (ours if mine else others).append(layer)
+    return ours, others
+
+
 _ASKED = 1 << 30
 
 

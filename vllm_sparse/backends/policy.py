@@ -9,6 +9,7 @@ rows are split off and served as the policy says, whatever else is in the batch.
 from __future__ import annotations
 
 import inspect
+import weakref
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +19,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_sparse import metrics
-from vllm_sparse.backends.base import SparseBackend, ask_for_prompt_lengths
+from vllm_sparse.backends.base import SparseBackend, ask_for_prompt_lengths, layers_that_attend
 from vllm_sparse.backends.controls import watch_controls
 from vllm_sparse.backends.refusals import check_layer, takes_gpu_path
 from vllm_sparse.config import load_settings
@@ -58,7 +59,7 @@ class Context:
         max_model_len: Longest request in tokens.
         instance_id: vLLM's instance.
         dtype: The model's.
-        beside_states: Other layers have recurrent states.
+        config: vLLM's configuration, which knows all layers in the end.
     """
 
     backend: str
@@ -67,7 +68,7 @@ class Context:
     max_model_len: int
     instance_id: str
     dtype: torch.dtype
-    beside_states: bool
+    config: weakref.ref[VllmConfig]
 
     def policy(self, head_dim: int, block_size: int, cache_dtype: torch.dtype) -> Policy:
         """The policy for layers of this shape.
@@ -100,9 +101,10 @@ class PolicyBackend(SparseBackend):
         context = cls.context
         assert context is not None, "a layer of ours is built before its spec is asked for"
         policy = context.policy(spec.head_size, spec.block_size, spec.dtype)
-        return PolicySpec.wrap(
-            spec, policy, context.backend, context.instance_id, context.beside_states
-        )
+        config = context.config()
+        assert config is not None, "an engine has its configuration"
+        others = bool(layers_that_attend(config)[1])
+        return PolicySpec.wrap(spec, policy, context.backend, context.instance_id, others)
 
 
 def set_up_layer(
@@ -140,7 +142,7 @@ def set_up_layer(
         config.model_config.max_model_len,
         config.instance_id,
         config.model_config.dtype,
-        config.model_config.is_hybrid,
+        weakref.ref(config),
     )
 
 
@@ -230,7 +232,7 @@ class Planning:
         seq_lens: Tensor,
         prompt_lens: Tensor,
         controls: Tensor | None,
-        build: Callable[[int, CommonAttentionMetadata], Any],
+        build: Callable[[int, CommonAttentionMetadata, bool], Any],
         counted: Tensor | None = None,
         count: Callable[..., None] | None = None,
     ) -> StepMetadata:
@@ -274,7 +276,8 @@ class Planning:
                     block_table_tensor=common.block_table_tensor[there],
                     slot_mapping=common.slot_mapping[upload(tokens, device)],
                 )
-            return build(0, part)
+            # Of a part, without a schedule: that lies in one buffer, which is the whole batch's.
+            return build(0, part, rows is not None)
 
         return self.planner.split(
             common.query_start_loc_cpu[: rows + 1],

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_sparse.backends import asked
+from vllm_sparse.backends.base import layers_that_attend
 from vllm_sparse.config import load_settings
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.features import reason, refuse
@@ -65,6 +66,31 @@ def check_windows(name: str, on_gpu: bool) -> None:
         UnsupportedError: They cannot beside this backend.
     """
     refuse("windows", entries()[name].family, on_gpu, backend=name)
+
+
+def check_model(config: Any, on_gpu: bool) -> None:
+    """Refuse a loaded model if it attends to whole contexts in layers that are not ours.
+
+    Layers with sliding windows or states, and those of drafters, are other rows' concern.
+
+    Args:
+        config: vLLM's, one of whose backends is ours.
+        on_gpu: The path of GPUs, interpreted or not.
+
+    Raises:
+        UnsupportedError: It would be served densely, in full or in part.
+    """
+    name, (ours, others) = config.attention_config.backend.name, layers_that_attend(config)
+    family, served = entries()[name].family, f"{len(ours)} of {len(ours) + len(others)}"
+    for layer in others:
+        backend, window = layer.get_attn_backend(), getattr(layer, "sliding_window", None)
+        drafts = getattr(layer, "is_draft_layer", False)
+        if window is None and not backend.is_ssm() and not drafts:
+            facts = {"backend": name, "other": backend.get_name(), "served": served}
+            refuse("own-backends", family, on_gpu, **facts)
+        # A stage of a pipeline may have no others.
+        if window is not None and not ours and config.parallel_config.pipeline_parallel_size == 1:
+            refuse("windows-only", family, on_gpu, window=window)
 
 
 def check_block_size(name: str, block_size: int) -> None:

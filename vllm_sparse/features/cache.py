@@ -125,6 +125,14 @@ ROWS = (
         _WHOLE_PROMPTS + "--kv-transfer-config",
     ),
     row(
+        _CACHE, "one-manager", "`--disable-hybrid-kv-cache-manager`",
+        Refused(
+            "--disable-hybrid-kv-cache-manager gives sliding-window layers and ours one block "
+            "table, whose blocks would leave for both, or for none; remove it"
+        ),
+        None,
+    ),
+    row(
         _CACHE, "odd-blocks", "blocks that are no power of two",
         (
             Served(_STATES + "test_recurrent_states_equal_hugging_face"),

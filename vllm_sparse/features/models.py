@@ -13,6 +13,13 @@ _GPU = "tests/backends/test_policy_gpu.py::"
 _SPARDA = "tests/backends/test_sparda.py::"
 _SPARDA_GPU = Served("tests/backends/test_sparda_gpu.py::test_gpu_path_gives_the_cpu_path_s_tokens")
 _MODELS = "Models"
+_BOTH_WAYS = (
+    Untested("read one way, as by stock vLLM on CPUs"),
+    Refused(
+        "tokens of one image attend each other both ways; prompts here do not. Leave out "
+        "--attention-backend, or allow no images with --limit-mm-per-prompt"
+    ),
+)
 
 ROWS = (
     row(
@@ -47,6 +54,25 @@ ROWS = (
             "attention; use --disable-sliding-window, with --max-model-len at most that long"
         ),
         None,
+    ),
+    everywhere(
+        _MODELS, "chunked-layers", "attention within chunks of the context (Llama 4)",
+        "layers that attend within chunks of {size} tokens share a KV cache group with full "
+        "attention, whose blocks would leave with ours; leave out --attention-backend",
+    ),
+    row(
+        _MODELS, "image-prefixes", "image tokens that attend both ways (Gemma 3)",
+        _BOTH_WAYS, _BOTH_WAYS,
+    ),
+    everywhere(
+        _MODELS, "own-backends", "models that bring an attention backend (MiMo-V2, openPangu)",
+        "this model attends with {other} whatever is chosen, so that {backend} would serve "
+        "{served} of its layers; leave out --attention-backend",
+    ),
+    everywhere(
+        _MODELS, "per-kind", "`--attention-config.backend_per_kind` for full attention",
+        "--attention-config.backend_per_kind gives layers of kind {kind} to {other}, but one "
+        "backend serves all full attention, and --attention-backend names it; remove that entry",
     ),
     row(
         _MODELS, "flash-attention-4", "sliding-window layers that run on FlashAttention 4",

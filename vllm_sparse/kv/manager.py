@@ -133,8 +133,8 @@ class PolicyManager(PromptAwareManager):
         if wanted != size:  # the worker sees parts of blocks only, on GPUs
             refuse("other-blocks", POLICIES, False, wanted=wanted, size=size)
         self._saved: defaultdict[str, int] = defaultdict(int)
-        # How many blocks states take, nobody tells this group.
-        if kv_cache_spec.instance_id and not kv_cache_spec.beside_states:
+        # How many blocks other layers take, nobody tells this group.
+        if kv_cache_spec.instance_id and not kv_cache_spec.beside_others:
             logger.info_once(self._capacity_line())
 
     def _capacity_line(self) -> str:

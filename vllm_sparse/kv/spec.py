@@ -53,12 +53,12 @@ class PolicySpec(SharedSpec):
     Attributes:
         policy: Decides, from the prompt length, which blocks leave and which may be shared.
         backend: Its name, for the log.
-        beside_states: Recurrent states share the pool.
+        beside_others: Layers of other kinds share the pool.
     """
 
     policy: Policy = None  # type: ignore[assignment]
     backend: str = ""
-    beside_states: bool = False
+    beside_others: bool = False
 
     @classmethod
     def wrap(
@@ -67,7 +67,7 @@ class PolicySpec(SharedSpec):
         policy: Policy,
         backend: str = "",
         instance_id: str = "",
-        beside_states: bool = False,
+        beside_others: bool = False,
     ) -> PolicySpec:
         """A stock spec with a policy and its index's bytes."""
         return replace_as(
@@ -76,7 +76,7 @@ class PolicySpec(SharedSpec):
             policy=policy,
             backend=backend,
             instance_id=instance_id,
-            beside_states=beside_states,
+            beside_others=beside_others,
             state_content_bytes=policy.numbers_per_token * spec.dtype.itemsize,
         )
 

@@ -121,6 +121,11 @@ class Model:
         return self.text.get("sliding_window") if alike else None
 
     @property
+    def attention_chunk_size(self) -> int | None:
+        """Tokens of the chunks that some layers attend within."""
+        return self.text.get("attention_chunk_size")
+
+    @property
     def layers(self) -> int:
         """All of them."""
         return int(self.text["num_hidden_layers"])

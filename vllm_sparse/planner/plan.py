@@ -108,9 +108,10 @@ class Question:
                 data_parallel_size_local=1, use_ubatching=False,
             ),
             scheduler_config=SimpleNamespace(
-                max_num_seqs=seqs, max_num_batched_tokens=self.device.batched_tokens
+                max_num_seqs=seqs, max_num_batched_tokens=self.device.batched_tokens,
+                disable_hybrid_kv_cache_manager=False,
             ),
-            attention_config=SimpleNamespace(use_non_causal=False),
+            attention_config=SimpleNamespace(use_non_causal=False, backend_per_kind={}),
             compilation_config=SimpleNamespace(cudagraph_capture_sizes=None),
             speculative_config=None, kv_transfer_config=None, lora_config=None,
             use_v2_model_runner=self.on_gpu,  # vLLM's default
