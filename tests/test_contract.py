@@ -203,7 +203,13 @@ SEAMS = {
     "v1/request.py": [
         "self.block_hashes: list", "self.sampling_params = sampling_params", "extra_args",
     ],
-    "v1/engine/input_processor.py": ["current_platform.validate_request(engine_input, params)"],
+    "v1/engine/input_processor.py": [
+        "def process_inputs(", "self.vllm_config = vllm_config", "resumable: bool = False",
+    ],
+    "v1/engine/async_llm.py": ["self.input_processor.process_inputs(", "resumable=True"],
+    "v1/engine/core.py": [
+        "def preprocess_add_request(self, request", "self.preprocess_add_request(req)",
+    ],
     "v1/worker/gpu_input_batch.py": ["def add_request(", "self.req_id_to_index"],
     "v1/worker/gpu/model_runner.py": ["def add_requests(self, scheduler_output"],
     "v1/kv_cache_interface.py": [

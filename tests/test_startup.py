@@ -13,45 +13,12 @@ import torch
 from support.configuration import BLOCK_BYTES, configuration
 
 from vllm_sparse import device_room, startup
-from vllm_sparse.errors import ConfigError, RequestError, UnsupportedError
+from vllm_sparse.errors import ConfigError, UnsupportedError
 from vllm_sparse.kv.host.geometry import (
     GIB,
 )
 
 config = partial(configuration, "SPARDA")
-
-
-def test_what_requests_may_ask_for():
-    """Budgets where a step can serve several; dense ones where no graph stands against it."""
-
-    def allowed(name, settings, on_gpu=False, **changes):
-        backend = {"attention_config__backend": SimpleNamespace(name=name)}
-        options = {"additional_config": {"vllm_sparse": settings}, "use_v2_model_runner": True}
-        return startup.allowed_requests(config(**{**options, **backend, **changes}), on_gpu)
-
-    dense, budget = {"vllm_sparse.sparse": False}, {"vllm_sparse.token_budget": 2048}
-    plain = allowed("QUEST", {"max_token_budget": 2048})
-    plain.check(dense)
-    plain.check(budget)
-    query = {"selector": "query"}
-    allowed("SPARDA", query, on_gpu=True).check(dense)
-    allowed("SPARDA", {**query, "sparse_prefill": True}).check(dense)
-    for what, found, why in (
-        (budget, allowed("QUEST", {}), "more than the 1024 that this server allows"),
-        ({"vllm_sparse.token_budget": 20}, plain, "fewer than two pages"),
-        (budget, allowed("QUEST", {}, on_gpu=True), "a captured graph reads one number"),
-        (budget, allowed("QUEST", {"kernels": "triton"}), "a captured graph reads one number"),
-        (budget, allowed("SPARDA", query), "frames for top_k blocks"),
-        (
-            dense,
-            allowed("SPARDA", {**query, "sparse_prefill": True}, on_gpu=True),
-            "sparse_prefill",
-        ),
-        (dense, allowed("QUEST", {}, model_config__is_hybrid=True), "recurrent state layers"),
-    ):
-        with pytest.raises(RequestError, match=why):
-            found.check(what)
-    assert allowed("FLASH_ATTN", {}) is None
 
 
 def test_weights_are_known_from_files_or_from_the_shape(tmp_path):

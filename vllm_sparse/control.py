@@ -46,13 +46,23 @@ class Allowed:
     most_tokens: int = 0
     try_budget: Callable[[int], Any] = int
 
-    def check(self, extra_args: Mapping[str, Any] | None) -> None:
+    def check(self, extra_args: Mapping[str, Any] | None, goes_on: bool = False) -> None:
         """Refuse what a request asks for, if it cannot be had.
+
+        Args:
+            extra_args: Of its sampling parameters.
+            goes_on: Its prompt comes in several parts, with outputs between them.
 
         Raises:
             RequestError: Says what, why, and what to do.
         """
         control = control_of(extra_args)
+        if goes_on:
+            raise RequestError(
+                "sessions whose inputs are streamed cannot be had with sparse attention: what is "
+                "kept follows from the prompt's length, which each input changes. Send the whole "
+                "conversation as one prompt, or start the server without --attention-backend"
+            )
         if control == DENSE and self.never_dense:
             raise RequestError(f"{SPARSE}: false cannot be had here: {self.never_dense}")
         if control > AS_SET:

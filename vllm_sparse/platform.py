@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""The platforms: ``--attention-backend`` honoured on CPUs, configurations and requests checked."""
+"""The platforms: ``--attention-backend`` honoured on CPUs, configurations checked."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
 
-from vllm.exceptions import VLLMClientError
 from vllm.platforms import cpu_platform_plugin
 from vllm.platforms.interface import PlatformEnum
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from vllm_sparse.backends.allowed import watch_inputs
 from vllm_sparse.backends.refusals import check_model, check_windows
-from vllm_sparse.errors import RequestError
 from vllm_sparse.registry import backend_path, is_ours
 
 _StockPlatform: Any = resolve_obj_by_qualname(
@@ -38,27 +37,13 @@ def _get_attn_backend_cls(
 
 def _check_and_update_config(cls: Any, vllm_config: Any) -> None:
     """Refuse at start-up what our backends cannot serve."""
-    from vllm_sparse.startup import allowed_requests, check_config
+    from vllm_sparse.startup import check_config
 
     cls._vllm_sparse_stock.check_and_update_config(vllm_config)
     on_gpu = cls._enum == PlatformEnum.CUDA
     check_config(vllm_config, cls.get_device_total_memory if on_gpu else None)
-    if vllm_config.model_config is not None:
-        cls._vllm_sparse_allowed = allowed_requests(vllm_config, on_gpu)
-
-
-class RefusedRequest(RequestError, VLLMClientError):  # type: ignore[misc]
-    """As vLLM's API answers with status 400, and ``LLM`` raises as a ``ValueError``."""
-
-
-def _validate_request(cls: Any, processed_inputs: Any, params: Any) -> None:
-    """Refuse a request that asks for what cannot be had, before an engine knows of it."""
-    cls._vllm_sparse_stock.validate_request(processed_inputs, params)
-    if cls._vllm_sparse_allowed is not None:
-        try:
-            cls._vllm_sparse_allowed.check(getattr(params, "extra_args", None))
-        except RequestError as error:
-            raise RefusedRequest(str(error)) from None
+    if is_ours(vllm_config.attention_config.backend):
+        watch_inputs()
 
 
 def _update_block_size_for_backend(cls: Any, vllm_config: Any) -> None:
@@ -72,7 +57,6 @@ _OURS = {
     "get_attn_backend_cls": classmethod(_get_attn_backend_cls),
     "check_and_update_config": classmethod(_check_and_update_config),
     "update_block_size_for_backend": classmethod(_update_block_size_for_backend),
-    "validate_request": classmethod(_validate_request),
 }
 
 
@@ -85,9 +69,6 @@ def _extend(platform: Any, stock: Any) -> None:
 
 class SparseCpuPlatform(_StockPlatform):  # type: ignore[misc]
     """vLLM's CPU platform (whichever would be active), extended by our backends."""
-
-    # What requests may ask for, if this process's last configuration chose one of our backends.
-    _vllm_sparse_allowed: Any = None
 
 
 _extend(SparseCpuPlatform, _StockPlatform)
@@ -104,5 +85,4 @@ def patch_stock_platform() -> None:
     if hasattr(active, "_vllm_sparse_stock"):
         return
     if current_platform.is_cpu() or current_platform.is_cuda():
-        active._vllm_sparse_allowed = None
         _extend(active, active)

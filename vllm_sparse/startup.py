@@ -6,21 +6,17 @@ from __future__ import annotations
 
 import copy
 import logging
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.backends.asked import cache_itemsize
 from vllm_sparse.backends.prefix_tier import prepare_tier
 from vllm_sparse.backends.refusals import unsupported
 from vllm_sparse.config import NAMESPACE, load_settings
-from vllm_sparse.control import Allowed
 from vllm_sparse.device_room import least_weight_bytes, left_bytes
 from vllm_sparse.errors import ConfigError, UnsupportedError
 from vllm_sparse.forecast.routing import route_model
 from vllm_sparse.kv.host.geometry import GIB, block_bytes, fit_slab, host_blocks, plan_frames
 from vllm_sparse.kv.host.memory import available_bytes
-from vllm_sparse.policies.controlled import with_budget
-from vllm_sparse.policies.protocol import PolicySettings
 from vllm_sparse.registry import entries, is_ours, load
 
 if TYPE_CHECKING:
@@ -64,37 +60,6 @@ def check_config(vllm_config: Any, device_bytes: Callable[[], int] | None = None
     prepare_tier(vllm_config)
     if entry.prepare:
         load(entry.prepare)(vllm_config, settings, device_bytes)
-
-
-def allowed_requests(vllm_config: Any, on_gpu: bool) -> Allowed | None:
-    """What single requests may ask for; ``None`` if none of our backends is chosen.
-
-    Args:
-        vllm_config: vLLM's complete configuration, which :func:`check_config` has accepted.
-        on_gpu: The device is one.
-    """
-    backend = vllm_config.attention_config.backend
-    if not is_ours(backend):
-        return None
-    settings = load_settings(vllm_config.additional_config, backend.name.lower())
-    on_gpu = on_gpu or settings.kernels == "triton"
-    never_dense = never_budget = ""
-    if vllm_config.model_config.is_hybrid and vllm_config.use_v2_model_runner:
-        never_dense = never_budget = (
-            "with recurrent state layers, Model Runner V2 does not tell whose rows a batch has; "
-            "start the server with VLLM_USE_V2_MODEL_RUNNER=0"
-        )
-    if not isinstance(settings, PolicySettings):
-        if on_gpu and settings.sparse_prefill:
-            never_dense = (
-                "a captured graph of sparse prompts has frames for the chosen blocks only; start "
-                "the server without vllm_sparse.sparse_prefill"
-            )
-        return Allowed(never_dense, f"{backend.name} has frames for top_k blocks; leave it out")
-    if on_gpu:
-        never_budget = "on GPUs a captured graph reads one number of tokens; leave it out"
-    largest, attempt = settings.most_tokens, partial(with_budget, settings)
-    return Allowed(never_dense, never_budget, largest, attempt)
 
 
 def prepare_sparda(

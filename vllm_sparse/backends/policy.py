@@ -19,6 +19,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_sparse import metrics
+from vllm_sparse.backends.allowed import allowed_requests
 from vllm_sparse.backends.base import SparseBackend, ask_for_prompt_lengths, layers_that_attend
 from vllm_sparse.backends.controls import watch_controls
 from vllm_sparse.backends.refusals import check_layer, takes_gpu_path
@@ -104,7 +105,8 @@ class PolicyBackend(SparseBackend):
         config = context.config()
         assert config is not None, "an engine has its configuration"
         others = bool(layers_that_attend(config)[1])
-        return PolicySpec.wrap(spec, policy, context.backend, context.instance_id, others)
+        names = context.backend, context.instance_id
+        return PolicySpec.wrap(spec, policy, *names, others, allowed_requests(config))
 
 
 def set_up_layer(

@@ -22,6 +22,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, M
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_sparse import metrics
+from vllm_sparse.backends.allowed import allowed_requests
 from vllm_sparse.backends.asked import FP8_CACHES
 from vllm_sparse.backends.base import (
     SparseBackend,
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
+    from vllm_sparse.control import Allowed
     from vllm_sparse.kv.host.geometry import Geometry
 
 
@@ -81,6 +83,7 @@ class Context:
     settings: SpardaSettings
     instance_id: str
     dtype: torch.dtype
+    allowed: Allowed | None
 
 
 class SpardaBackend(SparseBackend):
@@ -109,7 +112,7 @@ class SpardaBackend(SparseBackend):
         context = cls._context
         # vLLM takes fp8 for bytes, but compressed keys are of the model's dtype.
         dtype = context.dtype if spec.dtype == torch.uint8 else spec.dtype
-        return SpardaSpec.wrap(spec, context.settings, context.instance_id, dtype)
+        return SpardaSpec.wrap(spec, context.settings, context.instance_id, dtype, context.allowed)
 
 
 class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
@@ -284,7 +287,9 @@ class SpardaImpl(AttentionImpl[SpardaStep]):
         self.num_kv_heads = num_kv_heads
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
-        SpardaBackend._context = Context(settings, config.instance_id, config.model_config.dtype)
+        SpardaBackend._context = Context(
+            settings, config.instance_id, config.model_config.dtype, allowed_requests(config)
+        )
 
     def forward(
         self,

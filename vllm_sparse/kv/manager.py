@@ -13,7 +13,13 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from vllm_sparse import metrics
 from vllm_sparse.features import POLICIES, refuse
-from vllm_sparse.kv.requests import control_of_request, of_hashes, of_id, watch_requests
+from vllm_sparse.kv.requests import (
+    control_of_request,
+    of_hashes,
+    of_id,
+    watch_engines,
+    watch_requests,
+)
 from vllm_sparse.policies.controlled import policy_for
 
 if TYPE_CHECKING:
@@ -43,6 +49,7 @@ class PromptAwareManager(FullAttentionManager):
         super().__init__(kv_cache_spec, *args, **kwargs)
         watch_requests()
         if kv_cache_spec.instance_id:
+            watch_engines()
             counters = metrics.counters()
             counters.publish_to(metrics.folder(kv_cache_spec.instance_id), self.family)
             counters.set_gauge("pool_blocks", self.block_pool.num_gpu_blocks - 1)  # one is null

@@ -36,6 +36,30 @@ def watch_requests() -> None:
     Request.__init__ = __init__
 
 
+def watch_engines() -> None:
+    """Have every engine of this process refuse requests that it cannot serve.
+
+    Whoever sends them may not have, or for another engine: what is wrong would come out in the
+    middle of a step, which ends an engine, or not at all.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    stock = EngineCore.preprocess_add_request
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @functools.wraps(stock)
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        for group in self.scheduler.kv_cache_config.kv_cache_groups:
+            allowed = getattr(group.kv_cache_spec, "allowed", None)
+            if allowed is not None:
+                asked = getattr(request.sampling_params, "extra_args", None)
+                allowed.check(asked, request.resumable)
+        return stock(self, request)
+
+    EngineCore.preprocess_add_request = preprocess_add_request
+
+
 def of_id(request_id: str) -> Request | None:
     """The request with an id; ``None`` if this process has not made it."""
     return _by_id.get(request_id)

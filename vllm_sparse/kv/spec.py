@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Self
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, replace_as
@@ -18,6 +18,7 @@ from vllm_sparse.policies.controlled import policy_for
 if TYPE_CHECKING:
     import torch
 
+    from vllm_sparse.control import Allowed
     from vllm_sparse.policies.protocol import Policy
     from vllm_sparse.policies.sparda import SpardaSettings
 
@@ -28,9 +29,11 @@ class SharedSpec(FullAttentionSpec):
 
     Attributes:
         instance_id: vLLM's instance, under whose name the scheduler's counters are published.
+        allowed: What requests may ask for; ``None``: anything.
     """
 
     instance_id: str = ""
+    allowed: Allowed | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def added(cls) -> set[str]:
@@ -68,6 +71,7 @@ class PolicySpec(SharedSpec):
         backend: str = "",
         instance_id: str = "",
         beside_others: bool = False,
+        allowed: Allowed | None = None,
     ) -> PolicySpec:
         """A stock spec with a policy and its index's bytes."""
         return replace_as(
@@ -77,6 +81,7 @@ class PolicySpec(SharedSpec):
             backend=backend,
             instance_id=instance_id,
             beside_others=beside_others,
+            allowed=allowed,
             state_content_bytes=policy.numbers_per_token * spec.dtype.itemsize,
         )
 
@@ -112,6 +117,7 @@ class SpardaSpec(SharedSpec):
         settings: SpardaSettings,
         instance_id: str = "",
         dtype: torch.dtype | None = None,
+        allowed: Allowed | None = None,
     ) -> SpardaSpec:
         """A stock spec with compressed keys, of ``dtype``, in place of keys and values."""
         dtype = spec.dtype if dtype is None else dtype
@@ -124,6 +130,7 @@ class SpardaSpec(SharedSpec):
             alike=settings.prompts_like_outputs,
             sparse_prompts=bool(settings.sparse_prefill),
             instance_id=instance_id,
+            allowed=allowed,
             tokens_per_state=spec.block_size,
             state_content_bytes=settings.windows_per_block * spec.head_size * dtype.itemsize,
         )

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""What single requests may ask of a server, and who refuses the others where they come in."""
+
+from __future__ import annotations
+
+import functools
+from functools import partial
+from typing import Any
+
+from vllm.exceptions import VLLMClientError
+
+from vllm_sparse.backends.refusals import takes_gpu_path
+from vllm_sparse.config import load_settings
+from vllm_sparse.control import Allowed
+from vllm_sparse.errors import RequestError
+from vllm_sparse.policies.controlled import with_budget
+from vllm_sparse.policies.protocol import PolicySettings
+from vllm_sparse.registry import is_ours
+
+
+class RefusedRequest(RequestError, VLLMClientError):  # type: ignore[misc]
+    """As vLLM's API answers with status 400, and ``LLM`` raises as a ``ValueError``."""
+
+
+def watch_inputs() -> None:
+    """Have requests refused in the processes that take them, before an engine knows of them.
+
+    Those that an engine gets from elsewhere it refuses itself, see
+    :func:`vllm_sparse.kv.requests.watch_engines`.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    stock = InputProcessor.process_inputs
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @functools.wraps(stock)
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, *arguments: Any, **named: Any
+    ) -> Any:
+        if not hasattr(self, "_vllm_sparse"):
+            self._vllm_sparse = allowed_requests(self.vllm_config)
+        if self._vllm_sparse is not None:
+            try:
+                asked = getattr(params, "extra_args", None)
+                self._vllm_sparse.check(asked, named.get("resumable", False))
+            except RequestError as error:
+                raise RefusedRequest(str(error)) from None
+        return stock(self, request_id, prompt, params, *arguments, **named)
+
+    InputProcessor.process_inputs = process_inputs
+
+
+def allowed_requests(vllm_config: Any) -> Allowed | None:
+    """What single requests may ask for; ``None`` if none of our backends is chosen.
+
+    Args:
+        vllm_config: vLLM's complete configuration, which start-up has accepted.
+    """
+    backend = vllm_config.attention_config.backend
+    if not is_ours(backend):
+        return None
+    settings = load_settings(vllm_config.additional_config, backend.name.lower())
+    on_gpu = takes_gpu_path(settings)
+    never_dense = never_budget = ""
+    if vllm_config.model_config.is_hybrid and vllm_config.use_v2_model_runner:
+        never_dense = never_budget = (
+            "with recurrent state layers, Model Runner V2 does not tell whose rows a batch has; "
+            "start the server with VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+    if not isinstance(settings, PolicySettings):
+        if on_gpu and settings.sparse_prefill:
+            never_dense = (
+                "a captured graph of sparse prompts has frames for the chosen blocks only; start "
+                "the server without vllm_sparse.sparse_prefill"
+            )
+        return Allowed(never_dense, f"{backend.name} has frames for top_k blocks; leave it out")
+    if on_gpu:
+        never_budget = "on GPUs a captured graph reads one number of tokens; leave it out"
+    largest, attempt = settings.most_tokens, partial(with_budget, settings)
+    return Allowed(never_dense, never_budget, largest, attempt)
