@@ -211,7 +211,10 @@ SEAMS = {
         "def preprocess_add_request(self, request", "self.preprocess_add_request(req)",
     ],
     "v1/worker/gpu_input_batch.py": ["def add_request(", "self.req_id_to_index"],
-    "v1/worker/gpu/model_runner.py": ["def add_requests(self, scheduler_output"],
+    "v1/worker/gpu/model_runner.py": [
+        "def add_requests(self, scheduler_output", "def execute_model(", "self.req_states = ",
+    ],
+    "v1/worker/gpu_model_runner.py": ["def execute_model(", "self.input_batch = "],
     "v1/kv_cache_interface.py": [
         "state_content_bytes", "tokens_per_state", "block_stride", "layer_stride",
     ],

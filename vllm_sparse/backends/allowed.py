@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import functools
 from functools import partial
 from typing import Any
 
@@ -17,9 +16,10 @@ from vllm_sparse.errors import RequestError
 from vllm_sparse.policies.controlled import with_budget
 from vllm_sparse.policies.protocol import PolicySettings
 from vllm_sparse.registry import is_ours
+from vllm_sparse.seams import replace_once
 
 
-class RefusedRequest(RequestError, VLLMClientError):  # type: ignore[misc]
+class RefusedRequest(RequestError, VLLMClientError):
     """As vLLM's API answers with status 400, and ``LLM`` raises as a ``ValueError``."""
 
 
@@ -31,25 +31,23 @@ def watch_inputs() -> None:
     """
     from vllm.v1.engine.input_processor import InputProcessor
 
-    stock = InputProcessor.process_inputs
-    if hasattr(stock, "__wrapped__"):
-        return
+    def make(stock: Any) -> Any:
+        def process_inputs(
+            self: Any, request_id: str, prompt: Any, params: Any, *arguments: Any, **named: Any
+        ) -> Any:
+            if not hasattr(self, "_vllm_sparse"):
+                self._vllm_sparse = allowed_requests(self.vllm_config)
+            if self._vllm_sparse is not None:
+                try:
+                    asked = getattr(params, "extra_args", None)
+                    self._vllm_sparse.check(asked, named.get("resumable", False))
+                except RequestError as error:
+                    raise RefusedRequest(str(error)) from None
+            return stock(self, request_id, prompt, params, *arguments, **named)
 
-    @functools.wraps(stock)
-    def process_inputs(
-        self: Any, request_id: str, prompt: Any, params: Any, *arguments: Any, **named: Any
-    ) -> Any:
-        if not hasattr(self, "_vllm_sparse"):
-            self._vllm_sparse = allowed_requests(self.vllm_config)
-        if self._vllm_sparse is not None:
-            try:
-                asked = getattr(params, "extra_args", None)
-                self._vllm_sparse.check(asked, named.get("resumable", False))
-            except RequestError as error:
-                raise RefusedRequest(str(error)) from None
-        return stock(self, request_id, prompt, params, *arguments, **named)
+        return process_inputs
 
-    InputProcessor.process_inputs = process_inputs
+    replace_once(InputProcessor, "process_inputs", make)
 
 
 def allowed_requests(vllm_config: Any) -> Allowed | None:

@@ -8,21 +8,22 @@ in the runner's own table of requests, by the index under which it keeps them.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from vllm_sparse.backends.prompts import turn_to
 from vllm_sparse.control import AS_SET, control_of
+from vllm_sparse.seams import replace_once
 
 if TYPE_CHECKING:
     from torch import Tensor
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
-# The table of requests that this process's runner fills, once a request asked for something.
+# What the runner whose step is under way knows of its requests; a process may have several runners.
 _table: weakref.ref[Any] | None = None
 
 
@@ -35,25 +36,48 @@ def watch_controls(config: VllmConfig) -> None:
     if config.use_v2_model_runner:
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-        _wrap(GPUModelRunner, "add_requests", _note_new)
+        _after(GPUModelRunner, "add_requests", _note_new)
+        _before(GPUModelRunner, "execute_model", _turn_to_table)
     else:
         from vllm.v1.worker.gpu_input_batch import InputBatch
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
 
-        _wrap(InputBatch, "add_request", _note_row)
+        _after(InputBatch, "add_request", _note_row)
+        _before(RunnerV1, "execute_model", _turn_to_batch)
 
 
-def _wrap(owner: type, name: str, note: Any) -> None:
-    stock = getattr(owner, name)
-    if hasattr(stock, "__wrapped__"):
-        return
+def _after(owner: type, name: str, note: Any) -> None:
+    def make(stock: Any) -> Any:
+        def noting(self: Any, added: Any) -> Any:
+            result = stock(self, added)
+            note(self, added)
+            return result
 
-    @functools.wraps(stock)
-    def wrapped(self: Any, added: Any) -> Any:
-        result = stock(self, added)
-        note(self, added)
-        return result
+        return noting
 
-    setattr(owner, name, wrapped)
+    replace_once(owner, name, make)
+
+
+def _before(owner: type, name: str, turn: Any) -> None:
+    def make(stock: Any) -> Any:
+        def turned(self: Any, *arguments: Any, **named: Any) -> Any:
+            turn(self)
+            return stock(self, *arguments, **named)
+
+        return turned
+
+    replace_once(owner, name, make)
+
+
+def _turn_to_table(runner: Any) -> None:
+    global _table
+    _table = weakref.ref(runner.req_states)
+    turn_to(runner.req_states)
+
+
+def _turn_to_batch(runner: Any) -> None:
+    global _table
+    _table = weakref.ref(runner.input_batch)
 
 
 def _note_new(runner: Any, scheduled: Any) -> None:
@@ -63,7 +87,6 @@ def _note_new(runner: Any, scheduled: Any) -> None:
         control = _asked(new)
         if control != AS_SET and not hasattr(table, "_vllm_sparse"):
             table._vllm_sparse = np.zeros(table.max_num_reqs, dtype=np.int32)
-            _watch(table)
         if hasattr(table, "_vllm_sparse"):
             table._vllm_sparse[table.req_id_to_index[new.req_id]] = control
 
@@ -73,7 +96,6 @@ def _note_row(batch: Any, request: Any) -> None:
     control = _asked(request)
     if control != AS_SET and not hasattr(batch, "_vllm_sparse"):
         batch._vllm_sparse = {}
-        _watch(batch)
     if hasattr(batch, "_vllm_sparse"):
         batch._vllm_sparse.pop(request.req_id, None)
         if control != AS_SET:
@@ -83,11 +105,6 @@ def _note_row(batch: Any, request: Any) -> None:
 def _asked(request: Any) -> int:
     sampling = request.sampling_params
     return AS_SET if sampling is None else control_of(sampling.extra_args)
-
-
-def _watch(table: Any) -> None:
-    global _table
-    _table = weakref.ref(table)
 
 
 def controls(common: CommonAttentionMetadata) -> Tensor | None:
@@ -100,7 +117,9 @@ def controls(common: CommonAttentionMetadata) -> Tensor | None:
         On the host, int32 ``[R]``, see :mod:`vllm_sparse.control`; ``None`` if none asks anything.
     """
     table = None if _table is None else _table()
-    if table is None or common.rswa_prefix_lens is None:  # a dummy run's rows are nobody's
+    if table is None or not hasattr(table, "_vllm_sparse"):  # nobody has ever asked for anything
+        return None
+    if common.rswa_prefix_lens is None:  # a dummy run's rows are nobody's
         return None
     asked = np.zeros(common.num_reqs, dtype=np.int32)
     if common.req_idx is not None:

@@ -61,6 +61,12 @@ def watch_requests() -> None:
     RequestState.remove_request = remove_request
 
 
+def turn_to(table: Any) -> None:
+    """A step of the runner with this table begins; a process may have several runners."""
+    global _requests
+    _requests = weakref.ref(table)
+
+
 def _table() -> Any:
     """The runner's table of requests; ``None`` before it has any, and with another runner."""
     return None if _requests is None else _requests()

@@ -8,13 +8,13 @@ be told from a lookup. So every request of the scheduler's process is known from
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 from weakref import WeakValueDictionary
 
 from vllm.v1.request import Request
 
 from vllm_sparse.control import AS_SET, control_of
+from vllm_sparse.seams import replace_once
 
 _by_id: WeakValueDictionary[str, Request] = WeakValueDictionary()
 _by_hashes: WeakValueDictionary[int, Request] = WeakValueDictionary()
@@ -22,18 +22,17 @@ _by_hashes: WeakValueDictionary[int, Request] = WeakValueDictionary()
 
 def watch_requests() -> None:
     """Know all requests that this process makes from now on."""
-    begin = Request.__init__
-    if hasattr(begin, "__wrapped__"):
-        return
 
-    @functools.wraps(begin)
-    def __init__(self: Request, *args: Any, **kwargs: Any) -> None:
-        begin(self, *args, **kwargs)
-        _by_id[self.request_id] = self
-        # The list lives as long as the request and grows with it.
-        _by_hashes[id(self.block_hashes)] = self
+    def make(begin: Any) -> Any:
+        def __init__(self: Request, *args: Any, **kwargs: Any) -> None:
+            begin(self, *args, **kwargs)
+            _by_id[self.request_id] = self
+            # The list lives as long as the request and grows with it.
+            _by_hashes[id(self.block_hashes)] = self
 
-    Request.__init__ = __init__
+        return __init__
+
+    replace_once(Request, "__init__", make)
 
 
 def watch_engines() -> None:
@@ -44,20 +43,18 @@ def watch_engines() -> None:
     """
     from vllm.v1.engine.core import EngineCore
 
-    stock = EngineCore.preprocess_add_request
-    if hasattr(stock, "__wrapped__"):
-        return
+    def make(stock: Any) -> Any:
+        def preprocess_add_request(self: Any, request: Any) -> Any:
+            for group in self.scheduler.kv_cache_config.kv_cache_groups:
+                allowed = getattr(group.kv_cache_spec, "allowed", None)
+                if allowed is not None:
+                    asked = getattr(request.sampling_params, "extra_args", None)
+                    allowed.check(asked, request.resumable)
+            return stock(self, request)
 
-    @functools.wraps(stock)
-    def preprocess_add_request(self: Any, request: Any) -> Any:
-        for group in self.scheduler.kv_cache_config.kv_cache_groups:
-            allowed = getattr(group.kv_cache_spec, "allowed", None)
-            if allowed is not None:
-                asked = getattr(request.sampling_params, "extra_args", None)
-                allowed.check(asked, request.resumable)
-        return stock(self, request)
+        return preprocess_add_request
 
-    EngineCore.preprocess_add_request = preprocess_add_request
+    replace_once(EngineCore, "preprocess_add_request", make)
 
 
 def of_id(request_id: str) -> Request | None:
