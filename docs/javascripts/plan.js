@@ -17,19 +17,19 @@
   const LAUNCHES = { dense: 2, ROCKETKV: 4, SPARDA: 8 };
 
   // vllm_sparse/planner/devices.py
-  const gpu = (name, memoryGib, bytesPerS, linkBytesPerS) => ({
+  const gpu = (name, memoryGib, bytesPerS, linkBytesPerS, batchedTokens = 8192) => ({
     name, memoryGib, bytesPerS, linkBytesPerS, launchUs: 2.4, blockSize: 16,
-    policyBlockSize: 64, batchedTokens: 8192,
+    policyBlockSize: 64, batchedTokens,
   });
   const DEVICES = {
     h200: gpu("H200", 140.0, 4.1e12, 50e9),
     h100: gpu("H100 SXM", 79.6, 2.85e12, 50e9),
-    a100: gpu("A100 80 GB", 79.3, 1.7e12, 24e9),
-    l40s: gpu("L40S", 44.5, 0.73e12, 24e9),
-    l4: gpu("L4", 22.0, 0.25e12, 12e9),
+    a100: gpu("A100 80 GB", 79.3, 1.7e12, 24e9, 2048),
+    l40s: gpu("L40S", 44.5, 0.73e12, 24e9, 2048),
+    l4: gpu("L4", 22.0, 0.25e12, 12e9, 2048),
     cpu: {
       name: "CPU", memoryGib: 0.0, bytesPerS: 20e9, linkBytesPerS: 20e9, launchUs: 0.0,
-      blockSize: 128, policyBlockSize: 128, batchedTokens: 4096,
+      blockSize: 128, policyBlockSize: 128, batchedTokens: 2048,
     },
   };
 
@@ -207,11 +207,13 @@
 
   // vllm_sparse/planner/plan.py
   function dense(asked) {
+    const refused = tooLong(asked);
+    if (refused.length) return { name: "dense", refused };
     const each = blockBytes(asked, asked.blockSize);
     const blocks = floorDiv(poolRoom(asked), each);
     const held = ceilDiv(asked.longest, asked.blockSize);
     return {
-      name: "dense", refused: [], kept: "keeps and reads every token",
+      name: "dense", refused, kept: "keeps and reads every token",
       block_bytes: each, pool_blocks: blocks, pool_bytes: blocks * each,
       prompt_blocks: ceilDiv(asked.context, asked.blockSize), request_blocks: held,
       request_bytes: held * each, request_host_bytes: 0, host_bytes: 0, slab_bytes: 0,

@@ -97,6 +97,7 @@ class TestWithoutABrowser:
     def test_a_refusal_is_said(self):
         (shown,) = show("model=SmolLM2-135M&context=32768")
         assert "ROCKETKV refuses this" in shown["table"]
+        assert "dense refuses this" in shown["table"]
         assert cells(shown["table"])["ROCKETKV", "fits"] == ""
 
     def test_the_chart_names_its_lines_and_stays_in_its_frame(self):

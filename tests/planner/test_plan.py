@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from reference.random_models import save_random_model
@@ -12,6 +13,7 @@ from support.engine import BLOCK_SIZE, SETTINGS, run_engine
 
 from vllm_sparse.backends.policy_gpu import _PREFERRED_BLOCK_SIZE
 from vllm_sparse.cli import main
+from vllm_sparse.planner.commands import REFUSED
 from vllm_sparse.planner.devices import DEVICES
 
 LLAMA = {
@@ -45,6 +47,43 @@ def test_a_llama_on_a_gpu(config, capsys):
     assert arms["ROCKETKV"]["fits"] > 2 * arms["dense"]["fits"]
     assert arms["SPARDA"]["request_bytes"] < arms["dense"]["request_bytes"]
     assert "--attention-backend SPARDA" in arms["SPARDA"]["serve"]
+
+
+def test_without_a_context_the_prompt_is_what_the_model_takes(config, capsys):
+    short = {"max_position_embeddings": 32768}
+    status, arms = plan(capsys, config(**short))
+    assert status == 0
+    assert not any(arm["refused"] for arm in arms.values())
+    assert "--max-model-len 32768 " in arms["dense"]["serve"]
+    assert "--max-model-len 33024 " in plan(capsys, config())[1]["dense"]["serve"]
+    _, arms = plan(capsys, config(max_position_embeddings=0), "--backend", "ROCKETKV")
+    assert "--max-model-len 33024 " in arms["dense"]["serve"]  # it does not say
+    status, arms = plan(capsys, config(**short), "--context", "32768")
+    assert status == REFUSED
+    for arm in arms.values():
+        assert "32768 + 256 tokens are more than the 32768" in arm["refused"][0]
+
+
+def test_a_name_that_is_not_downloaded(capsys):
+    assert main(["plan", "some/model"]) == 1
+    assert "`hf download some/model config.json`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", DEVICES)
+def test_a_server_batches_as_many_tokens(monkeypatch, key):
+    """By vLLM's own rule, of the device's name and memory."""
+    vllm_arguments = pytest.importorskip("vllm.engine.arg_utils")
+    from vllm.usage.usage_lib import UsageContext
+
+    device = DEVICES[key]
+    platform = SimpleNamespace(
+        get_device_total_memory=lambda: int(device.memory_gib * 2**30),
+        get_device_name=lambda: f"NVIDIA {device.name}",
+        is_tpu=lambda: False, is_cpu=lambda: key == "cpu",
+    )  # fmt: skip
+    monkeypatch.setattr(vllm_arguments, "current_platform", platform)
+    found, _ = vllm_arguments.EngineArgs.get_batch_defaults(1)
+    assert device.batched_tokens == found[UsageContext.OPENAI_API_SERVER]
 
 
 def test_many_query_heads_fit_the_blocks_that_a_gpu_is_given(config, capsys):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.errors import UnsupportedError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 REFUSED, TOO_MANY = 3, 4
 _SHOWN = ("ROCKETKV", "SPARDA")
 _GIB = 1 << 30
+_CONTEXT = 32768
 
 
 def add_command(subparsers: Any) -> None:
@@ -36,7 +37,7 @@ def add_command(subparsers: Any) -> None:
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="config.json, its folder, or a model of a local cache")
-    add("--context", type=int, default=32768, help="prompt tokens (default: %(default)s)")
+    add("--context", type=int, help=f"prompt tokens (default: {_CONTEXT}, or what the model takes)")
     add("--output", type=int, default=256, help="generated tokens (default: %(default)s)")
     add("--concurrency", type=int, default=8, help="requests at once (default: %(default)s)")
     add("--device", choices=DEVICES, default="h100", help="kind (default: %(default)s)")
@@ -81,16 +82,20 @@ def _question(arguments: argparse.Namespace) -> Question:
     from vllm_sparse.planner.plan import Question
 
     device = _device(arguments.device, arguments.bandwidth)
+    model, context = read_model(arguments.model), arguments.context
+    if context is None:
+        furthest = model.furthest or _CONTEXT + arguments.output
+        context = min(_CONTEXT, max(furthest - arguments.output, 1))
     for name in ("context", "concurrency", "tensor_parallel_size", "output"):
-        if getattr(arguments, name) < 1:
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UnsupportedError(f"--{name.replace('_', '-')} must be at least 1")
     memory = arguments.device_memory or device.memory_gib
     pool = arguments.kv_memory or (None if memory else 4.0)
     host = arguments.host_memory
     return Question(
-        read_model(arguments.model, arguments.context + arguments.output),
+        replace(model, max_model_len=context + arguments.output),
         arguments.model,
-        arguments.context,
+        context,
         arguments.output,
         arguments.concurrency,
         device,

@@ -18,7 +18,8 @@ class Device(NamedTuple):
         launch_us: What a kernel launch takes in a captured graph.
         block_size: vLLM's tokens per block, if nobody sets it.
         policy_block_size: Those of a policy.
-        batched_tokens: vLLM's ``--max-num-batched-tokens`` for its server.
+        batched_tokens: vLLM's ``--max-num-batched-tokens`` for its server: more from 70 GiB on,
+            but not for A100s.
     """
 
     name: str
@@ -32,14 +33,14 @@ class Device(NamedTuple):
 
 
 # One memory: no link and no launches. Bandwidth of two channels of DDR5; see --bandwidth.
-CPU = Device("CPU", 0.0, 20e9, 20e9, 0.0, 128, 128, 4096)
+CPU = Device("CPU", 0.0, 20e9, 20e9, 0.0, 128, 128, 2048)
 
 DEVICES = {
     "h200": Device("H200", 140.0, 4.1e12, 50e9),
     "h100": Device("H100 SXM", 79.6, 2.85e12, 50e9),
-    "a100": Device("A100 80 GB", 79.3, 1.7e12, 24e9),
-    "l40s": Device("L40S", 44.5, 0.73e12, 24e9),
-    "l4": Device("L4", 22.0, 0.25e12, 12e9),
+    "a100": Device("A100 80 GB", 79.3, 1.7e12, 24e9, batched_tokens=2048),
+    "l40s": Device("L40S", 44.5, 0.73e12, 24e9, batched_tokens=2048),
+    "l4": Device("L4", 22.0, 0.25e12, 12e9, batched_tokens=2048),
     "cpu": CPU,
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,6 +156,11 @@ class Model:
         return int(self.text.get("head_dim") or self.hidden // self.text["num_attention_heads"])
 
     @property
+    def furthest(self) -> int:
+        """Tokens that it was made for; 0: it does not say."""
+        return int(self.text.get("max_position_embeddings") or 0)
+
+    @property
     def hidden(self) -> int:
         """Width of the residual stream."""
         return int(self.text["hidden_size"])
@@ -214,13 +219,12 @@ class Model:
         return found
 
 
-def read_model(name: str, max_model_len: int | None = None) -> Model:
-    """The model of a name.
+def read_model(name: str) -> Model:
+    """The model of a name, with the longest request that it was made for.
 
     Args:
         name: A ``config.json``, a folder that has one, a model that ``vllm-sparse fetch-model``
             has cached, or one of the Hugging Face cache. Nothing is downloaded.
-        max_model_len: Longest request, in tokens; ``None``: what the model allows.
 
     Raises:
         ConfigError: There is none, or it lacks what every decoder's has.
@@ -240,8 +244,8 @@ def read_model(name: str, max_model_len: int | None = None) -> Model:
             f"{path} lacks {', '.join(missing)}, which every decoder-only model's config.json has"
         )
     text.setdefault("intermediate_size", 4 * int(text["hidden_size"]))
-    longest = int(text.get("max_position_embeddings") or 0)
-    return Model(path.parent, {**config, **text}, max_model_len or longest or 8192)
+    model = Model(path.parent, {**config, **text}, 8192)
+    return replace(model, max_model_len=model.furthest) if model.furthest else model
 
 
 def _find(name: str) -> Path:
@@ -257,6 +261,7 @@ def _find(name: str) -> Path:
             return found
     raise ConfigError(
         f"no config.json of {name!r} on this machine: it is neither a file nor a folder, and "
-        f"neither {paths.cache_dir()} nor {cached.parent} has it. Give the path of the model's "
-        "config.json"
+        f"neither {paths.cache_dir()} nor {cached.parent} has it. If it is a name of the Hugging "
+        f"Face hub, `hf download {name} config.json` fetches that one file; else give the path of "
+        "the model's config.json"
     )

@@ -175,19 +175,15 @@ def answer(question: Question, name: str) -> Arm:
         ConfigError: The settings are wrong.
     """
     if name == DENSE:
-        return _dense(question)
+        refused = _too_long(question)
+        return Arm(DENSE, refused) if refused else _dense(question)
     settings = load_settings({NAMESPACE: dict(question.settings)}, name.lower())
     config = question.configuration(question.concurrency, name)
     refused = [
         *unsupported(config, name, question.on_gpu),
         *question.model.layer_refusals(name, question.on_gpu),
+        *_too_long(question),
     ]
-    allowed = int(question.model.text.get("max_position_embeddings") or 0)
-    if 0 < allowed < question.model.max_model_len:
-        refused.append(
-            f"{question.context} + {question.output} tokens are more than the {allowed} that the "
-            "model was made for"
-        )
     if refused:
         return Arm(name, refused)
     try:
@@ -196,6 +192,14 @@ def answer(question: Question, name: str) -> Arm:
         return _policy(question, name, settings)
     except VllmSparseError as error:
         return Arm(name, [str(error)])
+
+
+def _too_long(question: Question) -> list[str]:
+    furthest = question.model.furthest
+    if not 0 < furthest < question.model.max_model_len:
+        return []
+    asked = f"{question.context} + {question.output}"
+    return [f"{asked} tokens are more than the {furthest} that the model was made for"]
 
 
 def pool_room(question: Question) -> int:

@@ -74,7 +74,7 @@ def wins_from(question: Question, milliseconds: Callable[[int], float]) -> int |
         question: For dense steps, and how far the model reaches.
         milliseconds: The other side's step at a number of prompt tokens.
     """
-    furthest = int(question.model.text.get("max_position_embeddings") or _FURTHEST)
+    furthest = question.model.furthest or _FURTHEST
     for context in range(_STEP, furthest + 1, _STEP):
         if milliseconds(context) < dense_ms(question, context):
             return context
