@@ -26,7 +26,10 @@ pytestmark = pytest.mark.vllm
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACES = [(family, on_gpu) for family in (POLICIES, SPARDA) for on_gpu in (False, True)]
-NAMES = {POLICIES: ("ROCKETKV", "QUEST", "SNAPKV", "STREAMINGLLM"), SPARDA: ("SPARDA",)}
+NAMES = {
+    family: tuple(name for name, entry in registry.entries().items() if entry.family == family)
+    for family in (POLICIES, SPARDA)
+}
 AHEAD = {"selector": "lookahead-query"}
 
 # What vLLM's configuration says when somebody asks for a feature, and part of the reason.

@@ -128,7 +128,10 @@ def test_presets_are_valid_and_complete():
     }
     for preset in presets:
         values = yaml.safe_load(preset.read_text())
-        settings_class(values["algorithm"]).model_validate(values)
+        kind = settings_class(values["algorithm"])
+        settings, page = kind.model_validate(values), (ROOT / "docs/settings.md").read_text()
+        (same,) = re.findall(r"A preset names.*?have every default", page, re.DOTALL)
+        assert (f"`{preset.name.removesuffix('.yaml')}`" in same) == (settings == kind())
 
 
 @pytest.mark.slow

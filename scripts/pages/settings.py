@@ -12,12 +12,13 @@ import annotated_types
 
 from benchmarks.tables import table
 from vllm_sparse.config import CommonSettings
-from vllm_sparse.registry import settings_class
+from vllm_sparse.features import OUTSIDE
+from vllm_sparse.registry import entries, settings_class
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-BACKENDS = ("rocketkv", "sparda", "quest", "snapkv", "streamingllm")
+BACKENDS = tuple(name.lower() for name, entry in entries().items() if entry.family != OUTSIDE)
 _NAMES = {int: "integer", float: "number", str: "text"}
 _BOUNDS = {
     annotated_types.Ge: ("ge", "≥"),

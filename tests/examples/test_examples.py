@@ -89,3 +89,24 @@ class TestMonitoring:
         server = self.compose["services"]["vllm"]
         assert (MONITORING / server["build"] / "Dockerfile").exists()
         assert server["command"][1:] == ["--attention-backend", "ROCKETKV"]
+        assert server["environment"] == ["HF_TOKEN"]
+
+    def test_models_are_kept_where_the_image_s_user_may_write(self):
+        """vLLM's image has a user of this name, whose number is its own."""
+        image = (EXAMPLES.parent / "Dockerfile").read_text()
+        (volume,) = self.compose["services"]["vllm"]["volumes"]
+        folder = volume.split(":")[1]
+        made, _, after = image.partition("USER vllm\n")
+        assert after
+        assert "--uid" not in image
+        assert "id vllm >/dev/null 2>&1 || useradd" in made
+        assert f"mkdir -p {folder} && chown -R vllm /home/vllm" in made
+        assert f"-v {volume} " in image
+        assert "vllm-sparse MODEL --attention-backend" in image
+
+    def test_prometheus_loads_the_alerts(self):
+        (rules,) = yaml.safe_load((MONITORING / "prometheus.yml").read_text())["rule_files"]
+        inside = [
+            volume.split(":")[1] for volume in self.compose["services"]["prometheus"]["volumes"]
+        ]
+        assert f"/etc/prometheus/{rules}" in inside

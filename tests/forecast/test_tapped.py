@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -259,6 +260,28 @@ def test_layers_that_cannot_be_tapped_are_refused():
     layers[1].attention.q_norm = torch.nn.LayerNorm(DIM)
     with pytest.raises(UnsupportedError, match="query norm LayerNorm of layer 1"):
         _query_norm(layers[1])
+
+
+@pytest.mark.parametrize(
+    ("trained", "warned"), [("any/Model-A", False), ("/b/model-a/", False), ("model-b", True)]
+)
+def test_it_is_said_what_a_forecast_was_trained_for(monkeypatch, trained, warned):
+    from vllm_sparse.forecast import tapped
+    from vllm_sparse.policies.sparda import SpardaSettings
+
+    said = {"info": [], "warning": []}
+    logger = SimpleNamespace(**{level: partial(log, lines) for level, lines in said.items()})
+    weights = SimpleNamespace(metadata={"base_model": trained}, unused=())
+    monkeypatch.setattr(tapped, "logger", logger)
+    monkeypatch.setattr(tapped, "load_forecast", lambda *arguments: weights)
+    (layer, _) = _layers()
+    tapped._load_learned(SpardaSettings(forecast="f"), layer.linear, 2, "hub/Model-A")
+    assert said["info"] == [f"Forecast f, trained for {trained}"]
+    assert [f"trained for {trained}" in line for line in said["warning"]] == [True] * warned
+
+
+def log(lines: list[str], message: str, *arguments: Any) -> None:
+    lines.append(message % arguments)
 
 
 @pytest.mark.parametrize("broken", ["qkv_proj", "rotary_emb", "attn"])

@@ -29,6 +29,7 @@ from vllm_sparse.forecast.weights import (
     check_metadata,
     load_forecast,
     lookahead_weights,
+    other_model,
     scaled_by_norm,
     shard_heads,
 )
@@ -161,7 +162,8 @@ def install_taps(model: nn.Module, vllm_config: Any) -> Taps:
 
     shared = [recording(1) if last > least else None for least in (2, 1)]  # layers 2, 4..; 1, 3..
     learned = settings.chosen_selector == "forecast"
-    weights = _load_learned(settings, first, last + 1) if learned else None
+    served = vllm_config.model_config.model
+    weights = _load_learned(settings, first, last + 1, served) if learned else None
     if weights is not None:
         has_bias = weights.current_bias is not None
     else:
@@ -185,7 +187,9 @@ def install_taps(model: nn.Module, vllm_config: Any) -> Taps:
     return taps
 
 
-def _load_learned(settings: SpardaSettings, linear: Any, num_layers: int) -> ForecastWeights:
+def _load_learned(
+    settings: SpardaSettings, linear: Any, num_layers: int, served: str
+) -> ForecastWeights:
     assert settings.forecast is not None
     weights = load_forecast(
         settings.forecast,
@@ -194,9 +198,12 @@ def _load_learned(settings: SpardaSettings, linear: Any, num_layers: int) -> For
         linear.head_size,
         linear.input_size,
     )
-    warning = check_metadata(weights.metadata, settings)
-    if warning:
-        logger.warning("%s: %s", settings.forecast, warning)
+    trained = weights.metadata.get("base_model", "an unnamed model")
+    logger.info("Forecast %s, trained for %s", settings.forecast, trained)
+    metadata = weights.metadata
+    for warning in (check_metadata(metadata, settings), other_model(metadata, served)):
+        if warning:
+            logger.warning("%s: %s", settings.forecast, warning)
     if weights.unused:
         logger.info(
             "%s: not used, as only layer 0 looks for itself and the last layer for none: %s",

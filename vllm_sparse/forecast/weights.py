@@ -127,6 +127,30 @@ def check_metadata(metadata: Mapping[str, str], settings: SpardaSettings) -> str
     return None
 
 
+def other_model(metadata: Mapping[str, str], served: str) -> str | None:
+    """Compare the model that a Forecast was trained for with the one that is served.
+
+    Args:
+        metadata: Of the Forecast file.
+        served: Name or path of the model; last parts are compared, in small letters.
+
+    Returns:
+        A warning where they differ, else None.
+    """
+    trained = metadata.get("base_model", "")
+    if not trained or _last_part(trained) == _last_part(served):
+        return None
+    return (
+        f"it fits the shape of {served}, but was trained for {trained}. If that is another model, "
+        "its choices mean little: use the file that was trained for yours, or choose selector "
+        "lookahead-query, query or previous"
+    )
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()
+
+
 def lookahead_weights(
     q_weight: Tensor, q_bias: Tensor | None, num_heads: int, num_kv_heads: int, head_size: int
 ) -> tuple[Tensor, Tensor | None]:
