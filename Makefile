@@ -5,6 +5,9 @@ BIN := .venv/bin
 MODEL := smollm2-135m-instruct
 CONFIG := smollm2-135m
 TREE := build/tree
+# Of what is not committed, the time tells one build from the next.
+COMMIT = $(or $(VLLM_SPARSE_COMMIT),$(shell git describe --always --abbrev=12 --exclude='*' \
+  --dirty=.d$$(date -u +%Y%m%dt%H%M%S)))
 # A GPU host need not have .venv: its Python then has what a GPU needs.
 PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
@@ -80,7 +83,7 @@ metrics-check: setup ## Ask a real Prometheus every query of the dashboard, and 
 
 wheel: setup ## Build the plugin's wheel into dist/, for a machine without a network
 	@rm -f dist/vllm_sparse-*.whl
-	@$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation --wheel-dir dist .
+	@VLLM_SPARSE_COMMIT=$(COMMIT) $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation --wheel-dir dist .
 
 gpu-first: ## The first ten minutes on a GPU: checks and the cells that matter (options: ARGS="...")
 	@$(PYTHON) -m benchmarks.gpu.first $(ARGS)

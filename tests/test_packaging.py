@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -135,7 +136,12 @@ def test_presets_are_valid_and_complete():
 
 
 @pytest.mark.slow
-def test_wheel_contains_every_package(tmp_path):
+def test_wheel_is_what_the_sources_are(tmp_path):
+    """Also where an older build left more; and it is named after the commit."""
+    stale = ROOT / "build/lib/vllm_sparse/kernels/cpu"
+    stale.mkdir(parents=True, exist_ok=True)
+    for name in ("stale.py", "stale.cpp"):
+        (stale / name).touch()
     result = subprocess.run(
         [
             *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"),
@@ -144,16 +150,20 @@ def test_wheel_contains_every_package(tmp_path):
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "VLLM_SPARSE_COMMIT": "5e41426-Dirty"},
     )
     assert result.returncode == 0, result.stderr
     (wheel,) = tmp_path.glob("*.whl")
+    version = f"{PROJECT['project']['version']}+g5e41426.dirty"
+    assert wheel.name == f"vllm_sparse-{version}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert "vllm_sparse/py.typed" in names
-    assert not [name for name in names if name.startswith(("tests/", "kernels/", "configs/"))]
+    found = {name for name in names if not name.startswith(f"vllm_sparse-{version}.dist-info/")}
+    expected = set()
     for package in SETUPTOOLS["packages"]:
         target = package.replace(".", "/")
         sources = package_dir(package)
         patterns = ["*.py", *SETUPTOOLS["package-data"].get(package, [])]
         for source in (path for pattern in patterns for path in sources.glob(pattern)):
-            assert f"{target}/{source.name}" in names
+            expected.add(f"{target}/{source.name}")
+    assert found == expected

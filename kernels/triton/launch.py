@@ -9,6 +9,7 @@ gpu-tune` finds a better one for one kind of GPU, and leaves it in a file that i
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from functools import cache
@@ -20,6 +21,9 @@ import triton
 
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.paths import cache_dir
+
+# A child of vLLM's logger: others have no handler in its processes.
+logger = logging.getLogger("vllm.sparse")
 
 # A file with launches of one kind of GPU, or nothing to read none.
 LAUNCHES_ENV = "VLLM_SPARSE_LAUNCHES"
@@ -144,15 +148,26 @@ def read_launches(path: Path) -> dict[str, tuple[Launch, Launch]]:
     """Reads a tuned table: by kernel a pair of ``[block, num_warps, num_stages]``, as above.
 
     Raises:
-        ConfigError: It cannot be read, or names unknown kernels.
+        ConfigError: It cannot be read, or a kernel cannot be launched so. Unknown kernels, as of
+            another version, are left out with a warning.
     """
     try:
+        listed = json.loads(path.read_text())["launches"]
+        unknown = sorted(listed.keys() - _SM80.keys())
         found = {
             kernel: tuple(Launch(*map(int, launch)) for launch in pair)
-            for kernel, pair in json.loads(path.read_text())["launches"].items()
+            for kernel, pair in listed.items()
+            if kernel in _SM80
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not a table of kernel launches ({error}). {_REMEDY}") from error
+    if unknown:
+        logger.warning(
+            "%s: launches of kernels that this version of vllm-sparse does not have, which are "
+            "ignored: %s",
+            path,
+            ", ".join(unknown),
+        )
     wrong = sorted(
         kernel
         for kernel, pair in found.items()

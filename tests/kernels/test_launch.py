@@ -37,7 +37,6 @@ def _fresh_table(monkeypatch):
         ("{}", "not a table of kernel launches .'launches'"),
         ('{"launches": {"attend": [[64, 4]]}}', "not a table of kernel launches"),
         ('{"launches": {"attend": [["x", 4, 2], [64, 4, 2]]}}', "not a table of kernel launches"),
-        ('{"launches": {"attention": [[64, 4, 2], [64, 4, 2]]}}', "of kernels: attention"),
         ('{"launches": {"pool": [[48, 4, 2], [64, 4, 2]]}}', "of kernels: pool"),
         ('{"launches": {"pool": [[64, 4, 2], [64, 3, 2]]}}', "of kernels: pool"),
         ('{"launches": {"pool": [[64, 4, 2], [64, 4, 0]]}}', "of kernels: pool"),
@@ -61,6 +60,17 @@ def test_a_table_is_read_back_as_it_was_written(tmp_path):
     launch.write_launches(path, table, {"gpu": "some"})
     assert launch.read_launches(path) == table
     assert [found.name for found in path.parent.iterdir()] == ["table.json"]
+
+
+def test_kernels_of_another_version_are_ignored(tmp_path, monkeypatch):
+    """A server is upgraded, and rolled back, with the table that it has."""
+    table = {"pool": (Launch(64, 2, 1), Launch(16, 1, 5)), "gone": (Launch(48, 3, 0),) * 2}
+    said = []
+    monkeypatch.setattr(launch.logger, "warning", lambda text, *facts: said.append(text % facts))
+    launch.write_launches(tmp_path / "table.json", table, {})
+    assert launch.read_launches(tmp_path / "table.json") == {"pool": table["pool"]}
+    (line,) = said
+    assert line.endswith("ignored: gone")
 
 
 def test_where_a_table_is_looked_for(tmp_path, monkeypatch):
