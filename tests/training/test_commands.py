@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers import LlamaModel
 from vllm_sparse.cli import main
 from vllm_sparse.training.files import export_forecast
 from vllm_sparse.training.forecast import Forecast
+from vllm_sparse.training.trainer import Trainer
 
 pytest.importorskip("accelerate")
 
@@ -67,3 +70,34 @@ def test_commands(model_folder, tmp_path, capsys):
     export_forecast(out, wrong, GEOMETRY, "another/model")
     assert main(command) == 1
     assert "trained for another/model" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_read(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "checkpoint-000001.pt").touch()
+    begin = ["train-forecast", "--recipe", "dense-small", "--model", "/no/such", "--data", "/none"]
+    for out, options, expected in (
+        ("forecast.pt", [], "must be a file whose name ends in .safetensors"),
+        ("folder.safetensors", [], "must be a file"),
+        ("file/f.safetensors", [], "file: no files can be written there"),
+        ("f.safetensors", ["--folder", str(tmp_path / "file")], "choose another folder"),
+        ("f.safetensors", ["--cache", str(tmp_path / "file")], "choose another folder"),
+        ("f.safetensors", ["--folder", str(tmp_path / "old")], "add --resume"),
+        ("f.safetensors", [], "cannot load the tokenizer of '/no/such'"),
+    ):
+        assert main([*begin, "--out", str(tmp_path / out), *options]) == 1
+        assert expected in capsys.readouterr().err
+
+
+def test_sigterm_exports_what_there_is(model_folder, tmp_path, monkeypatch, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{token}" for token in sequences(2).flatten().tolist()))
+    out = tmp_path / "forecast.safetensors"
+    monkeypatch.setattr(Trainer, "_backward", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
+    command = ["train-forecast", "--model", str(model_folder), "--data", str(text)]
+    assert main([*command, "--out", str(out), *options]) == 128 + signal.SIGTERM
+    assert out.exists()
+    assert "--resume goes on from there" in capsys.readouterr().err

@@ -4,10 +4,14 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+from types import SimpleNamespace
+
 import pytest
 
 from vllm_sparse.errors import ConfigError
-from vllm_sparse.training.data import pack, read_documents, sequence_index
+from vllm_sparse.training.data import pack, read_documents, read_sequences, sequence_index
 
 
 class Words:
@@ -30,15 +34,60 @@ def test_packing():
         pack(documents, Words(), 100)
 
 
-def test_sources(tmp_path):
+def test_sources(tmp_path, monkeypatch):
     (tmp_path / "b.txt").write_text("plain")
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": [1, 2]}\n')
     (tmp_path / "ignored.bin").write_bytes(b"\x00")
     assert list(read_documents([str(tmp_path)])) == ["one", [1, 2], "plain"]
     with pytest.raises(ConfigError, match="line 1: no JSON object with a key 'body'"):
         list(read_documents([str(tmp_path / "a.jsonl")], "body"))
-    with pytest.raises(ConfigError, match="no file or folder"):
+
+    def missing(*_, **options):
+        raise FileNotFoundError("not on the hub")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=missing))
+    with pytest.raises(ConfigError, match=r"no file or folder.*'train': not on the hub"):
         list(read_documents(["no/such-dataset"]))
+
+
+@pytest.fixture
+def endless(monkeypatch):
+    """The package ``datasets`` with one set that never ends; gives what it was asked for."""
+    asked = []
+
+    def load_dataset(name, configuration, *, split, streaming):
+        asked.append((name, configuration, split, streaming))
+        return ({"text": f"{'a' * (number + 1)} b"} for number in itertools.count())
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return asked
+
+
+def test_data_sets_are_read_as_far_as_they_are_used(endless, tmp_path):
+    options = (Words(), 2, "documents", "text")
+    found, left = read_sequences(["some/set"], *options, None, 3)
+    assert found.tolist() == [[1, 1], [2, 1], [3, 1]]
+    assert left == []
+    found, left = read_sequences(["some/set", "another"], *options, 2, 3)
+    assert found.tolist() == [[1, 1], [2, 1]]
+    assert left == ["another"]
+    # What ends is read whole.
+    (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n' * 9)
+    assert len(read_sequences([str(tmp_path)], *options, None, 3)[0]) == 9
+    assert len(endless) == 2
+
+
+def test_names_of_data_sets(endless):
+    for source, expected in (
+        ("own/er", ("own/er", None, "train", True)),
+        ("own/er:test", ("own/er", None, "test", True)),
+        ("own/er:en:test", ("own/er", "en", "test", True)),
+        ("own/er:en:", ("own/er", "en", "train", True)),
+    ):
+        assert next(read_documents([source])) == "a b"
+        assert endless[-1] == expected
+    with pytest.raises(ConfigError, match="have no 'body' but text"):
+        next(read_documents(["own/er"], "body"))
 
 
 def test_order_of_data_is_a_permutation_of_each_epoch():

@@ -8,6 +8,7 @@ import csv
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,8 +84,9 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, cached):
         assert [row["step"] for row in csv.DictReader(file)] == ["1", "2", "3", "4", "5", "6"]
 
 
-def test_interrupt_saves_the_last_complete_step(tmp_path):
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_saves_the_last_complete_step(tmp_path, number):
+    before = signal.getsignal(number)
     whole = trainer(tmp_path / "whole", steps=4)
     list(whole.train())
     run = trainer(tmp_path / "parts", steps=4)
@@ -94,18 +96,46 @@ def test_interrupt_saves_the_last_complete_step(tmp_path):
     # In the middle of the third step.
     original = run._backward
     run._backward = lambda *arguments: (
-        os.kill(os.getpid(), signal.SIGINT),
+        os.kill(os.getpid(), number),
         original(*arguments),
     )
     assert threading.current_thread() is threading.main_thread()
     with pytest.raises(Interrupted):
         next(steps)
     assert [path.name for path in checkpoints(tmp_path / "parts")] == ["checkpoint-000002.pt"]
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
+    assert run.interrupt.signal == number
     again = trainer(tmp_path / "parts", steps=4)
     again.resume(checkpoints(tmp_path / "parts")[-1])
     list(again.train())
     assert torch.equal(weights(again), weights(whole))
+
+
+def test_a_second_signal(tmp_path):
+    run = trainer(tmp_path)
+    with run.interrupt.installed():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert run.interrupt.signal == signal.SIGTERM
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Interrupted), (None, RuntimeError)])
+def test_the_other_processes_stop_first(tmp_path, number, error):
+    """A sum over processes that have ended fails; after a signal that is no error."""
+
+    def reduce(tensor, how):
+        run.interrupt.signal = number
+        raise RuntimeError("connection closed by peer")
+
+    run = trainer(tmp_path)
+    steps = run.train()
+    next(steps)
+    run._world, run._accelerator = 2, SimpleNamespace(reduce=reduce)
+    with pytest.raises(error):
+        next(steps)
+    assert len(checkpoints(tmp_path)) == (number is not None)
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):

@@ -15,10 +15,15 @@ from vllm_sparse.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vllm_sparse.training.settings import TrainSettings
+    from torch import Tensor
+
+    from vllm_sparse.training.settings import Packing, TrainSettings
     from vllm_sparse.training.trainer import StepLog, Trainer
 
-_INTERRUPTED = 130
+_DATA = (
+    ".txt, .jsonl, folders, or datasets for the package of that name (NAME, NAME:SPLIT or "
+    "NAME:CONFIGURATION:SPLIT), of which no more is read than is used"
+)
 
 
 def add_command(subparsers: Any) -> None:
@@ -41,9 +46,7 @@ def _add_train(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, help="Hugging Face directory or hub name")
-    parser.add_argument(
-        "--data", required=True, nargs="+", help=".txt, .jsonl, folders, or datasets (NAME:split)"
-    )
+    parser.add_argument("--data", required=True, nargs="+", help=_DATA)
     parser.add_argument("--out", type=Path, required=True, help="the Forecast, .safetensors")
     parser.add_argument(
         "--folder", type=Path, help="for checkpoints and the log (default: beside --out)"
@@ -74,9 +77,7 @@ def _add_eval(subparsers: Any) -> None:
     )
     parser.add_argument("--model", required=True, help="Hugging Face directory or hub name")
     parser.add_argument("--forecast", type=Path, help="Forecast to judge beside the others")
-    parser.add_argument(
-        "--data", required=True, nargs="+", help=".txt, .jsonl, folders, or datasets (NAME:split)"
-    )
+    parser.add_argument("--data", required=True, nargs="+", help=_DATA)
     parser.add_argument("--seq-len", type=int, default=4096, help="tokens per sequence")
     parser.add_argument("--sequences", type=int, default=4, help="how many, spread over the data")
     parser.add_argument(
@@ -131,8 +132,41 @@ def _tokenizer(model: str) -> Any:
         raise ConfigError(f"cannot load the tokenizer of {model!r}: {error}") from error
 
 
+def _sequences(
+    arguments: argparse.Namespace,
+    seq_len: int,
+    packing: Packing,
+    text_key: str,
+    limit: int | None,
+    needed: int,
+    is_main: bool = True,
+) -> Tensor:
+    """Reads ``--data``, and says how much of it if it takes long or is not all."""
+    from tqdm import tqdm
+
+    from vllm_sparse.training.data import read_sequences
+
+    sequences, left = read_sequences(
+        arguments.data,
+        _tokenizer(arguments.model),
+        seq_len,
+        packing,
+        text_key,
+        limit,
+        needed,
+        lambda documents: tqdm(documents, "reading", unit=" documents", disable=not is_main),
+    )
+    if left and is_main:
+        print(
+            f"not read: {', '.join(left)}, as the sources before give {len(sequences)} sequences. "
+            "For all of them give more --steps or a larger --max-sequences, or each in part",
+            file=sys.stderr,
+        )
+    return sequences
+
+
 def _train(arguments: argparse.Namespace) -> int:
-    """Trains, and exports at the end and on Ctrl-C."""
+    """Trains, and exports at the end, on Ctrl-C and on SIGTERM."""
     from vllm_sparse.training.files import export_forecast
     from vllm_sparse.training.settings import load_train_settings
     from vllm_sparse.training.trainer import Interrupted
@@ -144,18 +178,39 @@ def _train(arguments: argparse.Namespace) -> int:
     }
     settings = load_train_settings(arguments.recipe, overrides)
     folder = arguments.folder or arguments.out.with_suffix(".run")
+    _check_files(arguments, folder)
     trainer, name = _prepare(arguments, settings, folder)
     status = 0
     try:
         _report_progress(trainer, folder)
     except Interrupted:
         print(f"\nstopped at step {trainer.step}; --resume goes on from there", file=sys.stderr)
-        status = _INTERRUPTED
+        status = 128 + (trainer.interrupt.signal or 0)  # as shells report it
     if trainer.is_main:
         base = arguments.base_model or name
         export_forecast(arguments.out, trainer.forecast, settings.geometry, base)
         print(f"wrote {arguments.out} (step {trainer.step} of {settings.steps})")
     return status
+
+
+def _check_files(arguments: argparse.Namespace, folder: Path) -> None:
+    """Refuses, before data and model are read, what would fail once the time is spent."""
+    from vllm_sparse.training.files import require_writable
+    from vllm_sparse.training.trainer import checkpoints
+
+    if arguments.out.suffix != ".safetensors" or arguments.out.is_dir():
+        raise ConfigError(
+            f"--out {arguments.out}: must be a file whose name ends in .safetensors, by which the "
+            "server knows its format"
+        )
+    if checkpoints(folder) and not arguments.resume:
+        raise ConfigError(
+            f"{folder} holds checkpoints of an earlier run; add --resume to continue it, or choose "
+            "another --folder"
+        )
+    for place in (arguments.out.parent, folder, arguments.cache):
+        if place is not None:
+            require_writable(place)
 
 
 def _prepare(
@@ -164,19 +219,19 @@ def _prepare(
     from accelerate import Accelerator
 
     from vllm_sparse.training.backbone import Backbone
-    from vllm_sparse.training.data import pack, read_documents
     from vllm_sparse.training.forecast import Forecast
     from vllm_sparse.training.samples import CachedSource, SampleSource
     from vllm_sparse.training.trainer import Trainer, checkpoints
 
     accelerator = Accelerator()
-    documents = read_documents(arguments.data, settings.text_key)
-    sequences = pack(
-        documents,
-        _tokenizer(arguments.model),
+    sequences = _sequences(
+        arguments,
         settings.seq_len,
         settings.packing,
+        settings.text_key,
         settings.max_sequences,
+        settings.steps * settings.batch_size,
+        accelerator.is_main_process,
     )
     backbone = Backbone.load(arguments.model, settings.dtype, accelerator.device)
     backbone.check_rope()
@@ -206,11 +261,6 @@ def _prepare(
     forecast.initialise(settings.init, backbone, settings.seed, sequences[0])
     trainer = Trainer(settings, backbone, forecast, source, sequences, folder, accelerator)
     existing = checkpoints(folder)
-    if existing and not arguments.resume:
-        raise ConfigError(
-            f"{folder} holds checkpoints of an earlier run; add --resume to continue it, or choose "
-            "another --folder"
-        )
     if existing:
         trainer.resume(existing[-1])
         accelerator.print(f"resumed from {existing[-1].name}")
@@ -252,7 +302,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from accelerate import Accelerator
 
     from vllm_sparse.training.backbone import Backbone
-    from vllm_sparse.training.data import pack, read_documents
     from vllm_sparse.training.evaluate import Evaluation, plot
     from vllm_sparse.training.files import import_forecast
     from vllm_sparse.training.geometry import BlockGeometry
@@ -268,8 +317,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     }
     geometry = dataclasses.replace(geometry, **given)
     geometry.require_length(arguments.seq_len)
-    documents = read_documents(arguments.data, arguments.text_key)
-    sequences = pack(documents, _tokenizer(arguments.model), arguments.seq_len, arguments.packing)
+    sequences = _sequences(
+        arguments,
+        arguments.seq_len,
+        arguments.packing,
+        arguments.text_key,
+        None,
+        arguments.sequences,
+    )
     count = min(arguments.sequences, len(sequences))
     spread = [len(sequences) * index // count for index in range(count)]
     evaluation = Evaluation(

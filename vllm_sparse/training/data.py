@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm_sparse.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from vllm_sparse.training.settings import Packing
 
@@ -27,8 +27,8 @@ def read_documents(sources: Iterable[str], text_key: str = "text") -> Iterator[s
 
     Args:
         sources: Each a text file (one document), a ``.jsonl`` file (one per line), a folder of
-            those, or the name of a dataset for the package ``datasets``, with its split after a
-            colon (``NAME:train``).
+            those, or a dataset for the package ``datasets``: ``NAME``, ``NAME:SPLIT`` or
+            ``NAME:CONFIGURATION:SPLIT``.
         text_key: Where the text is in a JSON line or a dataset's row. A list of token ids may
             stand there too.
 
@@ -70,7 +70,9 @@ def _read_file(path: Path, text_key: str) -> Iterator[str | list[int]]:
 
 
 def _read_dataset(source: str, text_key: str) -> Iterator[str | list[int]]:
-    name, _, split = source.partition(":")
+    name, *rest = source.split(":")
+    split = (rest[-1] if rest else "") or "train"
+    configuration = rest[0] if len(rest) > 1 else None
     try:
         import datasets
     except ImportError:
@@ -79,15 +81,62 @@ def _read_dataset(source: str, text_key: str) -> Iterator[str | list[int]]:
             "package datasets (pip install '.[data]' in the checkout of vllm-sparse)"
         ) from None
     try:
-        rows: Any = datasets.load_dataset(name, split=split or "train", streaming=True)
+        rows: Any = datasets.load_dataset(name, configuration, split=split, streaming=True)
         for row in rows:
+            if text_key not in row:
+                raise ConfigError(
+                    f"data: the rows of {source!r} have no {text_key!r} but {', '.join(row)}; set "
+                    "--text-key to what holds the text"
+                )
             document = row[text_key]
             yield document if isinstance(document, list) else str(document)
+    except ConfigError:
+        raise
     except Exception as error:  # the package raises many kinds
         raise ConfigError(
-            f"data: {source!r} is no file or folder, and the package datasets cannot read it: "
-            f"{error}"
+            f"data: {source!r} is no file or folder, and the package datasets cannot read it as "
+            f"{name!r}, configuration {configuration or 'default'!r}, split {split!r}: {error}"
         ) from error
+
+
+def read_sequences(
+    sources: list[str],
+    tokenizer: Any,
+    seq_len: int,
+    packing: Packing,
+    text_key: str,
+    limit: int | None,
+    needed: int,
+    show: Callable[[Iterator[str | list[int]]], Iterable[str | list[int]]] = iter,
+) -> tuple[Tensor, list[str]]:
+    """Sequences of equal length from all sources.
+
+    Args:
+        sources: As for :func:`read_documents`.
+        tokenizer: A Hugging Face tokenizer.
+        seq_len: Tokens per sequence.
+        packing: As for :func:`pack`.
+        text_key: As for :func:`read_documents`.
+        limit: Use so many sequences, the first ones.
+        needed: The limit if none is given and a source is a dataset, which may never end and is
+            held in memory by every process. Files are read whole.
+        show: Wraps the documents, to show how many were read.
+
+    Returns:
+        int32 ``[sequences, seq_len]``, and the sources that were not reached.
+
+    Raises:
+        ConfigError: A source cannot be read, or there is less text than one sequence.
+    """
+    if limit is None and any(not Path(source).exists() for source in sources):
+        limit = needed
+    left = list(sources)
+
+    def documents() -> Iterator[str | list[int]]:
+        while left:
+            yield from read_documents([left.pop(0)], text_key)
+
+    return pack(show(documents()), tokenizer, seq_len, packing, limit), left
 
 
 def pack(

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -28,6 +29,22 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+
+
+def require_writable(folder: Path) -> None:
+    """Makes a folder, and makes sure that files can be made in it.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: no files can be written there ({error.strerror}); choose another folder"
+        ) from error
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

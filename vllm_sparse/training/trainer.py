@@ -4,13 +4,14 @@
 
 A checkpoint holds the weights, the optimiser and the step. Everything else (order of the data, rows
 of a sequence) follows from the seed and the step, so a resumed run repeats what an uninterrupted
-one does. On Ctrl-C the step in progress is dropped and the last complete one is saved.
+one does. On Ctrl-C and SIGTERM the step in progress is dropped and the last complete one is saved.
 """
 
 from __future__ import annotations
 
 import csv
 import signal
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,39 +44,47 @@ class OutOfMemoryError(VllmSparseError, MemoryError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C was pressed."""
+    """Ctrl-C was pressed, or SIGTERM came."""
 
 
 class InterruptFlag:
-    """Set by Ctrl-C; a second one interrupts at once."""
+    """Set by Ctrl-C and SIGTERM; a second Ctrl-C interrupts at once.
+
+    Attributes:
+        signal: Number of the first signal, None until one comes.
+    """
 
     def __init__(self) -> None:
         """Starts unset."""
-        self.is_set = False
+        self.signal: int | None = None
 
     def raise_if_set(self) -> None:
-        """Raises :class:`Interrupted` after a Ctrl-C."""
-        if self.is_set:
+        """Raises :class:`Interrupted` after a signal."""
+        if self.signal is not None:
             raise Interrupted
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handles SIGINT within the block (in the main thread only)."""
+        """Handles both signals within the block (in the main thread only)."""
 
         def handle(number: int, frame: Any) -> None:
-            if self.is_set:
+            if self.signal is None:
+                self.signal = number
+            # A scheduler and torchrun may both send SIGTERM, which must not cost what is saved.
+            elif number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.is_set = True
 
-        try:
-            before = signal.signal(signal.SIGINT, handle)
-        except ValueError:  # not the main thread
+        if threading.current_thread() is not threading.main_thread():
             yield
             return
+        before = {
+            number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @dataclass
@@ -161,7 +170,7 @@ class Trainer:
         """Runs to the last step, saving checkpoints, and yields after every step.
 
         Raises:
-            Interrupted: Ctrl-C; a checkpoint of the last complete step is saved.
+            Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last complete step is saved.
             OutOfMemoryError: With advice.
         """
         layers = self._backbone.num_layers
@@ -200,9 +209,7 @@ class Trainer:
             )
             self.interrupt.raise_if_set()
         if self._world > 1:
-            losses = self._accelerator.reduce(losses, "sum")
-            for parameter in self.forecast.parameters():
-                parameter.grad = self._accelerator.reduce(parameter.grad, "sum")
+            losses = self._reduce(losses)
         norm = torch.nn.utils.clip_grad_norm_(self.forecast.parameters(), settings.grad_clip)
         for group in self._optimiser.param_groups:
             group["lr"] = rate
@@ -211,6 +218,18 @@ class Trainer:
         seconds = time.monotonic() - started
         layers = losses.tolist()
         return StepLog(self.step, sum(layers) / len(layers), float(norm), rate, seconds, layers)
+
+    def _reduce(self, losses: Tensor) -> Tensor:
+        """Sums losses and gradients over the processes."""
+        try:
+            for parameter in self.forecast.parameters():
+                parameter.grad = self._accelerator.reduce(parameter.grad, "sum")
+            summed: Tensor = self._accelerator.reduce(losses, "sum")
+        except RuntimeError:
+            # The others stopped at their own signals before they came here.
+            self.interrupt.raise_if_set()
+            raise
+        return summed
 
     @torch.enable_grad()
     def _backward(self, sample: LayerSample, losses: Tensor) -> None:
@@ -285,7 +304,9 @@ class Trainer:
         if state["sequences"] != list(self._sequences.shape):
             raise ConfigError(
                 f"{path}: was trained on {state['sequences']} tokens of data, this is "
-                f"{list(self._sequences.shape)}; give the same --data, or start afresh"
+                f"{list(self._sequences.shape)}; give the same --data (for a data set, of which no "
+                "more is read than --steps and --batch-size need, --max-sequences "
+                f"{state['sequences'][0]}), or start afresh"
             )
         self.forecast.load_state_dict(state["forecast"])
         self._optimiser.load_state_dict(state["optimiser"])
