@@ -14,8 +14,10 @@ from support.training import GEOMETRY, SETTINGS, config, sequences
 from transformers import LlamaModel
 
 from vllm_sparse.cli import main
+from vllm_sparse.training import commands
 from vllm_sparse.training.files import export_forecast
 from vllm_sparse.training.forecast import Forecast
+from vllm_sparse.training.settings import load_train_settings
 from vllm_sparse.training.trainer import Trainer
 
 pytest.importorskip("accelerate")
@@ -47,6 +49,7 @@ def test_commands(model_folder, tmp_path, capsys):
     command = ["train-forecast", "--model", str(model_folder), "--data", str(text)]
     command += ["--out", str(out), *options]
     assert main(command) == 0
+    assert "has no sparse_config" in capsys.readouterr().err
     assert main(command) == 1
     assert "--resume" in capsys.readouterr().err
     assert main([*command[:-1], "--steps=4", "--init=uniform", "--resume"]) == 0
@@ -98,6 +101,16 @@ def test_sigterm_exports_what_there_is(model_folder, tmp_path, monkeypatch, caps
     monkeypatch.setattr(Trainer, "_backward", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
     command = ["train-forecast", "--model", str(model_folder), "--data", str(text)]
-    assert main([*command, "--out", str(out), *options]) == 128 + signal.SIGTERM
+    command += ["--out", str(out), *options, "--sparse-forward=false"]
+    assert main(command) == 128 + signal.SIGTERM
     assert out.exists()
-    assert "--resume goes on from there" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--resume goes on from there" in said
+    assert "sparse_config" not in said
+
+
+def test_models_that_were_trained_sparsely_may_attend_so(model_folder, tmp_path, capsys):
+    values = json.loads((model_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "sparse_config": {"topk": 64}}))
+    commands._warn_of_sparse_forward(str(tmp_path), load_train_settings("sparda", {}))
+    assert not capsys.readouterr().err

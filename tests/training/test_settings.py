@@ -7,17 +7,23 @@ from __future__ import annotations
 import pytest
 from support.training import SETTINGS
 
+from vllm_sparse.config import read_values
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.training.settings import TrainSettings, load_train_settings, recipe_names
 
 
 def test_recipes_are_valid():
-    assert recipe_names() == ["dense-small", "sparda"]
+    assert recipe_names() == ["dense", "dense-small", "sparda"]
     for name in recipe_names():
         load_train_settings(name, {})
     published = load_train_settings("sparda", {})
     assert published == TrainSettings(init="uniform")
     assert published.geometry.free_picks == 62
+    # What is served without training, and the least that is advised where exact strings matter.
+    served = read_values("preset", "qwen2.5-sparda", "vllm_sparse.configs", "config")
+    trained = load_train_settings("dense", {}).model_dump()
+    names = ("block_size", "init_blocks", "local_blocks", "top_k")
+    assert {name: trained[name] for name in names} == {name: served[name] for name in names}
 
 
 def test_learning_rate():
@@ -43,5 +49,5 @@ def test_settings_that_make_no_sense_are_refused(changes, message):
 
 
 def test_unknown_recipe_names_the_known_ones():
-    with pytest.raises(ConfigError, match="dense-small, sparda"):
+    with pytest.raises(ConfigError, match="dense, dense-small, sparda"):
         load_train_settings("sparta", {})

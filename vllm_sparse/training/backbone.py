@@ -133,20 +133,17 @@ class Backbone:
             ConfigError: It cannot be read.
             UnsupportedError: Its structure is unknown.
         """
-        from transformers import AutoModel, PreTrainedConfig
+        from transformers import AutoModel
 
         kind = getattr(torch, dtype)
+        values = config_values(source)
         try:
-            values, _ = PreTrainedConfig.get_config_dict(source)
             if values.get("model_type") == "minicpm":
                 model = _load_minicpm(source, values, kind)
             else:
                 model = AutoModel.from_pretrained(source, dtype=kind)
         except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"cannot load the model {source!r}: {error}. Give the directory of a Hugging Face "
-                "model (with config.json and safetensors) or a hub name"
-            ) from error
+            raise _unreadable(source, error) from error
         name = Path(source).resolve().name if Path(source).is_dir() else source
         return cls(model.to(device), name)
 
@@ -272,6 +269,31 @@ class Backbone:
         self._visited += 1
         self._visit(view)
         return self._route(view, values[0]).unsqueeze(0) if self._route else None
+
+
+def config_values(source: str) -> dict[str, Any]:
+    """What a model's ``config.json`` says.
+
+    Args:
+        source: Directory or hub name.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    from transformers import PreTrainedConfig
+
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(source)
+    except (OSError, ValueError) as error:
+        raise _unreadable(source, error) from error
+    return dict(values)
+
+
+def _unreadable(source: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"cannot load the model {source!r}: {error}. Give the directory of a Hugging Face "
+        "model (with config.json and safetensors) or a hub name"
+    )
 
 
 def _attention_modules(model: nn.Module, name: str) -> list[nn.Module]:

@@ -51,15 +51,19 @@ def _add_train(subparsers: Any) -> None:
     parser.add_argument(
         "--folder", type=Path, help="for checkpoints and the log (default: beside --out)"
     )
-    parser.add_argument("--recipe", help="name of a recipe, or a YAML file")
+    parser.add_argument(
+        "--recipe",
+        help="name of a recipe, or a YAML file. dense: densely trained models (Llama, Qwen) on a "
+        "GPU; dense-small: the same on one CPU core; sparda: MiniCPM4.1, as is none",
+    )
     parser.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint, if any"
     )
     parser.add_argument(
         "--cache",
         type=Path,
-        help="keep what the model computes here, so that only the first epoch runs it (about "
-        "layers * queries * hidden * 2 bytes per sequence)",
+        help="keep what the model computes here, so that only the first epoch runs it (per "
+        "sequence about layers * queries * (2 * hidden + 4 * KV heads * blocks) bytes)",
     )
     parser.add_argument("--base-model", help="name to record instead of --model's")
     for name, value in _setting_fields().items():
@@ -213,6 +217,22 @@ def _check_files(arguments: argparse.Namespace, folder: Path) -> None:
             require_writable(place)
 
 
+def _warn_of_sparse_forward(model: str, settings: TrainSettings) -> None:
+    """Says so if a model that knows only dense attention is to attend sparsely."""
+    from vllm_sparse.training.backbone import config_values
+
+    if not settings.sparse_forward or config_values(model).get("sparse_config"):
+        return
+    print(
+        f"warning: sparse_forward is on, as it is by default, but the config of {model} has no "
+        f"sparse_config, so it was trained densely. It will attend to the blocks of the teacher "
+        f"({settings.teacher}) only, and its Forecast learn what sparse prompts look like "
+        "(sparse_prefill). For dense prompts use --recipe dense, or --sparse-forward false and "
+        "--teacher block-mass",
+        file=sys.stderr,
+    )
+
+
 def _prepare(
     arguments: argparse.Namespace, settings: TrainSettings, folder: Path
 ) -> tuple[Trainer, str]:
@@ -224,6 +244,8 @@ def _prepare(
     from vllm_sparse.training.trainer import Trainer, checkpoints
 
     accelerator = Accelerator()
+    if accelerator.is_main_process:
+        _warn_of_sparse_forward(arguments.model, settings)
     sequences = _sequences(
         arguments,
         settings.seq_len,
