@@ -15,7 +15,15 @@ from vllm_sparse.config import NAMESPACE, load_settings
 from vllm_sparse.device_room import least_weight_bytes, left_bytes
 from vllm_sparse.errors import ConfigError, UnsupportedError
 from vllm_sparse.forecast.routing import route_model
-from vllm_sparse.kv.host.geometry import GIB, block_bytes, fit_slab, host_blocks, plan_frames
+from vllm_sparse.kv.host.geometry import (
+    GIB,
+    block_bytes,
+    blocks_of_one,
+    fit_slab,
+    gib_of,
+    host_blocks,
+    plan_frames,
+)
 from vllm_sparse.kv.host.memory import available_bytes
 from vllm_sparse.registry import entries, is_ours, load
 
@@ -115,6 +123,10 @@ def size_sparda(
     itemsize = cache_itemsize(str(cache.cache_dtype), model.dtype.itemsize)
     shape = settings.block_size, model.get_head_size(), itemsize
     bytes_per_block = block_bytes(layers, kv_heads, *shape)
+    columns = parallel.tensor_parallel_size * max(parallel.data_parallel_size_local, 1)
+    if "host_gib" not in settings.model_fields_set:
+        pools = columns * sum(stages) / layers
+        settings = _choose_pool(config, settings, bytes_per_block, int(available / pools))
     blocks = host_blocks(settings, bytes_per_block, model.max_model_len)
     if cache.num_gpu_blocks_override is None:
         cache.num_gpu_blocks_override = blocks
@@ -124,8 +136,6 @@ def size_sparda(
             f" vllm_sparse.host_gib={settings.host_gib}, which holds {blocks} blocks"
         )
     blocks = cache.num_gpu_blocks_override
-    replicas = max(parallel.data_parallel_size_local, 1)
-    columns = parallel.tensor_parallel_size * replicas
     sizes = {
         "num_layers": layers,
         "num_pieces": blocks * kv_heads,
@@ -154,7 +164,7 @@ def size_sparda(
         taken |= {
             "frames and compressed keys": each * sum(stages) // layers * columns,
             "staging": staging * len(stages) * columns,
-            "weights": least_weight_bytes(model) * replicas,
+            "weights": least_weight_bytes(model) * max(parallel.data_parallel_size_local, 1),
         }
         _check_memory(config, settings, taken, available)
     return frames
@@ -175,8 +185,7 @@ def _check_memory(
         ConfigError: It is too little; says how much each part takes.
     """
     parallel = config.parallel_config
-    # Of several API servers, each completes the configuration again beside engines that run.
-    if getattr(parallel, "_api_process_count", 1) > 1 and parallel._api_process_rank >= 0:
+    if _beside_engines(parallel):
         return
     total = sum(taken.values())
     if total <= available:
@@ -193,6 +202,47 @@ def _check_memory(
         f"machine has {available / GIB:.2f} GiB available. Lower {' or '.join(lower)}"
         f"{' or choose another selector' if _QUERIES in taken else ''}"
     )
+
+
+def _beside_engines(parallel: Any) -> bool:
+    """Of several API servers, each completes the configuration again beside engines that run."""
+    return getattr(parallel, "_api_process_count", 1) > 1 and parallel._api_process_rank >= 0
+
+
+def _choose_pool(
+    config: Any, settings: SpardaSettings, bytes_per_block: int, available: int
+) -> SpardaSettings:
+    """Let the pool hold one request of the longest kind, if half of what is free is enough.
+
+    Args:
+        config: vLLM's; its settings are changed, so that every process knows.
+        settings: As given.
+        bytes_per_block: Host bytes of one block in all layers of a rank.
+        available: A rank's share of the host memory that is free, in bytes.
+
+    Returns:
+        The settings, with the pool if it is not the default.
+    """
+    longest = config.model_config.max_model_len
+    needed = blocks_of_one(settings, longest) * bytes_per_block
+    too_much = 2 * needed > available and not _beside_engines(config.parallel_config)
+    if needed <= settings.host_gib * GIB or too_much:
+        return settings
+    chosen = gib_of(needed)
+    _tell(config, host_gib=chosen)
+    logger.info(
+        "SPARDA: %.2f GiB of host memory per rank for keys and values, as host_gib is not set and "
+        "one request of --max-model-len %d needs them",
+        chosen,
+        longest,
+    )
+    return settings.model_copy(update={"host_gib": chosen})
+
+
+def _tell(config: Any, **chosen: float) -> None:
+    """Changes the settings in vLLM's configuration, so that every process knows."""
+    given = config.additional_config or {}
+    config.additional_config = {**given, NAMESPACE: {**given.get(NAMESPACE, {}), **chosen}}
 
 
 def _layers_of_stages(config: Any) -> list[int]:
@@ -230,10 +280,7 @@ def _choose_slab(
         captured = config.compilation_config.cudagraph_capture_sizes or ()
         served = max((size for size in captured if size <= served), default=served)
     scheduler.max_num_seqs = served
-    given = config.additional_config or {}
-    config.additional_config = {
-        **given, NAMESPACE: {**given.get(NAMESPACE, {}), "slab_gib": slab / GIB}
-    }  # fmt: skip
+    _tell(config, slab_gib=slab / GIB)
     logger.info(
         "SPARDA: %.2f GiB of this device for frames, as slab_gib is not set; they serve %d "
         "requests at once (--max-num-seqs was %d)",

@@ -107,7 +107,9 @@ def test_a_model(tmp_path):
     }  # fmt: skip
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    assert {found.level for found in model_findings(str(path))} == {"ok"}
+    findings = model_findings(str(path))
+    assert {found.level for found in findings} == {"ok"}
+    assert any("host pool of one request 0.01 GiB" in found.what for found in findings)
     path.write_text(json.dumps({**config, "kv_lora_rank": 512}))
     weights, *backends = model_findings(str(path))
     assert weights.level == "ok"

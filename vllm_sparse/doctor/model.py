@@ -87,4 +87,5 @@ def _backend(model: Model, name: str, backend: str) -> Finding:
         return warning(
             "model", f"{backend} refuses it: {'; '.join(arm.refused)}", "it would not start", others
         )
-    return fine("model", f"{backend} serves {context} tokens: {arm.kept}")
+    pool = f"; host pool of one request {arm.host_bytes / _GIB:.2f} GiB" if arm.host_bytes else ""
+    return fine("model", f"{backend} serves {context} tokens: {arm.kept}{pool}")

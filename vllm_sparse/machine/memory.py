@@ -48,7 +48,8 @@ def memory_findings(available: int, limit: int | None, on_gpu: bool | None) -> I
         shown += f", of which the container may use {limit / GIB:.1f}"
     if available < HOST_GIB * GIB:
         yield warning(
-            "host memory", shown, f"SPARDA's pool takes {HOST_GIB:.0f} GiB unless host_gib is set",
+            "host memory", shown,
+            f"SPARDA's pool takes {HOST_GIB:.0f} GiB or more unless host_gib is set",
             "set vllm_sparse.host_gib, or end what uses the memory",
         )  # fmt: skip
     else:

@@ -19,7 +19,7 @@ from vllm_sparse.config import NAMESPACE, load_settings
 from vllm_sparse.device_room import least_weight_bytes, left_bytes
 from vllm_sparse.errors import VllmSparseError
 from vllm_sparse.forecast.routing import tapped_architecture
-from vllm_sparse.kv.host.geometry import GIB, block_bytes, blocks_per_row
+from vllm_sparse.kv.host.geometry import block_bytes, blocks_per_row, gib_of
 from vllm_sparse.planner import bounds
 from vllm_sparse.planner.times import DENSE, dense_ms, policy_ms, sparda_ms, wins_from
 from vllm_sparse.policies.making import make_policy
@@ -270,7 +270,7 @@ def _sparda(question: Question, settings: SpardaSettings) -> Arm:
     if "host_gib" not in chosen:  # as much as these requests need, if there is as much
         most = _largest_pool(question, settings, each)
         wanted = min((question.concurrency * held + 1) * each, most)
-        chosen["host_gib"] = -(-wanted * 100 // GIB) / 100
+        chosen["host_gib"] = gib_of(wanted)
         settings = settings.model_copy(update={"host_gib": chosen["host_gib"]})
     config = question.configuration(_MANY if question.on_gpu else question.concurrency)
     config.additional_config = {NAMESPACE: chosen}

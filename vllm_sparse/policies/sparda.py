@@ -78,7 +78,9 @@ class SpardaSettings(CommonSettings):
     host_gib: float = Field(
         4.0,
         gt=0,
-        description="Host memory for keys and values, per rank; sets vLLM's number of blocks.",
+        description="Host memory for keys and values, per rank; sets vLLM's number of blocks. "
+        "Unset: more, if one request of `--max-model-len` needs it and that is at most half of "
+        "what is free.",
     )
     slab_gib: float | None = Field(
         None,

@@ -69,6 +69,16 @@ def block_bytes(
     return num_layers * num_kv_heads * block_size * 2 * head_dim * itemsize
 
 
+def gib_of(nbytes: int) -> float:
+    """Bytes in GiB, rounded up to hundredths."""
+    return -(-nbytes * 100 // GIB) / 100
+
+
+def blocks_of_one(settings: SpardaSettings, max_model_len: int) -> int:
+    """Blocks of one request of ``max_model_len`` tokens, and vLLM's null block."""
+    return -(-max_model_len // settings.block_size) + 1
+
+
 def host_blocks(settings: SpardaSettings, bytes_per_block: int, max_model_len: int) -> int:
     """Blocks that fit the host pool.
 
@@ -84,14 +94,13 @@ def host_blocks(settings: SpardaSettings, bytes_per_block: int, max_model_len: i
         ConfigError: Not even one request of ``max_model_len`` fits.
     """
     blocks = int(settings.host_gib * GIB) // bytes_per_block
-    needed = -(-max_model_len // settings.block_size) + 1
+    needed = blocks_of_one(settings, max_model_len)
     if blocks < needed:
         raise ConfigError(
             f"vllm_sparse.host_gib: {settings.host_gib} GiB hold {blocks} blocks of "
             f"{settings.block_size} tokens ({bytes_per_block / 1024:.0f} KiB each over all "
             f"layers), but one request of --max-model-len {max_model_len} needs {needed}. Set "
-            f"host_gib to at least {-(-needed * bytes_per_block * 100 // GIB) / 100:.2f} or lower "
-            "--max-model-len"
+            f"host_gib to at least {gib_of(needed * bytes_per_block):.2f} or lower --max-model-len"
         )
     return blocks
 
