@@ -87,5 +87,7 @@ def _backend(model: Model, name: str, backend: str) -> Finding:
         return warning(
             "model", f"{backend} refuses it: {'; '.join(arm.refused)}", "it would not start", others
         )
-    pool = f"; host pool of one request {arm.host_bytes / _GIB:.2f} GiB" if arm.host_bytes else ""
-    return fine("model", f"{backend} serves {context} tokens: {arm.kept}{pool}")
+    host_pool = (
+        f"; host pool of one request {arm.host_bytes / _GIB:.2f} GiB" if arm.host_bytes else ""
+    )
+    return fine("model", f"{backend} serves {context} tokens: {arm.kept}{host_pool}")
