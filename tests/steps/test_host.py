@@ -6,88 +6,21 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.kernels import REFERENCE
-from vllm_sparse.kernels.types import Blocks, Ranking
+from support.sparda_plans import (
+    NUM_BLOCKS,
+    Row,
+    assert_tokens,
+    plan,
+    simple,
+    what_kernels_choose,
+)
 
 from vllm_sparse.policies.sparda import SpardaSettings, num_windows
-from vllm_sparse.steps.host import SpardaPlanner
-from vllm_sparse.steps.host_rows import RowPlanner
-from vllm_sparse.steps.host_step import SpardaStep, WindowRows
-
-NUM_BLOCKS = 200
-
-
-class Row(NamedTuple):
-    """One request's part of a step."""
-
-    start: int
-    count: int
-    prompt_len: int
-    blocks: list[int]
-    dense: bool = False
-
-    @property
-    def end(self) -> int:
-        return self.start + self.count
-
-
-def plan(
-    options: SpardaSettings,
-    rows: list[Row],
-    garbage: list[int] | None = None,
-    split_fresh: bool = False,
-) -> tuple[SpardaStep, Counter]:
-    """The step and what was counted.
-
-    Args:
-        options: Settings.
-        rows: The batch.
-        garbage: What stands in the block table beyond each row's blocks.
-        split_fresh: See the planner.
-    """
-    counts: Counter = Counter()
-
-    def count(name: str, amount: float, reason: str = "") -> None:
-        counts[name, reason] += amount
-
-    width = max(len(row.blocks) for row in rows) + 2
-    filler = itertools.cycle(garbage or [0])
-    table = [row.blocks + [next(filler) for _ in range(width - len(row.blocks))] for row in rows]
-    starts = list(itertools.accumulate((row.count for row in rows), initial=0))
-    step = SpardaPlanner(options, NUM_BLOCKS, count, split_fresh).plan(
-        torch.tensor(starts).int(),
-        torch.tensor([row.end for row in rows]).int(),
-        torch.tensor([row.prompt_len for row in rows]).int(),
-        torch.tensor(table).int(),
-        dense=asked_to_be_dense(rows),
-    )
-    return step, counts
-
-
-def asked_to_be_dense(rows: list[Row]) -> torch.Tensor | None:
-    asked = torch.tensor([row.dense for row in rows])
-    return asked if bool(asked.any()) else None
-
-
-def simple(**changes) -> SpardaSettings:
-    return SpardaSettings(
-        **{
-            "selector": "query",
-            "block_size": 8,
-            "kernel_stride": 2,
-            "local_blocks": 1,
-            "top_k": 4,
-            "dense_len": 0,
-            "staging_blocks": 2,
-            **changes,
-        }
-    )
 
 
 @st.composite
@@ -214,17 +147,6 @@ def slots_of_windows(step) -> torch.Tensor:
     return torch.cat((step.slots, step.windows.older))[step.windows.tokens]
 
 
-def assert_tokens(found, mine, tokens, rows, size) -> None:
-    """Tokens and the ones before them."""
-    assert found.index.tolist() == [tokens.index(token) for token in mine]
-    assert found.positions.tolist() == [p for _, p in mine]
-    for at, (r, p) in enumerate(mine):
-        before = tokens.index((r, p - 1)) if (r, p - 1) in tokens else -1
-        assert found.previous_index[at] == before
-        if p:
-            assert found.previous_blocks[at] == rows[r].blocks[(p - 1) // size]
-
-
 def check_decode(step, options, decodes, tokens, rows) -> None:
     size, found = options.block_size, step.decode
     assert_tokens(found.tokens, [(r, rows[r].start) for r in decodes], tokens, rows, size)
@@ -251,20 +173,6 @@ def check_decode(step, options, decodes, tokens, rows) -> None:
         rows[r].end > options.dense_len and rows[r].start // size + 1 > options.blocks_read
         for r in decodes
     )
-
-
-def what_kernels_choose(step, options):
-    """The selection of decode rows, of which not every score is known."""
-    compressed = torch.zeros(NUM_BLOCKS, 1, options.block_size // options.kernel_stride, 4)
-    vectors = torch.zeros(len(step.decode.framed), 1, 4) if step.decode.scored else None
-    blocks = Blocks(
-        options.block_size, options.kernel_stride, options.init_blocks, options.local_blocks,
-        options.blocks_read,
-    )  # fmt: skip
-    return REFERENCE.select_blocks(
-        compressed, vectors, step.decode.table, step.decode.framed, Ranking(False), blocks,
-        dense_len=options.dense_len,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("size", "stride"), [(64, 16), (64, 32), (32, 16), (16, 2)])
@@ -324,122 +232,12 @@ def test_a_decode_that_borrows_from_this_step_goes_the_prompt_way(first_writes: 
             assert [prompt.tokens.positions.tolist() for prompt in step.prompts] == (
                 [[*range(8, 17)], [16]] if rows[0] is writer else [[16], [*range(8, 17)]]
             )
+            # The queries of the token before are not kept yet: those of the writer's are its own.
+            tokens = step.prompts[rows.index(reader)].tokens
+            assert tokens.previous_index.tolist() == [7 if rows[0] is writer else 8]
         else:
             assert step.decode.tokens.positions.tolist() == [16]
             assert not any(tile.late for tile in step.tiles)
-
-
-def plan_rows(
-    options: SpardaSettings, rows: list[Row], captured: bool, planner: RowPlanner | None = None
-) -> tuple[SpardaStep | None, Counter]:
-    """The step of a batch of single tokens, and what was counted; rows of no tokens are padding."""
-    counts: Counter = Counter()
-
-    def count(name: str, amount: float, reason: str = "") -> None:
-        counts[name, reason] += amount
-
-    table = torch.zeros(len(rows), 12, dtype=torch.int32)
-    for line, row in zip(table, rows, strict=True):
-        line[: len(row.blocks)] = torch.tensor(row.blocks)
-    ends = torch.tensor([row.end if row.count else 0 for row in rows]).int()
-    prompts = torch.tensor([row.prompt_len for row in rows]).int()
-    planner = planner or RowPlanner(options, 8, torch.device("cpu"), captured)
-    prefilling = any(0 < row.end <= row.prompt_len for row in rows)
-    counting = SpardaPlanner(options, NUM_BLOCKS, count)
-    dense = asked_to_be_dense(rows)
-    return planner.plan(counting, ends, ends, prompts, table, prefilling, dense), counts
-
-
-@st.composite
-def single_tokens(draw) -> tuple[SpardaSettings, list[Row]]:
-    """Decode rows, also of requests that ask to be dense, and prompts' last tokens."""
-    options = simple(
-        dense_len=draw(st.sampled_from([0, 16, 33])), sparse_prefill=draw(st.booleans())
-    )
-    unused = iter(draw(st.permutations(range(1, NUM_BLOCKS))))
-    rows = []
-    for _ in range(draw(st.integers(1, 5))):
-        start = draw(st.integers(0, 60))
-        prompt_len = draw(st.sampled_from([start + 1, start, start // 2 + 1]))
-        blocks = [next(unused) for _ in range(start // 8 + 1)]
-        dense = not options.sparse_prefill and draw(st.booleans())
-        rows.append(Row(start, 1, max(prompt_len, 1), blocks, dense))
-    return options, rows
-
-
-@given(single_tokens(), st.booleans())
-@settings(max_examples=150, deadline=None)
-def test_single_tokens_are_planned_as_others_are(batch, captured) -> None:
-    options, rows = batch
-    step, counts = plan_rows(options, rows, captured)
-    expected, expected_counts = plan(options, rows)
-    assert step.num_tokens == len(rows)
-    assert not step.prompts
-    assert step.slots.equal(expected.slots)
-    assert step.last_in_block.tolist() == [*range(len(rows))]
-    assert isinstance(step.windows, WindowRows)
-    assert step.windows.positions.tolist() == [row.start for row in rows]
-    found = step.decode
-    assert found.whole
-    tokens = [(r, row.start) for r, row in enumerate(rows)]
-    assert_tokens(found.tokens, tokens, tokens, rows, 8)
-    alone = [
-        row.dense or (row.start < row.prompt_len and not options.sparse_prefill) for row in rows
-    ]
-    assert (found.framed < 0).tolist() == alone
-    whole = torch.zeros(len(rows)).int() if found.unframed is None else found.unframed
-    assert whole.tolist() == [
-        row.end if apart else 0 for row, apart in zip(rows, alone, strict=True)
-    ]
-    for row, line in zip(rows, found.table.tolist(), strict=True):
-        assert line[: len(row.blocks)] == row.blocks
-    selected = what_kernels_choose(step, options)
-    if expected.decode is not None:
-        indices = expected.decode.tokens.index.tolist()
-        lengths = what_kernels_choose(expected, options).lengths
-        theirs = dict(zip(indices, lengths, strict=True))
-        for index, length in theirs.items():
-            assert selected.lengths[index] == length
-    if not any(row.start < row.prompt_len for row in rows) or not options.sparse_prefill:
-        assert counts == expected_counts
-
-
-def test_rows_find_the_row_that_they_were_in_the_step_before() -> None:
-    """By the block that they have written to, whatever their order; new and idle ones find none."""
-    options = simple(selector="previous")
-    planner = RowPlanner(options, 8, torch.device("cpu"), captured=True)
-
-    def follows(*rows: Row) -> list[int]:
-        step, _ = plan_rows(options, list(rows), True, planner)
-        return step.decode.tokens.previous_rows.tolist()
-
-    first, second, padding = [4, 7, 9], [2, 5, 6], Row(0, 0, 0, [])
-    assert follows(Row(20, 1, 5, first), Row(15, 1, 5, second[:2])) == [-1, -1]
-    assert follows(Row(16, 1, 5, second), Row(21, 1, 5, first), padding) == [1, 0, -1]
-    assert follows(padding, Row(8, 1, 5, [1, 3]), Row(22, 1, 5, first)) == [-1, -1, 1]
-    assert follows(Row(17, 1, 5, second), Row(9, 1, 5, [1, 3])) == [-1, 1]
-    planner.forget()  # after a batch with a prompt
-    assert follows(Row(18, 1, 5, second), Row(10, 1, 5, [1, 3])) == [-1, -1]
-
-
-def test_padding_rows_read_and_write_nothing() -> None:
-    step, counts = plan_rows(simple(), [Row(20, 1, 5, [4, 7, 9]), Row(0, 0, 0, [])], True)
-    assert step.slots.tolist() == [9 * 8 + 4, -1]
-    assert step.decode.framed.tolist() == step.windows.positions.tolist() == [20, -1]
-    assert step.decode.unframed.tolist() == [0, 0]
-    assert counts["decode_rows", ""] == 1
-
-
-@pytest.mark.parametrize("captured", [False, True])
-def test_dense_requests_beside_sparse_prompts_are_streamed(captured) -> None:
-    """As frames are set aside for the chosen blocks only; a graph would have to wait for them."""
-    rows = [Row(40, 1, 5, [1, 2, 3, 4, 5, 6], True), Row(20, 1, 5, [7, 8, 9])]
-    assert plan_rows(simple(sparse_prefill=True), rows, captured)[0] is None
-    step, counts = plan(simple(sparse_prefill=True), rows)
-    (streamed,) = step.prompts
-    assert (streamed.start, streamed.sparse_from) == (40, 1)
-    assert step.decode.tokens.positions.tolist() == [20]
-    assert counts["decode_rows", ""] == 1
 
 
 def test_a_dense_request_is_counted_when_its_prompt_ends() -> None:
@@ -456,43 +254,6 @@ def test_a_preempted_request_is_not_counted_again() -> None:
         _, counts = plan(simple(), [Row(start, count, 11, blocks)])
         total += counts
     assert total["requests", ""] == 1
-
-
-def test_a_lone_token_of_a_prompt_with_its_own_number_of_blocks_is_left_to_the_other_planner():
-    rows = [Row(40, 1, 41, [1, 2, 3, 4, 5, 6]), Row(20, 1, 5, [7, 8, 9])]
-    for number, single in ((4, True), (True, True), (5, False)):
-        step, _ = plan_rows(simple(sparse_prefill=number), rows, False)
-        assert (step is not None) == single
-    step, _ = plan_rows(simple(sparse_prefill=5), rows[1:], False)
-    assert step is not None
-
-
-@pytest.mark.parametrize("captured", [False, True])
-def test_a_prompt_that_ends_with_a_lone_token_starts_to_decode_densely(captured) -> None:
-    rows = [Row(4, 1, 5, [1]), Row(0, 0, 0, [])]
-    _, counts = plan_rows(simple(dense_len=16), rows, captured)
-    assert counts["dense_fallbacks", "shorter_than_dense_len"] == 1
-
-
-def test_a_captured_step_never_moves() -> None:
-    """What a graph reads is where it was, whatever the lengths."""
-    planner = RowPlanner(simple(), 8, torch.device("cpu"), captured=True)
-    short, _ = plan_rows(simple(), [Row(3, 1, 2, [4])], True, planner)
-    before = short.decode.table.data_ptr(), short.slots.data_ptr(), short.decode.framed.data_ptr()
-    long, _ = plan_rows(simple(), [Row(60, 1, 2, [*range(10, 18)])], True, planner)
-    assert before == (
-        long.decode.table.data_ptr(), long.slots.data_ptr(), long.decode.framed.data_ptr()
-    )  # fmt: skip
-    assert short.decode.table.shape == long.decode.table.shape
-    assert short.decode.scored
-    assert short.slots.equal(long.slots)
-
-
-def test_who_borrows_from_this_step_is_planned_on_the_host() -> None:
-    """The writer completes block 2, which the reader has already."""
-    rows = [Row(15, 1, 3, [1, 2]), Row(16, 1, 10, [1, 2, 9])]
-    assert plan_rows(simple(), rows, captured=False)[0] is None
-    assert plan_rows(simple(), rows, captured=True)[0] is not None
 
 
 def test_fresh_rows_are_set_apart_only_for_who_serves_them() -> None:

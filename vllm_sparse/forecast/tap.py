@@ -21,7 +21,6 @@ from vllm.model_executor.layers.rotary_embedding import (
     Phi3LongRoPEScaledRotaryEmbedding,
     RotaryEmbedding,
 )
-from vllm.model_executor.model_loader.reload.meta import SKIP_MODULES
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_sparse.kernels.types import Rotary
@@ -147,11 +146,6 @@ class ForecastTap(nn.Module):
         query = values.clone(memory_format=torch.contiguous_format).flatten(1)
         rotated, _ = self._rotary[0](positions, query, query.new_zeros(tokens, dim))
         return rotated.view(values.shape)
-
-
-# While vLLM loads new weights into a served model, it takes all tensors away from its modules, and
-# puts the old ones back where nothing was loaded: so nobody could fill a tap then.
-SKIP_MODULES.add(ForecastTap.__name__)
 
 
 @functools.cache

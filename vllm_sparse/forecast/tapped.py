@@ -94,21 +94,19 @@ class Taps:
     def capture(self, layer: int, linear: Any) -> None:
         """Take a layer's query projection before vLLM packs it."""
         weight, bias = _query_rows(linear)
-        mean = lookahead_weights(
+        self._pending[layer] = lookahead_weights(
             weight, bias, linear.num_heads, linear.num_kv_heads, linear.head_size
         )
-        if self._norms[layer] is None:
-            self._fill_from_query(layer, *mean)
-        else:
-            self._pending[layer] = mean
 
     def complete(self, layer: int) -> None:
-        """Fill what had to wait for the weights of other modules, the first time or once more."""
-        if layer in self._pending:
-            self._fill_from_query(layer, *self._pending.pop(layer))
+        """Fill a tap with what was taken, when all other modules have their weights.
 
-    def _fill_from_query(self, layer: int, weight: Tensor, bias: Tensor | None) -> None:
-        norm = self._norms[layer]
+        Before, the norm may lack its own. And while vLLM loads new weights into a served model,
+        no module has the memory that it computes with, the tap included.
+        """
+        if layer not in self._pending:
+            return
+        (weight, bias), norm = self._pending.pop(layer), self._norms[layer]
         if norm is not None:
             weight, bias = scaled_by_norm(weight, bias, norm.weight)
         tap, part = self._targets[layer]

@@ -120,12 +120,8 @@ class SpardaPlanner:
         row_there, position_there = there(row), there(position)
         slots = slot_of(row_there, position_there)
         last = ((position + 1) % size == 0) | (index == (query_start[1:] - 1)[row])
-        tokens = Tokens(
-            there(index),
-            position_there,
-            slot_of(row_there, position_there - 1) // size,
-            there(torch.where(position > start[row], index - 1, -1)),
-        )
+        before = slot_of(row_there, position_there - 1)
+        previous = torch.where(position > start[row], index - 1, -1)
 
         stride = settings.kernel_stride
         completes = ((position + 1) % stride == 0) & (position + 1 >= 2 * stride)
@@ -144,6 +140,11 @@ class SpardaPlanner:
         if may_borrow:
             past = there(start // size)
             borrowed = borrowed_blocks(slots // size, table, past, self.num_blocks).cpu()
+            first = query_start[:-1][borrowed.any(1) & (query_lens > 0)]
+            if len(first):  # the token before may be another row's
+                same = slots == before[there(first)][:, None]
+                previous[first] = torch.where(same.any(1), same.byte().argmax(1), -1).cpu()
+        tokens = Tokens(there(index), position_there, before // size, there(previous))
         decoding = (query_lens == 1) & (start >= prompt_lens) & ~borrowed.any(1)
         dense_until = torch.full_like(prompt_lens, settings.dense_len)
         if not settings.sparse_prefill:
