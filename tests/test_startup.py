@@ -105,6 +105,13 @@ class TestGuard:
         startup.check_config(other)
         assert vars(other.cache_config) == before
 
+    def test_a_name_for_one_kind_of_layers_only_is_refused(self):
+        kinds = {"full_attention": SimpleNamespace(name="SPARDA")}
+        given = config(attention_config__backend_per_kind=kinds)
+        given.attention_config.backend = None
+        with pytest.raises(UnsupportedError, match="--attention-backend names it"):
+            startup.check_config(given)
+
     def test_what_is_refused_changes_nothing(self):
         refused = config(model_config__use_mla=True)
         before = copy.deepcopy(vars(refused.cache_config))
