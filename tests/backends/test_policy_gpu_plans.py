@@ -35,20 +35,19 @@ class Builder(PolicyGpuBuilder):
     def __init__(self, policy, drafts=0):
         planner = StepPlanner(policy)
         self.compacted = []
-        sparse = SimpleNamespace(
-            compact_parked=lambda cache, prompt: self.compacted.append(prompt.prompt_len)
-        )
+        sparse = SimpleNamespace(compact_parked=lambda cache, prompt: self.compacted.append(prompt))
         layer = SimpleNamespace(impl=SimpleNamespace(sparse=sparse), kv_cache=torch.zeros(1))
         self.counts = Counter()
         self._planning = SimpleNamespace(
             count=self._count, policy=policy, layers=[layer], planner=planner
         )
         self._planning.split = partial(Planning.split, self._planning)
+        self._planning.compact_begun = partial(Planning.compact_begun, self._planning)
         self._planner, self._rules = planner, planner.rules.on_device
         self._kernels = SimpleNamespace(plan_rows=self._plan)
         self._counters, self._uncounted = SimpleNamespace(values=[], publish=lambda: None), []
         self._read, self._window, self._per_block = 64, policy.window, 1
-        self._table, self._late, self._max_rows, self._drafts = None, [], 8, drafts
+        self._table, self._max_rows, self._drafts = None, 8, drafts
         self.device, self.block_size = META, policy.shape.block_size
 
     def _count(self, name, amount, reason=""):
@@ -76,28 +75,31 @@ def test_single_tokens_are_planned_on_the_device(table, kind, drafts):
     ends, counts = [340, PROMPT, 320], (1 + drafts, 1, 1)
     step = builder.build(0, batch(table, "abc", ends, counts))
     assert not elsewhere(step)
-    late = [prompt for prompt, _ in builder._late]
-    assert not elsewhere(late)
     assert sum(1 for _ in tensors_of(step)) == 4 + (drafts > 0)
-    assert len(late) == (kind is RocketKV)
+    assert not builder.compacted
+    builder.build(0, batch(table, "abc", [n + 1 + drafts for n in ends], (1 + drafts,) * 3))
+    assert not elsewhere(builder.compacted)
+    assert len(builder.compacted) == (kind is RocketKV)
 
 
-@pytest.mark.parametrize("fate", ["runs on", "ends", "is replaced", "is preempted and back"])
-def test_a_prompt_that_ends_alone_is_compacted_unless_its_request_has_left(table, fate):
-    """Its blocks may be another's then, with a prefix that is just being loaded."""
+@pytest.mark.parametrize("fate", ["runs on", "ends", "comes back"])
+@pytest.mark.parametrize("chunk", [1, 40], ids=["alone", "in a chunk"])
+def test_a_prompt_is_compacted_by_the_first_step_behind_it(table, monkeypatch, fate, chunk):
+    """If there is one: its blocks may be another's then, with a prefix that is being loaded."""
+    monkeypatch.setattr(FlashAttentionMetadataBuilder, "build", lambda self, _, common: common)
     builder = Builder(make_policy())
-    builder.build(0, batch(table, "abc", [340, PROMPT, 320]))
+    builder.build(0, batch(table, "abc", [340, PROMPT, 320], (1, chunk, 1)))
     assert not builder.compacted
     if fate != "runs on":
         table.remove_request("b")
-    if fate == "is replaced":
-        take_up(table, "d")
-    elif fate == "is preempted and back":
+    if fate == "comes back":
         take_up(table, "b")
-    builder.build(0, batch(table, "ac", [341, 321]))
-    assert builder.compacted == [PROMPT] * (fate == "runs on")
-    builder.build(0, batch(table, "ac", [342, 322]))
-    assert len(builder.compacted) == (fate == "runs on")
+        builder.build(0, batch(table, "abc", [341, 40, 321], (1, 40, 1)))
+    names, ends = ("ac", [342, 322]) if fate == "ends" else ("abc", [342, PROMPT + 1, 322])
+    builder.build(0, batch(table, names, ends))
+    assert [prompt.prompt_len for prompt in builder.compacted] == [PROMPT] * (fate != "ends")
+    builder.build(0, batch(table, names, [n + 1 for n in ends]))
+    assert len(builder.compacted) == builder.counts["prompts_compacted"] == (fate != "ends")
 
 
 @pytest.mark.parametrize("counts", [(1, 1), (40, 1)], ids=["single", "mixed"])
@@ -164,15 +166,12 @@ def test_what_a_compaction_in_pytorch_takes_is_there_when_vllm_measures(monkeypa
     assert taken[0] >= moved or not policy.moves
 
 
-def test_where_nobody_tells_who_left_a_prompt_is_compacted(table, monkeypatch):
-    """Model Runner V1 gives no indices."""
-    builder, common = Builder(make_policy()), batch(table, "abc", [340, PROMPT, 320])
+def test_model_runner_v1_gives_lengths_without_indices(table):
+    builder, common = Builder(make_policy()), batch(table, "abc", [340, PROMPT + 1, 320])
     common.req_idx = None
     common.rswa_prefix_lens = torch.full((3,), PROMPT)
     builder.build(0, common)
-    table.remove_request("b")
-    builder.build(0, common)
-    assert builder.compacted == [PROMPT]
+    assert [prompt.prompt_len for prompt in builder.compacted] == [PROMPT]
 
 
 @pytest.mark.parametrize("drafts", [0, 3])
@@ -185,6 +184,6 @@ def test_what_an_idle_rank_computes_touches_no_request(drafts):
     assert lengths.tolist() == [1, 1]
     assert not prompts.any()
     assert not table.any()
-    assert not builder._late
+    assert not builder.compacted
     assert not builder.counts
     assert not builder._counters.values

@@ -156,8 +156,8 @@ class TestBesideOtherGroups:
 class PoolMachine(RuleBasedStateMachine):
     """Requests are admitted, computed in chunks, preempted, resumed, finished; blocks are checked.
 
-    ``owner`` mirrors what a worker would have written: tail blocks are overwritten at the prompt's
-    end, so a block that another request may still read must never be one.
+    ``content`` mirrors what a worker has written: tail blocks are overwritten by the step behind
+    the prompt, so a block that another request may still read must never be one.
     """
 
     def __init__(self, beside=""):
@@ -249,7 +249,7 @@ class PoolMachine(RuleBasedStateMachine):
         return self.manager.allocate_slots(request, tokens, count, blocks)
 
     def _compute(self, request, tokens):
-        """What the worker does in the step: write logical blocks, compact at the prompt's end."""
+        """What the worker does in the step: compact what ended before, write logical blocks."""
         start = request.num_computed_tokens
         request.num_computed_tokens += tokens
         blocks, prompt_len = self._blocks(request), request.num_prompt_tokens
@@ -258,7 +258,7 @@ class PoolMachine(RuleBasedStateMachine):
             logical = tuple(request.all_token_ids[: (index + 1) * 16])
             if len(logical) == (index + 1) * 16:
                 self.content[blocks[index].block_id] = logical
-        if retention.sparse and start < prompt_len <= request.num_computed_tokens:
+        if retention.sparse and start <= prompt_len < request.num_computed_tokens:
             for block in blocks[retention.dropped_blocks :]:
                 assert block.ref_cnt == 1, "compaction would overwrite a shared block"
                 assert block.block_hash is None, "compaction would overwrite a published block"

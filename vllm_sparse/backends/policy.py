@@ -228,6 +228,26 @@ class Planning:
             "stay stock"
         )
 
+    def compact_begun(
+        self,
+        common: CommonAttentionMetadata,
+        seq_lens: Tensor,
+        prompt_lens: Tensor,
+        controls: Tensor | None,
+        count: Callable[..., None] | None = None,
+    ) -> None:
+        """Compact prompts of which a batch computes the first tokens behind.
+
+        Before anything reads it: a captured graph may run the step, and compaction is not part of
+        it. The blocks that it gives up are still their request's: the scheduler takes them once
+        this step is processed. Arguments: :meth:`split`.
+        """
+        start, table = common.query_start_loc_cpu, common.block_table_tensor
+        batch = start[: common.num_reqs + 1], seq_lens, prompt_lens, controls, table
+        for prompt in self.planner.prompts.begun(*batch, count or self.count):
+            for layer in self.layers:
+                layer.impl.sparse.compact_parked(as_numbers(layer.kv_cache), prompt)
+
     def split(
         self,
         common: CommonAttentionMetadata,
@@ -333,63 +353,3 @@ def _start_line(spec: PolicySpec, config: VllmConfig, kernels: PolicyKernels, ot
 
 def _decode_kernel(policy: Policy, kernels: PolicyKernels) -> str:
     return kernels.name if policy.fused else "PyTorch"
-
-
-def attend_step(
-    sparse: SparseLayer,
-    stock: Any,
-    layer: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cache: Tensor,
-    step: StepMetadata,
-    output: Tensor,
-    *scales: Tensor | None,
-) -> Tensor:
-    """Attend one step.
-
-    Args:
-        sparse: Ours.
-        stock: The stock implementation: ``forward`` and ``do_kv_cache_update``.
-        layer: The attention layer.
-        query: Post-RoPE queries, ``[tokens, H, D]``.
-        key: ``[tokens, G, D]``.
-        value: ``[tokens, G, D]``.
-        cache: ``[blocks, G, block_size, C]``, bytes if it is fp8.
-        step: The step.
-        output: Written, ``[tokens, H, D]``.
-        *scales: Of a quantised output; not supported, handed on.
-
-    Returns:
-        ``output``.
-    """
-    stored, cache = cache, as_numbers(cache)
-    if step.rows is not None:
-        sparse.decode_rows(cache, query, key, value, step.rows, output)
-        return output
-    if step.dense is not None or step.pages is not None:
-        tokens = sparse.stock_layout.tokens(stored)
-    if step.pages is not None:
-        count = len(step.pages.slots)
-        stock.do_kv_cache_update(layer, key[:count], value[:count], tokens, step.pages.slots)
-        sparse.index_pages(cache, step.pages)
-        if sparse.reads_all and step.pages.whole is not None:
-            stock.forward(layer, query, key, value, tokens, step.pages.whole, output, *scales)
-            return output
-    if step.dense is not None:
-        index = step.dense_index
-        if index is None:
-            parts = query, key, value, output
-        else:
-            parts = query[index], key[index], value[index], torch.empty_like(query[index])
-        if step.pages is None:
-            stock.do_kv_cache_update(layer, parts[1], parts[2], tokens, step.dense.slot_mapping)
-        stock.forward(layer, *parts[:3], tokens, step.dense, parts[3], *scales)
-        if index is not None:
-            output[index] = parts[3]
-        for prompt in step.prompts:
-            sparse.end_prompt(cache, query, prompt)
-    for rows in step.sparse:
-        sparse.decode(cache, query, key, value, rows, output)
-    return output

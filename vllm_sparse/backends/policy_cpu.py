@@ -18,7 +18,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from vllm_sparse.backends.base import prompt_lengths, withdraw
 from vllm_sparse.backends.controls import controls
-from vllm_sparse.backends.policy import Planning, PolicyBackend, attend_step, set_up_layer
+from vllm_sparse.backends.policy import Planning, PolicyBackend, set_up_layer
+from vllm_sparse.backends.policy_step import attend_step
 from vllm_sparse.kernels.cpu.memory import back_with_huge_pages
 from vllm_sparse.kernels.dispatch import policy_cpu
 from vllm_sparse.kv.tail.codec import PageCodec
@@ -93,6 +94,7 @@ class PolicyCpuBuilder(CPUAttentionMetadataBuilder):
         common = common_attn_metadata
         lengths = common.seq_lens[: common.num_reqs]
         asked = prompt_lengths(common), controls(common)
+        self._planning.compact_begun(common, lengths, *asked)
         return self._planning.split(common, lengths, *asked, super().build)
 
 
@@ -127,7 +129,7 @@ class PolicyCpuImpl(CPUAttentionBackendImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attend one step; without metadata, vLLM profiles. Shapes: :func:`.policy.attend_step`."""
+        """Attend one step; without metadata, vLLM profiles. See :mod:`.policy_step`."""
         if attn_metadata is None:
             return output.fill_(0)  # what follows may not take NaN
         tensors = query, key, value, kv_cache

@@ -12,7 +12,6 @@ runner plans ahead of what is rejected. So these come from the device in any bat
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -37,29 +36,27 @@ from vllm_sparse.backends.gpu import GpuBackend, warn_of_gpus
 from vllm_sparse.backends.policy import (
     Planning,
     PolicyBackend,
-    attend_step,
     count_nothing,
     set_up_layer,
 )
+from vllm_sparse.backends.policy_step import attend_step
 from vllm_sparse.backends.policy_warm_up import warm_up
 from vllm_sparse.backends.prompts import (
-    has_left,
     is_warm_up,
     prompt_lengths_on_host,
-    stay_of,
     watch_requests,
 )
 from vllm_sparse.counters import DeviceCounters
 from vllm_sparse.errors import IntegrityError
 from vllm_sparse.features import POLICIES, refuse
 from vllm_sparse.kernels.dispatch import policy_triton
-from vllm_sparse.kernels.fp8 import FP8, as_numbers, encode
+from vllm_sparse.kernels.fp8 import FP8, encode
 from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kernels.types import Rows
 from vllm_sparse.kv.tail.codec import PlainReader
 from vllm_sparse.kv.tail.compaction import compaction_bytes
 from vllm_sparse.steps.select import MOST_INDEX_BYTES
-from vllm_sparse.steps.split import PromptEnd, StepMetadata
+from vllm_sparse.steps.split import StepMetadata
 from vllm_sparse.upload import upload
 
 if TYPE_CHECKING:
@@ -109,7 +106,7 @@ class PolicyGpuBackend(PolicyBackend, GpuBackend):
 
 
 class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
-    """Plans steps; finishes prompts whose last token came alone."""
+    """Plans steps; each begins with the compaction of prompts that ended in the one before."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
     supports_update_block_table: ClassVar[bool] = False
@@ -149,7 +146,6 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         parking = self._layers[0].parking
         self._window, self._per_block = policy.window, parking.per_block if parking else 1
         self._table: Tensor | None = None
-        self._late: list[tuple[PromptEnd, tuple[int, int] | None]] = []
         self._max_rows = most_rows(vllm_config)
         self._drafts = vllm_config.num_speculative_tokens
         if policy.moves:
@@ -176,14 +172,15 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
     ) -> StepMetadata:
         """Plan one step."""
         common = common_attn_metadata
-        self._compact_late()
-        if common.max_query_len <= 1 + self._drafts:
-            return self._plan_rows(common)
+        lengths, rehearsal = sequence_lengths(common), is_rehearsal(common)
+        host = lengths, prompt_lengths_on_host(common), controls(common)
         count, counted = self._counting(common)
-        corrected = counted if self._drafts and not is_rehearsal(common) else None
-        lengths = sequence_lengths(common)
-        asked = prompt_lengths_on_host(common), controls(common)
-        return self._planning.split(common, lengths, *asked, super().build, corrected, count)
+        if not rehearsal:
+            self._planning.compact_begun(common, *host, count)
+        if common.max_query_len <= 1 + self._drafts:
+            return self._plan_rows(common, *host, count, counted)
+        corrected = counted if self._drafts and not rehearsal else None
+        return self._planning.split(common, *host, super().build, corrected, count)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
@@ -197,12 +194,20 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
             return count_nothing, self._uncounted
         return self._planning.count, self._counters.values
 
-    def _plan_rows(self, common: CommonAttentionMetadata) -> StepMetadata:
+    def _plan_rows(
+        self,
+        common: CommonAttentionMetadata,
+        lengths: Tensor,
+        prompt_lens: Tensor,
+        asked: Tensor | None,
+        count: Callable[..., None],
+        counted: Tensor,
+    ) -> StepMetadata:
         requests = common.num_reqs
-        count = common.num_actual_tokens if self._drafts else requests
+        tokens = common.num_actual_tokens if self._drafts else requests
         table = common.block_table_tensor[:requests]
-        rows, (counts, counted) = self._buffers(table.shape[1], count), self._counting(common)
-        prompts, asked = upload(prompt_lengths(common), self.device), controls(common)
+        rows = self._buffers(table.shape[1], tokens)
+        prompts = upload(prompt_lengths(common), self.device)
         if asked is not None:  # what is dense needs no prompt length, but another rule
             prompts = self._planner.rules.find(prompts, upload(asked, self.device)).int()
         self._kernels.plan_rows(
@@ -221,8 +226,8 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         self._counters.publish()
         prefilling = common.is_prefilling
         if prefilling is not None and bool(prefilling.any()):
-            self._note_late(common, prompt_lengths_on_host(common), asked, counts)
-        return StepMetadata(count, None, rows=rows)
+            self._note_ends(common, lengths, prompt_lens, asked, count)
+        return StepMetadata(tokens, None, rows=rows)
 
     def _buffers(self, width: int, count: int) -> Rows:
         if self._table is None or self._table.shape[1] != width:
@@ -233,47 +238,29 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         rows = Rows(self._table[:count], lengths, top_r, parked)
         return rows._replace(final_lengths=final) if self._drafts else rows
 
-    def _note_late(
+    def _note_ends(
         self,
         common: CommonAttentionMetadata,
+        lens: Tensor,
         prompt_lens: Tensor,
         asked: Tensor | None,
         count: Callable[..., None],
     ) -> None:
-        """Remember prompts that end in this step.
+        """Count prompts that end in this step.
 
-        A captured graph may run the step, and compaction is not part of it. The queries are parked
-        there; the next step starts by compacting. Blocks that it gives up cannot be written before:
-        the scheduler frees them once this step is processed. If the request has left by then, none
-        of its blocks may be written: what another one finds in a tier of prefixes is loaded into
-        them beside the computation.
+        Raises:
+            IntegrityError: One goes on in it.
         """
         start = common.query_start_loc_cpu[: common.num_reqs + 1]
-        lens = sequence_lengths(common)
-        rows = prompt_lens, self._planner.rules.find(prompt_lens, asked)
-        self._planner.count_requests(start, lens, *rows, count)
-        if not self._planning.policy.moves:
-            return
+        rule = self._planner.rules.find_on_host(prompt_lens, asked)
+        self._planner.prompts.count(start, lens, prompt_lens, rule, count)
         straddles = (lens - start.diff() < prompt_lens) & (lens > prompt_lens)
-        if bool((straddles & self._planner.rules.table.sparse[rows[1]]).any()):
+        moved = self._planner.rules.table.sparse[rule] & self._planning.policy.moves
+        if bool((straddles & moved).any()):
             raise IntegrityError(
                 "vLLM scheduled drafts in the step that ends a prompt, which its compaction must "
                 "follow first, and prefix hits are kept short of it. Remove --speculative-config"
             )
-        table = common.block_table_tensor
-        for prompt in self._planner.ending_prompts(start, lens, *rows, table, count):
-            if prompt.complete:
-                late = replace(prompt, blocks=prompt.blocks.clone(), parked=self._window)
-                row = int(torch.searchsorted(start, prompt.last_token)) - 1
-                self._late.append((late, stay_of(common, row)))
-
-    def _compact_late(self) -> None:
-        late, self._late = self._late, []
-        for prompt, stay in late:
-            if has_left(stay):
-                continue
-            for layer in self._planning.layers:
-                layer.impl.sparse.compact_parked(as_numbers(layer.kv_cache), prompt)
 
 
 class PolicyGpuImpl(FlashAttentionImpl):
@@ -312,7 +299,7 @@ class PolicyGpuImpl(FlashAttentionImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attend one step; without metadata, vLLM profiles. Shapes: :func:`.policy.attend_step`."""
+        """Attend one step; without metadata, vLLM profiles. See :mod:`.policy_step`."""
         if attn_metadata is None:
             self._reserve(query.device)
             return output.fill_(0)  # what follows may not take NaN

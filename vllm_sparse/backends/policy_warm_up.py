@@ -10,7 +10,8 @@ import torch
 
 from vllm_sparse.kernels.fp8 import as_numbers
 from vllm_sparse.kernels.types import Rows
-from vllm_sparse.steps.split import PromptEnd, SparseRows
+from vllm_sparse.steps.prompts import PromptEnd
+from vllm_sparse.steps.split import SparseRows
 
 if TYPE_CHECKING:
     from vllm_sparse.backends.policy_gpu import PolicyGpuImpl

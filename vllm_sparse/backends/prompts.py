@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""What Model Runner V2 knows of requests on the host: how long prompts are, who is new, who left.
+"""What Model Runner V2 knows of requests on the host: how long prompts are, and who is new.
 
 It hands prompt lengths over on the device. Reading them back would wait for the step before, in
 every step that holds a prompt's chunk.
@@ -37,7 +37,7 @@ def watch_requests() -> None:
     """
     from vllm.v1.worker.gpu.states import RequestState
 
-    add, remove = RequestState.add_request, RequestState.remove_request
+    add = RequestState.add_request
     if hasattr(add, "__wrapped__"):
         return
 
@@ -47,18 +47,9 @@ def watch_requests() -> None:
         _requests = weakref.ref(self)
         _taken_up += 1
         add(self, req_id, *args, **kwargs)
-        sign = -1 if req_id.startswith(_WARM_UPS) else 1
-        _stays(self)[self.req_id_to_index[req_id]] = sign * _taken_up
-
-    @functools.wraps(remove)
-    def remove_request(self: Any, req_id: str) -> int | None:
-        index: int | None = remove(self, req_id)
-        if index is not None:
-            _stays(self)[index] = 0
-        return index
+        _warm_ups(self)[self.req_id_to_index[req_id]] = req_id.startswith(_WARM_UPS)
 
     RequestState.add_request = add_request
-    RequestState.remove_request = remove_request
 
 
 def turn_to(table: Any) -> None:
@@ -72,14 +63,11 @@ def _table() -> Any:
     return None if _requests is None else _requests()
 
 
-def _stays(table: Any) -> Any:
-    """Number of the stay of each index's request in the table, 0 where there is none.
-
-    Those of vLLM's own requests are negative.
-    """
-    if not hasattr(table, "_vllm_sparse_stays"):
-        table._vllm_sparse_stays = np.zeros(table.max_num_reqs, dtype=np.int64)
-    return table._vllm_sparse_stays
+def _warm_ups(table: Any) -> Any:
+    """Whether each index's request is, or was, vLLM's own."""
+    if not hasattr(table, "_vllm_sparse_warm_ups"):
+        table._vllm_sparse_warm_ups = np.zeros(table.max_num_reqs, dtype=bool)
+    return table._vllm_sparse_warm_ups
 
 
 def is_warm_up(common: CommonAttentionMetadata) -> bool:
@@ -87,28 +75,7 @@ def is_warm_up(common: CommonAttentionMetadata) -> bool:
     requests = _table()
     if requests is None or common.req_idx is None or common.rswa_prefix_lens is None:
         return False
-    return bool((_stays(requests)[common.req_idx] < 0).all())
-
-
-def stay_of(common: CommonAttentionMetadata, row: int) -> tuple[int, int] | None:
-    """What tells whether a row's request is still there, see :func:`has_left`."""
-    requests = _table()
-    if requests is None or common.req_idx is None:
-        return None
-    index = int(common.req_idx[row])
-    return index, int(_stays(requests)[index])
-
-
-def has_left(stay: tuple[int, int] | None) -> bool:
-    """Whether a request has ended or was preempted since; false where nobody tells.
-
-    Its blocks are free then, and may be another one's already.
-    """
-    requests = _table()
-    if stay is None or requests is None:
-        return False
-    index, number = stay
-    return bool(_stays(requests)[index] != number)
+    return bool(_warm_ups(requests)[common.req_idx].all())
 
 
 def prompt_lengths_on_host(common: CommonAttentionMetadata) -> Tensor:

@@ -164,9 +164,9 @@ class PolicyManager(PromptAwareManager):
     ) -> None:
         """Free what the steps processed so far have made superfluous, once the prompt is done.
 
-        Not before the step after the prompt's last is processed too: where the last token came
-        alone, that step begins with compaction. Without async scheduling its copies into blocks
-        that are allocated for it, which may be those freed here, would run still earlier.
+        Not before the step after the prompt's last is processed too, which begins with compaction.
+        Without async scheduling copies into blocks that are allocated for that step, which may be
+        those freed here, would run still earlier.
         """
         if num_prompt_tokens is None or processed_computed_tokens <= num_prompt_tokens:
             return

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.types import Rows
     from vllm_sparse.kv.tail.codec import Reader
     from vllm_sparse.policies.protocol import Policy
-    from vllm_sparse.steps.split import Pages, PromptEnd, SparseRows
+    from vllm_sparse.steps.prompts import PromptEnd
+    from vllm_sparse.steps.split import Pages, SparseRows
 
 
 # Policies of requests that bring a token budget, kept by budget.
@@ -79,7 +80,7 @@ class SparseLayer:
     # -- prompts -----------------------------------------------------------------------------------
 
     def end_prompt(self, cache: Tensor, query: Tensor, prompt: PromptEnd) -> None:
-        """Compact a prompt that is complete, or let the queries of its window wait.
+        """Let the queries of a prompt's window wait, or compact it before the step's output.
 
         Args:
             cache: ``[blocks, G, block_size, C]``, changed.
@@ -88,11 +89,12 @@ class SparseLayer:
         """
         private = prompt.blocks[prompt.shared_blocks :]
         window = query[prompt.first_token : prompt.last_token]
+        if not prompt.compacts:
+            if self.parking is not None:
+                self.parking.store(cache, private, prompt.parked, window)
+            return
         if self.parking is None:
             window = window[:0]
-        elif not prompt.complete:
-            self.parking.store(cache, private, prompt.parked, window)
-            return
         elif prompt.parked:
             window = torch.cat((self.parking.load(cache, private, prompt.parked), window))
         self._compact(cache, prompt, window)

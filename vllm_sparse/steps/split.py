@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.control import AS_SET
+from vllm_sparse.steps.prompts import PromptEnd, Prompts
 from vllm_sparse.steps.rules import Rules, Table
 from vllm_sparse.upload import upload
 
@@ -48,35 +48,6 @@ class SparseRows:
 
 
 @dataclass(frozen=True)
-class PromptEnd:
-    """A prompt of a compressed request that is inside or past its window in this step.
-
-    Attributes:
-        blocks: Blocks up to the end of the prompt.
-        prompt_len: P.
-        dropped_blocks: Leading blocks that leave.
-        shared_blocks: Leading blocks that others may share; queries wait behind them.
-        page_size: Tokens per page.
-        first_token: Batch position of the first window query in this step.
-        last_token: Batch position after the last one.
-        parked: Window queries that came in earlier steps.
-        complete: The prompt ends in this step; otherwise its window queries are parked.
-        sizes: ``prompt_len`` and ``dropped_blocks`` on the device, int32 ``[2]``.
-    """
-
-    blocks: Tensor
-    prompt_len: int
-    dropped_blocks: int
-    shared_blocks: int
-    page_size: int
-    first_token: int
-    last_token: int
-    parked: int
-    complete: bool
-    sizes: Tensor
-
-
-@dataclass(frozen=True)
 class Pages:
     """What a step writes where tokens stay in place.
 
@@ -101,7 +72,7 @@ class StepMetadata:
         num_tokens: Tokens in the batch.
         dense: Metadata of the stock backend for the dense tokens; ``None`` if there are none.
         dense_index: Their batch positions; ``None`` if they are the whole batch.
-        prompts: Prompts to compact or whose window queries to park.
+        prompts: Prompts whose window queries to park, or to compact in the midst of the step.
         sparse: Sparse decode tokens by page size.
         pages: Set if tokens stay in place.
         rows: Set on a GPU if no request brings more tokens than drafts and one; then there is
@@ -131,7 +102,7 @@ class _Steady(NamedTuple):
 
 
 class StepPlanner:
-    """Splits a batch as the policy says; only ending prompts are looped over.
+    """Splits a batch as the policy says.
 
     Args:
         policy: Decides from the prompt length.
@@ -139,12 +110,14 @@ class StepPlanner:
 
     Attributes:
         rules: What it decides.
+        prompts: Finds those that end.
     """
 
     def __init__(self, policy: Policy, block_size: int | None = None) -> None:
         self.policy = policy
         self.block_size = block_size or policy.shape.block_size
         self.rules = Rules(policy, policy.shape.block_size // self.block_size)
+        self.prompts = Prompts(policy, self.rules, self.block_size)
         self._steady: _Steady | None = None
 
     def split(
@@ -192,7 +165,7 @@ class StepPlanner:
         sparse_row = self.rules.table.sparse[rule]
         any_sparse = bool(sparse_row.any())
         if not any_sparse and self.policy.moves:
-            self.count_requests(query_start, seq_lens, prompt_lens, rule, count)
+            self.prompts.count(query_start, seq_lens, prompt_lens, rule, count)
             return StepMetadata(num_tokens, dense_metadata(None, None, None))
 
         device = block_table.device
@@ -207,9 +180,9 @@ class StepPlanner:
         prompts: tuple[PromptEnd, ...] = ()
         all_sparse = bool(sparse_token.all())
         if not all_sparse:
-            self.count_requests(query_start, seq_lens, prompt_lens, rule, count)
+            self.prompts.count(query_start, seq_lens, prompt_lens, rule, count)
             if self.policy.moves:
-                prompts = self.ending_prompts(
+                prompts = self.prompts.ending(
                     query_start, seq_lens, prompt_lens, rule, block_table, count
                 )
             if bool(sparse_token.any()):
@@ -309,73 +282,3 @@ class StepPlanner:
         count("decode_rows", len(lengths))
         count("visible_tokens", int(visible.sum()))
         count("selected_tokens", int(read.sum()))
-
-    def ending_prompts(
-        self,
-        query_start: Tensor,
-        seq_lens: Tensor,
-        prompt_lens: Tensor,
-        rule: Tensor,
-        block_table: Tensor,
-        count: Callable[..., None],
-    ) -> tuple[PromptEnd, ...]:
-        """The prompts that are inside or past their window in this step.
-
-        Args:
-            query_start: Host ``[R + 1]``: where each row's tokens start in the batch.
-            seq_lens: Host ``[R]``: tokens of each row after the step.
-            prompt_lens: Host ``[R]``: prompt tokens of each row's request.
-            rule: Host ``[R]``: as of :meth:`.Rules.find`.
-            block_table: ``[R, max_blocks]`` on the device.
-            count: Receives counter names and amounts.
-        """
-        start = seq_lens - query_start.diff()
-        window_start = prompt_lens - max(self.policy.window, 1)
-        ending = self.rules.table.sparse[rule] & (start < prompt_lens) & (seq_lens > window_start)
-        prompts = []
-        for r in ending.nonzero()[:, 0].tolist():
-            prompt_len, first, row = int(prompt_lens[r]), int(start[r]), int(rule[r])
-            end = min(int(seq_lens[r]), prompt_len)
-            complete = end == prompt_len
-            shift = int(query_start[r]) - first
-            begin = max(int(window_start[r]), first)
-            dropped = int(self.rules.table.dropped[row])
-            prompts.append(
-                PromptEnd(
-                    blocks=block_table[r, : -(-prompt_len // self.block_size)],
-                    prompt_len=prompt_len,
-                    dropped_blocks=dropped,
-                    shared_blocks=int(self.rules.table.shared[row]),
-                    page_size=int(self.rules.table.page_size[row]),
-                    first_token=begin + shift,
-                    last_token=end + shift,
-                    parked=begin - int(window_start[r]),
-                    complete=complete,
-                    sizes=upload(
-                        torch.tensor([prompt_len, dropped], dtype=torch.int32), block_table.device
-                    ),
-                )
-            )
-            if complete:
-                count("prompts_compacted", 1)
-        return tuple(prompts)
-
-    def count_requests(
-        self,
-        query_start: Tensor,
-        seq_lens: Tensor,
-        prompt_lens: Tensor,
-        rule: Tensor,
-        count: Callable[..., None],
-    ) -> None:
-        """Count each request once, in the step that completes its prompt, by how it is served."""
-        first = seq_lens - query_start.diff()
-        finished = rule[(first < prompt_lens) & (seq_lens >= prompt_lens)]
-        if not len(finished):
-            return
-        sparse = self.rules.table.sparse[finished]
-        if amount := int(sparse.sum()):
-            count("requests", amount)
-        reasons = Counter(self.rules.reasons[n] for n in finished[~sparse].tolist())
-        for reason, amount in reasons.items():
-            count("dense_fallbacks", amount, reason)
