@@ -48,6 +48,13 @@ class Case(NamedTuple):
     def policy(self) -> Policy:
         return make_policy(self.kind, **SHAPE, **self.settings)
 
+    def limit(self, length: int) -> int:
+        """Tokens that the same prompt finds in the prefix cache."""
+        policy = self.policy
+        if policy.moves:
+            return policy.hittable_blocks(length) * BLOCK_SIZE
+        return min(policy.publishable_tokens(length), length - 1) // BLOCK_SIZE * BLOCK_SIZE
+
     @property
     def name(self) -> str:
         return self.kind.__name__.upper()
@@ -196,12 +203,11 @@ def test_drafts_change_nothing(case, run, prompts, whole):
 
 
 def test_what_is_published_is_hit(case, run, prompts, whole):
-    """With room for everything, the second wave hits exactly what the policy leaves shareable."""
+    """With room for everything, the second wave hits exactly what a request need not compute."""
     again = run(prompts[:3], waves=2)
     assert again["tokens"] == [whole["tokens"][0][:3]] * 2
     for prompt, hit in zip(prompts, again["cached"][1], strict=False):
-        limit = case.policy.publishable_tokens(len(prompt))
-        assert hit == min(limit, len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE
+        assert hit == case.limit(len(prompt))
 
 
 def test_evicted_prefixes_return_from_the_tier(case, run, prompts, whole):
@@ -210,8 +216,7 @@ def test_evicted_prefixes_return_from_the_tier(case, run, prompts, whole):
     again = run(prompts, waves=2, num_gpu_blocks_override=48, kv_offloading_size=0.05)
     assert again["tokens"] == whole["tokens"] * 2
     for prompt, hit in zip(prompts, again["cached"][1], strict=True):
-        limit = case.policy.publishable_tokens(len(prompt))
-        assert hit == min(limit, len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE
+        assert hit == case.limit(len(prompt))
     assert again["free_blocks"][0] == again["free_blocks"][1]
 
 

@@ -79,8 +79,30 @@ def test_prefix_caching_changes_nothing(llama, prompts, sparse_run):
     assert run["tokens"] == sparse_run["tokens"] * 2
     policy = policy_of()
     for prompt, hit in zip(prompts, run["cached"][1], strict=True):
-        # The second wave hits exactly the dropped blocks: published before, tail recomputed.
+        # The second wave hits the dropped blocks: so wide a window needs all others to wait in.
+        assert hit == policy.hittable_blocks(len(prompt)) * BLOCK_SIZE
         assert hit == policy.retention(len(prompt)).dropped_blocks * BLOCK_SIZE > 0
+
+
+def test_another_turn_hits_the_whole_prompt(llama, prompts):
+    """Two conversations in turns, of which the second is asked twice at once; then all again."""
+    shared = {"settings": {**SETTINGS, "window": 8}, "block_size": BLOCK_SIZE, "new_tokens": 30}
+    first = [prompts[1], prompts[3]]
+    second = [[*prompt, *range(200 * i, 200 * i + 150)] for i, prompt in enumerate(first)]
+    order = [0, 1, 2, 2, 3, 3]
+    asked = [[*first, *second][i] for i in order]
+    run = run_engine(llama, asked, max_num_seqs=2, waves=2, **shared)
+    alone = run_engine(llama, [*first, *second], enable_prefix_caching=False, **shared)
+    assert run["tokens"] == [[alone["tokens"][0][i] for i in order]] * 2
+    assert_tokens_of_hugging_face(llama, second, alone["tokens"][0][2:], window=8)
+    whole = [len(prompt) // BLOCK_SIZE * BLOCK_SIZE for prompt in first]
+    assert run["cached"][0] == [0, 0, *[whole[0]] * 2, *[whole[1]] * 2]
+    policy = policy_of(window=8)
+    limits = [policy.hittable_blocks(len(prompt)) * BLOCK_SIZE for prompt in asked]
+    assert run["cached"][1] == limits
+    assert min(limits[2:]) > whole[0], "otherwise the same prompt hits no more than another turn"
+    assert run["counters"]["prefix_blocks_copied_in"] > 0
+    assert run["free_blocks"][0] == run["free_blocks"][1]
 
 
 def test_without_prefix_caching(llama, prompts, sparse_run):

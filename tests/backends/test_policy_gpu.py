@@ -13,6 +13,7 @@ import pytest
 from support.engine import BLOCK_SIZE, SETTINGS, run_engine
 from support.forked import PRETENDED_GPU, run_forked
 from support.gpu_path import NEW_TOKENS, V2, first_tokens, run_gpu_path
+from support.masked import policy_of
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -27,6 +28,21 @@ def test_gpu_path_gives_the_cpu_path_s_tokens(llama, prompts, sparse_run, v2):
     run = run_gpu_path(llama, prompts[:2], v2=v2, max_num_batched_tokens=320, further=further)
     assert run["tokens"][0] == first_tokens(sparse_run, range(2))
     assert run["counters"]["prompts_compacted"] == 2
+    assert run["free_blocks"][0] == run["free_blocks"][1]
+
+
+@pytest.mark.parametrize("v2", [True, False], ids=["v2", "v1"])
+def test_tails_are_copied_for_the_prefix_cache(llama, prompts, v2):
+    """The second wave hits its tail, which the runner has copied out and copies in."""
+    settings, policy = {**SETTINGS, "window": 8}, policy_of(window=8)
+    both = {"settings": settings, "new_tokens": 4}
+    run = run_gpu_path(llama, prompts[:1], v2=v2, waves=2, **both)
+    expected = run_engine(llama, prompts[:1], block_size=BLOCK_SIZE, **both)["tokens"]
+    assert run["tokens"] == expected * 2
+    hits, tail = policy.hittable_blocks(len(prompts[0])), policy.tail_blocks(len(prompts[0]))
+    assert run["cached"][1] == [hits * BLOCK_SIZE]
+    assert run["counters"]["prefix_blocks_copied_out"] == len(tail)
+    assert run["counters"]["prefix_blocks_copied_in"] == hits - tail.start > 0
     assert run["free_blocks"][0] == run["free_blocks"][1]
 
 

@@ -86,7 +86,7 @@ def test_single_tokens_are_planned_on_the_device(table, kind, drafts):
 @pytest.mark.parametrize("chunk", [1, 40], ids=["alone", "in a chunk"])
 def test_a_prompt_is_compacted_by_the_first_step_behind_it(table, monkeypatch, fate, chunk):
     """If there is one: its blocks may be another's then, with a prefix that is being loaded."""
-    monkeypatch.setattr(FlashAttentionMetadataBuilder, "build", lambda self, _, common: common)
+    monkeypatch.setattr(FlashAttentionMetadataBuilder, "build", lambda *given: given[2])
     builder = Builder(make_policy())
     builder.build(0, batch(table, "abc", [340, PROMPT, 320], (1, chunk, 1)))
     assert not builder.compacted

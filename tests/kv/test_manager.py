@@ -25,14 +25,15 @@ class TestManager:
         )
         PoolMachine.TestCase().runTest()
 
-    def test_a_resumed_request_never_hits_into_its_tail(self):
+    @pytest.mark.parametrize("keeps", [True, False])
+    def test_a_resumed_request_hits_no_more_than_a_new_one(self, keeps):
         """Its lookup covers prompt and output, so its length does not tell the prompt's.
 
         Another request, whose longer prompt begins with both, has published blocks that lie in the
-        tail of the preempted one.
+        window, or the tail, of the preempted one.
         """
         pytest.importorskip("vllm")
-        machine = PoolMachine()
+        machine = PoolMachine(keep_prefixes=keeps)
         prompt = [1] * 400
         short = machine.request(prompt)
         machine.prefill(short)
@@ -42,14 +43,15 @@ class TestManager:
         machine.manager.free(short)
         short.num_computed_tokens = 0
 
-        long = machine.request([*short.all_token_ids, *[9] * 400])
+        long = machine.request([*short.all_token_ids, *[9] * 700])
         machine.prefill(long)
-        dropped = machine.policy.retention(len(prompt)).dropped_blocks
-        published = machine.policy.retention(long.num_prompt_tokens).dropped_blocks
-        assert published > dropped, "otherwise there is nothing to hit wrongly"
-        assert machine.policy.retention(short.num_tokens).dropped_blocks > dropped
+        machine.finish_all()
+        limit = machine.limit(len(prompt))
+        published = machine.policy.retention(long.num_prompt_tokens).dropped_blocks * 16
+        assert published > limit, "otherwise there is nothing to hit wrongly"
+        assert machine.limit(short.num_tokens) > limit
         _, hit, *_ = machine.manager.get_computed_blocks(short)
-        assert hit == dropped * 16
+        assert hit == limit
         machine.prefill(short)
 
     def test_a_dense_request_keeps_and_shares_everything(self):
@@ -70,8 +72,7 @@ class TestManager:
                 # The last token's keys and values are not there yet.
                 assert [b.block_hash is not None for b in blocks] == [True] * 27 + [False]
             machine.finish_all()
-        dropped = machine.policy.retention(400).dropped_blocks
-        assert hits == [0, dropped * 16, dropped * 16]
+        assert hits == [0, 399 // 16 * 16, machine.limit(400)]
         long = machine.request([*[1] * 400, *[7] * 40], {"vllm_sparse.sparse": False})
         assert machine.manager.get_computed_blocks(long)[1] == 27 * 16
 
@@ -160,7 +161,7 @@ class PoolMachine(RuleBasedStateMachine):
     the prompt, so a block that another request may still read must never be one.
     """
 
-    def __init__(self, beside=""):
+    def __init__(self, beside="", **settings):
         super().__init__()
         import torch
         from vllm.utils.hashing import sha256
@@ -176,11 +177,12 @@ class PoolMachine(RuleBasedStateMachine):
         from vllm_sparse.kv.spec import PolicySpec
 
         init_none_hash(sha256)
-        self.policy = make_policy()
+        self.policy = make_policy(**settings)
         layer = {"block_size": 16, "num_kv_heads": 2, "head_size": 16, "dtype": torch.float32}
         stock = FullAttentionSpec(**layer)
         others = {"full": stock, "window": SlidingWindowSpec(sliding_window=40, **layer)}
-        groups = [KVCacheGroupSpec(["ours"], PolicySpec.wrap(stock, self.policy))]
+        spec = PolicySpec.wrap(stock, self.policy, beside_others=bool(beside))
+        groups = [KVCacheGroupSpec(["ours"], spec)]
         if beside:
             groups.insert(0, KVCacheGroupSpec(["other"], others[beside]))
         self.group = len(groups) - 1
@@ -225,6 +227,12 @@ class PoolMachine(RuleBasedStateMachine):
             assert self._schedule(request, tokens) is not None
             self._compute(request, tokens)
 
+    def limit(self, length):
+        """Tokens that a prompt may find in the prefix cache."""
+        return self.manager.coordinator.single_type_managers[
+            self.group
+        ].kv_cache_spec.hittable_tokens(length, 0)
+
     def finish_all(self):
         while self.running:
             self.manager.free(self.running.popitem()[1])
@@ -243,10 +251,17 @@ class PoolMachine(RuleBasedStateMachine):
         ]
 
     def _schedule(self, request, tokens, hit=None):
-        if hit is None:
-            return self.manager.allocate_slots(request, tokens)
-        blocks, count = hit
-        return self.manager.allocate_slots(request, tokens, count, blocks)
+        """A step of one request, if there is room; its copies are made at once."""
+        blocks, count = hit or (None, 0)
+        self.manager.new_step_starts()
+        found = self.manager.allocate_slots(request, tokens, count, blocks)
+        copies, held = self.manager.take_kv_cache_block_copies()
+        contents = [self.content[copy.src_block_id] for copy in copies]
+        for copy, content in zip(copies, contents, strict=True):
+            assert self.pool.blocks[copy.dst_block_id].block_hash is None
+            self.content[copy.dst_block_id] = content
+        self.pool.free_blocks(held)
+        return found
 
     def _compute(self, request, tokens):
         """What the worker does in the step: compact what ended before, write logical blocks."""
@@ -268,7 +283,7 @@ class PoolMachine(RuleBasedStateMachine):
         hit_blocks, hit, request.shared_prefix_boundary = self.manager.get_computed_blocks(request)
         retention = self._retention(request)
         if retention.sparse:
-            assert hit <= retention.dropped_blocks * 16
+            assert hit <= request.num_prompt_tokens - self.policy.window
         for index, block in enumerate(hit_blocks.blocks[self.group]):
             expected = tuple(request.all_token_ids[: (index + 1) * 16])
             assert self.content[block.block_id] == expected, "a hit on foreign content"
@@ -321,7 +336,8 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def freed_means_free(self):
-        held = set()
+        manager = self.manager.coordinator.single_type_managers[self.group]
+        held = {b.block_id for copies in manager._copies._out.values() for b in copies.values()}
         for request in self.running.values():
             held |= {b.block_id for b in self._blocks(request) if not b.is_null}
         assert self.pool.get_num_free_blocks() == 79 - len(held)

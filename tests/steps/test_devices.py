@@ -119,7 +119,7 @@ def split(planner, rows, controls, drafts):
     )  # fmt: skip
     counted = torch.zeros(3, dtype=torch.int64, device=META) if drafts else None
     mine = SimpleNamespace(planner=planner, count=lambda *_: None)
-    return Planning.split(mine, common, ends, prompts, controls, lambda _, part: part, counted)
+    return Planning.split(mine, common, ends, prompts, controls, lambda *given: given[1], counted)
 
 
 def test_what_stays_behind_is_seen():

@@ -158,7 +158,8 @@ def loose_lengths() -> None:
             lens, rows = bound.clone(), min(len(bound), len(prompts))
             start = lens[:rows] - common.query_start_loc_cpu.diff()[:rows]
             more = torch.randint(0, 6, (rows,), generator=generator, dtype=lens.dtype)
-            lens[:rows] += torch.where(start >= prompts[:rows].to(lens.device), more, 0)
+            # The first of these steps has nothing before it that could be rejected.
+            lens[:rows] += torch.where(start > prompts[:rows].to(lens.device), more, 0)
             common = common.replace(seq_lens_cpu_upper_bound=lens)
         return build(self, prefix, common, *args, **kwargs)
 

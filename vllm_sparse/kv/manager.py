@@ -13,6 +13,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from vllm_sparse import metrics
 from vllm_sparse.features import POLICIES, refuse
+from vllm_sparse.kv.copies import PrefixCopies, goes_without, unwritten
 from vllm_sparse.kv.requests import (
     control_of_request,
     of_hashes,
@@ -25,6 +26,7 @@ from vllm_sparse.policies.controlled import policy_for
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
     from vllm_sparse.metrics.definitions import Family
@@ -38,8 +40,8 @@ class PromptAwareManager(FullAttentionManager):
     """Full attention that shares only what is the same whoever computes it.
 
     The spec's ``publishable_tokens(prompt_len, control)`` says how many leading tokens of a request
-    are; blocks beyond are never published (:meth:`cache_blocks`) and never taken from the cache
-    (:meth:`find_longest_cache_hit`).
+    are; its blocks beyond are never published (:meth:`cache_blocks`). What is taken from the cache
+    ends where ``hittable_tokens`` does (:meth:`find_longest_cache_hit`).
     """
 
     family: ClassVar[Family] = "SPARDA"
@@ -67,22 +69,25 @@ class PromptAwareManager(FullAttentionManager):
         self._begun.add(request)
         limit = publishable_tokens(self.kv_cache_spec, request)
         if limit is not None:
-            if first_chunk and self.kv_cache_group_id and 0 < limit <= num_tokens:
-                metrics.counters().add("prefix_limits_missed", 1)
+            if request.num_computed_tokens < request.num_prompt_tokens:
+                self._pin(request, num_tokens, first_chunk)
             num_tokens = min(num_tokens, limit)
-            self._pin(request, limit)
         super().cache_blocks(
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
         )
 
-    def _pin(self, request: Request, limit: int) -> None:
+    def _pin(self, request: Request, num_tokens: int, first_chunk: bool) -> None:
         """Have groups of other kinds keep what a hit at our limit needs.
 
-        Layers with windows or states keep it at the prompt's end only, where our hits never get.
+        Layers with windows or states keep it at the prompt's end only, where hits of the same
+        prompt never get, and another turn's only if it is long enough.
         They also keep it at a *junction*, which vLLM notes where a lookup found a prefix that other
         requests share: until that is computed, it goes first. A limit in the first chunk comes too
         late for a group that is asked before ours.
         """
+        limit = hittable_tokens(self.kv_cache_spec, request) or 0
+        if first_chunk and self.kv_cache_group_id and 0 < limit <= num_tokens:
+            metrics.counters().add("prefix_limits_missed", 1)
         computed = self.num_cached_block.get(request.request_id, 0) * self.block_size
         if computed >= request.shared_prefix_boundary:
             limit = limit // self.block_size * self.block_size
@@ -97,18 +102,30 @@ class PromptAwareManager(FullAttentionManager):
         The length does not tell whose lookup it is: a preempted request looks its prompt and its
         output up in one go, and another group's hit may have shortened it.
         """
-        request, spec = of_hashes(block_hashes), cls._spec(*args, **kwargs)
-        limit = 0 if request is None else publishable_tokens(spec, request)
+        request, (pool, spec) = of_hashes(block_hashes), cls._where(*args, **kwargs)
+        limit = 0 if request is None else cls._hit_limit(spec, request)
         if limit is not None:
             max_length = min(max_length, limit)
-        return super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
+        found = super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
+        if request is None or (end := cls._written_end(pool, spec, request, found[0])) is None:
+            return found
+        return super().find_longest_cache_hit(block_hashes, end, *args, **kwargs)
+
+    @classmethod
+    def _hit_limit(cls, spec: Any, request: Request) -> int | None:
+        return hittable_tokens(spec, request)
+
+    @classmethod
+    def _written_end(cls, pool: Any, spec: Any, request: Request, hits: Any) -> int | None:
+        """Tokens of a hit that are there when it is needed; ``None``: all."""
+        return None
 
     @staticmethod
-    def _spec(
+    def _where(
         kv_cache_group_ids: Any, block_pool: Any, kv_cache_spec: Any, *_: Any, **__: Any
     ) -> Any:
-        """One of the things that a lookup gets beside hashes and length, by place or by name."""
-        return kv_cache_spec
+        """Things that a lookup gets beside hashes and length, by place or by name."""
+        return block_pool, kv_cache_spec
 
 
 def publishable_tokens(spec: Any, request: Request) -> int | None:
@@ -124,12 +141,35 @@ def publishable_tokens(spec: Any, request: Request) -> int | None:
     return limit
 
 
+def hittable_tokens(spec: Any, request: Request) -> int | None:
+    """Leading tokens of a request that may come from the prefix cache; ``None``: all.
+
+    Args:
+        spec: One of ours.
+        request: The request.
+    """
+    limit: int | None = spec.hittable_tokens(request.num_prompt_tokens, control_of_request(request))
+    return limit
+
+
+def tail_blocks(spec: Any, request: Request) -> range:
+    """Full prompt blocks of a request that are private and copied for others; empty if not copied.
+
+    Args:
+        spec: One of a policy.
+        request: The request.
+    """
+    tail: range = spec.tail_blocks(request.num_prompt_tokens, control_of_request(request))
+    return tail
+
+
 class PolicyManager(PromptAwareManager):
     """Full attention that gives blocks back which the policy says no later step reads.
 
     A policy that moves tokens rewrites a request's *tail* (its last full prompt blocks and
     everything after) in the worker. It stays correct with prefix caching because the tail is
-    private. Freed blocks keep their hash, so they stay hit-able until someone needs the memory.
+    private: what is shared with others is copied, see :mod:`.copies`. Freed blocks keep their hash,
+    so they stay hit-able until someone needs the memory.
     """
 
     family: ClassVar[Family] = "policies"
@@ -140,6 +180,7 @@ class PolicyManager(PromptAwareManager):
         if wanted != size:  # the worker sees parts of blocks only, on GPUs
             refuse("other-blocks", POLICIES, False, wanted=wanted, size=size)
         self._saved: defaultdict[str, int] = defaultdict(int)
+        self._copies = PrefixCopies(self)
         # How many blocks other layers take, nobody tells this group.
         if kv_cache_spec.instance_id and not kv_cache_spec.beside_others:
             logger.info_once(self._capacity_line())
@@ -156,6 +197,77 @@ class PolicyManager(PromptAwareManager):
             f"{blocks / held:.1f}; a prompt needs its {held} blocks while it is prefilled"
         )
 
+    @classmethod
+    def _hit_limit(cls, spec: Any, request: Request) -> int | None:
+        if goes_without(request):
+            return publishable_tokens(spec, request)
+        return hittable_tokens(spec, request)
+
+    @classmethod
+    def _written_end(cls, pool: Any, spec: Any, request: Request, hits: Any) -> int | None:
+        """What is copied must be there when the step begins."""
+        fresh, tail = unwritten(pool), tail_blocks(spec, request)
+        if not fresh or not tail:
+            return None
+        ends = [
+            place * spec.block_size
+            for blocks in hits
+            for place in range(tail.start, len(blocks))
+            if blocks[place].block_id in fresh
+        ]
+        return min(ends, default=None)
+
+    def new_step_starts(self) -> None:
+        """What was published before is written when the step's copies are made."""
+        super().new_step_starts()
+        unwritten(self.block_pool).clear()
+
+    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Publish, and note what the step will write."""
+        first = self.num_cached_block.get(request.request_id, 0)
+        super().cache_blocks(request, *args, **kwargs)
+        last = self.num_cached_block.get(request.request_id, 0)
+        blocks = self.req_to_blocks[request.request_id][first:last]
+        unwritten(self.block_pool).update(block.block_id for block in blocks)
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """Blocks that a request needs, those for copies of what it has hit included."""
+        hit = new_computed_blocks, num_local_computed_tokens
+        needed: int = super().get_num_blocks_to_allocate(
+            request_id, num_tokens, hit[0], total_computed_tokens, hit[1], *args, **kwargs
+        )
+        return needed + self._copies.blocks_needed(request_id, *hit)
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """Take what was hit."""
+        hit = new_computed_blocks, num_local_computed_tokens
+        super().add_local_computed_blocks(request_id, *hit, num_external_computed_tokens)
+        self._copies.note_hit(request_id, *hit)
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Allocate, and have copied what must be before the step."""
+        copies = self._copies.copy_in(request_id)
+        blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        self._copies.copy_out(request_id)
+        return copies + blocks
+
     def remove_skipped_blocks(
         self,
         request_id: str,
@@ -170,6 +282,7 @@ class PolicyManager(PromptAwareManager):
         """
         if num_prompt_tokens is None or processed_computed_tokens <= num_prompt_tokens:
             return
+        self._copies.publish(request_id)  # before what is freed here, which is evicted after it
         blocks = self.req_to_blocks.get(request_id, ())
         policy = policy_for(self.kv_cache_spec.policy, control_of_request(of_id(request_id)))
         first, last = policy.freed_blocks(num_prompt_tokens, processed_computed_tokens)
@@ -185,6 +298,7 @@ class PolicyManager(PromptAwareManager):
 
     def pop_blocks_for_free(self, request_id: str) -> Any:
         """A request that ends, or is preempted, saves nothing any more."""
+        self._copies.leave(request_id)
         if saved := self._saved.pop(request_id, 0):
             metrics.counters().add("blocks_saved", -saved)
         return super().pop_blocks_for_free(request_id)

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from vllm_sparse.policies.sparda import SpardaSettings
 
 
+# Of one layer. vLLM copies layer by layer (our caches have layers outermost), through as much new
+# memory as is copied: small beside what a step's activations take, which it does not yet then.
+MOST_COPIED_BYTES = 32 << 20
+
+
 @dataclass(frozen=True, kw_only=True)
 class SharedSpec(FullAttentionSpec):
     """What our specs have in common: layers that share a block table share all that they add.
@@ -89,9 +94,32 @@ class PolicySpec(SharedSpec):
         """Page geometry for requests with pages of ``page_size`` tokens."""
         return PageLayout(self.block_size, self.head_size, page_size, self.policy.index_width)
 
+    @property
+    def most_copies(self) -> int:
+        """Blocks that a step may copy."""
+        return max(MOST_COPIED_BYTES // self.page_size_bytes, 1)
+
     def publishable_tokens(self, prompt_len: int, control: int) -> int | None:
         """Leading tokens of a request that others may share; ``None``: all."""
         return policy_for(self.policy, control).publishable_tokens(prompt_len)
+
+    def hittable_tokens(self, prompt_len: int, control: int) -> int | None:
+        """Leading tokens of a request that may come from the prefix cache; ``None``: all."""
+        policy, tail = policy_for(self.policy, control), self.tail_blocks(prompt_len, control)
+        if not tail:
+            return policy.publishable_tokens(prompt_len)
+        copied = min(policy.hittable_blocks(prompt_len) - tail.start, self.most_copies)
+        return (tail.start + max(copied, 0)) * self.block_size
+
+    def tail_blocks(self, prompt_len: int, control: int) -> range:
+        """Full prompt blocks of a request that are private, if their content is copied for others.
+
+        Empty if it is not.
+        """
+        if self.beside_others:
+            # vLLM copies of a block what its first layer there takes, which may be less than ours.
+            return range(0)
+        return policy_for(self.policy, control).tail_blocks(prompt_len)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +173,10 @@ class SpardaSpec(SharedSpec):
         if control == DENSE:
             return self.dense_len if self.sparse_prompts else None
         return None if self.alike else max(prompt_len, self.dense_len)
+
+    def hittable_tokens(self, prompt_len: int, control: int) -> int | None:
+        """The same."""
+        return self.publishable_tokens(prompt_len, control)
 
 
 # At import, because the scheduler's process first meets the spec when it unpickles one, and an

@@ -3,8 +3,10 @@
 """A tier in host memory behind the prefix cache: evicted prefixes return, nobody recomputes them.
 
 vLLM's ``SimpleCPUOffloadConnector`` copies blocks that have a *published* hash, and our manager
-publishes nothing of a request's tail, so tails are never stored. What is left to do here: hits end
-where a request's own work must begin, and CPUs, which have no streams, copy at once.
+publishes nothing that is rewritten. By default it stores what stands in a request's own row, so of
+a tail nothing until another turn has it among its leading blocks. What is left to do here: hits end
+where a request's own work must begin, and CPUs, which have no streams, copy at once. What is loaded
+lands in blocks of the request's own.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.simple_kv_offload.worker import SimpleCPUOffloadWorker
 
-from vllm_sparse.kv.manager import publishable_tokens
+from vllm_sparse.kv.manager import hittable_tokens
 from vllm_sparse.kv.spec import PolicySpec, SharedSpec
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ class PrefixTierConnector(SimpleCPUOffloadConnector):
 
         A loaded token leaves no query, and the last ones' queries choose what the prompt keeps.
         """
-        limits = [publishable_tokens(spec, request) for spec in self._specs]
+        limits = [hittable_tokens(spec, request) for spec in self._specs]
         room = min(
             (limit - num_computed_tokens for limit in limits if limit is not None),
             default=request.num_tokens,

@@ -101,6 +101,18 @@ _ALL = (
         "policies",
     ),
     Metric(
+        "prefix_blocks_copied_in",
+        "blocks",
+        "KV blocks found in the prefix cache that were copied, as their request rewrites them",
+        "policies",
+    ),
+    Metric(
+        "prefix_blocks_copied_out",
+        "blocks",
+        "KV blocks copied for the prefix cache before their request rewrote them",
+        "policies",
+    ),
+    Metric(
         "prefix_limits_missed",
         "prompts",
         "Prompts whose shareable part ended in their first chunk, too late for the window or state "

@@ -40,6 +40,12 @@ class PolicySettings(CommonSettings):
     skip_layers: int = Field(
         0, ge=0, description="First layers whose decode reads every kept token."
     )
+    keep_prefixes: bool = Field(
+        True,
+        description="Where tokens are moved: copy the last blocks of a prompt for the prefix cache "
+        "before they are rewritten, and what is found there into them. Off: a prompt finds no more "
+        "than what it would drop.",
+    )
     huge_pages: bool = Field(
         True, description="Put a CPU's KV cache on huge pages, which scattered reads profit from."
     )
@@ -195,6 +201,22 @@ class Policy(ABC):
         """
         waiting = prompt_len // self.shape.block_size - self.room_for_window()
         return max(min(dropped_blocks, waiting), 0)
+
+    def tail_blocks(self, prompt_len: int) -> range:
+        """Full prompt blocks that are private, if their content is copied for others; else none."""
+        retention = self.retention(prompt_len)
+        if not (self.moves and retention.sparse and self.settings.keep_prefixes):
+            return range(0)
+        shared = self.shared_blocks(prompt_len, retention.dropped_blocks)
+        return range(shared, prompt_len // self.shape.block_size)
+
+    def hittable_blocks(self, prompt_len: int) -> int:
+        """Leading prompt blocks that may come from the prefix cache where tails are copied.
+
+        The request must compute the rest itself, of which the last queries choose what stays.
+        """
+        size = self.shape.block_size
+        return max(min(prompt_len // size - self.room_for_window(), (prompt_len - 1) // size), 0)
 
     def keep(self, query_window: Tensor, keys: Tensor, count: int) -> Tensor:
         """Prompt tokens that stay, if the policy :attr:`moves` them.

@@ -200,7 +200,7 @@ class RocketKVSettings(PolicySettings):
     stage1: bool = Field(
         True,
         description="Evict prompt tokens after prefill. Off, for ablations: nothing is evicted, "
-        "and prompts above `min_context` are not shared through the prefix cache.",
+        "and prompts above `min_context` are copied to and from the prefix cache whole.",
     )
     stage2: bool = Field(True, description="Select tokens at decode. Off: for ablations.")
 

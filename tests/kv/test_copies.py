@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Tails that are copied for the prefix cache: vLLM's real scheduler, and what its blocks hold."""
+
+from __future__ import annotations
+
+import pytest
+from support.scheduler import BLOCK, Machine, prompts
+
+from vllm_sparse.metrics import counters
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+PROMPT = prompts(1)[0]
+
+
+def limits(machine, length=400):
+    """Tokens that are shared as they are, and those that a request may hit."""
+    policy = machine.policy
+    return policy.publishable_tokens(length), policy.hittable_blocks(length) * BLOCK
+
+
+def published(machine, tokens):
+    """How many leading blocks of a text the cache has, and how many blocks in all have them."""
+    hashes = machine.hasher(machine_request(machine, tokens))
+    found = [machine.pool.get_cached_block(h, [0]) for h in hashes]
+    lead = found.index(None) if None in found else len(found)
+    return lead
+
+
+def machine_request(machine, tokens):
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    return Request(
+        request_id="looked up", prompt_token_ids=tokens, sampling_params=SamplingParams(),
+        pooling_params=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_another_turn_hits_the_whole_prompt_and_the_same_prompt_all_but_its_window(llama, ahead):
+    machine = Machine(llama, blocks=120, ahead=ahead)
+    shared, hits = limits(machine)
+    assert shared + 3 * BLOCK < hits
+    assert machine.serve(PROMPT) == 0
+    assert published(machine, PROMPT) == 400 // BLOCK
+    assert machine.serve([*PROMPT, *range(200)]) == 400 // BLOCK * BLOCK
+    assert machine.serve(PROMPT) == hits
+    assert machine.free_blocks() == 119
+
+
+def test_two_requests_with_one_prefix_at_once(llama):
+    """Both copy what they hit; the second finds that the first has copied what both left."""
+    machine = Machine(llama, blocks=160)
+    machine.serve(PROMPT)
+    before, out = machine.copied, counters().value("prefix_blocks_copied_out")
+    both = [machine.add(PROMPT), machine.add(PROMPT)]
+    machine.run()
+    shared, hits = limits(machine)
+    assert [machine.first_hits[request.request_id] for request in both] == [hits, hits]
+    assert machine.copied - before == 2 * (hits - shared) // BLOCK
+    assert counters().value("prefix_blocks_copied_out") == out
+    assert machine.free_blocks() == 159
+
+
+def test_a_pool_without_room_copies_nothing_and_serves_all(llama):
+    """Of 26 blocks a prompt takes 25 and its output one: neither its tail nor its hit fit twice."""
+    machine = Machine(llama, blocks=27)
+    assert machine.serve(PROMPT) == 0
+    assert machine.copied == 0
+    assert machine.serve(PROMPT) == limits(machine)[0]
+    assert machine.free_blocks() == 26
+
+
+def test_a_hit_that_never_fits_is_given_up(llama):
+    """All of the tail is in the cache, but prompt, hit and copies are more than the pool."""
+    machine = Machine(llama, blocks=32)
+    machine.serve(PROMPT, new_tokens=1)
+    shared, hits = limits(machine)
+    assert published(machine, PROMPT) == 400 // BLOCK
+    assert 26 + (hits - shared) // BLOCK > 31
+    assert machine.serve(PROMPT, new_tokens=1) == shared
+    assert machine.copied == 0
+    assert machine.free_blocks() == 31
+
+
+def test_a_request_that_ends_with_its_prompt_leaves_its_tail(llama):
+    machine = Machine(llama, blocks=60)
+    machine.serve(PROMPT, new_tokens=1)
+    assert machine.copied == 0
+    assert published(machine, PROMPT) == 400 // BLOCK
+    assert machine.serve(PROMPT, new_tokens=1) == limits(machine)[1]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("leave", ["aborted", "preempted"])
+def test_whoever_leaves_when_the_prompt_has_just_ended(llama, ahead, leave):
+    """The prompt takes five steps. Nothing that is not whole is published, nothing is lost."""
+    for steps in range(3, 9):
+        machine = Machine(llama, blocks=120, ahead=ahead)
+        request = machine.add(PROMPT, new_tokens=20)
+        for _ in range(steps):
+            machine.step()
+        if leave == "aborted":
+            machine.abort(request)
+        else:
+            machine.scheduler.running.remove(request)
+            machine.scheduler._preempt_request(request, 0.0)
+        machine.run()
+        assert machine.free_blocks() == 119
+        shared, hits = limits(machine)
+        # The fifth step, or the one behind it, is processed; a request that comes back with output
+        # has a chunk with tokens of both, and compacts in its midst.
+        kept = steps >= 5 + 2 * ahead or (leave == "preempted" and steps < 5)
+        assert machine.serve(PROMPT) == (hits if kept else shared)
+
+
+def test_a_step_copies_so_much_and_no_more(llama, monkeypatch):
+    from vllm_sparse.kv import spec
+
+    machine = Machine(llama, blocks=160)
+    page = machine.manager.kv_cache_spec.page_size_bytes
+    monkeypatch.setattr(spec, "MOST_COPIED_BYTES", 3 * page)
+    shared = limits(machine)[0]
+    machine.serve(PROMPT)
+    assert published(machine, PROMPT) == shared // BLOCK + 3
+    two = [machine.add(PROMPT), machine.add(PROMPT)]
+    machine.step()
+    assert machine.copied == 3 + 3, "the second waits for the next step"
+    machine.run()
+    for request in two:
+        assert machine.first_hits[request.request_id] == shared + 3 * BLOCK
+
+
+def test_switched_off_prompts_hit_what_they_drop(llama):
+    machine = Machine(llama, blocks=120, settings={"keep_prefixes": False})
+    shared = limits(machine)[0]
+    machine.serve(PROMPT)
+    assert machine.serve([*PROMPT, *range(200)]) == machine.serve(PROMPT) == shared
+    assert machine.copied == 0
+
+
+def test_a_prefix_is_evicted_from_its_end_on(llama):
+    machine = Machine(llama, blocks=120)
+    machine.serve(PROMPT)
+    leads = []
+    for _ in range(400 // BLOCK):
+        block = machine.pool.get_new_blocks(1)
+        leads.append(published(machine, PROMPT))
+        while leads[-1] == 400 // BLOCK:
+            block += machine.pool.get_new_blocks(1)
+            leads[-1] = published(machine, PROMPT)
+    assert leads == list(range(400 // BLOCK - 1, -1, -1))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_lives(llama, seed):
+    """Turns of a few conversations, beside aborts, preemption, and steps that are planned ahead."""
+    policy = "priority" if seed % 2 else "fcfs"
+    machine = Machine(
+        llama, blocks=40 + 8 * (seed % 3), ahead=seed // 2 % 2, seed=seed, scheduling_policy=policy
+    )
+    draw, alive, texts = machine.random, [], [[i] * 60 for i in range(3)]
+    for _ in range(400):
+        if draw.random() < 0.2 and len(alive) < 10:
+            which = draw.randrange(3)
+            texts[which] = (texts[which] + [draw.randrange(9)] * draw.randrange(1, 120))[-700:]
+            if draw.random() < 0.1 or len(texts[which]) > 600:
+                texts[which] = [which] * 60
+            new = draw.choice([1, 2, draw.randrange(1, 60)])
+            alive.append(machine.add(list(texts[which]), new, draw.randrange(3)))
+        if alive and draw.random() < 0.03:
+            machine.abort(alive.pop(draw.randrange(len(alive))))
+        machine.step()
+        alive = [request for request in alive if not request.is_finished()]
+    machine.run()
+    assert machine.copied > 0
+    assert machine.preemptions > 0
+    assert machine.free_blocks() == machine.pool.num_gpu_blocks - 1

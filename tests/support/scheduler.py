@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""vLLM's real scheduler with a stand-in for workers, which knows what each block holds.
+
+It reads and writes blocks as a worker does, and sees at once what nobody may read or write.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from functools import cache
+from typing import Any
+
+BLOCK, PAGE_BYTES = 16, 1 << 12
+
+
+class Machine:
+    """A scheduler, and what blocks hold.
+
+    Args:
+        model: Checkpoint folder, for vLLM's configuration.
+        blocks: Of the pool.
+        ahead: Steps that are scheduled before the oldest one is processed; 0: none.
+        seed: Of ``random``.
+        settings: Of the policy.
+        **engine: Further arguments of vLLM.
+
+    Attributes:
+        device: By block: the tokens up to its end, or a word for what nobody may read.
+        first_hits: By request: tokens that it did not compute when it first ran.
+        copied: Copies of blocks.
+    """
+
+    def __init__(
+        self, model, *, blocks: int, ahead: int = 0, seed: int = 0, settings=None, **engine: Any
+    ) -> None:
+        import torch
+        from vllm.utils.hashing import sha256
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+        from vllm.v1.core.sched.scheduler import Scheduler
+        from vllm.v1.kv_cache_interface import (
+            FullAttentionSpec,
+            KVCacheConfig,
+            KVCacheGroupSpec,
+            KVCacheTensor,
+        )
+        from vllm.v1.structured_output import StructuredOutputManager
+
+        from support.policies import make_policy
+        from vllm_sparse.kv.spec import PolicySpec
+
+        init_none_hash(sha256)
+        self.hasher = get_request_block_hasher(BLOCK, sha256)
+        self.policy = make_policy(**(settings or {}))
+        self.random = random.Random(seed)
+        arguments = {
+            "max_model_len": 1024, "max_num_batched_tokens": 96, "max_num_seqs": 4,
+            "scheduler_reserve_full_isl": False, **engine,
+        }  # fmt: skip
+        config = copy.deepcopy(_config(str(model), ahead > 0, tuple(sorted(arguments.items()))))
+        config.cache_config.num_gpu_blocks = blocks
+        stock = FullAttentionSpec(
+            block_size=BLOCK, num_kv_heads=2, head_size=16, dtype=torch.float32
+        )
+        size = blocks * PAGE_BYTES
+        placed = KVCacheTensor(size, ["layer"], layer_stride=size, block_stride=PAGE_BYTES)
+        group = KVCacheGroupSpec(["layer"], PolicySpec.wrap(stock, self.policy))
+        cache = KVCacheConfig(blocks, [placed], [group])
+        kind = AsyncScheduler if ahead else Scheduler
+        manager = StructuredOutputManager(config)
+        self.scheduler: Any = kind(config, cache, manager, BLOCK, BLOCK)
+        self.pool = self.scheduler.kv_cache_manager.block_pool
+        self.manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+        self.device: dict[int, Any] = {}
+        self.first_hits: dict[str, int] = {}
+        self.preemptions = self.copied = self.serial = 0
+        self._ahead, self._in_flight = ahead, []
+
+    def add(self, prompt: list[int], new_tokens: int = 8, priority: int = 0) -> Any:
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        self.serial += 1
+        request = Request(
+            request_id=str(self.serial),
+            prompt_token_ids=prompt,
+            sampling_params=SamplingParams(max_tokens=new_tokens, ignore_eos=True),
+            pooling_params=None,
+            block_hasher=self.hasher,
+            priority=priority,
+        )
+        self.scheduler.add_request(request)
+        return request
+
+    def abort(self, request: Any) -> None:
+        from vllm.v1.request import RequestStatus
+
+        self.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+
+    def serve(self, prompt: list[int], new_tokens: int = 8) -> int:
+        """A request alone; how many tokens it found in the prefix cache."""
+        request = self.add(prompt, new_tokens)
+        self.run()
+        return self.first_hits[request.request_id]
+
+    def step(self) -> None:
+        """Schedule a step, do its work, and process the oldest one if enough are in flight."""
+        from vllm.v1.outputs import ModelRunnerOutput
+
+        out = self.scheduler.schedule()
+        self.preemptions += len(out.preempted_req_ids or ())
+        self._begin(out)
+        self._copy(out.kv_cache_block_copies or ())
+        sampled = [self._compute(name, n) for name, n in out.num_scheduled_tokens.items()]
+        told = self._end(out)
+        names = list(out.num_scheduled_tokens)
+        result = ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: index for index, name in enumerate(names)},
+            sampled_token_ids=sampled,
+            kv_connector_output=told,
+        )
+        self._in_flight.append((out, result))
+        while len(self._in_flight) > (self._ahead if names else 0):
+            self.scheduler.update_from_output(*self._in_flight.pop(0))
+
+    def run(self) -> None:
+        """Until all requests have ended."""
+        for _ in range(3000):
+            if not self.scheduler.requests and not self._busy():
+                break
+            self.step()
+        else:
+            raise AssertionError("requests do not end")
+        while self._in_flight:
+            self.step()
+
+    def free_blocks(self) -> int:
+        """Of the pool, of which all but one can be."""
+        free: int = self.pool.get_num_free_blocks()
+        return free
+
+    def _begin(self, out: Any) -> None:
+        """What a worker does before it computes a step."""
+
+    def _end(self, out: Any) -> Any:
+        """What it does behind, and tells the scheduler."""
+
+    def _busy(self) -> bool:
+        return False
+
+    def _copy(self, copies: Any) -> None:
+        """All are read before any is written."""
+        contents = [self.device[pair.src_block_id] for pair in copies]
+        for pair, content in zip(copies, contents, strict=True):
+            assert isinstance(content, tuple), f"copies {content}"
+            assert self.pool.blocks[pair.dst_block_id].block_hash is None, "writes the published"
+            self.device[pair.dst_block_id] = content
+        self.copied += len(contents)
+
+    def _compute(self, name: str, tokens: int) -> list[int]:
+        """A step of a request: compact what ended, read what is there, write what is new."""
+        request = self.scheduler.requests[name]
+        row = self.manager.req_to_blocks[name]
+        blocks = [block.block_id for block in row]
+        end = request.num_computed_tokens
+        start, prompt = end - tokens, request.num_prompt_tokens
+        text = [*request.prompt_token_ids, *[7] * end]
+        retention = self.policy.retention(prompt)
+        self.first_hits.setdefault(name, start)
+        compacted = retention.sparse and start > prompt
+        for index in range(start // BLOCK):
+            if compacted and index >= retention.dropped_blocks:
+                assert self.device[blocks[index]] == name, "another's tail"
+            elif not compacted:
+                expected = tuple(text[: (index + 1) * BLOCK])
+                assert self.device[blocks[index]] == expected, "reads foreign content"
+        for index in range(start // BLOCK, -(-end // BLOCK)):
+            whole = (index + 1) * BLOCK <= end
+            content = tuple(text[: (index + 1) * BLOCK]) if whole else "unfinished"
+            if row[index].block_hash is not None:
+                assert whole, "publishes what is not whole"
+            self.device[blocks[index]] = content
+        if retention.sparse and end > prompt:
+            for block in row[retention.dropped_blocks :]:
+                assert block.block_hash is None, "compacts what is published"
+                assert start > prompt or not block.is_null
+                self.device[block.block_id] = name
+        return [] if request.is_prefill_chunk else [7]
+
+
+@cache
+def _config(model: str, ahead: bool, arguments: tuple[tuple[str, Any], ...]) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(
+        model=model, attention_backend="ROCKETKV", skip_tokenizer_init=True, block_size=BLOCK,
+        async_scheduling=ahead, **dict(arguments),
+    ).create_engine_config()  # fmt: skip
+
+
+def prompts(count: int, length: int = 400, first: int = 1) -> list[list[int]]:
+    """Prompts that differ from their first token on."""
+    return [[first + i] * (length - 30) + list(range(30)) for i in range(count)]

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Copies of blocks between the prefix cache and tails, so that prompts keep their prefix hits.
+
+A compacted request rewrites its tail, which must be private to it. So a hit that reaches into the
+tail is copied into blocks of the request's own, and what the prompt has left in the tail is copied
+out before it is rewritten, to be published. Workers copy at the start of a step whatever a manager
+of vLLM asks them to: after blocks are zeroed, before the step is planned, all at once. Until then
+both ends of a copy hold one more reference, which vLLM's scheduler gives back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from vllm.v1.core.kv_cache_utils import resolve_block_hashes
+
+from vllm_sparse import metrics
+from vllm_sparse.kv.requests import control_of_request, of_id
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.request import Request
+
+    from vllm_sparse.kv.manager import PolicyManager
+
+# Refused admissions after which a request does without copies: a pool may never hold the prompt,
+# what was hit and its copies at once. Busy ones have room again within a few steps.
+_MOST_TRIES = 32
+
+_tries: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
+_unwritten: WeakKeyDictionary[BlockPool, set[int]] = WeakKeyDictionary()
+
+
+def goes_without(request: Request) -> bool:
+    """Whether a request may only hit what needs no copies, as it was refused too often."""
+    return _tries.get(request, 0) >= _MOST_TRIES
+
+
+def unwritten(pool: BlockPool) -> set[int]:
+    """Blocks that were published since the scheduler began a step, which will write them.
+
+    Whoever reads them in that step finds them written, but copies are made before.
+    """
+    return _unwritten.setdefault(pool, set())
+
+
+class PrefixCopies:
+    """What a block manager copies.
+
+    Args:
+        manager: The manager.
+    """
+
+    def __init__(self, manager: PolicyManager) -> None:
+        self._manager = manager
+        self._pool = manager.block_pool
+        self._hits: dict[str, range] = {}
+        self._out: dict[str, dict[int, KVCacheBlock]] = {}  # by place in the request
+
+    def _tail(self, request: Request) -> range:
+        """Full prompt blocks that are not shared, empty where nothing is copied."""
+        if not self._manager.enable_caching:
+            return range(0)
+        spec = self._manager.kv_cache_spec
+        tail: range = spec.tail_blocks(request.num_prompt_tokens, control_of_request(request))
+        return tail
+
+    # -- in ----------------------------------------------------------------------------------------
+
+    def _hit_tail(self, request_id: str, hit_blocks: Sequence[KVCacheBlock], tokens: int) -> range:
+        request = of_id(request_id) if hit_blocks else None
+        if request is None or not (tail := self._tail(request)):
+            return range(0)
+        # vLLM itself copies a last block that is hit in part only.
+        return range(tail.start, min(len(hit_blocks), tokens // self._manager.block_size))
+
+    def blocks_needed(
+        self, request_id: str, hit_blocks: Sequence[KVCacheBlock], hit_tokens: int
+    ) -> int:
+        """Blocks that a new request needs beside those of its tokens, to copy what it has hit.
+
+        Args:
+            request_id: The request.
+            hit_blocks: What the prefix cache has of it.
+            hit_tokens: How many tokens of it.
+        """
+        needed, queued = len(self._hit_tail(request_id, hit_blocks, hit_tokens)), self._queued
+        if not needed:
+            return 0
+        if request := of_id(request_id):
+            _tries[request] = _tries.get(request, 0) + 1
+        if queued and queued + needed > self._manager.kv_cache_spec.most_copies:
+            return self._pool.num_gpu_blocks  # the next step has room for it
+        return needed
+
+    def note_hit(
+        self, request_id: str, hit_blocks: Sequence[KVCacheBlock], hit_tokens: int
+    ) -> None:
+        """Remember what of a hit must be copied, once all groups hold what they have hit."""
+        if hit := self._hit_tail(request_id, hit_blocks, hit_tokens):
+            self._hits[request_id] = hit
+
+    def copy_in(self, request_id: str) -> list[KVCacheBlock]:
+        """Put private blocks where a hit reaches into the tail.
+
+        Returns:
+            These blocks.
+        """
+        hit = self._hits.pop(request_id, range(0))
+        if not hit:
+            return []
+        if request := of_id(request_id):
+            _tries.pop(request, None)
+        blocks, private = self._manager.req_to_blocks[request_id], self._new(len(hit))
+        # Given back in this order, so that a prefix is evicted from its end on.
+        for place, copy in reversed(list(zip(hit, private, strict=True))):
+            self._queue(blocks[place], copy)
+            blocks[place].ref_cnt -= 1  # the request's: it has the copy now
+            blocks[place] = copy
+        metrics.counters().add("prefix_blocks_copied_in", len(hit))
+        return private
+
+    # -- out ---------------------------------------------------------------------------------------
+
+    def copy_out(self, request_id: str) -> None:
+        """Copy a tail that the step about to be scheduled rewrites, if there is ample room.
+
+        That is the step that begins at the prompt's end. What others have published is left out.
+        """
+        request = of_id(request_id)
+        if request is None or request.num_computed_tokens != request.num_prompt_tokens:
+            return
+        if request_id in self._out:
+            return
+        places = self._unpublished(request)
+        # Each running request may need another block before these are given back.
+        room = (self._pool.get_num_free_blocks() - len(self._manager.req_to_blocks)) // 2
+        most = self._manager.kv_cache_spec.most_copies - self._queued
+        places = places[: max(min(room, most), 0)]
+        if not places:
+            return
+        blocks, copies = self._manager.req_to_blocks[request_id], self._new(len(places))
+        self._out[request_id] = dict(zip(places, copies, strict=True))
+        for place, copy in reversed(self._out[request_id].items()):
+            self._queue(blocks[place], copy)
+        metrics.counters().add("prefix_blocks_copied_out", len(places))
+
+    def publish(self, request_id: str) -> None:
+        """Publish what was copied out, if its step is processed, and give it back.
+
+        Not sooner: in one step copies read before any is written.
+        """
+        copies = self._out.pop(request_id, None)
+        if copies is None:
+            return
+        request = of_id(request_id)
+        if request is not None and _processed(request) > request.num_prompt_tokens:
+            self._publish(request, copies)
+        self._pool.free_blocks(reversed(copies.values()))
+
+    def leave(self, request_id: str) -> None:
+        """Publish what a request leaves that ends or is preempted: its copies or its own tail.
+
+        The tail is untouched if the prompt is processed and no step behind it was scheduled.
+        """
+        self._hits.pop(request_id, None)
+        self.publish(request_id)
+        request = of_id(request_id)
+        blocks = self._manager.req_to_blocks.get(request_id)
+        if request is None or not blocks or request.num_in_flight_tokens:
+            return
+        if request.num_computed_tokens != request.num_prompt_tokens:
+            return
+        self._publish(request, {place: blocks[place] for place in self._unpublished(request)})
+
+    # -- both --------------------------------------------------------------------------------------
+
+    @property
+    def _queued(self) -> int:
+        return len(self._manager._pending_cow_copies)
+
+    def _new(self, count: int) -> list[KVCacheBlock]:
+        return self._pool.get_new_blocks(count)
+
+    def _queue(self, source: KVCacheBlock, copy: KVCacheBlock) -> None:
+        source.ref_cnt += 1
+        copy.ref_cnt += 1
+        self._manager._pending_cow_copies.append((source, copy))
+
+    def _unpublished(self, request: Request) -> list[int]:
+        """Places in the tail whose content is not in the prefix cache."""
+        pool, group = self._pool, self._manager.kv_cache_group_id
+        if not (tail := self._tail(request)):
+            return []
+        size = self._manager.block_size
+        hashes = resolve_block_hashes(request.block_hashes, pool.hash_block_size, size)
+        return [i for i in tail if pool.get_cached_block(hashes[i], [group]) is None]
+
+    def _publish(self, request: Request, blocks: dict[int, KVCacheBlock]) -> None:
+        missing = set(self._unpublished(request))
+        places = [place for place in blocks if place in missing]
+        if not places:
+            return
+        row = [blocks.get(i, self._pool.null_block) for i in range(places[-1] + 1)]
+        self._pool.cache_full_blocks(
+            request, row, places[0], len(row), self._manager.block_size,
+            self._manager.kv_cache_group_id, [i in missing for i in range(places[0], len(row))],
+        )  # fmt: skip
+
+
+def _processed(request: Request) -> int:
+    """Tokens of a request whose keys and values are there."""
+    tokens: int = request.num_computed_tokens - request.num_in_flight_tokens
+    return tokens
