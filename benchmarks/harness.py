@@ -22,6 +22,8 @@ Side = TypeVar("Side")
 
 MODEL_ALIASES = {"smollm2": "smollm2-135m-instruct", "qwen": "qwen2.5-coder-0.5b-instruct"}
 BLOCK_TOKENS = 128  # vLLM's default block size on CPU
+# Our cache asks for huge pages: so that a gain is not theirs, all arms' tensors lie on them.
+ALIKE = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 
 def parser(name: str, about: str | None, quick: str = "") -> argparse.ArgumentParser:

@@ -49,7 +49,7 @@ def server_of(
     for name, value in own.items():
         text = value if isinstance(value, str) else json.dumps(value)
         options += [f"--{name.replace('_', '-')}", text]
-    return Server([*options, *further], log)
+    return Server([*options, *further], log, environment=harness.ALIKE)
 
 
 def add_options(parser: argparse.ArgumentParser, default_pool: str) -> None:

@@ -21,6 +21,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks import harness
+
 if TYPE_CHECKING:
     from benchmarks.arms import Arm
 
@@ -150,7 +152,7 @@ def _environment(served: bool) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    fixed = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1" if served else "0"}
+    fixed = {**harness.ALIKE, "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if served else "0"}
     return {**defaults, **os.environ, **fixed}
 
 
