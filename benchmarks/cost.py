@@ -113,7 +113,7 @@ SCORE = Program(
 )  # fmt: skip
 SELECT = Program(warps=8, instructions=1200, barriers=28, cache=4)
 ATTEND = Program(
-    warps=4, instructions=700, per_tile=300, barriers=10, tile_barriers=7, memory=1, cache=2,
+    warps=4, instructions=700, per_tile=334, barriers=11, tile_barriers=9, memory=1, cache=2,
     atomics=1,
 )  # fmt: skip
 MERGE = Program(warps=4, instructions=300, barriers=12, cache=2)

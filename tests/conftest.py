@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
-from support import adversary
-from support.interpreter import patch_language_once_per_launch, round_to_fp8_as_gpus_do
+from support import adversary, interpreter
 
 if not torch.cuda.is_available():
     # GPU kernels are tested in Triton's interpreter, which Triton and the kernels choose when they
@@ -31,8 +30,7 @@ if not torch.cuda.is_available():
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
         adversary.install()
-        round_to_fp8_as_gpus_do()
-        patch_language_once_per_launch()
+        interpreter.install()
 
 from reference import hf_rocketkv, random_models
 from support.engine import BLOCK_SIZE, SETTINGS, SPARDA_SETTINGS, run_engine

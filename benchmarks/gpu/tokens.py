@@ -190,6 +190,14 @@ def variants(*, tiny: bool = False) -> dict[str, Variant]:
         "sparda-profiled": sparda(SPARDA, paged(choosing), profiled=True),
         "sparse-eager": evicting(mode=llms.EAGER, expect="blocks_evicted"),
         "whole-compiled": Variant(WHOLE, llms.COMPILED, baseline=STOCK, expect="decode_rows"),
+        # Every block is read, as rounding may decide otherwise; but the compiler sees the taps.
+        "sparda-compiled": sparda(
+            STOCK,
+            paged(choosing, **everything, selector="lookahead-query"),
+            mode=llms.COMPILED,
+            dtype=None,
+            beyond=None,
+        ),
         "stock-eager": Variant(None, llms.EAGER, baseline=STOCK),
     }
 
@@ -210,7 +218,8 @@ ABOUT = {
     SPARDA_AHEAD: "baseline: SPARDA, sparse prompts, offloaded, eager",
     "sparda-graphs": "the same in graphs",
     "sparda-profiled": "fetched ahead, with memory as vLLM finds it",
-    "whole-compiled": "the same as vLLM compiles it by default",
+    "whole-compiled": "budget of the whole context = stock, as vLLM compiles it",
+    "sparda-compiled": "SPARDA, top_k of the whole context, as vLLM compiles it = stock",
     "stock-eager": "how far stock vLLM is from itself",
 }
 

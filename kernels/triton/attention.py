@@ -16,6 +16,7 @@ from vllm_sparse.kernels.triton.grid import (
     count_in,
     grid_of,
     let_next_start,
+    most_registers,
     programs_at_once,
     tiles_of_a_share,
     wait_for_previous,
@@ -106,9 +107,9 @@ def merge_pair(
     tl.store(target, merged.to(target.dtype.element_ty), mask=inside)
 
 
-# How wide a table is and how many rows there are changes from step to step, which must not compile
-# variants.
-@triton.jit(do_not_specialize=["rows", "capacity", "shares", "stride_table"])
+# How wide a table is and how many rows there are changes from step to step, and a request may bring
+# its own budget, which must not compile variants.
+@triton.jit(do_not_specialize=["rows", "top_k", "capacity", "shares", "stride_table"])
 def _attend_kernel(
     cache,
     query,
@@ -321,6 +322,7 @@ def attend_slots(
         PDL=overlapped,
         num_warps=warps,
         num_stages=stages,
+        maxnreg=most_registers("attend", head_bytes, warps),
         launch_pdl=overlapped,
     )
 

@@ -21,6 +21,9 @@ from vllm_sparse.kernels.triton.launch import MOST_SHARES, SMALL_HEAD
 # allow on sm_80 and sm_90 for heads of up to 256 bytes and for larger ones, which a test asserts.
 RESIDENT = {"select_slots": (2, 2), "attend": (4, 2)}
 
+# Registers of a multiprocessor, what a thread is not denied, and the most that it may have.
+_REGISTERS, _ENOUGH, _MOST = 1 << 16, 128, 255
+
 # What a program takes to begin and to end, of the time that a whole row takes it.
 BEGINNING = 0.1
 
@@ -46,6 +49,18 @@ def programs_at_once(kernel: str, head_bytes: int, multiprocessors: int) -> int:
         multiprocessors: Of the GPU.
     """
     return RESIDENT[kernel][head_bytes > SMALL_HEAD] * multiprocessors
+
+
+def most_registers(kernel: str, head_bytes: int, warps: int) -> int | None:
+    """What threads may have so that as many programs fit: compilers take more. ``None``: anything.
+
+    Args:
+        kernel: A key of :data:`RESIDENT`.
+        head_bytes: See :func:`programs_at_once`.
+        warps: Of a program.
+    """
+    most = _REGISTERS // (programs_at_once(kernel, head_bytes, 1) * 32 * warps)
+    return most if _ENOUGH <= most < _MOST else None
 
 
 def grid_of(

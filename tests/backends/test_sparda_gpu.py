@@ -71,11 +71,16 @@ CASES = {
         {"selector": "previous", "dense_len": 320, "slab_gib": 0.02},
         {"max_num_batched_tokens": 200},
     ),
+    # Compiled, too: the compiler records for a Forecast, and leaves attention out.
     "sparse-prompts-in-graphs": (
         {"sparse_prefill": True},
-        {"max_num_batched_tokens": 153, "further": ("captured_graphs",)},
+        {
+            "max_num_batched_tokens": 153, "further": ("captured_graphs", "compiled_in_pieces"),
+            "enforce_eager": False,
+            "compilation_config": {"mode": 3, "backend": "eager", "cudagraph_mode": "NONE"},
+        },
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -98,11 +103,13 @@ def test_gpu_path_gives_the_cpu_path_s_tokens(llama, prompts, pair, case):
     names = ["decode_rows", "visible_blocks", "selected_blocks", "device_to_host_bytes"]
     assert [run["counters"][k] for k in names] == [reference["counters"][k] for k in names]
     assert run["counters"]["frame_misses"] > 0
+    layers = 3
+    assert run["pieces"] == (2 * layers + 1 if "compilation_config" in options else 0)
     launches = run["launches"]
     attended = launches["_attend_frames_kernel"]
     looked_up = launches["_look_up_kernel"]
     # In vLLM's two profiling runs every block has a frame in all three layers.
-    resident = 2 * 3 * ("profiled_graphs" in options.get("further", ()))
+    resident = 2 * layers * ("profiled_graphs" in options.get("further", ()))
     assert looked_up == launches["_fill_kernel"] == attended - resident
     scoring = "_softmax_kernel" if "selector" in changes else "_forecast_kernel"
     assert 0 < launches[scoring] <= launches["_choose_kernel"]

@@ -50,7 +50,7 @@ def test_a_lane_that_is_masked_off_holds_anything(toys):
     assert target.item() == 5
     toys.sum_kernel[(1,)](source, target, 5, OTHER=False, BLOCK=8)
     assert target.isnan()
-    toys.sum_kernel[(1,)](source.int(), counted := target.int(), 5, OTHER=False, BLOCK=8)
+    toys.sum_kernel[(1,)](source.long(), counted := target.long(), 5, OTHER=False, BLOCK=8)
     assert abs(counted.item()) > 1 << 20
 
 

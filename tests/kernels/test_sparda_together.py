@@ -18,7 +18,7 @@ from support.kernels import (
     noise,
     scattered_table,
 )
-from vllm_sparse.kernels.types import Blocks, NewWindows, PageTable, Ranking, Unframed
+from vllm_sparse.kernels.types import Blocks, NewWindows, PageTable, Ranking, Rotary, Unframed
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.dispatch import SpardaKernels
@@ -126,7 +126,11 @@ def compile_everything(capability: int) -> None:
         host = torch.zeros(9, 2, 64, 2 * dim, dtype=dtype)
         slab, compressed = host.flatten(0, 1), host.view(9, 2, 4, -1)[..., :dim]
         query, key = (torch.zeros(3, heads, dim, dtype=dtype) for heads in (8, 2))
-        for ranking in (Ranking(False), Ranking(True, 0.2, lag=1)):
+        rotary = Rotary(torch.zeros(64, dim, dtype=dtype), halves=True)
+        forecasts = (
+            Ranking(False, rotary=part) for part in (None, rotary, rotary._replace(halves=False))
+        )
+        for ranking in (*forecasts, Ranking(True, 0.2, lag=1)):
             chosen = sparda_select.select_blocks(
                 compressed, query if ranking.softmax else key, table, positions, ranking,
                 Blocks(64, 16, 1, 2, 9),
@@ -150,8 +154,9 @@ def compile_everything(capability: int) -> None:
         prompt = torch.zeros(2, 4, 300, dim, dtype=dtype)
         picked = torch.zeros(2, 300, 9, dtype=torch.bool)
         part = prompt, prompt[:, 0], prompt[:, 0]
-        sparda_prefill.attend_part(*part, None, 0.1, past_from=0)
-        sparda_prefill.attend_part(*part, picked, 0.1, block_size=64)
+        total = sparda_prefill.attend_part(*part, None, 0.1, past_from=0)
+        for earlier in (None, total):
+            sparda_prefill.attend_part(*part, picked, 0.1, block_size=64, total=earlier)
 
 
 if __name__ == "__main__":

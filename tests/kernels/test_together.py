@@ -52,8 +52,9 @@ def compile_everything(capability: int) -> None:
     table, lengths = torch.zeros(3, 8, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
     rows = Rows(table, lengths, lengths, lengths)
     rules, counted = torch.zeros(9, 3, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
-    rows_kernel.plan_rows(rows, lengths, lengths, table, rules, counted, block_size=64, window=32,
-                          per_block=8, top_k=128)  # fmt: skip
+    for planned, start in ((rows, None), (rows._replace(final_lengths=lengths), lengths)):
+        rows_kernel.plan_rows(planned, lengths, lengths, table, rules, counted, block_size=64,
+                              window=32, per_block=8, top_k=128, query_start=start)  # fmt: skip
     alone = {"replays": False, "parked": lengths, "per_block": 8}
     for options in ({}, {"replays": False, "read_all": True}, alone):
         decode_kernel.decode_attention(
@@ -77,7 +78,7 @@ def test_no_shape_of_a_batch_compiles_another_kernel(triton_cache):
 
 
 def launch_many_shapes() -> None:
-    """What changes from step to step: rows and the width of their table; and prompt by prompt."""
+    """What changes from step to step: rows, the width of their table, budgets; and by prompt."""
     name_only()
     layout = PageLayout(64, 128, 4)
     cache = torch.zeros(9, 2, 64, 2 * 128 + 2 * 32, dtype=torch.bfloat16)
@@ -93,10 +94,10 @@ def launch_many_shapes() -> None:
             rows = Rows(table, lengths, lengths, lengths)
             rows_kernel.plan_rows(rows, lengths, lengths, table, rules, counted, block_size=64,
                                   window=32, per_block=8, top_k=128)  # fmt: skip
-            for options in ({}, {"replays": False}):
+            for top_k, options in ((512, {}), (512, {"replays": False}), (300, {})):
                 decode_kernel.decode_attention(
                     cache, query, key, value, torch.zeros_like(query), table, lengths, lengths,
-                    lengths, layout=layout, top_k=512, scale=0.1, **options,
+                    lengths, layout=layout, top_k=top_k, scale=0.1, **options,
                 )  # fmt: skip
     for count, length in ((1, 100), (1, 6544), (2, 4096), (3, 12345), (1, 131072)):
         window = torch.zeros(count, 8, 32, 128).bfloat16()

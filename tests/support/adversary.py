@@ -134,7 +134,7 @@ def _poison(shape: tuple[int, ...], element: Any, kind: Any) -> Any:
 
 
 def install() -> None:
-    """Change the interpreter of this process; before `patch_language_once_per_launch`."""
+    """Change the interpreter of this process; before `interpreter.install`."""
     from triton.runtime import interpreter
 
     memory = _Memory()

@@ -93,8 +93,9 @@ def run_engine(
         ``tokens[wave][request]``, ``cached[wave][request]`` (prefix-cache hits in tokens),
         ``counters`` (of the worker and scheduler if in process), ``preemptions``, ``drafted`` and
         ``accepted`` tokens, ``free_blocks`` ``[before, after]``, ``launches`` of our Triton kernels
-        (if interpreted in process), ``replays`` of graphs (on a pretended GPU), ``copy_threads``
-        after the engine has shut down (if in process) and ``log``.
+        (if interpreted in process), ``replays`` of graphs (on a pretended GPU), ``pieces`` that
+        vLLM has compiled or left out, ``copy_threads`` after the engine has shut down (if in
+        process) and ``log``.
     """
     arguments = {
         "max_model_len": 1024,
@@ -176,11 +177,14 @@ def serve(job: dict[str, Any]) -> None:
         )
         result["tokens"].append([list(output.outputs[0].token_ids) for output in outputs])
         result["cached"].append([output.num_cached_tokens for output in outputs])
+    from vllm.compilation.counter import compilation_counter
+
     from vllm_sparse import metrics
 
     counted = metrics.counters()._values
     result["launches"] = dict(adversary.LAUNCHES)
     result["replays"] = pretend_gpu.Graph.replays
+    result["pieces"] = compilation_counter.num_piecewise_graphs_seen
     result["counters"] = {"/".join(filter(None, key)): value for key, value in counted.items()}
     for key, name in _METRICS.items():
         result[key] = sum(

@@ -121,9 +121,7 @@ def _fork_for_every_job() -> None:
         adversary = importlib.import_module("support.adversary")
         adversary.install()
         adversary.poison_scratch()
-        interpreter = importlib.import_module("support.interpreter")
-        interpreter.round_to_fp8_as_gpus_do()
-        interpreter.patch_language_once_per_launch()
+        importlib.import_module("support.interpreter").install()
     for name in sys.argv[1:]:
         importlib.import_module(name)
     if "vllm.v1.worker.cpu_worker" in sys.modules:

@@ -17,12 +17,17 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM_ENV = "GPU_WALK"
+BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
 # What only a GPU has, or compilers for one.
-NOT_HERE = ("sanitizer", "gsan", "whole-compiled", "dense-compiled")
+NOT_HERE = ("sanitizer", "gsan")
 PROMPTS = (340, 347)
+BUDGET, POOL = 64, 512  # tokens: what is kept of a prompt, and what there is for all of them
 LIMIT_S = 900  # of a stage
 OPTIONS = ("--tiny", "--budget-s", "7200", "--jobs", "1")
-ENGINE = ("--engine-arg", "cudagraph_capture_sizes=[1,2]", "max_num_batched_tokens=256")
+# What is compiled on a GPU: the same graphs, of the same pieces, without a compiler.
+PIECES = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_AND_PIECEWISE"}}
+# Two decode; with pieces, the end of a prompt fits the largest graph, with room to spare.
+ENGINE = ("--engine-arg", "cudagraph_capture_sizes=[1,2,96]", "max_num_batched_tokens=256")
 
 
 def install() -> None:
@@ -34,15 +39,14 @@ def install() -> None:
     sys.path[:0] = map(str, (Path(__file__).parents[2], Path(__file__).parents[1]))
     from support import interpreter, pretend_gpu, pretend_vllm
 
-    interpreter.round_to_fp8_as_gpus_do()
-    interpreter.patch_language_once_per_launch()  # first: what is captured must be a whole launch
+    interpreter.install()  # first: what is captured must be a whole launch
     pretend_gpu.install()
-    pretend_vllm.install()
+    pretend_vllm.install(BREAKABLE)
 
 
 def shrink() -> None:
     """Two short prompts, a few tokens; kernels are timed once, on one input."""
-    from benchmarks.gpu import decode, shapes, tokens
+    from benchmarks.gpu import decode, llms, shapes, tokens
     from benchmarks.ops import registry, timings
 
     def prompts(seed: int, **_: bool) -> list[list[int]]:
@@ -50,9 +54,27 @@ def shrink() -> None:
 
     shapes.parity_prompts = prompts
     tokens.TINY_NEW_TOKENS = 8
+    tokens.REQUESTS = len(PROMPTS)  # so that SPARDA's frames are too few for them
+    variants = tokens.variants
+    tokens.TINY_LITTLE = {**tokens.TINY_LITTLE, "token_budget": BUDGET}
+    tokens.variants = lambda **tiny: _tight(variants(**tiny))
+    llms.COMPILED = PIECES
     decode.TINY_CELLS = (decode.Cell(256, (1, 2), 1),)
     registry.COLD_BYTES = 1
     timings.median_ms.__defaults__ = (1,)
+
+
+def _tight(variants: dict[str, Any]) -> dict[str, Any]:
+    """Two requests do not fit the pool, but the longest does, beside a null block; counts are late.
+
+    What a device counts is read every few dozen steps, and there are not so many.
+    """
+    made = {name: dataclasses.replace(each, beyond=None) for name, each in variants.items()}
+    arguments = {**made["preemption"].arguments, "max_model_len": POOL - 64}
+    made["preemption"] = dataclasses.replace(
+        made["preemption"], pool_tokens=POOL, arguments=arguments
+    )
+    return made
 
 
 def program_of(name: str) -> Any:
@@ -60,11 +82,16 @@ def program_of(name: str) -> Any:
     program: Any = importlib.import_module(f"benchmarks.gpu.{name}")
     program.MODULE, plan = "tests.support.gpu_walk", program.plan
     program.plan = lambda options: [
-        dataclasses.replace(stage, limit_s=LIMIT_S)
+        dataclasses.replace(stage, limit_s=LIMIT_S, env={**stage.env, **pieces(stage.name)})
         for stage in plan(options)
         if stage.name not in NOT_HERE
     ]
     return program
+
+
+def pieces(stage: str) -> dict[str, str]:
+    """What the environment of a stage says of graphs."""
+    return {BREAKABLE: "1"} if stage.endswith("-compiled") else {}
 
 
 def main(arguments: list[str]) -> int:

@@ -274,8 +274,17 @@ class Graph:
     def __init__(self, keep_graph: bool = False) -> None:
         self._steps: list[tuple[Callable[..., Any], Any, Any, Any]] = []
 
+    def capture_begin(self, pool: Any = None, **_: Any) -> None:
+        global _capturing
+        assert _capturing is None, "captures do not nest"
+        _capturing = self._steps
+
+    def capture_end(self) -> None:
+        global _capturing
+        assert _capturing is self._steps
+        _capturing = None
+
     def replay(self) -> None:
-        assert self._steps, "nothing was captured"
         Graph.replays += 1
         with torch._C.DisableTorchFunction():
             for function, args, kwargs, result in self._steps:
@@ -293,14 +302,12 @@ class Graph:
 
 @contextlib.contextmanager
 def _graph(graph: Graph, pool: Any = None, stream: Any = None, **_: Any) -> Iterator[None]:
-    global _capturing
-    assert _capturing is None, "captures do not nest"
     assert isinstance(graph, Graph)
-    _capturing = graph._steps
+    graph.capture_begin(pool)
     try:
         yield
     finally:
-        _capturing = None
+        graph.capture_end()
 
 
 def view_of_host(host: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -25,8 +26,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def install() -> None:
-    """Before anything of vLLM is imported, and after `pretend_gpu.install`."""
+def install(breakable: str) -> None:
+    """Before anything of vLLM is imported, and after `pretend_gpu.install`.
+
+    Args:
+        breakable: Variable that has vLLM capture pieces of graphs without its compiler.
+    """
     for name in ("vllm._C_stable_libtorch", "vllm._moe_C_stable_libtorch"):
         sys.modules[name] = ModuleType(name)
     platforms = importlib.import_module("vllm.platforms")
@@ -48,8 +53,10 @@ def install() -> None:
     platforms._current_platform = Pretended()
     Pretended.import_kernels()
     torch.ops._C.get_cuda_view_from_cpu_tensor = pretend_gpu.view_of_host
+    torch.ops._C.weak_ref_tensor = lambda tensor: tensor
     _call_directly()
     _flash_attention(Path(platforms.__file__).parents[1])
+    _break_graphs(breakable)
     # Of kernels that nobody here has.
     warmup: Any = importlib.import_module("vllm.model_executor.warmup.kernel_warmup")
     warmup.kernel_warmup = lambda _: None
@@ -70,6 +77,14 @@ def _call_directly() -> None:
         setattr(torch.ops.vllm, op_name, op_func)
 
     utils.direct_register_custom_op = keep
+
+
+def _break_graphs(variable: str) -> None:
+    """Attention ends a piece of a graph, in every process: only who captures pieces is told."""
+    asked = os.environ.get(variable, "0")
+    os.environ[variable] = "1"
+    importlib.import_module("vllm.model_executor.layers.attention.attention")
+    os.environ[variable] = asked
 
 
 def _flash_attention(package: Path) -> None:

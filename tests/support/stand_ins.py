@@ -103,6 +103,25 @@ def write(
     value_cache[block, offset] = value[: len(slots)]
 
 
+def compiled_in_pieces() -> None:
+    """Compile as on a GPU: the pieces between layers' attention, which is opaque to the compiler.
+
+    On CPUs vLLM would have it trace the model as a whole, attention included.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    real = CpuPlatform.check_and_update_config
+
+    def update(config: Any) -> None:
+        compilation = config.compilation_config
+        kept = compilation.mode, compilation.backend
+        real(config)
+        compilation.mode, compilation.backend = kept
+
+    CpuPlatform.check_and_update_config = staticmethod(update)
+    CpuPlatform.opaque_attention_op = staticmethod(lambda: True)
+
+
 QUERY_SCALE, KEY_SCALE, VALUE_SCALE = 0.9, 0.37, 1.7
 
 
