@@ -107,9 +107,9 @@ def merge_pair(
     tl.store(target, merged.to(target.dtype.element_ty), mask=inside)
 
 
-# How wide a table is and how many rows there are changes from step to step, and a request may bring
-# its own budget, which must not compile variants.
-@triton.jit(do_not_specialize=["rows", "top_k", "capacity", "shares", "stride_table"])
+# How wide a table is and how many rows there are changes from step to step, which must not compile
+# variants.
+@triton.jit(do_not_specialize=["rows", "capacity", "shares", "stride_table"])
 def _attend_kernel(
     cache,
     query,

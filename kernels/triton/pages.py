@@ -119,9 +119,8 @@ def _score_pages(
     return highest, tl.sum(mass * tl.exp(peak - highest[:, None]), 1)
 
 
-# How wide a table is changes from step to step, and a request may bring its own budget, which must
-# not compile variants.
-@triton.jit(do_not_specialize=["top_k", "width", "capacity", "stride_table"])
+# How wide a table is changes from step to step, which must not compile variants.
+@triton.jit(do_not_specialize=["width", "capacity", "stride_table"])
 def _select_slots_kernel(
     cache,
     query,

@@ -114,9 +114,8 @@ def _turned(
 
 
 # How wide a table is changes from step to step, which must not compile variants, nor must the
-# number of rows, on which it depends how often they are split; prompts may read another number of
-# blocks than outputs.
-@triton.jit(do_not_specialize=["top_k", "dense_len", "width", "least", "stride_table"])
+# number of rows, on which it depends how often they are split.
+@triton.jit(do_not_specialize=["width", "least", "stride_table"])
 def _forecast_kernel(
     compressed, vectors, table, positions, cache, best, first, lag, top_k, dense_len,
     local_blocks, width, least, stride_block, stride_head, stride_slot, stride_vector_row,
@@ -159,7 +158,7 @@ def _forecast_kernel(
         _store_scores(best, first, score, start, end, WINDOWS)
 
 
-@triton.jit(do_not_specialize=["top_k", "dense_len", "width", "least", "stride_table"])
+@triton.jit(do_not_specialize=["width", "least", "stride_table"])
 def _logits_kernel(
     compressed, vectors, table, positions, logits, peaks, masses, scale_log2, lag, top_k,
     dense_len, width, least, stride_block, stride_head, stride_slot, stride_vector_row,
@@ -218,7 +217,7 @@ def _logits_kernel(
     tl.store(masses + at, mass, mask=member_inside)
 
 
-@triton.jit(do_not_specialize=["top_k", "dense_len", "width", "shares", "least"])
+@triton.jit(do_not_specialize=["width", "shares", "least"])
 def _softmax_kernel(
     positions, logits, peaks, masses, best, first, lag, top_k, dense_len, local_blocks, width,
     shares, least, HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,

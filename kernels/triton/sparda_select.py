@@ -77,7 +77,7 @@ def _take_in_passes(
         taken += tl.sum(ones, 0)
 
 
-@triton.jit(do_not_specialize=["top_k", "dense_len", "width", "capacity", "stride_table"])
+@triton.jit(do_not_specialize=["width", "capacity", "stride_table"])
 def _choose_kernel(
     best, first, table, positions, blocks, pieces, lengths, init_blocks, local_blocks, top_k,
     dense_len, width, capacity, stride_table, HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr,

@@ -98,8 +98,7 @@ def serve(kernels, settings, ranking, blocks, heads) -> None:
         chosen = None
         if sparse_from < tokens:
             vectors = torch.zeros(len(at), of_rows, dim).bfloat16()
-            wide = blocks._replace(top_k=16)
-            chosen = kernels.choose_blocks(compressed, vectors, blocks_of, at, turned, wide)
+            chosen = kernels.choose_blocks(compressed, vectors, blocks_of, at, turned, blocks)
         staged = torch.zeros(kv_heads, 8 * SIZE, 2 * dim).bfloat16()
         tile = Tile(blocks_of[:8].long(), 0, 8 * SIZE, False)
         attend_prompt(
