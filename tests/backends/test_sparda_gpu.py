@@ -58,6 +58,11 @@ def test_how_blocks_come_changes_nothing(llama, pair, changes):
     assert (run["counters"]["frame_misses"] > 0) == ("prefetch" in changes)
 
 
+# vLLM's compiler up to the machine code, without passes that only GPUs have.
+COMPILED = {
+    "mode": 3, "backend": "eager", "cudagraph_mode": "NONE", "compile_sizes": [],
+    "pass_config": {"fuse_norm_quant": False, "fuse_act_quant": False},
+}  # fmt: skip
 CASES = {
     # Beside 100 tokens of a request that asks to be dense. Of the last prompt 96 tokens are cached,
     # 95 come with the end of the one before and 101 beside two rows that decode: its last one comes
@@ -76,8 +81,7 @@ CASES = {
         {"sparse_prefill": True},
         {
             "max_num_batched_tokens": 153, "further": ("captured_graphs", "compiled_in_pieces"),
-            "enforce_eager": False,
-            "compilation_config": {"mode": 3, "backend": "eager", "cudagraph_mode": "NONE"},
+            "enforce_eager": False, "compilation_config": COMPILED,
         },
     ),
 }  # fmt: skip

@@ -108,9 +108,10 @@ def compiled_in_pieces() -> None:
 
     On CPUs vLLM would have it trace the model as a whole, attention included.
     """
-    from vllm.platforms.cpu import CpuPlatform
+    from vllm.platforms import current_platform
 
-    real = CpuPlatform.check_and_update_config
+    platform = type(current_platform)
+    real = platform.check_and_update_config
 
     def update(config: Any) -> None:
         compilation = config.compilation_config
@@ -118,8 +119,8 @@ def compiled_in_pieces() -> None:
         real(config)
         compilation.mode, compilation.backend = kept
 
-    CpuPlatform.check_and_update_config = staticmethod(update)
-    CpuPlatform.opaque_attention_op = staticmethod(lambda: True)
+    platform.check_and_update_config = staticmethod(update)
+    platform.opaque_attention_op = staticmethod(lambda: True)
 
 
 QUERY_SCALE, KEY_SCALE, VALUE_SCALE = 0.9, 0.37, 1.7
