@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # A child of vLLM's logger: others have no handler in its processes.
 logger = logging.getLogger("vllm.sparse.sparda")
 
-_QUERIES = "the queries that selector=previous keeps"
+_QUERIES, _STAGING = "the queries that selector=previous keeps", "staging"
 
 
 def check_config(vllm_config: Any, device_bytes: Callable[[], int] | None = None) -> None:
@@ -163,7 +163,7 @@ def size_sparda(
         each = sum(frames) * sizes["piece_bytes"] + compressed
         taken |= {
             "frames and compressed keys": each * sum(stages) // layers * columns,
-            "staging": staging * len(stages) * columns,
+            _STAGING: staging * len(stages) * columns,
             "weights": least_weight_bytes(model) * max(parallel.data_parallel_size_local, 1),
         }
         _check_memory(config, settings, taken, available)
@@ -194,8 +194,10 @@ def _check_memory(
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     lower = ["host_gib"]
     if "weights" in taken:
-        lower += ["staging_blocks", "slab_gib"] if settings.slab_gib else ["staging_blocks"]
+        lower += ["slab_gib"] if settings.slab_gib else []
         lower += ["--max-num-seqs" if settings.slab_gib else "--max-num-seqs (or set slab_gib)"]
+    if max(taken, key=lambda name: taken[name]) == _STAGING:
+        lower = ["staging_blocks"]
     raise ConfigError(
         f"vllm_sparse.host_gib: {parts}: together {total / GIB:.2f} GiB"
         f"{' on all ranks' if ranks * parallel.data_parallel_size_local > 1 else ''}, but this "
