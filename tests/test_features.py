@@ -14,7 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from support.configuration import configuration
+from support.configuration import configuration, drafter
 from support.policies import make_policy
 
 from vllm_sparse import registry, startup
@@ -110,7 +110,25 @@ BY_CONFIGURATION = {
         {"speculative_config": SimpleNamespace(method="ngram", enable_adaptive_verification=True)},
         "adaptive_verification",
     ),
-    "drafters": ({"speculative_config": SimpleNamespace(method="eagle")}, "--speculative-config"),
+    "drafters": ({"speculative_config": drafter("eagle")}, "--speculative-config"),
+    "draft-models": ({"speculative_config": drafter("draft_model")}, "--speculative-config"),
+    "other-drafters": (
+        {"speculative_config": drafter("eagle3", parallel_drafting=True)},
+        "--speculative-config",
+    ),
+    "unlike-drafters": ({"speculative_config": drafter("eagle", heads=6)}, "has 3 query heads"),
+    "drafters-caches": (
+        {"speculative_config": drafter("eagle", kv_cache_dtype="fp8")},
+        "fp8 beside the model's auto",
+    ),
+    "drafters-tier": (
+        {"speculative_config": drafter("mtp"), "cache_config__kv_offloading_size": 1e-3},
+        "remove --kv-offloading-size",
+    ),
+    "drafters-stages": (
+        {"speculative_config": drafter("mtp"), "parallel_config__pipeline_parallel_size": 2},
+        "remove --pipeline-parallel-size",
+    ),
     "drafts-states": (
         {
             "speculative_config": SimpleNamespace(method="ngram"),
@@ -201,6 +219,12 @@ def own_backends(name: str, on_gpu: bool) -> None:
     check_model(config, on_gpu)
 
 
+def windows_and_drafter(name: str, on_gpu: bool) -> None:
+    from vllm_sparse.backends.refusals import check_windows
+
+    check_windows(name, on_gpu, drafter("eagle"))
+
+
 def flash_attention_4(name: str, on_gpu: bool) -> None:
     from vllm_sparse.backends.policy_gpu import PolicyGpuBuilder
 
@@ -274,6 +298,7 @@ def untapped(name: str, on_gpu: bool) -> None:
 BY_CHECK = {
     "windows": (windows, "sliding-window"),
     "own-backends": (own_backends, "CPU_ATTN whatever .* 1 of 3 of its layers"),
+    "drafters-windows": (windows_and_drafter, "beside sliding windows"),
     "flash-attention-4": (flash_attention_4, "flash_attn_version"),
     "unlike-layers": (unlike_layers, "(2 and 4 query heads|3 of 4 layers)"),
     "other-blocks": (other_blocks, "from 32 to 48|blocks of 64 tokens, but .* 32"),

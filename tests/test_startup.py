@@ -9,7 +9,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from support.configuration import BLOCK_BYTES, configuration
+from support.configuration import BLOCK_BYTES, configuration, drafter
 
 from vllm_sparse import device_room, startup
 from vllm_sparse.errors import ConfigError, UnsupportedError
@@ -18,6 +18,19 @@ from vllm_sparse.kv.host.geometry import (
 )
 
 config = partial(configuration, "SPARDA")
+
+
+def test_layers_that_draft_are_served_by_the_models_backend():
+    ours = configuration("ROCKETKV", speculative_config=drafter("eagle3"))
+    for _ in range(2):
+        startup.check_config(ours)
+        assert ours.speculative_config.attention_backend is ours.attention_config.backend
+    ours.speculative_config.attention_backend = SimpleNamespace(name="CPU_ATTN")
+    with pytest.raises(ConfigError, match="attention_backend CPU_ATTN beside ROCKETKV"):
+        startup.check_config(ours)
+    tokens = configuration("ROCKETKV", speculative_config=SimpleNamespace(method="ngram"))
+    startup.check_config(tokens)
+    assert not hasattr(tokens.speculative_config, "attention_backend")
 
 
 def llama(settings, **changes):

@@ -26,7 +26,11 @@ def _get_attn_backend_cls(
     """Path of our backend where it was chosen, else the stock choice."""
     if is_ours(selected_backend):
         if attn_selector_config.has_sliding_window:
-            check_windows(selected_backend.name, cls._enum == PlatformEnum.CUDA)
+            from vllm.config import get_current_vllm_config_or_none
+
+            config = get_current_vllm_config_or_none()
+            drafts = None if config is None else config.speculative_config
+            check_windows(selected_backend.name, cls._enum == PlatformEnum.CUDA, drafts)
             # Sliding-window layers have nothing to evict and stay stock.
             selected_backend = None
         elif cls._enum == PlatformEnum.CPU:  # where the stock platform would not listen

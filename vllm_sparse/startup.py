@@ -8,7 +8,7 @@ import copy
 import logging
 from typing import TYPE_CHECKING, Any
 
-from vllm_sparse.backends.asked import cache_itemsize
+from vllm_sparse.backends.asked import cache_itemsize, has_layers
 from vllm_sparse.backends.prefix_tier import prepare_tier
 from vllm_sparse.backends.refusals import unsupported
 from vllm_sparse.config import NAMESPACE, load_settings
@@ -66,8 +66,26 @@ def check_config(vllm_config: Any, device_bytes: Callable[[], int] | None = None
             f"{backend.name} cannot serve this configuration: " + "; ".join(reasons)
         )
     prepare_tier(vllm_config)
+    prepare_drafter(vllm_config)
     if entry.prepare:
         load(entry.prepare)(vllm_config, settings, device_bytes)
+
+
+def prepare_drafter(vllm_config: Any) -> None:
+    """Have the layers of a drafter served by the model's backend; vLLM would take a stock one.
+
+    Raises:
+        ConfigError: Somebody chose another.
+    """
+    drafts, backend = vllm_config.speculative_config, vllm_config.attention_config.backend
+    if not has_layers(drafts):
+        return
+    if drafts.attention_backend not in (None, backend):
+        raise ConfigError(
+            f"--speculative-config: attention_backend {drafts.attention_backend.name} beside "
+            f"{backend.name}: the drafter's layers share blocks with the model's; leave it out"
+        )
+    drafts.attention_backend = backend
 
 
 def prepare_sparda(

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,6 +62,21 @@ SPARDA = {
 }
 
 
+def drafter(method: str, heads: int = 4, **changes: Any) -> SimpleNamespace:
+    """Drafts that come from layers, which have two KV heads.
+
+    Args:
+        method: vLLM's name.
+        heads: Query heads.
+        **changes: Of vLLM's configuration of drafts.
+    """
+    layers = SimpleNamespace(get_num_attention_heads=lambda _: heads, get_num_kv_heads=lambda _: 2)
+    given = {"kv_cache_dtype": None, "parallel_drafting": False, "attention_backend": None}
+    return SimpleNamespace(
+        method=method, draft_model_config=layers, draft_parallel_config=None, **{**given, **changes}
+    )
+
+
 def configuration(backend: str, settings: dict[str, Any] | None = None, **changes: Any) -> Any:
     """A configuration that the backend serves, but for the changes.
 
@@ -107,6 +123,6 @@ def configuration(backend: str, settings: dict[str, Any] | None = None, **change
         head, _, tail = key.partition("__")
         if tail:
             setattr(values[head], tail, value)
-        else:
-            values[head] = value
+        else:  # start-up changes some of it
+            values[head] = copy.copy(value) if isinstance(value, SimpleNamespace) else value
     return SimpleNamespace(**values)

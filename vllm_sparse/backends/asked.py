@@ -23,8 +23,24 @@ FP8_CACHES = ("fp8", "fp8_e4m3")
 # They draft from tokens alone: no layers, no KV cache.
 _DRAFTS_WITHOUT_CACHE = ("ngram", "ngram_gpu", "suffix", "custom_class")
 
+# They draft with layers of their own, whose keys and values lie in our blocks.
+_DRAFTERS = ("eagle", "eagle3", "mtp", "draft_model")
+
 TIER_MODULE = "vllm_sparse.kv.tier"
 """Of the connector that start-up chooses for ``--kv-offloading-size``."""
+
+
+def has_layers(drafts: Any) -> bool:
+    """Whether drafts come from layers with keys and values of their own that are served.
+
+    Args:
+        drafts: vLLM's configuration of them, or ``None``.
+    """
+    return (
+        drafts is not None
+        and drafts.method in _DRAFTERS
+        and not getattr(drafts, "parallel_drafting", False)
+    )
 
 
 def cache_itemsize(kind: str, model_itemsize: int) -> int:
@@ -52,7 +68,7 @@ def of_config(config: Any, settings: Any) -> Asked:
     model = config.model_config
     if model.use_mla:
         yield "mla", {}
-    if not model.is_attention_free and model.runner_type != "generate":
+    if not model.is_attention_free and model.runner_type not in ("generate", "draft"):
         yield "pooling", {"runner": model.runner_type}
     if model.is_hybrid:
         yield "states", {}
@@ -98,12 +114,40 @@ def _of_drafts(config: Any) -> Asked:
     drafts = config.speculative_config
     if drafts is None:
         return
-    known = drafts.method in _DRAFTS_WITHOUT_CACHE
-    yield "drafts" if known else "drafters", {"method": drafts.method}
-    if known and getattr(drafts, "enable_adaptive_verification", False):
-        yield "drafts-moved", {}
+    if drafts.method in _DRAFTS_WITHOUT_CACHE:
+        yield "drafts", {}
+        if getattr(drafts, "enable_adaptive_verification", False):
+            yield "drafts-moved", {}
+    elif not has_layers(drafts):
+        parallel = " with parallel_drafting" if drafts.method in _DRAFTERS else ""
+        yield "other-drafters", {"method": drafts.method, "parallel": parallel}
+    else:
+        yield from _of_drafter(config, drafts)
     if config.model_config.is_hybrid:
         yield "drafts-states", {}
+
+
+def _of_drafter(config: Any, drafts: Any) -> Asked:
+    models = drafts.method == "draft_model"
+    yield "draft-models" if models else "drafters", {"method": drafts.method}
+    if config.model_config.runner_type == "draft":  # vLLM asks again, of the drafter itself
+        return
+    expected, found = (
+        model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+        for model, parallel in (
+            (config.model_config, config.parallel_config),
+            (drafts.draft_model_config, drafts.draft_parallel_config),
+        )
+    )
+    if found != expected:
+        yield "unlike-drafters", {"found": found, "expected": expected}
+    cache = config.cache_config.cache_dtype
+    if drafts.kv_cache_dtype not in (None, cache):
+        yield "drafters-caches", {"kind": drafts.kv_cache_dtype, "expected": cache}
+    if config.cache_config.kv_offloading_size is not None or config.kv_transfer_config is not None:
+        yield "drafters-tier", {}
+    if config.parallel_config.pipeline_parallel_size > 1:
+        yield "drafters-stages", {}
 
 
 def _of_ranks(config: Any) -> Asked:

@@ -137,6 +137,11 @@ def set_up_layer(
         kv_cache_dtype=given["kv_cache_dtype"],
         expected_cache_dtype=str(config.cache_config.cache_dtype),
     )
+    known = None if PolicyBackend.context is None else PolicyBackend.context.config()
+    drafts = config.speculative_config
+    if known is not None and drafts is not None and known.speculative_config is drafts:
+        # A drafter's layers, built last and under a copy of the configuration, share our blocks.
+        return
     PolicyBackend.context = Context(
         name,
         settings,

@@ -16,8 +16,10 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from vllm_sparse.backends.asked import has_layers
 from vllm_sparse.backends.base import prompt_lengths, withdraw
 from vllm_sparse.backends.controls import controls
+from vllm_sparse.backends.drafting import note_rows, rows_of_pass, with_waiting_queries
 from vllm_sparse.backends.policy import Planning, PolicyBackend, set_up_layer
 from vllm_sparse.backends.policy_step import attend_step
 from vllm_sparse.kernels.cpu.memory import back_with_huge_pages
@@ -61,6 +63,7 @@ class PolicyCpuBuilder(CPUAttentionMetadataBuilder):
         device: torch.device,
     ) -> None:
         withdraw(vllm_config)
+        self._drafts = has_layers(vllm_config.speculative_config)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         spec = kv_cache_spec
         cached = spec.dtype
@@ -93,9 +96,21 @@ class PolicyCpuBuilder(CPUAttentionMetadataBuilder):
         """Plan one step."""
         common = common_attn_metadata
         lengths = common.seq_lens[: common.num_reqs]
-        asked = prompt_lengths(common), controls(common)
-        self._planning.compact_begun(common, lengths, *asked)
-        return self._planning.split(common, lengths, *asked, super().build)
+        rows = lengths, prompt_lengths(common), controls(common)
+        if self._drafts:
+            note_rows(*rows)
+        self._planning.compact_begun(common, *rows)
+        return self._planning.split(common, *rows, super().build)
+
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> StepMetadata:
+        """Plan a pass of a drafter."""
+        common, planning = common_attn_metadata, self._planning
+        lengths = common.seq_lens[: common.num_reqs]
+        rows = rows_of_pass(planning.policy, common, lengths)
+        step = planning.split(common, lengths, *rows[:2], super().build)
+        return with_waiting_queries(step, planning.planner, common, lengths, rows)
 
 
 def _bind_on_huge_pages(layer: Any, kv_cache: Tensor) -> None:

@@ -23,6 +23,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
+from vllm_sparse.backends.asked import has_layers
 from vllm_sparse.backends.base import (
     is_rehearsal,
     most_rows,
@@ -32,20 +33,12 @@ from vllm_sparse.backends.base import (
     withdraw,
 )
 from vllm_sparse.backends.controls import controls
+from vllm_sparse.backends.drafting import note_rows, rows_of_pass
 from vllm_sparse.backends.gpu import GpuBackend, warn_of_gpus
-from vllm_sparse.backends.policy import (
-    Planning,
-    PolicyBackend,
-    count_nothing,
-    set_up_layer,
-)
+from vllm_sparse.backends.policy import Planning, PolicyBackend, count_nothing, set_up_layer
 from vllm_sparse.backends.policy_step import attend_step
 from vllm_sparse.backends.policy_warm_up import warm_up
-from vllm_sparse.backends.prompts import (
-    is_warm_up,
-    prompt_lengths_on_host,
-    watch_requests,
-)
+from vllm_sparse.backends.prompts import is_warm_up, prompt_lengths_on_host, watch_requests
 from vllm_sparse.counters import DeviceCounters
 from vllm_sparse.errors import IntegrityError
 from vllm_sparse.features import POLICIES, refuse
@@ -120,6 +113,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
     ) -> None:
         withdraw(vllm_config)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.supports_draft_decode_metadata_update = False
         spec, policy = kv_cache_spec, kv_cache_spec.policy
         warn_of_gpus(spec.backend)
         watch_requests()
@@ -148,6 +142,8 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         self._table: Tensor | None = None
         self._max_rows = most_rows(vllm_config)
         self._drafts = vllm_config.num_speculative_tokens
+        self._drafted_for = has_layers(vllm_config.speculative_config)
+        self._drafting = all(layer.is_draft_layer for layer in self._planning.layers)
         if policy.moves:
             variants = {layer.impl.sparse.reads_all: layer.impl for layer in self._planning.layers}
             for impl in variants.values():
@@ -173,7 +169,11 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         """Plan one step."""
         common = common_attn_metadata
         lengths, rehearsal = sequence_lengths(common), is_rehearsal(common)
+        if rehearsal and self._drafting:  # Model Runner V2 does not say that it drafts
+            return self.build_for_drafting(common, 0)
         host = lengths, prompt_lengths_on_host(common), controls(common)
+        if self._drafted_for:
+            note_rows(*host)
         count, counted = self._counting(common)
         if not rehearsal:
             self._planning.compact_begun(common, *host, count)
@@ -182,11 +182,26 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         corrected = counted if self._drafts and not rehearsal else None
         return self._planning.split(common, *host, super().build, corrected, count)
 
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> StepMetadata:
+        """Plan a pass of a drafter."""
+        common, lengths = common_attn_metadata, sequence_lengths(common_attn_metadata)
+        host = lengths, *rows_of_pass(self._planning.policy, common, lengths)[:2]
+        if common.max_query_len <= 1 + self._drafts:
+            return self._plan_rows(common, *host, count_nothing, self._uncounted)
+        nothing = self._uncounted, count_nothing
+        return self._planning.split(common, *host, super().build, *nothing)
+
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> StepMetadata:
         """Plan a dummy run; slots are ours, so that vLLM's empty slot mapping protects nothing."""
-        return self.build(0, rehearsed(common_attn_metadata))
+        dummy = rehearsed(common_attn_metadata)
+        if self._drafting:
+            lengths = sequence_lengths(dummy)
+            note_rows(lengths, torch.zeros_like(lengths), None)
+        return self.build(0, dummy)
 
     def _counting(self, common: CommonAttentionMetadata) -> tuple[Callable[..., None], Tensor]:
         """What takes the counts of a step, on the host and on the device; not of vLLM's own."""
@@ -207,7 +222,8 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         tokens = common.num_actual_tokens if self._drafts else requests
         table = common.block_table_tensor[:requests]
         rows = self._buffers(table.shape[1], tokens)
-        prompts = upload(prompt_lengths(common), self.device)
+        known = prompt_lens if is_rehearsal(common) else prompt_lengths(common)
+        prompts = upload(known, self.device)
         if asked is not None:  # what is dense needs no prompt length, but another rule
             prompts = self._planner.rules.find(prompts, upload(asked, self.device)).int()
         self._kernels.plan_rows(

@@ -59,13 +59,21 @@ def check_layer(name: str, on_gpu: bool, **layer: Any) -> None:
             )
 
 
-def check_windows(name: str, on_gpu: bool) -> None:
+def check_windows(name: str, on_gpu: bool, drafts: Any = None) -> None:
     """Refuse sliding-window layers where they cannot stay stock.
 
+    Args:
+        name: Of the backend, in capitals.
+        on_gpu: The path of GPUs, interpreted or not.
+        drafts: vLLM's configuration of drafts.
+
     Raises:
-        UnsupportedError: They cannot beside this backend.
+        UnsupportedError: They cannot beside this backend, or beside the drafter.
     """
-    refuse("windows", entries()[name].family, on_gpu, backend=name)
+    family = entries()[name].family
+    refuse("windows", family, on_gpu, backend=name)
+    if asked.has_layers(drafts):
+        refuse("drafters-windows", family, on_gpu)
 
 
 def check_model(config: Any, on_gpu: bool) -> None:

@@ -11,6 +11,11 @@ _GPU = "tests/backends/test_policy_gpu.py::"
 _SPARDA = "tests/backends/test_sparda.py::"
 _SPARDA_GPU = Served("tests/backends/test_sparda_gpu.py::test_gpu_path_gives_the_cpu_path_s_tokens")
 _SERVE = Served("tests/test_serve.py::test_concurrent_served_requests_equal_the_engine")
+_DRAFTERS = "tests/backends/test_drafters_cpu.py::"
+_STREAMS = Refused(
+    "speculative decoding: rows of several tokens stream their whole context in every step; remove "
+    "--speculative-config"
+)
 _RANKS = "Parallelism"
 _SERVING = "Decoding and serving"
 
@@ -69,10 +74,7 @@ ROWS = (
             Served(_CPU + "test_drafts_change_nothing"),
             Served("tests/backends/test_drafts_gpu.py::test_unlike_rows_and_rejections"),
         ),
-        Refused(
-            "speculative decoding: rows of several tokens stream their whole context in every "
-            "step; remove --speculative-config"
-        ),
+        _STREAMS,
     ),
     row(
         _SERVING, "drafts-moved", "the same with `enable_adaptive_verification`",
@@ -86,15 +88,74 @@ ROWS = (
         None,
     ),
     row(
-        _SERVING, "drafters", "drafters with layers: EAGLE, MTP, draft models",
-        Refused(
-            "--speculative-config: the drafter of method {method} has layers of its own, whose "
-            "blocks would leave with ours; use method ngram, suffix, custom_class"
+        _SERVING, "drafters", "drafters with layers: EAGLE, EAGLE-3, MTP (methods `eagle`, "
+        "`eagle3`, `mtp`)",
+        (
+            Served(_DRAFTERS + "test_heads_that_know_the_model_are_accepted"),
+            Served("tests/backends/test_drafters_gpu.py::test_heads_are_accepted_as_on_cpus"),
         ),
-        Refused(
-            "speculative decoding: rows of several tokens stream their whole context in every "
-            "step; remove --speculative-config"
+        _STREAMS,
+    ),
+    row(
+        _SERVING, "draft-models", "draft models (method `draft_model`)",
+        (
+            Served(_DRAFTERS + "test_the_model_itself_as_drafter_is_accepted"),
+            Refused(
+                "--speculative-config: a draft model's rows come with lengths on the host that are "
+                "one short, so they are served on CPUs only; use method eagle3, mtp or ngram"
+            ),
         ),
+        _STREAMS,
+    ),
+    row(
+        _SERVING, "other-drafters", "other drafters: DFlash, DSpark, Medusa, `parallel_drafting`",
+        Refused(
+            "--speculative-config: method {method}{parallel} drafts several tokens in one pass "
+            "that is not causal, or is unknown here; use method eagle, eagle3, mtp, draft_model, "
+            "ngram, suffix or custom_class"
+        ),
+        _STREAMS,
+    ),
+    row(
+        _SERVING, "unlike-drafters", "drafters whose KV heads serve another number of query heads",
+        Refused(
+            "--speculative-config: the drafter has {found} query heads per KV head, the model "
+            "{expected}; they share the decision what a prompt keeps. Use a drafter of the same "
+            "ratio, or method ngram"
+        ),
+        None,
+    ),
+    row(
+        _SERVING, "drafters-caches", "drafters with a `kv_cache_dtype` of their own",
+        Refused(
+            "--speculative-config: kv_cache_dtype {kind} beside the model's {expected}: they share "
+            "blocks; remove it"
+        ),
+        None,
+    ),
+    row(
+        _SERVING, "drafters-tier", "drafters with layers beside `--kv-offloading-size`",
+        Refused(
+            "--speculative-config: whether keys and values of the drafter's layers return from "
+            "host memory is untested; remove --kv-offloading-size"
+        ),
+        None,
+    ),
+    row(
+        _SERVING, "drafters-stages", "drafters with layers beside pipeline parallelism",
+        Refused(
+            "--speculative-config: the drafter's layers are on the last stage of the pipeline, "
+            "which is untested; remove --pipeline-parallel-size"
+        ),
+        None,
+    ),
+    row(
+        _SERVING, "drafters-windows", "drafters with layers beside sliding windows",
+        Refused(
+            "--speculative-config: beside sliding windows vLLM puts every layer of the drafter "
+            "into a block table of its own, which is untested; use method ngram"
+        ),
+        None,
     ),
     row(
         _SERVING, "drafts-states", "speculative decoding beside recurrent state layers",

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Drafters with layers on the GPU's path, interpreted on a CPU; compared with the CPU's path."""
+
+from __future__ import annotations
+
+import pytest
+from reference import hf_rocketkv
+from support.drafters import DRAFTS, drafts, save_knowing_eagle
+from support.engine import BLOCK_SIZE, SETTINGS, run_engine
+from support.gpu_path import run_gpu_path
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+TOKENS = 16
+
+
+@pytest.mark.parametrize(("v2", "chunk"), [(False, 202), (True, 101)])
+def test_heads_are_accepted_as_on_cpus(prompts, tmp_path, v2, chunk):
+    """All is kept and read, but compacted. Of 607 tokens the last comes alone in chunks of 101."""
+    model = hf_rocketkv.save_random_llama(tmp_path / "model", layers=1)
+    head = save_knowing_eagle(tmp_path / "eagle", model)
+    shared = {
+        "settings": {**SETTINGS, "token_budget": 4096, "stage1": False},
+        "speculative_config": drafts(head, "eagle"),
+        "new_tokens": TOKENS,
+    }
+    plain = run_engine(model, prompts[1:2], block_size=BLOCK_SIZE, **shared)
+    further = ("loose_lengths", *(("profiled_graphs", "no_read_backs") if v2 else ()))
+    run = run_gpu_path(
+        model, prompts[1:2], v2=v2, further=further, max_num_batched_tokens=chunk, **shared
+    )
+    assert run["tokens"] == plain["tokens"]
+    assert run["drafted"] - run["accepted"] <= plain["drafted"] - plain["accepted"] + DRAFTS
+    assert run["accepted"] > TOKENS // 2
+    assert run["free_blocks"][0] == run["free_blocks"][1]
