@@ -250,10 +250,7 @@ class _Event:
         _forbid_in_capture("synchronize")
 
     def elapsed_time(self, end: _Event) -> float:
-        assert self._timing
-        assert end._timing
-        assert self.recorded
-        assert end.recorded
+        assert all((self._timing, end._timing, self.recorded, end.recorded))
         return 0.25
 
 
@@ -263,13 +260,9 @@ def _forbid_in_capture(what: str) -> None:
 
 
 class Graph:
-    """What was captured, to be run again on the same tensors.
+    """What was captured, to be run again on the same tensors."""
 
-    Attributes:
-        replays: Of all graphs.
-    """
-
-    replays = 0
+    replays = 0  # of all graphs
 
     def __init__(self, keep_graph: bool = False) -> None:
         self._steps: list[tuple[Callable[..., Any], Any, Any, Any]] = []
