@@ -49,6 +49,7 @@ class Builder(PolicyGpuBuilder):
         self._read, self._window, self._per_block = 64, policy.window, 1
         self._table, self._max_rows, self._drafts = None, 8, drafts
         self.device, self.block_size = META, policy.shape.block_size
+        self._drafted_for = self._drafting = False
 
     def _count(self, name, amount, reason=""):
         self.counts[name] += amount
