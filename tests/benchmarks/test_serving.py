@@ -115,7 +115,12 @@ def test_failed_requests_are_an_error(client):
 
 def test_a_server_of_an_arm_has_its_options_and_the_same_bytes(monkeypatch, tmp_path):
     made = []
-    monkeypatch.setattr(servers, "Server", lambda command, log: made.append(" ".join(command)))
+
+    def started(command, log, environment):
+        assert environment == {"THP_MEM_ALLOC_ENABLE": "1"}  # huge pages, as our cache has
+        made.append(" ".join(command))
+
+    monkeypatch.setattr(servers, "Server", started)
     config = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
     for name in ("dense", "rocketkv-512+fp8"):

@@ -1,0 +1,83 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Times two turns of a conversation: what the second finds in the prefix cache, and what it costs.
+
+Random prompts, eager, in one process; prints a line of JSON for each conversation, with the CPU
+time of a turn's first steps: the first is the prompt, the second begins with compaction. Run it
+with each backend, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+
+
+def main() -> None:
+    """Command line entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="folder of a checkpoint")
+    parser.add_argument("backend", help="ROCKETKV, SPARDA, ..., or stock")
+    parser.add_argument("--settings", type=json.loads, default={}, help="of the backend, as JSON")
+    parser.add_argument("--context", type=int, default=4096, help="first prompt, in tokens")
+    parser.add_argument("--reply", type=int, default=12, help="tokens generated in a turn")
+    parser.add_argument("--more", type=int, default=256, help="tokens that the second turn adds")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM, SamplingParams
+
+    ours = {}
+    if options.backend != "stock":
+        ours = {
+            "attention_backend": options.backend,
+            "additional_config": {"vllm_sparse": options.settings},
+        }
+    longest = options.context + options.more + 2 * options.reply + 64
+    engine = LLM(
+        model=options.model,
+        dtype="bfloat16",
+        max_model_len=longest,
+        max_num_seqs=2,
+        max_num_batched_tokens=longest,
+        kv_cache_memory_bytes=1 << 30,
+        enforce_eager=True,
+        seed=0,
+        **ours,
+    ).llm_engine
+    sampling = SamplingParams(
+        max_tokens=options.reply, temperature=0, ignore_eos=True, detokenize=False
+    )
+
+    def turn(name: str, prompt: list[int]) -> dict:
+        engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+        steps, found = [], None
+        while engine.has_unfinished_requests():
+            began = time.process_time()
+            found = (engine.step() or [found])[0]
+            steps.append(round(1e3 * (time.process_time() - began), 1))
+        return {
+            "prompt": len(prompt),
+            "cached": found.num_cached_tokens,
+            "cpu_ms": steps[:3],
+            "reply": list(found.outputs[0].token_ids),
+        }
+
+    chance = random.Random(0)
+    for number in range(-1, options.rounds):  # the first one warms up
+        prompt = [chance.randrange(1000, 20000) for _ in range(options.context)]
+        first = turn(f"{number}-1", prompt)
+        further = [chance.randrange(1000, 20000) for _ in range(options.more)]
+        second = turn(f"{number}-2", [*prompt, *first.pop("reply"), *further])
+        second.pop("reply")
+        if number >= 0:
+            shown = {"backend": options.backend, "settings": options.settings}
+            print(json.dumps({**shown, "first": first, "second": second}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
