@@ -16,6 +16,35 @@ import os
 import random
 import statistics
 import time
+from typing import Any
+
+
+def engine_of(options: argparse.Namespace, longest: int, **arguments: Any) -> Any:
+    """An engine of the model and the backend of a command line, in this process.
+
+    Args:
+        options: ``model``, ``backend`` and its ``settings``.
+        longest: Tokens of the longest request.
+        **arguments: Further ones of vLLM.
+    """
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM
+
+    ours = {}
+    if options.backend != "stock":
+        ours = {
+            "attention_backend": options.backend,
+            "additional_config": {"vllm_sparse": options.settings},
+        }
+    return LLM(
+        model=options.model,
+        dtype="bfloat16",
+        max_model_len=longest,
+        enforce_eager=True,
+        seed=0,
+        **ours,
+        **arguments,
+    ).llm_engine
 
 
 def main() -> None:
@@ -29,28 +58,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="generated per request")
     options = parser.parse_args()
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from vllm import LLM, SamplingParams
-
-    ours = {}
-    if options.backend != "stock":
-        ours = {
-            "attention_backend": options.backend,
-            "additional_config": {"vllm_sparse": options.settings},
-        }
-    engine = LLM(
-        model=options.model,
-        dtype="bfloat16",
-        max_model_len=options.context + options.tokens + 64,
+    engine = engine_of(
+        options,
+        options.context + options.tokens + 64,
         max_num_seqs=options.batch,
         max_num_batched_tokens=4096,
         kv_cache_memory_bytes=3 << 30,
         kv_cache_dtype=options.kv_cache_dtype,
         enable_prefix_caching=False,
-        enforce_eager=True,
-        seed=0,
-        **ours,
-    ).llm_engine
+    )
+    from vllm import SamplingParams
+
     sampling = SamplingParams(
         max_tokens=options.tokens, temperature=0, ignore_eos=True, detokenize=False
     )

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import time
+
+from decode_step import engine_of
 
 
 def main() -> None:
@@ -28,27 +29,13 @@ def main() -> None:
     parser.add_argument("--more", type=int, default=256, help="tokens that the second turn adds")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from vllm import LLM, SamplingParams
-
-    ours = {}
-    if options.backend != "stock":
-        ours = {
-            "attention_backend": options.backend,
-            "additional_config": {"vllm_sparse": options.settings},
-        }
     longest = options.context + options.more + 2 * options.reply + 64
-    engine = LLM(
-        model=options.model,
-        dtype="bfloat16",
-        max_model_len=longest,
-        max_num_seqs=2,
-        max_num_batched_tokens=longest,
+    engine = engine_of(
+        options, longest, max_num_seqs=2, max_num_batched_tokens=longest,
         kv_cache_memory_bytes=1 << 30,
-        enforce_eager=True,
-        seed=0,
-        **ours,
-    ).llm_engine
+    )  # fmt: skip
+    from vllm import SamplingParams
+
     sampling = SamplingParams(
         max_tokens=options.reply, temperature=0, ignore_eos=True, detokenize=False
     )

@@ -23,6 +23,7 @@ from vllm_sparse.kv.host.geometry import (
     gib_of,
     host_blocks,
     plan_frames,
+    staging_pieces,
 )
 from vllm_sparse.kv.host.memory import available_bytes
 from vllm_sparse.registry import entries, is_ours, load
@@ -177,7 +178,7 @@ def size_sparda(
     seqs = config.scheduler_config.max_num_seqs
     frames = plan_frames(settings, max_num_seqs=seqs, **sizes)
     if device_bytes is None:  # one memory holds everything, also what is filled only later
-        staging = 2 * settings.staging_blocks * kv_heads * sizes["piece_bytes"]
+        staging = staging_pieces(settings, kv_heads) * sizes["piece_bytes"]
         each = sum(frames) * sizes["piece_bytes"] + compressed
         taken |= {
             "frames and compressed keys": each * sum(stages) // layers * columns,
@@ -291,7 +292,7 @@ def _choose_slab(
         The settings with the slab.
     """
     scheduler = config.scheduler_config
-    staging = 2 * settings.staging_blocks * sizes["num_kv_heads"] * sizes["piece_bytes"]
+    staging = staging_pieces(settings, sizes["num_kv_heads"]) * sizes["piece_bytes"]
     room = left_bytes(config, total) - compressed - staging
     asked = scheduler.max_num_seqs
     slab, served = fit_slab(settings, room_bytes=room, max_num_seqs=asked, **sizes)

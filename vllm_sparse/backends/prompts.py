@@ -8,7 +8,6 @@ every step that holds a prompt's chunk.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from vllm_sparse.backends.base import prompt_lengths
+from vllm_sparse.seams import replace_once
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,23 +37,21 @@ def watch_requests() -> None:
     """
     from vllm.v1.worker.gpu.states import RequestState
 
-    add = RequestState.add_request
-    if hasattr(add, "__wrapped__"):
-        return
+    def make(add: Any) -> Any:
+        def add_request(self: Any, req_id: str, *args: Any, **kwargs: Any) -> None:
+            global _taken_up
+            turn_to(self)
+            _taken_up += 1
+            add(self, req_id, *args, **kwargs)
+            _warm_ups(self)[self.req_id_to_index[req_id]] = req_id.startswith(_WARM_UPS)
 
-    @functools.wraps(add)
-    def add_request(self: Any, req_id: str, *args: Any, **kwargs: Any) -> None:
-        global _requests, _taken_up
-        _requests = weakref.ref(self)
-        _taken_up += 1
-        add(self, req_id, *args, **kwargs)
-        _warm_ups(self)[self.req_id_to_index[req_id]] = req_id.startswith(_WARM_UPS)
+        return add_request
 
-    RequestState.add_request = add_request
+    replace_once(RequestState, "add_request", make)
 
 
 def turn_to(table: Any) -> None:
-    """A step of the runner with this table begins; a process may have several runners."""
+    """The runner with this table is at work; a process may have several runners."""
     global _requests
     _requests = weakref.ref(table)
 

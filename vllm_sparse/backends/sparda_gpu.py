@@ -21,7 +21,7 @@ from vllm_sparse.backends.sparda_setup import Machine
 from vllm_sparse.config import load_settings
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.kernels.dispatch import sparda_kernels
-from vllm_sparse.kv.host.geometry import GIB
+from vllm_sparse.kv.host.geometry import GIB, staging_pieces
 from vllm_sparse.prefetch.lane import LateLane, StreamLane
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _check_memory(geometry: Geometry, settings: SpardaSettings, device: torch.de
     Raises:
         ConfigError: With the arithmetic.
     """
-    pieces = 2 * settings.staging_blocks * geometry.num_kv_heads
+    pieces = staging_pieces(settings, geometry.num_kv_heads)
     needed = geometry.slab_bytes + pieces * geometry.piece_bytes
     free, _ = torch.cuda.mem_get_info(device)
     if needed > free:

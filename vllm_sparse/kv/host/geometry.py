@@ -79,6 +79,11 @@ def blocks_of_one(settings: SpardaSettings, max_model_len: int) -> int:
     return -(-max_model_len // settings.block_size) + 1
 
 
+def staging_pieces(settings: SpardaSettings, num_kv_heads: int) -> int:
+    """Pieces of the staging area: one half is filled while the other is read."""
+    return 2 * settings.staging_blocks * num_kv_heads
+
+
 def host_blocks(settings: SpardaSettings, bytes_per_block: int, max_model_len: int) -> int:
     """Blocks that fit the host pool.
 
