@@ -18,6 +18,7 @@ from vllm_sparse.steps.drafts import Drafts
 from vllm_sparse.steps.split import StepPlanner
 
 PROMPTS = torch.tensor([300, 520, 411])
+PER_REQUEST = {"requests", "dense_fallbacks"}
 
 
 def plan(
@@ -77,6 +78,17 @@ def test_other_rows_are_planned_anew():
     lens = (swapped + 5).tolist()
     again = plan(planner, lens, [1, 1, 1], swapped)
     assert same(again, plan(StepPlanner(planner.policy), lens, [1, 1, 1], swapped))
+
+
+@pytest.mark.parametrize("controls", [None, [DENSE, 0, DENSE]])
+def test_a_preempted_request_is_not_counted_again(controls):
+    """Its replay goes on past the prompt's end, whichever chunk it comes in."""
+    planner, total = StepPlanner(make_policy()), Counter()
+    for past, new in ((-9, 200), (0, 9), (1, 1), (-9, 200), (6, 15)):
+        total += plan(planner, (PROMPTS + past).tolist(), [new] * 3, controls=controls)[1]
+    dense = {} if controls is None else {"dense_fallbacks/requested": 2}
+    counted = {name: n for name, n in total.items() if name.split("/")[0] in PER_REQUEST}
+    assert counted == {"requests": 3 - sum(dense.values()), **dense}
 
 
 @pytest.mark.parametrize("kind", [RocketKV, Quest])

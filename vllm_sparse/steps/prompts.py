@@ -172,9 +172,13 @@ class Prompts:
         rule: Tensor,
         count: Callable[..., None],
     ) -> None:
-        """Count each request once, in the step that completes its prompt, by how it is served."""
+        """Count each request once, in the step that completes its prompt, by how it is served.
+
+        A preempted request is replayed past its prompt. Nothing tells it from a new one if a chunk
+        of that happens to end with the prompt; it is then counted again.
+        """
         first = seq_lens - query_start.diff()
-        finished = rule[(first < prompt_lens) & (seq_lens >= prompt_lens)]
+        finished = rule[(first < prompt_lens) & (seq_lens == prompt_lens)]
         if not len(finished):
             return
         sparse = self.rules.table.sparse[finished]
