@@ -248,7 +248,7 @@ class _Steering:
 
     def counted(self) -> dict[str, float]:
         """Hits, misses and bytes by the names of the plugin's counters."""
-        if self.runtime.fetcher.readable:
+        if self.runtime.fetcher.counters.readable:
             from vllm_sparse import metrics
 
             found = {name: metrics.counters().value(name) for name in COUNTED}

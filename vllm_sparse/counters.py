@@ -22,9 +22,12 @@ class DeviceCounters:
         device: Where kernels add to :attr:`values`.
         count: Receives names and amounts.
         every: Steps between two readings.
+        captured: Graphs may replay steps, of whose work the host then reads nothing back.
 
     Attributes:
         values: int64 ``[len(names)]``.
+        readable: The host may read them in every step: host and device share memory, so that it
+            waits for nothing.
     """
 
     def __init__(
@@ -33,8 +36,10 @@ class DeviceCounters:
         device: torch.device,
         count: Callable[..., None],
         every: int = 4,
+        captured: bool = True,
     ) -> None:
         self.values = torch.zeros(len(names), dtype=torch.int64, device=device)
+        self.readable = device.type == "cpu" and not captured
         self._names = names
         self._count = count
         self._every = every
@@ -43,6 +48,17 @@ class DeviceCounters:
         self._published = [0] * len(names)
         self._event = torch.cuda.Event() if device.type == "cuda" else None
         self._pending = False
+
+    def poll(self) -> None:
+        """Called between steps: publish what has arrived, unless :meth:`settle` publishes all."""
+        if not self.readable:
+            self.publish()
+
+    def settle(self) -> None:
+        """Called between steps: publish everything counted so far, where that waits for nothing."""
+        if self.readable:
+            self._pending = False
+            self._report(self.values)
 
     def publish(self) -> None:
         """Called once per step: start a reading, or publish the one that has arrived."""
@@ -55,11 +71,6 @@ class DeviceCounters:
                 self._event.record()
             self._pending = True
         self._steps += 1
-
-    def flush(self) -> None:
-        """Publish everything counted so far, where reading it waits for nothing."""
-        self._pending = False
-        self._report(self.values)
 
     def _report(self, values: Tensor) -> None:
         for i, (name, value) in enumerate(zip(self._names, values.tolist(), strict=True)):

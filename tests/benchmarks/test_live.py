@@ -158,9 +158,9 @@ def test_counters_that_reach_the_metrics_late_are_read_where_they_are():
     import torch
 
     steering = live._Steering.__new__(live._Steering)
-    counters = SimpleNamespace(values=torch.tensor([1, 2, 0, 0, 3, 4, 0, 0]))
+    counters = SimpleNamespace(readable=False, values=torch.tensor([1, 2, 0, 0, 3, 4, 0, 0]))
     steering.runtime = SimpleNamespace(
-        fetcher=SimpleNamespace(readable=False, counters=counters),
+        fetcher=SimpleNamespace(counters=counters),
         pager=SimpleNamespace(geometry=SimpleNamespace(piece_bytes=10)),
     )
     expected = {"frame_hits": 4, "frame_misses": 6, "host_to_device_bytes": 60}

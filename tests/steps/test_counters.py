@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from vllm_sparse.counters import DeviceCounters
 
 
-def published(every: int = 3) -> tuple[DeviceCounters, dict[str, int]]:
+def published(**options) -> tuple[DeviceCounters, dict[str, int]]:
     """Counters on the CPU, and what they have published."""
     found: dict[str, int] = {}
 
@@ -17,7 +18,7 @@ def published(every: int = 3) -> tuple[DeviceCounters, dict[str, int]]:
         assert amount > 0
         found[name] = found.get(name, 0) + amount
 
-    return DeviceCounters(("hits", "misses"), torch.device("cpu"), count, every), found
+    return DeviceCounters(("hits", "misses"), torch.device("cpu"), count, every=3, **options), found
 
 
 def test_device_counters_are_read_now_and_then():
@@ -31,11 +32,14 @@ def test_device_counters_are_read_now_and_then():
     assert "misses" not in found
 
 
-def test_flushing_publishes_everything_once():
-    counters, found = published()
-    counters.publish()
+@pytest.mark.parametrize("captured", [False, True])
+def test_what_the_host_may_read_is_published_at_once(captured):
+    """Where graphs may replay steps it may not, and two steps later nothing has been read."""
+    counters, found = published(captured=captured)
+    assert counters.readable != captured
+    counters.poll()
     counters.values += torch.tensor([2, 1])
-    counters.flush()
-    counters.flush()
-    counters.publish()
-    assert found == {"hits": 2, "misses": 1}
+    for _ in range(2):
+        counters.settle()
+        counters.poll()
+    assert found == ({} if captured else {"hits": 2, "misses": 1})

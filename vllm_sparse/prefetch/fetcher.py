@@ -61,7 +61,6 @@ class Fetcher:
         counters: Hits, misses and whether the slab was ever too small.
         kernels: May be replaced between steps.
         prefetch: May be changed between steps.
-        readable: The host reads in every step what kernels count, as that waits for nothing.
     """
 
     def __init__(
@@ -79,10 +78,8 @@ class Fetcher:
         self._lane = lane
         self._count = count
         device = pager.layers[0].slab.device
-        # Where host and device share memory, what kernels count can be read without waiting.
-        self.readable = device.type == "cpu" and not captured
         self.step = torch.ones(1, dtype=torch.int64, device=device)
-        self.counters = DeviceCounters(_COUNTED, device, self._publish)
+        self.counters = DeviceCounters(_COUNTED, device, self._publish, captured=captured)
         self._counted = self.counters.values.view(2, 4)[:, :3].unbind()
         self._copies = [0, 0]
         self._announced: dict[int, Selected] = {}
@@ -101,13 +98,11 @@ class Fetcher:
 
     def poll(self) -> None:
         """Called between steps: publish what a device has counted, as far as it has arrived."""
-        if not self.readable:
-            self.counters.publish()
+        self.counters.poll()
 
     def end_step(self) -> None:
         """Publish what the step counted, where that needs no waiting."""
-        if self.readable:
-            self.counters.flush()
+        self.counters.settle()
 
     def announce(self, layer: int, selected: Selected, *, ahead: bool) -> None:
         """Say what a layer will read.
@@ -152,12 +147,13 @@ class Fetcher:
     def _fetch(self, layer: int, selected: Selected, ahead: bool) -> _Fetch:
         """Give the selected blocks of a layer frames; fill them beside the computation."""
         pager, kernels = self._pager.layers[layer], self.kernels
-        if pager.resident and not self.readable:  # on a GPU, counting hits would take launches
+        readable = self.counters.readable
+        if pager.resident and not readable:  # on a GPU, counting hits would take launches
             return _Fetch(selected, selected.pieces, None, 0, ahead)
         counted = self._counted[ahead]
         found = kernels.resolve(pager.table, selected.pieces, self.step, counted)
         copies = 0
-        if self.readable:
+        if readable:
             _, misses, full = counted.tolist()
             if full:
                 raise SlabFullError(_full(len(pager.slab)))

@@ -92,8 +92,7 @@ class PromptStream:
         self._pieces: list[tuple[Tensor, Tensor]] = []
         self._tickets: dict[int, Ticket] = {}
         self._needed: dict[int, Tensor] = {}
-        self._counted = DeviceCounters(_COUNTED, self.staging.device, count)
-        self._readable = self.staging.device.type == "cpu" and not captured
+        self._counted = DeviceCounters(_COUNTED, self.staging.device, count, captured=captured)
 
     @property
     def nbytes(self) -> int:
@@ -106,15 +105,13 @@ class PromptStream:
             ticket.wait()
         self._tickets.clear()
         self._needed.clear()
-        if self._readable:
-            self._counted.flush()
+        self._counted.settle()
         self._tiles = tiles
         self._pieces = [self._pieces_of(tile) for tile in tiles]  # the same in every layer
 
     def poll(self) -> None:
         """Called between steps: publish what a device has counted, as far as it has arrived."""
-        if not self._readable:
-            self._counted.publish()
+        self._counted.poll()
 
     def note_needs(self, tiles: tuple[int, int], chosen: Tensor) -> None:
         """Say what a row's sparse tokens need in a layer, before any tile of the layer is read.
@@ -174,7 +171,7 @@ class PromptStream:
             places = needed.int().argsort(descending=True, stable=True).int()
             pieces, count = pieces[places], needed.sum(dtype=torch.int32)[None]
             piece_bytes = self._pager.geometry.piece_bytes
-            nbytes = int(count) * piece_bytes if self._readable else 0
+            nbytes = int(count) * piece_bytes if self._counted.readable else 0
 
         def work() -> object:
             self._kernels.copy_pieces(staging, places, pager.source, pieces, count)
