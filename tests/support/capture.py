@@ -2,9 +2,7 @@
 # SPDX-FileCopyrightText: The vllm-sparse authors
 """What may not happen while a CUDA graph is captured, as far as a CPU can see it.
 
-A capture records what is launched and runs nothing. So nothing can be read back or waited for, no
-event of before can be asked, and what the host hands over is read again in every replay, when its
-memory is long gone.
+All tensors are taken for the device's, which `pretend_gpu` tells from those of the host.
 """
 
 from __future__ import annotations
@@ -14,10 +12,10 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from support.forbidden import UPLOADS, is_masked, reads_back
 from vllm_sparse.counters import DeviceCounters
 from vllm_sparse.kv.host.pager import LayerPager
 from vllm_sparse.upload import upload
@@ -25,22 +23,8 @@ from vllm_sparse.upload import upload
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-# What Python calls: it does not reach PyTorch's operators, or looks like another one there.
-_CALLS = {
-    **dict.fromkeys(("tolist", "numpy", "cpu", "item", "__array__"), "reads a tensor back"),
-    **dict.fromkeys(("tensor", "as_tensor", "from_numpy"), "copies from pageable memory"),
-    "pin_memory": "copies from memory of this one step",
-}
-
 # With poison, which looks at everything, nothing is captured.
 _POISON = "poison_fresh", "poison_frames"
-
-# Operators whose result the host has to know.
-_OPERATORS = {
-    *("_local_scalar_dense", "equal", "nonzero", "masked_select", "unique_dim", "_unique2"),
-    *("unique_consecutive", "unique_dim_consecutive", "is_nonzero", "bincount"),
-}
-_MASKS = torch.bool, torch.uint8
 
 
 class CaptureError(AssertionError):
@@ -77,23 +61,27 @@ def _refuse(what: str, why: str) -> None:
 
 
 class _Calls(TorchFunctionMode):
+    """What Python calls: not all of it reaches PyTorch's operators, or looks the same there."""
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in _CALLS:
-            _refuse(name, _CALLS[name])
+        if reads_back(name, kwargs or {}):
+            _refuse(name, "reads a tensor back")
+        if name in UPLOADS:
+            _refuse(name, "copies from pageable memory")
+        if name == "pin_memory":
+            _refuse(name, "copies from memory of this one step")
         return func(*args, **(kwargs or {}))
 
 
 class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        unknown = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
-        if name in _OPERATORS or unknown:
+        if reads_back(name, kwargs or {}):
             _refuse(name, "reads a tensor back")
-        if name.startswith("index") and len(args) > 1 and isinstance(args[1], list | tuple):
-            masks = [part for part in args[1] if part is not None and part.dtype in _MASKS]
-            if masks:
-                _refuse(name, "asks how many elements of a mask are set")
+        index = args[1] if name.startswith("index") and len(args) > 1 else None
+        if isinstance(index, list | tuple) and is_masked(index):
+            _refuse(name, "asks how many elements of a mask are set")
         return func(*args, **(kwargs or {}))
 
 

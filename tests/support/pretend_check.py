@@ -33,6 +33,8 @@ def serve(job: dict[str, Any]) -> None:
         "item": lambda: there.sum().item(),
         "branch": lambda: bool(there[0] > 0),
         "mask": lambda: there[there > 0],
+        "lengths": lambda: there.repeat_interleave(there.long()),
+        "pairs": lambda: torch.unique_consecutive(there),
         "download": there.cpu,
         "upload": lambda: here.to("cuda"),
         "constant": lambda: torch.tensor([1.0], device="cuda"),
@@ -43,6 +45,8 @@ def serve(job: dict[str, Any]) -> None:
         "pinned": lambda: pinned.to("cuda", non_blocking=True),
         "zeros": lambda: torch.zeros(3, device="cuda"),
         "host": lambda: bool(here[0] > 0),
+        "flags": lambda: (there > 0).__setitem__(slice(2), there[:2] > 0),
+        "known lengths": lambda: there.repeat_interleave(there.long(), output_size=4),
     }
     found = {
         "refused": _refused(wrong, contextlib.nullcontext),

@@ -24,6 +24,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from support.forbidden import UPLOADS, is_masked, reads_back
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -38,10 +40,6 @@ _DEVICE, _IS_CUDA, _IS_CPU = (
     getattr(torch.Tensor, name).__get__ for name in ("device", "is_cuda", "is_cpu")
 )
 _MOVES = {torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu}
-_READS = {
-    *("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__"),
-    *("__index__", "__array__", "masked_select", "unique", "equal", "allclose"),
-}  # fmt: skip
 # Operations that may see tensors of both sides.
 _MIXED = {"copy_", "__getitem__", "__setitem__", "to", "set_", "__set__", "index_put_", "__get__"}
 
@@ -120,7 +118,9 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = list(_tensors(args, kwargs))
     wanted = _wanted(func, args, kwargs)
     there = [tensor in _there for tensor in tensors]
-    _check(func, name, args, tensors, there, wanted)
+    _check(name, tensors, there)
+    if _capturing is not None and (any(there) or wanted):
+        _check_capture(func, name, args, kwargs, tensors, there, wanted)
     pinned = kwargs.pop("pin_memory", False)
     if wanted is not None:
         args = [CPU if _is_cuda(item) else item for item in args]
@@ -151,9 +151,7 @@ def _does_something(name: str, result: Any) -> bool:
     return result is None or next(_tensors(result), None) is not None
 
 
-def _check(
-    func: Any, name: str, args: Any, tensors: list[Any], there: list[bool], wanted: bool | None
-) -> None:
+def _check(name: str, tensors: list[Any], there: list[bool]) -> None:
     """Raise where a GPU would."""
     if name not in _MIXED and len(set(there)) == 2:
         sides = {side for tensor, side in zip(tensors, there, strict=True) if tensor.dim()}
@@ -161,18 +159,21 @@ def _check(
             raise RuntimeError(f"{name}: expected all tensors to be on the same device")
     if name == "__getitem__" and not there[0] and any(there):
         raise RuntimeError("indices should be on the CPU, as the indexed tensor is")
-    if _capturing is None or not (any(there) or wanted):
-        return
-    masks = name in ("__getitem__", "__setitem__") and any(
-        tensor.dtype == torch.bool for tensor in tensors[1:]
-    )
+
+
+def _check_capture(
+    func: Any, name: str, args: Any, kwargs: Any, tensors: list[Any], there: list[bool],
+    wanted: bool | None,
+) -> None:  # fmt: skip
+    """Raise where a GPU would not capture a call."""
+    masks = name in ("__getitem__", "__setitem__") and is_masked(_tensors(args[1]))
     uploads = (func in _MOVES and wanted and not there[0] and tensors[0] not in _pinned) or (
-        func in (torch.tensor, torch.as_tensor) and wanted
+        name in UPLOADS and wanted
     )
-    copies = name == "copy_" and len(set(there)) == 2
-    if copies:
-        copies = tensors[there.index(False)] not in _pinned
-    if name in _READS or masks or uploads or copies or (func in _MOVES and wanted is False):
+    mixed = name == "copy_" and len(set(there)) == 2
+    copies = mixed and tensors[there.index(False)] not in _pinned
+    reads = reads_back(name, kwargs) or (func in _MOVES and wanted is False)
+    if reads or masks or uploads or copies:
         raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
 
 
