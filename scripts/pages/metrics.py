@@ -37,13 +37,13 @@ def of_family(family: Family | None) -> str:
 
 def reasons() -> str:
     """Values of the label ``reason``."""
-    found = [reason for metric in METRICS.values() for reason in metric.reasons]
     return table(
-        found,
+        [(metric, reason) for metric in METRICS.values() for reason in metric.reasons],
         {
-            "reason": lambda reason: f"`{reason.value}`",
-            "counted by": lambda reason: reason.family or "all",
-            "when": lambda reason: reason.meaning,
+            "metric": lambda found: f"`{found[0].name}`",
+            "reason": lambda found: f"`{found[1].value}`",
+            "counted by": lambda found: found[1].family or "all",
+            "when": lambda found: found[1].meaning,
         },
     )
 

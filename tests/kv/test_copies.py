@@ -8,11 +8,26 @@ import pytest
 from support.scheduler import BLOCK, Machine, prompts
 
 from vllm_sparse.metrics import counters
+from vllm_sparse.metrics.definitions import METRICS
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 PROMPT = prompts(1)[0]
+
+
+@pytest.fixture
+def skipped():
+    """How many blocks were not copied during a test so far, by reason."""
+    name = "prefix_blocks_not_copied"
+    reasons = [reason.value for reason in METRICS[name].reasons]
+    before = {reason: counters().value(name, reason) for reason in reasons}
+
+    def grown():
+        values = {reason: counters().value(name, reason) - before[reason] for reason in reasons}
+        return {reason: value for reason, value in values.items() if value}
+
+    return grown
 
 
 def limits(machine, length=400):
@@ -51,30 +66,35 @@ def test_another_turn_hits_the_whole_prompt_and_the_same_prompt_all_but_its_wind
     assert machine.free_blocks() == 119
 
 
-def test_two_requests_with_one_prefix_at_once(llama):
+def test_two_requests_with_one_prefix_at_once(llama, skipped):
     """Both copy what they hit; the second finds that the first has copied what both left."""
     machine = Machine(llama, blocks=160)
     machine.serve(PROMPT)
     before, out = machine.copied, counters().value("prefix_blocks_copied_out")
+    tokens = counters().value("prefix_tokens_copied_in")
     both = [machine.add(PROMPT), machine.add(PROMPT)]
     machine.run()
     shared, hits = limits(machine)
     assert [machine.first_hits[request.request_id] for request in both] == [hits, hits]
     assert machine.copied - before == 2 * (hits - shared) // BLOCK
     assert counters().value("prefix_blocks_copied_out") == out
+    assert counters().value("prefix_tokens_copied_in") - tokens == 2 * (hits - shared)
+    assert skipped() == {}
     assert machine.free_blocks() == 159
 
 
-def test_a_pool_without_room_copies_nothing_and_serves_all(llama):
+def test_a_pool_without_room_copies_nothing_and_serves_all(llama, skipped):
     """Of 26 blocks a prompt takes 25 and its output one: neither its tail nor its hit fit twice."""
     machine = Machine(llama, blocks=27)
     assert machine.serve(PROMPT) == 0
     assert machine.copied == 0
-    assert machine.serve(PROMPT) == limits(machine)[0]
+    shared = limits(machine)[0]
+    assert skipped() == {"pool_short": 400 // BLOCK - shared // BLOCK}
+    assert machine.serve(PROMPT) == shared
     assert machine.free_blocks() == 26
 
 
-def test_a_hit_that_never_fits_is_given_up(llama):
+def test_a_hit_that_never_fits_is_given_up(llama, skipped):
     """All of the tail is in the cache, but prompt, hit and copies are more than the pool."""
     machine = Machine(llama, blocks=32)
     machine.serve(PROMPT, new_tokens=1)
@@ -83,6 +103,7 @@ def test_a_hit_that_never_fits_is_given_up(llama):
     assert 26 + (hits - shared) // BLOCK > 31
     assert machine.serve(PROMPT, new_tokens=1) == shared
     assert machine.copied == 0
+    assert skipped() == {"hit_never_fits": (hits - shared) // BLOCK}
     assert machine.free_blocks() == 31
 
 
@@ -117,7 +138,7 @@ def test_whoever_leaves_when_the_prompt_has_just_ended(llama, ahead, leave):
         assert machine.serve(PROMPT) == (hits if kept else shared)
 
 
-def test_a_step_copies_so_much_and_no_more(llama, monkeypatch):
+def test_a_step_copies_so_much_and_no_more(llama, monkeypatch, skipped):
     from vllm_sparse.kv import spec
 
     machine = Machine(llama, blocks=160)
@@ -126,6 +147,7 @@ def test_a_step_copies_so_much_and_no_more(llama, monkeypatch):
     shared = limits(machine)[0]
     machine.serve(PROMPT)
     assert published(machine, PROMPT) == shared // BLOCK + 3
+    assert skipped() == {"step_limit": 400 // BLOCK - shared // BLOCK - 3}
     two = [machine.add(PROMPT), machine.add(PROMPT)]
     machine.step()
     assert machine.copied == 3 + 3, "the second waits for the next step"

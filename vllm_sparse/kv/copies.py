@@ -60,6 +60,7 @@ class PrefixCopies:
         self._manager = manager
         self._pool = manager.block_pool
         self._hits: dict[str, range] = {}
+        self._given_up: dict[str, int] = {}  # blocks that a request wanted when it was refused last
         self._out: dict[str, dict[int, KVCacheBlock]] = {}  # by place in the request
 
     def _tail(self, request: Request) -> range:
@@ -94,6 +95,8 @@ class PrefixCopies:
             return 0
         if request := of_id(request_id):
             _tries[request] = _tries.get(request, 0) + 1
+            if goes_without(request):  # from the next lookup on
+                self._given_up[request_id] = needed
         if queued and queued + needed > self._manager.kv_cache_spec.most_copies:
             return self._pool.num_gpu_blocks  # the next step has room for it
         return needed
@@ -112,7 +115,9 @@ class PrefixCopies:
             These blocks.
         """
         hit = self._hits.pop(request_id, range(0))
+        given_up = self._given_up.pop(request_id, 0)
         if not hit:
+            _count_skipped(given_up, "hit_never_fits")
             return []
         if request := of_id(request_id):
             _tries.pop(request, None)
@@ -123,6 +128,7 @@ class PrefixCopies:
             blocks[place].ref_cnt -= 1  # the request's: it has the copy now
             blocks[place] = copy
         metrics.counters().add("prefix_blocks_copied_in", len(hit))
+        metrics.counters().add("prefix_tokens_copied_in", len(hit) * self._manager.block_size)
         return private
 
     # -- out ---------------------------------------------------------------------------------------
@@ -141,7 +147,9 @@ class PrefixCopies:
         # Each running request may need another block before these are given back.
         room = (self._pool.get_num_free_blocks() - len(self._manager.req_to_blocks)) // 2
         most = self._manager.kv_cache_spec.most_copies - self._queued
-        places = places[: max(min(room, most), 0)]
+        count = max(min(room, most), 0)
+        _count_skipped(len(places) - count, "pool_short" if room < most else "step_limit")
+        places = places[:count]
         if not places:
             return
         blocks, copies = self._manager.req_to_blocks[request_id], self._new(len(places))
@@ -169,6 +177,7 @@ class PrefixCopies:
         The tail is untouched if the prompt is processed and no step behind it was scheduled.
         """
         self._hits.pop(request_id, None)
+        self._given_up.pop(request_id, None)
         self.publish(request_id)
         request = of_id(request_id)
         blocks = self._manager.req_to_blocks.get(request_id)
@@ -211,6 +220,11 @@ class PrefixCopies:
             request, row, places[0], len(row), self._manager.block_size,
             self._manager.kv_cache_group_id, [i in missing for i in range(places[0], len(row))],
         )  # fmt: skip
+
+
+def _count_skipped(blocks: int, reason: str) -> None:
+    if blocks > 0:
+        metrics.counters().add("prefix_blocks_not_copied", blocks, reason)
 
 
 def _processed(request: Request) -> int:

@@ -107,10 +107,33 @@ _ALL = (
         "policies",
     ),
     Metric(
+        "prefix_tokens_copied_in",
+        "tokens",
+        "Their tokens, which the request need not compute: of vLLM's `prefix_cache_hits`, those "
+        "that are owed to copies",
+        "policies",
+    ),
+    Metric(
         "prefix_blocks_copied_out",
         "blocks",
         "KV blocks copied for the prefix cache before their request rewrote them",
         "policies",
+    ),
+    Metric(
+        "prefix_blocks_not_copied",
+        "blocks",
+        "KV blocks that the prefix cache lost, or a request did not take from it, for want of a "
+        "copy",
+        "policies",
+        reasons=(
+            Reason("pool_short", "Running requests may need the blocks that are free", "policies"),
+            Reason("step_limit", "Other copies of the step take all that it may copy", "policies"),
+            Reason(
+                "hit_never_fits",
+                "The pool did not once hold a waiting prompt, what it hit and the copies of that",
+                "policies",
+            ),
+        ),
     ),
     Metric(
         "prefix_limits_missed",
