@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import arms, corpus, harness, offload
 from benchmarks.neighbours import Neighbours
+from benchmarks.published import allocated
 from benchmarks.results import OtherResultError, Recorder
 from benchmarks.worker import Worker
 
@@ -116,6 +117,7 @@ def measure(
                 "cpu_ms": 1e3 * cpu[name] / len(own),
                 "blocks": held["measured"]["blocks"],
                 "device_bytes": held["device_bytes"],
+                "allocated_bytes": sum(allocated(held).values()),
                 "host_bytes": held["host_bytes"],
             }
             rows[name]["curve"].append(point)

@@ -36,7 +36,8 @@ def render(path: Path) -> str:
     if isinstance(result, dict) and "interrupted" in result:
         parts.insert(1, f"**Ended early: {result['interrupted']}**")
     date = env.get("date", UNKNOWN)
-    parts.append(f"Machine: {machine}{gpu}; versions: {versions or UNKNOWN}; date: {date}")
+    commit = f"; commit: {env['commit'][:12]}" if env.get("commit") else ""
+    parts.append(f"Machine: {machine}{gpu}; versions: {versions or UNKNOWN}; date: {date}{commit}")
     return "\n\n".join(parts)
 
 

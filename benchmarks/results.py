@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,10 @@ def write_json(path: Path, content: object, renamed: dict[Path, str] | None = No
 
 
 def environment() -> dict[str, Any]:
-    """What a reader needs to judge a number: command, date, machine, versions."""
+    """What a reader needs to judge a number: command, commit, date, machine, versions."""
     return {
         "command": shlex.join(["python", "-m", _module_name(), *sys.argv[1:]]),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -119,6 +121,27 @@ def environment() -> dict[str, Any]:
         "versions": versions(DISTRIBUTIONS),
         "load_average_at_start": os.getloadavg()[0],
     }
+
+
+def commit() -> str | None:
+    """The checkout's; ``-dirty`` if anything else than a result differs from it.
+
+    ``VLLM_SPARSE_COMMIT`` says it where the history did not come along.
+    """
+    if given := os.environ.get("VLLM_SPARSE_COMMIT"):
+        return given
+    git = ["git", "-C", str(FOLDER.parents[1])]
+    try:
+        head, changed = (
+            subprocess.run([*git, *command], capture_output=True, text=True, timeout=20, check=True)
+            for command in (
+                ["rev-parse", "HEAD"],
+                ["status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results"],
+            )
+        )
+    except (OSError, subprocess.SubprocessError):  # no git, or no checkout
+        return None
+    return head.stdout.strip() + ("-dirty" if changed.stdout else "")
 
 
 def versions(distributions: tuple[str, ...]) -> dict[str, str]:

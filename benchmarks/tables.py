@@ -226,11 +226,15 @@ def kernels(result: Row) -> str:
         "us a layer": "{us:.0f}",
         "10th percentile": "{us_p10:.0f}",
     }
+    read = f"{body['bytes_read'] / 1e6:.2f} MB at {body['sequential_read_gb_per_s']:.1f} GB/s"
+    floor = f"floor {body['floor_us']:.0f} us a layer ({read}): "
+    if body["over_floor"] >= 1:
+        floor += f"fused is {body['over_floor']:.1f}x the floor"
+    else:  # nobody reads faster than memory is
+        floor = f"no floor: {read} were measured, which the kernel itself beats"
     return (
         f"{result['threads']} threads, {body['kept_tokens']} kept tokens a request, top_k "
-        f"{body['top_k']}, top_r {body['top_r']}; floor {body['floor_us']:.0f} us a layer "
-        f"({body['bytes_read'] / 1e6:.2f} MB at {body['sequential_read_gb_per_s']:.1f} GB/s): "
-        f"fused is {body['over_floor']:.1f}x the floor\n\n"
+        f"{body['top_k']}, top_r {body['top_r']}; {floor}\n\n"
         + table(_named(body["variants"]), columns)
     )
 
@@ -357,11 +361,21 @@ def stages(result: Row) -> str:
     return "\n\n".join(filter(None, parts))
 
 
+def faults(result: Row) -> str:
+    """What a soak or generated requests met."""
+    found = result.get("faults", [])
+    said = f"{len(found)} faults, first: {found[0]}" if found else "no fault"
+    rows = [{"what": what, "n": n} for what, n in result.get("counts", {}).items()]
+    head = f"**{result['backend']}**, {result['minutes']:g} minutes, seed {result['seed']}: {said}"
+    return f"{head}\n\n{table(rows, {'what': 'what', 'number': '{n:,}'})}"
+
+
 RENDERERS: dict[str, Renderer] = {
     "kernels": kernels, "speed": speed, "prompts": prompts, "accuracy": accuracy,
     "capacity": capacity, "generations": generations, "blocks": blocks, "memory": memory,
     "overlap": overlap, "serve": serve, "train-memory": training, "forecast-recall": recall,
-    **dict.fromkeys(("gpu-check", "gpu-bench", "gpu-tune"), stages),
+    **dict.fromkeys(("soak", "fuzz"), faults),
+    **dict.fromkeys(("gpu-first", "gpu-check", "gpu-bench", "gpu-tune"), stages),
 }  # fmt: skip
 
 

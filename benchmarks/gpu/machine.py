@@ -110,7 +110,7 @@ def stale_files(package: Path) -> list[str]:
 def facts() -> dict:
     """GPU and versions for a result file; nothing is imported for it."""
     versions = results.versions(("triton", "flashinfer-python", "nvidia-cuda-runtime"))
-    return {"gpu": gpu(), "gpu_versions": versions, "commit": _commit()}
+    return {"gpu": gpu(), "gpu_versions": versions}
 
 
 def gpu() -> dict | None:
@@ -122,13 +122,6 @@ def gpu() -> dict | None:
         return None
     values = [value.strip() for value in text.splitlines()[0].split(",")]
     return dict(zip(_QUERY, values, strict=False))
-
-
-def _commit() -> str | None:
-    """Of the checkout; said by the environment where its history did not come along."""
-    return os.environ.get("VLLM_SPARSE_COMMIT") or _output(
-        "git", "-C", str(ROOT), "rev-parse", "HEAD"
-    )
 
 
 def _output(*command: str) -> str | None:

@@ -68,7 +68,8 @@ def growth() -> Picture:
 
     def points(arm: str) -> tuple[tuple[float, float], ...]:
         return tuple(
-            (cell["context"], round(cell["arms"][arm]["device_bytes"] / MIB, 3)) for cell in cells
+            (cell["context"], round(sum(allocated(cell["arms"][arm]).values()) / MIB, 3))
+            for cell in cells
         )
 
     stock, ours = points("dense"), points("sparda-32")
@@ -77,8 +78,8 @@ def growth() -> Picture:
         "memory-context",
         f"{times:.0f}x the context takes {stock[-1][1] / stock[0][1]:.1f}x of stock's memory, "
         f"{ours[-1][1] / ours[0][1]:.1f}x of SPARDA's",
-        "Random model of two layers, 32 blocks read; counted on the live tensors of one request. "
-        + machine("sparda-memory-tiny"),
+        "Random model of two layers, 32 blocks read; counted on the live tensors of one request, "
+        "SPARDA's with the whole default slab and staging. " + machine("sparda-memory-tiny"),
         "tokens",
         "MiB on the device",
         (Series("stock", stock), Series("SPARDA", ours)),
@@ -129,8 +130,9 @@ def generations() -> Picture:
     (last, most), ours = series[0].points[-1], series[-1].points
     return Picture(
         "generations",
-        f"After {last:,} generated tokens a request holds {most:.1f} MiB of stock's device memory, "
-        f"{ours[-1][1]:.1f} of SPARDA's",
+        f"After {last:,} generated tokens a request holds {most:.1f} MiB of stock's device memory; "
+        f"of SPARDA's a step needs {ours[-1][1]:.1f}",
+        "SPARDA: the frames of a step; its default slab has as many again, for the next one. "
         f"Random model, a prompt of {LONG.partition('+')[0]} tokens (dense in ROCKETKV, "
         f"in blocks with room for key extrema); t = 512, 32 blocks. {machine('generations')}",
         "generated tokens",

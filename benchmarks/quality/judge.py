@@ -5,8 +5,7 @@
 ``python -m benchmarks.quality.judge`` starts an engine per arm, asks it every question and writes
 each cell as soon as it exists; run again, it goes on where it was. ``--lab`` answers outside the
 server: one dense prompt per question serves all arms, oracles and candidates of
-`benchmarks.quality.candidates` included, at a fraction of the time. ``--check`` says how often the
-two agree on the tokens.
+`benchmarks.quality.candidates` included, at a fraction of the time.
 
 All arms answer the same questions, greedily; scores are compared in pairs with the first arm's.
 """
@@ -49,10 +48,19 @@ QUICK = {"questions": 2, "contexts": [4096], "tasks": ["vt", "niah_multikey_2"]}
 
 
 def serve(options: argparse.Namespace, chosen: list[arms.Arm], record: Recorder) -> list[str]:
-    """Asks an engine of each arm what the file lacks; returns the arms whose engine failed."""
+    """Asks an engine of each arm what the file lacks; returns the arms whose engine failed.
+
+    Raises:
+        OtherResultError: The file has answers of an arm with other settings.
+    """
     failed = []
     for arm in chosen:
         cells = record.body["arms"].setdefault(arm.name, {"settings": arm.settings})
+        if cells["settings"] != arm.settings:
+            raise OtherResultError(
+                f"{record.path} has {arm.name} with {cells['settings']} and this run with "
+                f"{arm.settings}; name another file with --out"
+            )
         for context in options.contexts:
             missing = list(_missing(options, cells, context))
             if not missing:
@@ -80,10 +88,15 @@ def experiment(options: argparse.Namespace, names: list[str], record: Recorder) 
     from benchmarks.quality import candidates, lab, prompts
 
     network = prompts.Network(harness.resolve_model(options.model), forecast=options.forecast)
+    try:
+        every = {
+            context: candidates.schemes(names, context, network) for context in options.contexts
+        }
+    except ValueError as error:
+        sys.exit(str(error))
     tokenizer = harness.tokenizer_of(options.model)
     eos = network.eos | {tokenizer.eos_token_id}
-    for context in options.contexts:
-        schemes = candidates.schemes(names, context, network)
+    for context, schemes in every.items():
         everything = record.body["arms"]
         for name in schemes:
             everything.setdefault(name, {})
@@ -153,7 +166,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = harness.parser("quality.judge", __doc__, "2 questions of 2 tasks")
     harness.add_model(parser, "qwen")
     parser.add_argument("--contexts", nargs="+", type=int, default=[4096, 8192])
-    arms.add_options(parser, "dense,rocketkv-1024", "; the first one is dense")
+    groups = f", with --lab a group: {', '.join(LABORATORY)}; the first one is dense"
+    arms.add_options(parser, "dense,rocketkv-1024", groups)
     parser.add_argument(
         "--tasks", nargs="+", choices=questions.TASKS, default=list(questions.TASKS)
     )
@@ -173,11 +187,17 @@ def main(arguments: list[str] | None = None) -> None:
     options = harness.parse(parser, arguments, QUICK)
     if options.lab and options.out == FOLDER / "quality.json":
         options.out = FOLDER / "quality-lab.json"
+    if options.lab and options.setting:
+        parser.error(
+            "--setting is for arms that are served; with --lab name the arm that has the value, or "
+            "add it to KINDS in benchmarks/quality/candidates.py"
+        )
     body = {"model": options.model, "seed": options.seed, "lab": options.lab, "arms": {}}
     try:
         with Recorder(options.out, "quality", body, resume=True) as record:
             if options.lab:
-                experiment(options, LABORATORY.get(options.arms) or options.arms.split(","), record)
+                group = LABORATORY.get(options.arms) or arms.GROUPS.get(options.arms)
+                experiment(options, list(group or options.arms.split(",")), record)
                 return
             chosen = arms.parse_arms(parser, options, {"min_context": MIN_CONTEXT}, baseline=True)
             failed = serve(options, chosen, record)

@@ -45,18 +45,18 @@ def _context(every: dict[str, Any], baseline: str, context: str) -> str:
         row: dict[str, Any] = {"arm": name}
         if prose:
             row["kl"] = f"{np.mean([each['kl'] for each in prose.values()]):.3f} ({len(prose)})"
-        means, lost = [], []
+        means, apart = [], []
         for task, answers in found.items():
             scores = [each["score"] for each in answers.values()]
             fewer = len(answers) != len(base.get(task, answers))
             row[task] = f"{np.mean(scores):.2f}" + (f" ({len(answers)})" if fewer else "")
             means.append(np.mean(scores))
             if task in base:
-                lost.append(differences(answers, base[task]))
+                apart.append(differences(answers, base[task]))
         if found and set(found) == set(base):  # else it would be the mean of other tasks
             row["mean"] = f"{np.mean(means):.3f}"
-            if name != baseline and lost and all(lost):
-                row["lost"] = _lost(lost)
+            if name != baseline and apart and all(apart):
+                row["lost"] = lost(apart)
         rows.append(row)
     tasks = list(dict.fromkeys(task for cells in every.values() for task in cells.get(context, {})))
     counts = {task: len(base.get(task, {})) for task in tasks}
@@ -67,7 +67,33 @@ def _context(every: dict[str, Any], baseline: str, context: str) -> str:
         "to dense, points (90 %)": "lost",
         **({"prose KL (passages)": "kl"} if any("kl" in row for row in rows) else {}),
     }
-    return f"**{context} tokens**\n\n{tables.table(rows, columns)}"
+    parts = [f"**{context} tokens**", tables.table(rows, columns)]
+    others = {name: cells[context] for name, cells in every.items() if context in cells}
+    others.pop(baseline, None)
+    if others and base:
+        parts += ["To dense by task, points (90 %):", by_task(others, base)]
+    return "\n\n".join(parts)
+
+
+def by_task(arms: dict[str, dict[str, Any]], base: dict[str, Any]) -> str:
+    """A line per arm: points above or below dense in each task, with an interval of its own.
+
+    Args:
+        arms: Answers by task, by what a line is called.
+        base: Dense answers by task.
+    """
+
+    def points_lost(name: str, task: str) -> str:
+        points = [100 * each for each in differences(arms[name][task], base[task])]
+        if not any(points):  # or nothing that both have answered
+            return "0" if points else ""
+        low, high = (round(bound) for bound in interval(points))
+        return f"{round(float(np.mean(points))):+d} ({low:+d} to {high:+d})"
+
+    columns: dict[str, Any] = {"arm": lambda name: name}
+    for task, answers in base.items():
+        columns[f"{task} ({len(answers)})"] = lambda name, task=task: points_lost(name, task)
+    return tables.table(arms, columns)
 
 
 def lost_points(of_tasks: list[list[float]]) -> tuple[float, float, float]:
@@ -84,6 +110,7 @@ def lost_points(of_tasks: list[list[float]]) -> tuple[float, float, float]:
     return 100 * float(np.mean([np.mean(each) for each in of_tasks])), float(low), float(high)
 
 
-def _lost(of_tasks: list[list[float]]) -> str:
-    centre, low, high = lost_points(of_tasks)
+def lost(of_tasks: list[list[float]]) -> str:
+    """What :func:`lost_points` finds, in words."""
+    centre, low, high = (round(value, 1) + 0.0 for value in lost_points(of_tasks))  # no -0.0
     return f"{centre:+.1f} ({low:+.1f} to {high:+.1f})"

@@ -8,10 +8,14 @@ import re
 from pathlib import Path
 
 from benchmarks import published
+from benchmarks.quality import pages as quality
 from scripts.pages import features, metrics, settings
 
 ROOT = Path(__file__).parents[2]
-TABLES = {**published.TABLES, **settings.TABLES, **features.TABLES, **metrics.TABLES}
+TABLES = {
+    **{**published.TABLES, **quality.TABLES},
+    **{**settings.TABLES, **features.TABLES, **metrics.TABLES},
+}
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 

@@ -12,11 +12,6 @@ from benchmarks.gpu import machine
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_commit_may_be_given(monkeypatch):
-    monkeypatch.setenv("VLLM_SPARSE_COMMIT", "abc")
-    assert machine.facts()["commit"] == "abc"
-
-
 def test_stages_see_the_checkout_only_through_links(tmp_path, monkeypatch):
     site = tmp_path / "site"
     (site / "vllm").mkdir(parents=True)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 
@@ -24,9 +25,37 @@ def test_a_file_says_who_measured_what_and_where(tmp_path):
         assert read(path)["cells"] == [1]
     found = read(path)
     assert found["benchmark"] == "speed"
-    assert {"command", "date", "cpu", "cores", "versions"} <= set(found["environment"])
+    assert {"command", "commit", "date", "cpu", "cores", "versions"} <= set(found["environment"])
     assert "interrupted" not in found
     assert [file.name for file in path.parent.iterdir()] == ["r.json"]
+
+
+def test_the_commit_says_whether_more_than_results_has_changed(tmp_path, monkeypatch):
+    def git(*command):
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@y", *command],
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        return done.stdout.strip()
+
+    monkeypatch.delenv("VLLM_SPARSE_COMMIT", raising=False)
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(results, "FOLDER", folder)
+    assert results.commit() is None  # no checkout
+    code, result = tmp_path / "code.py", folder / "r.json"
+    for path in (code, result):
+        path.write_text("1")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-q", "-m", "x")
+    head = git("rev-parse", "HEAD")
+    result.write_text("2")
+    assert results.commit() == head
+    code.write_text("2")
+    assert results.commit() == f"{head}-dirty"
+    monkeypatch.setenv("VLLM_SPARSE_COMMIT", "abc")
+    assert results.commit() == "abc"
 
 
 def interrupted(path, error: BaseException, body: dict) -> None:

@@ -131,10 +131,11 @@ def _here() -> str:
 def _text(arm: Arm, question: Question) -> str:
     if arm.refused:
         return f"{arm.name}: refused\n  " + "\n  ".join(arm.refused)
+    part = " (compressed keys and a step's frames)" if arm.slab_bytes else ""
     lines = [
         f"{arm.name}: {arm.kept}",
-        f"  a request: {arm.request_bytes / _GIB:.3f} GiB on the device, {arm.request_blocks} "
-        f"blocks ({arm.prompt_blocks} while its prompt is read)",
+        f"  a request: {arm.request_bytes / _GIB:.3f} GiB on the device{part}, "
+        f"{arm.request_blocks} blocks ({arm.prompt_blocks} while its prompt is read)",
         f"  pool: {arm.pool_blocks} blocks, {arm.pool_bytes / _GIB:.2f} GiB on the device; "
         f"{arm.fits} requests at once",
     ]

@@ -33,11 +33,6 @@ if TYPE_CHECKING:
     from vllm_sparse.policies.protocol import Policy
     from vllm_sparse.policies.sparda import SpardaSettings
 
-MISSES = 0.25
-"""Of SPARDA's free picks; docs/benchmarks.md says 0.18 to 0.33."""
-
-_STEP = 1024
-_FURTHEST = 1 << 20
 # More requests at once than any server is asked for, to learn how many a slab serves.
 _MANY = 4096
 CPU_LEAVES_OUT = "choosing, bookkeeping and the wait for copies, which a CPU does itself"
@@ -132,7 +127,8 @@ class Arm:
         pool_bytes: On the device.
         prompt_blocks: Of a request while its prompt is read.
         request_blocks: Of a request with all its tokens.
-        request_bytes: On the device: blocks; SPARDA: compressed keys and frames of a step.
+        request_bytes: On the device: blocks; SPARDA: compressed keys and frames of a step, without
+            the slab's others and staging, which requests share.
         request_host_bytes: In host memory.
         host_bytes: Of the host pool, all ranks.
         slab_bytes: Frames of all requests.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DENSE = "dense"
 MISSES = 0.25
-"""Of SPARDA's free picks; measured were 0.18 to 0.33 (``benchmarks.blocks``)."""
+"""Of SPARDA's free picks; measured were 0.16 to 0.31 (``benchmarks.blocks``)."""
 
 _STEP = 1024
 _FURTHEST = 1 << 20

@@ -32,7 +32,10 @@ def test_table() -> None:
     text = report.render({"arms": arms})
     assert "**4096 tokens**" in text
     assert "| other | 0.50 | 0.50 | 0.500 | -25.0 (-25.0 to -25.0) |" in text
-    assert text.count("\n|") == 4
+    head, other = text.split("To dense by task, points (90 %):\n\n")[1].splitlines()[::2]
+    assert head == "| arm | vt (2) | cwe (2) |"
+    assert other == "| other | -50 (-50 to -50) | 0 |"
+    assert text.count("\n|") == 7
 
 
 def test_arms_with_fewer_questions_say_so() -> None:

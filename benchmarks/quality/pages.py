@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The tables of docs/quality.md, from the laboratory's replies.
+
+All arms of a table are scored by the same questions: those that each of them has answered.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from benchmarks import published
+from benchmarks.quality import report
+from benchmarks.tables import table
+
+Cells = dict[str, Any]  # questions' answers by task
+FILE, CONTEXT = "quality-lab", "4096"
+TASKS = ("multivalue", "cwe", "table", "niah_multikey_3", "vt", "multiquery", "niah_multikey_2",
+         "fwe")  # fmt: skip
+BUDGETS = (256, 512, 1024)
+WINDOWS = {
+    "dense": "dense",
+    **{f"{kind}-{n}": f"window {window}, t = {n}" for n in BUDGETS
+       for kind, window in (("paper", 32), ("window16", 16))},
+}  # fmt: skip
+# Of stage 1, tried on few questions.
+TRIED = {
+    "dense": "dense",
+    "paper-1024": "window 32 (the paper's)",
+    "window16-1024": "window 16 (default)",
+    "window128-1024": "window 128",
+    "pool15-1024": "window 32, pool 15 wide, not 63",
+    "idealvotes-1024": "votes of the answer's own queries (oracle)",
+}
+SPARDA = ("query", "previous", "forecast")
+EVERY = {
+    "dense": "dense",
+    "exact-256": "exact top-k, 256 tokens",
+    "exact-1024": "exact top-k, 1,024 tokens",
+    **{f"window16-{n}": f"ROCKETKV, t = {n}{' (default)' if n == 1024 else ''}"
+       for n in (*BUDGETS, 2048)},
+    "stage1-1024": "t = 1024, stage 1 only",
+    "stage2-1024": "t = 1024, stage 2 only",
+    **{f"paper-{n}": f"the paper's window: t = {n}" for n in BUDGETS},
+    **{f"{name.lower()}-{n}": f"{name}, t = {n}" for name in ("QUEST", "SNAPKV") for n in BUDGETS},
+    **{f"streamingllm-{n}": f"STREAMINGLLM, t = {n}" for n in BUDGETS[1:]},
+    "exactblocks-16": "SPARDA, exact mass of blocks, 16",
+    **{f"{name}-{n}": f"SPARDA, `{name}`, {n}" for name in SPARDA for n in (16, 32)},
+    "forecastunion-16": "SPARDA, `forecast`, 16, and what the step before chose",
+}  # fmt: skip
+BY_TASK = (
+    *("exact-256", "exact-1024", *(f"window16-{n}" for n in (*BUDGETS, 2048))),
+    *(f"{name}-32" for name in SPARDA),
+)
+
+
+def scored(names: dict[str, str] | tuple[str, ...]) -> dict[str, dict[str, Cells]]:
+    """Per arm and task, the answers to the questions that all these arms have answered."""
+    arms = published.result(FILE)["arms"]
+    found = {name: arms[name][CONTEXT] for name in names}
+    shared: dict[str, Any] = {}
+    for task in TASKS:
+        if all(task in cells for cells in found.values()):
+            keys = set.intersection(*(set(cells[task]) for cells in found.values()))
+            shared[task] = sorted(keys, key=int)
+    return {
+        name: {task: {key: cells[task][key] for key in keys} for task, keys in shared.items()}
+        for name, cells in found.items()
+    }
+
+
+def _mean(answers: Cells) -> float:
+    return float(np.mean([each["score"] for each in answers.values()]))
+
+
+def _paired(of: dict[str, Cells], base: dict[str, Cells], tasks: list[str]) -> str:
+    return report.lost([report.differences(of[task], base[task]) for task in tasks])
+
+
+def scores(names: dict[str, str]) -> str:
+    """A line per arm: means of tasks, their mean, and the difference from dense."""
+    found = scored(names)
+    dense = found["dense"]
+    columns: dict[str, Any] = {"arm": lambda name: names[name]}
+    for task, answers in dense.items():
+        columns[f"{task} ({len(answers)})"] = lambda name, task=task: (
+            f"{_mean(found[name][task]):.2f}".removeprefix("0")
+        )
+    columns["mean"] = lambda name: (
+        f"{np.mean([_mean(each) for each in found[name].values()]):.3f}".removeprefix("0")
+    )
+    columns["to dense, points (90 %)"] = lambda name: (
+        None if name == "dense" else _paired(found[name], dense, list(dense))
+    )
+    return table(names, columns)
+
+
+def windows() -> str:
+    """The default window minus the paper's, in points."""
+    found = scored(WINDOWS)
+    tasks = list(found["dense"])
+
+    def gain(n: int, of: list[str]) -> str:
+        return _paired(found[f"window16-{n}"], found[f"paper-{n}"], of)
+
+    return table(
+        BUDGETS,
+        {
+            "t": lambda n: f"{n}{' (default)' if n == 1024 else ''}",
+            f"all {len(tasks)} tasks": lambda n: gain(n, tasks),
+            "without `table`": lambda n: gain(n, [task for task in tasks if task != "table"]),
+        },
+    )
+
+
+def by_task() -> str:
+    """Points above or below dense in each task, with an interval of its own."""
+    found = scored(("dense", *BY_TASK))
+    return report.by_task({EVERY[name]: found[name] for name in BY_TASK}, found["dense"])
+
+
+TABLES = {
+    "quality-windows": lambda: scores(WINDOWS),
+    "quality-gains": windows,
+    "quality-tried": lambda: scores(TRIED),
+    "quality-every": lambda: scores(EVERY),
+    "quality-by-task": by_task,
+}

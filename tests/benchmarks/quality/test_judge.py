@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""The judge's options with made-up engines: what they ask for is done or refused."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import arms, corpus, harness
+from benchmarks.quality import judge, lab, prompts, questions
+
+QUESTION = SimpleNamespace(
+    task="vt", index=0, key="vt-0", prompt=[1], max_tokens=2, score=lambda reply: float(reply)
+)
+
+
+class FakeWorker:
+    """Scores a half with any settings."""
+
+    def __init__(self, arm, arguments, served):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def call(self, command, **arguments):
+        return [{"text": "0.5"}]
+
+
+class FakeLab:
+    """Notes which arms it was asked for; scores one for each."""
+
+    asked: tuple[str, ...] = ()
+
+    def __init__(self, *_):
+        pass
+
+    def answers(self, schemes):
+        type(self).asked = tuple(schemes)
+        return {name: [1] for name in schemes}
+
+
+@pytest.fixture(autouse=True)
+def _made_up(monkeypatch, tmp_path):
+    tokenizer = SimpleNamespace(eos_token_id=0, decode=lambda tokens: str(tokens[0]))
+    network = SimpleNamespace(heads=(4, 2, 16), eos={0}, forecast=None)
+    for module, name, made in (
+        (questions, "load", lambda *_: [QUESTION]),
+        (harness, "resolve_model", lambda name: tmp_path),
+        (harness, "engine_args", lambda *_, **__: {}),
+        (harness, "tokenizer_of", lambda name: tokenizer),
+        (corpus, "prose_tokens", lambda *_: []),
+        (judge, "Worker", FakeWorker),
+        (prompts, "Network", lambda *_, **__: network),
+        (prompts, "saved", lambda *_: None),
+        (lab, "Lab", FakeLab),
+    ):
+        monkeypatch.setattr(module, name, made)
+
+
+def run(tmp_path, *options, tasks=("vt",)):
+    out = tmp_path / "quality.json"
+    judge.main(["--contexts", "4096", "--tasks", *tasks, "--out", str(out), *options])
+    return json.loads(out.read_text())["arms"]
+
+
+def test_settings_reach_the_arms_that_are_served(tmp_path):
+    found = run(tmp_path, "--arms", "dense,rocketkv-512", "--setting", "window=32")
+    assert found["rocketkv-512"]["settings"]["window"] == 32
+    assert found["rocketkv-512"]["4096"]["vt"]["0"]["score"] == 0.5
+
+
+def test_a_file_does_not_mix_settings(tmp_path, capsys):
+    run(tmp_path, "--arms", "dense,rocketkv-512", "--setting", "window=32")
+    run(tmp_path, "--arms", "dense,rocketkv-512", "--setting", "window=32")
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--arms", "dense,rocketkv-512", "--setting", "window=16")
+    assert "name another file with --out" in capsys.readouterr().err
+
+
+def test_the_laboratory_refuses_settings(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--lab", "--arms", "dense,rocketkv-512", "--setting", "window=32")
+    assert "name the arm that has the value" in capsys.readouterr().err
+    assert not (tmp_path / "quality.json").exists()
+
+
+@pytest.mark.parametrize("group", ["policies", "ablations", "votes"])
+def test_the_laboratory_takes_groups(tmp_path, group):
+    found = run(tmp_path, "--lab", "--arms", group)
+    assert tuple(found) == FakeLab.asked == tuple(judge.LABORATORY.get(group) or arms.GROUPS[group])
+
+
+def test_what_the_laboratory_cannot_do_is_said_before_any_question(tmp_path):
+    with pytest.raises(SystemExit, match="sparse-dense is served, but the laboratory"):
+        run(tmp_path, "--lab", "--arms", "selectors")
+    with pytest.raises(SystemExit, match="forecast-16 needs weights"):
+        run(tmp_path, "--lab", "--arms", "dense,forecast-16")

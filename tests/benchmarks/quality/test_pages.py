@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Tables of the quality page: arms side by side are scored by the same questions."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import published
+from benchmarks.quality import pages
+
+
+def answers(*scores):
+    return {str(index): {"score": score, "reply": ""} for index, score in enumerate(scores)}
+
+
+@pytest.fixture
+def results(monkeypatch):
+    """One question more of dense than of the others."""
+    arms = {
+        name: {"4096": {"vt": answers(0.5, 0.5), "table": answers(0.0, 1.0)}}
+        for name in {**pages.WINDOWS, **pages.EVERY}
+    }
+    arms["dense"]["4096"] = {"vt": answers(1.0, 1.0, 0.0), "table": answers(0.0, 1.0, 0.0)}
+    monkeypatch.setattr(published, "result", lambda name: {"arms": arms})
+    return arms
+
+
+def test_only_shared_questions_count(results):
+    head, _, dense, *others = pages.scores(pages.WINDOWS).splitlines()
+    assert head == "| arm | table (2) | vt (2) | mean | to dense, points (90 %) |"
+    assert dense == "| dense | .50 | 1.00 | .750 | |"
+    assert others[0] == "| window 32, t = 256 | .50 | .50 | .500 | -25.0 (-25.0 to -25.0) |"
+
+
+def test_each_task_has_an_interval_of_its_own(results):
+    results["exact-256"]["4096"]["table"] = answers(0.0, 0.5)
+    head, _, exact, other, *_ = pages.by_task().splitlines()
+    assert head == "| arm | table (2) | vt (2) |"
+    assert exact == "| exact top-k, 256 tokens | -25 (-50 to +0) | -50 (-50 to -50) |"
+    assert other == "| exact top-k, 1,024 tokens | 0 | -50 (-50 to -50) |"
+
+
+def test_gains_are_paired(results):
+    results["window16-512"]["4096"]["vt"] = answers(1.0, 1.0)
+    *_, plain, gained, _ = pages.windows().splitlines()
+    assert plain == "| 256 | +0.0 (+0.0 to +0.0) | +0.0 (+0.0 to +0.0) |"
+    assert gained == "| 512 | +25.0 (+25.0 to +25.0) | +50.0 (+50.0 to +50.0) |"
