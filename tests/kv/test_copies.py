@@ -94,17 +94,44 @@ def test_a_pool_without_room_copies_nothing_and_serves_all(llama, skipped):
     assert machine.free_blocks() == 26
 
 
-def test_a_hit_that_never_fits_is_given_up(llama, skipped):
+def test_a_hit_is_cut_to_what_fits_beside_its_copies(llama, skipped):
     """All of the tail is in the cache, but prompt, hit and copies are more than the pool."""
     machine = Machine(llama, blocks=32)
     machine.serve(PROMPT, new_tokens=1)
     shared, hits = limits(machine)
     assert published(machine, PROMPT) == 400 // BLOCK
-    assert 26 + (hits - shared) // BLOCK > 31
-    assert machine.serve(PROMPT, new_tokens=1) == shared
-    assert machine.copied == 0
-    assert skipped() == {"hit_never_fits": (hits - shared) // BLOCK}
+    fits = 31 - 26
+    assert fits < (hits - shared) // BLOCK
+    assert machine.serve(PROMPT, new_tokens=1) == shared + fits * BLOCK
+    assert machine.copied == fits
+    assert skipped() == {"hit_cut": (hits - shared) // BLOCK - fits}
     assert machine.free_blocks() == 31
+
+
+def test_who_fits_without_copies_does_not_wait_for_them(llama):
+    machine = Machine(llama, blocks=32)
+    machine.serve(PROMPT, new_tokens=1)
+    machine.add([9] * 20, new_tokens=60)
+    machine.step()
+    request = machine.add(PROMPT)
+    machine.step()
+    shared, hits = limits(machine)
+    assert shared < machine.first_hits[request.request_id] < hits
+    machine.run()
+
+
+def test_waiting_for_blocks_costs_no_hit(llama, skipped):
+    machine = Machine(llama, blocks=80)
+    machine.serve(PROMPT)
+    held = machine.pool.get_new_blocks(54)
+    request = machine.add([*PROMPT, *range(200)])
+    for _ in range(40):
+        machine.step()
+    assert not machine.first_hits.keys() & {request.request_id}
+    machine.pool.free_blocks(held)
+    machine.run()
+    assert machine.first_hits[request.request_id] == 400
+    assert skipped() == {}
 
 
 def test_a_request_that_ends_with_its_prompt_leaves_its_tail(llama):

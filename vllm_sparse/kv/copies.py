@@ -28,17 +28,8 @@ if TYPE_CHECKING:
 
     from vllm_sparse.kv.manager import PolicyManager
 
-# Refused admissions after which a request does without copies: a pool may never hold the prompt,
-# what was hit and its copies at once. Busy ones have room again within a few steps.
-_MOST_TRIES = 32
-
-_tries: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
 _unwritten: WeakKeyDictionary[BlockPool, set[int]] = WeakKeyDictionary()
-
-
-def goes_without(request: Request) -> bool:
-    """Whether a request may only hit what needs no copies, as it was refused too often."""
-    return _tries.get(request, 0) >= _MOST_TRIES
+_cut: WeakKeyDictionary[Request, int] = WeakKeyDictionary()  # blocks of the last lookup
 
 
 def unwritten(pool: BlockPool) -> set[int]:
@@ -47,6 +38,34 @@ def unwritten(pool: BlockPool) -> set[int]:
     Whoever reads them in that step finds them written, but copies are made before.
     """
     return _unwritten.setdefault(pool, set())
+
+
+def copyable(
+    pool: BlockPool, request: Request, row: Sequence[KVCacheBlock], tail: range, size: int
+) -> int:
+    """How many leading blocks of a hit a request can take in this step.
+
+    Of its tail those that are written and that fit, each beside its copy, into a pool that must
+    hold the whole request. What does not fit is computed: waiting would hold up whoever is behind.
+
+    Args:
+        pool: Of blocks.
+        request: The request.
+        row: What the prefix cache has of it.
+        tail: Full prompt blocks that are copied.
+        size: Tokens per block.
+    """
+    _cut.pop(request, None)
+    in_use = sum(block.ref_cnt > 0 for block in row[: tail.start])
+    # One more for drafts, or the first outputs.
+    room = pool.get_num_free_blocks() - (-(-request.num_tokens // size) + 1 - in_use)
+    for place in range(tail.start, len(row)):
+        if row[place].block_id in unwritten(pool):
+            return place
+        if row[place].ref_cnt == 0 and (room := room - 1) < 0:
+            _cut[request] = len(row) - place
+            return place
+    return len(row)
 
 
 class PrefixCopies:
@@ -60,7 +79,6 @@ class PrefixCopies:
         self._manager = manager
         self._pool = manager.block_pool
         self._hits: dict[str, range] = {}
-        self._given_up: dict[str, int] = {}  # blocks that a request wanted when it was refused last
         self._out: dict[str, dict[int, KVCacheBlock]] = {}  # by place in the request
 
     def _tail(self, request: Request) -> range:
@@ -91,12 +109,6 @@ class PrefixCopies:
             hit_tokens: How many tokens of it.
         """
         needed, queued = len(self._hit_tail(request_id, hit_blocks, hit_tokens)), self._queued
-        if not needed:
-            return 0
-        if request := of_id(request_id):
-            _tries[request] = _tries.get(request, 0) + 1
-            if goes_without(request):  # from the next lookup on
-                self._given_up[request_id] = needed
         if queued and queued + needed > self._manager.kv_cache_spec.most_copies:
             return self._pool.num_gpu_blocks  # the next step has room for it
         return needed
@@ -114,13 +126,10 @@ class PrefixCopies:
         Returns:
             These blocks.
         """
-        hit = self._hits.pop(request_id, range(0))
-        given_up = self._given_up.pop(request_id, 0)
-        if not hit:
-            _count_skipped(given_up, "hit_never_fits")
-            return []
         if request := of_id(request_id):
-            _tries.pop(request, None)
+            _count_skipped(_cut.pop(request, 0), "hit_cut")
+        if not (hit := self._hits.pop(request_id, range(0))):
+            return []
         blocks, private = self._manager.req_to_blocks[request_id], self._new(len(hit))
         # Given back in this order, so that a prefix is evicted from its end on.
         for place, copy in reversed(list(zip(hit, private, strict=True))):
@@ -177,7 +186,6 @@ class PrefixCopies:
         The tail is untouched if the prompt is processed and no step behind it was scheduled.
         """
         self._hits.pop(request_id, None)
-        self._given_up.pop(request_id, None)
         self.publish(request_id)
         request = of_id(request_id)
         blocks = self._manager.req_to_blocks.get(request_id)

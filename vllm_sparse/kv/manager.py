@@ -13,7 +13,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from vllm_sparse import metrics
 from vllm_sparse.features import POLICIES, refuse
-from vllm_sparse.kv.copies import PrefixCopies, goes_without, unwritten
+from vllm_sparse.kv.copies import PrefixCopies, copyable, unwritten
 from vllm_sparse.kv.requests import (
     control_of_request,
     of_hashes,
@@ -103,21 +103,17 @@ class PromptAwareManager(FullAttentionManager):
         output up in one go, and another group's hit may have shortened it.
         """
         request, (pool, spec) = of_hashes(block_hashes), cls._where(*args, **kwargs)
-        limit = 0 if request is None else cls._hit_limit(spec, request)
+        limit = 0 if request is None else hittable_tokens(spec, request)
         if limit is not None:
             max_length = min(max_length, limit)
         found = super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
-        if request is None or (end := cls._written_end(pool, spec, request, found[0])) is None:
+        if request is None or (end := cls._hit_end(pool, spec, request, found[0])) is None:
             return found
         return super().find_longest_cache_hit(block_hashes, end, *args, **kwargs)
 
     @classmethod
-    def _hit_limit(cls, spec: Any, request: Request) -> int | None:
-        return hittable_tokens(spec, request)
-
-    @classmethod
-    def _written_end(cls, pool: Any, spec: Any, request: Request, hits: Any) -> int | None:
-        """Tokens of a hit that are there when it is needed; ``None``: all."""
+    def _hit_end(cls, pool: Any, spec: Any, request: Request, hits: Any) -> int | None:
+        """Tokens of a hit that the request can take in this step; ``None``: all."""
         return None
 
     @staticmethod
@@ -198,24 +194,11 @@ class PolicyManager(PromptAwareManager):
         )
 
     @classmethod
-    def _hit_limit(cls, spec: Any, request: Request) -> int | None:
-        if goes_without(request):
-            return publishable_tokens(spec, request)
-        return hittable_tokens(spec, request)
-
-    @classmethod
-    def _written_end(cls, pool: Any, spec: Any, request: Request, hits: Any) -> int | None:
-        """What is copied must be there when the step begins."""
-        fresh, tail = unwritten(pool), tail_blocks(spec, request)
-        if not fresh or not tail:
+    def _hit_end(cls, pool: Any, spec: Any, request: Request, hits: Any) -> int | None:
+        if not (tail := tail_blocks(spec, request)):
             return None
-        ends = [
-            place * spec.block_size
-            for blocks in hits
-            for place in range(tail.start, len(blocks))
-            if blocks[place].block_id in fresh
-        ]
-        return min(ends, default=None)
+        ends = [(len(row), copyable(pool, request, row, tail, spec.block_size)) for row in hits]
+        return min((end * spec.block_size for whole, end in ends if end < whole), default=None)
 
     def new_step_starts(self) -> None:
         """What was published before is written when the step's copies are made."""

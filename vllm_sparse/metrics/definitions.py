@@ -129,8 +129,8 @@ _ALL = (
             Reason("pool_short", "Running requests may need the blocks that are free", "policies"),
             Reason("step_limit", "Other copies of the step take all that it may copy", "policies"),
             Reason(
-                "hit_never_fits",
-                "The pool did not once hold a waiting prompt, what it hit and the copies of that",
+                "hit_cut",
+                "The pool did not hold a prompt, what it hit and the copies of that at once",
                 "policies",
             ),
         ),
