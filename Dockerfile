@@ -18,6 +18,8 @@ RUN pip install --no-cache-dir --no-deps /tmp/vllm-sparse && rm -rf /tmp/vllm-sp
 ENV HOME=/home/vllm
 RUN (id vllm >/dev/null 2>&1 || useradd --create-home vllm) \
     && mkdir -p /home/vllm/.cache/huggingface && chown -R vllm /home/vllm
+# By name: whoever has it already has an id that is not known here.
+# hadolint ignore=DL3066
 USER vllm
 WORKDIR /home/vllm
 

@@ -12,7 +12,7 @@ COMMIT = $(or $(VLLM_SPARSE_COMMIT),$(shell git describe --always --abbrev=12 --
 PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup wheel demo serve test test-fast lint style tree types layers site docs tables report format bench soak fuzz metrics-check gpu-first gpu-check gpu-bench gpu-tune gpu-walk clean
+.PHONY: help setup wheel demo serve test test-fast lint style tree types layers site dockerfile docs tables report format bench soak fuzz metrics-check gpu-first gpu-check gpu-bench gpu-tune gpu-walk clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,7 +35,7 @@ test: setup ## Run all tests that this machine can run
 test-fast: setup ## Run the tests that need no engine, no model and little time
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not vllm and not model"
 
-lint: setup style types layers site ## Check style, types, layers and the documentation's links
+lint: setup style types layers site dockerfile ## Check style, types, layers, the documentation's links and the Dockerfile
 
 style:
 	@$(BIN)/ruff check .
@@ -56,13 +56,16 @@ layers: tree
 site:
 	@said=$$(NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict 2>&1) || { echo "$$said"; exit 1; }
 
+dockerfile:
+	@$(BIN)/hadolint Dockerfile
+
 docs: setup site ## Build the documentation into build/site
 	@echo "build/site/index.html"
 
 tables: setup ## Write the tables of README.md and docs/ anew, from code and result files
 	@$(BIN)/python -m scripts.pages
 
-report: setup ## Draw the pictures of the results anew (needs matplotlib: the extra report)
+report: setup ## Draw the pictures of the results anew
 	@$(BIN)/python -m benchmarks.pictures
 
 format: setup ## Format the code and fix what can be fixed

@@ -140,7 +140,7 @@ fi
 create_venv
 install_vllm
 say "installing vllm-sparse (editable) and the development tools"
-pip_install --editable ".[dev,docs,models,train]"
+pip_install --editable ".[dev,docs,models,report,train]"
 remove_broken_media_packages
 provide_vllm_metadata
 check

@@ -334,14 +334,22 @@ def names(feature: str, family: str) -> tuple[str, ...]:
 
 
 @cache
-def written_in(file: str) -> frozenset[str]:
-    found = set()
+def written_in(file: str) -> dict[str, str]:
+    """Tests of a file by name, as they are written."""
+    found = {}
     for node in ast.parse((ROOT / file).read_text()).body:
         if isinstance(node, ast.FunctionDef):
-            found.add(node.name)
+            found[node.name] = ast.unparse(node)
         if isinstance(node, ast.ClassDef):
-            found |= {f"{node.name}::{part.name}" for part in node.body if hasattr(part, "name")}
-    return frozenset(found)
+            for part in node.body:
+                if isinstance(part, ast.FunctionDef):
+                    found[f"{node.name}::{part.name}"] = ast.unparse(part)
+    return found
+
+
+def skips(text: str) -> bool:
+    """Whether a test may leave itself out for a reason of its own."""
+    return bool(re.search(r"importorskip|\bskip(if)?\(|xfail|mark\.skip", text))
 
 
 def test_every_feature_can_be_asked_for():
@@ -378,6 +386,21 @@ def test_what_is_served_has_a_test(feature):
     for test in [*shown, *([BY_ENGINE[feature]] if feature in BY_ENGINE else [])]:
         file, _, name = test.partition("::")
         assert name in written_in(file), test
+        assert not skips(written_in(file)[name]), test
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pytest.skip('no')",
+        "pytest.importorskip('x')",
+        "@pytest.mark.skipif(True)",
+        "pytest.xfail()",
+    ],
+)
+def test_a_test_that_leaves_itself_out_shows_nothing(line):
+    assert skips(line)
+    assert not skips("run(skip_layers=1)  # fmt: skip")
 
 
 def test_reasons_say_what_to_do():

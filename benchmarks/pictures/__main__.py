@@ -15,8 +15,8 @@ from pathlib import Path
 from benchmarks.pictures import memory, quality, speed
 
 PICTURES = (
-    quality.policies, quality.windows, speed.speed, speed.prompts, speed.overlap,
-    memory.device_bytes, memory.growth, memory.generations, memory.capacity,
+    quality.policies, quality.windows, speed.speed, speed.serving, speed.prompts,
+    speed.overlap, memory.device_bytes, memory.growth, memory.generations, memory.capacity,
 )  # fmt: skip
 FOLDER = Path(__file__).parents[2] / "docs/images"
 

@@ -80,6 +80,11 @@ def _lines(axes: Any, picture: Picture) -> None:
             axes.plot(xs, ys, "o", color=colour, markersize=7)
         else:
             axes.plot(xs, ys, "-o", color=colour, markersize=5)
+        for x, y, mark in zip(xs, ys, series.marks, strict=False):
+            axes.annotate(
+                mark, (x, y), xytext=(0, 8), textcoords="offset points", color=colour, fontsize=9,
+                ha="center",
+            )  # fmt: skip
         if series.spans:
             low, high = zip(*series.spans, strict=True)
             axes.vlines(xs, low, high, color=colour, alpha=0.5, linewidth=1.5)

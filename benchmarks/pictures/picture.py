@@ -22,12 +22,14 @@ class Series(NamedTuple):
         points: ``(x, y)``; of bars, x is the place of a category.
         spans: Intervals of y, if there are any.
         role: ``line``, ``reference`` (dashed), ``dot``, ``bar``, ``part`` of a stack, ``bound``.
+        marks: What is written at each point, if anything.
     """
 
     name: str
     points: tuple[tuple[float, float], ...]
     spans: tuple[tuple[float, float], ...] = ()
     role: str = "line"
+    marks: tuple[str, ...] = ()
 
 
 class Picture(NamedTuple):

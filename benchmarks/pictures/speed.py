@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from benchmarks.pictures.picture import MODELS, K, Picture, Series, machine
 from benchmarks.published import result
+from benchmarks.serving import medians
 
 SPEEDS = (
     ("speed-smollm2", 1),
@@ -81,6 +82,39 @@ def prompts() -> Picture:
         series,
         PROMPTS,
         ticks=tuple(cell["context"] for cell in cells),
+    )
+
+
+SERVING = "serving-smollm2-4k"
+
+
+def serving() -> Picture:
+    """Throughput of all users against that of each, with so many of them."""
+    found = result(SERVING)
+    rows = medians(found["points"])
+    names = {"dense": "stock", "rocketkv-512": "ROCKETKV"}
+    series = []
+    for arm, name in names.items():
+        own = [row for row in rows if row["arm"] == arm]
+        points = tuple(
+            (round(1e3 / row["tpot"][0], 2), round(row["output_throughput"], 2)) for row in own
+        )
+        marks = tuple(f"{row['users']} user{'s' if row['users'] > 1 else ''}" for row in own)
+        series.append(Series(name, points, marks=marks))
+    stock, ours = ([y for _, y in each.points] for each in series)
+    gains = [100 * new / old - 100 for old, new in zip(stock, ours, strict=True)]
+    rounds = len({point["round"] for point in found["points"]})
+    return Picture(
+        "serving",
+        f"Tokens per second of all users: {min(gains):+.0f} to {max(gains):+.0f} % against stock "
+        "in as many bytes of KV cache",
+        f"SmolLM2-135M, prompts of {found['context'] - found['output']:,} tokens, replies of "
+        f"{found['output']}, t = 512, vllm bench serve, rounds: {rounds}; a user's are those after "
+        f"the first token (median). {machine(SERVING)}",
+        "tokens per second of a user",
+        "tokens per second of all users",
+        tuple(series),
+        (SERVING,),
     )
 
 

