@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 from support.scheduler import BLOCK, Machine, prompts
 
+from vllm_sparse.kv.copies import PrefixCopies
 from vllm_sparse.metrics import counters
 from vllm_sparse.metrics.definitions import METRICS
 
@@ -120,6 +121,17 @@ def test_who_fits_without_copies_does_not_wait_for_them(llama):
     machine.run()
 
 
+def test_a_hit_in_blocks_that_are_in_use_needs_room_for_copies_only(llama):
+    """Without it the request would have to compute as many blocks."""
+    machine = Machine(llama, blocks=42 + 15 + 1)
+    machine.add([*PROMPT, *[9] * 260], new_tokens=1)
+    for _ in range(6):
+        machine.step()
+    request = machine.add(PROMPT, new_tokens=1)
+    machine.run()
+    assert machine.first_hits[request.request_id] == limits(machine)[1]
+
+
 def test_waiting_for_blocks_costs_no_hit(llama, skipped):
     machine = Machine(llama, blocks=80)
     machine.serve(PROMPT)
@@ -159,9 +171,9 @@ def test_whoever_leaves_when_the_prompt_has_just_ended(llama, ahead, leave):
         machine.run()
         assert machine.free_blocks() == 119
         shared, hits = limits(machine)
-        # The fifth step, or the one behind it, is processed; a request that comes back with output
-        # has a chunk with tokens of both, and compacts in its midst.
-        kept = steps >= 5 + 2 * ahead or (leave == "preempted" and steps < 5)
+        # The fifth step is processed, or the one behind it planned, which copies; a request that
+        # comes back with output has a chunk with tokens of both, and compacts in its midst.
+        kept = steps >= 5 + ahead or (leave == "preempted" and steps < 5)
         assert machine.serve(PROMPT) == (hits if kept else shared)
 
 
@@ -191,17 +203,43 @@ def test_switched_off_prompts_hit_what_they_drop(llama):
     assert machine.copied == 0
 
 
-def test_a_prefix_is_evicted_from_its_end_on(llama):
+@pytest.mark.parametrize("turns", [1, 2])
+@pytest.mark.parametrize("new_tokens", [1, 8], ids=["ends with the prompt", "runs on"])
+def test_a_prefix_is_evicted_from_its_end_on(llama, turns, new_tokens):
+    """What a later turn has hit, and copies of its own, are as recent as the rest."""
     machine = Machine(llama, blocks=120)
-    machine.serve(PROMPT)
-    leads = []
-    for _ in range(400 // BLOCK):
+    texts = [PROMPT, [*PROMPT, *range(200)]][:turns]
+    for text in texts:
+        machine.serve(text, new_tokens)
+    whole, leads = len(texts[-1]) // BLOCK, []
+    for _ in range(whole):
         block = machine.pool.get_new_blocks(1)
-        leads.append(published(machine, PROMPT))
-        while leads[-1] == 400 // BLOCK:
+        leads.append(published(machine, texts[-1]))
+        while leads[-1] == whole:
             block += machine.pool.get_new_blocks(1)
-            leads[-1] = published(machine, PROMPT)
-    assert leads == list(range(400 // BLOCK - 1, -1, -1))
+            leads[-1] = published(machine, texts[-1])
+    assert leads == list(range(whole - 1, -1, -1))
+
+
+def test_copying_out_preempts_nobody(llama):
+    """The other prompt needs six blocks in the step that copies, when eight are free."""
+    machine = Machine(llama, blocks=40, scheduler_reserve_full_isl=True)
+    machine.add(PROMPT)
+    machine.add([2] * 208)
+    machine.run()
+    assert machine.preemptions == 0
+
+
+def test_copies_of_a_step_that_does_not_take_place_are_not_published(llama, monkeypatch):
+    """As above, if nothing were kept for the other, which is the more urgent one."""
+    monkeypatch.setattr(PrefixCopies, "_wanted", lambda _: 0)
+    machine = Machine(llama, blocks=40, scheduling_policy="priority")
+    machine.add(PROMPT, priority=1)
+    machine.step()
+    machine.add([2] * 208)
+    machine.run()
+    assert machine.preemptions > 0
+    assert machine.free_blocks() == 39
 
 
 @pytest.mark.parametrize("seed", range(8))

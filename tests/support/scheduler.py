@@ -24,6 +24,8 @@ class Machine:
         ahead: Steps that are scheduled before the oldest one is processed; 0: none.
         seed: Of ``random``.
         settings: Of the policy.
+        stock: Serve as vLLM itself does.
+        block: Tokens per block.
         **engine: Further arguments of vLLM.
 
     Attributes:
@@ -33,8 +35,9 @@ class Machine:
     """
 
     def __init__(
-        self, model, *, blocks: int, ahead: int = 0, seed: int = 0, settings=None, **engine: Any
-    ) -> None:
+        self, model, *, blocks: int, ahead: int = 0, seed: int = 0, settings=None,
+        stock: bool = False, block: int = BLOCK, **engine: Any,
+    ) -> None:  # fmt: skip
         import torch
         from vllm.utils.hashing import sha256
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -52,25 +55,27 @@ class Machine:
         from vllm_sparse.kv.spec import PolicySpec
 
         init_none_hash(sha256)
-        self.hasher = get_request_block_hasher(BLOCK, sha256)
-        self.policy = make_policy(**(settings or {}))
+        self.hasher = get_request_block_hasher(block, sha256)
+        dense = {"min_context": 1 << 20} if stock else {}
+        self.policy = make_policy(block_size=block, **(settings or {}), **dense)
+        self.block = block
         self.random = random.Random(seed)
         arguments = {
-            "max_model_len": 1024, "max_num_batched_tokens": 96, "max_num_seqs": 4,
-            "scheduler_reserve_full_isl": False, **engine,
+            "block_size": block, "max_model_len": 1024, "max_num_batched_tokens": 96,
+            "max_num_seqs": 4, "scheduler_reserve_full_isl": False, **engine,
         }  # fmt: skip
         config = copy.deepcopy(_config(str(model), ahead > 0, tuple(sorted(arguments.items()))))
         config.cache_config.num_gpu_blocks = blocks
-        stock = FullAttentionSpec(
-            block_size=BLOCK, num_kv_heads=2, head_size=16, dtype=torch.float32
+        spec = FullAttentionSpec(
+            block_size=block, num_kv_heads=2, head_size=16, dtype=torch.float32
         )
         size = blocks * PAGE_BYTES
         placed = KVCacheTensor(size, ["layer"], layer_stride=size, block_stride=PAGE_BYTES)
-        group = KVCacheGroupSpec(["layer"], PolicySpec.wrap(stock, self.policy))
+        group = KVCacheGroupSpec(["layer"], spec if stock else PolicySpec.wrap(spec, self.policy))
         cache = KVCacheConfig(blocks, [placed], [group])
         kind = AsyncScheduler if ahead else Scheduler
         manager = StructuredOutputManager(config)
-        self.scheduler: Any = kind(config, cache, manager, BLOCK, BLOCK)
+        self.scheduler: Any = kind(config, cache, manager, block, block)
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
         self.device: dict[int, Any] = {}
@@ -163,7 +168,7 @@ class Machine:
     def _compute(self, name: str, tokens: int) -> list[int]:
         """A step of a request: compact what ended, read what is there, write what is new."""
         request = self.scheduler.requests[name]
-        row = self.manager.req_to_blocks[name]
+        row, size = self.manager.req_to_blocks[name], self.block
         blocks = [block.block_id for block in row]
         end = request.num_computed_tokens
         start, prompt = end - tokens, request.num_prompt_tokens
@@ -171,15 +176,15 @@ class Machine:
         retention = self.policy.retention(prompt)
         self.first_hits.setdefault(name, start)
         compacted = retention.sparse and start > prompt
-        for index in range(start // BLOCK):
+        for index in range(start // size):
             if compacted and index >= retention.dropped_blocks:
                 assert self.device[blocks[index]] == name, "another's tail"
             elif not compacted:
-                expected = tuple(text[: (index + 1) * BLOCK])
+                expected = tuple(text[: (index + 1) * size])
                 assert self.device[blocks[index]] == expected, "reads foreign content"
-        for index in range(start // BLOCK, -(-end // BLOCK)):
-            whole = (index + 1) * BLOCK <= end
-            content = tuple(text[: (index + 1) * BLOCK]) if whole else "unfinished"
+        for index in range(start // size, -(-end // size)):
+            whole = (index + 1) * size <= end
+            content = tuple(text[: (index + 1) * size]) if whole else "unfinished"
             if row[index].block_hash is not None:
                 assert whole, "publishes what is not whole"
             self.device[blocks[index]] = content
@@ -196,7 +201,7 @@ def _config(model: str, ahead: bool, arguments: tuple[tuple[str, Any], ...]) -> 
     from vllm.engine.arg_utils import EngineArgs
 
     return EngineArgs(
-        model=model, attention_backend="ROCKETKV", skip_tokenizer_init=True, block_size=BLOCK,
+        model=model, attention_backend="ROCKETKV", skip_tokenizer_init=True,
         async_scheduling=ahead, **dict(arguments),
     ).create_engine_config()  # fmt: skip
 

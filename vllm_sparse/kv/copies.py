@@ -152,9 +152,9 @@ class PrefixCopies:
             return
         if request_id in self._out:
             return
-        places = self._unpublished(request)
-        # Each running request may need another block before these are given back.
-        room = (self._pool.get_num_free_blocks() - len(self._manager.req_to_blocks)) // 2
+        cached = self._cached(request)
+        places = [place for place in self._tail(request) if place not in cached]
+        room = self._pool.get_num_free_blocks() - self._wanted()
         most = self._manager.kv_cache_spec.most_copies - self._queued
         count = max(min(room, most), 0)
         _count_skipped(len(places) - count, "pool_short" if room < most else "step_limit")
@@ -167,18 +167,22 @@ class PrefixCopies:
             self._queue(blocks[place], copy)
         metrics.counters().add("prefix_blocks_copied_out", len(places))
 
-    def publish(self, request_id: str) -> None:
-        """Publish what was copied out, if its step is processed, and give it back.
+    def _wanted(self) -> int:
+        """Blocks that running requests may take in the step: what their prompts lack, and one."""
+        wanted, size = 0, self._manager.block_size
+        for request_id, row in self._manager.req_to_blocks.items():
+            request = of_id(request_id)
+            tokens = request.num_tokens if request else 0
+            wanted += max(-(-tokens // size) - len(row), 0) + 1
+        return wanted
+
+    def step_starts(self) -> None:
+        """Publish what the steps scheduled so far copy out: whatever is scheduled now runs later.
 
         Not sooner: in one step copies read before any is written.
         """
-        copies = self._out.pop(request_id, None)
-        if copies is None:
-            return
-        request = of_id(request_id)
-        if request is not None and _processed(request) > request.num_prompt_tokens:
-            self._publish(request, copies)
-        self._pool.free_blocks(reversed(copies.values()))
+        for request_id in list(self._out):
+            self._give_back(request_id, self._out.pop(request_id))
 
     def leave(self, request_id: str) -> None:
         """Publish what a request leaves that ends or is preempted: its copies or its own tail.
@@ -186,14 +190,19 @@ class PrefixCopies:
         The tail is untouched if the prompt is processed and no step behind it was scheduled.
         """
         self._hits.pop(request_id, None)
-        self.publish(request_id)
-        request = of_id(request_id)
-        blocks = self._manager.req_to_blocks.get(request_id)
-        if request is None or not blocks or request.num_in_flight_tokens:
+        if copies := self._out.pop(request_id, None):
+            if self._queued:  # in the very step, which does not take place then
+                self._pool.free_blocks(copies.values())
+            else:
+                self._give_back(request_id, copies)
+        request, row = of_id(request_id), self._manager.req_to_blocks.get(request_id)
+        if request is None or not row or request.num_in_flight_tokens:
             return
-        if request.num_computed_tokens != request.num_prompt_tokens:
-            return
-        self._publish(request, {place: blocks[place] for place in self._unpublished(request)})
+        if request.num_computed_tokens == request.num_prompt_tokens:
+            tail = self._tail(request)
+            own = {place: row[place] for place in tail}
+            row[tail.start : tail.stop] = [self._pool.null_block] * len(tail)
+            self._give_back(request_id, own)
 
     # -- both --------------------------------------------------------------------------------------
 
@@ -209,33 +218,45 @@ class PrefixCopies:
         copy.ref_cnt += 1
         self._manager._pending_cow_copies.append((source, copy))
 
-    def _unpublished(self, request: Request) -> list[int]:
-        """Places in the tail whose content is not in the prefix cache."""
-        pool, group = self._pool, self._manager.kv_cache_group_id
+    def _cached(self, request: Request) -> dict[int, KVCacheBlock]:
+        """What the prefix cache has of a tail, by place."""
         if not (tail := self._tail(request)):
-            return []
-        size = self._manager.block_size
-        hashes = resolve_block_hashes(request.block_hashes, pool.hash_block_size, size)
-        return [i for i in tail if pool.get_cached_block(hashes[i], [group]) is None]
+            return {}
+        pool, group = self._pool, [self._manager.kv_cache_group_id]
+        hashes = resolve_block_hashes(
+            request.block_hashes, pool.hash_block_size, self._manager.block_size
+        )
+        found = {place: pool.get_cached_block(hashes[place], group) for place in tail}
+        return {place: blocks[0] for place, blocks in found.items() if blocks}
+
+    def _give_back(self, request_id: str, ours: dict[int, KVCacheBlock]) -> None:
+        """Publish blocks of a tail and free them, so that the tail is evicted from its end on.
+
+        What others have published of it becomes as recent.
+        """
+        request = of_id(request_id)
+        others = self._cached(request) if request else {}
+        if request:
+            self._publish(request, {i: block for i, block in ours.items() if i not in others})
+        self._pool.touch(list(others.values()))
+        blocks = sorted([*ours.items(), *others.items()], key=_place, reverse=True)
+        self._pool.free_blocks([block for _, block in blocks])
 
     def _publish(self, request: Request, blocks: dict[int, KVCacheBlock]) -> None:
-        missing = set(self._unpublished(request))
-        places = [place for place in blocks if place in missing]
-        if not places:
+        if not blocks:
             return
-        row = [blocks.get(i, self._pool.null_block) for i in range(places[-1] + 1)]
+        first, end = min(blocks), max(blocks) + 1
+        row = [blocks.get(place, self._pool.null_block) for place in range(end)]
         self._pool.cache_full_blocks(
-            request, row, places[0], len(row), self._manager.block_size,
-            self._manager.kv_cache_group_id, [i in missing for i in range(places[0], len(row))],
+            request, row, first, end, self._manager.block_size, self._manager.kv_cache_group_id,
+            [place in blocks for place in range(first, end)],
         )  # fmt: skip
+
+
+def _place(item: tuple[int, KVCacheBlock]) -> int:
+    return item[0]
 
 
 def _count_skipped(blocks: int, reason: str) -> None:
     if blocks > 0:
         metrics.counters().add("prefix_blocks_not_copied", blocks, reason)
-
-
-def _processed(request: Request) -> int:
-    """Tokens of a request whose keys and values are there."""
-    tokens: int = request.num_computed_tokens - request.num_in_flight_tokens
-    return tokens

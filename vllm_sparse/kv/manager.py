@@ -204,6 +204,7 @@ class PolicyManager(PromptAwareManager):
         """What was published before is written when the step's copies are made."""
         super().new_step_starts()
         unwritten(self.block_pool).clear()
+        self._copies.step_starts()
 
     def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Publish, and note what the step will write."""
@@ -265,7 +266,6 @@ class PolicyManager(PromptAwareManager):
         """
         if num_prompt_tokens is None or processed_computed_tokens <= num_prompt_tokens:
             return
-        self._copies.publish(request_id)  # before what is freed here, which is evicted after it
         blocks = self.req_to_blocks.get(request_id, ())
         policy = policy_for(self.kv_cache_spec.policy, control_of_request(of_id(request_id)))
         first, last = policy.freed_blocks(num_prompt_tokens, processed_computed_tokens)
