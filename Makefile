@@ -72,8 +72,8 @@ format: setup ## Format the code and fix what can be fixed
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: setup ## Run the benchmarks
-	@$(BIN)/python -m benchmarks.run_all
+bench: setup ## Measure the published results again, into build/results (options: ARGS="--only capacity", "--quick")
+	@$(BIN)/python -m benchmarks.run_all $(ARGS)
 
 soak: setup ## Soak a server with hard traffic and kills (options: ARGS="--backend SPARDA --minutes 10")
 	@$(BIN)/python -m benchmarks.soak $(ARGS)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from vllm_sparse import config
 from vllm_sparse.config import load_settings, preset_names
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.policies.rocketkv import RocketKVSettings
@@ -154,3 +155,14 @@ def test_a_broken_preset_file_is_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"vllm_sparse.config.*mine\.yaml"):
         load({"config": str(path)})
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"), [("RocketKVSettings", "rocketkv"), ("SpardaSettings", "sparda")]
+)
+def test_settings_that_moved_are_found_where_they_were_and_say_where_they_are(name, backend):
+    kind = settings_class(backend)
+    with pytest.warns(DeprecationWarning, match=f"is now {kind.__module__}.{name}"):
+        assert getattr(config, name) is kind
+    with pytest.raises(AttributeError, match="no attribute 'QuestSettings'"):
+        config.QuestSettings  # noqa: B018

@@ -8,6 +8,7 @@ file with ``{"vllm_sparse": {"config": "llama-3.1-8b"}}``; keys given beside ``c
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -20,12 +21,14 @@ from vllm_sparse.errors import ConfigError
 from vllm_sparse.registry import settings_class
 
 if TYPE_CHECKING:
+    from vllm_sparse.policies.rocketkv import RocketKVSettings as RocketKVSettings
     from vllm_sparse.policies.sparda import SpardaSettings as SpardaSettings
 
 NAMESPACE = "vllm_sparse"
 PRESETS = "vllm_sparse.configs"
 
 _LIMIT = 1 << 31
+_MOVED = {"RocketKVSettings": "rocketkv", "SpardaSettings": "sparda"}
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -53,10 +56,16 @@ class CommonSettings(BaseModel):
 
 
 def __getattr__(name: str) -> Any:
-    """``SpardaSettings``, which once were defined here."""
-    if name != "SpardaSettings":
+    """Settings that once were defined here."""
+    if name not in _MOVED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return settings_class("sparda")
+    kind = settings_class(_MOVED[name])
+    warnings.warn(
+        f"{__name__}.{name} is now {kind.__module__}.{name}; import it from there",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return kind
 
 
 def preset_names() -> list[str]:

@@ -17,7 +17,7 @@ from vllm_sparse.kernels.fp8 import FP8
 from vllm_sparse.kernels.types import Blocks, NewWindows, PageTable, Ranking, Rotary, Unframed
 
 from vllm_sparse.backends.sparda_warm_up import warm_up
-from vllm_sparse.config import SpardaSettings
+from vllm_sparse.policies.sparda import SpardaSettings
 from vllm_sparse.prefetch.stream import Tile
 from vllm_sparse.steps.host_prompt import attend_prompt
 

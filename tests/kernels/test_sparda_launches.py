@@ -15,10 +15,10 @@ from support.kernels import DEVICE, sparda
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm_sparse.kernels.types import Rotary
 
-from vllm_sparse.config import SpardaSettings
 from vllm_sparse.kv.host.geometry import Geometry
 from vllm_sparse.kv.host.pager import Pager
 from vllm_sparse.policies.selectors import ForecastSelector
+from vllm_sparse.policies.sparda import SpardaSettings
 from vllm_sparse.prefetch.fetcher import Fetcher
 from vllm_sparse.prefetch.lane import LateLane
 from vllm_sparse.prefetch.stream import PromptStream

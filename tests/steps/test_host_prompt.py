@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from support.kernels import REFERENCE, sparda
 from vllm_sparse.kernels.types import Blocks
 
-from vllm_sparse.config import SpardaSettings
 from vllm_sparse.policies.selectors import QuerySelector, Tokens
+from vllm_sparse.policies.sparda import SpardaSettings
 from vllm_sparse.prefetch.stream import Tile
 from vllm_sparse.steps.host_layer import Layer
 from vllm_sparse.steps.host_prompt import attend_prompt

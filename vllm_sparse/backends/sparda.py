@@ -49,7 +49,7 @@ from vllm_sparse.backends.sparda_setup import (
     start_line,
 )
 from vllm_sparse.backends.sparda_warm_up import warm_up
-from vllm_sparse.config import SpardaSettings, load_settings
+from vllm_sparse.config import load_settings
 from vllm_sparse.control import DENSE
 from vllm_sparse.kernels.fp8 import FP8, UNSCALED, Scales
 from vllm_sparse.kv.spec import SpardaSpec
@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 
     from vllm_sparse.control import Allowed
     from vllm_sparse.kv.host.geometry import Geometry
+    from vllm_sparse.policies.sparda import SpardaSettings
 
 
 # A child of vLLM's logger: others have no handler in its processes.

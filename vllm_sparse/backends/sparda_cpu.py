@@ -16,8 +16,8 @@ from vllm_sparse.prefetch.lane import ThreadLane
 if TYPE_CHECKING:
     import torch
 
-    from vllm_sparse.config import SpardaSettings
     from vllm_sparse.kv.host.geometry import Geometry
+    from vllm_sparse.policies.sparda import SpardaSettings
 
 
 class SpardaCpuBackend(SpardaBackend, CPUAttentionBackend):

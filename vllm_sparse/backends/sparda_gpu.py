@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
-    from vllm_sparse.config import SpardaSettings
     from vllm_sparse.kv.host.geometry import Geometry
+    from vllm_sparse.policies.sparda import SpardaSettings
     from vllm_sparse.steps.host_step import FreshRows
 
 

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
     from vllm.config import VllmConfig
 
-    from vllm_sparse.config import SpardaSettings
     from vllm_sparse.kernels.dispatch import SpardaKernels
     from vllm_sparse.kv.spec import SpardaSpec
+    from vllm_sparse.policies.sparda import SpardaSettings
     from vllm_sparse.prefetch.lane import Lane
 
 
