@@ -43,12 +43,14 @@ class Subject(NamedTuple):
         settings: Of the plugin.
         longest: Most tokens of a request.
         blocks: Of the pool.
+        block_tokens: Of a block; empty: as vLLM chooses.
     """
 
     backend: str
     settings: dict[str, Any]
     longest: int
     blocks: int
+    block_tokens: str = str(BLOCK_TOKENS)
 
     @property
     def dense_tokens(self) -> int:
@@ -81,19 +83,37 @@ def subject(backend: str, longest: int, **changed: Any) -> Subject:
     return Subject(backend, settings, longest, blocks)
 
 
-def server(model: Path, log: Path, subject: Subject, *further: str) -> Server:
-    """Returns a server that answers to the probe, not yet started; ``further``: its options."""
+def server(
+    model: Path,
+    log: Path,
+    subject: Subject,
+    *further: str,
+    kind: type[Server] = Server,
+    **environment: str,
+) -> Server:
+    """Returns a server that answers to the probe, not yet started.
+
+    Args:
+        model: Folder of the checkpoint.
+        log: Receives what it prints.
+        subject: What is served.
+        *further: Its options.
+        kind: How it is started.
+        **environment: Added to what all have.
+    """
     arguments = [
         str(model), "--served-model-name", NAME, "--dtype", "float32", "--enforce-eager",
         "--max-model-len", str(subject.longest), "--max-num-seqs", str(AT_ONCE),
-        "--block-size", str(BLOCK_TOKENS), "--max-num-batched-tokens", "1024",
+        "--max-num-batched-tokens", "1024",
         "--kv-cache-memory-bytes", str(1 << 28), "--num-gpu-blocks-override", str(subject.blocks),
         *PROBED, *further,
     ]  # fmt: skip
+    if subject.block_tokens:
+        arguments += ["--block-size", subject.block_tokens]
     if subject.backend:
         further = json.dumps({"vllm_sparse": subject.settings})
         arguments += ["--attention-backend", subject.backend, "--additional-config", further]
-    return Server(arguments, log, environment=ENVIRONMENT)
+    return kind(arguments, log, environment={**ENVIRONMENT, **environment})
 
 
 PROBED = ("--worker-extension-cls", probe.NAME)

@@ -8,86 +8,25 @@ requests must then give the same tokens.
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from reference import hf_policies, hf_rocketkv
 from support.engine import BLOCK_SIZE, run_engine
 from support.oracle import speculation
 from support.outside import LargeKeys
-from support.policies import make_policy
+from support.policy_cases import CASES, Case, assert_tokens_of_hugging_face
 
 from vllm_sparse.policies.quest import Quest
-from vllm_sparse.policies.snapkv import SnapKV
-from vllm_sparse.policies.streamingllm import StreamingLLM
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from vllm_sparse.policies.protocol import Policy
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 NEW_TOKENS = 60
 DENSE = {"vllm_sparse.sparse": False}
-SHAPE = {"head_dim": 32, "group_size": 4, "block_size": BLOCK_SIZE, "max_model_len": 1024}
-
-
-class Case(NamedTuple):
-    """A policy, its settings, and the run that Hugging Face's mask comes from."""
-
-    kind: type[Policy]
-    settings: dict[str, Any]
-    run: Callable[[Policy, int], Any]
-
-    @property
-    def policy(self) -> Policy:
-        return make_policy(self.kind, **SHAPE, **self.settings)
-
-    def limit(self, length: int) -> int:
-        """Tokens that the same prompt finds in the prefix cache."""
-        policy = self.policy
-        if policy.moves:
-            return policy.hittable_blocks(length) * BLOCK_SIZE
-        return min(policy.publishable_tokens(length), length - 1) // BLOCK_SIZE * BLOCK_SIZE
-
-    @property
-    def name(self) -> str:
-        return self.kind.__name__.upper()
-
-
-CASES = [
-    Case(
-        Quest,
-        {"token_budget": 64, "min_context": 128, "page_size": 8, "skip_layers": 1},
-        lambda policy, length: hf_policies.Quest(length, 8, 64, 1),
-    ),
-    Case(
-        SnapKV,
-        {"token_budget": 96, "min_context": 128, "window": 8},
-        lambda policy, length: hf_rocketkv._Run(
-            length,
-            length - policy.retention(length).dropped_blocks * BLOCK_SIZE,
-            {"window": 8, "kernel_size": 7, "sparse": True, "stage2": False},
-        ),
-    ),
-    Case(
-        StreamingLLM,
-        {"token_budget": 96, "min_context": 128, "sinks": 4},
-        lambda policy, length: hf_policies.StreamingLLM(length, 4, 96),
-    ),
-    Case(
-        LargeKeys,
-        {"token_budget": 128, "min_context": 128},
-        lambda policy, length: hf_policies.LargeKeys(
-            length, length - policy.retention(length).dropped_blocks * BLOCK_SIZE, 4, 32
-        ),
-    ),
-]
 
 
 @pytest.fixture(scope="module")
@@ -136,26 +75,9 @@ def short(llama, prompts) -> tuple[list[int], list[int]]:
     return prompt, stock["tokens"][0][0]
 
 
-@cache
-def _hf_model(path: Path):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-
-
 def test_tokens_are_those_of_hugging_face_under_the_mask(llama, case, prompts, whole, stock_run):
-    policy = case.policy
-    for prompt, got, dense in zip(prompts, whole["tokens"][0], stock_run["tokens"][0], strict=True):
-        assert policy.retention(len(prompt)).sparse
-        expected = hf_rocketkv.run_greedily(
-            _hf_model(llama), prompt, len(got), case.run(policy, len(prompt)), True
-        )
-        same = [a == b for a, b in zip(got, expected.tokens, strict=True)]
-        first = same.index(False) if False in same else len(same)
-        if first < len(same):
-            # float32 sums in another order: only a tie within rounding may fall the other way.
-            gaps = [expected.margins[first], expected.prompt_gap, *expected.page_gaps[:first]]
-            assert gaps[0] < 1e-4 or min(gaps[1:]) < 1e-5, f"diverges at token {first}: {gaps}"
+    assert_tokens_of_hugging_face(case, llama, prompts, whole["tokens"][0])
+    for got, dense in zip(whole["tokens"][0], stock_run["tokens"][0], strict=True):
         assert sum(a == b for a, b in zip(got, dense, strict=False)) < NEW_TOKENS // 2
 
 

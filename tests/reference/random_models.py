@@ -30,6 +30,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     GraniteMoeHybridConfig,
@@ -65,12 +67,13 @@ def save_random_model(
     std=0.1,
     max_position_embeddings=4096,
 ):
-    """Write a random float32 checkpoint of one of ``ARCHITECTURES``, granite or qwen3_moe.
+    """Write a random float32 checkpoint of ``ARCHITECTURES``, granite, qwen3_moe or gemma3.
 
     Returns ``path``.
 
     ``hidden`` defaults to 128, for qwen2, minicpm and granite to ``heads * head_dim``: vLLM derives
-    their head size from it. Granite multiplies logits with ``GRANITE_SCALE``.
+    their head size from it. Granite multiplies logits with ``GRANITE_SCALE``. Layers
+    of a Gemma 3 but the first and the last have windows of 128 tokens.
     """
     common = {
         "layers": layers,
@@ -114,9 +117,15 @@ def save_random_model(
     elif arch == "granite":
         del options["head_dim"]
         model = GraniteForCausalLM(GraniteConfig(attention_multiplier=GRANITE_SCALE, **options))
+    elif arch == "gemma3":
+        kinds = ["full_attention", *["sliding_attention"] * (layers - 2), "full_attention"]
+        own = {"layer_types": kinds, "sliding_window": 128, "query_pre_attn_scalar": head_dim}
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**own, **options))
     else:
         raise ValueError(f"unknown arch {arch!r}")
     _randomise(model, seed, std)
+    if arch == "gemma3":
+        _count_norms_from_one(model)
     model.to(torch.float32).save_pretrained(path)
     return path
 
@@ -181,12 +190,17 @@ def save_random_delta_net(path, *, vocab=1024, seed=0, std=0.1, max_position_emb
     )
     model = Qwen3NextForCausalLM(config)
     _randomise(model, seed, std)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name and "linear_attn" not in name:
-                parameter.sub_(1.0)  # its norms multiply with one plus the weight
+    _count_norms_from_one(model, but="linear_attn")
     model.to(torch.bfloat16).save_pretrained(path)
     return path
+
+
+def _count_norms_from_one(model, but="-"):
+    """For norms that multiply with one plus their weights."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and but not in name:
+                parameter.sub_(1.0)
 
 
 def _randomise(model, seed, std):

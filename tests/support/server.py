@@ -22,14 +22,25 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def add_tokenizer(folder: Path) -> None:
-    """Words ``w0`` to ``w1023`` for a random model, which has no tokenizer of its own."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def add_tokenizer(folder: Path, first: str = "") -> None:
+    """Words ``w0`` to ``w1023`` for a random model, which has no tokenizer of its own.
+
+    Args:
+        folder: Of the model.
+        first: Characters that take the place of the words from ``w1`` on, the first of which ends a
+            text; texts are then written without blanks.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(1024)}, unk_token="w0"))
+    names = [f"w{i}" for i in range(1024)]
+    names[1 : 1 + len(first)] = first
+    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    if first:
+        words.decoder = decoders.Fuse()
+    ends = {"eos_token": first[0]} if first else {}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", **ends)
     tokenizer.chat_template = "{% for turn in messages %}{{ turn['content'] }} {% endfor %}"
     tokenizer.save_pretrained(folder)
 

@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,13 +59,10 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         command = [_vllm_executable(), "serve", *self._arguments]
         with self._log_path.open("wb") as log:
-            self._process = subprocess.Popen(
+            self._process = self._start(
                 [*command, "--host", "127.0.0.1", "--port", str(port)],
-                env={**_environment(), **self._further},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that its workers can be ended with it
+                {**_environment(), **self._further},
+                log,
             )
         try:
             self._wait_until_healthy(self._process)
@@ -73,6 +70,19 @@ class Server:
             self._stop(self._process)
             raise
         return self
+
+    def _start(
+        self, command: list[str], environment: dict[str, str], log: IO[bytes]
+    ) -> subprocess.Popen[bytes]:
+        """A process that leads a session, so that its workers can be ended with it."""
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     def __exit__(
         self,
