@@ -78,8 +78,8 @@ def conversation(options: argparse.Namespace, beside: str, ours: bool) -> list[i
         )
     if ours:
         shape = Shape(128, 8, size, longest, None, 1)
-        attention = PolicySpec.wrap(attention, RocketKV(RocketKV.Settings(), shape), "ROCKETKV")
-        attention = PolicySpec.wrap(attention, attention.policy, beside_others=True)
+        policy = RocketKV(RocketKV.Settings(), shape)
+        attention = PolicySpec.wrap(attention, policy, beside_others=True)
     groups = [KVCacheGroupSpec(["other"], other), KVCacheGroupSpec(["ours"], attention)]
     manager = KVCacheManager(
         KVCacheConfig(

@@ -105,7 +105,8 @@ BY_CONFIGURATION = {
         "context parallelism",
     ),
     "half-steps": ({"parallel_config__use_ubatching": True}, "--enable-dbo"),
-    "drafts": ({"speculative_config": SimpleNamespace(method="suffix")}, "--speculative-config"),
+    "drafts": ({"speculative_config": SimpleNamespace(method="ngram")}, "--speculative-config"),
+    "suffix": ({"speculative_config": SimpleNamespace(method="suffix")}, ""),
     "drafts-moved": (
         {"speculative_config": SimpleNamespace(method="ngram", enable_adaptive_verification=True)},
         "adaptive_verification",

@@ -116,6 +116,8 @@ def _of_drafts(config: Any) -> Asked:
         return
     if drafts.method in _DRAFTS_WITHOUT_CACHE:
         yield "drafts", {}
+        if drafts.method == "suffix":
+            yield "suffix", {}
         if getattr(drafts, "enable_adaptive_verification", False):
             yield "drafts-moved", {}
     elif not has_layers(drafts):

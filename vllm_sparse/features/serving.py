@@ -69,7 +69,7 @@ ROWS = (
         (Served(_SPARDA + "test_nothing_changes_with"), _SPARDA_GPU),
     ),
     row(
-        _SERVING, "drafts", "drafts from tokens: methods `ngram`, `suffix`, `custom_class`",
+        _SERVING, "drafts", "drafts from tokens: methods `ngram`, `custom_class`",
         (
             Served(_CPU + "test_drafts_change_nothing"),
             Served("tests/backends/test_drafts_gpu.py::test_unlike_rows_and_rejections"),
@@ -86,6 +86,11 @@ ROWS = (
             ),
         ),
         None,
+    ),
+    row(
+        _SERVING, "suffix",
+        "drafts from suffixes: method `suffix`, whose package PyPI has as sources only",
+        Untested(), None,
     ),
     row(
         _SERVING, "drafters", "drafters with layers: EAGLE, EAGLE-3, MTP (methods `eagle`, "
