@@ -14,12 +14,13 @@ from pathlib import Path
 
 from benchmarks import drafts, replay, results, serving, tables
 from benchmarks.quality import report as quality
+from benchmarks.served import report as served
 
 UNKNOWN = "not recorded"
 RENDERERS = {
     **tables.RENDERERS,
     **{"quality": quality.render, "serving": serving.render, "replay": replay.render},
-    **{"drafts": drafts.render},
+    **{"drafts": drafts.render, "served": served.render},
 }
 
 

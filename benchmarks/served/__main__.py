@@ -79,7 +79,11 @@ class Run:
 
     def row(self, row: Row) -> dict[str, Any]:
         """What one row's servers did, as JSON holds it."""
-        began, found = time.monotonic(), {"backend": row.backend, "options": list(row.options)}
+        began, found = time.monotonic(), {
+            "backend": row.backend, "options": list(row.options),
+            "judge": "" if row.refused else row.judge,
+            "processes": "forked" if self._ours is ForkedServer else "spawned",
+        }  # fmt: skip
         try:
             self._refused(row, found) if row.refused else self._served(row, found)
         except ServerError as error:
