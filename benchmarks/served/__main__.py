@@ -80,7 +80,7 @@ class Run:
     def row(self, row: Row) -> dict[str, Any]:
         """What one row's servers did, as JSON holds it."""
         began, found = time.monotonic(), {
-            "backend": row.backend, "options": list(row.options),
+            "backend": row.backend, "options": [*row.options, *row.own],
             "judge": "" if row.refused else row.judge,
             "processes": "forked" if self._ours is ForkedServer else "spawned",
         }  # fmt: skip
@@ -99,7 +99,7 @@ class Run:
     def _server(self, row: Row, subject: serving.Subject) -> serving.Server:
         return serving.server(
             self._checkpoints.path(row.model), self._log(row, subject), subject,
-            *row.arguments(self._checkpoints), **row.environment,
+            *row.arguments(self._checkpoints, bool(subject.backend)), **row.environment,
             kind=self._ours if subject.backend else ForkedServer,
         )  # fmt: skip
 

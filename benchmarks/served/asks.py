@@ -7,8 +7,9 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.gpu.shapes import parity_prompts
+from benchmarks.gpu.shapes import random_prompt
 from benchmarks.soak.serving import NAME
+from benchmarks.soak.traffic import VOCAB
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +24,11 @@ SCHEMA = {
     "type": "object", "properties": {"a": {"enum": ["no", "so"]}}, "required": ["a"],
     "additionalProperties": False,
 }  # fmt: skip
-PROMPTS = [tuple(prompt) for prompt in parity_prompts(0, tiny=True)]
+# Pairs of prompts share 400 tokens; all are several blocks of 128 long, as states may want.
+PROMPTS = [
+    (*random_prompt(100 + number // 2, 400, VOCAB), *random_prompt(number, 200 + 7 * number, VOCAB))
+    for number in range(6)
+]
 
 
 class Ask(NamedTuple):
