@@ -104,10 +104,13 @@ _LORA = (
     "--lora-modules", "adapter={adapter}",
 )  # fmt: skip
 _TP = ("--tensor-parallel-size", "2")
-# Without the rehearsal that eager CPUs leave out, a stage has no room for what it receives.
-_STAGED = ("--pipeline-parallel-size", "2", "--no-enforce-eager", "-O0")
+# In its rehearsal, without which a stage has no room for what it receives, vLLM compiles on CPUs.
+_REHEARSED = {"VLLM_CPU_CI_ENV": "0"}
+_STAGED = (
+    "--pipeline-parallel-size", "2", "--no-enforce-eager", "-cc.mode=2", "-cc.backend=eager",
+)  # fmt: skip
 _DP = ("--data-parallel-size", "2", "--api-server-count", "1")
-_STAGES = {"VLLM_PP_LAYER_PARTITION": "1,2"}
+_STAGES = {**_REHEARSED, "VLLM_PP_LAYER_PARTITION": "1,2"}
 _FP8 = ("--kv-cache-dtype", "fp8")
 _PLAIN_SELECTOR = {"selector": "query"}
 _POLICIES = ("QUEST", "SNAPKV", "STREAMINGLLM")
@@ -144,8 +147,9 @@ ROWS = [
     Row("asynchronous scheduling", options=("--async-scheduling",)),
     Row("synchronous scheduling", options=("--no-async-scheduling",)),
     Row("asynchronous scheduling, SPARDA", "SPARDA", "sparda", options=("--async-scheduling",)),
-    Row("compiled", options=("--no-enforce-eager",)),
-    Row("compiled, SPARDA", "SPARDA", "sparda", options=("--no-enforce-eager",)),
+    Row("compiled", options=("--no-enforce-eager",), environment=_REHEARSED),
+    Row("compiled, SPARDA", "SPARDA", "sparda", options=("--no-enforce-eager",),
+        environment=_REHEARSED),
     Row("pooling", options=("--runner", "pooling", "--convert", "embed"),
         refused="do not decode"),
     *(
