@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import arms, replay, results
 from benchmarks import drafts as drafting
 from benchmarks import serving as served
-from benchmarks.served import report as matrix
 from benchmarks.tables import inside, mib, number, table
 
 if TYPE_CHECKING:
@@ -236,11 +235,6 @@ def drafts() -> str:
     return table(lines, {"task": "task", " ": "arm", **drafting.columns()})
 
 
-def rows() -> str:
-    """Rows of the table of features that were served once."""
-    return matrix.render(result("serve-matrix"))
-
-
 def training() -> str:
     """Memory of training against the length of the sequence."""
     found: dict[int, list[str]] = {}
@@ -343,6 +337,6 @@ TABLES = {
     make.__name__: make
     for make in (
         *(accuracy, policies, speed, capacity, serving, agents, selectors, mass, memory, overlap),
-        *(drafts, rows, training, main),
+        *(drafts, training, main),
     )
 }
