@@ -235,6 +235,39 @@ def drafts() -> str:
     return table(lines, {"task": "task", " ": "arm", **drafting.columns()})
 
 
+def fp8() -> str:
+    """The decode kernel beside itself on a cache of fp8."""
+    found = result("kernels-fp8")["result"]
+    lines = {
+        f"{found['top_k']} of {found['kept_tokens']:,} kept tokens": "fused",
+        "every kept token": "fused, every kept token",
+    }
+
+    def shown(name: str) -> str:
+        times = found["variants"][name]
+        return f"{times['us_p10']:,.0f} ({times['us']:,.0f})"
+
+    columns = {
+        "a layer, \N{MICRO SIGN}s": lambda what: what,
+        "bfloat16": lambda what: shown(lines[what]),
+        "fp8": lambda what: shown(f"{lines[what]}, fp8"),
+    }
+    return table(lines, columns)
+
+
+def quarters() -> str:
+    """How far prose is from dense in each quarter of the text."""
+    rows = [
+        {"arm": arms.label(name), **row["prose"]}
+        for name, row in result("accuracy-policies")["arms"].items()
+        if "kl_by_quarter" in row.get("prose", {})
+    ]
+    columns: dict[str, Any] = {"KL to dense": "arm"}
+    for part in range(4):
+        columns[f"tokens {48 * part + 1} to {48 * part + 48}"] = number(3, "kl_by_quarter", part)
+    return table(rows, {**columns, "all": number(3, "kl")})
+
+
 def training() -> str:
     """Memory of training against the length of the sequence."""
     found: dict[int, list[str]] = {}
@@ -337,6 +370,6 @@ TABLES = {
     make.__name__: make
     for make in (
         *(accuracy, policies, speed, capacity, serving, agents, selectors, mass, memory, overlap),
-        *(drafts, training, main),
+        *(drafts, fp8, quarters, training, main),
     )
 }

@@ -77,7 +77,9 @@ def _cell(show: str | Callable[[Any], object], row: Any) -> str:
     return "" if value is None else str(value)
 
 
-def number(digits: int, *keys: str, unit: str = "", scale: float = 1.0) -> Callable[[Row], str]:
+def number(
+    digits: int, *keys: str | int, unit: str = "", scale: float = 1.0
+) -> Callable[[Row], str]:
     """Shows a number with so many digits, found under keys one inside the other."""
     return lambda row: f"{inside(row, keys) * scale:.{digits}f}{unit}"
 
@@ -87,7 +89,7 @@ def mib(*keys: str, digits: int = 2, unit: str = "") -> Callable[[Row], str]:
     return number(digits, *keys, unit=unit, scale=2**-20)
 
 
-def inside(row: Any, keys: tuple[str, ...]) -> Any:
+def inside(row: Any, keys: tuple[str | int, ...]) -> Any:
     """What is found under keys one inside the other."""
     for key in keys:
         row = row[key]

@@ -18,12 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vllm_sparse.policies import windows
-from vllm_sparse.policies.pages import (
-    page_extrema,
-    page_probabilities,
-    page_tokens,
-    select_pages,
-)
+from vllm_sparse.policies.pages import page_extrema, page_probabilities, page_tokens, select_pages
 from vllm_sparse.policies.votes import pooled, top_indices
 from vllm_sparse.training.geometry import BlockGeometry
 from vllm_sparse.training.objective import best_free_blocks

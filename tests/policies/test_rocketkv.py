@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from reference import rocketkv_bruteforce as brute
 from support.policies import make_policy
 
+from vllm_sparse.config import load_settings
 from vllm_sparse.policies import rocketkv
 from vllm_sparse.policies.attention import attend
 from vllm_sparse.policies.votes import top_indices
@@ -39,6 +40,23 @@ def test_plan_equals_brute_force(prompt_len, new_tokens, budget, dim, sizes):
 def test_plan_reproduces_the_papers_example():
     # 32,128 tokens at t = 512: the split, page and channel count of the paper's worked rows.
     assert rocketkv.plan(32000, 128, 512, 128) == (3186, 3058, 3, 61, 256, False)
+
+
+def test_the_preset_paper_plans_as_the_paper_does():
+    """But that its pages of three tokens are of four, with as many bytes read."""
+    own = load_settings({"vllm_sparse": {"config": "paper"}}, "rocketkv")
+    assert (own.window, own.pool_kernel) == (32, 63)
+    found = set()
+    for prompt_len in range(own.min_context + 1, 130_000, 611):
+        rest = (prompt_len, own.generation_reserve, own.token_budget, 128)
+        ours = rocketkv.plan(*rest, page_sizes=own.page_sizes)
+        paper = brute.plan(*rest)
+        found.add((paper["page_size"], ours.page_size))
+        if paper["page_size"] == 3:
+            assert ours.top_r / 4 == pytest.approx(paper["top_r"] / 3, rel=0.02)
+        else:
+            assert ours._asdict() == paper
+    assert found == {(1, 1), (2, 2), (3, 4)}
 
 
 @pytest.mark.parametrize("scale", [None, 0.05])
