@@ -15,12 +15,14 @@ pytest.importorskip("vllm")
 from support.devices import META, elsewhere, tensors_of, upload_to_meta
 from support.policies import make_policy
 from support.runner import PROMPT, batch, dummy_of_v1, table_of, take_up
+from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 from vllm_sparse.kernels.layout import PageLayout
 
 from vllm_sparse.backends import policy_gpu
 from vllm_sparse.backends.policy import Planning
 from vllm_sparse.backends.policy_gpu import PolicyGpuBuilder
+from vllm_sparse.errors import IntegrityError
 from vllm_sparse.kv.tail.compaction import compaction_bytes
 from vllm_sparse.policies.quest import Quest
 from vllm_sparse.policies.rocketkv import RocketKV
@@ -50,6 +52,7 @@ class Builder(PolicyGpuBuilder):
         self._table, self._max_rows, self._drafts = None, 8, drafts
         self.device, self.block_size = META, policy.shape.block_size
         self._drafted_for = self._drafting = False
+        self.compilation_config = CompilationConfig(cudagraph_mode="FULL_AND_PIECEWISE")
 
     def _count(self, name, amount, reason=""):
         self.counts[name] += amount
@@ -81,6 +84,27 @@ def test_single_tokens_are_planned_on_the_device(table, kind, drafts):
     builder.build(0, batch(table, "abc", [n + 1 + drafts for n in ends], (1 + drafts,) * 3))
     assert not elsewhere(builder.compacted)
     assert len(builder.compacted) == (kind is RocketKV)
+
+
+@pytest.mark.parametrize("others", [1, 3], ids=["uniform", "beside others"])
+@pytest.mark.parametrize("runner", ["V1", "V2"])
+def test_a_replay_with_tokens_of_prompt_and_output_is_no_step_of_drafts(
+    table, monkeypatch, runner, others
+):
+    """A preempted request's last chunk: three tokens of the prompt and its first output."""
+    monkeypatch.setattr(FlashAttentionMetadataBuilder, "build", lambda *given: given[2])
+    builder, counts = Builder(make_policy(), drafts=3), (4, 4) if others == 1 else (4, 1)
+    common = batch(table, "ab", [PROMPT + 1, 340], counts)
+    builder._counters.values = torch.zeros(3, device=META)
+    if runner == "V1":
+        common.req_idx, common.rswa_prefix_lens = None, torch.full((2,), PROMPT)
+    if runner == "V1" and others == 1:
+        with pytest.raises(IntegrityError, match="preempted"):
+            builder.build(0, common)
+        builder.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    step = builder.build(0, common)
+    assert [prompt.compacts for prompt in step.prompts] == [True]
+    assert not hasattr(builder, "planned")
 
 
 @pytest.mark.parametrize("fate", ["runs on", "ends", "comes back"])

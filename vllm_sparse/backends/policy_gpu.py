@@ -177,7 +177,8 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         count, counted = self._counting(common)
         if not rehearsal:
             self._planning.compact_begun(common, *host, count)
-        if common.max_query_len <= 1 + self._drafts:
+        straddled = self._drafts and not rehearsal and self._straddled(common, *host)
+        if common.max_query_len <= 1 + self._drafts and not straddled:
             return self._plan_rows(common, *host, count, counted)
         corrected = counted if self._drafts and not rehearsal else None
         return self._planning.split(common, *host, super().build, corrected, count)
@@ -242,7 +243,9 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         self._counters.publish()
         prefilling = common.is_prefilling
         if prefilling is not None and bool(prefilling.any()):
-            self._note_ends(common, lengths, prompt_lens, asked, count)
+            start = common.query_start_loc_cpu[: requests + 1]
+            rule = self._planner.rules.find_on_host(prompt_lens, asked)
+            self._planner.prompts.count(start, lengths, prompt_lens, rule, count)
         return StepMetadata(tokens, None, rows=rows)
 
     def _buffers(self, width: int, count: int) -> Rows:
@@ -254,29 +257,26 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         rows = Rows(self._table[:count], lengths, top_r, parked)
         return rows._replace(final_lengths=final) if self._drafts else rows
 
-    def _note_ends(
-        self,
-        common: CommonAttentionMetadata,
-        lens: Tensor,
-        prompt_lens: Tensor,
-        asked: Tensor | None,
-        count: Callable[..., None],
-    ) -> None:
-        """Count prompts that end in this step.
+    def _straddled(self, common: CommonAttentionMetadata, *host: Any) -> bool:
+        """Whether a prompt must be compacted in the midst of the step, see :meth:`.straddled`.
 
         Raises:
-            IntegrityError: One goes on in it.
+            IntegrityError: A captured graph runs the step.
         """
         start = common.query_start_loc_cpu[: common.num_reqs + 1]
-        rule = self._planner.rules.find_on_host(prompt_lens, asked)
-        self._planner.prompts.count(start, lens, prompt_lens, rule, count)
-        straddles = (lens - start.diff() < prompt_lens) & (lens > prompt_lens)
-        moved = self._planner.rules.table.sparse[rule] & self._planning.policy.moves
-        if bool((straddles & moved).any()):
+        if not self._planner.prompts.straddled(start, *host):
+            return False
+        # Model Runner V2 tells prompts from outputs; V1 goes by the number of tokens.
+        uniform = common.num_actual_tokens == (1 + self._drafts) * common.num_reqs
+        graphs = self.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        if common.req_idx is None and uniform and graphs:
             raise IntegrityError(
-                "vLLM scheduled drafts in the step that ends a prompt, which its compaction must "
-                "follow first, and prefix hits are kept short of it. Remove --speculative-config"
+                "A preempted request came back, and a step has tokens on both sides of its "
+                "prompt's end. Model Runner V1 took it for a step of drafts and replays a graph, "
+                "which cannot compact the prompt. Give the KV cache more memory or set a lower "
+                "--max-num-seqs, so that nothing is preempted, or use --enforce-eager"
             )
+        return True
 
 
 class PolicyGpuImpl(FlashAttentionImpl):

@@ -139,6 +139,24 @@ class Prompts:
             for r in rows
         )  # fmt: skip
 
+    def straddled(
+        self,
+        query_start: Tensor,
+        seq_lens: Tensor,
+        prompt_lens: Tensor,
+        controls: Tensor | None,
+    ) -> bool:
+        """Whether a prompt must be compacted in the midst of this step.
+
+        A preempted request computes its first outputs with its prompt, in whatever chunks, which
+        may be no longer than a step of drafts. Arguments: :meth:`begun`.
+        """
+        straddles = (seq_lens - query_start.diff() < prompt_lens) & (seq_lens > prompt_lens)
+        if not self.policy.moves or not bool(straddles.any()):
+            return False
+        rule = self.rules.find_on_host(prompt_lens, controls)
+        return bool((straddles & self.rules.table.sparse[rule]).any())
+
     def _prompt(
         self,
         rule: int,
