@@ -76,6 +76,17 @@ class TestManager:
         long = machine.request([*[1] * 400, *[7] * 40], {"vllm_sparse.sparse": False})
         assert machine.manager.get_computed_blocks(long)[1] == 27 * 16
 
+    @pytest.mark.parametrize("keeps", [True, False])
+    def test_a_hit_beside_a_drafters_layers_ends_where_others_do(self, keeps):
+        """vLLM drops a block of it, which may be one that is not taken anyway."""
+        pytest.importorskip("vllm")
+        machine = PoolMachine(eagle=True, keep_prefixes=keeps)
+        long = machine.request([1] * 700)
+        machine.prefill(long)
+        machine.finish_all()
+        _, hit, _ = machine.manager.get_computed_blocks(machine.request([1] * 400))
+        assert hit == machine.limit(400)
+
     def test_dropped_blocks_are_freed_once_the_step_after_the_prompt_is_processed(self):
         """That step may begin with compaction, which reads them."""
         pytest.importorskip("vllm")
@@ -161,7 +172,7 @@ class PoolMachine(RuleBasedStateMachine):
     the prompt, so a block that another request may still read must never be one.
     """
 
-    def __init__(self, beside="", **settings):
+    def __init__(self, beside="", eagle=False, **settings):
         super().__init__()
         import torch
         from vllm.utils.hashing import sha256
@@ -198,6 +209,7 @@ class PoolMachine(RuleBasedStateMachine):
             scheduler_block_size=16,
             hash_block_size=16,
             enable_caching=True,
+            use_eagle=eagle,
         )
         self.hasher = get_request_block_hasher(16, sha256)
         self.pool = self.manager.block_pool

@@ -102,14 +102,15 @@ class PromptAwareManager(FullAttentionManager):
         The length does not tell whose lookup it is: a preempted request looks its prompt and its
         output up in one go, and another group's hit may have shortened it.
         """
-        request, (pool, spec) = of_hashes(block_hashes), cls._where(*args, **kwargs)
-        limit = 0 if request is None else hittable_tokens(spec, request)
-        if limit is not None:
-            max_length = min(max_length, limit)
+        request, (pool, spec, dropped) = of_hashes(block_hashes), cls._where(*args, **kwargs)
+        if request is None:
+            return super().find_longest_cache_hit(block_hashes, 0, *args, **kwargs)
+        if (limit := hittable_tokens(spec, request)) is not None:
+            max_length = min(max_length, limit + dropped)
         found = super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
-        if request is None or (end := cls._hit_end(pool, spec, request, found[0])) is None:
+        if (end := cls._hit_end(pool, spec, request, found[0])) is None:
             return found
-        return super().find_longest_cache_hit(block_hashes, end, *args, **kwargs)
+        return super().find_longest_cache_hit(block_hashes, end + dropped, *args, **kwargs)
 
     @classmethod
     def _hit_end(cls, pool: Any, spec: Any, request: Request, hits: Any) -> int | None:
@@ -118,10 +119,14 @@ class PromptAwareManager(FullAttentionManager):
 
     @staticmethod
     def _where(
-        kv_cache_group_ids: Any, block_pool: Any, kv_cache_spec: Any, *_: Any, **__: Any
-    ) -> Any:
-        """Things that a lookup gets beside hashes and length, by place or by name."""
-        return block_pool, kv_cache_spec
+        kv_cache_group_ids: Any, block_pool: Any, kv_cache_spec: Any,
+        drop_eagle_block: bool = False, alignment_tokens: int = 0, *_: Any, **__: Any,
+    ) -> tuple[Any, Any, int]:  # fmt: skip
+        """Things that a lookup gets beside hashes and length, by place or by name.
+
+        The last are the tokens that vLLM drops from a hit for a drafter's layers.
+        """
+        return block_pool, kv_cache_spec, alignment_tokens if drop_eagle_block else 0
 
 
 def publishable_tokens(spec: Any, request: Request) -> int | None:
