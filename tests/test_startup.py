@@ -247,12 +247,12 @@ class TestGuard:
 
     @pytest.mark.parametrize("ranks", [1, 2])
     @pytest.mark.parametrize(
-        ("settings", "frames"), [({}, 64), ({"slab_gib": 40 * 4096 / GIB}, 40), ({"dense_len": 32},
-         64), ({"resident": True}, 80), ({"resident_first_layer": True}, 64 + 16 / 4)],
+        ("settings", "frames"), [({}, 16), ({"slab_gib": 40 * 4096 / GIB}, 40), ({"dense_len": 32},
+         16), ({"resident": True}, 80), ({"resident_first_layer": True}, 16 + 64 / 4)],
     )  # fmt: skip
     @pytest.mark.parametrize("selector", ["query", "previous"])
     def test_a_cpu_s_memory_holds_everything(self, monkeypatch, settings, frames, ranks, selector):
-        """Frames in blocks of a KV head; the pool alone would fit three times."""
+        """One request; frames in blocks of a KV head; the pool alone would fit three times."""
         piece, model = 512 * 2, config().model_config
         given = {
             **{"selector": selector, "staging_blocks": 16, "host_gib": 40 * BLOCK_BYTES / GIB},
@@ -268,15 +268,34 @@ class TestGuard:
 
         def start(available):
             monkeypatch.setattr(startup, "available_bytes", lambda: available)
-            startup.check_config(config(given, parallel_config__tensor_parallel_size=ranks))
+            parallel = {"parallel_config__tensor_parallel_size": ranks}
+            startup.check_config(config(given, scheduler_config__max_num_seqs=1, **parallel))
 
         start(taken)
-        message = r"vllm_sparse\.host_gib: .*frames.*weights.*Lower host_gib.* slab_gib"
+        lower = " or slab_gib or --max" if "slab_gib" in settings else " or top_k, or set slab_gib"
+        lower = " or set resident to false" if "resident" in settings else lower
+        message = rf"vllm_sparse\.host_gib: .*weights.*frames.*Lower host_gib{lower}"
         with pytest.raises(ConfigError, match=message) as error:
             start(taken - 1)
-        assert "--max-num-seqs" in str(error.value)
         assert ("another selector" in str(error.value)) == (selector == "previous")
         assert ("on all ranks" in str(error.value)) == (ranks == 2)
+
+    def test_a_cpu_admits_what_its_memory_holds(self, caplog, monkeypatch):
+        """A request takes 64 KiB of frames: twice 4 blocks, of 2 KV heads and 4 layers."""
+        started = config({"staging_blocks": 16}, scheduler_config__max_num_seqs=256)
+        pool, weights = 40 * BLOCK_BYTES, device_room.weight_bytes(started.model_config)
+        taken = pool + pool // 16 + 2 * 16 * 2 * 1024 + weights
+        monkeypatch.setattr(startup, "available_bytes", lambda: taken + (4 << 16) - 1)
+        with caplog.at_level("INFO", "vllm.sparse.sparda"):
+            for _ in range(2):
+                startup.check_config(started)
+        assert started.scheduler_config.max_num_seqs == 3
+        (line,) = (record.getMessage() for record in caplog.records)
+        assert "frames for 3 requests at once beside the host pool (--max-num-seqs was 256)" in line
+        monkeypatch.setattr(startup, "available_bytes", lambda: taken + (1 << 16) - 1)
+        few = config({"staging_blocks": 16}, scheduler_config__max_num_seqs=256)
+        with pytest.raises(ConfigError, match=r"frames and compressed keys 0\.00 GiB"):
+            startup.check_config(few)
 
     @pytest.mark.usefixtures("_small")
     def test_a_pool_larger_than_a_gpu_s_host_memory(self):

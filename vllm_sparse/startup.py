@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.backends.asked import cache_itemsize, has_layers
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.sparse.sparda")
 
 _QUERIES, _STAGING = "the queries that selector=previous keeps", "staging"
+_FRAMES = "frames and compressed keys"
 
 
 def check_config(vllm_config: Any, device_bytes: Callable[[], int] | None = None) -> None:
@@ -143,8 +145,8 @@ def size_sparda(
     shape = settings.block_size, model.get_head_size(), itemsize
     bytes_per_block = block_bytes(layers, kv_heads, *shape)
     columns = parallel.tensor_parallel_size * max(parallel.data_parallel_size_local, 1)
+    pools = columns * sum(stages) / layers
     if "host_gib" not in settings.model_fields_set:
-        pools = columns * sum(stages) / layers
         settings = _choose_pool(config, settings, bytes_per_block, int(available / pools))
     blocks = host_blocks(settings, bytes_per_block, model.max_model_len)
     if cache.num_gpu_blocks_override is None:
@@ -175,16 +177,20 @@ def size_sparda(
         _check_memory(config, settings, taken, available)
         if settings.slab_gib is None and not settings.resident:
             settings = _choose_slab(config, settings, device_bytes(), compressed, sizes)
-    seqs = config.scheduler_config.max_num_seqs
-    frames = plan_frames(settings, max_num_seqs=seqs, **sizes)
     if device_bytes is None:  # one memory holds everything, also what is filled only later
         staging = staging_pieces(settings, kv_heads) * sizes["piece_bytes"]
-        each = sum(frames) * sizes["piece_bytes"] + compressed
         taken |= {
-            "frames and compressed keys": each * sum(stages) // layers * columns,
             _STAGING: staging * len(stages) * columns,
             "weights": least_weight_bytes(model) * max(parallel.data_parallel_size_local, 1),
         }
+        room = int((available - sum(taken.values())) / pools) - compressed
+        if settings.slab_gib is None and not _beside_engines(parallel):
+            _admit_what_fits(config, settings, room, sizes)
+    seqs = config.scheduler_config.max_num_seqs
+    frames = plan_frames(settings, max_num_seqs=seqs, **sizes)
+    if device_bytes is None:
+        each = sum(frames) * sizes["piece_bytes"] + compressed
+        taken[_FRAMES] = each * sum(stages) // layers * columns
         _check_memory(config, settings, taken, available)
     return frames
 
@@ -212,9 +218,11 @@ def _check_memory(
     parts = ", ".join(f"{name} {nbytes / GIB:.2f} GiB" for name, nbytes in taken.items())
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     lower = ["host_gib"]
-    if "weights" in taken:
-        lower += ["slab_gib"] if settings.slab_gib else []
-        lower += ["--max-num-seqs" if settings.slab_gib else "--max-num-seqs (or set slab_gib)"]
+    if _FRAMES in taken:
+        if settings.slab_gib:
+            lower += ["slab_gib", "--max-num-seqs"]
+        else:  # they are those of one request, or of all blocks
+            lower += ["set resident to false"] if settings.resident else ["top_k, or set slab_gib"]
     if max(taken, key=lambda name: taken[name]) == _STAGING:
         lower = ["staging_blocks"]
     raise ConfigError(
@@ -264,6 +272,36 @@ def _tell(config: Any, **chosen: float) -> None:
     """Changes the settings in vLLM's configuration, so that every process knows."""
     given = config.additional_config or {}
     config.additional_config = {**given, NAMESPACE: {**given.get(NAMESPACE, {}), **chosen}}
+
+
+def _admit_what_fits(
+    config: Any, settings: SpardaSettings, room: int, sizes: dict[str, int]
+) -> None:
+    """Admit fewer requests at once where frames for all that may come do not fit memory.
+
+    Args:
+        config: vLLM's; its scheduler's most requests at once are lowered.
+        settings: As given, without a slab.
+        room: Bytes of a rank for frames.
+        sizes: Of :func:`plan_frames`.
+    """
+    scheduler = config.scheduler_config
+    asked = scheduler.max_num_seqs
+
+    def taken(requests: int) -> int:
+        return sum(plan_frames(settings, max_num_seqs=requests, **sizes)) * sizes["piece_bytes"]
+
+    served = bisect_right(range(1, asked + 1), room, key=taken)
+    if served == asked:
+        return
+    scheduler.max_num_seqs = max(served, 1)
+    if served:  # else the start stops, and says what one takes
+        logger.info(
+            "SPARDA: memory holds frames for %d requests at once beside the host pool "
+            "(--max-num-seqs was %d); a lower host_gib, or a slab_gib, leaves room for more",
+            served,
+            asked,
+        )
 
 
 def _layers_of_stages(config: Any) -> list[int]:

@@ -279,7 +279,8 @@ def _sparda(question: Question, settings: SpardaSettings) -> Arm:
     # A window's key in place of the keys and values of a stride's tokens.
     compressed = each * settings.windows_per_block // (2 * size)
     rows = heads * blocks_per_row(settings, model.max_model_len) * model.layers
-    by_slab = config.scheduler_config.max_num_seqs if question.on_gpu else _MANY
+    served = config.scheduler_config.max_num_seqs
+    by_slab = served if question.on_gpu or served < question.concurrency else _MANY
     step = sparda_ms(question, settings, question.context)
     return Arm(
         "SPARDA",

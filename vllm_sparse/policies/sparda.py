@@ -88,7 +88,7 @@ class SpardaSettings(CommonSettings):
         description="Device memory for frames, per rank; too little stops the start with the "
         "arithmetic. Unset: what the model leaves of a GPU, which then also limits "
         "`--max-num-seqs` to the requests that it serves at once; on a CPU twice the working set "
-        "of a step, at most all blocks.",
+        "of a step, at most all blocks, for as many of these requests as memory holds.",
     )
     staging_blocks: PositiveInt = Field(
         32, description="Blocks per half of the double buffer that streams prompts back."
