@@ -131,7 +131,7 @@ def forecast(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
 def runs(models: dict, forecast: tuple, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All eager runs, in one process because starting one takes longest."""
     cases = {arch: case(path, LOOKAHEAD, reload=True) for arch, path in models.items()}
-    cases["forecast"] = case(models["llama"], forecast[0])
+    cases["forecast"] = case(models["llama"], forecast[0], reload=True)
     cases["stock"] = case(models["llama"], None)
     cases["dummy"] = case(models["llama"], LOOKAHEAD, load_format="dummy")
     cases["query"] = case(models["llama"], {"algorithm": "sparda", "selector": "query"})
@@ -179,6 +179,12 @@ def test_new_weights_of_a_served_model_reach_its_taps(runs, arch, factor):
     for old, new in zip(before, after, strict=True):
         assert torch.equal(new, old * factor)
     assert "ForecastTap: Failed to load weights" not in runs["log"]
+
+
+def test_new_weights_that_pass_by_the_taps_are_refused(runs):
+    (why,) = runs["llama"]["refused"]
+    assert "in the format of a checkpoint" in why
+    assert runs["forecast"]["refused"] == [""], "a file's weights stay whatever the model's are"
 
 
 @pytest.mark.slow

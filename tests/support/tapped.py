@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from support.forked import run_forked
+from vllm_sparse.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,7 +40,8 @@ def run_tapped(
 
     Returns:
         ``log`` and by case: ``tokens``, ``models`` (class of each worker), ``weights`` (of each
-        worker's taps), ``reloaded`` (the same after new ones were loaded), and ``seen``: per pass
+        worker's taps), ``reloaded`` (the same after new ones were loaded), ``refused`` (why each
+        worker would not take them in the format of kernels), and ``seen``: per pass
         ("prefill" and "decode") and layer, what that layer's attention found in its own tap and in
         the one before. ``rotated``: by layer, random values and their rotation.
     """
@@ -80,15 +82,25 @@ def _tap_weights(worker: Any) -> list[torch.Tensor]:
     return [tap.weight.clone() for tap in taps if tap is not None]
 
 
-def _reload(worker: Any, path: str) -> None:
-    """Load weights into the served model: queries times four, then their norms times two."""
+def _reload(worker: Any, path: str) -> str:
+    """Load weights into the served model: queries times four, then their norms times two.
+
+    Returns:
+        Why it would not take them in the format of kernels.
+    """
     from safetensors.torch import load_file
 
     weights = load_file(f"{path}/model.safetensors")
     factors = {"q_proj": 4, "q_norm": 2}
     changed = [(name, w * factors.get(name.split(".")[-2], 1)) for name, w in weights.items()]
     changed.sort(key=lambda item: ".q_norm." in item[0])  # after what they follow
-    worker.model_runner.reload_weights(weights_iterator=iter(changed))
+    refused = ""
+    try:
+        worker.reload_weights(weights_iterator=iter(()), is_checkpoint_format=False)
+    except UnsupportedError as error:
+        refused = str(error)
+    worker.reload_weights(weights_iterator=iter(changed))
+    return refused
 
 
 def _serve(case: dict[str, Any], enforce_eager: bool, in_process: bool) -> dict[str, Any]:
@@ -153,9 +165,9 @@ def _serve(case: dict[str, Any], enforce_eager: bool, in_process: bool) -> dict[
         )
         output = llm.generate([{"prompt_token_ids": prompt()}], sampling, use_tqdm=False)[0]
         models, weights = (llm.collective_rpc(each) for each in (_model_class, _tap_weights))
-        reloaded = None
+        reloaded, refused = None, None
         if case["reload"]:
-            llm.collective_rpc(_reload, args=(case["model"],))
+            refused = llm.collective_rpc(_reload, args=(case["model"],))
             reloaded = llm.collective_rpc(_tap_weights)
         return {
             "tokens": list(output.outputs[0].token_ids),
@@ -164,6 +176,7 @@ def _serve(case: dict[str, Any], enforce_eager: bool, in_process: bool) -> dict[
             "models": models,
             "weights": weights,
             "reloaded": reloaded,
+            "refused": refused,
         }
     finally:
         CPUAttentionBackendImpl.forward = stock

@@ -23,6 +23,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_sparse.config import load_settings
 from vllm_sparse.errors import IntegrityError, UnsupportedError
+from vllm_sparse.forecast.reload import watch_reloads
 from vllm_sparse.forecast.routing import ARCHITECTURES, LOOKAHEAD_SELECTORS, PREFIX
 from vllm_sparse.forecast.tap import ForecastTap, tapped_projection
 from vllm_sparse.forecast.weights import (
@@ -77,6 +78,11 @@ class Taps:
         self._pending: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._targets: list[tuple[ForecastTap, int]] = []
         self._norms: list[Any] = []
+
+    @property
+    def follow_queries(self) -> bool:
+        """Whether they were made from the model's query projections."""
+        return bool(self._targets)
 
     def check(self) -> None:
         """Called once all weights were loaded and processed.
@@ -182,6 +188,7 @@ def install_taps(model: nn.Module, vllm_config: Any) -> Taps:
         _fill_learned(taps, weights, first)
     else:
         _fill_from_queries(taps, layers)
+        watch_reloads(vllm_config.use_v2_model_runner)
     return taps
 
 
