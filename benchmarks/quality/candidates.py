@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from benchmarks.quality.prompts import Network
+    from benchmarks.quality.prompts import Heads, Network
     from benchmarks.quality.schemes import Held, Layer
     from vllm_sparse.policies.protocol import Policy
 
@@ -77,14 +77,13 @@ def _votes_of(policy: Policy) -> Callable[[Layer, int], Tensor]:
     return keep
 
 
-def _policy_scheme(arm: arms.Arm, context: int, heads: tuple[int, int, int]) -> Scheme:
+def _policy_scheme(arm: arms.Arm, context: int, heads: Heads) -> Scheme:
     """Any policy of the registry, as a server on a CPU would plan it."""
     kind = registry.policy(arm.backend)
     if kind is None:
         raise ValueError(f"{arm.name} is served, but the laboratory has no scheme for it")
     settings = kind.Settings(**{"min_context": MIN_CONTEXT, **(arm.settings or {})})
-    query, groups, size = heads
-    policy: Policy = kind(settings, Shape(size, query // groups, BLOCK, context))
+    policy: Policy = kind(settings, _shape(context, heads))
 
     def count(tokens: int) -> int | None:
         retention = policy.retention(tokens)
@@ -97,6 +96,11 @@ def _policy_scheme(arm: arms.Arm, context: int, heads: tuple[int, int, int]) -> 
     return Scheme(count, _votes_of(policy), read, settings.skip_layers)
 
 
+def _shape(context: int, heads: Heads) -> Shape:
+    group = heads.query // heads.groups
+    return Shape(heads.size, group, BLOCK, context, scale=heads.scale)
+
+
 class Rocket:
     """ROCKETKV at a budget: the policy's plan, with parts exchanged.
 
@@ -107,12 +111,9 @@ class Rocket:
         settings: Further settings of the policy.
     """
 
-    def __init__(
-        self, budget: int, context: int, heads: tuple[int, int, int], **settings: Any
-    ) -> None:
-        query, groups, size = heads
+    def __init__(self, budget: int, context: int, heads: Heads, **settings: Any) -> None:
         found = RocketKVSettings(token_budget=budget, **{"min_context": MIN_CONTEXT, **settings})
-        self.policy = RocketKV(found, Shape(size, query // groups, BLOCK, context))
+        self.policy = RocketKV(found, _shape(context, heads))
 
     def count(self, tokens: int) -> int | None:
         """Prompt tokens that stay."""
@@ -158,7 +159,7 @@ def _mean(page: int, top_r: int, top_k: int) -> ReadPages:
     return ReadPages(page, top_r, top_k, "moments", 0.0)
 
 
-KINDS: dict[str, Callable[[int, int, tuple[int, int, int]], Scheme]] = {
+KINDS: dict[str, Callable[[int, int, Heads], Scheme]] = {
     # Oracles
     "exact": _reads(ReadTokens),
     "exactblocks": _reads(lambda number: ReadBlocks(number, "exact")),

@@ -49,6 +49,7 @@ class Lab:
             Layer(
                 prompt.keys[number].float(), prompt.values[number].float(),
                 prompt.last[number].float(), prompt.spread[number].float(), torch.empty(0), {},
+                network.heads.scale,
             )
             for number in range(len(network.layers))
         ]  # fmt: skip
@@ -162,7 +163,7 @@ class Lab:
                 cache.held.forecast = ahead
                 cache(query, key, value)
                 groups, _tokens, size = layer.keys.shape
-                weight = (query.view(groups, -1, size) @ layer.keys.mT * size**-0.5).softmax(-1)
+                weight = (query.view(groups, -1, size) @ layer.keys.mT * layer.scale).softmax(-1)
                 weight = weight.sum(1)
                 weight[:, :4] = 0
                 weight[:, -64:] = 0
@@ -216,7 +217,7 @@ class _Cache:
         if self.slots is not None:
             index = self.slots.clamp(min=0)[..., None].expand(-1, -1, size)
             keys, values = keys.gather(1, index), values.gather(1, index)
-        logits = grouped @ keys.mT * size**-0.5
+        logits = grouped @ keys.mT * held.scale
         if self.slots is not None:
             logits = logits.masked_fill((self.slots < 0)[:, None], -torch.inf)
         return (logits.softmax(-1) @ values).view(-1, size)

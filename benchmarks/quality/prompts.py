@@ -59,6 +59,22 @@ class Sizes(NamedTuple):
     head_dim: int
 
 
+class Heads(NamedTuple):
+    """What is alike in all layers.
+
+    Attributes:
+        query: Query heads.
+        groups: KV heads.
+        size: Of a head.
+        scale: What logits are multiplied by, which is not ``1 / sqrt(size)`` in all models.
+    """
+
+    query: int
+    groups: int
+    size: int
+    scale: float
+
+
 class Network:
     """A model whose prompts run in transformers, and whose decode steps are laid open.
 
@@ -85,16 +101,17 @@ class Network:
         self._queries: list[tuple[Tensor, Tensor]] = []
         self._tokens: list[int] = []
         self._before: Prompt
-        _, groups, size = self.heads
-        sizes = Sizes(len(self.layers), self.config.hidden_size, groups, size)
+        heads = self.heads
+        sizes = Sizes(len(self.layers), self.config.hidden_size, heads.groups, heads.size)
         self.forecast = import_forecast(forecast, sizes)[0] if forecast else None
 
     @property
-    def heads(self) -> tuple[int, int, int]:
-        """Query heads, KV heads and head size."""
+    def heads(self) -> Heads:
+        """Of its layers."""
         config = self.config
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return config.num_attention_heads, config.num_key_value_heads, size
+        (scale,) = {layer.self_attn.scaling for layer in self.layers}
+        return Heads(config.num_attention_heads, config.num_key_value_heads, size, scale)
 
     def _capture(self, module: Any, query: Tensor, *arguments: Any, **options: Any) -> Any:
         self._queries.append((query[0, :, -LAST:].clone(), query[0, :, ::SPREAD].clone()))
@@ -148,7 +165,7 @@ class Network:
         hidden = inner.embed_tokens(tokens)
         cos, sin = inner.rotary_emb(hidden, torch.tensor([[position]]))
         cos, sin = cos[0], sin[0]  # [1, D]
-        size = self.heads[2]
+        size = self.heads.size
         before = None
         for number, layer in enumerate(self.layers):
             own = layer.self_attn

@@ -39,6 +39,7 @@ class Layer(NamedTuple):
         spread: Queries of every `SPREAD`-th token, ``[H, ceil(n / SPREAD), D]``.
         ideal: Queries of the dense answer, ``[H, s, D]``.
         memo: Votes that several schemes use.
+        scale: What the layer multiplies its logits by.
     """
 
     keys: Tensor
@@ -47,15 +48,16 @@ class Layer(NamedTuple):
     spread: Tensor
     ideal: Tensor
     memo: dict
+    scale: float
 
 
 # --- what stays of a prompt ---------------------------------------------------------------------
 
 
-def attention(query: Tensor, positions: Tensor, keys: Tensor) -> Tensor:
+def attention(query: Tensor, positions: Tensor, layer: Layer) -> Tensor:
     """Causal attention probabilities: query [H, q, D], positions [q] -> [G, H / G, q, n]."""
-    groups, tokens, size = keys.shape
-    logits = query.reshape(groups, -1, size) @ keys.mT * size**-0.5
+    groups, tokens, size = layer.keys.shape
+    logits = query.reshape(groups, -1, size) @ layer.keys.mT * layer.scale
     logits = logits.view(groups, -1, len(positions), tokens)
     hidden = torch.arange(tokens) > positions[:, None]
     return logits.masked_fill_(hidden, -torch.inf).softmax(-1)
@@ -67,7 +69,7 @@ def window_votes(layer: Layer, window: int) -> Tensor:
     def vote() -> Tensor:
         tokens = layer.keys.shape[1]
         positions = torch.arange(tokens - window, tokens)
-        return attention(layer.last[:, -window:], positions, layer.keys).sum((1, 2))
+        return attention(layer.last[:, -window:], positions, layer).sum((1, 2))
 
     return _memo(layer, ("window", window), vote)
 
@@ -82,7 +84,7 @@ def spread_votes(layer: Layer) -> Tensor:
             query = layer.spread[:, first : first + 64].contiguous()
             positions = torch.arange(first, first + query.shape[1]) * SPREAD
             near = torch.arange(tokens) > positions[:, None] - 64
-            share = attention(query, positions, layer.keys).masked_fill(near, 0)
+            share = attention(query, positions, layer).masked_fill(near, 0)
             found = torch.maximum(found, share.amax((1, 2)))
         return found
 
@@ -95,7 +97,7 @@ def ideal_votes(layer: Layer) -> Tensor:
     def vote() -> Tensor:
         size = layer.keys.shape[1]
         positions = torch.full((layer.ideal.shape[1],), size)
-        return attention(layer.ideal.contiguous(), positions, layer.keys).sum((1, 2))
+        return attention(layer.ideal.contiguous(), positions, layer).sum((1, 2))
 
     return _memo(layer, ("ideal",), vote)
 
@@ -166,6 +168,7 @@ class Held:
         values: ``[G, m, D]``.
         positions: Of the kept prompt tokens in the text, ``[G, m]``.
         count: m.
+        scale: As of `Layer`.
         forecast: What the layer before says of the current token's reads, ``[G, D]``, if anything.
     """
 
@@ -179,7 +182,7 @@ class Held:
         pad = (0, 0, 0, room)
         self.keys = functional.pad(layer.keys.gather(1, index), pad)
         self.values = functional.pad(layer.values.gather(1, index), pad)
-        self.positions, self.count = kept, kept.shape[1]
+        self.positions, self.count, self.scale = kept, kept.shape[1], layer.scale
 
     def append(self, key: Tensor, value: Tensor) -> None:
         """Takes a generated token's key and value, [G, D] each."""
@@ -189,8 +192,7 @@ class Held:
 
     def probabilities(self, query: Tensor) -> Tensor:
         """Of each held token, summed over the group: query [G, H / G, D] -> [G, m]."""
-        keys = self.keys[:, : self.count]
-        return (query @ keys.mT * keys.shape[-1] ** -0.5).softmax(-1).sum(1)
+        return (query @ self.keys[:, : self.count].mT * self.scale).softmax(-1).sum(1)
 
 
 def summed(weights: Tensor, size: int) -> Tensor:
@@ -237,15 +239,15 @@ class ReadPages:
             return None
         count = torch.tensor(held.count)
         if self.score == "exact":
-            chance = self._exact(query, held)
+            chance = summed(held.probabilities(query), self.page)
         else:
             low, high = self._pages(held)
             if self.score == "extrema":
                 chance = page_probabilities(
-                    query, low, high, count, self.page, torch.tensor(self.top_r)
+                    query, low, high, count, self.page, torch.tensor(self.top_r), held.scale
                 )
             else:
-                chance = self._moments(query, low, high, held.count)
+                chance = self._moments(query, low, high, held)
         pages, taken = select_pages(chance, count, self.page, self.top_k)
         return page_tokens(pages, taken, self.page)[:, : self.top_k]
 
@@ -266,19 +268,15 @@ class ReadPages:
         pages = -(-count // page)
         return self._index[0][:, :pages], self._index[1][:, :pages]
 
-    def _moments(self, query: Tensor, mean: Tensor, deviation: Tensor, count: int) -> Tensor:
-        size = query.shape[-1]
-        if self.top_r < size:
+    def _moments(self, query: Tensor, mean: Tensor, deviation: Tensor, held: Held) -> Tensor:
+        if self.top_r < query.shape[-1]:
             rank = query.abs().sum(-2).argsort(-1, descending=True).argsort(-1)
             query = query * (rank < self.top_r)[:, None]
         logits = query @ mean.mT
         logits = logits + self.spread * (query.square() @ deviation.square().mT).sqrt()
-        tokens = (count - torch.arange(mean.shape[1]) * self.page).clamp(0, self.page)
-        weight = (logits * size**-0.5).softmax(-1)  # of pages
+        tokens = (held.count - torch.arange(mean.shape[1]) * self.page).clamp(0, self.page)
+        weight = (logits * held.scale).softmax(-1)  # of pages
         return (weight / (weight * tokens).sum(-1, keepdim=True)).sum(-2)
-
-    def _exact(self, query: Tensor, held: Held) -> Tensor:
-        return summed(held.probabilities(query), self.page)
 
 
 def page_moments(keys: Tensor, page: int) -> tuple[Tensor, Tensor]:
@@ -369,7 +367,7 @@ class ReadBlocks:
         else:
             scores = windows.query_scores(
                 query.flatten(0, 1)[:, None], self._means, newest,
-                kernel_size=sizes.kernel_size, kernel_stride=sizes.kernel_stride,
+                kernel_size=sizes.kernel_size, kernel_stride=sizes.kernel_stride, scale=held.scale,
             )  # fmt: skip
         return windows.block_scores(scores, sizes.num_blocks(held.count), sizes.windows_per_block)[
             :, 0

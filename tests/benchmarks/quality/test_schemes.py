@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.quality import candidates
+from benchmarks.quality.prompts import Heads
 from benchmarks.quality.schemes import (
     Held,
     Keep,
@@ -41,7 +42,7 @@ def _layer(seed: int = 0) -> Layer:
     heads = G * GROUP
     return Layer(
         some(G, N, D), some(G, N, D), some(heads, 256, D), some(heads, -(-N // 16), D),
-        some(heads, 5, D), {},
+        some(heads, 5, D), {}, D**-0.5,
     )  # fmt: skip
 
 
@@ -145,7 +146,7 @@ def test_union_adds_the_step_before() -> None:
 def test_spread_votes_leave_out_neighbours() -> None:
     layer = _layer()
     positions = torch.arange(layer.spread.shape[1]) * 16
-    share = attention(layer.spread, positions, layer.keys)
+    share = attention(layer.spread, positions, layer)
     wanted = torch.zeros(G, N)
     for row, position in enumerate(positions.tolist()):
         far = max(position - 63, 0)
@@ -167,7 +168,7 @@ def test_served_policies_by_name(name: str) -> None:
     layer, prompt = _layer(), 1500
     keys = torch.randn(G, prompt, D, generator=torch.Generator().manual_seed(5))
     layer = layer._replace(keys=keys, values=keys)
-    network = SimpleNamespace(heads=(G * GROUP, G, D))
+    network = SimpleNamespace(heads=Heads(G * GROUP, G, D, D**-0.5))
     scheme = candidates.schemes([name], 2048, network)[name]
     count = scheme.count(prompt)
     held = Held(layer, None if count is None else scheme.keep(layer, count), 4)
@@ -186,6 +187,11 @@ def test_served_policies_by_name(name: str) -> None:
         assert count is None
         assert slots.shape == (G, 96)
         assert (slots // 16).unique().numel() <= 2 * 7
+
+
+def test_policies_know_the_model_s_scale() -> None:
+    rocket = candidates.Rocket(256, 2048, Heads(G * GROUP, G, D, 0.125))
+    assert rocket.policy.shape.logit_scale == 0.125
 
 
 def test_quest_s_index_grows_with_the_tokens() -> None:
