@@ -242,6 +242,18 @@ def test_copies_of_a_step_that_does_not_take_place_are_not_published(llama, monk
     assert machine.free_blocks() == 39
 
 
+def test_engines_of_one_process_do_not_mix(llama):
+    """Their requests may have the same ids."""
+    one, other = Machine(llama, blocks=120), Machine(llama, blocks=60)
+    long, short = one.add(PROMPT), other.add([9] * 50, new_tokens=40)
+    assert long.request_id == short.request_id
+    for _ in range(40):
+        one.step()
+        other.step()
+    assert (one.free_blocks(), other.free_blocks()) == (119, 59)
+    assert one.serve([*PROMPT, *range(200)]) == 400 // BLOCK * BLOCK
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_random_lives(llama, seed):
     """Turns of a few conversations, beside aborts, preemption, and steps that are planned ahead."""

@@ -223,14 +223,18 @@ class PoolMachine(RuleBasedStateMachine):
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
+        from vllm_sparse.kv.requests import note_request
+
         self.serial += 1
-        return Request(
+        request = Request(
             request_id=str(self.serial),
             prompt_token_ids=tokens,
             sampling_params=SamplingParams(max_tokens=500, extra_args=extra_args),
             pooling_params=None,
             block_hasher=self.hasher,
         )
+        note_request(self.pool, request)
+        return request
 
     def prefill(self, request):
         assert self._admit(request)

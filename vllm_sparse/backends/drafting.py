@@ -60,7 +60,9 @@ class Pass(NamedTuple):
     parking: Tensor | None
 
 
-# Of the last pass of the model that this process's runner has planned.
+# Of the last pass of the model that a runner of this process has planned. The passes of its drafter
+# follow within the same step of its engine, before another engine of the process takes one: engines
+# that share a process share its thread, and others have processes of their own.
 _rows: Rows | None = None
 
 

@@ -92,7 +92,7 @@ class PrefixCopies:
     # -- in ----------------------------------------------------------------------------------------
 
     def _hit_tail(self, request_id: str, hit_blocks: Sequence[KVCacheBlock], tokens: int) -> range:
-        request = of_id(request_id) if hit_blocks else None
+        request = of_id(self._pool, request_id) if hit_blocks else None
         if request is None or not (tail := self._tail(request)):
             return range(0)
         # vLLM itself copies a last block that is hit in part only.
@@ -126,7 +126,7 @@ class PrefixCopies:
         Returns:
             These blocks.
         """
-        if request := of_id(request_id):
+        if request := of_id(self._pool, request_id):
             _count_skipped(_cut.pop(request, 0), "hit_cut")
         if not (hit := self._hits.pop(request_id, range(0))):
             return []
@@ -147,7 +147,7 @@ class PrefixCopies:
 
         That is the step that begins at the prompt's end. What others have published is left out.
         """
-        request = of_id(request_id)
+        request = of_id(self._pool, request_id)
         if request is None or request.num_computed_tokens != request.num_prompt_tokens:
             return
         if request_id in self._out:
@@ -171,7 +171,7 @@ class PrefixCopies:
         """Blocks that running requests may take in the step: what their prompts lack, and one."""
         wanted, size = 0, self._manager.block_size
         for request_id, row in self._manager.req_to_blocks.items():
-            request = of_id(request_id)
+            request = of_id(self._pool, request_id)
             tokens = request.num_tokens if request else 0
             wanted += max(-(-tokens // size) - len(row), 0) + 1
         return wanted
@@ -195,7 +195,7 @@ class PrefixCopies:
                 self._pool.free_blocks(copies.values())
             else:
                 self._give_back(request_id, copies)
-        request, row = of_id(request_id), self._manager.req_to_blocks.get(request_id)
+        request, row = of_id(self._pool, request_id), self._manager.req_to_blocks.get(request_id)
         if request is None or not row or request.num_in_flight_tokens:
             return
         if request.num_computed_tokens == request.num_prompt_tokens:
@@ -234,7 +234,7 @@ class PrefixCopies:
 
         What others have published of it becomes as recent.
         """
-        request = of_id(request_id)
+        request = of_id(self._pool, request_id)
         others = self._cached(request) if request else {}
         if request:
             self._publish(request, {i: block for i, block in ours.items() if i not in others})

@@ -272,7 +272,9 @@ class PolicyManager(PromptAwareManager):
         if num_prompt_tokens is None or processed_computed_tokens <= num_prompt_tokens:
             return
         blocks = self.req_to_blocks.get(request_id, ())
-        policy = policy_for(self.kv_cache_spec.policy, control_of_request(of_id(request_id)))
+        policy = policy_for(
+            self.kv_cache_spec.policy, control_of_request(of_id(self.block_pool, request_id))
+        )
         first, last = policy.freed_blocks(num_prompt_tokens, processed_computed_tokens)
         last = min(last, len(blocks))
         count = 0  # what was freed before lies before the rest

@@ -3,36 +3,59 @@
 """Whose blocks the scheduler asks about: vLLM's block managers are given hashes or an id only.
 
 What may be shared depends on the prompt's length and on the request's control, neither of which can
-be told from a lookup. So every request of the scheduler's process is known from its beginning.
+be told from a lookup. So every request is known to the process of its scheduler, which may be that
+of several engines: by its hashes, which are nobody else's, and by its id beside the engine's pool.
 """
 
 from __future__ import annotations
 
-from typing import Any
-from weakref import WeakValueDictionary
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from vllm.v1.request import Request
 
 from vllm_sparse.control import AS_SET, control_of
 from vllm_sparse.seams import replace_once
 
-_by_id: WeakValueDictionary[str, Request] = WeakValueDictionary()
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
+
+_by_id: WeakKeyDictionary[BlockPool, WeakValueDictionary[str, Request]] = WeakKeyDictionary()
 _by_hashes: WeakValueDictionary[int, Request] = WeakValueDictionary()
 
 
 def watch_requests() -> None:
     """Know all requests that this process makes from now on."""
+    from vllm.v1.core.sched.scheduler import Scheduler
 
     def make(begin: Any) -> Any:
         def __init__(self: Request, *args: Any, **kwargs: Any) -> None:
             begin(self, *args, **kwargs)
-            _by_id[self.request_id] = self
             # The list lives as long as the request and grows with it.
             _by_hashes[id(self.block_hashes)] = self
 
         return __init__
 
+    def make_noting(stock: Any) -> Any:
+        def add_request(self: Any, request: Request) -> None:
+            if request.request_id not in self.requests:  # else it goes on with that one
+                note_request(self.kv_cache_manager.block_pool, request)
+            stock(self, request)
+
+        return add_request
+
     replace_once(Request, "__init__", make)
+    replace_once(Scheduler, "add_request", make_noting)
+
+
+def note_request(pool: BlockPool, request: Request) -> None:
+    """Know whose id it is in an engine.
+
+    Args:
+        pool: The engine's.
+        request: Which it is about to serve.
+    """
+    _by_id.setdefault(pool, WeakValueDictionary())[request.request_id] = request
 
 
 def watch_engines() -> None:
@@ -57,9 +80,10 @@ def watch_engines() -> None:
     replace_once(EngineCore, "preprocess_add_request", make)
 
 
-def of_id(request_id: str) -> Request | None:
-    """The request with an id; ``None`` if this process has not made it."""
-    return _by_id.get(request_id)
+def of_id(pool: BlockPool, request_id: str) -> Request | None:
+    """The request with an id in the engine of a pool; ``None`` if it serves no such."""
+    own = _by_id.get(pool)
+    return None if own is None else own.get(request_id)
 
 
 def of_hashes(block_hashes: Any) -> Request | None:
