@@ -49,8 +49,19 @@ BY_CONFIGURATION = {
     "chunked-layers": ({"model_config__attention_chunk_size": 8192}, "chunks of 8192 tokens"),
     "image-prefixes": ({"model_config__is_mm_prefix_lm": True}, "both ways"),
     "one-manager": (
-        {"scheduler_config__disable_hybrid_kv_cache_manager": True},
+        {
+            "scheduler_config__disable_hybrid_kv_cache_manager": True,
+            "model_config__is_hybrid": True,
+        },
         "--disable-hybrid-kv-cache-manager",
+    ),
+    "layers-twice": (
+        {"model_config__hf_config": SimpleNamespace(architectures=["IQuestLoopCoderForCausalLM"])},
+        "IQuestLoopCoder",
+    ),
+    "other-dtype": (
+        {"cache_config__cache_dtype": "float16"},
+        "--kv-cache-dtype float16 beside a model in bfloat16",
     ),
     "fp8": ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
     "e5m2": ({"cache_config__cache_dtype": "fp8_e5m2"}, "fp8_e5m2: .*two binary digits"),
@@ -153,7 +164,7 @@ BY_CONFIGURATION = {
 
 PLAIN_LAYER = {
     **{"alibi_slopes": None, "sinks": None, "logits_soft_cap": None, "attn_type": "decoder"},
-    **{"kv_sharing_target_layer_name": None},
+    **{"kv_sharing_target_layer_name": None, "sliding_window": None},
     **{"kv_cache_dtype": "auto", "expected_cache_dtype": "auto"},
 }
 
@@ -164,6 +175,7 @@ BY_LAYER = {
     "soft-cap": ({"logits_soft_cap": 30.0}, "capped"),
     "encoder": ({"attn_type": "encoder"}, "encoder attention"),
     "shared-caches": ({"kv_sharing_target_layer_name": "layer.0"}, "share one KV cache"),
+    "hidden-windows": ({"sliding_window": 64}, "a window of 64 tokens"),
     "several-dtypes": (
         {"kv_cache_dtype": "auto", "expected_cache_dtype": "fp8"},
         "auto in a layer beside fp8 .*--kv-cache-dtype-skip-layers",
@@ -223,16 +235,32 @@ def own_backends(name: str, on_gpu: bool) -> None:
 def windows_and_drafter(name: str, on_gpu: bool) -> None:
     from vllm_sparse.backends.refusals import check_windows
 
-    check_windows(name, on_gpu, drafter("eagle"))
+    check_windows(name, on_gpu, configuration(name, speculative_config=drafter("eagle")))
+
+
+def stock_layer(backend: str, version: int) -> None:
+    """Beside one of ours, which may be of any version."""
+    from vllm_sparse.backends.refusals import check_stock_layers
+
+    class Ours(SimpleNamespace):
+        pass
+
+    name = SimpleNamespace(get_name=lambda: backend)
+    stock = SimpleNamespace(
+        impl=SimpleNamespace(vllm_flash_attn_version=version), get_attn_backend=lambda: name
+    )
+    ours = SimpleNamespace(impl=Ours(vllm_flash_attn_version=4))
+    check_stock_layers([ours, SimpleNamespace()], Ours)
+    check_stock_layers([ours, stock], Ours)
 
 
 def flash_attention_4(name: str, on_gpu: bool) -> None:
-    from vllm_sparse.backends.policy_gpu import PolicyGpuBuilder
+    stock_layer("FLASH_ATTN", 3)
+    stock_layer("FLASH_ATTN", 4)
 
-    window = SimpleNamespace(impl=SimpleNamespace(vllm_flash_attn_version=4))
-    context = SimpleNamespace(static_forward_context={"window": window})
-    builder = SimpleNamespace(_planning=SimpleNamespace(layers=[]))
-    PolicyGpuBuilder._check_other_layers(builder, SimpleNamespace(compilation_config=context))
+
+def triton_windows(name: str, on_gpu: bool) -> None:
+    stock_layer("TRITON_ATTN", 0)
 
 
 def planning(name: str, on_gpu: bool, block_size: int, whole: int = 32, group: int = 4) -> None:
@@ -301,6 +329,7 @@ BY_CHECK = {
     "own-backends": (own_backends, "CPU_ATTN whatever .* 1 of 3 of its layers"),
     "drafters-windows": (windows_and_drafter, "beside sliding windows"),
     "flash-attention-4": (flash_attention_4, "flash_attn_version"),
+    "triton-windows": (triton_windows, "which TRITON_ATTN does not allow"),
     "unlike-layers": (unlike_layers, "(2 and 4 query heads|3 of 4 layers)"),
     "other-blocks": (other_blocks, "from 32 to 48|blocks of 64 tokens, but .* 32"),
     "odd-blocks": (odd_blocks, "blocks of 48 tokens"),
@@ -422,6 +451,15 @@ def test_a_gpus_path_is_a_gpus_interpreted_or_not(method):
         startup.check_config(configuration("ROCKETKV", settings, **drafts), room)
         with pytest.raises(UnsupportedError, match="on GPUs a captured graph"):
             startup.check_config(configuration("ROCKETKV", {**settings, **larger}), room)
+
+
+def test_one_block_table_is_refused_only_beside_other_layers():
+    from vllm_sparse.backends.refusals import check_windows
+
+    alone = configuration("ROCKETKV", scheduler_config__disable_hybrid_kv_cache_manager=True)
+    startup.check_config(alone)
+    with pytest.raises(UnsupportedError, match="--disable-hybrid-kv-cache-manager"):
+        check_windows("ROCKETKV", False, alone)
 
 
 def test_a_tier_of_somebody_elses_making_is_refused():

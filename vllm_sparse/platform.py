@@ -28,9 +28,8 @@ def _get_attn_backend_cls(
         if attn_selector_config.has_sliding_window:
             from vllm.config import get_current_vllm_config_or_none
 
-            config = get_current_vllm_config_or_none()
-            drafts = None if config is None else config.speculative_config
-            check_windows(selected_backend.name, cls._enum == PlatformEnum.CUDA, drafts)
+            on_gpu = cls._enum == PlatformEnum.CUDA
+            check_windows(selected_backend.name, on_gpu, get_current_vllm_config_or_none())
             # Sliding-window layers have nothing to evict and stay stock.
             selected_backend = None
         elif cls._enum == PlatformEnum.CPU:  # where the stock platform would not listen

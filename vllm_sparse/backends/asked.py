@@ -26,6 +26,9 @@ _DRAFTS_WITHOUT_CACHE = ("ngram", "ngram_gpu", "suffix", "custom_class")
 # They draft with layers of their own, whose keys and values lie in our blocks.
 _DRAFTERS = ("eagle", "eagle3", "mtp", "draft_model")
 
+# Their second pass over the layers brings queries alone.
+_READ_TWICE = ("IQuestLoopCoderForCausalLM",)
+
 TIER_MODULE = "vllm_sparse.kv.tier"
 """Of the connector that start-up chooses for ``--kv-offloading-size``."""
 
@@ -88,9 +91,14 @@ def of_config(config: Any, settings: Any) -> Asked:
     auxiliary = getattr(config, "aux_output_config", None)  # from vLLM 0.33 on
     if auxiliary is not None and auxiliary.enabled:
         yield "auxiliary", {}
-    yield from of_cache(str(config.cache_config.cache_dtype))
-    if config.scheduler_config.disable_hybrid_kv_cache_manager:
-        yield "one-manager", {}
+    if model.architecture in _READ_TWICE:
+        yield "layers-twice", {"architecture": model.architecture}
+    kind, own = str(config.cache_config.cache_dtype), str(model.dtype).removeprefix("torch.")
+    yield from of_cache(kind)
+    if kind in PLAIN_CACHES and kind not in ("auto", own):
+        yield "other-dtype", {"kind": kind, "model": own}
+    if model.is_hybrid:
+        yield from of_managers(config)
     yield from _of_drafts(config)
     yield from _of_ranks(config)
     yield from _of_tier(config)
@@ -99,6 +107,12 @@ def of_config(config: Any, settings: Any) -> Asked:
     if config.lora_config is not None:
         yield "lora", {}
     yield from _of_settings(config, settings)
+
+
+def of_managers(config: Any) -> Asked:
+    """What a configuration asks for if layers of other kinds share the pool."""
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        yield "one-manager", {}
 
 
 def of_cache(kind: str) -> Asked:
@@ -215,6 +229,7 @@ def of_layer(
     logits_soft_cap: float | None,
     attn_type: str,
     kv_sharing_target_layer_name: str | None,
+    sliding_window: int | None,
     kv_cache_dtype: str,
     expected_cache_dtype: str,
 ) -> Asked:
@@ -226,6 +241,7 @@ def of_layer(
         logits_soft_cap: Non-zero for capped logits.
         attn_type: vLLM's attention type.
         kv_sharing_target_layer_name: Not None if the layer reads another layer's KV cache.
+        sliding_window: Of a layer that our backend was chosen for, though those stay stock.
         kv_cache_dtype: The layer's; a checkpoint may set it after start-up's checks.
         expected_cache_dtype: That of all layers.
 
@@ -242,6 +258,8 @@ def of_layer(
         yield "encoder", {"kind": attn_type}
     if kv_sharing_target_layer_name is not None:
         yield "shared-caches", {}
+    if sliding_window is not None:
+        yield "hidden-windows", {"window": sliding_window}
     yield from of_cache(kv_cache_dtype)
     if kv_cache_dtype != expected_cache_dtype:
         yield "several-dtypes", {"kind": kv_cache_dtype, "expected": expected_cache_dtype}

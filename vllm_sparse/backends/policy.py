@@ -134,6 +134,7 @@ def set_up_layer(
         logits_soft_cap=given.get("logits_soft_cap"),
         attn_type=given.get("attn_type", "decoder"),
         kv_sharing_target_layer_name=given.get("kv_sharing_target_layer_name"),
+        sliding_window=given.get("sliding_window"),
         kv_cache_dtype=given["kv_cache_dtype"],
         expected_cache_dtype=str(config.cache_config.cache_dtype),
     )

@@ -39,6 +39,7 @@ from vllm_sparse.backends.policy import Planning, PolicyBackend, count_nothing, 
 from vllm_sparse.backends.policy_step import attend_step
 from vllm_sparse.backends.policy_warm_up import warm_up
 from vllm_sparse.backends.prompts import is_warm_up, prompt_lengths_on_host, watch_requests
+from vllm_sparse.backends.refusals import check_stock_layers
 from vllm_sparse.counters import DeviceCounters
 from vllm_sparse.errors import IntegrityError
 from vllm_sparse.features import POLICIES, refuse
@@ -129,7 +130,8 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
             lambda _: reader,
         )
         self._planner = self._planning.planner
-        self._check_other_layers(vllm_config)
+        layers = vllm_config.compilation_config.static_forward_context.values()
+        check_stock_layers(layers, PolicyGpuImpl)
         self._rules = self._planner.rules.on_device.to(device)
         self._counters = DeviceCounters(
             ("decode_rows", "visible_tokens", "selected_tokens"), device, self._planning.count
@@ -152,13 +154,6 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
     @property
     def _layers(self) -> list[SparseLayer]:
         return [layer.impl.sparse for layer in self._planning.layers]
-
-    def _check_other_layers(self, config: VllmConfig) -> None:
-        layers = config.compilation_config.static_forward_context.values()
-        ours = self._planning.layers
-        stock = [getattr(layer, "impl", None) for layer in layers if layer not in ours]
-        if any(getattr(impl, "vllm_flash_attn_version", None) == 4 for impl in stock):
-            refuse("flash-attention-4", POLICIES, True)
 
     def build(
         self,

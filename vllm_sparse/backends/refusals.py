@@ -8,14 +8,17 @@ What is refused, and why, stands in :mod:`vllm_sparse.features`; what is asked f
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.backends import asked
 from vllm_sparse.backends.base import layers_that_attend
 from vllm_sparse.config import load_settings
 from vllm_sparse.errors import UnsupportedError
-from vllm_sparse.features import reason, refuse
+from vllm_sparse.features import POLICIES, reason, refuse
 from vllm_sparse.registry import entries
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 def unsupported(config: Any, name: str, on_gpu: bool) -> list[str]:
@@ -59,21 +62,45 @@ def check_layer(name: str, on_gpu: bool, **layer: Any) -> None:
             )
 
 
-def check_windows(name: str, on_gpu: bool, drafts: Any = None) -> None:
+def check_windows(name: str, on_gpu: bool, config: Any = None) -> None:
     """Refuse sliding-window layers where they cannot stay stock.
 
     Args:
         name: Of the backend, in capitals.
         on_gpu: The path of GPUs, interpreted or not.
-        drafts: vLLM's configuration of drafts.
+        config: vLLM's, if it is known.
 
     Raises:
-        UnsupportedError: They cannot beside this backend, or beside the drafter.
+        UnsupportedError: They cannot beside this backend, the drafter, or with one block table.
     """
     family = entries()[name].family
     refuse("windows", family, on_gpu, backend=name)
-    if asked.has_layers(drafts):
+    if config is None:
+        return
+    if asked.has_layers(config.speculative_config):
         refuse("drafters-windows", family, on_gpu)
+    for feature, facts in asked.of_managers(config):
+        refuse(feature, family, on_gpu, **facts)
+
+
+def check_stock_layers(layers: Iterable[Any], served: type) -> None:
+    """Refuse stock layers of a GPU that mistake how we ask for prompt lengths.
+
+    Args:
+        layers: Of the model and of its drafter.
+        served: What implements ours.
+
+    Raises:
+        UnsupportedError: They would take them for a model with windows of another kind.
+    """
+    for layer in layers:
+        impl = getattr(layer, "impl", None)
+        if impl is None or isinstance(impl, served):
+            continue
+        if getattr(impl, "vllm_flash_attn_version", None) == 4:
+            refuse("flash-attention-4", POLICIES, True)
+        if layer.get_attn_backend().get_name() == "TRITON_ATTN":
+            refuse("triton-windows", POLICIES, True)
 
 
 def check_model(config: Any, on_gpu: bool) -> None:

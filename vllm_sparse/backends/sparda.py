@@ -280,6 +280,7 @@ class SpardaImpl(AttentionImpl[SpardaStep]):
             logits_soft_cap=logits_soft_cap,
             attn_type=attn_type,
             kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+            sliding_window=sliding_window,
             kv_cache_dtype=kv_cache_dtype,
             expected_cache_dtype=str(config.cache_config.cache_dtype),
         )

@@ -82,6 +82,20 @@ ROWS = (
         "--kv-cache-dtype {kind}: numbers of fewer than 8 bits are packed in ways that compaction "
         "does not know; use fp8 or auto",
     ),
+    row(
+        _CACHE, "other-dtype", "`--kv-cache-dtype bfloat16` or `float16` that is not the model's",
+        Refused(
+            "--kv-cache-dtype {kind} beside a model in {model}: keys and values would be read as "
+            "numbers of another kind than they were written; use auto"
+        ),
+        (
+            Refused(
+                "--kv-cache-dtype {kind} beside a model in {model}: on CPUs frames are read by "
+                "queries of the same kind only; use auto"
+            ),
+            Untested(),
+        ),
+    ),
     everywhere(
         _CACHE, "several-dtypes", "`--kv-cache-dtype-skip-layers`",
         "a KV cache of {kind} in a layer beside {expected} in others (--kv-cache-dtype-skip-layers)"

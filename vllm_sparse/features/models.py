@@ -87,6 +87,32 @@ ROWS = (
         None,
     ),
     row(
+        _MODELS, "triton-windows", "sliding-window layers that run on `TRITON_ATTN`",
+        (
+            None,
+            # The same; it would read whole prompts, blocks included that were given back.
+            Refused(
+                "sliding-window layers stay stock beside ours, which TRITON_ATTN does not allow. "
+                "Choose FLASH_ATTN with --attention-config.backend_per_kind.sliding_window, or "
+                "leave out --attention-backend"
+            ),
+        ),
+        None,
+    ),
+    everywhere(
+        _MODELS, "hidden-windows",
+        "layers that hide their window from the choice of a backend (Voxtral Realtime)",
+        "layers with a window of {window} tokens that does not show when their backend is chosen",
+    ),
+    row(
+        _MODELS, "layers-twice", "layers that run twice in a step (IQuestLoopCoder)",
+        Refused(
+            "{architecture} reads each layer's keys and values once more in the same step, when "
+            "they may have been compacted; leave out --attention-backend"
+        ),
+        None,
+    ),
+    row(
         _MODELS, "states", "recurrent state layers (Granite H, Qwen3-Next)",
         (
             Served(_STATES + "test_recurrent_states_equal_hugging_face"),
@@ -101,11 +127,7 @@ ROWS = (
         _MODELS, "states-runner", "the same under Model Runner V2",
         (
             Untested(),
-            Refused(
-                "recurrent state layers: Model Runner V2 does not say beside them when a prompt's "
-                "last token comes alone, after which the prompt must be compacted; set "
-                "VLLM_USE_V2_MODEL_RUNNER=0"
-            ),
+            Served(_STATES_GPU + "test_blocks_taken_in_parts_equal_hugging_face"),
         ),
         None,
     ),

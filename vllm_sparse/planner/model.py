@@ -206,6 +206,7 @@ class Model:
                 logits_soft_cap=text.get("attn_logit_softcapping"),
                 attn_type="encoder" if text.get("is_encoder_decoder") else "decoder",
                 kv_sharing_target_layer_name=text.get("num_kv_shared_layers") or None,
+                sliding_window=None,
                 kv_cache_dtype="auto",
                 expected_cache_dtype="auto",
             )
