@@ -11,6 +11,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_sparse.backends.asked import FP8_CACHES, PLAIN_CACHES
 from vllm_sparse.errors import IntegrityError
+from vllm_sparse.kernels.fp8 import Scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,6 +63,33 @@ def layers_that_attend(config: VllmConfig) -> tuple[list[Any], list[Any]]:
             mine = issubclass(layer.get_attn_backend(), SparseBackend)
             (ours if mine else others).append(layer)
     return ours, others
+
+
+def final_scales(layer: Any, truncates: bool) -> Scales:
+    """Scales of a layer's fp8 cache, whose weights are loaded; they are not to change any more.
+
+    Stock attention reads them anew in each step. Ours are in what is planned, and on GPUs in
+    captured graphs, so weights that are loaded later must bring the same ones.
+
+    Args:
+        layer: vLLM's attention layer.
+        truncates: As of :class:`Scales`.
+    """
+    scales = Scales(layer._k_scale_float, layer._v_scale_float, truncates)
+    process = layer.impl.process_weights_after_loading
+
+    def check(dtype: torch.dtype) -> None:
+        process(dtype)
+        found = layer._k_scale_float, layer._v_scale_float
+        if found != (scales.key, scales.value):
+            raise IntegrityError(
+                f"{layer.layer_name}: new weights bring scales {found} for the fp8 cache, which "
+                f"runs with {(scales.key, scales.value)}. Start the server with this checkpoint, "
+                "or without --kv-cache-dtype fp8"
+            )
+
+    layer.impl.process_weights_after_loading = check
+    return scales
 
 
 _ASKED = 1 << 30

@@ -20,12 +20,17 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_sparse import metrics
 from vllm_sparse.backends.allowed import allowed_requests
-from vllm_sparse.backends.base import SparseBackend, ask_for_prompt_lengths, layers_that_attend
+from vllm_sparse.backends.base import (
+    SparseBackend,
+    ask_for_prompt_lengths,
+    final_scales,
+    layers_that_attend,
+)
 from vllm_sparse.backends.controls import watch_controls
 from vllm_sparse.backends.refusals import check_layer, takes_gpu_path
 from vllm_sparse.config import load_settings
 from vllm_sparse.features import POLICIES, refuse
-from vllm_sparse.kernels.fp8 import Scales, as_numbers
+from vllm_sparse.kernels.fp8 import as_numbers
 from vllm_sparse.kv.spec import PolicySpec
 from vllm_sparse.policies.making import make_policy
 from vllm_sparse.policies.protocol import Policy, Shape
@@ -163,7 +168,7 @@ class Planning:
         config: vLLM's configuration.
         block_size: Of the stock metadata builder; of the block table.
         kernels: What layers run.
-        truncates: How the stock kernel makes fp8 numbers, see :class:`Scales`.
+        truncates: How the stock kernel makes fp8 numbers, see :class:`.fp8.Scales`.
         reader: Makes what reads the stock pages of a layer.
 
     Attributes:
@@ -334,10 +339,10 @@ def count_nothing(*_: Any) -> None:
 
 
 def _of_fp8(layer: Any, spec: PolicySpec, config: VllmConfig, truncates: bool) -> dict[str, Any]:
-    """What a layer needs to know of an fp8 cache; weights are loaded, so scales are final."""
+    """What a layer needs to know of an fp8 cache."""
     if spec.dtype != torch.uint8:
         return {}
-    scales = Scales(layer._k_scale_float, layer._v_scale_float, truncates)
+    scales = final_scales(layer, truncates)
     return {"scales": scales, "query_dtype": config.model_config.dtype}
 
 

@@ -27,6 +27,7 @@ from vllm_sparse.backends.asked import FP8_CACHES
 from vllm_sparse.backends.base import (
     SparseBackend,
     ask_for_prompt_lengths,
+    final_scales,
     is_rehearsal,
     most_rows,
     prompt_lengths,
@@ -51,7 +52,7 @@ from vllm_sparse.backends.sparda_setup import (
 from vllm_sparse.backends.sparda_warm_up import warm_up
 from vllm_sparse.config import load_settings
 from vllm_sparse.control import DENSE
-from vllm_sparse.kernels.fp8 import FP8, UNSCALED, Scales
+from vllm_sparse.kernels.fp8 import FP8, UNSCALED
 from vllm_sparse.kv.spec import SpardaSpec
 from vllm_sparse.steps.host import SpardaPlanner
 from vllm_sparse.steps.host_layer import Layer
@@ -162,9 +163,7 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         self._steps = 0
         self.runtime = runtime_of(settings, geometry, dtype, stored, layers, machine, rows)
         for number, layer in enumerate(layers):
-            scales = UNSCALED
-            if fp8:  # weights are loaded, so these are final
-                scales = Scales(layer._k_scale_float, layer._v_scale_float, machine.truncates)
+            scales = final_scales(layer, machine.truncates) if fp8 else UNSCALED
             layer.impl.layer = Layer(self.runtime, number, scales)
         if serving and device.type == "cuda":  # elsewhere nothing is compiled
             impl, runtime = layers[0].impl, self.runtime
