@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -145,15 +146,26 @@ def test_presets_are_valid_and_complete():
 
 @pytest.mark.slow
 def test_wheel_is_what_the_sources_are(tmp_path):
-    """Also where an older build left more; and it is named after the commit."""
-    stale = ROOT / "build/lib/vllm_sparse/kernels/cpu"
-    stale.mkdir(parents=True, exist_ok=True)
+    """Also where an older build left more; and it is named after the commit.
+
+    In a copy: setuptools writes metadata beside the sources, where Python looks for entry points
+    first, and processes of other tests would not find the plugin.
+    """
+    checkout = tmp_path / "checkout"
+    for folder in ("vllm_sparse", "kernels", "configs"):
+        shutil.copytree(
+            ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for file in filter(Path.is_file, ROOT.iterdir()):
+        shutil.copy(file, checkout)
+    stale = checkout / "build/lib/vllm_sparse/kernels/cpu"
+    stale.mkdir(parents=True)
     for name in ("stale.py", "stale.cpp"):
         (stale / name).touch()
     result = subprocess.run(
         [
             *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"),
-            *("--wheel-dir", str(tmp_path), str(ROOT)),
+            *("--wheel-dir", str(tmp_path), str(checkout)),
         ],
         capture_output=True,
         text=True,
