@@ -5,6 +5,9 @@
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -158,6 +161,23 @@ def test_what_runs_here_is_said(config, capsys):
     last = capsys.readouterr().out.split("\n\n")[-1]
     assert "vLLM" in last.splitlines()[0]
     assert any(words in last for words in ("C++", "PyTorch reference", "Triton, launches"))
+
+
+def test_it_takes_seconds(config):
+    """Of a processor, since others may use it; with vLLM imported it would be twice as many."""
+    script = (
+        "import sys; from vllm_sparse.cli import main\n"
+        f"status = main(['plan', {config()!r}, '--host-memory', '512'])\n"
+        "sys.exit('it imports vLLM' if 'vllm' in sys.modules else status)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert "SPARDA" in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
 
 
 @pytest.mark.vllm

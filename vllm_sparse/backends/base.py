@@ -7,7 +7,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_sparse.backends.asked import FP8_CACHES, PLAIN_CACHES
 from vllm_sparse.errors import IntegrityError
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.kv_cache_layout import KVCacheLayout
 
 
 class SparseBackend:
@@ -47,6 +47,9 @@ class SparseBackend:
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """Head-major, so that a page of one KV head is one run of memory."""
+        # Not above: `vllm-sparse plan` asks what is refused, and vLLM takes seconds to import.
+        from vllm.v1.kv_cache_layout import KVCacheLayout
+
         return (KVCacheLayout.LBHNC,)
 
 
