@@ -17,17 +17,12 @@ from support.policies import make_policy
 from support.runner import PROMPT, batch, dummy_of_v1, table_of, take_up
 from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
-from vllm_sparse.kernels.layout import PageLayout
 
-from vllm_sparse.backends import policy_gpu
 from vllm_sparse.backends.policy import Planning
 from vllm_sparse.backends.policy_gpu import PolicyGpuBuilder
 from vllm_sparse.errors import IntegrityError
-from vllm_sparse.kv.tail.compaction import compaction_bytes
 from vllm_sparse.policies.quest import Quest
 from vllm_sparse.policies.rocketkv import RocketKV
-from vllm_sparse.policies.snapkv import SnapKV
-from vllm_sparse.policies.streamingllm import StreamingLLM
 from vllm_sparse.steps.split import StepPlanner
 
 
@@ -163,32 +158,6 @@ def test_schedules_of_one_step_do_not_overwrite_each_other(table, monkeypatch):
     assert (step.dense.requests, whole.requests) == (2, 3)
     for metadata in (step.dense, whole):
         assert metadata.schedule is None or metadata.schedule.item() == metadata.requests
-
-
-@pytest.mark.parametrize("kind", [SnapKV, StreamingLLM, Quest])
-def test_what_a_compaction_in_pytorch_takes_is_there_when_vllm_measures(monkeypatch, kind):
-    """Of the longest request, even if decode selects nothing."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    policy = make_policy(kind, max_model_len=5000)
-    context = SimpleNamespace(policy=lambda *_: policy)
-    monkeypatch.setattr(policy_gpu.PolicyBackend, "context", context)
-    impl = policy_gpu.PolicyGpuImpl.__new__(policy_gpu.PolicyGpuImpl)
-    impl.num_heads, impl.num_kv_heads, impl.head_size, impl._cache_dtype = 4, 2, 16, torch.bfloat16
-    impl._config = SimpleNamespace(
-        cache_config=SimpleNamespace(block_size=16, kv_cache_memory_bytes=1 << 20),
-        model_config=SimpleNamespace(max_model_len=5000, dtype=torch.bfloat16),
-        scheduler_config=SimpleNamespace(max_num_seqs=3), num_speculative_tokens=0,
-        compilation_config=SimpleNamespace(
-            max_cudagraph_capture_size=0, static_forward_context={}
-        ),
-    )  # fmt: skip
-    taken = []
-    monkeypatch.setattr(torch, "empty", lambda count, **_: taken.append(count))
-    impl._reserve(torch.device("cpu"))
-    layout = PageLayout(16, 16, policy.page_sizes[0], policy.index_width)
-    moved = compaction_bytes(5000, layout, policy, 2, torch.bfloat16)
-    assert len(taken) == 1
-    assert taken[0] >= moved or not policy.moves
 
 
 def test_model_runner_v1_gives_lengths_without_indices(table):

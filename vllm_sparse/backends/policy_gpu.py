@@ -36,6 +36,7 @@ from vllm_sparse.backends.controls import controls
 from vllm_sparse.backends.drafting import note_rows, rows_of_pass
 from vllm_sparse.backends.gpu import GpuBackend, warn_of_gpus
 from vllm_sparse.backends.policy import Planning, PolicyBackend, count_nothing, set_up_layer
+from vllm_sparse.backends.policy_room import step_bytes
 from vllm_sparse.backends.policy_step import attend_step
 from vllm_sparse.backends.policy_warm_up import warm_up
 from vllm_sparse.backends.prompts import is_warm_up, prompt_lengths_on_host, watch_requests
@@ -45,11 +46,8 @@ from vllm_sparse.errors import IntegrityError
 from vllm_sparse.features import POLICIES, refuse
 from vllm_sparse.kernels.dispatch import policy_triton
 from vllm_sparse.kernels.fp8 import FP8, encode
-from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kernels.types import Rows
 from vllm_sparse.kv.tail.codec import PlainReader
-from vllm_sparse.kv.tail.compaction import compaction_bytes
-from vllm_sparse.steps.select import MOST_INDEX_BYTES
 from vllm_sparse.steps.split import StepMetadata
 from vllm_sparse.upload import upload
 
@@ -322,43 +320,13 @@ class PolicyGpuImpl(FlashAttentionImpl):
     def _reserve(self, device: torch.device) -> None:
         """Take as much memory as a step may need, and give it back: vLLM measures the peak."""
         context, config = PolicyBackend.context, self._config
-        kernels = policy_triton(device)
         assert context is not None
         block_size = _part_of(config.cache_config.block_size)
         policy = context.policy(self.head_size, block_size, self._cache_dtype)
-        shape = block_size, self.head_size, min(policy.page_sizes)
-        needed, longest = 0, config.model_config.max_model_len
-        if policy.top_k is not None and kernels.decode_scratch_bytes is not None:
-            layout = PageLayout(*shape)
-            needed = kernels.decode_scratch_bytes(
-                most_rows(config),
-                -(-longest // block_size),
-                self._most_blocks(layout, device),
-                layout=layout,
-                heads=self.num_heads,
-                kv_heads=self.num_kv_heads,
-                top_k=policy.top_k,
-                dtype=config.model_config.dtype,
-                device=device,
-            )
-            if not policy.kernel:
-                needed += MOST_INDEX_BYTES
-        if policy.moves and not policy.kernel:  # one after the other
-            layout, heads = PageLayout(*shape, policy.index_width), self.num_kv_heads
-            moved = compaction_bytes(longest, layout, policy, heads, self._cache_dtype)
-            needed = max(needed, moved)
-        torch.empty(needed, dtype=torch.uint8, device=device)
-
-    def _most_blocks(self, layout: PageLayout, device: torch.device) -> int:
-        """Blocks that the cache can have: as many as the device's memory holds."""
-        memory = self._config.cache_config.kv_cache_memory_bytes or 0
-        if device.type == "cuda":
-            memory = memory or torch.cuda.get_device_properties(device).total_memory
-        layers = self._config.compilation_config.static_forward_context.values()
+        layers = config.compilation_config.static_forward_context.values()
         ours = sum(isinstance(getattr(layer, "impl", None), PolicyGpuImpl) for layer in layers)
-        elements = layout.token_elements + layout.channels * layout.pages_per_block
-        block = self.num_kv_heads * elements * self._cache_dtype.itemsize
-        return int(memory // (block * max(ours, 1)))
+        needed = step_bytes(config, policy, self.num_kv_heads, ours, self._cache_dtype, device)
+        torch.empty(needed, dtype=torch.uint8, device=device)
 
 
 class _QuantisedQueries:

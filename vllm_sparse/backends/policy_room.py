@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""What a step under a policy takes of a GPU's memory beside the cache, before there is one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_sparse.backends.base import most_rows
+from vllm_sparse.kernels.dispatch import policy_triton
+from vllm_sparse.kernels.layout import PageLayout
+from vllm_sparse.kv.tail.compaction import compaction_bytes
+from vllm_sparse.steps.select import MOST_INDEX_BYTES
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_sparse.policies.protocol import Policy
+
+
+def step_bytes(
+    config: VllmConfig,
+    policy: Policy,
+    kv_heads: int,
+    layers: int,
+    cache_dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """Most bytes that a step holds at a time: decode of all rows, or compaction of a prompt.
+
+    Args:
+        config: vLLM's configuration.
+        policy: Of the layers, for blocks as kernels take them.
+        kv_heads: G of this rank.
+        layers: How many share the cache.
+        cache_dtype: As vLLM allocates it: fp8 are bytes.
+        device: Where.
+    """
+    kernels, shape = policy_triton(device), policy.shape
+    sizes = shape.block_size, shape.head_dim, min(policy.page_sizes)
+    needed, longest = 0, config.model_config.max_model_len
+    if policy.top_k is not None and kernels.decode_scratch_bytes is not None:
+        layout = PageLayout(*sizes)
+        needed = kernels.decode_scratch_bytes(
+            most_rows(config),
+            -(-longest // shape.block_size),
+            _most_blocks(config, layout, kv_heads * layers, cache_dtype, device),
+            layout=layout,
+            heads=kv_heads * shape.group_size,
+            kv_heads=kv_heads,
+            top_k=policy.top_k,
+            dtype=config.model_config.dtype,
+            device=device,
+        )
+        if not policy.kernel:
+            needed += MOST_INDEX_BYTES
+    if policy.moves and not policy.kernel:  # one after the other
+        layout = PageLayout(*sizes, policy.index_width)
+        needed = max(needed, compaction_bytes(longest, layout, policy, kv_heads, cache_dtype))
+    return needed
+
+
+def _most_blocks(
+    config: VllmConfig,
+    layout: PageLayout,
+    pages: int,
+    cache_dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """Blocks of so many pages that the cache can have: as many as the device's memory holds."""
+    memory = config.cache_config.kv_cache_memory_bytes or 0
+    if device.type == "cuda":
+        memory = memory or torch.cuda.get_device_properties(device).total_memory
+    elements = layout.token_elements + layout.channels * layout.pages_per_block
+    return int(memory // (pages * elements * cache_dtype.itemsize))
