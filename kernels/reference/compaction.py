@@ -7,9 +7,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from vllm_sparse.kernels.fp8 import UNSCALED, Scales, readable
+from vllm_sparse.kernels.fp8 import readable
 from vllm_sparse.kernels.reference.prompt import gather_tokens, score_prompt
 from vllm_sparse.kernels.reference.topk import top_indices
+from vllm_sparse.kernels.stage1 import chained
 
 from vllm_sparse.policies.pages import page_extrema
 
@@ -69,57 +70,4 @@ def compact_tokens(
         layout.extrema(cache)[tail] = bounds.unflatten(1, (len(tail), -1)).permute(1, 0, 3, 2)
 
 
-def compact_prompts(
-    cache: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    query_window: Tensor,
-    block_table: Tensor,
-    prompt_lens: Tensor,
-    dropped_blocks: Tensor,
-    *,
-    layout: PageLayout,
-    pool_kernel: int,
-    scale: float,
-    max_kept: int,
-    scales: Scales = UNSCALED,
-) -> None:
-    """Stage 1 of every prompt that ends in a step: score, select, move.
-
-    Args:
-        cache: ``[blocks, G, block_size, C]``, modified in the prompts' tails only.
-        keys: ``[blocks, G, block_size, D]``; may be a view of ``cache``.
-        values: ``[blocks, G, block_size, D]``; may be a view of ``cache``.
-        query_window: Post-RoPE queries of each prompt's last ``w`` positions, ``[R, H, w, D]``.
-        block_table: Each prompt's blocks, int32 ``[R, max_blocks]``.
-        prompt_lens: P, int32 ``[R]``; 0 marks a padding row.
-        dropped_blocks: Leading blocks that leave, int32 ``[R]``; at least ``w`` tokens must stay.
-        layout: Page geometry.
-        pool_kernel: Odd width of the max pool.
-        scale: Logit scale.
-        max_kept: At least ``P - dropped_blocks * block_size`` of every prompt.
-        scales: Of an fp8 cache.
-    """
-    window = query_window.shape[2]
-    score = score_prompt(
-        query_window,
-        keys,
-        block_table,
-        prompt_lens,
-        pool_kernel=pool_kernel,
-        scale=scale * scales.key,
-    )
-    sizes = prompt_lens - window
-    counts = sizes - dropped_blocks * layout.block_size
-    chosen = top_indices(score, sizes, counts, max_kept - window)
-    compact_tokens(
-        cache,
-        keys,
-        values,
-        block_table,
-        prompt_lens,
-        dropped_blocks,
-        chosen,
-        layout=layout,
-        window=window,
-    )
+compact_prompts = chained(score_prompt, top_indices, compact_tokens)

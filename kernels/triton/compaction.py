@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vllm_sparse.kernels.fp8 import UNSCALED, Scales
+from vllm_sparse.kernels.stage1 import chained
 from vllm_sparse.kernels.triton.launch import dim_block, launch
 from vllm_sparse.kernels.triton.prompt import score_prompt
 from vllm_sparse.kernels.triton.topk import top_indices
@@ -209,42 +209,4 @@ def _check_pages(cache: Tensor) -> None:
     assert cache.stride(-2) == cache.shape[-1], "a page must be one contiguous run"
 
 
-def compact_prompts(
-    cache: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    query_window: Tensor,
-    block_table: Tensor,
-    prompt_lens: Tensor,
-    dropped_blocks: Tensor,
-    *,
-    layout: PageLayout,
-    pool_kernel: int,
-    scale: float,
-    max_kept: int,
-    scales: Scales = UNSCALED,
-) -> None:
-    """Same contract as :func:`vllm_sparse.kernels.reference.compaction.compact_prompts`."""
-    window = query_window.shape[2]
-    score = score_prompt(
-        query_window,
-        keys,
-        block_table,
-        prompt_lens,
-        pool_kernel=pool_kernel,
-        scale=scale * scales.key,
-    )
-    sizes = prompt_lens - window
-    counts = sizes - dropped_blocks * layout.block_size
-    chosen = top_indices(score, sizes, counts, max_kept - window)
-    compact_tokens(
-        cache,
-        keys,
-        values,
-        block_table,
-        prompt_lens,
-        dropped_blocks,
-        chosen,
-        layout=layout,
-        window=window,
-    )
+compact_prompts = chained(score_prompt, top_indices, compact_tokens)
