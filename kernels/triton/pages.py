@@ -21,6 +21,7 @@ from vllm_sparse.kernels.triton.choose import take_all, take_pages
 from vllm_sparse.kernels.triton.grid import (
     count_in,
     let_next_start,
+    most_registers,
     programs_at_once,
     wait_for_previous,
     whole_waves,
@@ -278,6 +279,7 @@ def select_slots(
         PDL=overlapped,
         num_warps=warps,
         num_stages=stages,
+        maxnreg=most_registers("select_slots", head_bytes, warps),
         launch_pdl=overlapped,
     )
     return slots

@@ -40,6 +40,8 @@ def test_what_the_model_rests_on(capability, triton_cache):
         assert code["tile_spills"] == 0, code
     assert (append["counters"], select["counters"], attend["counters"]) == (0, 1, 1)
     assert fits(capability, LLAMA.head_dim, select, attend)
+    # Nor may another compiler take more.
+    assert [code["most_registers"] for code in (append, select, attend)] == [None, 128, 128]
     # Loops over tiles: what is waited for, how much is issued, and in what pieces it is loaded.
     for code, program in ((select, cost.SCORE), (attend, cost.ATTEND)):
         assert code["warps"] == program.warps

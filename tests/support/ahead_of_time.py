@@ -76,6 +76,7 @@ def machine_code(capability: int) -> None:
             "programs": math.prod(grid),
             "warps": kernel.metadata.num_warps,
             "shared": kernel.metadata.shared,
+            "most_registers": kernel.metadata.maxnreg,
             "waits": kernel.asm["ptx"].count("griddepcontrol.wait"),
             "overlapped": bool(kernel.metadata.launch_pdl),
             "counters": kernel.asm["ptx"].count("atom.global.gpu.acq_rel"),
