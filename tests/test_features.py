@@ -238,10 +238,6 @@ def windows_and_drafter(name: str, on_gpu: bool) -> None:
     check_windows(name, on_gpu, configuration(name, speculative_config=drafter("eagle")))
 
 
-class Ours(SimpleNamespace):
-    """What implements our layers."""
-
-
 def stock_layer(backend: str, version: int) -> None:
     from vllm_sparse.backends.refusals import check_stock_layers
 
@@ -249,7 +245,7 @@ def stock_layer(backend: str, version: int) -> None:
     stock = SimpleNamespace(
         impl=SimpleNamespace(vllm_flash_attn_version=version), get_attn_backend=lambda: name
     )
-    check_stock_layers([stock], Ours)
+    check_stock_layers([stock], int)
 
 
 def flash_attention_4(name: str, on_gpu: bool) -> None:
@@ -449,30 +445,6 @@ def test_a_gpus_path_is_a_gpus_interpreted_or_not(method):
         startup.check_config(configuration("ROCKETKV", settings, **drafts), room)
         with pytest.raises(UnsupportedError, match="on GPUs a captured graph"):
             startup.check_config(configuration("ROCKETKV", {**settings, **larger}), room)
-
-
-def test_our_own_layers_run_on_any_flash_attention():
-    """A drafter's builder sees the model's, which are in another group."""
-    from vllm_sparse.backends.refusals import check_stock_layers
-
-    ours = SimpleNamespace(impl=Ours(vllm_flash_attn_version=4))
-    check_stock_layers([ours, SimpleNamespace()], Ours)
-
-
-def test_one_block_table_is_refused_only_beside_other_layers():
-    from vllm_sparse.backends.refusals import check_windows
-
-    alone = configuration("ROCKETKV", scheduler_config__disable_hybrid_kv_cache_manager=True)
-    startup.check_config(alone)
-    with pytest.raises(UnsupportedError, match="--disable-hybrid-kv-cache-manager"):
-        check_windows("ROCKETKV", False, alone)
-
-
-def test_a_tier_of_somebody_elses_making_is_refused():
-    chosen = SimpleNamespace(kv_connector_module_path="vllm_sparse.kv.tier")
-    startup.check_config(configuration("ROCKETKV", kv_transfer_config=chosen))
-    with pytest.raises(UnsupportedError, match="remove --kv-transfer-config"):
-        startup.check_config(configuration("SPARDA", kv_transfer_config=chosen))
 
 
 def test_a_policy_of_another_package_is_served_as_ours_but_for_its_own_cells(monkeypatch):

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""What is refused only beside something else; the table of features is tested as a whole."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from support.configuration import configuration
+
+from vllm_sparse import startup
+from vllm_sparse.errors import UnsupportedError
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(autouse=True)
+def _machine(monkeypatch):
+    monkeypatch.setattr(startup, "available_bytes", lambda: 1 << 30)
+
+
+class Ours(SimpleNamespace):
+    """What implements our layers."""
+
+
+def test_our_own_layers_run_on_any_flash_attention():
+    """A drafter's builder sees the model's, which are in another group."""
+    from vllm_sparse.backends.refusals import check_stock_layers
+
+    ours = SimpleNamespace(impl=Ours(vllm_flash_attn_version=4))
+    check_stock_layers([ours, SimpleNamespace()], Ours)
+
+
+def test_one_block_table_is_refused_only_beside_other_layers():
+    from vllm_sparse.backends.refusals import check_windows
+
+    alone = configuration("ROCKETKV", scheduler_config__disable_hybrid_kv_cache_manager=True)
+    startup.check_config(alone)
+    with pytest.raises(UnsupportedError, match="--disable-hybrid-kv-cache-manager"):
+        check_windows("ROCKETKV", False, alone)
+
+
+def test_a_tier_of_somebody_elses_making_is_refused():
+    chosen = SimpleNamespace(kv_connector_module_path="vllm_sparse.kv.tier")
+    startup.check_config(configuration("ROCKETKV", kv_transfer_config=chosen))
+    with pytest.raises(UnsupportedError, match="remove --kv-transfer-config"):
+        startup.check_config(configuration("SPARDA", kv_transfer_config=chosen))
