@@ -13,32 +13,11 @@ from types import SimpleNamespace
 import pytest
 from reference.random_models import save_random_model
 from support.engine import BLOCK_SIZE, SETTINGS, run_engine
+from support.planner import plan
 
 from vllm_sparse.backends.policy_gpu import _PREFERRED_BLOCK_SIZE
 from vllm_sparse.cli import main
-from vllm_sparse.planner.commands import REFUSED
 from vllm_sparse.planner.devices import DEVICES
-
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
-    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
-}  # fmt: skip
-
-
-@pytest.fixture
-def config(tmp_path):
-    def write(**changes):
-        path = tmp_path / "config.json"
-        path.write_text(json.dumps({**LLAMA, **changes}))
-        return str(path)
-
-    return write
-
-
-def plan(capsys, *options):
-    status = main(["plan", *options, "--json", "--host-memory", "512"])
-    return status, {arm["name"]: arm for arm in json.loads(capsys.readouterr().out)}
 
 
 def test_a_llama_on_a_gpu(config, capsys):
@@ -50,26 +29,6 @@ def test_a_llama_on_a_gpu(config, capsys):
     assert arms["ROCKETKV"]["fits"] > 2 * arms["dense"]["fits"]
     assert arms["SPARDA"]["request_bytes"] < arms["dense"]["request_bytes"]
     assert "--attention-backend SPARDA" in arms["SPARDA"]["serve"]
-
-
-def test_without_a_context_the_prompt_is_what_the_model_takes(config, capsys):
-    short = {"max_position_embeddings": 32768}
-    status, arms = plan(capsys, config(**short))
-    assert status == 0
-    assert not any(arm["refused"] for arm in arms.values())
-    assert "--max-model-len 32768 " in arms["dense"]["serve"]
-    assert "--max-model-len 33024 " in plan(capsys, config())[1]["dense"]["serve"]
-    _, arms = plan(capsys, config(max_position_embeddings=0), "--backend", "ROCKETKV")
-    assert "--max-model-len 33024 " in arms["dense"]["serve"]  # it does not say
-    status, arms = plan(capsys, config(**short), "--context", "32768")
-    assert status == REFUSED
-    for arm in arms.values():
-        assert "32768 + 256 tokens are more than the 32768" in arm["refused"][0]
-
-
-def test_a_name_that_is_not_downloaded(capsys):
-    assert main(["plan", "some/model"]) == 1
-    assert "`hf download some/model config.json`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", DEVICES)
@@ -99,24 +58,6 @@ def test_many_query_heads_fit_the_blocks_that_a_gpu_is_given(config, capsys):
     assert "--block-size 16 is too small" in arms["ROCKETKV"]["refused"][0]
 
 
-def test_layers_that_keep_a_window_or_a_state_hold_no_tokens(config, capsys):
-    """Of 32 layers, 8 keep everything; Model Runner V2, a GPU's default, serves no states."""
-    _, whole = plan(capsys, config())
-    _, windowed = plan(
-        capsys, config(layer_types=[*["sliding_attention"] * 3, "full_attention"] * 8)
-    )
-    for name in ("dense", "ROCKETKV"):
-        assert whole[name]["block_bytes"] == 4 * windowed[name]["block_bytes"]
-        assert "24 of 32 layers come on top" in windowed[name]["kept"]
-        assert windowed[name]["step_ms"] < whole[name]["step_ms"]
-    kinds = [*["linear_attention"] * 3, "full_attention"] * 8
-    _, states = plan(capsys, config(layer_types=kinds), "--device", "cpu")
-    assert states["ROCKETKV"]["block_bytes"] == 128 * 160 * 1024 // 4
-    status, states = plan(capsys, config(layer_types=kinds), "--backend", "ROCKETKV")
-    assert status == 3
-    assert "Model Runner V2" in states["ROCKETKV"]["refused"][0]
-
-
 def test_what_is_refused_has_its_own_exit_status(config, capsys):
     status, arms = plan(capsys, config(kv_lora_rank=512))
     assert status == 3
@@ -132,28 +73,6 @@ def test_queries_that_a_gpu_pins_are_host_memory(config, capsys):
         _, arms = plan(capsys, config(), "--backend", "SPARDA", "--settings", settings)
         refused = arms["SPARDA"]["refused"]
         assert refused == [] if fits else "selector=previous keeps 15.62 GiB" in refused[0]
-
-
-def test_a_measured_bandwidth_scales_the_steps(config, capsys):
-    _, estimated = plan(capsys, config(), "--device", "cpu")
-    _, measured = plan(capsys, config(), "--device", "cpu", "--bandwidth", "40")
-    for name, arm in measured.items():
-        assert arm["step_ms"] == pytest.approx(estimated[name]["step_ms"] / 2)
-        assert arm["wins_from"] == estimated[name]["wins_from"]
-    assert main(["plan", config(), "--bandwidth", "0"]) == 1
-
-
-def test_a_cpu_pays_for_sparda_s_copies(config, capsys):
-    """Each fetched block is read and written once more than a resident one."""
-    settings = {"top_k": 65, "local_blocks": 32, "dense_len": 0, "host_gib": 60}
-    options = ("--backend", "SPARDA", "--device", "cpu", "--concurrency", "1", "--settings")
-    _, fetched = plan(capsys, config(), *options, json.dumps(settings))
-    _, resident = plan(capsys, config(), *options, json.dumps({**settings, "resident": True}))
-    free, block = 65 - 34, 64 * 128 * 1024
-    extra = 1e3 * 2 * 0.25 * free * block / 20e9
-    assert fetched["SPARDA"]["step_ms"] - resident["SPARDA"]["step_ms"] == pytest.approx(extra)
-    assert fetched["SPARDA"]["wins_from"] is not None
-    assert "bookkeeping" in fetched["SPARDA"]["left_out"]
 
 
 def test_what_runs_here_is_said(config, capsys):

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import rocketkv_bruteforce as brute
@@ -13,13 +12,6 @@ from support.policies import make_policy
 
 from vllm_sparse.config import load_settings
 from vllm_sparse.policies import rocketkv
-from vllm_sparse.policies.attention import attend
-from vllm_sparse.policies.votes import top_indices
-
-
-def _tensors(seed: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
 @given(
@@ -57,93 +49,6 @@ def test_the_preset_paper_plans_as_the_paper_does():
         else:
             assert ours._asdict() == paper
     assert found == {(1, 1), (2, 2), (3, 4)}
-
-
-@pytest.mark.parametrize("scale", [None, 0.05])
-@pytest.mark.parametrize("group", [1, 2, 3, 7, 16])
-@pytest.mark.parametrize("tokens", [40, 97, 200])
-def test_prompt_selection_equals_brute_force(group, tokens, scale):
-    query, keys = _tensors(group * tokens, (2 * group, 8, 16), (2, tokens, 16))
-    for budget in (8, 9, 30, tokens - 1, tokens, tokens + 5):
-        expected = brute.select_prompt_tokens(query, keys, budget, 5, scale=scale)
-        ours = rocketkv.select_prompt_tokens(query, keys, budget, 5, scale)
-        assert torch.equal(ours, expected)
-
-
-def test_prompt_selection_with_the_papers_kernel():
-    query, keys = _tensors(1, (4, 32, 16), (2, 333, 16))
-    expected = brute.select_prompt_tokens(query, keys, 100)
-    assert torch.equal(rocketkv.select_prompt_tokens(query, keys, 100), expected)
-
-
-def test_prompt_selection_breaks_ties_to_the_lowest_position():
-    query, keys = torch.zeros(2, 4, 8), torch.zeros(1, 20, 8)  # every score is equal
-    kept = rocketkv.select_prompt_tokens(query, keys, 9, 3)
-    assert kept.tolist() == [[0, 1, 2, 3, 4, 16, 17, 18, 19]]
-
-
-def test_prompt_selection_refuses_a_budget_below_the_window():
-    query, keys = _tensors(0, (2, 8, 16), (1, 40, 16))
-    with pytest.raises(ValueError, match="smaller than the window"):
-        rocketkv.select_prompt_tokens(query, keys, 7)
-
-
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.data())
-@settings(max_examples=200, deadline=None)
-def test_top_indices_with_ties(values, data):
-    count = data.draw(st.integers(0, len(values)))
-    chosen = top_indices(torch.tensor(values, dtype=torch.float32), count)
-    expected = sorted(sorted(range(len(values)), key=lambda i: (-values[i], i))[:count])
-    assert chosen.tolist() == expected
-
-
-@pytest.mark.parametrize("page_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("tokens", [1, 5, 8, 13])
-def test_page_extrema_equal_brute_force(tokens, page_size):
-    (keys,) = _tensors(tokens, (3, tokens, 8))
-    for ours, expected in zip(
-        rocketkv.page_extrema(keys, page_size), brute.page_extrema(keys, page_size), strict=True
-    ):
-        assert torch.equal(ours, expected.float())
-
-
-@pytest.mark.parametrize("force_newest", [True, False])
-@pytest.mark.parametrize("group", [1, 2, 5, 16])
-@pytest.mark.parametrize("page_size", [1, 2, 3, 4])
-@pytest.mark.parametrize(("tokens", "scale"), [(3, None), (37, None), (90, None), (90, 0.03)])
-def test_decode_selection_equals_brute_force(tokens, scale, page_size, group, force_newest):
-    query, keys = _tensors(tokens + group, (2 * group, 16), (2, tokens, 16))
-    low, high = rocketkv.page_extrema(keys, page_size)
-    for top_r, top_k in ((1, 8), (7, 13), (16, 32), (16, tokens), (5, tokens + 3)):
-        given = query, low, high, tokens, page_size, top_r, top_k
-        options = {"force_newest": force_newest, "scale": scale}
-        ours = rocketkv.select_decode_tokens(*given, **options)
-        expected = brute.select_decode_tokens(*given, **options)
-        assert ours.tolist() == expected
-
-
-def test_decode_selection_with_every_channel_and_page_size_one_is_exact_top_k():
-    query, keys = _tensors(3, (2, 16), (2, 50, 16))  # one query head per KV head
-    chosen = rocketkv.select_decode_tokens(query, keys, keys, 50, 1, 16, 10, force_newest=False)
-    exact = (keys @ query.unsqueeze(-1)).squeeze(-1).topk(10).indices.sort(-1).values
-    assert torch.equal(chosen, exact)
-
-
-@pytest.mark.parametrize("scale", [None, 0.3])
-def test_attend_equals_brute_force(scale):
-    query, keys, values = _tensors(4, (6, 16), (2, 30, 16), (2, 30, 16))
-    index = torch.tensor([[0, 3, 29], [5, 6, 7]])
-    ours = attend(query, keys, values, index, scale)
-    torch.testing.assert_close(ours, brute.attend(query, keys, values, index, scale))
-
-
-def test_attend_to_everything_is_dense_attention():
-    query, keys, values = _tensors(5, (6, 16), (2, 30, 16), (2, 30, 16))
-    dense = torch.nn.functional.scaled_dot_product_attention(
-        query[None, :, None], keys[None], values[None], enable_gqa=True
-    )
-    everything = torch.arange(30).expand(2, -1)
-    torch.testing.assert_close(attend(query, keys, values, everything), dense[0, :, 0])
 
 
 # -- retention -------------------------------------------------------------------------------------

@@ -12,16 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import sparda_bruteforce as brute
+from support.policies import tensors
 
 from vllm_sparse.policies import sparda
 
 WINDOW = {"kernel_size": 8, "kernel_stride": 4}
 SMALL = {"block_size": 16, "kernel_stride": 4, "init_blocks": 1, "local_blocks": 2}
-
-
-def _tensors(seed: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
 def _compare(ours: torch.Tensor, expected: list, **tolerance: float) -> None:
@@ -54,7 +50,7 @@ def test_window_count_equals_brute_force(tokens, stride):
 
 @pytest.mark.parametrize("tokens", [0, 1, 31, 32, 33, 47, 48, 63, 64, 65, 95, 96, 130])
 def test_compressed_keys_equal_brute_force(tokens):
-    (keys,) = _tensors(tokens, (2, tokens, 16))
+    (keys,) = tensors(tokens, (2, tokens, 16))
     ours = sparda.compress_keys(keys)
     assert ours.shape == (2, sparda.num_windows(tokens), 16)
     assert ours.dtype == torch.float32
@@ -63,7 +59,7 @@ def test_compressed_keys_equal_brute_force(tokens):
 
 @pytest.mark.parametrize("dim", [16, 64, 128])
 def test_compressed_bfloat16_keys_are_averaged_in_float32(dim):
-    (keys,) = _tensors(dim, (2, 75, dim))
+    (keys,) = tensors(dim, (2, 75, dim))
     keys = (100 * keys + 300.0).bfloat16()
     ours = sparda.compress_keys(keys)
     assert ours.dtype == torch.bfloat16
@@ -73,14 +69,14 @@ def test_compressed_bfloat16_keys_are_averaged_in_float32(dim):
 
 @pytest.mark.parametrize(("kernel", "stride"), [(8, 4), (16, 8), (4, 2), (64, 32)])
 def test_compressed_keys_with_another_window(kernel, stride):
-    (keys,) = _tensors(kernel, (3, 3 * kernel + stride + 1, 8))
+    (keys,) = tensors(kernel, (3, 3 * kernel + stride + 1, 8))
     ours = sparda.compress_keys(keys, kernel, stride)
     _compare(ours, brute.compress_keys(keys, kernel, stride))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compressing_token_by_token_equals_compressing_at_once(dtype):
-    (keys,) = _tensors(3, (2, 150, 32))
+    (keys,) = tensors(3, (2, 150, 32))
     keys = keys.to(dtype)
     batch, grown = sparda.compress_keys(keys), []
     for tokens in range(1, 151):
@@ -96,7 +92,7 @@ def test_compressing_token_by_token_equals_compressing_at_once(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("groups", "dim"), [(1, 16), (2, 64), (3, 128)])
 def test_forecast_scores_equal_brute_force(groups, dim, dtype):
-    forecast, keys = (x.to(dtype) for x in _tensors(dim, (groups, 5, dim), (groups, 7, dim)))
+    forecast, keys = (x.to(dtype) for x in tensors(dim, (groups, 5, dim), (groups, 7, dim)))
     ours = sparda.forecast_scores(forecast, keys)
     assert ours.dtype == torch.float32
     _compare(ours, brute.forecast_scores(forecast, keys), atol=1e-4, rtol=1e-5)
@@ -109,7 +105,7 @@ def test_query_scores_equal_brute_force(group, dim, dtype):
     # Before the first window, at the borders of windows, and past the last one.
     positions = torch.tensor([0, 30, 31, 32, 46, 47, 100, 158, 159, 160, 175])
     shapes = (2 * group, len(positions), dim), (2, 9, dim)
-    query, keys = (x.to(dtype) for x in _tensors(group * dim, *shapes))
+    query, keys = (x.to(dtype) for x in tensors(group * dim, *shapes))
     ours = sparda.query_scores(query, keys, positions)
     assert ours.dtype == torch.float32
     _compare(ours, brute.query_scores(query, keys, positions))
@@ -120,14 +116,14 @@ def test_query_scores_equal_brute_force(group, dim, dtype):
 
 
 def test_query_scores_with_another_window_and_scale():
-    query, keys = _tensors(8, (6, 4, 16), (2, 9, 16))
+    query, keys = tensors(8, (6, 4, 16), (2, 9, 16))
     positions = torch.tensor([6, 7, 22, 60])
     ours = sparda.query_scores(query, keys, positions, **WINDOW, scale=0.7)
     _compare(ours, brute.query_scores(query, keys, positions, 8, 4, 0.7))
 
 
 def test_query_scores_of_extreme_logits_are_finite():
-    query, keys = _tensors(9, (4, 2, 16), (2, 6, 16))
+    query, keys = tensors(9, (4, 2, 16), (2, 6, 16))
     ours = sparda.query_scores(200 * query, 200 * keys, torch.tensor([40, 111]))
     _compare(ours, brute.query_scores(200 * query, 200 * keys, [40, 111]))
 
@@ -149,7 +145,7 @@ def test_scores_without_a_window():
 )
 @settings(deadline=None)
 def test_block_scores_equal_brute_force(windows, blocks, per_block, seed):
-    (scores,) = _tensors(seed, (2, 3, windows))
+    (scores,) = tensors(seed, (2, 3, windows))
     ours = sparda.block_scores(scores, blocks, per_block)
     expected = [
         [[brute.block_score(row, m, per_block) for m in range(blocks)] for row in of_group]
@@ -208,7 +204,7 @@ def test_selection_equals_brute_force(
 @pytest.mark.parametrize("position", [0, 63, 64, 2111, 2112, 6143, 6144, 20_000, 65_535])
 def test_selection_with_the_checkpoint_defaults(position):
     windows = sparda.num_windows(position + 1)
-    (scores,) = _tensors(position, (2, 1, windows))
+    (scores,) = tensors(position, (2, 1, windows))
     ours = sparda.select_blocks(scores, torch.tensor([position]))
     assert ours.tolist() == _brute_select(scores, [position], top_k=96)
     own = position // 64
@@ -219,7 +215,7 @@ def test_selection_with_the_checkpoint_defaults(position):
 
 
 def test_selection_of_a_budget_beyond_the_context_is_everything():
-    (scores,) = _tensors(5, (2, 3, 20))
+    (scores,) = tensors(5, (2, 3, 20))
     ours = sparda.select_blocks(scores, torch.tensor([5, 64, 350]), local_blocks=1, top_k=9)
     padded = [[0, *[-1] * 8], [0, 1, *[-1] * 7], [0, 1, 2, 3, 4, 5, -1, -1, -1]]
     assert ours.tolist() == [padded, padded]
@@ -265,7 +261,7 @@ def test_selection_of_no_tokens():
 @pytest.mark.parametrize("group", [1, 4, 16])
 @pytest.mark.parametrize("tokens", [5, 33, 200, 257, 400])
 def test_whole_selection_equals_brute_force(tokens, group):
-    keys, query, forecast = _tensors(tokens, (2, tokens, 16), (2 * group, 4, 16), (2, 4, 16))
+    keys, query, forecast = tensors(tokens, (2, tokens, 16), (2 * group, 4, 16), (2, 4, 16))
     positions = torch.tensor([0, tokens // 3, tokens // 2, tokens - 1])
     compressed = sparda.compress_keys(keys, 8, 4)
     expected = torch.tensor(brute.compress_keys(keys, 8, 4)).view(2, -1, 16)
@@ -298,7 +294,7 @@ TOKENS = 230
 
 def _inputs(selector: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     heads = 6 if selector == "query" else 2
-    keys, vectors = _tensors(seed, (2, TOKENS, 16), (heads, TOKENS, 16))
+    keys, vectors = tensors(seed, (2, TOKENS, 16), (heads, TOKENS, 16))
     return keys, vectors
 
 

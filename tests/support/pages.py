@@ -140,3 +140,9 @@ def packed_views(cache, layout):
     """Keys and values of stock pages, ``[blocks, G, block_size, D]`` each, as views."""
     halves = layout.tokens(cache).flatten(2).unflatten(2, (2, layout.block_size, layout.head_dim))
     return halves[:, :, 0], halves[:, :, 1]
+
+
+def row_pack(key, value, pages):
+    """A plain layout, as GPU kernels have it."""
+    key_pages, value_pages = pages.chunk(2, 2)
+    key_pages[0], value_pages[0] = key.transpose(0, 1), value.transpose(0, 1)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Policies of small shapes."""
+"""Policies of small shapes, and random tensors."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
 
 from vllm_sparse.policies.protocol import Policy, Shape
 from vllm_sparse.policies.rocketkv import RocketKV
@@ -20,3 +22,9 @@ def make_policy(kind: type[Policy] = RocketKV, **changes: Any) -> Policy:
     for name, value in changes.items():
         (shape if name in shape else settings)[name] = value
     return kind(kind.Settings(**settings), Shape(**shape))
+
+
+def tensors(seed: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """Normal random numbers in these shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
