@@ -73,19 +73,6 @@ def test_the_tail_holds_the_papers_capacity(prompt_len, block_size, budget):
     assert prompt_len // block_size - retention.dropped_blocks == smallest
 
 
-def test_parked_queries_fit_into_blocks_that_exist_before_the_prompt_ends():
-    for block_size in (16, 32, 128):
-        for group in (1, 2, 4, 7):
-            policy = make_policy(block_size=block_size, group_size=group, window=32)
-            room = 2 * (block_size // 4) // group
-            for prompt_len in range(65, 2000, 7):
-                retention = policy.retention(prompt_len)
-                if retention.sparse:
-                    first_query = prompt_len - 32
-                    whole = first_query // block_size - retention.dropped_blocks
-                    assert whole * room >= 32
-
-
 def test_without_stage1_nothing_is_dropped_but_long_prompts_are_sparse():
     retention = make_policy(stage1=False).retention(1000)
     assert retention.sparse
