@@ -58,6 +58,16 @@ def test_many_query_heads_fit_the_blocks_that_a_gpu_is_given(config, capsys):
     assert "--block-size 16 is too small" in arms["ROCKETKV"]["refused"][0]
 
 
+def test_a_cpu_serves_the_requests_whose_frames_fit_beside_the_pool(config, capsys):
+    """Of 512 GiB, pool, compressed keys and weights leave 12; the frames of a request take two."""
+    settings = json.dumps({"selector": "query", "host_gib": 470})
+    options = ("--context", "32768", "--concurrency", "16", "--settings", settings)
+    where = ("--backend", "SPARDA", "--device", "cpu")
+    _, arms = plan(capsys, config(), *where, *options)
+    assert arms["SPARDA"]["refused"] == []
+    assert arms["SPARDA"]["fits"] in (5, 6)
+
+
 def test_what_is_refused_has_its_own_exit_status(config, capsys):
     status, arms = plan(capsys, config(kv_lora_rank=512))
     assert status == 3
