@@ -97,6 +97,8 @@ def _lines(axes: Any, picture: Picture) -> None:
             ends.append((xs[-1], ys[-1], series.name, colour))
     if not any(y < 0 for series in picture.series for _, y in series.points):
         axes.set_ylim(bottom=0)
+        if any(series.marks for series in picture.series):  # x is a speed, too
+            axes.set_xlim(left=0)
     _name_ends(axes, ends)
 
 

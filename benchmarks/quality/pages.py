@@ -7,13 +7,16 @@ All arms of a table are scored by the same questions: those that each of them ha
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks import published
 from benchmarks.quality import report
 from benchmarks.tables import table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 Cells = dict[str, Any]  # questions' answers by task
 FILE, CONTEXT = "quality-lab", "4096"
@@ -56,15 +59,17 @@ BY_TASK = (
 )
 
 
-def scored(names: dict[str, str] | tuple[str, ...]) -> dict[str, dict[str, Cells]]:
+def scored(
+    names: Iterable[str], file: str = FILE, context: str = CONTEXT
+) -> dict[str, dict[str, Cells]]:
     """Per arm and task, the answers to the questions that all these arms have answered."""
-    arms = published.result(FILE)["arms"]
-    found = {name: arms[name][CONTEXT] for name in names}
-    shared: dict[str, Any] = {}
-    for task in TASKS:
-        if all(task in cells for cells in found.values()):
-            keys = set.intersection(*(set(cells[task]) for cells in found.values()))
-            shared[task] = sorted(keys, key=int)
+    arms = published.result(file)["arms"]
+    found = {name: arms[name][context] for name in names}
+    tasks = set.intersection(*(set(cells) for cells in found.values()))
+    shared = {}
+    for task in sorted(tasks, key=lambda task: ((*TASKS, task).index(task), task)):
+        keys = set.intersection(*(set(cells[task]) for cells in found.values()))
+        shared[task] = sorted(keys, key=int)
     return {
         name: {task: {key: cells[task][key] for key in keys} for task, keys in shared.items()}
         for name, cells in found.items()
@@ -79,9 +84,15 @@ def _paired(of: dict[str, Cells], base: dict[str, Cells], tasks: list[str]) -> s
     return report.lost([report.differences(of[task], base[task]) for task in tasks])
 
 
-def scores(names: dict[str, str]) -> str:
-    """A line per arm: means of tasks, their mean, and the difference from dense."""
-    found = scored(names)
+def scores(names: dict[str, str], file: str = FILE, context: str = CONTEXT) -> str:
+    """A line per arm: means of tasks, their mean, and the difference from dense.
+
+    Args:
+        names: What arms are called.
+        file: Of the judge.
+        context: One of its contexts.
+    """
+    found = scored(names, file, context)
     dense = found["dense"]
     columns: dict[str, Any] = {"arm": lambda name: names[name]}
     for task, answers in dense.items():

@@ -46,3 +46,12 @@ def test_gains_are_paired(results):
     *_, plain, gained, _ = pages.windows().splitlines()
     assert plain == "| 256 | +0.0 (+0.0 to +0.0) | +0.0 (+0.0 to +0.0) |"
     assert gained == "| 512 | +25.0 (+25.0 to +25.0) | +50.0 (+50.0 to +50.0) |"
+
+
+def test_other_files_and_contexts(monkeypatch):
+    arms = {name: {"8192": {"turns-kv": answers(0.0, 1.0)}} for name in ("dense", "quest-512")}
+    found = {"quality-turns": {"arms": arms}}
+    monkeypatch.setattr(published, "result", found.__getitem__)
+    text = pages.scores({"dense": "dense", "quest-512": "QUEST"}, "quality-turns", "8192")
+    assert text.splitlines()[0] == "| arm | turns-kv (2) | mean | to dense, points (90 %) |"
+    assert text.splitlines()[-1] == "| QUEST | .50 | .500 | +0.0 (+0.0 to +0.0) |"
