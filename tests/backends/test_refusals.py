@@ -7,10 +7,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 from support.configuration import configuration
 
 from vllm_sparse import startup
-from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.errors import IntegrityError, UnsupportedError
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -40,6 +41,20 @@ def test_one_block_table_is_refused_only_beside_other_layers():
     startup.check_config(alone)
     with pytest.raises(UnsupportedError, match="--disable-hybrid-kv-cache-manager"):
         check_windows("ROCKETKV", False, alone)
+
+
+def test_models_that_attend_both_ways_are_refused_though_vllm_does_not_say_so():
+    diffusion = configuration("ROCKETKV", model_config__is_diffusion=True)
+    with pytest.raises(UnsupportedError, match="non-causal"):
+        startup.check_config(diffusion)
+
+
+def test_a_layer_that_is_read_again_without_keys_says_so():
+    from vllm_sparse.backends.policy_step import attend_step
+
+    given = SimpleNamespace(layer_name="layers.3"), torch.zeros(1), None, None
+    with pytest.raises(IntegrityError, match=r"layers\.3 reads .*--attention-backend"):
+        attend_step(None, None, *given, torch.zeros(1), None, torch.zeros(1))
 
 
 def test_a_tier_of_somebody_elses_making_is_refused():

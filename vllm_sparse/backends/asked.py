@@ -77,7 +77,8 @@ def of_config(config: Any, settings: Any) -> Asked:
         yield "states", {}
         if getattr(config, "use_v2_model_runner", False):  # the planner has no runner
             yield "states-runner", {}
-    if config.attention_config.use_non_causal:
+    # vLLM says so itself only where it chooses the backend.
+    if config.attention_config.use_non_causal or getattr(model, "is_diffusion", False):
         yield "non-causal", {}
     for kind, other in config.attention_config.backend_per_kind.items():
         if kind == "full_attention" or is_ours(other):

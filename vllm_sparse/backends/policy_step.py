@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_sparse.errors import IntegrityError
 from vllm_sparse.kernels.fp8 import as_numbers
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ def attend_step(
     stock: Any,
     layer: Any,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     cache: Tensor,
     step: StepMetadata,
     output: Tensor,
@@ -36,8 +37,8 @@ def attend_step(
         stock: The stock implementation: ``forward`` and ``do_kv_cache_update``.
         layer: The attention layer.
         query: Post-RoPE queries, ``[tokens, H, D]``.
-        key: ``[tokens, G, D]``.
-        value: ``[tokens, G, D]``.
+        key: ``[tokens, G, D]``; ``None`` is refused.
+        value: The same.
         cache: ``[blocks, G, block_size, C]``, bytes if it is fp8.
         step: The step.
         output: Written, ``[tokens, H, D]``.
@@ -45,7 +46,15 @@ def attend_step(
 
     Returns:
         ``output``.
+
+    Raises:
+        IntegrityError: The model brings queries alone, for keys that may have been compacted.
     """
+    if key is None or value is None:
+        raise IntegrityError(
+            f"{layer.layer_name} reads its keys and values once more in the same step, when they "
+            "may have been compacted. Leave out --attention-backend"
+        )
     stored, cache = cache, as_numbers(cache)
     if step.rows is not None:
         sparse.decode_rows(cache, query, key, value, step.rows, output)

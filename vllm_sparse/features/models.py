@@ -172,7 +172,7 @@ ROWS = (
         "layers that share one KV cache keep different tokens",
     ),
     everywhere(
-        _MODELS, "non-causal", "non-causal attention",
+        _MODELS, "non-causal", "non-causal attention (DiffusionGemma)",
         "non-causal attention needs the whole context at every step; leave out --attention-backend",
     ),
     row(
