@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from benchmarks import published
+from benchmarks import published, results
 from benchmarks.quality import pages
 
 
@@ -15,7 +17,7 @@ def answers(*scores):
 
 
 @pytest.fixture
-def results(monkeypatch):
+def replies(monkeypatch):
     """One question more of dense than of the others."""
     arms = {
         name: {"4096": {"vt": answers(0.5, 0.5), "table": answers(0.0, 1.0)}}
@@ -26,23 +28,23 @@ def results(monkeypatch):
     return arms
 
 
-def test_only_shared_questions_count(results):
+def test_only_shared_questions_count(replies):
     head, _, dense, *others = pages.scores(pages.WINDOWS).splitlines()
     assert head == "| arm | table (2) | vt (2) | mean | to dense, points (90 %) |"
     assert dense == "| dense | .50 | 1.00 | .750 | |"
     assert others[0] == "| window 32, t = 256 | .50 | .50 | .500 | -25.0 (-25.0 to -25.0) |"
 
 
-def test_each_task_has_an_interval_of_its_own(results):
-    results["exact-256"]["4096"]["table"] = answers(0.0, 0.5)
+def test_each_task_has_an_interval_of_its_own(replies):
+    replies["exact-256"]["4096"]["table"] = answers(0.0, 0.5)
     head, _, exact, other, *_ = pages.by_task().splitlines()
     assert head == "| arm | table (2) | vt (2) |"
     assert exact == "| exact top-k, 256 tokens | -25 (-50 to +0) | -50 (-50 to -50) |"
     assert other == "| exact top-k, 1,024 tokens | 0 | -50 (-50 to -50) |"
 
 
-def test_gains_are_paired(results):
-    results["window16-512"]["4096"]["vt"] = answers(1.0, 1.0)
+def test_gains_are_paired(replies):
+    replies["window16-512"]["4096"]["vt"] = answers(1.0, 1.0)
     *_, plain, gained, _ = pages.windows().splitlines()
     assert plain == "| 256 | +0.0 (+0.0 to +0.0) | +0.0 (+0.0 to +0.0) |"
     assert gained == "| 512 | +25.0 (+25.0 to +25.0) | +50.0 (+50.0 to +50.0) |"
@@ -55,3 +57,17 @@ def test_other_files_and_contexts(monkeypatch):
     text = pages.scores({"dense": "dense", "quest-512": "QUEST"}, "quality-turns", "8192")
     assert text.splitlines()[0] == "| arm | turns-kv (2) | mean | to dense, points (90 %) |"
     assert text.splitlines()[-1] == "| QUEST | .50 | .500 | +0.0 (+0.0 to +0.0) |"
+
+
+def test_the_readme_says_what_the_table_says():
+    """Points from dense with the default window, in one sentence."""
+    text = " ".join((results.FOLDER.parents[1] / "README.md").read_text().split())
+    lines = pages.scores(pages.WINDOWS).splitlines()[4::2]
+    assert len(lines) == len(pages.BUDGETS)
+    for line in lines:
+        budget, *points = re.search(
+            r"window 16, t = (\d+) \|.* (\S+) \((\S+) to (\S+)\) \|$", line
+        ).groups()
+        centre, low, high = map(re.escape, points)
+        told = rf"{centre} (points from dense )?with (t = )?{budget} \((90 %: )?{low} to {high}\)"
+        assert re.search(told, text), told
