@@ -109,6 +109,10 @@ BY_CONFIGURATION = {
         {"settings": AHEAD, "parallel_config__pipeline_parallel_size": 2},
         "pipeline parallelism.* lookahead-query",
     ),
+    "pipeline-eager": (
+        {"parallel_config__pipeline_parallel_size": 2, "compilation_config__mode": 0},
+        "remove --enforce-eager",
+    ),
     "windows-only": ({"cache_config__sliding_window": 4096}, "window of 4096 tokens"),
     "auxiliary": ({"aux_output_config": SimpleNamespace(enabled=True)}, "auxiliary outputs"),
     "context-parallel": (

@@ -175,6 +175,8 @@ def _of_ranks(config: Any) -> Asked:
         yield "ranks-than-heads", {"ranks": parallel.tensor_parallel_size, "heads": heads}
     if parallel.pipeline_parallel_size > 1:
         yield "pipeline", {}
+        if getattr(config.compilation_config, "mode", None) == 0:  # vLLM's ``NONE``
+            yield "pipeline-eager", {}
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         yield "context-parallel", {}
     if parallel.use_ubatching:

@@ -16,6 +16,11 @@ _STREAMS = Refused(
     "speculative decoding: rows of several tokens stream their whole context in every step; remove "
     "--speculative-config"
 )
+_NO_ROOM = Refused(
+    "pipeline parallelism on a CPU: vLLM makes room for what a stage receives only where it "
+    "compiles, and its engine would die of the first request, with this plugin or without; remove "
+    "--enforce-eager, -O0 or --enable-lora, or use --tensor-parallel-size"
+)
 _RANKS = "Parallelism"
 _SERVING = "Decoding and serving"
 
@@ -46,6 +51,11 @@ ROWS = (
             "which another rank has where a stage begins; set vllm_sparse.selector to previous or "
             "query"
         ),
+    ),
+    row(
+        _RANKS, "pipeline-eager",
+        "the same without vLLM's compiler: `--enforce-eager`, `-O0`, or beside LoRA",
+        (_NO_ROOM, None), (_NO_ROOM, None),
     ),
     row(_RANKS, "data-parallel", "data parallelism", Untested(), Untested()),
     everywhere(
