@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ADAPTER = "adapter"
 NEW_TOKENS = 40
 SHORT = 100  # tokens of a prompt that every policy serves densely
-ALL = 1024  # a budget that covers every context
+ALL = 2048  # a budget of which ROCKETKV reads half in a step, so that it covers every context
 SCHEMA = {
     "type": "object", "properties": {"a": {"enum": ["no", "so"]}}, "required": ["a"],
     "additionalProperties": False,
