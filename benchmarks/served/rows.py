@@ -22,6 +22,7 @@ EVERYTHING = {"token_budget": 4096, "max_token_budget": 4096, "stage1": False}
 HITS = "vllm:prefix_cache_hits_total"
 _NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1}
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
+RETURNED = "vllm:external_prefix_cache_hits_total"
 DRAFTED = "vllm:spec_decode_num_draft_tokens_total"
 
 
@@ -111,6 +112,7 @@ _STAGED = (
 )  # fmt: skip
 _DP = ("--data-parallel-size", "2", "--api-server-count", "1")
 _STAGES = {**_REHEARSED, "VLLM_PP_LAYER_PARTITION": "1,2"}
+_TIER = ("--kv-offloading-size", "0.05")
 _FP8 = ("--kv-cache-dtype", "fp8")
 _PLAIN_SELECTOR = {"selector": "query"}
 _POLICIES = ("QUEST", "SNAPKV", "STREAMINGLLM")
@@ -127,12 +129,17 @@ ROWS = [
     Row("ngram drafts", options=_drafts(**_NGRAM), grows=(HITS, DRAFTED), exact=False),
     Row("EAGLE", model="known", grows=(HITS, DRAFTED, ACCEPTED), exact=False,
         options=_drafts(method="eagle", model="{eagle}", num_speculative_tokens=3)),
+    Row("draft model", grows=(HITS, DRAFTED, ACCEPTED), exact=False,
+        options=_drafts(method="draft_model", model="{llama}", num_speculative_tokens=3)),
     Row("fp8", judge="rocketkv_fp8", options=_FP8, settings={"window": 8}),
     Row("fp8, SPARDA", "SPARDA", "sparda_fp8", options=_FP8),
     Row("LoRA", options=_LORA),
     Row("LoRA, SPARDA", "SPARDA", "sparda", options=_LORA, settings=_PLAIN_SELECTOR),
-    Row("host tier", own=("--kv-offloading-size", "0.05"), blocks=48, exact=False,
-        grows=(HITS, "vllm:external_prefix_cache_hits_total")),
+    Row("host tier", own=_TIER, blocks=48, exact=False, grows=(HITS, RETURNED)),
+    Row("fp8, ngram drafts, LoRA and host tier", judge="rocketkv_fp8", settings={"window": 8},
+        options=(*_FP8, *_drafts(**_NGRAM), *_LORA), own=_TIER, blocks=48, exact=False,
+        grows=(HITS, DRAFTED, RETURNED)),
+    Row("sparse prompts, SPARDA", "SPARDA", "sparda", settings={"sparse_prefill": True}),
     _STATES,
     Row("sliding windows", model="windows", judge="itself"),
     Row("sliding windows, everything read", model="windows", judge="stock", settings=EVERYTHING),
