@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import arms, replay, results
 from benchmarks import drafts as drafting
 from benchmarks import serving as served
+from benchmarks.served import report as matrix
 from benchmarks.tables import inside, mib, number, table
 
 if TYPE_CHECKING:
@@ -268,6 +269,11 @@ def quarters() -> str:
     return table(rows, {**columns, "all": number(3, "kl")})
 
 
+def rows() -> str:
+    """Rows of the table of features that were served once."""
+    return matrix.render(result("serve-matrix"))
+
+
 def training() -> str:
     """Memory of training against the length of the sequence."""
     found: dict[int, list[str]] = {}
@@ -370,6 +376,6 @@ TABLES = {
     make.__name__: make
     for make in (
         *(accuracy, policies, speed, capacity, serving, agents, selectors, mass, memory, overlap),
-        *(drafts, fp8, quarters, training, main),
+        *(drafts, fp8, quarters, rows, training, main),
     )
 }
