@@ -221,6 +221,17 @@ def test_a_prefix_is_evicted_from_its_end_on(llama, turns, new_tokens):
     assert leads == list(range(whole - 1, -1, -1))
 
 
+def test_a_prompt_is_as_recent_as_its_last_output(llama):
+    """Though nobody held it meanwhile: who replies at length loses nothing to who came later."""
+    machine = Machine(llama, blocks=120)
+    machine.add(PROMPT, new_tokens=60)
+    machine.add(other := prompts(1, first=2)[0], new_tokens=4)
+    machine.run()
+    while published(machine, other):
+        machine.pool.get_new_blocks(1)
+        assert published(machine, PROMPT) == 400 // BLOCK
+
+
 def test_copying_out_preempts_nobody(llama):
     """The other prompt needs six blocks in the step that copies, when eight are free."""
     machine = Machine(llama, blocks=40, scheduler_reserve_full_isl=True)

@@ -11,6 +11,7 @@ both ends of a copy hold one more reference, which vLLM's scheduler gives back.
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -20,7 +21,7 @@ from vllm_sparse import metrics
 from vllm_sparse.kv.requests import control_of_request, of_id
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -152,8 +153,7 @@ class PrefixCopies:
             return
         if request_id in self._out:
             return
-        cached = self._cached(request)
-        places = [place for place in self._tail(request) if place not in cached]
+        places = self._missing(request, self._tail(request))
         room = self._pool.get_num_free_blocks() - self._wanted()
         most = self._manager.kv_cache_spec.most_copies - self._queued
         count = max(min(room, most), 0)
@@ -181,28 +181,35 @@ class PrefixCopies:
 
         Not sooner: in one step copies read before any is written.
         """
-        for request_id in list(self._out):
-            self._give_back(request_id, self._out.pop(request_id))
+        for request_id, copies in self._out.items():
+            if request := of_id(self._pool, request_id):
+                self._publish(request, copies)
+                self._pool.free_blocks(copies.values())
+                self._refresh(request, self._tail(request))
+        self._out.clear()
 
     def leave(self, request_id: str) -> None:
         """Publish what a request leaves that ends or is preempted: its copies or its own tail.
 
         The tail is untouched if the prompt is processed and no step behind it was scheduled.
+        As with any request of vLLM's, the prompt is as recently used then as its last output.
         """
         self._hits.pop(request_id, None)
-        if copies := self._out.pop(request_id, None):
-            if self._queued:  # in the very step, which does not take place then
-                self._pool.free_blocks(copies.values())
-            else:
-                self._give_back(request_id, copies)
-        request, row = of_id(self._pool, request_id), self._manager.req_to_blocks.get(request_id)
-        if request is None or not row or request.num_in_flight_tokens:
+        copies, request = self._out.pop(request_id, {}), of_id(self._pool, request_id)
+        row = self._manager.req_to_blocks.get(request_id)
+        if request is None or not row:
             return
-        if request.num_computed_tokens == request.num_prompt_tokens:
+        if not self._queued:  # else by the very step, which does not take place then
+            self._publish(request, copies)
+        self._pool.free_blocks(copies.values())
+        ended = request.num_computed_tokens == request.num_prompt_tokens
+        if ended and not request.num_in_flight_tokens:
             tail = self._tail(request)
             own = {place: row[place] for place in tail}
+            self._publish(request, own)
             row[tail.start : tail.stop] = [self._pool.null_block] * len(tail)
-            self._give_back(request_id, own)
+            self._pool.free_blocks(own.values())
+        self._refresh(request, range(request.num_prompt_tokens // self._manager.block_size))
 
     # -- both --------------------------------------------------------------------------------------
 
@@ -218,43 +225,43 @@ class PrefixCopies:
         copy.ref_cnt += 1
         self._manager._pending_cow_copies.append((source, copy))
 
-    def _cached(self, request: Request) -> dict[int, KVCacheBlock]:
-        """What the prefix cache has of a tail, by place."""
-        if not (tail := self._tail(request)):
-            return {}
+    def _cached(self, request: Request, places: Iterable[int]) -> Iterator[KVCacheBlock | None]:
+        """What the prefix cache has of a request's prompt."""
         pool, group = self._pool, [self._manager.kv_cache_group_id]
         hashes = resolve_block_hashes(
             request.block_hashes, pool.hash_block_size, self._manager.block_size
         )
-        found = {place: pool.get_cached_block(hashes[place], group) for place in tail}
-        return {place: blocks[0] for place, blocks in found.items() if blocks}
+        for place in places:
+            found = pool.get_cached_block(hashes[place], group)
+            yield found[0] if found else None
 
-    def _give_back(self, request_id: str, ours: dict[int, KVCacheBlock]) -> None:
-        """Publish blocks of a tail and free them, so that the tail is evicted from its end on.
-
-        What others have published of it becomes as recent.
-        """
-        request = of_id(self._pool, request_id)
-        others = self._cached(request) if request else {}
-        if request:
-            self._publish(request, {i: block for i, block in ours.items() if i not in others})
-        self._pool.touch(list(others.values()))
-        blocks = sorted([*ours.items(), *others.items()], key=_place, reverse=True)
-        self._pool.free_blocks([block for _, block in blocks])
+    def _missing(self, request: Request, places: Sequence[int]) -> list[int]:
+        cached = self._cached(request, places)
+        return [place for place, block in zip(places, cached, strict=True) if block is None]
 
     def _publish(self, request: Request, blocks: dict[int, KVCacheBlock]) -> None:
-        if not blocks:
+        """Publish blocks of a tail, by place, unless others have."""
+        if not (missing := self._missing(request, sorted(blocks))):
             return
-        first, end = min(blocks), max(blocks) + 1
+        first, end = missing[0], missing[-1] + 1
         row = [blocks.get(place, self._pool.null_block) for place in range(end)]
+        wanted = set(missing)
+        mask = [place in wanted for place in range(first, end)]
         self._pool.cache_full_blocks(
-            request, row, first, end, self._manager.block_size, self._manager.kv_cache_group_id,
-            [place in blocks for place in range(first, end)],
+            request, row, first, end, self._manager.block_size,
+            self._manager.kv_cache_group_id, mask,
         )  # fmt: skip
 
+    def _refresh(self, request: Request, places: Sequence[int]) -> None:
+        """Have what the prefix cache has of a prompt evicted last, and from its end on.
 
-def _place(item: tuple[int, KVCacheBlock]) -> int:
-    return item[0]
+        Up to the first block that is missing: what lies behind it is of no use.
+        """
+        if not self._manager.enable_caching:
+            return
+        blocks = list(takewhile(bool, self._cached(request, places)))
+        self._pool.touch(blocks)
+        self._pool.free_blocks(reversed(blocks))
 
 
 def _count_skipped(blocks: int, reason: str) -> None:
