@@ -36,6 +36,7 @@ def chained(
         scale: float,
         max_kept: int,
         scales: Scales = UNSCALED,
+        sinks: Tensor | None = None,
     ) -> None:
         """Stage 1 of every prompt that ends in a step: score, select, move.
 
@@ -53,6 +54,7 @@ def chained(
             scale: Logit scale.
             max_kept: At least ``P - dropped_blocks * block_size`` of every prompt.
             scales: Of an fp8 cache.
+            sinks: Learned attention sinks, a logit of each query head, any dtype ``[H]``.
         """
         window = query_window.shape[2]
         score = score_prompt(
@@ -62,6 +64,7 @@ def chained(
             prompt_lens,
             pool_kernel=pool_kernel,
             scale=scale * scales.key,
+            sinks=sinks,
         )
         sizes = prompt_lens - window
         counts = sizes - dropped_blocks * layout.block_size

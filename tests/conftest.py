@@ -100,6 +100,14 @@ def delta_net(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random gpt-oss: learned sinks, window layers between full ones."""
+    path = tmp_path_factory.mktemp("models") / "gpt_oss"
+    random_models.save_random_gpt_oss(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def windowed(llama: Path, tmp_path_factory) -> Path:
     """The random Llama with window layers around a full one."""
     model = tmp_path_factory.mktemp("models") / "windowed"

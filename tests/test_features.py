@@ -322,10 +322,19 @@ def untapped(name: str, on_gpu: bool) -> None:
     _selector(settings, None, torch.float32, [layer, layer], None, 1, torch.device("cpu"))
 
 
+def sinks_flash_attention(name: str, on_gpu: bool) -> None:
+    """This machine has no FlashAttention at all."""
+    from vllm_sparse.backends.refusals import check_sinks
+
+    if on_gpu:  # CPUs do not ask
+        check_sinks(name)
+
+
 BY_CHECK = {
     "windows": (windows, "sliding-window"),
     "own-backends": (own_backends, "CPU_ATTN whatever .* 1 of 3 of its layers"),
     "drafters-windows": (windows_and_drafter, "beside sliding windows"),
+    "sinks-flash-attention": (sinks_flash_attention, "version None"),
     "flash-attention-4": (flash_attention_4, "flash_attn_version"),
     "triton-windows": (triton_windows, "which TRITON_ATTN does not allow"),
     "unlike-layers": (unlike_layers, "(2 and 4 query heads|3 of 4 layers)"),

@@ -9,6 +9,7 @@ from typing import Any
 
 # CUDA's context and libraries, captured graphs, logits, and what nobody thinks of.
 _RESERVED_BYTES = 4 << 30
+_MXFP4_BYTES = 17 / 32  # of a number: 4 bits, and 8 for each 32 numbers
 
 
 def left_bytes(config: Any, total_bytes: int) -> int:
@@ -41,7 +42,8 @@ def least_weight_bytes(model: Any) -> int:
     Args:
         model: vLLM's model configuration.
     """
-    parts = 4 if getattr(model, "quantization", None) else 1
+    packed = getattr(model, "quantization", None) and not _has_mxfp4(model)
+    parts = 4 if packed else 1
     return _stored(model) or _weights_by_shape(model) // parts
 
 
@@ -61,8 +63,15 @@ def _weights_by_shape(model: Any) -> int:
     width = getattr(shape, "moe_intermediate_size", None) or _width(shape)
     attention = 2 * hidden * heads * model.get_head_size()
     embeddings = (1 if getattr(shape, "tie_word_embeddings", False) else 2) * shape.vocab_size
-    numbers = layers * (attention + 3 * hidden * width * experts) + embeddings * hidden
-    return int(numbers * model.dtype.itemsize)
+    whole = layers * attention + embeddings * hidden
+    item = model.dtype.itemsize
+    of_experts = _MXFP4_BYTES if _has_mxfp4(model) else item
+    return int(whole * item + layers * 3 * hidden * width * experts * of_experts)
+
+
+def _has_mxfp4(model: Any) -> bool:
+    """Whether experts are stored in it, and nothing else (gpt-oss)."""
+    return "mxfp4" in str(getattr(model, "quantization", None))
 
 
 def _working_bytes(config: Any) -> int:

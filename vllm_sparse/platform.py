@@ -12,7 +12,7 @@ from vllm.platforms.interface import PlatformEnum
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_sparse.backends.allowed import watch_inputs
-from vllm_sparse.backends.refusals import check_model, check_windows
+from vllm_sparse.backends.refusals import check_model, check_sinks, check_windows
 from vllm_sparse.registry import backend_path, is_ours
 
 _StockPlatform: Any = resolve_obj_by_qualname(
@@ -34,6 +34,8 @@ def _get_attn_backend_cls(
             selected_backend = None
         elif cls._enum == PlatformEnum.CPU:  # where the stock platform would not listen
             return backend_path(selected_backend.name)
+        elif attn_selector_config.has_sink:
+            check_sinks(selected_backend.name)
     stock = cls._vllm_sparse_stock
     return stock.get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
 

@@ -41,10 +41,11 @@ __attribute__((noinline)) Workspace<T>& workspace() {
   return own;
 }
 
-// collect(token, kv_head, runs) lists what to attend to; nothing gives zeros.
+// collect(token, kv_head, runs) lists what to attend to; nothing gives zeros. sinks: learned ones,
+// [kv_heads][group], or null.
 template <typename T, typename Sizes, typename Collect>
 void attend(const Sizes& s, const void* query, void* out, float scale, float value_scale,
-            Collect&& collect) {
+            const float* sinks, Collect&& collect) {
 #pragma omp parallel
   {
     Workspace<T>& own = workspace<T>();
@@ -69,7 +70,8 @@ void attend(const Sizes& s, const void* query, void* out, float scale, float val
       own.rows.clear();
       for (const Run<T>& run : runs) own.rows.add(run.rows, run.tokens * 2 * s.dim * sizeof(T));
       own.rows.pull(Lines::kAhead / 4);  // a head start; the rest is asked for on the way
-      attention.attend(own.query.data(), runs, target, own.rows);
+      const float* of_group = sinks ? sinks + h * s.group : nullptr;
+      attention.attend(own.query.data(), runs, target, own.rows, of_group);
     }
   }
 }
@@ -87,7 +89,7 @@ int vllm_sparse_attend_frames(int dtype, const void* frames, const void* query, 
   if (s.dim > kMaxDim) return 1;
   return with_cache_dtype(dtype, [&](auto zero) {
     typedef decltype(zero) T;
-    attend<T>(s, query, out, scale, value_scale, [&](int64_t t, int64_t h, auto& runs) {
+    attend<T>(s, query, out, scale, value_scale, nullptr, [&](int64_t t, int64_t h, auto& runs) {
       const int32_t* frame = table + (t * s.kv_heads + h) * s.table_stride;
       for (int64_t slot = 0; slot < lengths[t]; slot += s.block_size)
         runs.push_back({static_cast<const T*>(frames) + *frame++ * s.block_size * 2 * s.dim,
@@ -97,18 +99,19 @@ int vllm_sparse_attend_frames(int dtype, const void* frames, const void* query, 
 }
 
 // slots: ascending block * block_size + slot, [tokens][kv_heads][slot_stride], of which the first
-// min(top_k, length) count; null, or top_r[t] of 0, attends to all of the block table. Returns 1
-// for a head size and 2 for a dtype that is not supported; see with_cache_dtype.
+// min(top_k, length) count; null, or top_r[t] of 0, attends to all of the block table. sinks: a
+// learned logit of each query head, or null. Returns 1 for a head size and 2 for a dtype that is
+// not supported; see with_cache_dtype.
 int vllm_sparse_attend_slots(int dtype, const void* cache, const void* query, void* out,
                              const int32_t* slots, const int32_t* table, const int32_t* lengths,
-                             const int32_t* top_r, const SlotSizes* sizes, float scale,
-                             float key_scale, float value_scale) {
+                             const int32_t* top_r, const float* sinks, const SlotSizes* sizes,
+                             float scale, float key_scale, float value_scale) {
   const SlotSizes& s = *sizes;
   if (s.dim > kMaxDim) return 1;
   return with_cache_dtype(dtype, [&](auto zero) {
     typedef decltype(zero) T;
     const float of_logits = scale * key_scale;
-    attend<T>(s, query, out, of_logits, value_scale, [&](int64_t t, int64_t h, auto& runs) {
+    attend<T>(s, query, out, of_logits, value_scale, sinks, [&](int64_t t, int64_t h, auto& runs) {
       auto row = [&](int64_t block, int64_t slot) {
         return static_cast<const T*>(cache) + block * s.block_stride + h * s.head_stride +
                slot * 2 * s.dim;

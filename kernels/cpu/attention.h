@@ -79,17 +79,19 @@ struct Attention {
       for (int64_t i = 0; i < count; ++i) query[i] = to_float(source[i]);
   }
 
-  // query and out: [group][dim]. Pulls all of `later` on the way.
-  void attend(const Query* query, const std::vector<Run<T>>& runs, Token<T>* out,
-              Lines& later) const {
+  // query and out: [group][dim]. Pulls all of `later` on the way. sinks: learned ones, a logit of
+  // each head that takes part beside those of tokens, or null.
+  void attend(const Query* query, const std::vector<Run<T>>& runs, Token<T>* out, Lines& later,
+              const float* sinks = nullptr) const {
     by_four(group, [&](auto count, int64_t first) {
       constexpr int G = decltype(count)::value;
       const Query* q = query + first * dim;
       Token<T>* target = out + first * dim;
+      const float* own = sinks ? sinks + first : nullptr;
       switch (dim) {
-        case 64: return heads<G, 64 / kPiece>(q, runs, target, later);
-        case 128: return heads<G, 128 / kPiece>(q, runs, target, later);
-        default: return heads<G, 0>(q, runs, target, later);
+        case 64: return heads<G, 64 / kPiece>(q, runs, target, later, own);
+        case 128: return heads<G, 128 / kPiece>(q, runs, target, later, own);
+        default: return heads<G, 0>(q, runs, target, later, own);
       }
     });
   }
@@ -103,8 +105,8 @@ struct Attention {
   // Up to four query heads, by an online softmax. P is the number of pieces of a head (0: not
   // known at compile time); with it, queries stay in registers.
   template <int G, int P>
-  void heads(const Query* query, const std::vector<Run<T>>& runs, Token<T>* out,
-             Lines& later) const {
+  void heads(const Query* query, const std::vector<Run<T>>& runs, Token<T>* out, Lines& later,
+             const float* sinks) const {
     size_t run = 0;
     int64_t taken = 0, tokens = 0;
     for (const Run<T>& r : runs) tokens += r.tokens;
@@ -121,6 +123,8 @@ struct Attention {
     std::fill(sums, sums + G * dim, 0.0f);
     v4 top = v4{} - INFINITY;
     vec mass = {};  // lane i: of head i % 4
+    if (sinks)      // as a first token of no value
+      for (int g = 0; g < G; ++g) top[g] = sinks[g], mass[g] = 1.0f;
     Rows chunks[2];
     int count = next(chunks[0]);
     for (int i = 0; count; i ^= 1) {

@@ -35,6 +35,7 @@ def attend_slots(
     scale: float,
     arrived: Tensor | None = None,
     scales: Scales = UNSCALED,
+    sinks: Tensor | None = None,
 ) -> None:
     """Exact attention over the selected tokens; arguments as the reference explains them.
 
@@ -69,7 +70,8 @@ def attend_slots(
         query_stride=query.stride(0),
         out_stride=output.stride(0),
     )
-    tensors = cache, query, output, slots, block_table, lengths, top_r
+    own = None if sinks is None else sinks.float()
+    tensors = cache, query, output, slots, block_table, lengths, top_r, own
     factors = scale, scales.key, scales.value
     build.call("attend_slots", tensors, sizes, *factors, dtype=cache.dtype)
     if output is not target:

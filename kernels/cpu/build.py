@@ -35,9 +35,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, FP8: 3}
 
 # int, 64-bit number, float or pointer.
 _ARGUMENTS = {
-    "vllm_sparse_decode": "ippppppppppfffi",
+    "vllm_sparse_decode": "ipppppppppppfffi",
     "vllm_sparse_attend_frames": "ippppppff",
-    "vllm_sparse_attend_slots": "ippppppppfff",
+    "vllm_sparse_attend_slots": "ipppppppppfff",
     "vllm_sparse_attend_part": "ipppppppf",
     "vllm_sparse_choose_blocks": "ippppppf",
     "vllm_sparse_select_blocks": "ipppppppp",

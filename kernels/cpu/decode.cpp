@@ -28,11 +28,15 @@ struct Arguments {
   const Token<T> *query, *key, *value;
   Token<T>* out;
   const int32_t *table, *lengths, *final_lengths, *top_r;
+  const float* sinks;  // [kv_heads][group], or null
   float scale, key_scale, value_scale;
   bool read_all;
 
   HeadCache<T> head(int64_t task) const {
     return {s, cache, table + task / s.kv_heads * s.table_stride, task % s.kv_heads};
+  }
+  const float* sinks_of(int64_t task) const {
+    return sinks ? sinks + task % s.kv_heads * s.group : nullptr;
   }
   void append(int64_t task) const {
     const int64_t t = task / s.kv_heads, at = t * s.key_stride + task % s.kv_heads * s.dim;
@@ -86,7 +90,8 @@ struct Task {
     const DecodeSizes& s = a.s;
     const HeadCache<T> head = a.head(id);
     const int64_t n = a.lengths[id / s.kv_heads];
-    const int64_t last = selection.select(head, channels, s.group, n, extrema, earlier);
+    const int64_t last =
+        selection.select(head, channels, s.group, n, extrema, earlier, a.sinks_of(id));
     for (int32_t page : selection.pages) {
       const int64_t visible = std::min(s.page_size, n - page * s.page_size);
       runs.push_back({head.row(page * s.page_size), visible});
@@ -99,7 +104,7 @@ struct Task {
     const DecodeSizes& s = a.s;
     Token<T>* out = a.out + id / s.kv_heads * s.out_stride + id % s.kv_heads * s.group * s.dim;
     if (runs.empty()) std::memset(static_cast<void*>(out), 0, s.group * s.dim * sizeof(*out));
-    else attention.attend(query.data(), runs, out, later);
+    else attention.attend(query.data(), runs, out, later, a.sinks_of(id));
   }
 
  private:
@@ -174,20 +179,22 @@ void decode(const Arguments<T>& a) {
 
 }  // namespace
 
-// dtype: see with_cache_dtype. final_lengths[t] is the length of t's request after this step. Returns 1
-// for a head size and 2 for a dtype that is not supported.
+// dtype: see with_cache_dtype. final_lengths[t] is the length of t's request after this step.
+// sinks: a learned logit of each query head, or null. Returns 1 for a head size and 2 for a dtype
+// that is not supported.
 extern "C" int vllm_sparse_decode(int dtype, void* cache, const void* query, const void* key,
                                   const void* value, void* out, const int32_t* table,
                                   const int32_t* lengths, const int32_t* final_lengths,
-                                  const int32_t* top_r, const DecodeSizes* sizes, float scale,
-                                  float key_scale, float value_scale, int read_all) {
+                                  const int32_t* top_r, const float* sinks,
+                                  const DecodeSizes* sizes, float scale, float key_scale,
+                                  float value_scale, int read_all) {
   if (sizes->dim > kMaxDim) return 1;
   return with_cache_dtype(dtype, [&](auto zero) {
     typedef decltype(zero) T;
     typedef Token<T> X;
     decode<T>({*sizes, static_cast<T*>(cache), static_cast<const X*>(query),
                static_cast<const X*>(key), static_cast<const X*>(value), static_cast<X*>(out),
-               table, lengths, final_lengths, top_r, scale, key_scale, value_scale,
+               table, lengths, final_lengths, top_r, sinks, scale, key_scale, value_scale,
                read_all != 0});
   });
 }

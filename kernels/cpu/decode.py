@@ -40,6 +40,7 @@ def decode_attention(
     parked: Tensor | None = None,
     per_block: int = 0,
     scales: Scales = UNSCALED,
+    sinks: Tensor | None = None,
 ) -> None:
     """Append, select and attend in one pass; arguments as the reference explains them.
 
@@ -84,7 +85,8 @@ def decode_attention(
         out_stride=output.stride(0),
         key_stride=key.stride(0),
     )
-    tensors = cache, query, key, value, output, *integers
+    own = None if sinks is None else sinks.float()
+    tensors = cache, query, key, value, output, *integers, own
     factors = scale, scales.key, scales.value
     build.call("decode", tensors, sizes, *factors, int(read_all), dtype=cache.dtype)
     if output is not target:

@@ -158,9 +158,10 @@ struct PageSelection {
   std::vector<int32_t> pages;
 
   // Fills `pages`, the newest first; returns how many tokens of the last one are taken. `own` are
-  // the extrema in the order of their use; `earlier` is pulled on the way.
+  // the extrema in the order of their use; `earlier` is pulled on the way. sinks: learned ones of
+  // the group, or null.
   int64_t select(const HeadCache<T>& head, const Channels<T>& channels, int64_t group,
-                 int64_t tokens, Lines& own, Lines& earlier) {
+                 int64_t tokens, Lines& own, Lines& earlier, const float* sinks) {
     const DecodeSizes& s = head.s;
     const int64_t count = (tokens + s.page_size - 1) / s.page_size, newest = count - 1;
     const int64_t newest_tokens = tokens - newest * s.page_size;
@@ -189,7 +190,7 @@ struct PageSelection {
       score[g * padded + newest] = value;
       for (int64_t p = count; p < padded; ++p) score[g * padded + p] = -INFINITY;
     }
-    rank(channels, group, padded, newest, newest_tokens, s.page_size, earlier);
+    rank(channels, group, padded, newest, newest_tokens, s.page_size, earlier, sinks);
 
     pages.assign(1, static_cast<int32_t>(newest));
     const int64_t rest = s.top_k - newest_tokens;
@@ -248,9 +249,10 @@ struct PageSelection {
       for (int w = 0; w < W; ++w) store(out + g * out_stride + w * kLanes, acc[g][w]);
   }
 
-  // Softmax of the scores over tokens (each page counts once per token), summed over the group.
+  // Softmax of the scores over tokens (each page counts once per token), summed over the group. A
+  // sink is one more of its entries: a head that mostly reads its own counts for less.
   void rank(const Channels<T>& channels, int64_t group, int64_t padded, int64_t newest,
-            int64_t newest_tokens, int64_t page_size, Lines& earlier) {
+            int64_t newest_tokens, int64_t page_size, Lines& earlier, const float* sinks) {
     const int64_t share = earlier.share(2 * group * padded / kLanes);
     probability.assign(padded + kLanes, 0.0f);
     for (int64_t g = 0; g < group; ++g) {
@@ -267,7 +269,8 @@ struct PageSelection {
         store(x + p, e);
         mass += e;
       }
-      const float total = page_size * sum(mass) - (page_size - newest_tokens) * x[newest];
+      float total = page_size * sum(mass) - (page_size - newest_tokens) * x[newest];
+      if (sinks) total += std::exp(sinks[g] - top * inverse);
       for (int64_t p = 0; p < padded; p += kLanes)
         store(&probability[p], load(&probability[p]) + load(x + p) * (1.0f / total));
     }

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from vllm_sparse.kernels.fp8 import UNSCALED, Scales
 
+from vllm_sparse.policies.sinks import of_groups, softmax
+
 if TYPE_CHECKING:
     from torch import Tensor
     from vllm_sparse.kernels.layout import PageLayout
@@ -28,6 +30,7 @@ def attend_slots(
     scale: float,
     arrived: Tensor | None = None,
     scales: Scales = UNSCALED,
+    sinks: Tensor | None = None,
 ) -> None:
     """Exact attention over the selected tokens.
 
@@ -44,10 +47,11 @@ def attend_slots(
         scale: Logit scale.
         arrived: Zeros, int32 ``[T, G]``, for programs to count each other; changed.
         scales: Of an fp8 cache.
+        sinks: Learned attention sinks, a logit of each query head, any dtype ``[H]``.
     """
     del arrived
     kv_heads, dim, size = cache.shape[1], layout.head_dim, layout.block_size
-    tokens = layout.tokens(cache)
+    tokens, own = layout.tokens(cache), of_groups(sinks, kv_heads)
     head = torch.arange(kv_heads, device=cache.device).unsqueeze(1)
     output.zero_()
     for row, length in enumerate(lengths.tolist()):
@@ -61,5 +65,5 @@ def attend_slots(
             slot = slots[row, :, : min(length, top_k)].long()
         keys, values = tokens[slot // size, head, slot % size].float().split(dim, -1)
         grouped = query[row].float().view(kv_heads, -1, dim)
-        weights = (grouped @ keys.transpose(-1, -2) * (scale * scales.key)).softmax(-1)
+        weights = softmax(grouped @ keys.transpose(-1, -2) * (scale * scales.key), own)
         output[row] = (weights @ values * scales.value).reshape(-1, dim).to(output.dtype)

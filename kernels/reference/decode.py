@@ -15,6 +15,7 @@ from vllm_sparse.kernels.fp8 import UNSCALED, Scales
 from vllm_sparse.kernels.reference.append import append_tokens
 
 from vllm_sparse.policies.pages import page_probabilities, select_pages
+from vllm_sparse.policies.sinks import of_groups, softmax
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
@@ -39,6 +40,7 @@ def decode_attention(
     parked: Tensor | None = None,
     per_block: int = 0,
     scales: Scales = UNSCALED,
+    sinks: Tensor | None = None,
 ) -> None:
     """Append the rows' tokens, select with hybrid sparse attention, attend exactly.
 
@@ -63,6 +65,7 @@ def decode_attention(
             int32 ``[T]``; -1 for none.
         per_block: Window queries that a block has room for; needed with ``parked``.
         scales: Of an fp8 cache.
+        sinks: Learned attention sinks, a logit of each query head, any dtype ``[H]``.
     """
     append_tokens(
         cache, key, value, block_table, lengths, final_lengths, top_r, layout,
@@ -78,6 +81,7 @@ def decode_attention(
     position = torch.arange(held, device=cache.device)
     # Stored keys are in a unit of their own, which queries take over.
     grouped = query.float().view(rows, kv_heads, -1, dim) * scales.key
+    own = of_groups(sinks, kv_heads)
 
     visible = position < lengths[:, None]
     selected = visible[:, None].expand(-1, kv_heads, -1)
@@ -102,7 +106,7 @@ def decode_attention(
         # Pages nobody has written may hold anything, NaN included.
         extrema = torch.where((page > newest[:, None])[:, None, :, None], 0.0, extrema)
         probability = page_probabilities(
-            grouped, extrema[..., :dim], extrema[..., dim:], lengths, page_size, top_r, scale
+            grouped, extrema[..., :dim], extrema[..., dim:], lengths, page_size, top_r, scale, own
         )
         pages, taken = select_pages(probability, lengths, page_size, top_k)
         offset = torch.arange(page_size, device=cache.device)
@@ -112,7 +116,7 @@ def decode_attention(
         mask = mask.scatter_(2, index, chosen) | (top_r <= 0)[:, None, None]
         selected = selected & mask
     logits = grouped @ keys.transpose(-1, -2) * scale
-    weights = logits.masked_fill(~selected.unsqueeze(2), -torch.inf).softmax(-1)
+    weights = softmax(logits.masked_fill(~selected.unsqueeze(2), -torch.inf), own)
     attended = weights @ values.masked_fill(~selected.unsqueeze(-1), 0.0) * scales.value
     attended = torch.where((lengths > 0)[:, None, None, None], attended, 0.0)
     output.copy_(attended.reshape(rows, heads, dim))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.policies.pages import page_tokens, select_pages
+from vllm_sparse.policies.sinks import of_groups
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
@@ -32,6 +33,7 @@ def select_slots(
     private: bool = False,
     arrived: Tensor | None = None,
     out: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The tokens to attend to, as places in the cache.
 
@@ -49,6 +51,7 @@ def select_slots(
         private: Promises that no two rows whose pages are scored have a block in common.
         arrived: Zeros, int32 ``[T, G]``, for programs to count each other; changed.
         out: Written and returned if given.
+        sinks: Learned attention sinks, a logit of each query head, any dtype ``[H]``.
 
     Returns:
         ``block * block_size + slot`` in ascending token order, int32
@@ -57,7 +60,7 @@ def select_slots(
     """
     del private, arrived
     rows, kv_heads, size = len(lengths), cache.shape[1], layout.page_size
-    slots = out
+    slots, own = out, of_groups(sinks, kv_heads)
     if slots is None:
         capacity = min(top_k, block_table.shape[1] * layout.block_size)
         slots = torch.zeros(rows, kv_heads, capacity, dtype=torch.int32, device=lengths.device)
@@ -82,8 +85,12 @@ def select_slots(
             logit[..., -1] = newest
             tokens = torch.full((pages,), size, device=lengths.device)
             tokens[-1] = length - (pages - 1) * size
-            weight = (logit - logit.amax(-1, keepdim=True)).exp()
-            probability = (weight / (weight * tokens).sum(-1, keepdim=True)).sum(1)
+            top = logit.amax(-1, keepdim=True)
+            weight = (logit - top).exp()
+            total = (weight * tokens).sum(-1, keepdim=True)
+            if own is not None:
+                total = total + (own[..., None] - top).exp()
+            probability = (weight / total).sum(1)
             page, taken = select_pages(probability, lengths[row], size, top_k)
             token = page_tokens(page, taken, size)[:, : min(length, top_k)]
         block = block_table[row].long()[token // layout.block_size]

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vllm_sparse.policies.sinks import softmax
+
 
 def score_prompt(
     query_window: Tensor,
@@ -21,6 +23,7 @@ def score_prompt(
     *,
     pool_kernel: int,
     scale: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """What :func:`vllm_sparse.policies.rocketkv.select_prompt_tokens` ranks tokens by.
 
@@ -31,6 +34,7 @@ def score_prompt(
         prompt_lens: int32 ``[R]``; 0 marks a padding row, else more than ``w``.
         pool_kernel: Odd width of the max pool.
         scale: Logit scale, that of an fp8 cache's keys included.
+        sinks: Learned attention sinks, a logit of each query head, any dtype ``[H]``.
 
     Returns:
         Pooled scores of the tokens before the window, float32 ``[R, G, max_blocks * block_size]``;
@@ -40,6 +44,7 @@ def score_prompt(
     kv_heads, block_size = keys.shape[1:3]
     width = block_table.shape[1] * block_size
     pooled = torch.zeros(requests, kv_heads, width, device=keys.device)
+    own = None if sinks is None else sinks.float().view(kv_heads, -1, 1)
     future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu(1)
     for request, length in enumerate(prompt_lens.tolist()):
         if length <= 0:
@@ -48,7 +53,7 @@ def score_prompt(
         queries = query_window[request].float().view(kv_heads, heads // kv_heads, window, dim)
         logits = queries @ held.transpose(-1, -2).unsqueeze(1) * scale
         logits[..., length - window :].masked_fill_(future, -torch.inf)
-        score = logits.softmax(-1)[..., : length - window].sum((1, 2))
+        score = softmax(logits, own)[..., : length - window].sum((1, 2))
         pooled[request, :, : length - window] = torch.nn.functional.max_pool1d(
             score.unsqueeze(1), pool_kernel, stride=1, padding=pool_kernel // 2
         ).squeeze(1)

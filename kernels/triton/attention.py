@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.layout import PageLayout
     from vllm_sparse.kernels.triton.grid import Grid
 
+_LOG2_E = tl.constexpr(LOG2_E)
+
 # Numbers of shares that are loaded at once when they are merged.
 MERGED_AT_ONCE = 4096
 
@@ -117,6 +119,7 @@ def _attend_kernel(
     table,
     lengths,
     top_r,
+    sinks,
     partial,
     lse_out,
     arrived,
@@ -145,6 +148,7 @@ def _attend_kernel(
     MOST: tl.constexpr,
     CHUNK: tl.constexpr,
     READ_ALL: tl.constexpr,
+    SINKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """All query heads of a KV head against shares of its tokens; the last one merges the pair's."""
@@ -174,6 +178,10 @@ def _attend_kernel(
             base = cache + head * stride_head
             peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
             mass = tl.zeros([BLOCK_M], tl.float32)
+            if SINKS:  # the first share begins with it, as with a token of no value
+                sink = tl.load(sinks + query_head, mask=member < GROUP, other=0.0).to(tl.float32)
+                peak = tl.where(share == 0, sink * _LOG2_E, peak)
+                mass = tl.where(share == 0, 1.0, mass)
             b_o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             for start in range(begin, end, BLOCK_N):
                 rank = start + tl.arange(0, BLOCK_N)
@@ -264,6 +272,7 @@ def attend_slots(
     scale: float,
     arrived: Tensor | None = None,
     scales: Scales = UNSCALED,
+    sinks: Tensor | None = None,
 ) -> None:
     """Same contract as :func:`vllm_sparse.kernels.reference.attention.attend_slots`."""
     rows, heads, dim = query.shape
@@ -274,6 +283,7 @@ def attend_slots(
     if not rows:
         return
     assert slots is None or slots.is_contiguous()
+    assert sinks is None or sinks.is_contiguous()
     if cache.dtype != FP8:
         query = query.to(cache.dtype)
     block, warps, stages = launch("attend", device, dim, query.dtype)
@@ -292,6 +302,7 @@ def attend_slots(
         block_table,
         lengths,
         top_r,
+        lengths if sinks is None else sinks,
         *make_shares(output, shares),
         arrived,
         output,
@@ -319,6 +330,7 @@ def attend_slots(
         MOST=MOST_SHARES,
         CHUNK=merged_at_once(group, dim),
         READ_ALL=slots is None,
+        SINKS=sinks is not None,
         PDL=overlapped,
         num_warps=warps,
         num_stages=stages,

@@ -41,6 +41,7 @@ def decode_attention(
     parked: Tensor | None = None,
     per_block: int = 0,
     scales: Scales = UNSCALED,
+    sinks: Tensor | None = None,
 ) -> None:
     """Same contract as :func:`vllm_sparse.kernels.reference.decode.decode_attention`.
 
@@ -75,7 +76,16 @@ def decode_attention(
     slots = None
     if probes is not None:
         slots = _select(
-            cache, probes, block_table, lengths, top_r, layout, top_k, arrived[0], not replays
+            cache,
+            probes,
+            block_table,
+            lengths,
+            top_r,
+            layout,
+            top_k,
+            arrived[0],
+            not replays,
+            sinks,
         )
     attend_slots(
         cache,
@@ -90,6 +100,7 @@ def decode_attention(
         scale=scale,
         arrived=arrived[1],
         scales=scales,
+        sinks=sinks,
     )
 
 
@@ -114,6 +125,7 @@ def _select(
     top_k: int,
     arrived: Tensor,
     private: bool,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Slots of all rows, see :func:`.pages.select_slots`."""
     (rows, heads, _), (max_blocks, kv_heads) = (
@@ -138,6 +150,7 @@ def _select(
             private=private,
             arrived=arrived[part],
             out=slots[part],
+            sinks=sinks,
         )
     return slots
 

@@ -128,6 +128,7 @@ def _select_slots_kernel(
     extreme,
     scale,
     newest,
+    sinks,
     table,
     lengths,
     top_r,
@@ -155,6 +156,7 @@ def _select_slots_kernel(
     TILE: tl.constexpr,
     MOST: tl.constexpr,
     PRIVATE: tl.constexpr,
+    SINKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     let_next_start(PDL)
@@ -188,6 +190,13 @@ def _select_slots_kernel(
     peaks += pair * GROUP * shares
     masses += pair * GROUP * shares
     member = tl.arange(0, BLOCK_M)
+    if SINKS:  # one more entry of the softmax, in the first share
+        first = (member < GROUP) & (tl.program_id(1) == 0)
+        sink = tl.load(sinks + head * GROUP + member, mask=first, other=float("-inf"))
+        sink = sink.to(tl.float32)
+        highest = tl.maximum(peak, sink)
+        mass = mass * tl.exp(peak - highest) + tl.exp(sink - highest)
+        peak = highest
     at = member * shares + tl.program_id(1)
     tl.store(peaks + at, peak, mask=member < GROUP)
     tl.store(masses + at, mass, mask=member < GROUP)
@@ -211,6 +220,7 @@ def select_slots(
     private: bool = False,
     arrived: Tensor | None = None,
     out: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Same contract as :func:`vllm_sparse.kernels.reference.pages.select_slots`.
 
@@ -222,6 +232,7 @@ def select_slots(
     assert block_table.stride(-1) == cache.stride(-1) == 1
     assert cache.stride(-2) == cache.shape[-1], "a page must be one contiguous run"
     assert all(part.is_contiguous() for part in probes)
+    assert sinks is None or sinks.is_contiguous()
     capacity = min(top_k, width * layout.block_size)
     slots = out
     if slots is None:
@@ -249,6 +260,7 @@ def select_slots(
     _select_slots_kernel[(rows * kv_heads, shares)](
         cache,
         *probes,
+        lengths if sinks is None else sinks,
         block_table,
         lengths,
         top_r,
@@ -276,6 +288,7 @@ def select_slots(
         TILE=pages_at_once(warps),
         MOST=MOST_SHARES,
         PRIVATE=private,
+        SINKS=sinks is not None,
         PDL=overlapped,
         num_warps=warps,
         num_stages=stages,

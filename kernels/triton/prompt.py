@@ -201,6 +201,7 @@ def score_prompt(
     *,
     pool_kernel: int,
     scale: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Same contract as :func:`vllm_sparse.kernels.reference.prompt.score_prompt`."""
     requests, heads, window, dim = query_window.shape
@@ -250,7 +251,10 @@ def score_prompt(
         *strides,
         **shape,
     )
-    lse = lse.logsumexp(-1) if shares > 1 else lse
+    if shares > 1 or sinks is not None:
+        lse = lse.logsumexp(-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.float().view(kv_heads, group).repeat_interleave(window, 1))
     _score_kernel[(tiles, requests * kv_heads)](
         query_window,
         keys,

@@ -17,7 +17,7 @@ class Run:
     def __init__(self, prompt_len):
         self.prompt_len = prompt_len
         self.in_prompt = True
-        self.scaling = None
+        self.scaling = self.learned_sinks = None
         self.kept = {}
         self.prompt_gap = self.page_gap = self.channel_gap = math.inf
 
@@ -57,9 +57,12 @@ class Quest(Run):
             high = torch.stack([page.max(0).values for page in pages])
             scale = 1 / math.sqrt(dim) if self.scaling is None else self.scaling
             total = torch.zeros(len(pages), dtype=torch.float64)
-            for head in heads:
+            for at, head in enumerate(heads, g * len(heads)):
                 bounds = torch.maximum(head * low, head * high).sum(1) * scale
-                total += bounds.softmax(0)
+                if self.learned_sinks is not None:
+                    own = self.learned_sinks[at : at + 1].double()
+                    bounds = torch.cat((bounds, own))
+                total += bounds.softmax(0)[: len(pages)]
             found.append(self.pages(total, n, self.page_size, self.top_k))
         return found
 

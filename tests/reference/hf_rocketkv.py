@@ -51,8 +51,9 @@ class Generation(NamedTuple):
 
 
 def select_decode_tokens_fast(
-    query, keys, page_size, top_r, top_k, *, force_newest=True, dtype=torch.float32, scale=None
-):
+    query, keys, page_size, top_r, top_k, *, force_newest=True, dtype=torch.float32, scale=None,
+    sinks=None,
+):  # fmt: skip
     """Stage 2 on compacted keys [G, n, D] for one query [H, D].
 
     Returns a sorted LongTensor of min(top_k, n) slots per group and two distances to another
@@ -83,7 +84,10 @@ def select_decode_tokens_fast(
     logits = (q_chosen @ bound.transpose(1, 2)) * factor[..., None]  # [G, heads, pages]
     count = torch.full((num_pages,), page_size, dtype=dtype)
     count[-1] = page_size - missing
-    log_prob = logits - torch.logsumexp(logits + count.log(), dim=-1, keepdim=True)
+    entries = logits + count.log()
+    if sinks is not None:  # learned ones, [H]
+        entries = torch.cat((entries, sinks.to(dtype).view(num_groups, -1, 1)), -1)
+    log_prob = logits - torch.logsumexp(entries, dim=-1, keepdim=True)
     score = torch.logsumexp(log_prob, dim=1)  # [G, pages]
 
     rank = score.clone()
@@ -127,7 +131,7 @@ class _Run:
         self.num_kept = num_kept
         self.settings = settings
         self.in_prompt = True
-        self.scaling = None  # the model's own
+        self.scaling = self.learned_sinks = None  # the model's own
         self.kept = {}  # layer -> [G, N]
         self.prompt_gap = math.inf
         self.page_gap = math.inf  # of the current step
@@ -140,7 +144,11 @@ class _Run:
             return
         w = min(self.settings["window"], n)
         scores = prompt_scores(
-            query[:, n - w :], keys, self.settings["kernel_size"], scale=self.scaling
+            query[:, n - w :],
+            keys,
+            self.settings["kernel_size"],
+            scale=self.scaling,
+            sinks=self.learned_sinks,
         )
         self.kept[layer] = pick_prompt_tokens(scores, w, self.num_kept)
         for row in scores:
@@ -163,6 +171,7 @@ class _Run:
             s["top_k"],
             dtype=s["select_dtype"],
             scale=self.scaling,
+            sinks=self.learned_sinks,
         )
         self.page_gap = min(self.page_gap, gap)
         self.channel_gap = min(self.channel_gap, channel_gap)
@@ -183,17 +192,23 @@ def _cut_gap(row, num_best):
 
 def _attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     run = kwargs.pop("rocketkv_run")
-    run.scaling = scaling
+    run.scaling, run.learned_sinks = scaling, getattr(module, "sinks", None)
     assert query.shape[0] == 1, "one request at a time"
     num_heads, num_queries = query.shape[1:3]
     num_groups, n = key.shape[1:3]
     if run.stored is not None:
         key, value = run.stored(key, value)
     heads_per_group = num_heads // num_groups
+    window = getattr(module, "sliding_window", None)
     if run.in_prompt:
         assert num_queries == n == run.prompt_len
         keep = torch.ones(n, n, dtype=torch.bool).tril()[None, None]
-        run.end_prompt_of_layer(module.layer_idx, query[0], key[0])
+        if window is not None:
+            keep = keep.triu(1 - window)
+        else:
+            run.end_prompt_of_layer(module.layer_idx, query[0], key[0])
+    elif window is not None:  # such layers lose nothing
+        keep = (torch.arange(n) > n - 1 - window).expand(1, num_heads, 1, n)
     else:
         assert num_queries == 1
         keep = torch.zeros(1, num_heads, 1, n, dtype=torch.bool)
@@ -282,12 +297,15 @@ def run_greedily(
     prompt, ``visible_tokens(layer, query [H, D], keys [G, n, D])`` returns per group the positions
     that a decode step attends to. It has ``in_prompt``, ``prompt_len``, ``prompt_gap``,
     ``page_gap``, ``channel_gap`` and ``kept`` as :class:`_Run`, and is told ``scaling``, what the
-    model multiplies logits with. ``stored(key, value)`` returns what a rounding cache would give
+    model multiplies logits with, and ``learned_sinks`` if it has any. Layers with sliding windows
+    are left to the model. ``stored(key, value)`` returns what a rounding cache would give
     back of both; all attention reads that. ``asked(query)`` returns what dense attention over the
     prompt makes of its queries. ``forced`` tokens go in as if the model had said them.
     """
     run.stored, run.asked = stored, asked
-    cache = DynamicCache(config=model.config)
+    # A cache that knows of windows would forget what the mask hides.
+    windows = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
+    cache = DynamicCache() if windows else DynamicCache(config=model.config)
     tokens, logits, page_gaps, channel_gaps = [], [], [], []
     before = model.config._attn_implementation
     threads = torch.get_num_threads()

@@ -32,6 +32,8 @@ from safetensors.torch import save_file
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     GraniteMoeHybridConfig,
@@ -51,6 +53,7 @@ from .hf_rocketkv import save_random_llama
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "minicpm")
 # A third of what heads of 32 would have; the published ones have 1 / 64 for heads of 64.
 GRANITE_SCALE = 0.06
+SINKS_STD = 4.0
 
 
 def save_random_model(
@@ -201,6 +204,38 @@ def _count_norms_from_one(model, but="-"):
         for name, parameter in model.named_parameters():
             if "norm" in name and but not in name:
                 parameter.sub_(1.0)
+
+
+def save_random_gpt_oss(path, *, vocab=1024, seed=0, std=0.1, max_position_embeddings=4096):
+    """Write a random float32 gpt-oss: learned sinks, every other layer windowed; ``path``.
+
+    Every token has both experts, so that rounding cannot choose others. Sinks are as large as
+    logits become, some heads' take most of their weight.
+    """
+    config = GptOssConfig(
+        vocab_size=vocab,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_local_experts=2,
+        num_experts_per_tok=2,
+        sliding_window=128,
+        max_position_embeddings=max_position_embeddings,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    model = GptOssForCausalLM(config)
+    _randomise(model, seed, std)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "sinks" in name:
+                parameter.mul_(SINKS_STD / std)
+    model.to(torch.float32).save_pretrained(path)
+    return path
 
 
 def _randomise(model, seed, std):

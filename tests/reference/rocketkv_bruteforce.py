@@ -46,7 +46,7 @@ def plan(prompt_len, max_new_tokens, token_budget, head_dim, window=32, page_siz
 # ---- stage 1 -------------------------------------------------------------------------------------
 
 
-def prompt_scores(query_window, keys, kernel_size=63, dtype=torch.float32, scale=None):
+def prompt_scores(query_window, keys, kernel_size=63, dtype=torch.float32, scale=None, sinks=None):
     """Pooled score of each prompt token before the window: [G, n - w]."""
     num_heads, w, head_dim = query_window.shape
     num_groups, n, _ = keys.shape
@@ -63,7 +63,10 @@ def prompt_scores(query_window, keys, kernel_size=63, dtype=torch.float32, scale
             for i in range(w):
                 visible = n - w + i + 1  # query i is the token n - w + i and sees itself
                 logits = (keys[g, :visible] * query_window[h, i]).sum(dim=-1) * scale
-                probability = torch.softmax(logits, dim=0)  # the window keys are in the denominator
+                # The window keys are in the denominator, and a learned sink (one per head).
+                if sinks is not None:
+                    logits = torch.cat((logits, sinks[h : h + 1].to(dtype)))
+                probability = torch.softmax(logits, dim=0)
                 votes += probability[: n - w]
         half = kernel_size // 2
         for t in range(n - w):
@@ -88,13 +91,13 @@ def pick_prompt_tokens(scores, window_len, prompt_budget):
 
 
 def select_prompt_tokens(
-    query_window, keys, prompt_budget, kernel_size=63, dtype=torch.float32, scale=None
+    query_window, keys, prompt_budget, kernel_size=63, dtype=torch.float32, scale=None, sinks=None
 ) -> torch.Tensor:
     """Stage 1. query_window [H, w, D] (the last w queries), keys [G, n, D]; all after RoPE."""
     num_groups, n, _ = keys.shape
     if n <= prompt_budget:
         return torch.arange(n).repeat(num_groups, 1)
-    scores = prompt_scores(query_window, keys, kernel_size, dtype, scale)
+    scores = prompt_scores(query_window, keys, kernel_size, dtype, scale, sinks)
     return pick_prompt_tokens(scores, query_window.shape[1], prompt_budget)
 
 
@@ -122,7 +125,14 @@ def log_sum_exp(values):
     return top + math.log(math.fsum(math.exp(value - top) for value in values))
 
 
-def decode_page_scores(query, key_min, key_max, num_tokens, page_size, top_r, scale=None):
+def of_head(sinks, h):
+    """The learned sink of a head, [H] for all, if there are any."""
+    return [] if sinks is None else [float(sinks[h])]
+
+
+def decode_page_scores(
+    query, key_min, key_max, num_tokens, page_size, top_r, scale=None, sinks=None
+):
     """Per group, the logarithm of each page's group score (that of any one of its tokens).
 
     SparQ's temperature sharpens what a few channels estimate; with a model's own ``scale`` the
@@ -157,25 +167,28 @@ def decode_page_scores(query, key_min, key_max, num_tokens, page_size, top_r, sc
                     score += q[h][j] * (high[g][p][j] if takes_max[j] else low[g][p][j])
                 page_logit.append(score * factor)
             token_logit = [page_logit[t // page_size] for t in range(num_tokens)]
-            normaliser = log_sum_exp(token_logit)
+            normaliser = log_sum_exp(token_logit + of_head(sinks, h))
             log_probability.append([logit - normaliser for logit in page_logit])
 
         result.append(
-            [log_sum_exp([of_head[p] for of_head in log_probability]) for p in range(num_pages)]
+            [log_sum_exp([each[p] for each in log_probability]) for p in range(num_pages)]
         )
     return result
 
 
 def select_decode_tokens(
-    query, key_min, key_max, num_tokens, page_size, top_r, top_k, force_newest=True, scale=None
-):
+    query, key_min, key_max, num_tokens, page_size, top_r, top_k, force_newest=True, scale=None,
+    sinks=None,
+):  # fmt: skip
     """Stage 2: per group the sorted indices of the min(top_k, num_tokens) tokens to attend to.
 
     ``force_newest`` (a deviation from the paper): the page of the newest token is taken first.
     """
     newest_page = (num_tokens - 1) // page_size
     selection = []
-    for score in decode_page_scores(query, key_min, key_max, num_tokens, page_size, top_r, scale):
+    for score in decode_page_scores(
+        query, key_min, key_max, num_tokens, page_size, top_r, scale, sinks
+    ):
         ranked = sorted(range(len(score)), key=lambda p: (-score[p], p))
         if force_newest:
             ranked.remove(newest_page)
@@ -189,7 +202,7 @@ def select_decode_tokens(
     return selection
 
 
-def attend(query, keys, values, token_index, scale=None):
+def attend(query, keys, values, token_index, scale=None, sinks=None):
     """Exact softmax attention of each head over its group's ``token_index[g]``; float64 inside."""
     num_heads, head_dim = query.shape
     heads_per_group = num_heads // keys.shape[0]
@@ -199,7 +212,7 @@ def attend(query, keys, values, token_index, scale=None):
         g = h // heads_per_group
         tokens = [int(t) for t in token_index[g]]
         logits = [float(query[h].double() @ keys[g, t].double()) * scale for t in tokens]
-        normaliser = log_sum_exp(logits)
+        normaliser = log_sum_exp(logits + of_head(sinks, h))
         for t, logit in zip(tokens, logits, strict=True):
             output[h] += math.exp(logit - normaliser) * values[g, t].double()
     return output.to(query.dtype)

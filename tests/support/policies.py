@@ -15,7 +15,7 @@ from vllm_sparse.policies.rocketkv import RocketKV
 def make_policy(kind: type[Policy] = RocketKV, **changes: Any) -> Policy:
     """A policy with small defaults; changes are settings or parts of the shape."""
     shape: dict[str, Any] = {"head_dim": 16, "group_size": 2, "block_size": 16}
-    shape |= {"max_model_len": 2048, "scale": None, "query_slots": 1}
+    shape |= {"max_model_len": 2048, "scale": None, "query_slots": 1, "learned_sinks": None}
     settings: dict[str, Any] = {"token_budget": 64, "min_context": 64}
     if kind is RocketKV:
         settings |= {"window": 8, "page_sizes": (4,), "generation_reserve": 32}

@@ -27,6 +27,7 @@ def flash_attention() -> None:
     from vllm.v1.attention.backends import flash_attn
 
     flash_attn.get_flash_attn_version = lambda **_: 2
+    flash_attn.flash_attn_supports_sinks = lambda: True
     flash_attn.flash_attn_supports_kv_cache_dtype = lambda *_, **__: True
     flash_attn.flash_attn_varlen_func = allow(attend)
     flash_attn.reshape_and_cache_flash = allow(write)
@@ -46,6 +47,7 @@ def attend(
     q_descale: Any = None,
     k_descale: Any = None,
     v_descale: Any = None,
+    s_aux: Any = None,
     **_: Any,
 ) -> None:
     assert causal
@@ -72,13 +74,15 @@ def attend(
             for part in (k, v)
         )
         mask = torch.ones(count, length, dtype=torch.bool).tril(length - count)
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            q[begin:end].transpose(0, 1),
-            keys.transpose(0, 1),
-            values.transpose(0, 1),
-            mask,
-            scale=softmax_scale,
-        )
+        query, keys, values = (part.transpose(0, 1) for part in (q[begin:end], keys, values))
+        if s_aux is None:
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                query, keys, values, mask, scale=softmax_scale
+            )
+        else:  # [H, count, length and one]
+            logits = (query @ keys.mT * softmax_scale).masked_fill(~mask, -torch.inf)
+            sinks = s_aux.to(logits.dtype)[:, None, None].expand(-1, count, 1)
+            attended = torch.cat((logits, sinks), -1).softmax(-1)[..., :length] @ values
         out[begin:end] = attended.transpose(0, 1)
 
 

@@ -207,8 +207,10 @@ class Planning:
             if group_size != policy.shape.group_size:
                 ratios = {"found": group_size, "expected": policy.shape.group_size}
                 refuse("unlike-layers", POLICIES, on_gpu, backend=spec.backend, **ratios)
-            # The spec, which the scheduler evaluates too, does not know a layer's scale.
-            shape = replace(policy.shape, scale=layer.impl.scale)
+            # The spec, which the scheduler evaluates too, does not know a layer's scale and sinks.
+            # These are the layer's own numbers: weights that are loaded again change them, too.
+            sinks = None if layer.impl.sinks is None else layer.impl.sinks.detach()
+            shape = replace(policy.shape, scale=layer.impl.scale, learned_sinks=sinks)
             layer.impl.sparse = SparseLayer(
                 replace(policy, shape=shape),
                 {size: spec.layout(size) for size in policy.page_sizes},

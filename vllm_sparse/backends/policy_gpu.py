@@ -145,7 +145,8 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         self._drafted_for = has_layers(vllm_config.speculative_config)
         self._drafting = all(layer.is_draft_layer for layer in self._planning.layers)
         if policy.moves:
-            variants = {layer.impl.sparse.reads_all: layer.impl for layer in self._planning.layers}
+            impls = [layer.impl for layer in self._planning.layers]
+            variants = {(impl.sparse.reads_all, impl.sinks is None): impl for impl in impls}
             for impl in variants.values():
                 warm_up(impl, spec, vllm_config.model_config.dtype, device, self._drafts > 0)
 

@@ -103,6 +103,22 @@ def check_stock_layers(layers: Iterable[Any], served: type) -> None:
             refuse("triton-windows", POLICIES, True)
 
 
+def check_sinks(name: str) -> None:
+    """Refuse layers with learned attention sinks on GPUs whose FlashAttention has none.
+
+    Args:
+        name: Of the backend, in capitals.
+
+    Raises:
+        UnsupportedError: Nobody could read their prompts.
+    """
+    from vllm.v1.attention.backends import fa_utils
+
+    if not fa_utils.flash_attn_supports_sinks():
+        version = fa_utils.get_flash_attn_version()
+        refuse("sinks-flash-attention", entries()[name].family, True, version=version)
+
+
 def check_model(config: Any, on_gpu: bool) -> None:
     """Refuse a loaded model if it attends to whole contexts in layers that are not ours.
 

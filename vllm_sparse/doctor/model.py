@@ -63,7 +63,10 @@ def _backend(model: Model, name: str, backend: str) -> Finding:
     device, memory = CPU, 0
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
-        device = Device(torch.cuda.get_device_name(0), memory / _GIB, 1e12, 24e9)
+        newest = 3 if torch.cuda.get_device_capability(0) >= (9, 0) else 2
+        device = Device(
+            torch.cuda.get_device_name(0), memory / _GIB, 1e12, 24e9, flash_attention=newest
+        )
     context = max(model.max_model_len - OUTPUT, 1)
     host = available_bytes()
     # What is left on a CPU is vLLM's to choose; here only refusals are asked for.

@@ -7,6 +7,7 @@ from __future__ import annotations
 from vllm_sparse.features.verdicts import Refused, Served, Stock, Untested, everywhere, row
 
 _CPU = "tests/backends/test_policy_cpu.py::"
+_SINKS = "tests/backends/test_sinks_cpu.py::"
 _STATES = "tests/backends/test_states_cpu.py::"
 _STATES_GPU = "tests/backends/test_states_gpu.py::"
 _GPU = "tests/backends/test_policy_gpu.py::"
@@ -155,9 +156,29 @@ ROWS = (
         _MODELS, "alibi", "ALiBi",
         "ALiBi adds a bias by position, which kept tokens no longer have",
     ),
-    everywhere(
+    row(
         _MODELS, "sinks", "learned attention sinks (gpt-oss)",
-        "learned attention sinks take part in every softmax",
+        (
+            Served(_SINKS + "test_tokens_are_those_of_hugging_face_under_the_mask"),
+            Served("tests/backends/test_sinks_gpu.py::test_gpu_path_gives_the_cpu_path_s_tokens"),
+        ),
+        Refused(
+            "learned attention sinks take part in every softmax, and {backend} leaves them out "
+            "where it chooses and reads blocks. Use --attention-backend ROCKETKV"
+        ),
+    ),
+    row(
+        _MODELS, "sinks-flash-attention", "the same where FlashAttention 2 would read prompts",
+        (
+            None,
+            Refused(
+                "learned attention sinks: prompts are read by FlashAttention, which knows of them "
+                "from version 3 on, on GPUs of compute capability 9.0 or later, and here it is "
+                "version {version}. Leave out --attention-backend, and "
+                "--attention-config.flash_attn_version if it is given"
+            ),
+        ),
+        None,
     ),
     everywhere(
         _MODELS, "soft-cap", "capped logits (Gemma 2)",

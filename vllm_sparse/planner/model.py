@@ -20,7 +20,9 @@ import torch
 from vllm_sparse import paths
 from vllm_sparse.backends.refusals import check_layer, check_windows
 from vllm_sparse.errors import ConfigError, UnsupportedError
+from vllm_sparse.features import reason
 from vllm_sparse.planner.shapes import Shape
+from vllm_sparse.registry import entries
 
 _ATTENTION_FREE = ("mamba", "mamba2", "falcon_mamba", "rwkv")
 _RECURRENT_KEYS = ("mamba_d_state", "mamba_d_ssm", "linear_num_key_heads", "attn_layer_indices")
@@ -193,16 +195,23 @@ class Model:
             self.other_layers,
         )
 
-    def layer_refusals(self, name: str, on_gpu: bool) -> list[str]:
-        """Why layers cannot be served by a backend; what start-up finds when it builds them."""
+    def layer_refusals(self, name: str, on_gpu: bool, flash_attention: int) -> list[str]:
+        """Why layers cannot be served by a backend; what start-up finds when it builds them.
+
+        Args:
+            name: Of the backend.
+            on_gpu: The path of GPUs.
+            flash_attention: The version there.
+        """
         text, found = self.text, []
         alibi = text.get("alibi") or text.get("model_type") in ("bloom", "mpt")
+        sinks = text.get("model_type") == "gpt_oss"
         try:
             check_layer(
                 name,
                 on_gpu,
                 alibi_slopes=alibi or None,
-                sinks=True if text.get("model_type") == "gpt_oss" else None,
+                sinks=sinks or None,
                 logits_soft_cap=text.get("attn_logit_softcapping"),
                 attn_type="encoder" if text.get("is_encoder_decoder") else "decoder",
                 kv_sharing_target_layer_name=text.get("num_kv_shared_layers") or None,
@@ -217,7 +226,10 @@ class Model:
                 check_windows(name, on_gpu)
         except UnsupportedError as error:
             found.append(str(error))
-        return found
+        if sinks and on_gpu and flash_attention < 3:
+            facts = {"version": flash_attention}
+            found.append(reason("sinks-flash-attention", entries()[name].family, True, **facts))
+        return list(filter(None, found))
 
 
 def read_model(name: str) -> Model:

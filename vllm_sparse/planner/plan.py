@@ -177,7 +177,7 @@ def answer(question: Question, name: str) -> Arm:
     config = question.configuration(question.concurrency, name)
     refused = [
         *unsupported(config, name, question.on_gpu),
-        *question.model.layer_refusals(name, question.on_gpu),
+        *question.model.layer_refusals(name, question.on_gpu, question.device.flash_attention),
         *_too_long(question),
     ]
     if refused:
@@ -209,14 +209,15 @@ def _dense(question: Question) -> Arm:
     size = question.blocks_of(DENSE)
     each = _block_bytes(question, size)
     blocks = pool_room(question) // each
-    held = -(-question.model.max_model_len // size)
+    beside = _window_blocks(question, size)
+    held = -(-question.model.max_model_len // size) + beside
     return Arm(
         DENSE,
-        kept=f"keeps and reads every token{_not_counted(question)}",
+        kept=f"keeps and reads every token{_other_layers(question, size)}",
         block_bytes=each,
         pool_blocks=blocks,
         pool_bytes=blocks * each,
-        prompt_blocks=-(-question.context // size),
+        prompt_blocks=-(-question.context // size) + beside,
         request_blocks=held,
         request_bytes=held * each,
         fits=max(blocks - 1, 0) // held,
@@ -231,8 +232,9 @@ def _policy(question: Question, name: str, settings: Any) -> Arm:
     policy = _policy_of(question, name, settings, question.model.max_model_len)
     each = _block_bytes(question, size) * policy.numbers_per_token // (2 * policy.shape.head_dim)
     context, longest = question.context, question.model.max_model_len
-    blocks, prompt = pool_room(question) // each, -(-context // size)
-    held = policy.held_blocks(context, longest)
+    beside = _window_blocks(question, size)
+    blocks, prompt = pool_room(question) // each, -(-context // size) + beside
+    held = policy.held_blocks(context, longest) + beside
 
     def milliseconds(tokens: int) -> float:
         longer = tokens + question.output
@@ -242,7 +244,7 @@ def _policy(question: Question, name: str, settings: Any) -> Arm:
     kept = f"serves this densely ({reason})" if reason else policy.describe()
     return Arm(
         name,
-        kept=kept + _not_counted(question),
+        kept=kept + _other_layers(question, size),
         block_bytes=each,
         pool_blocks=blocks,
         pool_bytes=blocks * each,
@@ -333,9 +335,30 @@ def _block_bytes(question: Question, size: int) -> int:
     return block_bytes(layers, heads, size, model.get_head_size(), model.dtype.itemsize)
 
 
-def _not_counted(question: Question) -> str:
-    others, layers = question.model.other_layers, question.model.layers
-    return f"; windows or states of {others} of {layers} layers come on top" if others else ""
+def _window_blocks(question: Question, size: int) -> int:
+    """Blocks that a request which decodes holds for layers with sliding windows.
+
+    vLLM makes groups of layers that take blocks of the same pool, so of the same size.
+    """
+    model = question.model
+    windows, others = model.windowed_layers, model.other_layers
+    if not windows or model.layers == others:
+        return 0
+    window = min(int(model.text.get("sliding_window") or 1), model.max_model_len)
+    each = -(-window // size) + 1  # a window may begin and end within blocks
+    return -(-each * windows // (model.layers - others))
+
+
+def _other_layers(question: Question, size: int) -> str:
+    model = question.model
+    windows, states = model.windowed_layers, model.other_layers - model.windowed_layers
+    said = ""
+    if windows:
+        blocks = _window_blocks(question, size)
+        said += f"; windows of {windows} of {model.layers} layers take {blocks} blocks of a request"
+    if states:
+        said += f"; states of {states} of {model.layers} layers come on top"
+    return said
 
 
 def _serve(question: Question, name: str, settings: dict[str, Any]) -> str:

@@ -54,12 +54,14 @@ def page_probabilities(
     page_size: int,
     top_r: Tensor,
     scale: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Approximate attention that each page's tokens receive, per token, summed over the group.
 
     RocketKV, section 3.4, steps 1 and 2: the ``top_r`` channels with the largest group magnitude,
     the maximum or minimum of a page by the sign of the group's sum, SparQ's temperature, and a
-    softmax over tokens (every token has its page's score) before the group is summed.
+    softmax over tokens (every token has its page's score) before the group is summed. A head's sink
+    is one more entry of its softmax, so that one that mostly reads it counts for less.
 
     Args:
         query: Post-RoPE queries, ``[..., G, H / G, D]``.
@@ -70,6 +72,7 @@ def page_probabilities(
         top_r: Channels of each row, ``[...]``.
         scale: Logit scale, ``1 / sqrt(D)`` if omitted, as in SparQ; the temperature divides it by
             the root of the share of the query that the channels hold.
+        sinks: Learned attention sinks, ``[G, H / G]``.
 
     Returns:
         ``[..., G, pages]`` float32, zero for pages beyond ``num_tokens``.
@@ -93,8 +96,12 @@ def page_probabilities(
     first_token = torch.arange(pages, device=query.device) * page_size
     tokens = (num_tokens[..., None] - first_token).clamp(0, page_size)[..., None, None, :]
     score = score.masked_fill(tokens == 0, -torch.inf)
-    weight = (score - score.amax(-1, keepdim=True)).exp()
-    return (weight / (weight * tokens).sum(-1, keepdim=True)).sum(-2)
+    top = score.amax(-1, keepdim=True)
+    weight = (score - top).exp()
+    total = (weight * tokens).sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sinks.float().unsqueeze(-1) - top).exp()
+    return (weight / total).sum(-2)
 
 
 def select_pages(

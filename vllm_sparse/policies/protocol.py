@@ -12,7 +12,7 @@ Notation: H query heads, G KV heads, D head size, n tokens, P tokens of a prompt
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import Field, model_validator
@@ -96,6 +96,9 @@ class Shape:
         scale: What the layer multiplies logits with; ``1 / sqrt(D)`` if omitted, as where only
             lengths matter.
         query_slots: Numbers of the cache that one of a waiting query takes.
+        learned_sinks: Logit of each query head that takes part in the layer's softmax beside those
+            of tokens, ``[H]``; ``None`` where there is none, or where only lengths matter. What
+            attends knows of it; a policy that compares or adds up softmaxes of heads should.
     """
 
     head_dim: int
@@ -104,6 +107,7 @@ class Shape:
     max_model_len: int
     scale: float | None = None
     query_slots: int = 1
+    learned_sinks: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def logit_scale(self) -> float:

@@ -4,7 +4,8 @@
 
 A page's elementwise key minima and maxima bound the logit of every key in it from above. The paper
 bounds each query head by itself; here the heads of a KV group share what they read, so the bounds
-of a group are added up, each head's as a share of its own softmax over pages.
+of a group are added up, each head's as a share of its own softmax over pages and, if it has one,
+its learned sink.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from vllm_sparse.policies.pages import extrema
 from vllm_sparse.policies.protocol import Policy, PolicySettings, Retention
+from vllm_sparse.policies.sinks import of_groups, softmax
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,4 +87,4 @@ class Quest(Policy):
         bound += query.clamp(max=0) @ low.transpose(-1, -2)
         page = torch.arange(index.shape[2], device=query.device) * page_size
         bound = bound.masked_fill((page >= num_tokens[:, None])[:, None, None], -torch.inf)
-        return bound.softmax(-1).sum(2)
+        return softmax(bound, of_groups(self.shape.learned_sinks, query.shape[1])).sum(2)

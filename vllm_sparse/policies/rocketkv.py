@@ -21,6 +21,7 @@ from vllm_sparse.policies.pages import (
     select_pages,
 )
 from vllm_sparse.policies.protocol import Policy, PolicySettings, Retention
+from vllm_sparse.policies.sinks import of_groups
 from vllm_sparse.policies.votes import select_prompt_tokens
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ def select_decode_tokens(
     *,
     force_newest: bool = True,
     scale: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Stage 2: the tokens that each KV head attends to in one step (section 3.4, HSA).
 
@@ -149,6 +151,7 @@ def select_decode_tokens(
         top_k: Tokens to select.
         force_newest: Rank the page of the newest token first.
         scale: Logit scale, ``1 / sqrt(D)`` if omitted.
+        sinks: Learned attention sinks, ``[H]``.
 
     Returns:
         ``[G, min(top_k, num_tokens)]`` int64, ascending.
@@ -164,6 +167,7 @@ def select_decode_tokens(
         page_size,
         torch.tensor(top_r, device=query.device),
         scale,
+        of_groups(sinks, kv_heads),
     )
     pages, taken = select_pages(probability, tokens, page_size, count, force_newest=force_newest)
     return page_tokens(pages, taken, page_size)[:, :count]
@@ -286,7 +290,12 @@ class RocketKV(Policy):
     def keep(self, query_window: Tensor, keys: Tensor, count: int) -> Tensor:
         """Stage 1."""
         return select_prompt_tokens(
-            query_window, keys, count, self.settings.pool_kernel, self.shape.logit_scale
+            query_window,
+            keys,
+            count,
+            self.settings.pool_kernel,
+            self.shape.logit_scale,
+            self.shape.learned_sinks,
         )
 
     def index(self, keys: Tensor, present: Tensor) -> Tensor:

@@ -82,5 +82,10 @@ class SnapKV(Policy):
     def keep(self, query_window: Tensor, keys: Tensor, count: int) -> Tensor:
         """The window and the most voted of the tokens before it."""
         return select_prompt_tokens(
-            query_window, keys, count, self.settings.pool_kernel, self.shape.logit_scale
+            query_window,
+            keys,
+            count,
+            self.settings.pool_kernel,
+            self.shape.logit_scale,
+            self.shape.learned_sinks,
         )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_sparse.policies import sinks as learned
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -18,12 +20,15 @@ def select_prompt_tokens(
     prompt_budget: int,
     kernel_size: int = 63,
     scale: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Stage 1: the prompt tokens that each KV head keeps (section 3.3, SnapKV per KV group).
 
     Attention probabilities of the last ``w`` prompt queries over all keys (causal, the window
     itself in the denominator) are summed over the window and the group, max-pooled along the
     sequence, and the top ``prompt_budget - w`` tokens before the window are kept with the window.
+    Where heads have sinks, these are in the denominator: a head that mostly reads its own has less
+    of a vote.
 
     Args:
         query_window: Post-RoPE queries of the last ``w`` prompt positions, ``[H, w, D]``.
@@ -31,6 +36,7 @@ def select_prompt_tokens(
         prompt_budget: Tokens to keep, at least ``w``.
         kernel_size: Odd width of the max pool.
         scale: Logit scale, ``1 / sqrt(D)`` if omitted.
+        sinks: Learned attention sinks, ``[H]``.
 
     Returns:
         Kept positions ``[G, min(prompt_budget, n)]``, int64, ascending; ties prefer the lower
@@ -53,13 +59,15 @@ def select_prompt_tokens(
     future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu(1)
     scale = dim**-0.5 if scale is None else scale
     grouped = query_window.view(kv_heads, -1, window, dim)
+    of_groups = learned.of_groups(sinks, kv_heads)
     score = torch.empty(kv_heads, prefix, dtype=torch.float32, device=keys.device)
     # One KV head at a time: [H, w, n] in float32 would be half a gigabyte at 128K tokens.
     for head in range(kv_heads):
         queries = grouped[head].reshape(-1, dim).float() * scale
         logits = (queries @ keys[head].float().T).view(-1, window, num_tokens)
         logits[..., prefix:].masked_fill_(future, -torch.inf)
-        probability = torch.softmax(logits, -1).view(-1, num_tokens)
+        own = None if of_groups is None else of_groups[head, :, None]
+        probability = learned.softmax(logits, own).view(-1, num_tokens)
         # A matrix-vector product sums rows faster than a reduction over the outer axes.
         score[head] = (probability.new_ones(len(probability)) @ probability)[:prefix]
     kept = top_indices(pooled(score, kernel_size), prompt_budget - window)

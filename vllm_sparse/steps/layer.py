@@ -73,7 +73,7 @@ class SparseLayer:
         self._reader = PlainReader(self.stock_layout) if policy.moves else reader
         self._plain = isinstance(self._reader, PlainReader)
         self._kernels = kernels
-        self._scale = policy.shape.logit_scale
+        self._scale, self._sinks = policy.shape.logit_scale, policy.shape.learned_sinks
         self._scales = scales
         self._fused = policy.moves and (bool(policy.kernel) or self.reads_all)
 
@@ -126,6 +126,7 @@ class SparseLayer:
                 scale=self._scale,
                 max_kept=prompt.prompt_len - dropped * layout.block_size,
                 scales=self._scales,
+                sinks=self._sinks,
             )
             return
         compact_prompt(
@@ -239,6 +240,7 @@ class SparseLayer:
             scale=self._scale,
             read_all=self.reads_all,
             scales=self._scales,
+            sinks=self._sinks,
             **options,
         )
 
@@ -287,7 +289,7 @@ class SparseLayer:
             assert positions is not None
             attend_tokens(
                 cache, query, output, positions, table, lengths, reader=reader, layout=layout,
-                scale=self._scale, scales=self._scales,
+                scale=self._scale, scales=self._scales, sinks=self._sinks,
             )  # fmt: skip
             return
         slots = None
@@ -297,5 +299,5 @@ class SparseLayer:
             slots = (block * size + positions % size).int()
         self._kernels.attend_slots(
             cache, query, output, slots, block_table, lengths, top_r, layout=layout,
-            top_k=policy.top_k or 0, scale=self._scale, scales=self._scales,
+            top_k=policy.top_k or 0, scale=self._scale, scales=self._scales, sinks=self._sinks,
         )  # fmt: skip

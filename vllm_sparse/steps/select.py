@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_sparse.kernels.fp8 import FP8, UNSCALED, Scales, encode, readable
+from vllm_sparse.policies.sinks import of_groups, softmax
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,6 +164,7 @@ def attend_tokens(
     layout: PageLayout,
     scale: float,
     scales: Scales = UNSCALED,
+    sinks: Tensor | None = None,
 ) -> None:
     """Exact attention over selected tokens, wherever they lie.
 
@@ -177,6 +179,7 @@ def attend_tokens(
         layout: Page geometry.
         scale: Logit scale.
         scales: Of an fp8 cache.
+        sinks: Learned attention sinks, ``[H]``.
     """
     kv_heads, width = positions.shape[1:]
     block = table[:, None].expand(-1, kv_heads, -1).gather(2, positions // layout.block_size)
@@ -189,5 +192,6 @@ def attend_tokens(
     logits = (grouped @ keys.transpose(-1, -2) * (scale * scales.key)).masked_fill(
         hidden.transpose(-1, -2), -torch.inf
     )
-    attended = (logits.softmax(-1) @ values * scales.value).flatten(1, 2)
+    weights = softmax(logits, of_groups(sinks, kv_heads))
+    attended = (weights @ values * scales.value).flatten(1, 2)
     output.copy_(torch.where((lengths > 0)[:, None, None], attended, 0.0))

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Learned attention sinks in whole engines: a random gpt-oss, whose other layers have windows."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+from reference import hf_policies, hf_rocketkv
+from support.engine import BLOCK_SIZE, SETTINGS, run_engine
+from support.masked import assert_tokens_of_hugging_face, hf_model
+from support.policies import make_policy
+
+from vllm_sparse.policies.snapkv import SnapKV
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+NEW_TOKENS = 40
+BLOCKS = 40  # too few for all at once
+SNAPKV = {"token_budget": 96, "min_context": 128, "window": 8}
+
+
+class Case(NamedTuple):
+    """Another policy, its settings, and the run that Hugging Face's mask comes from."""
+
+    name: str
+    settings: dict[str, Any]
+    run: Any
+
+
+def snapkv(length: int) -> Any:
+    policy = make_policy(SnapKV, group_size=4, head_dim=64, block_size=BLOCK_SIZE, **SNAPKV)
+    kept = length - policy.retention(length).dropped_blocks * BLOCK_SIZE
+    further = {"window": 8, "kernel_size": 7, "sparse": True, "stage2": False}
+    return hf_rocketkv._Run(length, kept, further)
+
+
+CASES = [
+    Case(
+        "quest",
+        {"token_budget": 64, "min_context": 128, "page_size": 8, "skip_layers": 1},
+        lambda length: hf_policies.Quest(length, 8, 64, 1),
+    ),
+    Case("snapkv", SNAPKV, snapkv),
+    Case(
+        "streamingllm",
+        {"token_budget": 96, "min_context": 128, "sinks": 4},
+        lambda length: hf_policies.StreamingLLM(length, 4, 96),
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def stock(gpt_oss, prompts):
+    return run_engine(gpt_oss, prompts[:3], block_size=BLOCK_SIZE, new_tokens=NEW_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def run(gpt_oss, prompts):
+    return run_engine(
+        gpt_oss, prompts[:3], settings=SETTINGS, block_size=BLOCK_SIZE, new_tokens=NEW_TOKENS
+    )
+
+
+def test_tokens_are_those_of_hugging_face_under_the_mask(gpt_oss, prompts, run, stock):
+    assert_tokens_of_hugging_face(gpt_oss, prompts[:3], run["tokens"][0], head_dim=64)
+    for ours, dense in zip(run["tokens"][0], stock["tokens"][0], strict=True):
+        assert sum(a == b for a, b in zip(ours, dense, strict=True)) < NEW_TOKENS // 2
+    assert "2 of 4 attention layers, the others have sliding windows" in run["log"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_other_policies_equal_hugging_face(gpt_oss, prompts, case):
+    got = run_engine(
+        gpt_oss, prompts[:2], backend=case.name, settings=case.settings, block_size=BLOCK_SIZE,
+        new_tokens=NEW_TOKENS,
+    )["tokens"][0]  # fmt: skip
+    for prompt, tokens in zip(prompts, got, strict=False):
+        expected = hf_rocketkv.run_greedily(
+            hf_model(gpt_oss), prompt, NEW_TOKENS, case.run(len(prompt))
+        )
+        assert tokens == expected
+
+
+def test_a_budget_of_the_whole_context_equals_stock(gpt_oss, prompts, stock):
+    """Every token goes through compaction and the sparse kernel."""
+    everything = {**SETTINGS, "token_budget": 4096, "stage1": False}
+    shared = {"block_size": BLOCK_SIZE, "new_tokens": NEW_TOKENS}
+    wide = run_engine(gpt_oss, prompts[:3], settings=everything, **shared)
+    assert wide["tokens"] == stock["tokens"]
+    assert wide["counters"]["selected_tokens"] == wide["counters"]["visible_tokens"] > 0
+
+
+def test_chunks_prefix_hits_and_preemption_change_nothing(gpt_oss, prompts, run):
+    again = run_engine(
+        gpt_oss, prompts[:3], settings=SETTINGS, block_size=BLOCK_SIZE, new_tokens=NEW_TOKENS,
+        waves=2, max_num_batched_tokens=33, scheduler_reserve_full_isl=False,
+        num_gpu_blocks_override=BLOCKS,
+    )  # fmt: skip
+    assert again["tokens"] == run["tokens"] * 2
+    assert again["preemptions"] > 0
+    assert max(again["cached"][1]) > 0
+    assert again["free_blocks"][0] == again["free_blocks"][1]
