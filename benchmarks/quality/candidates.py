@@ -8,6 +8,7 @@ Oracles, which no server could run, and candidates are listed in `KINDS` below.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 from benchmarks import arms
 from benchmarks.quality.judge import MIN_CONTEXT
-from benchmarks.quality.schemes import Keep, ReadBlocks, ReadPages, ReadTokens, Scheme
+from benchmarks.quality.schemes import FEW_FORCED, Keep, ReadBlocks, ReadPages, ReadTokens, Scheme
 from vllm_sparse import registry
 from vllm_sparse.policies.protocol import Shape
 from vllm_sparse.policies.rocketkv import RocketKV, RocketKVSettings
@@ -155,6 +156,11 @@ def _reads(make: Callable[[int], Any]) -> Callable[..., Scheme]:
     return lambda number, context, heads: Scheme(read=lambda _: make(number))
 
 
+def _stride(stride: int) -> Callable[..., Scheme]:
+    sizes = replace(FEW_FORCED, kernel_stride=stride)
+    return _reads(lambda number: ReadBlocks(number, sizes=sizes))
+
+
 def _mean(page: int, top_r: int, top_k: int) -> ReadPages:
     return ReadPages(page, top_r, top_k, "moments", 0.0)
 
@@ -170,6 +176,8 @@ KINDS: dict[str, Callable[[int, int, Heads], Scheme]] = {
     "query": _reads(ReadBlocks),
     "previous": _reads(lambda number: ReadBlocks(number, "previous")),
     "forecast": _reads(lambda number: ReadBlocks(number, "forecast")),
+    # Compressed keys of every 2, 4 or 8 tokens, not 16
+    **{f"stride{stride}": _stride(stride) for stride in (2, 4, 8)},
     "union": _reads(lambda number: ReadBlocks(number, union=True)),
     "forecastunion": _reads(lambda number: ReadBlocks(number, "forecast", union=True)),
     # Votes: the paper's, and others

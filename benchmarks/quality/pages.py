@@ -53,6 +53,22 @@ EVERY = {
     **{f"{name}-{n}": f"SPARDA, `{name}`, {n}" for name in SPARDA for n in (16, 32)},
     "forecastunion-16": "SPARDA, `forecast`, 16, and what the step before chose",
 }  # fmt: skip
+_NAMES = {
+    **EVERY,
+    "snapkv-2048": "SNAPKV, t = 2048",
+    "query-64": "SPARDA, `query`, 64",
+    "exactblocks-32": "SPARDA, exact mass of blocks, 32",
+    **{f"stride{n}-32": f"SPARDA, `query`, 32, `kernel_stride` {n}" for n in (8, 4, 2)},
+}
+TURNS = {
+    name: _NAMES[name]
+    for name in ("dense", "exact-1024", "window16-512", "window16-1024", "paper-1024",
+                 "quest-1024", "snapkv-2048", "query-32", "forecast-32")
+}  # fmt: skip
+STRIDES = {
+    name: _NAMES[name]
+    for name in ("dense", "query-32", "stride8-32", "stride4-32", "stride2-32", "query-64")
+}  # fmt: skip
 BY_TASK = (
     *("exact-256", "exact-1024", *(f"window16-{n}" for n in (*BUDGETS, 2048))),
     *(f"{name}-32" for name in SPARDA),
@@ -138,4 +154,6 @@ TABLES = {
     "quality-tried": lambda: scores(TRIED),
     "quality-every": lambda: scores(EVERY),
     "quality-by-task": by_task,
+    "quality-turns": lambda: scores(TURNS, "quality-turns", "8192"),
+    "quality-strides": lambda: scores(STRIDES, "quality-strides", "8192"),
 }

@@ -49,7 +49,7 @@ class FakeLab:
 @pytest.fixture(autouse=True)
 def _made_up(monkeypatch, tmp_path):
     tokenizer = SimpleNamespace(eos_token_id=0, decode=lambda tokens: str(tokens[0]))
-    network = SimpleNamespace(heads=(4, 2, 16), eos={0}, forecast=None)
+    network = SimpleNamespace(heads=prompts.Heads(4, 2, 16, 0.25), eos={0}, forecast=None)
     for module, name, made in (
         (questions, "load", lambda *_: [QUESTION]),
         (harness, "resolve_model", lambda name: tmp_path),
