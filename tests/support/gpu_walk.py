@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM_ENV = "GPU_WALK"
+LAUNCHES = "VLLM_SPARSE_LAUNCHES"
 BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
 # What only a GPU has, or compilers for one.
 NOT_HERE = ("sanitizer", "gsan")
@@ -26,15 +27,19 @@ LIMIT_S = 900  # of a stage
 OPTIONS = ("--tiny", "--budget-s", "7200", "--jobs", "1")
 # What is compiled on a GPU: the same graphs, of the same pieces, without a compiler.
 PIECES = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_AND_PIECEWISE"}}
-# Two decode; with pieces, the end of a prompt fits the largest graph, with room to spare.
-ENGINE = ("--engine-arg", "cudagraph_capture_sizes=[1,2,96]", "max_num_batched_tokens=256")
+# Two decode, or three, padded to four. With pieces, the end of a prompt fits the largest graph,
+# with room to spare.
+ENGINE = ("--engine-arg", "cudagraph_capture_sizes=[1,2,4,96]", "max_num_batched_tokens=256")
+# What is timed: of stock vLLM's requests two fit, of ROCKETKV's three.
+TIMED_CONTEXT, GROWTH, TIMED_BYTES = 512, 32, 1600 << 10
+CHUNK = 96  # of two prompts at once, which are to run out of blocks together
 
 
 def install() -> None:
     """Pretend a GPU, before anything of vLLM is imported."""
     os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
-    os.environ.setdefault("VLLM_SPARSE_LAUNCHES", "")  # nor is one found for this GPU installed
+    os.environ.setdefault(LAUNCHES, "")  # nor is one found for this GPU installed
     # There are benchmarks among the tests, too; it is the others that are meant.
     sys.path[:0] = map(str, (Path(__file__).parents[2], Path(__file__).parents[1]))
     from support import interpreter, pretend_gpu, pretend_vllm
@@ -45,9 +50,9 @@ def install() -> None:
 
 
 def shrink() -> None:
-    """Two short prompts, a few tokens; kernels are timed once, on one input."""
+    """Two short prompts, a few tokens; kernels are timed once, on one input, a few launches."""
     from benchmarks.gpu import decode, llms, shapes, tokens
-    from benchmarks.ops import registry, timings
+    from benchmarks.ops import registry, search, timings
 
     def prompts(seed: int, **_: bool) -> list[list[int]]:
         return [shapes.random_prompt(seed, length, 1024) for length in PROMPTS]
@@ -59,9 +64,12 @@ def shrink() -> None:
     tokens.TINY_LITTLE = {**tokens.TINY_LITTLE, "token_budget": BUDGET}
     tokens.variants = lambda **tiny: _tight(variants(**tiny))
     llms.COMPILED = PIECES
-    decode.TINY_CELLS = (decode.Cell(256, (1, 2), 1),)
+    decode.TINY_CELLS = (decode.Cell(TIMED_CONTEXT, (1, decode.AS_DENSE, decode.MOST), 1),)
+    decode.GROWTH, arguments = GROWTH, decode._arguments
+    decode._arguments = lambda *of: {**arguments(*of), "kv_cache_memory_bytes": TIMED_BYTES}
     registry.COLD_BYTES = 1
     timings.median_ms.__defaults__ = (1,)
+    search.MOST_CANDIDATES = 2
 
 
 def _tight(variants: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +78,10 @@ def _tight(variants: dict[str, Any]) -> dict[str, Any]:
     What a device counts is read every few dozen steps, and there are not so many.
     """
     made = {name: dataclasses.replace(each, beyond=None) for name, each in variants.items()}
-    arguments = {**made["preemption"].arguments, "max_model_len": POOL - 64}
+    arguments = {
+        **made["preemption"].arguments, "max_model_len": POOL - 64,
+        "long_prefill_token_threshold": CHUNK,
+    }  # fmt: skip
     made["preemption"] = dataclasses.replace(
         made["preemption"], pool_tokens=POOL, arguments=arguments
     )
@@ -82,7 +93,11 @@ def program_of(name: str) -> Any:
     program: Any = importlib.import_module(f"benchmarks.gpu.{name}")
     program.MODULE, plan = "tests.support.gpu_walk", program.plan
     program.plan = lambda options: [
-        dataclasses.replace(stage, limit_s=LIMIT_S, env={**stage.env, **pieces(stage.name)})
+        dataclasses.replace(
+            stage,
+            limit_s=LIMIT_S,
+            env={**stage.env, **pieces(stage.name), **installed(stage.name, options.out)},
+        )
         for stage in plan(options)
         if stage.name not in NOT_HERE
     ]
@@ -92,6 +107,11 @@ def program_of(name: str) -> Any:
 def pieces(stage: str) -> dict[str, str]:
     """What the environment of a stage says of graphs."""
     return {BREAKABLE: "1"} if stage.endswith("-compiled") else {}
+
+
+def installed(stage: str, out: Path) -> dict[str, str]:
+    """Where the stage that installs a table puts it: not where later starts look for one."""
+    return {LAUNCHES: str(out.absolute() / "installed.json")} if stage == "install" else {}
 
 
 def main(arguments: list[str]) -> int:

@@ -22,6 +22,11 @@ def forked_workers() -> None:
     multiprocessing.get_context = lambda method=None: fork  # type: ignore[assignment]
 
 
+def no_compiler() -> None:
+    """Leave what vLLM compiles where ranks share work: the interpreter's Triton has no compiler."""
+    torch.compiler.set_stance("force_eager")
+
+
 def flash_attention() -> None:
     """FlashAttention and its cache write, float32 and on any device."""
     from vllm.v1.attention.backends import flash_attn
