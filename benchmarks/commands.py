@@ -124,8 +124,11 @@ def decode(llm: LLM, steps: int, batch: int, dropped: int = 0) -> list[float]:
         start = time.perf_counter()
         outputs = llm.llm_engine.step()
         seconds.append(time.perf_counter() - start)
-        if len(outputs) != batch or any(output.finished for output in outputs):
-            raise RuntimeError(f"a step served {len(outputs)} of {batch} requests")
+        ended = sum(output.finished for output in outputs)
+        if len(outputs) != batch or ended:
+            raise RuntimeError(
+                f"a step served {len(outputs)} of {batch} requests, of which {ended} ended"
+            )
     return seconds[dropped:]
 
 

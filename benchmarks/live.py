@@ -220,16 +220,23 @@ class _Steering:
         self._copy = self.runtime.kernels.copy_pieces
         self._none = torch.zeros(1, dtype=torch.int32, device=self.choice.new.device)
         self._graphs: dict[Way, dict] = {}
+        # Kept, or the pool that later graphs share would be given back with it.
+        self._first = getattr(*graphs_of(worker.model_runner)) if self._captures else None
         self.runtime.kernels = self.runtime.kernels._replace(select_blocks=self.choice)
         fetcher = self.runtime.fetcher
         self.lane = fetcher._lane = CountingLane(fetcher._lane)
+
+    @property
+    def _captures(self) -> bool:
+        mode = self._worker.vllm_config.compilation_config.cudagraph_mode
+        return bool(mode.has_full_cudagraphs())
 
     def fetch(self, way: Way) -> None:
         fetcher = self.runtime.fetcher
         fetcher.prefetch = way.prefetch
         copy = self._copy if way.copies else self._copy_nothing
         fetcher.kernels = fetcher.kernels._replace(copy_pieces=copy)
-        if not self._worker.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+        if not self._captures:
             return
         runner = self._worker.model_runner
         holder, name = graphs_of(runner)

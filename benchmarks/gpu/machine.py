@@ -28,6 +28,10 @@ ENVIRONMENT = {
     # Optional parts of vLLM, which a small installation lacks; both sides do without.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_USE_DEEP_GEMM": "0",
+    # One rank talks to itself, on machines without a network, too.
+    "VLLM_HOST_IP": "127.0.0.1",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "GLOO_SOCKET_IFNAME": "lo",
 }
 INSTALLED_AS = {
     "vllm_sparse": "vllm_sparse",

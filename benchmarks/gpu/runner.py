@@ -195,13 +195,15 @@ class Run:
                 os.killpg(child.process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(timeout=patience)
-        code = child.process.wait()
+        code = child.process.poll()  # none if a driver holds it: the other stages go on
         self._children.remove(child)
         result = _read(self._report(child))
         if interrupted:
             result |= {"status": "interrupted"}
         elif timed_out:
             result |= {"status": "timed out", "reason": f"stopped after {child.limit_s:.0f} s"}
+            if code is None:
+                result["reason"] += f", but process {child.process.pid} does not end"
         elif result["status"] == "running":
             result |= {"status": "crashed", "reason": f"exit status {code}"}
         elif result["status"] in PASSED and code:  # a checker that it ran under found something

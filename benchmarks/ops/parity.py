@@ -56,5 +56,10 @@ def check(
 
 
 def cases_of(name: str) -> list[tuple[Any, Any]]:
-    """``CASES``, ``SANITIZED`` or ``TINY_CASES`` of all operations, beside their module."""
-    return [(ops, case) for ops in (rocketkv, sparda) for case in getattr(ops, name)]
+    """``CASES``, ``SANITIZED`` or ``TINY_CASES`` of all operations, beside their module.
+
+    The first of each comes before the second of any, in case time runs out.
+    """
+    found = [(ops, enumerate(getattr(ops, name))) for ops in (rocketkv, sparda)]
+    every = [(number, ops, case) for ops, cases in found for number, case in cases]
+    return [(ops, case) for _, ops, case in sorted(every, key=lambda entry: entry[0])]

@@ -113,7 +113,7 @@ def test_each_way_to_fetch_has_graphs_of_its_own(graphs):
     captured, copied = [], []
 
     class Manager:
-        graphs: ClassVar[dict] = {}
+        graphs: ClassVar[dict] = {0: "of the start"}
 
     def capture_model():
         fetcher.kernels.copy_pieces(None, None, None, None, "count")
@@ -139,6 +139,7 @@ def test_each_way_to_fetch_has_graphs_of_its_own(graphs):
             attn_groups=[[group]], cudagraph_manager=manager, capture_model=capture_model
         ),
     )
+    at_start = manager.graphs
     live.force(worker, 2048)
     assert runtime.kernels.select_blocks is worker.steering.choice
     ways = [Way(True), Way(False), Way(True, copies=False)]
@@ -147,7 +148,9 @@ def test_each_way_to_fetch_has_graphs_of_its_own(graphs):
         for way in [*ways, *ways]:
             live.fetch(worker, way)
             assert fetcher.prefetch == way.prefetch
-            assert list(manager.graphs) == ([1 + ways.index(way)] if graphs else [])
+            assert list(manager.graphs) == ([1 + ways.index(way)] if graphs else [0])
+    # Nobody else holds them, and with the last graph their pool would go.
+    assert (worker.steering._first is at_start) == graphs
     assert captured == ([True, False, True] if graphs else [])
     assert [int(count) for count in copied[2:]] == ([0] if graphs else [])
     assert copied[:2] == (["count", "count"] if graphs else [])

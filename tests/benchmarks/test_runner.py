@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -145,6 +146,25 @@ def test_every_ending_of_a_stage_is_told_apart_and_keeps_its_rows(tmp_path, caps
     printed = capsys.readouterr().out
     assert printed.index("stage ") < printed.index("a table") < printed.index("full result")
     assert "not run: dependent; for these use --only crashes dependent" in printed
+
+
+def test_a_process_that_does_not_even_die_stops_nobody(tmp_path):
+    """As with a driver that does not let go of it."""
+
+    def wait(timeout=None):
+        assert timeout is not None, "it would be waited for, for ever"
+        raise subprocess.TimeoutExpired("stage", timeout)
+
+    options = SimpleNamespace(out=tmp_path, site=tmp_path)
+    tried = runner.Run(MODULE, "tried", options, (), {})
+    tried._work = tmp_path
+    process = SimpleNamespace(pid=1 << 30, poll=lambda: None, wait=wait)
+    (log := tmp_path / "hangs.log").write_text("a line")
+    child = runner._Child(stages.Stage("hangs", hangs, 1), process, log, time.monotonic() - 2, 1)
+    tried._children.append(child)
+    tried._finish(child)
+    assert tried.results["hangs"]["status"] == "timed out"
+    assert tried.results["hangs"]["reason"].endswith("but process 1073741824 does not end")
 
 
 def test_a_used_up_budget_skips_the_rest_and_says_so(tmp_path, capsys):

@@ -31,7 +31,7 @@ PIECES = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_AND_PIECEWIS
 # with room to spare.
 ENGINE = ("--engine-arg", "cudagraph_capture_sizes=[1,2,4,96]", "max_num_batched_tokens=256")
 # What is timed: of stock vLLM's requests two fit, of ROCKETKV's three.
-TIMED_CONTEXT, GROWTH, TIMED_BYTES = 512, 32, 1600 << 10
+TIMED_CONTEXT, GROWTH, TIMED_BYTES = 512, 64, 1700 << 10
 CHUNK = 96  # of two prompts at once, which are to run out of blocks together
 
 
@@ -141,7 +141,7 @@ def configure(job: dict[str, Any]) -> None:
 
     Args:
         job: ``work``, a folder, and ``result``, a file for what vLLM made of each stage: backend,
-            mode of graphs, most requests, longest one.
+            mode of graphs, most requests, longest one, whether kernels of samplers are compiled.
     """
     from vllm.v1.engine import llm_engine
 
@@ -171,6 +171,7 @@ def configure(job: dict[str, Any]) -> None:
                     config.compilation_config.cudagraph_mode.name,
                     config.scheduler_config.max_num_seqs,
                     config.model_config.max_model_len,
+                    config.kernel_config.enable_jit_warmup,
                 ]
     Path(job["result"]).write_text(json.dumps(found))
 
