@@ -65,6 +65,7 @@ def shrink() -> None:
     tokens.variants = lambda **tiny: _tight(variants(**tiny))
     llms.COMPILED = PIECES
     decode.TINY_CELLS = (decode.Cell(TIMED_CONTEXT, (1, decode.AS_DENSE, decode.MOST), 1),)
+    decode.DROPPED_STEPS = decode.PROFILED_STEPS = 1
     decode.GROWTH, arguments = GROWTH, decode._arguments
     decode._arguments = lambda *of: {**arguments(*of), "kv_cache_memory_bytes": TIMED_BYTES}
     registry.COLD_BYTES = 1
