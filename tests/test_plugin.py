@@ -107,7 +107,7 @@ def test_gpu_platforms_choose_for_themselves():
         "from vllm_sparse.plugin import register; register()\n"
         "from vllm.v1.attention.backends.registry import AttentionBackendEnum as E\n"
         "choose = platforms.current_platform.get_attn_backend_cls\n"
-        "print(choose(E.ROCKETKV, N(has_sliding_window=False)))\n"
+        "print(choose(E.ROCKETKV, N(has_sliding_window=False, has_sink=False)))\n"
         "print(choose(E.ROCKETKV, N(has_sliding_window=True)))\n"
         "try:\n"
         "    choose(E.SPARDA, N(has_sliding_window=True))\n"
