@@ -90,5 +90,5 @@ def test_settings_are_still_found_where_they_were():
     from vllm_sparse import config
 
     assert config.SpardaSettings is SpardaSettings
-    with pytest.raises(AttributeError, match="RocketKVSettings"):
-        _ = config.RocketKVSettings
+    with pytest.raises(AttributeError, match="NoSuchSettings"):
+        _ = config.NoSuchSettings
