@@ -111,7 +111,7 @@ def test_a_preempted_request_keeps_what_it_asked_for(
     assert run["tokens"][0] == expected(asked, sparse_run, stock_run, 60)
     assert run["preemptions"] > 0
     if caching:
-        assert run["counters"]["dense_fallbacks/requested"] > 3  # a resumed prompt, once more
+        assert run["counters"]["dense_fallbacks/requested"] == 3  # a resumed one but once
     assert run["free_blocks"][0] == run["free_blocks"][1]
 
 

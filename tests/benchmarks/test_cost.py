@@ -34,9 +34,9 @@ def test_what_the_model_rests_on(capability, triton_cache):
     for code in (append, select, attend):
         assert code["overlapped"] is (capability >= 90)
         assert code["waits"] == (1 if capability >= 90 else 0), code
-        # At most a number that is put away before the tiles and taken up again behind them.
+        # At most a few numbers that are put away before the tiles and taken up again behind them.
         assert code["stack"] <= 16, code
-        assert code["spills"] <= 2, code
+        assert code["spills"] <= (2 if capability >= 90 else 5), code
         assert code["tile_spills"] == 0, code
     assert (append["counters"], select["counters"], attend["counters"]) == (0, 1, 1)
     assert fits(capability, LLAMA.head_dim, select, attend)

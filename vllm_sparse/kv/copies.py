@@ -21,7 +21,7 @@ from vllm_sparse import metrics
 from vllm_sparse.kv.requests import control_of_request, of_id
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -225,8 +225,10 @@ class PrefixCopies:
         copy.ref_cnt += 1
         self._manager._pending_cow_copies.append((source, copy))
 
-    def _cached(self, request: Request, places: Iterable[int]) -> Iterator[KVCacheBlock | None]:
+    def _cached(self, request: Request, places: Sequence[int]) -> Iterator[KVCacheBlock | None]:
         """What the prefix cache has of a request's prompt."""
+        if not places:  # as where nothing is cached, whose hashes may be of no block size
+            return
         pool, group = self._pool, [self._manager.kv_cache_group_id]
         hashes = resolve_block_hashes(
             request.block_hashes, pool.hash_block_size, self._manager.block_size
