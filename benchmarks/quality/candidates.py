@@ -20,6 +20,7 @@ from benchmarks.quality.schemes import FEW_FORCED, Keep, ReadBlocks, ReadPages, 
 from vllm_sparse import registry
 from vllm_sparse.policies.protocol import Shape
 from vllm_sparse.policies.rocketkv import RocketKV, RocketKVSettings
+from vllm_sparse.training.geometry import BlockGeometry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -176,6 +177,8 @@ KINDS: dict[str, Callable[[int, int, Heads], Scheme]] = {
     "query": _reads(ReadBlocks),
     "previous": _reads(lambda number: ReadBlocks(number, "previous")),
     "forecast": _reads(lambda number: ReadBlocks(number, "forecast")),
+    # The default's forced blocks, which 96 fits
+    "default": _reads(lambda number: ReadBlocks(number, sizes=BlockGeometry())),
     # Compressed keys of every 2, 4 or 8 tokens, not 16
     **{f"stride{stride}": _stride(stride) for stride in (2, 4, 8)},
     "union": _reads(lambda number: ReadBlocks(number, union=True)),
