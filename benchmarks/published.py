@@ -405,7 +405,19 @@ def _command(name: str) -> str:
 TABLES = {
     make.__name__: make
     for make in (
-        *(accuracy, policies, speed, budgets, capacity, serving, agents, selectors, mass, memory, overlap),
+        *(
+            accuracy,
+            policies,
+            speed,
+            budgets,
+            capacity,
+            serving,
+            agents,
+            selectors,
+            mass,
+            memory,
+            overlap,
+        ),
         *(drafts, fp8, quarters, rows, training, main),
     )
 }
