@@ -70,7 +70,7 @@ def test_answers_and_refusals_are_no_faults():
 
 def test_what_fails_is_made_small_and_found_once():
     with served(lambda body: "echo" in body and not body["echo"]) as target:
-        findings = hunted(target)
+        findings = hunted(target, 120)
         ((said, batch),) = findings.failures.items()
         assert hunt.fails(target.client, batch)
     with served(lambda body: False) as target:
