@@ -144,8 +144,8 @@ def hunt(
 
     try:
         attempt()
-    except Fault as fault:  # of the smallest batch that still fails, which ran last
-        findings.failures[str(fault)] = list(last)
+    except Fault as fault:  # of the smallest batch that Hypothesis finds, which ran last
+        findings.failures[str(fault)] = _smaller(client, list(last))
     except Died:
         findings.faults.append(f"the server died of {last}")
         raise
@@ -171,6 +171,25 @@ def settle(target: Target, probes: dict[Ask, Answer], findings: Findings) -> Non
 def fails(client: Client, batch: Sequence[Sent]) -> bool:
     """Whether this server, too, fails on one of these requests."""
     return any(send(client.url, sent._replace(leave_after=None)).status >= 500 for sent in batch)
+
+
+def _smaller(client: Client, batch: list[Sent]) -> list[Sent]:
+    """A request that fails alone, without the parameters that it fails without, or the batch.
+
+    To Hypothesis a batch is small if its choices are few and low, which needless ones may be.
+    """
+    try:
+        for sent in batch:
+            if not fails(client, [sent]):
+                continue
+            for key in tuple(sent.body) if isinstance(sent.body, dict) else ():
+                body = {other: value for other, value in sent.body.items() if other != key}
+                if fails(client, [sent._replace(body=body)]):
+                    sent = sent._replace(body=body)
+            return [sent]
+    except (OSError, http.client.HTTPException):
+        pass  # the server does not answer any more, which whoever asks it next will find
+    return batch
 
 
 def kind_of(answered: Answered) -> str:
