@@ -57,7 +57,6 @@ _NAMES = {
     **EVERY,
     "snapkv-2048": "SNAPKV, t = 2048",
     "query-64": "SPARDA, `query`, 64",
-    "exactblocks-32": "SPARDA, exact mass of blocks, 32",
     **{f"stride{n}-32": f"SPARDA, `query`, 32, `kernel_stride` {n}" for n in (8, 4, 2)},
 }
 TURNS = {

@@ -7,13 +7,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks import published
+from benchmarks import headline, published
 from benchmarks.quality import pages as quality
 from scripts.pages import features, metrics, settings
 
 ROOT = Path(__file__).parents[2]
 TABLES = {
-    **{**published.TABLES, **quality.TABLES},
+    **{**published.TABLES, **headline.TABLES, **quality.TABLES},
     **{**settings.TABLES, **features.TABLES, **metrics.TABLES},
 }
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

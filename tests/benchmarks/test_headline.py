@@ -7,14 +7,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks import published, results
+from benchmarks import headline, published, results
 
 
 def test_a_command_writes_the_file_that_its_line_was_read_from(monkeypatch):
     read = []
     right = published.result
     monkeypatch.setattr(published, "result", lambda name: read.append(name) or right(name))
-    lines = published.main().splitlines()[2:]
+    lines = headline.main().splitlines()[2:]
     assert len(lines) > 3
     for line in lines:
         command = re.search(r"`(python -m benchmarks\.(\w+)[^`]*)` \|$", line)
