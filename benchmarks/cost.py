@@ -12,6 +12,7 @@ was estimated for it. A measurement that disagrees says which of them is wrong.
 
 from __future__ import annotations
 
+import argparse
 from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.gpu.shapes import LLAMA
@@ -269,8 +270,11 @@ def former_layer(case: Case, machine: Machine, shape: Shape = LLAMA) -> list[Lau
     ]  # fmt: skip
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Print the tables."""
+    argparse.ArgumentParser(prog="python -m benchmarks.cost", description=__doc__).parse_args(
+        arguments
+    )
     machine = Machine()
     print(f"{machine.name}, {LLAMA.name}, estimates: microseconds a layer")
     for case in CASES:

@@ -111,7 +111,7 @@ def test_bytes_bound_what_reads_much():
 
 
 def test_the_tables_are_printed(capsys):
-    cost.main()
+    cost.main([])
     printed = capsys.readouterr().out
     assert printed.count("three launches, overlapped") == len(cost.CASES)
     assert "estimates" in printed
