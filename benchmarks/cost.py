@@ -6,8 +6,8 @@
 begin, and then the largest of three: the chain of things that one of its programs waits for, the
 instructions of all of them, and the bytes over the bandwidth. Counts come from machine code
 (``tests/benchmarks/test_cost.py`` compares them with what the compiler makes) and from shapes; the
-constants of :class:`Machine` are estimates, chosen so that the design of five launches costs what
-was estimated for it. A measurement that disagrees says which of them is wrong.
+constants of :class:`Machine` are estimates, chosen so that a former design of five launches cost
+what was estimated for it (commit e6b589f has it). A measurement that disagrees says which is wrong.
 """
 
 from __future__ import annotations
@@ -89,7 +89,6 @@ class Launched(NamedTuple):
         programs: That have work.
         tiles: Of each.
         size_bytes: That cross the memory bus.
-        launches: One after the other.
         empty: Programs without work.
         last: What those do besides that come last for a row and KV head.
         lasts: How many do.
@@ -100,7 +99,6 @@ class Launched(NamedTuple):
     programs: int
     tiles: int = 0
     size_bytes: int = 0
-    launches: int = 1
     empty: int = 0
     last: Program | None = None
     lasts: int = 0
@@ -119,18 +117,7 @@ ATTEND = Program(
 )  # fmt: skip
 MERGE = Program(warps=4, instructions=300, barriers=12, cache=2)
 
-# The design of five launches.
-OLD_APPEND = Program(warps=1, instructions=250, memory=1, cache=2)
-OLD_SCORE = Program(
-    warps=4, instructions=1800, per_tile=370, barriers=28, tile_barriers=7, memory=2, cache=4
-)
-OLD_SELECT = Program(warps=8, instructions=2000, barriers=60, cache=4)
-OLD_ATTEND = Program(warps=4, instructions=400, per_tile=300, tile_barriers=7, memory=1, cache=2)
-OLD_COMBINE = Program(warps=4, instructions=150, barriers=6, cache=2)
-
 TILE_PAGES, TILE_TOKENS = 128, 32
-OLD_TILE_PAGES = 64
-OLD_SCORES_BYTES = 256 << 20  # of one part of the rows
 
 
 class Case(NamedTuple):
@@ -179,7 +166,7 @@ def microseconds(kernel: Launched, machine: Machine, overlapped: bool) -> float:
     issue = issued / (machine.multiprocessors * 4 * machine.clock_ghz * 1e3)
     moved = 1e6 * kernel.size_bytes / machine.bytes_per_s
     begin = machine.overlapped_us if overlapped else machine.launch_us
-    return kernel.launches * begin + max(chain, issue, moved) + kernel.empty * machine.empty_us
+    return begin + max(chain, issue, moved) + kernel.empty * machine.empty_us
 
 
 def split_of(case: Case, shape: Shape = LLAMA) -> bounds.Split:
@@ -230,46 +217,6 @@ def layer(
     return [append, select, attend]
 
 
-def former_layer(case: Case, machine: Machine, shape: Shape = LLAMA) -> list[Launched]:
-    """The launches of a layer where each of five steps was one."""
-    split, pairs = split_of(case, shape), case.batch * shape.kv_heads
-    pages, most_pages = (-(-n // split.page_size) for n in (split.held, case.longest))
-    row_bytes = 4 * (shape.heads + shape.kv_heads) * most_pages
-    parts = -(-case.batch * row_bytes // OLD_SCORES_BYTES)
-
-    def shared_out(pairs: int, entries: int, most: int, block: int, worth: int) -> tuple[int, ...]:
-        """Programs with work, tiles of each, programs without."""
-        filling = -(-4 * machine.multiprocessors // pairs)
-        least = max(1, worth // (filling * block))
-        shares = max(filling, min(16, 64 * machine.multiprocessors // pairs))
-        shares = max(1, min(shares, -(-most // (least * block)), 64))
-        tiles = -(-entries // block)
-        size = -(-tiles // min(shares, -(-tiles // least)))
-        used = -(-tiles // size)
-        return pairs * used, size, pairs * (shares - used)
-
-    scored = shared_out(pairs // parts, pages, most_pages, OLD_TILE_PAGES, 1024)
-    read = min(split.top_k, split.held)
-    working, size, empty = shared_out(pairs, read, case.longest, TILE_TOKENS, 512)
-    partial = 4 * shape.heads // shape.kv_heads * shape.head_dim * working
-    return [
-        Launched(
-            "append", OLD_APPEND, pairs,
-            size_bytes=bounds.append_bytes(shape, case.batch, split.page_size),
-        ),
-        Launched(
-            "score", OLD_SCORE, parts * scored[0], scored[1],
-            bounds.score_bytes(shape, case.batch, split), parts, parts * scored[2],
-        ),
-        Launched("select", OLD_SELECT, pairs, launches=parts),
-        Launched(
-            "attend", OLD_ATTEND, working, size, bounds.attend_bytes(shape, case.batch, read),
-            empty=empty,
-        ),
-        Launched("combine", OLD_COMBINE, case.batch * shape.heads, size_bytes=partial),
-    ]  # fmt: skip
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Print the tables."""
     argparse.ArgumentParser(prog="python -m benchmarks.cost", description=__doc__).parse_args(
@@ -279,17 +226,13 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{machine.name}, {LLAMA.name}, estimates: microseconds a layer")
     for case in CASES:
         print(f"\n{case.context} tokens, t = {case.budget}, batch {case.batch}")
-        for title, launched, overlapped in (
-            ("five launches", former_layer(case, machine), False),
-            ("three launches", layer(case, machine), False),
-            ("three launches, overlapped", layer(case, machine), True),
-        ):
+        launched = layer(case, machine)
+        for title, overlapped in (("three launches", False), ("three launches, overlapped", True)):
             times = [microseconds(kernel, machine, overlapped) for kernel in launched]
             parts = ", ".join(
                 f"{kernel.name} {time:.1f}" for kernel, time in zip(launched, times, strict=True)
             )
-            count = sum(kernel.launches for kernel in launched)
-            print(f"  {title:<27}{count:>3} launches {sum(times):>6.1f}  ({parts})")
+            print(f"  {title:<27}{sum(times):>6.1f}  ({parts})")
 
 
 if __name__ == "__main__":
