@@ -25,6 +25,7 @@ from benchmarks.soak.traffic import VOCAB, Ask
 
 _LONGEST = 1024
 _PRIORITIES = ("--scheduling-policy", "priority")  # others are refused
+_PATIENCE_S = 120
 _PROBES = (12, 200, 500)  # tokens: dense, and sparse
 
 
@@ -50,7 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         model = checkpoint.write(Path(folder) / "model", _LONGEST)
         with serving.server(model, Path(folder) / "log", subject, *_PRIORITIES) as server:
-            target = storm.Target(Client(server.url, serving.NAME), server.metrics, _LONGEST)
+            target = storm.Target(
+                Client(server.url, serving.NAME, _PATIENCE_S), server.metrics, _LONGEST
+            )
             _fuzz(target, options.minutes, options.seed, findings)
         stock = _those_of_stock(model, Path(folder) / "stock.log", subject, findings)
         ours = {said: batch for said, batch in findings.failures.items() if said not in stock}
@@ -85,7 +88,7 @@ def _those_of_stock(
     if not findings.failures:
         return []
     with serving.server(model, log, subject._replace(backend=""), *_PRIORITIES) as server:
-        client = Client(server.url, serving.NAME)
+        client = Client(server.url, serving.NAME, _PATIENCE_S)
         return [said for said, sent in findings.failures.items() if hunt.fails(client, sent)]
 
 

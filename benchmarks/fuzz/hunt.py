@@ -7,18 +7,17 @@ from __future__ import annotations
 import http.client
 import json
 import re
-import urllib.parse
+import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import hypothesis
 from hypothesis import strategies as st
 
 from benchmarks.fuzz import bodies
-from benchmarks.soak import judge, watch
-from benchmarks.soak.storm import CALM_S
+from benchmarks.soak import judge, storm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 AT_ONCE = 6
 EXAMPLES = 40  # between two looks at what the server holds
-_PATIENCE_S = 120
 
 
 class Died(BaseException):
@@ -68,18 +66,13 @@ class Findings:
     faults: list[str] = field(default_factory=list)
 
 
-def send(url: str, sent: Sent) -> Answered:
+def send(client: Client, sent: Sent) -> Answered:
     """Sends a request and reads its answer, or leaves.
 
     Raises:
         OSError: The connection was refused or broken.
     """
-    address = urllib.parse.urlsplit(url)
-    assert address.hostname is not None
-    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=_PATIENCE_S)
-    try:
-        headers = {"Content-Type": "application/json"}
-        connection.request("POST", sent.path, json.dumps(sent.body), headers)
+    with client.sent(sent.path, json.dumps(sent.body)) as connection:
         if sent.leave_after == 0:
             return Answered(0, "")
         response = connection.getresponse()
@@ -89,8 +82,6 @@ def send(url: str, sent: Sent) -> Answered:
             if len(lines) == sent.leave_after:
                 break
         return Answered(_worst_status(response.status, lines), "".join(lines)[:2000])
-    finally:
-        connection.close()
 
 
 def _worst_status(status: int, lines: Sequence[str]) -> int:
@@ -153,24 +144,19 @@ def hunt(
 
 def settle(target: Target, probes: dict[Ask, Answer], findings: Findings) -> None:
     """Waits until nothing runs, and notes what is still held or what has changed."""
-    if not watch.until(target.is_calm, CALM_S):
-        findings.faults.append(f"not calm after {CALM_S} s: {target.metrics()}")
+    if not storm.calms_down(target, findings.faults):
         return
     if not target.forget():
         findings.faults.append("blocks are held though nothing runs")
     for ask, expected in probes.items():
         if said := _differs(target.client.complete(ask), expected):
             findings.faults.append(f"afterwards a greedy request {said}")
-    look = target.look()
-    if look["broken"]:
-        findings.faults.append(look["broken"])
-    if look["requests"] > 1:  # the last one leaves with the next step
-        findings.faults.append(f"the worker still knows {look['requests']} requests")
+    findings.faults += storm.left_in_worker(target)
 
 
 def fails(client: Client, batch: Sequence[Sent]) -> bool:
     """Whether this server, too, fails on one of these requests."""
-    return any(send(client.url, sent._replace(leave_after=None)).status >= 500 for sent in batch)
+    return any(send(client, sent._replace(leave_after=None)).status >= 500 for sent in batch)
 
 
 def _smaller(client: Client, batch: list[Sent]) -> list[Sent]:
@@ -199,7 +185,7 @@ def kind_of(answered: Answered) -> str:
 
 def _outcome(client: Client, sent: Sent, findings: Findings) -> Answered:
     try:
-        answered = send(client.url, sent)
+        answered = send(client, sent)
     except (OSError, http.client.HTTPException) as error:
         if not _is_healthy(client):
             raise Died from error
@@ -211,26 +197,20 @@ def _outcome(client: Client, sent: Sent, findings: Findings) -> Answered:
 
 
 def _is_healthy(client: Client) -> bool:
-    address = urllib.parse.urlsplit(client.url)
-    assert address.hostname is not None
-    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=_PATIENCE_S)
     try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
+        with urllib.request.urlopen(f"{client.url}/health", timeout=client.patience_s):
+            return True
     except OSError:
         return False
-    finally:
-        connection.close()
 
 
 def _differs(got: Answer, expected: Answer) -> str:
     """How an answer differs from what it was, in words; empty if it does not."""
     if got.error:
         return f"failed: {got.error}"
-    pair: list[Any] = []
-    for answer in (got, expected):
-        pair += [answer.tokens[0], answer.logprobs[0]]
-    found = judge.difference(*pair)
+    found = judge.difference(
+        got.tokens[0], got.logprobs[0], expected.tokens[0], expected.logprobs[0]
+    )
     if found is None or found.tie:
         return ""
     return f"has another token {found.at} than at the start, {found.gap:.2g} apart"

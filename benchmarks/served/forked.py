@@ -8,16 +8,16 @@ stock vLLM is served, which is only compared with, and ours if asked for.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
 import signal
 import subprocess
 import sys
-import time
 import traceback
-from functools import cache
-from typing import IO, TYPE_CHECKING, cast
+from functools import cache, partial
+from typing import IO, TYPE_CHECKING
 
 from vllm_sparse.demo.server import Server
 
@@ -26,46 +26,18 @@ if TYPE_CHECKING:
 
 
 class ForkedServer(Server):
-    """A server that is forked."""
+    """A server that is forked: what Popen runs before a command is all that runs."""
 
     def _start(
         self, command: list[str], environment: dict[str, str], log: IO[bytes]
     ) -> subprocess.Popen[bytes]:
         _import()
-        child = os.fork()
-        if not child:
-            _run(command, environment, log)
-        return cast("subprocess.Popen[bytes]", _Child(child))
-
-
-class _Child:
-    """What a server asks of its process."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.returncode: int | None = None
-
-    def poll(self) -> int | None:
-        """The exit status, if it has ended."""
-        if self.returncode is None:
-            ended, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
-        return self.returncode
-
-    def wait(self, timeout: float = 60) -> int:
-        """The exit status, once it has ended."""
-        deadline = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("vllm serve", timeout)
-            time.sleep(0.1)
-        assert self.returncode is not None
-        return self.returncode
-
-    def terminate(self) -> None:
-        """Ask it to end."""
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGTERM)
+        own = set(os.listdir("/proc/self/fd"))
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            start_new_session=True, restore_signals=False,
+            preexec_fn=partial(_run, command, environment, own),
+        )  # fmt: skip
 
 
 @cache
@@ -79,15 +51,15 @@ def _import() -> None:
     gc.freeze()  # or every child would collect all that was imported
 
 
-def _run(command: list[str], environment: dict[str, str], log: IO[bytes]) -> NoReturn:
+def _run(command: list[str], environment: dict[str, str], own: set[str]) -> NoReturn:
     """Be the server."""
     status = 1
     try:
-        os.setsid()
+        for descriptor in map(int, set(os.listdir("/proc/self/fd")) - own):
+            if descriptor > 2:  # Popen returns when its pipe is closed
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        for descriptor in (1, 2):
-            os.dup2(log.fileno(), descriptor)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.environ.update(environment)
         sys.path[1:1] = environment.get("PYTHONPATH", "").split(os.pathsep)
         sys.argv = command

@@ -9,6 +9,8 @@ raises an ``AssertionError`` that says where they part.
 from __future__ import annotations
 
 import json
+import re
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.served.asks import ALL, NEW_TOKENS, SCHEMA
@@ -27,8 +29,6 @@ _PROMPTS_APART = 1e-3  # of log-probabilities of a prompt, by the order of sums
 
 
 def _rocketkv(row: Row, model: Path, log: str, prompts: list, tokens: list) -> None:
-    import re
-
     from support.masked import assert_tokens_of_hugging_face
 
     (size,) = set(re.findall(r"ROCKETKV: .* block size (\d+)", log))
@@ -40,22 +40,14 @@ def _rocketkv_fp8(row: Row, model: Path, log: str, prompts: list, tokens: list) 
     from support.masked import assert_tokens_of_hugging_face
 
     # Queries of float32 that wait take four slots a number.
-    assert_tokens_of_hugging_face(
-        model, prompts, tokens, stored=_rounded, query_slots=4, max_token_budget=ALL,
-        **row.settings,
-    )  # fmt: skip
+    own = {"stored": _rounded, "query_slots": 4, "max_token_budget": ALL}
+    assert_tokens_of_hugging_face(model, prompts, tokens, **own, **row.settings)
 
 
-def _sparda(row: Row, model: Path, log: str, prompts: list, tokens: list) -> None:
+def _sparda(row: Row, model: Path, log: str, prompts: list, tokens: list, **stored: Any) -> None:
     from support.masked_sparda import assert_tokens_of_hugging_face
 
-    assert_tokens_of_hugging_face(model, prompts, tokens, **row.settings)
-
-
-def _sparda_fp8(row: Row, model: Path, log: str, prompts: list, tokens: list) -> None:
-    from support.masked_sparda import assert_tokens_of_hugging_face
-
-    assert_tokens_of_hugging_face(model, prompts, tokens, stored=_rounded, **row.settings)
+    assert_tokens_of_hugging_face(model, prompts, tokens, **stored, **row.settings)
 
 
 def _policy(row: Row, model: Path, log: str, prompts: list, tokens: list) -> None:
@@ -73,7 +65,7 @@ def _rounded(key: Any, value: Any) -> tuple[Any, Any]:
 
 JUDGES: dict[str, Judge] = {
     "rocketkv": _rocketkv, "rocketkv_fp8": _rocketkv_fp8, "sparda": _sparda,
-    "sparda_fp8": _sparda_fp8, "policy": _policy,
+    "sparda_fp8": partial(_sparda, stored=_rounded), "policy": _policy,
 }  # fmt: skip
 
 

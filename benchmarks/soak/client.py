@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import time
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from benchmarks.soak.traffic import Ask
 
@@ -59,27 +60,29 @@ class Client:
     def complete(self, ask: Ask) -> Answer:
         """Asks, and reads the answer token by token."""
         answer = Answer([[] for _ in range(ask.samples)], [[] for _ in range(ask.samples)])
-        address = urllib.parse.urlsplit(self.url)
-        assert address.hostname is not None
-        connection = http.client.HTTPConnection(
-            address.hostname, address.port, timeout=self.patience_s
-        )
         time.sleep(ask.after_s)
         try:
-            connection.request("POST", "/v1/completions", self._body(ask), self._headers)
-            if ask.hang_up_after == 0:
-                answer.hung_up = True
-                return answer
-            response = connection.getresponse()
-            if response.status != 200:
-                answer.error = f"HTTP {response.status}: {response.read(500)!r}"
-                return answer
-            self._read(response, ask, answer)
+            with self.sent("/v1/completions", self._body(ask)) as connection:
+                if ask.hang_up_after == 0:
+                    answer.hung_up = True
+                    return answer
+                response = connection.getresponse()
+                if response.status == 200:
+                    self._read(response, ask, answer)
+                else:
+                    answer.error = f"HTTP {response.status}: {response.read(500)!r}"
         except (OSError, http.client.HTTPException) as error:
             answer.error = f"{type(error).__name__}: {error}"
-        finally:
-            connection.close()
         return answer
+
+    @contextlib.contextmanager
+    def sent(self, path: str, body: str) -> Iterator[http.client.HTTPConnection]:
+        """Posts a body and leaves the connection to who reads the answer, or does not."""
+        address = urllib.parse.urlsplit(self.url).netloc
+        connection = http.client.HTTPConnection(address, timeout=self.patience_s)
+        with contextlib.closing(connection):
+            connection.request("POST", path, body, self._headers)
+            yield connection
 
     def complete_all(self, asks: Sequence[Ask], at_once: int) -> list[Answer]:
         """Asks with so many clients at once."""

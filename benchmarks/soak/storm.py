@@ -100,15 +100,26 @@ def round_of(target: Target, asks: Sequence[Ask], at_once: int, findings: Findin
         if answer.error:
             faults.append(f"a prompt of {len(ask.prompt)} tokens failed: {answer.error}")
     counts["refused"] += len(traffic.nonsense(target.longest))
-    if not watch.until(target.is_calm, CALM_S):
-        faults.append(f"not calm after {CALM_S} s: {target.metrics()}")
-        return
-    _compare(target, asks, answers, findings)
+    if calms_down(target, faults):
+        _compare(target, asks, answers, findings)
+        faults += left_in_worker(target)
+
+
+def calms_down(target: Target, faults: list[str]) -> bool:
+    """Whether nothing runs and nothing is held after a while; else that is a fault."""
+    if calm := watch.until(target.is_calm, CALM_S):
+        return calm
+    faults.append(f"not calm after {CALM_S} s: {target.metrics()}")
+    return False
+
+
+def left_in_worker(target: Target) -> list[str]:
+    """What is wrong with what a calm server's worker holds."""
     look = target.look()
-    if look["broken"]:
-        faults.append(look["broken"])
+    faults = [look["broken"]] * bool(look["broken"])
     if look["requests"] > 1:  # the last one leaves with the next step
         faults.append(f"the worker still knows {look['requests']} requests")
+    return faults
 
 
 def _refusals(target: Target) -> list[str]:

@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.served import __main__ as served
-from benchmarks.served.forked import _Child
+from benchmarks.served import forked
 from benchmarks.served.rows import ROWS, Row
+from benchmarks.soak import watch
 from vllm_sparse.demo.server import Server, ServerError
 
 
@@ -62,15 +65,26 @@ def test_rows_that_fail_are_noted_and_the_next_ones_run(tmp_path, monkeypatch):
     assert len(json.loads(out.read_text())["rows"]) == 3
 
 
-def test_a_child_is_waited_for():
-    process = subprocess.Popen(["sleep", "60"])
-    child = _Child(process.pid)
-    assert child.poll() is None
-    with pytest.raises(subprocess.TimeoutExpired):
-        child.wait(0.2)
-    child.terminate()
-    assert child.wait(10) == -15
-    assert child.poll() == -15
-    with pytest.raises(ProcessLookupError):
-        os.kill(process.pid, 0)
-    process.returncode = -15
+def test_a_forked_server_is_a_process_like_another(tmp_path, monkeypatch):
+    """It leads a session, prints to its log, and Popen neither waits for it nor loses its end."""
+
+    def main():
+        os.write(1, f"{os.environ['FORKED']} {sys.argv[1:]}\n".encode())
+        time.sleep(60 if sys.argv[1] == "stay" else 0)
+        sys.exit(3)
+
+    monkeypatch.setattr(forked, "_import", lambda: None)
+    stand_in = SimpleNamespace(main=main, forked_workers=lambda: None)
+    for name in ("vllm.entrypoints.cli.main", "support.stand_ins"):
+        monkeypatch.setitem(sys.modules, name, stand_in)
+    for what, status in (("stay", -15), ("end", 3)):
+        server, log = forked.ForkedServer([], tmp_path / "log"), tmp_path / what
+        with log.open("wb") as into:
+            process = server._start(["vllm", what], {"FORKED": "yes"}, into)
+        if what == "stay":
+            watch.until(lambda log=log: log.read_text() != "", 20)
+            assert process.poll() is None
+            assert os.getpgid(process.pid) == process.pid != os.getpgid(0)
+            process.terminate()
+        assert process.wait(20) == status
+        assert log.read_text() == f"yes ['{what}']\n"
