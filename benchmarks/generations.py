@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import re
 import statistics
 import tempfile
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import arms, corpus, harness, offload
+from benchmarks.gpu.shapes import random_prompt, save_random_llama
 from benchmarks.neighbours import Neighbours
 from benchmarks.published import allocated
 from benchmarks.results import OtherResultError, Recorder
@@ -31,8 +31,6 @@ from benchmarks.worker import Worker
 
 if TYPE_CHECKING:
     import argparse
-
-    from benchmarks.results import Recorder as Record
 
 RANDOM = "random"
 SHAPE = {"layers": 4, "hidden": 256, "heads": 8, "kv_heads": 2, "head_dim": 64, "vocab": 2048}
@@ -70,7 +68,7 @@ class Cell:
 
 
 def measure(
-    cell: Cell, workers: list[Worker], prompt: list[int], turn: int, record: Record, found: dict
+    cell: Cell, workers: list[Worker], prompt: list[int], turn: int, record: Recorder, found: dict
 ) -> None:
     """Generates on all arms, and notes each thousand tokens as soon as all have them.
 
@@ -133,11 +131,11 @@ def measure(
 def prompt_of(options: argparse.Namespace, model: Path, length: int) -> list[int]:
     """A document, or for the random model random tokens."""
     if options.model == RANDOM:
-        return random.Random(0).choices(range(3, SHAPE["vocab"]), k=length)
+        return random_prompt(0, length, SHAPE["vocab"])
     return corpus.documents(harness.tokenizer_of(str(model)), 1, length)[0]
 
 
-def run(options: argparse.Namespace, chosen: list[arms.Arm], record: Record) -> None:
+def run(options: argparse.Namespace, chosen: list[arms.Arm], record: Recorder) -> None:
     """Measures the cells that the file lacks."""
     cells = [Cell.of(name) for name in options.cells]
     found = record.body["cells"]
@@ -148,8 +146,6 @@ def run(options: argparse.Namespace, chosen: list[arms.Arm], record: Record) -> 
     with contextlib.ExitStack() as stack:
         overrides: dict[str, Any] = {"distributed_executor_backend": "uni", "enforce_eager": True}
         if options.model == RANDOM:
-            from benchmarks.gpu.shapes import save_random_llama
-
             model = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-sparse-")))
             save_random_llama(model, max_position_embeddings=longest, **SHAPE)
             overrides["skip_tokenizer_init"] = True

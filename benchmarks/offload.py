@@ -17,13 +17,13 @@ import argparse
 import contextlib
 import itertools
 import json
-import random
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks import arms, commands, corpus, harness, overlap
 from benchmarks.arms import GIB
+from benchmarks.gpu.shapes import random_prompt, save_random_llama
 from benchmarks.results import FOLDER, Recorder
 from benchmarks.worker import Worker
 
@@ -42,7 +42,11 @@ def measure_memory(cell: str, options: argparse.Namespace, chosen: list[arms.Arm
         overrides: dict = {"enforce_eager": True, "max_num_seqs": options.requests}
         if name == TINY:
             model = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-sparse-")))
-            prompts = _tiny_model(model, context, options.requests, context - generated)
+            save_random_llama(model, max_position_embeddings=context, **TINY_SHAPE)
+            prompts = [
+                random_prompt(number, context - generated, TINY_SHAPE["vocab"])
+                for number in range(options.requests)
+            ]
             overrides["skip_tokenizer_init"] = True
         else:
             model = harness.resolve_model(name)
@@ -84,15 +88,6 @@ def per_request(found: dict, requests: int) -> dict[str, Any]:
         "host_bytes": round(host),
         "measured": found,
     }
-
-
-def _tiny_model(folder: Path, context: int, count: int, num_tokens: int) -> list[list[int]]:
-    """Writes a random model for long contexts and returns random prompts."""
-    from benchmarks.gpu.shapes import save_random_llama
-
-    save_random_llama(folder, max_position_embeddings=context, **TINY_SHAPE)
-    rng = random.Random(0)
-    return [[rng.randrange(TINY_SHAPE["vocab"]) for _ in range(num_tokens)] for _ in range(count)]
 
 
 def run_memory(options: argparse.Namespace, settings: dict) -> None:
@@ -174,7 +169,7 @@ QUICK = {
         **{"model": "smollm2", "context": 1536, "batch": 2, "rates": [0.0, 0.2, 0.4], "steps": 4},
         **{"rounds": 1, "link_steps": 4, "top_k": 8, "eager": True},
     },
-    "serve": {**{"context": 1024, "generate": 16, "requests": 10, "top_k": 4, "eager": True}},
+    "serve": {"context": 1024, "generate": 16, "requests": 10, "top_k": 4, "eager": True},
 }
 RUNS = {"memory": run_memory, "overlap": overlap.run, "serve": run_serve}
 

@@ -11,7 +11,7 @@ from benchmarks import arms, replay, results
 from benchmarks import drafts as drafting
 from benchmarks import serving as served
 from benchmarks.served import report as matrix
-from benchmarks.tables import inside, mib, number, table
+from benchmarks.tables import STEP, mib, number, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,10 +90,7 @@ def speed() -> str:
         found = result(name)["cells"][cell]
         line = {"what": what, "bound": found["bound"], **found["arms"]}
         lines.append(line | {"gain": line["rocket-512"]["speedup"]})
-    share, over = (
-        (*("rocket-512", key),) for key in ("share_of_bound", "prefill_overhead_percent")
-    )
-    sparse = number(0, *share, unit=" %", scale=100)
+    sparse = number(0, "rocket-512", "share_of_bound", unit=" %", scale=100)
     columns = {
         "SmolLM2-135M, bf16, t = 512": "what",
         "stock's step": "{dense[step_ms][median]:.1f} ms",
@@ -103,9 +100,13 @@ def speed() -> str:
         ),
         "bound": "{bound:.2f}x",
         "share of bound": lambda row: sparse(row) if row["bound"] > 1.01 else "\N{EN DASH}",
-        "prefill": lambda row: f"{inside(row, over):+.1f} %".replace("-", "\N{MINUS SIGN}"),
+        "prefill": lambda row: _signed(row["rocket-512"]["prefill_overhead_percent"]),
     }
     return table(lines, columns)
+
+
+def _signed(percent: float) -> str:
+    return f"{percent:+.1f} %".replace("-", "\N{MINUS SIGN}")
 
 
 def budgets() -> str:
@@ -116,16 +117,11 @@ def budgets() -> str:
     sparse = number(0, "share_of_bound", unit=" %", scale=100)
     columns = {
         "SmolLM2-135M, 8K, batch 8": "name",
-        "step, ms (quartiles)": lambda row: (
-            f"{row['step_ms']['median']:.1f} ({row['step_ms']['p25']:.1f} to "
-            f"{row['step_ms']['p75']:.1f})"
-        ),
-        "at 128 tokens, ms": lambda row: f"{row['step_ms_at_128_tokens']['median']:.1f}",
+        "step, ms (quartiles)": STEP.replace("-", " to "),
+        "at 128 tokens, ms": "{step_ms_at_128_tokens[median]:.1f}",
         "speed-up": "{speedup:.2f}x",
         "share of bound": lambda row: None if row["name"] == "stock" else sparse(row),
-        "prefill": lambda row: f"{row['prefill_overhead_percent']:+.1f} %".replace(
-            "-", "\N{MINUS SIGN}"
-        ),
+        "prefill": lambda row: _signed(row["prefill_overhead_percent"]),
     }
     return table(lines, columns)
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import statistics
 import string
+from functools import reduce
+from operator import getitem
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -81,19 +83,12 @@ def number(
     digits: int, *keys: str | int, unit: str = "", scale: float = 1.0
 ) -> Callable[[Row], str]:
     """Shows a number with so many digits, found under keys one inside the other."""
-    return lambda row: f"{inside(row, keys) * scale:.{digits}f}{unit}"
+    return lambda row: f"{reduce(getitem, keys, row) * scale:.{digits}f}{unit}"
 
 
 def mib(*keys: str, digits: int = 2, unit: str = "") -> Callable[[Row], str]:
     """Shows bytes as MiB."""
     return number(digits, *keys, unit=unit, scale=2**-20)
-
-
-def inside(row: Any, keys: tuple[str | int, ...]) -> Any:
-    """What is found under keys one inside the other."""
-    for key in keys:
-        row = row[key]
-    return row
 
 
 def _named(rows: dict[str, Row]) -> list[Row]:

@@ -9,12 +9,11 @@ runs in a process of its own. Points that would take more than ``--limit-gib`` a
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import resource
-import subprocess
-import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from benchmarks import harness
@@ -67,37 +66,27 @@ def point(tokens: int, chunk: int, teacher: str) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs all points, or one of them in this process."""
+    """Command line entry point."""
     parser = harness.parser("train_memory", __doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
     parser.add_argument("--teacher", default="fine", choices=("fine", "query", "block-mass"))
     parser.add_argument("--limit-gib", type=float, default=8.0)
-    parser.add_argument("--json", type=Path, dest="out", help="the same as --out")
-    parser.add_argument("--point", type=int, nargs=2, metavar=("TOKENS", "CHUNK"))
     parser.set_defaults(out=FOLDER / "train-memory.json")
     options = harness.parse(parser, arguments)
-    if options.point:
-        print(json.dumps(point(*options.point, options.teacher)))
-        return
     body: dict = {"teacher": options.teacher, "cells": []}
-    with Recorder(options.out, "train-memory", body) as record:
+    fresh = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
+    with (
+        Recorder(options.out, "train-memory", body) as record,
+        ProcessPoolExecutor(1, **fresh) as pool,
+    ):
         for tokens, chunk in ((n, size) for n in options.lengths for size in (CHUNK, n)):
             expected_gib = _COPIES * HEADS * chunk * tokens * 4 / 2**30
             cell = {"tokens": tokens, "chunk": chunk, "left_out_gib": expected_gib}
             if expected_gib <= options.limit_gib:
-                cell = _in_a_process(tokens, chunk, options.teacher)
+                cell = pool.submit(point, tokens, chunk, options.teacher).result()
             body["cells"].append(cell)
             record.save()
             harness.progress(str(cell))
-
-
-def _in_a_process(tokens: int, chunk: int, teacher: str) -> dict:
-    command = [sys.executable, "-m", "benchmarks.train_memory"]
-    command += ["--teacher", teacher, "--point", str(tokens), str(chunk)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    if finished.returncode:
-        raise SystemExit(finished.stderr)
-    return json.loads(finished.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

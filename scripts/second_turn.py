@@ -10,20 +10,15 @@ with each backend, in turns.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import time
 
-from decode_step import engine_of
+from decode_step import answer, engine_of, parser_of
 
 
 def main() -> None:
     """Command line entry point."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="folder of a checkpoint")
-    parser.add_argument("backend", help="ROCKETKV, SPARDA, ..., or stock")
-    parser.add_argument("--settings", type=json.loads, default={}, help="of the backend, as JSON")
+    parser = parser_of(__doc__)
     parser.add_argument("--context", type=int, default=4096, help="first prompt, in tokens")
     parser.add_argument("--reply", type=int, default=12, help="tokens generated in a turn")
     parser.add_argument("--more", type=int, default=256, help="tokens that the second turn adds")
@@ -34,33 +29,18 @@ def main() -> None:
         options, longest, max_num_seqs=2, max_num_batched_tokens=longest,
         kv_cache_memory_bytes=1 << 30,
     )  # fmt: skip
-    from vllm import SamplingParams
 
-    sampling = SamplingParams(
-        max_tokens=options.reply, temperature=0, ignore_eos=True, detokenize=False
-    )
-
-    def turn(name: str, prompt: list[int]) -> dict:
-        engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
-        steps, found = [], None
-        while engine.has_unfinished_requests():
-            began = time.process_time()
-            found = (engine.step() or [found])[0]
-            steps.append(round(1e3 * (time.process_time() - began), 1))
-        return {
-            "prompt": len(prompt),
-            "cached": found.num_cached_tokens,
-            "cpu_ms": steps[:3],
-            "reply": list(found.outputs[0].token_ids),
-        }
+    def turn(name: str, prompt: list[int]) -> tuple[dict, list[int]]:
+        found, steps = answer(engine, name, prompt, options.reply)
+        shown = {"prompt": len(prompt), "cached": found.num_cached_tokens, "cpu_ms": steps[:3]}
+        return shown, list(found.outputs[0].token_ids)
 
     chance = random.Random(0)
     for number in range(-1, options.rounds):  # the first one warms up
         prompt = [chance.randrange(1000, 20000) for _ in range(options.context)]
-        first = turn(f"{number}-1", prompt)
+        first, reply = turn(f"{number}-1", prompt)
         further = [chance.randrange(1000, 20000) for _ in range(options.more)]
-        second = turn(f"{number}-2", [*prompt, *first.pop("reply"), *further])
-        second.pop("reply")
+        second, _ = turn(f"{number}-2", [*prompt, *reply, *further])
         if number >= 0:
             shown = {"backend": options.backend, "settings": options.settings}
             print(json.dumps({**shown, "first": first, "second": second}), flush=True)

@@ -10,21 +10,20 @@ streams, which CPUs lack: here its scheduler's half works beside the copies that
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from decode_step import engine_of
+from decode_step import answer, engine_of, parser_of
 from transformers import AutoConfig
+
+if TYPE_CHECKING:
+    import argparse
 
 
 def main() -> None:
     """Command line entry point."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="folder of a checkpoint")
-    parser.add_argument("backend", help="ROCKETKV, ..., or stock")
-    parser.add_argument("--settings", type=json.loads, default={}, help="of the backend, as JSON")
+    parser = parser_of(__doc__)
     parser.add_argument("--conversations", type=int, default=6)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--context", type=int, default=4096, help="first prompts, in tokens")
@@ -42,9 +41,6 @@ def main() -> None:
         options, longest + 64, max_num_seqs=1, max_num_batched_tokens=2048,
         kv_cache_memory_bytes=pool, block_size=32, disable_log_stats=False, **_tier(options),
     )  # fmt: skip
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(max_tokens=reply, temperature=0, ignore_eos=True, detokenize=False)
     chance, vocab = random.Random(0), shape.vocab_size
 
     def text(length: int) -> list[int]:
@@ -55,10 +51,7 @@ def main() -> None:
     for number in range(options.turns):
         asked = found = 0
         for place, prompt in enumerate(talks):
-            engine.add_request(f"{number}-{place}", {"prompt_token_ids": prompt}, sampling)
-            last: Any = None
-            while engine.has_unfinished_requests():
-                last = (engine.step() or [last])[0]
+            last, _ = answer(engine, f"{number}-{place}", prompt, reply)
             asked, found = asked + len(prompt), found + last.num_cached_tokens
             talks[place] = [*prompt, *last.outputs[0].token_ids, *text(options.more)]
         turns.append({"tokens": asked, "found": found})

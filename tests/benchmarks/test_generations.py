@@ -11,7 +11,6 @@ import pytest
 from support.workers import IdleWorker
 
 from benchmarks import generations, report
-from benchmarks.gpu import shapes
 from benchmarks.worker import WorkerError
 
 CALLS: list[tuple] = []
@@ -48,7 +47,7 @@ def _made_up(monkeypatch):
     CALLS.clear()
     monkeypatch.setattr(generations, "Worker", FakeWorker)
     monkeypatch.setattr(generations.harness, "kv_bytes_per_token", lambda model: 1)
-    monkeypatch.setattr(shapes, "save_random_llama", lambda folder, **sizes: None)
+    monkeypatch.setattr(generations, "save_random_llama", lambda folder, **sizes: None)
 
 
 def run(path, *further):
