@@ -137,3 +137,11 @@ class TestHooks:
         text = self.shown((fill.ROOT / "docs/changelog.md").read_text())
         assert "## [Unreleased]" in text
         assert "(docs/" not in text
+
+    def test_the_readme_is_the_first_page(self, caplog):
+        text = self.shown((fill.ROOT / "docs/index.md").read_text())
+        assert text.startswith("# vllm-sparse")
+        assert "[Get started](start.md)" in text
+        assert "](images/speed.svg)" in text
+        assert not re.search(r"\]\((docs/|\.\./)", text)
+        assert not caplog.records
