@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import arms, harness, tables
 from benchmarks.results import Recorder
-from benchmarks.worker import Worker
+from benchmarks.worker import alive
 
 if TYPE_CHECKING:
     import argparse
+
+    from benchmarks.worker import Worker
 
 _TASKS = {
     "edit": (
@@ -155,13 +157,13 @@ def run(options: argparse.Namespace, chosen: list[arms.Arm]) -> None:
     )
     asked = prompts(harness.tokenizer_of(options.model), options.context)
     with Recorder(options.out, "drafts", body) as record, contextlib.ExitStack() as stack:
-        workers = {}
-        for arm in chosen:
-            for suffix, further in (("", {}), (_DRAFTING, {"speculative_config": drafter})):
-                name = arm.name + suffix
-                workers[name] = stack.enter_context(Worker(arm, {**shared, **further}))
-                workers[name].pause()
-                harness.progress(f"{name} is up")
+        plain, drafting = (
+            stack.enter_context(alive(chosen, {**shared, **further}))
+            for further in ({}, {"speculative_config": drafter})
+        )
+        workers: dict[str, Worker] = {}
+        for arm, *both in zip(chosen, plain, drafting, strict=True):
+            workers |= zip((arm.name, arm.name + _DRAFTING), both, strict=True)
         for task in options.tasks:
             turns: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
             for number in range(options.rounds):

@@ -27,10 +27,12 @@ from benchmarks.gpu.shapes import random_prompt, save_random_llama
 from benchmarks.neighbours import Neighbours
 from benchmarks.published import allocated
 from benchmarks.results import OtherResultError, Recorder
-from benchmarks.worker import Worker
+from benchmarks.worker import alive
 
 if TYPE_CHECKING:
     import argparse
+
+    from benchmarks.worker import Worker
 
 RANDOM = "random"
 SHAPE = {"layers": 4, "hidden": 256, "heads": 8, "kv_heads": 2, "head_dim": 64, "vocab": 2048}
@@ -155,12 +157,7 @@ def run(options: argparse.Namespace, chosen: list[arms.Arm], record: Recorder) -
             model, longest, longest * 3 // 2, max_num_seqs=1,  # blocks with an index are larger
             enable_prefix_caching=False, **overrides,
         )  # fmt: skip
-        workers = []
-        for arm in chosen:
-            worker = stack.enter_context(Worker(arm, arguments))
-            worker.pause()
-            workers.append(worker)
-            harness.progress(f"{arm.name} is up")
+        workers = stack.enter_context(alive(chosen, arguments))
         for cell in missing:
             prompt = prompt_of(options, model, cell.prompt)
             measure(cell, workers, prompt, options.turn, record, found.setdefault(cell.name, {}))

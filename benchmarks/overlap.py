@@ -10,7 +10,6 @@ that passed through the copy engine must be the forced misses times the size of 
 
 from __future__ import annotations
 
-import contextlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +17,13 @@ from benchmarks import corpus, harness
 from benchmarks.arms import GIB, Arm
 from benchmarks.commands import SETTLING_STEPS
 from benchmarks.results import Recorder
-from benchmarks.worker import Worker
+from benchmarks.worker import alive
 
 if TYPE_CHECKING:
     import argparse
     from pathlib import Path
+
+    from benchmarks.worker import Worker
 
 BLOCK = 64
 LINK_MISS_RATE = 0.15  # at which the copies of a layer take as long as the layer
@@ -71,19 +72,22 @@ def run(options: argparse.Namespace, settings: dict) -> None:
         **{"shape": {}, "frames": {}, "settings": {}, "rows": []},
     }  # fmt: skip
     found: dict[tuple[str, float], list[dict]] = {}
-    with Recorder(options.out, "overlap", body) as record, contextlib.ExitStack() as stack:
-        workers = []
-        for name in ARMS:
-            arm = _arm(name, settings, model, options, body["link_gb_per_s"])
-            worker = stack.enter_context(Worker(arm, arguments))
-            shape = worker.call("begin_forced", prompts=prompts, max_tokens=generated)
-            body["frames"][name], body["settings"][name] = shape.pop("frames"), arm.settings
-            body["shape"] = shape
-            if name == "resident" and body["link_gb_per_s"] is None:
-                body["link_gb_per_s"] = _link(worker, options, shape)
-                harness.progress(f"link: {body['link_gb_per_s']:.3f} GB/s")
-            worker.pause()
-            workers.append(worker)
+
+    def prepare(worker: Worker) -> None:
+        name = worker.arm.name
+        shape = worker.call("begin_forced", prompts=prompts, max_tokens=generated)
+        body["frames"][name], body["settings"][name] = shape.pop("frames"), worker.arm.settings
+        body["shape"] = shape
+        if name == "resident" and body["link_gb_per_s"] is None:
+            body["link_gb_per_s"] = _link(worker, options, shape)
+            harness.progress(f"link: {body['link_gb_per_s']:.3f} GB/s")
+
+    # One after the other: the first one tells the link of the others.
+    every = (_arm(name, settings, model, options, body["link_gb_per_s"]) for name in ARMS)
+    with (
+        Recorder(options.out, "overlap", body) as record,
+        alive(every, arguments, prepare) as workers,
+    ):
         for turn in range(turns):
             rate = options.rates[turn % len(options.rates)]
             for worker in harness.alternating(workers, turn):

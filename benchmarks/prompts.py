@@ -12,18 +12,19 @@ them, as if choosing cost nothing; the report gives this bound.
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import arms, corpus, harness
 from benchmarks.neighbours import Neighbours
 from benchmarks.results import Recorder
-from benchmarks.worker import Worker
+from benchmarks.worker import alive
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
+
+    from benchmarks.worker import Worker
 
 GENERATED = 1
 ARMS = "dense,sparda-32,prompts-32,prompts-64"
@@ -72,15 +73,12 @@ def measure(
     )
     found: dict[str, list[dict[str, Any]]] = {}
     others: list[float] = []
-    with contextlib.ExitStack() as stack:
-        workers: list[Worker] = []
-        for arm in chosen:
-            worker = stack.enter_context(Worker(arm, arguments))
-            worker.call("attach_clock")
-            worker.call("prefill", prompt=prompts[0][: min(2048, context // 4)])
-            worker.pause()
-            workers.append(worker)
-            harness.progress(f"{context}: {arm.name} is up")
+
+    def warm_up(worker: Worker) -> None:
+        worker.call("attach_clock")
+        worker.call("prefill", prompt=prompts[0][: min(2048, context // 4)])
+
+    with alive(chosen, arguments, warm_up) as workers:
         neighbours = Neighbours(workers, 0.0)
         for index, prompt in enumerate(prompts):
             for worker in harness.alternating(workers, index):

@@ -13,7 +13,6 @@ tokens with the same batch. The report gives this bound, the speed-up, and the s
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -21,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import arms, corpus, harness, tables
 from benchmarks.neighbours import Neighbours
 from benchmarks.results import Recorder
-from benchmarks.worker import Worker
+from benchmarks.worker import alive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from benchmarks.worker import Worker
 
     Turns = dict[str, list[list[float]]]
 
@@ -118,15 +119,7 @@ def measure(
         save(result)
         return result
 
-    with contextlib.ExitStack() as stack:
-        workers = []
-        for arm in chosen:
-            worker = stack.enter_context(Worker(arm, arguments))
-            harness.progress(f"{cell.name}: {arm.name} is up after {worker.start_seconds:.0f} s")
-            _warm_up(worker, cell, short)
-            worker.pause()
-            workers.append(worker)
-
+    with alive(chosen, arguments, lambda worker: _warm_up(worker, cell, short)) as workers:
         turns = _Turns(cell, workers, Neighbours(workers, patience_s), measured.others, keep)
         # Before and after, in case the machine's speed drifts.
         turns.decode(short, measured.short, "128 tokens", -(-cell.rounds // 2))

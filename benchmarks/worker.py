@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING
 from benchmarks import harness
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
     from benchmarks.arms import Arm
 
 
@@ -141,6 +143,27 @@ class Worker:
         tail = "\n".join(self.log().splitlines()[-40:])
         self.close()
         return WorkerError(f"{tail}\nthe worker of arm {self.arm.name} failed: {reason}")
+
+
+@contextlib.contextmanager
+def alive(
+    arms: Iterable[Arm], arguments: dict, prepare: Callable[[Worker], object] = lambda _: None
+) -> Iterator[list[Worker]]:
+    """Engines of all arms at once, paused: each runs within `Worker.running` only.
+
+    Args:
+        arms: The sides of the comparison.
+        arguments: Arguments of `LLM`, without the arms'.
+        prepare: Called with each one before the next one starts.
+    """
+    with contextlib.ExitStack() as stack:
+        workers: list[Worker] = []
+        for arm in arms:
+            workers.append(stack.enter_context(Worker(arm, arguments)))
+            prepare(workers[-1])
+            workers[-1].pause()
+            harness.progress(f"{arm.name} is up after {workers[-1].start_seconds:.0f} s")
+        yield workers
 
 
 def _environment(served: bool) -> dict[str, str]:

@@ -10,7 +10,7 @@ import re
 import pytest
 from support.workers import IdleWorker
 
-from benchmarks import generations, report
+from benchmarks import generations, report, worker
 from benchmarks.worker import WorkerError
 
 CALLS: list[tuple] = []
@@ -45,7 +45,7 @@ class FakeWorker(IdleWorker):
 @pytest.fixture(autouse=True)
 def _made_up(monkeypatch):
     CALLS.clear()
-    monkeypatch.setattr(generations, "Worker", FakeWorker)
+    monkeypatch.setattr(worker, "Worker", FakeWorker)
     monkeypatch.setattr(generations.harness, "kv_bytes_per_token", lambda model: 1)
     monkeypatch.setattr(generations, "save_random_llama", lambda folder, **sizes: None)
 

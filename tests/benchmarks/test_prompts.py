@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 from support.workers import IdleWorker
 
-from benchmarks import clock, corpus, harness, prompts, report
+from benchmarks import clock, corpus, harness, prompts, report, worker
 
 
 class FakeWorker(IdleWorker):
@@ -32,7 +32,7 @@ class FakeWorker(IdleWorker):
 
 @pytest.fixture(autouse=True)
 def _made_up(monkeypatch):
-    monkeypatch.setattr(prompts, "Worker", FakeWorker)
+    monkeypatch.setattr(worker, "Worker", FakeWorker)
     monkeypatch.setattr(harness, "resolve_model", lambda name: name)
     monkeypatch.setattr(harness, "kv_bytes_per_token", lambda model: 1)
     monkeypatch.setattr(harness, "tokenizer_of", lambda name: None)

@@ -9,7 +9,7 @@ import json
 import pytest
 from support.workers import IdleWorker
 
-from benchmarks import corpus, harness, report, speed
+from benchmarks import corpus, harness, report, speed, worker
 
 
 class FakeWorker(IdleWorker):
@@ -38,7 +38,7 @@ class FakeWorker(IdleWorker):
 def _made_up(monkeypatch):
     monkeypatch.setattr(FakeWorker, "calls", 0)
     monkeypatch.setattr(FakeWorker, "stop_after", 10**9)
-    monkeypatch.setattr(speed, "Worker", FakeWorker)
+    monkeypatch.setattr(worker, "Worker", FakeWorker)
     monkeypatch.setattr(harness, "resolve_model", lambda name: name)
     monkeypatch.setattr(harness, "kv_bytes_per_token", lambda model: 1)
     monkeypatch.setattr(harness, "tokenizer_of", lambda name: None)

@@ -11,7 +11,7 @@ class IdleWorker:
     """Stands in for ``benchmarks.worker.Worker``; subclasses answer calls."""
 
     def __init__(self, arm, arguments, **_):
-        self.arm, self.group = arm, 0
+        self.arm, self.group, self.start_seconds = arm, 0, 0.0
 
     def __enter__(self):
         return self
