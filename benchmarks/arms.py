@@ -101,6 +101,8 @@ KINDS = {
     "page1": _budget("ROCKETKV", "t = {n}, page size 1", page_sizes=[1]),
     "page2": _budget("ROCKETKV", "t = {n}, page size 2", page_sizes=[2]),
     "page4": _budget("ROCKETKV", "t = {n}, page size 4", page_sizes=[4]),
+    "page8": _budget("ROCKETKV", "t = {n}, page size 8", page_sizes=[8]),
+    "page16": _budget("ROCKETKV", "t = {n}, page size 16", page_sizes=[16]),
     "skip1": _budget("ROCKETKV", "t = {n}, `skip_layers` 1", skip_layers=1),
     "skip2": _budget("ROCKETKV", "t = {n}, `skip_layers` 2", skip_layers=2),
     "quest": _budget("QUEST", "QUEST, t = {n}"),

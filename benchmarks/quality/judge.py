@@ -85,9 +85,13 @@ def serve(options: argparse.Namespace, chosen: list[arms.Arm], record: Recorder)
 
 def experiment(options: argparse.Namespace, names: list[str], record: Recorder) -> None:
     """Answers outside the server, all arms of a question at once."""
+    import torch
+
     from benchmarks.quality import candidates, lab, prompts
 
-    network = prompts.Network(harness.resolve_model(options.model), forecast=options.forecast)
+    network = prompts.Network(
+        harness.resolve_model(options.model), getattr(torch, options.dtype), options.forecast
+    )
     try:
         every = {
             context: candidates.schemes(names, context, network) for context in options.contexts
@@ -177,6 +181,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--passages", type=int, default=0, help="of prose to read, for KL divergences, with --lab"
     )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16",
+        help="of the model, with --lab; on some CPUs a prompt takes less time in float32",
+    )  # fmt: skip
     parser.add_argument("--recall", type=int, default=0, help="questions of each task, with --lab")
     parser.add_argument(
         "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "vllm-sparse-prompts",
@@ -192,6 +200,8 @@ def main(arguments: list[str] | None = None) -> None:
             "--setting is for arms that are served; with --lab name the arm that has the value, or "
             "add it to KINDS in benchmarks/quality/candidates.py"
         )
+    if lacking := questions.lacking(options.tasks):
+        parser.error(lacking)
     body = {"model": options.model, "seed": options.seed, "lab": options.lab, "arms": {}}
     try:
         with Recorder(options.out, "quality", body, resume=True) as record:

@@ -18,6 +18,7 @@ that appear in the reply, whatever their case.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import random
 from dataclasses import asdict, dataclass
@@ -67,6 +68,17 @@ class Question:
         """Share of the wanted strings that the reply contains."""
         reply = reply.lower()
         return sum(answer.lower() in reply for answer in self.answers) / len(self.answers)
+
+
+def lacking(tasks: list[str]) -> str | None:
+    """What tasks need that is not installed, and what to do; None: they can be asked."""
+    made = [task for task in tasks if task in RULER_TOKENS]
+    if not made or importlib.util.find_spec("lm_eval") is not None:
+        return None
+    return (
+        f"{', '.join(made)}: lm-eval makes their questions and is not installed; "
+        "pip install '.[quality]', or name other --tasks"
+    )
 
 
 def load(model: str, context: int, task: str, count: int, seed: int = 0) -> list[Question]:

@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import arms, corpus, harness
 from benchmarks.quality import judge, lab, prompts, questions
@@ -51,6 +53,7 @@ def _made_up(monkeypatch, tmp_path):
     tokenizer = SimpleNamespace(eos_token_id=0, decode=lambda tokens: str(tokens[0]))
     network = SimpleNamespace(heads=prompts.Heads(4, 2, 16, 0.25), eos={0}, forecast=None)
     for module, name, made in (
+        (importlib.util, "find_spec", lambda name: name),
         (questions, "load", lambda *_: [QUESTION]),
         (harness, "resolve_model", lambda name: tmp_path),
         (harness, "engine_args", lambda *_, **__: {}),
@@ -102,3 +105,20 @@ def test_what_the_laboratory_cannot_do_is_said_before_any_question(tmp_path):
         run(tmp_path, "--lab", "--arms", "selectors")
     with pytest.raises(SystemExit, match="forecast-16 needs weights"):
         run(tmp_path, "--lab", "--arms", "dense,forecast-16")
+
+
+def test_what_is_not_installed_is_said_before_any_question(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--lab", "--arms", "dense", tasks=("multivalue", "cwe"))
+    assert "cwe: lm-eval makes their questions and is not installed" in capsys.readouterr().err
+    run(tmp_path, "--lab", "--arms", "dense", tasks=("multivalue",))
+
+
+def test_the_laboratory_computes_in_the_dtype_that_is_asked_for(tmp_path, monkeypatch):
+    seen = []
+    network = prompts.Network
+    monkeypatch.setattr(prompts, "Network", lambda *given: seen.append(given[1]) or network())
+    run(tmp_path, "--lab", "--arms", "dense")
+    run(tmp_path, "--lab", "--arms", "dense", "--dtype", "float32")
+    assert seen == [torch.bfloat16, torch.float32]
