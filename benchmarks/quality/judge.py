@@ -90,8 +90,9 @@ def experiment(options: argparse.Namespace, names: list[str], record: Recorder) 
     from benchmarks.quality import candidates, lab, prompts
 
     network = prompts.Network(
-        harness.resolve_model(options.model), getattr(torch, options.dtype), options.forecast
-    )
+        harness.resolve_model(options.model), forecast=options.forecast,
+        prompt_dtype=getattr(torch, options.prompt_dtype),
+    )  # fmt: skip
     try:
         every = {
             context: candidates.schemes(names, context, network) for context in options.contexts
@@ -182,8 +183,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--passages", type=int, default=0, help="of prose to read, for KL divergences, with --lab"
     )
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16",
-        help="of the model, with --lab; on some CPUs a prompt takes less time in float32",
+        "--prompt-dtype", choices=("bfloat16", "float32"), default="bfloat16",
+        help="what prompts are computed in, with --lab; on some CPUs float32 takes less time",
     )  # fmt: skip
     parser.add_argument("--recall", type=int, default=0, help="questions of each task, with --lab")
     parser.add_argument(

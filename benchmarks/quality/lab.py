@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,11 +20,7 @@ if TYPE_CHECKING:
 
 
 class Lab:
-    """One question's prompt and the dense answer to it.
-
-    Attributes:
-        answer: The dense answer's tokens, or the text that was given.
-    """
+    """One question's prompt, and the dense answer to it where that is needed."""
 
     def __init__(
         self,
@@ -33,7 +30,7 @@ class Lab:
         eos: set[int],
         text: list[int] | None = None,
     ) -> None:
-        """Answers densely.
+        """Answers nothing yet.
 
         Args:
             network: The model.
@@ -56,20 +53,28 @@ class Lab:
         self._generated: list[list[tuple[Tensor, Tensor, Tensor | None]]] = [
             [] for _ in network.layers
         ]
-        if text is None:
-            self.answer = self._answers({"dense": Scheme()}, record=True)["dense"]
+        self._text = text
+
+    @cached_property
+    def answer(self) -> list[int]:
+        """The dense answer's tokens, or the text that was given; its queries vote from now on."""
+        if self._text is None:
+            answer = self._answers({"dense": Scheme()}, record=True)["dense"]
         else:
-            self.answer = text
-            for _ in self._read({"dense": Scheme()}, record=True):
+            answer = self._text
+            for _ in self._read({"dense": Scheme()}, answer, record=True):
                 pass
         if self._queries[0]:
             self._layers = [
                 layer._replace(ideal=torch.stack(queries, 1))
                 for layer, queries in zip(self._layers, self._queries, strict=True)
             ]
+        return answer
 
     def answers(self, schemes: dict[str, Scheme]) -> dict[str, list[int]]:
         """Greedy answers of all schemes, without the token that ends them."""
+        if any(getattr(scheme.keep, "ideal", False) for scheme in schemes.values()):
+            _ = self.answer
         return self._answers(schemes, record=False)
 
     def _answers(self, schemes: dict[str, Scheme], record: bool) -> dict[str, list[int]]:
@@ -81,14 +86,14 @@ class Lab:
             name: found[:-1] if found[-1] in self._eos else found for name, found in tokens.items()
         }
 
-    def _read(self, schemes: dict[str, Scheme], record: bool) -> Iterator[Tensor]:
-        """Logits before each token of the dense answer but its first one, all reading it."""
-        tokens = dict.fromkeys(schemes, self.answer[:1])
-        steps = self._decode(schemes, tokens, len(self.answer), record)
+    def _read(self, schemes: dict[str, Scheme], text: list[int], record: bool) -> Iterator[Tensor]:
+        """Logits before each token of a text but its first one, all reading it."""
+        tokens = dict.fromkeys(schemes, text[:1])
+        steps = self._decode(schemes, tokens, len(text), record)
         for step, (_, logits) in enumerate(steps, 1):
             yield logits
             for found in tokens.values():
-                found.append(self.answer[step])
+                found.append(text[step])
 
     def divergences(self, schemes: dict[str, Scheme]) -> dict[str, dict[str, float]]:
         """How far from the dense model schemes are while all read its answer, or the text.
@@ -98,7 +103,7 @@ class Lab:
             the dense model's distribution in nats, and ``top1``, the share of equal first choices.
         """
         sums = {name: [0.0, 0.0] for name in schemes}
-        for logits in self._read({"": Scheme(), **schemes}, record=False):
+        for logits in self._read({"": Scheme(), **schemes}, self.answer, record=False):
             rows = logits.float().log_softmax(-1)
             dense = rows[0]
             for total, row in zip(sums.values(), rows[1:], strict=True):
@@ -154,6 +159,7 @@ class Lab:
             Per layer, means over heads and steps: of what is kept, of what is read.
         """
         kept_share, read_share = [], []
+        _ = self.answer
         for number, layer in enumerate(self._layers):
             cache = self._start_layer(scheme, number)
             kept, read, whole = 0.0, 0.0, 0.0

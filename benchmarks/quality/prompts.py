@@ -89,13 +89,26 @@ class Network:
     """
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype = torch.bfloat16, forecast: Path | None = None
+        self,
+        folder: Path,
+        dtype: torch.dtype = torch.bfloat16,
+        forecast: Path | None = None,
+        prompt_dtype: torch.dtype | None = None,
     ) -> None:
+        """Loads the model.
+
+        Args:
+            folder: Of its files.
+            dtype: Of its weights.
+            forecast: File of one.
+            prompt_dtype: What prompts are computed in, ``dtype`` if omitted.
+        """
         AttentionInterface.register("capture", self._capture)
         AttentionMaskInterface.register("capture", sdpa_mask)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         model.set_attn_implementation("capture")
         self._model, self.config, self.layers = model, model.config, model.model.layers
+        self._dtype, self._prompt_dtype = dtype, prompt_dtype or dtype
         ends = model.generation_config.eos_token_id
         self.eos = set(ends if isinstance(ends, list) else [ends]) - {None}
         self._queries: list[tuple[Tensor, Tensor]] = []
@@ -129,7 +142,9 @@ class Network:
                 parts = (part[number, None, :, :known] for part in (keys, values))
                 cache.update(*parts, number)
         rest = torch.tensor([tokens[known:]])
+        self._cast(self._prompt_dtype)
         output = self._model(rest, past_key_values=cache, logits_to_keep=1)
+        self._cast(self._dtype)
         keys = torch.stack([layer.keys[0] for layer in cache.layers])
         values = torch.stack([layer.values[0] for layer in cache.layers])
         last, spread = (torch.stack(part) for part in zip(*self._queries, strict=True))
@@ -139,6 +154,11 @@ class Network:
         self._tokens = tokens
         self._before = Prompt(keys, values, last, spread, output.logits[0, -1])
         return self._before
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        # Parameters only: the buffer of rotary frequencies stays as it is.
+        for parameter in self._model.parameters():
+            parameter.data = parameter.data.to(dtype)
 
     def _known(self, tokens: list[int]) -> int:
         """Tokens to take from the prompt before: not the last ones, whose queries are wanted."""

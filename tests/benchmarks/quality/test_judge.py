@@ -9,7 +9,6 @@ import json
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from benchmarks import arms, corpus, harness
 from benchmarks.quality import judge, lab, prompts, questions
@@ -113,12 +112,3 @@ def test_what_is_not_installed_is_said_before_any_question(tmp_path, capsys, mon
         run(tmp_path, "--lab", "--arms", "dense", tasks=("multivalue", "cwe"))
     assert "cwe: lm-eval makes their questions and is not installed" in capsys.readouterr().err
     run(tmp_path, "--lab", "--arms", "dense", tasks=("multivalue",))
-
-
-def test_the_laboratory_computes_in_the_dtype_that_is_asked_for(tmp_path, monkeypatch):
-    seen = []
-    network = prompts.Network
-    monkeypatch.setattr(prompts, "Network", lambda *given: seen.append(given[1]) or network())
-    run(tmp_path, "--lab", "--arms", "dense")
-    run(tmp_path, "--lab", "--arms", "dense", "--dtype", "float32")
-    assert seen == [torch.bfloat16, torch.float32]

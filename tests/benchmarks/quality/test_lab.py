@@ -50,6 +50,33 @@ def test_a_prompt_goes_on_from_the_one_before(folder: Path, prompts: list[list[i
             torch.testing.assert_close(getattr(got, name), wanted)
 
 
+def test_prompts_may_be_computed_in_another_dtype(llama: Path, prompts: list[list[int]]) -> None:
+    """And the model is the same behind it, its rotary frequencies above all."""
+    tokens = prompts[0]
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    wanted = model(torch.tensor([tokens])).past_key_values.layers[-1].keys[0]
+    network = Network(llama, prompt_dtype=torch.float32)
+    for _ in range(2):
+        got, network._tokens = network.prompt(tokens).keys[-1], []
+        torch.testing.assert_close(got, wanted)
+    assert network._model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_the_dense_answer_is_computed_where_it_votes(llama: Path, prompts: list[list[int]]) -> None:
+    network = Network(llama, torch.float32)
+    prompt = saved(network, prompts[0], None)
+    ideal = {"ideal": Scheme(lambda n: n - 160, Keep(ideal=True))}
+    lab = Lab(network, prompt, TOKENS, set())
+    first = lab.answers(ideal)
+    assert lab.answer
+    assert lab.answers(ideal) == first
+    plain = Lab(network, prompt, TOKENS, set())
+    plain.answers({"all": Scheme()})
+    assert "answer" not in vars(plain)
+
+
 def test_answers_are_hugging_face_s(folder: Path, prompts: list[list[int]], tmp_path: Path) -> None:
     """Also where logits have another scale than 1 / sqrt(D)."""
     network = Network(folder, torch.float32)
