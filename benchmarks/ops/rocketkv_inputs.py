@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from benchmarks.ops.kernels import PageLayout, Probes, Rows
+from vllm_sparse.kernels.layout import PageLayout
+from vllm_sparse.kernels.types import Probes, Rows
 
 
 @dataclass(frozen=True)

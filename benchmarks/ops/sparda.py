@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from vllm_sparse.kernels.types import Blocks, NewWindows, Ranking, Unframed
 
-from benchmarks.ops.kernels import Blocks, NewWindows, Ranking, Unframed, reference, triton
+from benchmarks.ops.kernels import reference, triton
 from benchmarks.ops.registry import WRONG, Op, Side, differences, error, output_error, same, unless
 from benchmarks.ops.sparda_inputs import PagedCase, Pool, empty_table, make_pool, noise, pinned
 from benchmarks.ops.sparda_steps import STEPS, paged_steps

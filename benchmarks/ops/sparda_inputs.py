@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from benchmarks.ops.kernels import Blocks, PageTable
+from vllm_sparse.kernels.types import Blocks, PageTable
 
 # Pinned memory must outlive its registration, and that is for good.
 _PINNED: list[Tensor] = []

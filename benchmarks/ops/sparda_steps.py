@@ -7,8 +7,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from vllm_sparse.kernels.types import Ranking, Selected
 
-from benchmarks.ops.kernels import Ranking, Selected, reference, triton
+from benchmarks.ops.kernels import reference, triton
 from benchmarks.ops.registry import COMPUTED, WRONG, error, same
 from benchmarks.ops.sparda_inputs import PagedCase, Pool, empty_table, noise
 

@@ -12,9 +12,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from vllm_sparse.kernels.types import Ranking
 
 from benchmarks.gpu.shapes import MINICPM, TINY
-from benchmarks.ops.kernels import Ranking, triton
+from benchmarks.ops.kernels import triton
 from benchmarks.ops.registry import Timed, cold_layers, timed
 from benchmarks.ops.sparda import ATTEND, SELECT, Cell, Sizes, attention_arguments
 from benchmarks.ops.sparda_inputs import empty_table, pinned
