@@ -197,7 +197,7 @@ class _Run:
         # memory for so many that everything stayed on the device.
         arguments = harness.engine_args(
             harness.resolve_model(self._options.model), context, int(pool * context),
-            enforce_eager=not self._options.compiled, max_num_seqs=POOL_CONTEXTS,
+            enforce_eager=True, max_num_seqs=POOL_CONTEXTS,
         )  # fmt: skip
         if "prose" in self._options.tasks:
             arguments["logits_processors"] = ["benchmarks.teacher:ForcedTokens"]
@@ -297,7 +297,6 @@ def main(arguments: list[str] | None = None) -> None:
         "--prose-tokens", type=int, default=PROSE_TOKENS, help="that follow, one a decode step"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compiled", action="store_true", help="torch.compile instead of eager")
     parser.add_argument("--resume", action="store_true", help="only what --out does not have yet")
     parser.add_argument("--preset", choices=PRESETS, help="defaults of a whole comparison")
     options = harness.parse(parser, arguments, QUICK, PRESETS)
