@@ -188,7 +188,6 @@ KINDS: dict[str, Callable[[int, int, Heads], Scheme]] = {
     "window16": _rocket(window=16),
     "window128": _rocket(window=128),
     "pool15": _rocket(window=32, pool_kernel=15),
-    "spread": _rocket(Keep(spread=0.5)),
     # Page scores
     "moments": _rocket(make=lambda page, top_r, top_k: ReadPages(page, top_r, top_k, "moments")),
     "mean": _rocket(make=_mean),

@@ -35,7 +35,7 @@ LABORATORY = {
         *("dense", "paper-256", "paper-1024", "stage1-256", "stage2-256", "stage1-1024"),
         *("stage2-1024", "quest-256", "snapkv-256", "streamingllm-256", "exact-128", "exact-512"),
         *("exactread-256", "exactpages-256", "idealvotes-256", "moments-256", "mean-256"),
-        *("meanpage2-256", "page2-256", "spread-256", "query-16", "query-32", "previous-16"),
+        *("meanpage2-256", "page2-256", "query-16", "query-32", "previous-16"),
         *("union-16", "exactblocks-16"),
     ],
     "votes": [
@@ -118,11 +118,6 @@ def experiment(options: argparse.Namespace, names: list[str], record: Recorder) 
             found = lab.Lab(network, prompt, question.max_tokens, eos)
             for name, tokens in found.answers(todo).items():
                 _note(everything[name], context, question, tokenizer.decode(tokens))
-            if question.index < options.recall:
-                for name, scheme in schemes.items():
-                    cell = everything[name].setdefault("recall", {}).setdefault(str(context), {})
-                    kept, read = found.recall(scheme)
-                    cell.setdefault(question.task, []).append({"kept": kept, "read": read})
             record.save()
         for index, (prompt, text) in enumerate(_passages(tokenizer, options.passages)):
             cells = {
@@ -186,7 +181,6 @@ def main(arguments: list[str] | None = None) -> None:
         "--prompt-dtype", choices=("bfloat16", "float32"), default="bfloat16",
         help="what prompts are computed in, with --lab; on some CPUs float32 takes less time",
     )  # fmt: skip
-    parser.add_argument("--recall", type=int, default=0, help="questions of each task, with --lab")
     parser.add_argument(
         "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "vllm-sparse-prompts",
         help="for dense prompts, 17 KB a token of Qwen 0.5B, with --lab",

@@ -45,14 +45,10 @@ class Lab:
         self._layers = [
             Layer(
                 prompt.keys[number].float(), prompt.values[number].float(),
-                prompt.last[number].float(), prompt.spread[number].float(), torch.empty(0), {},
-                network.heads.scale,
+                prompt.last[number].float(), torch.empty(0), {}, network.heads.scale,
             )
             for number in range(len(network.layers))
         ]  # fmt: skip
-        self._generated: list[list[tuple[Tensor, Tensor, Tensor | None]]] = [
-            [] for _ in network.layers
-        ]
         self._text = text
 
     @cached_property
@@ -120,7 +116,8 @@ class Lab:
         self, schemes: dict[str, Scheme], tokens: dict[str, list[int]], limit: int, record: bool
     ) -> Iterator[tuple[list[str], Tensor]]:
         """Each step's names and logits ``[A, vocabulary]``; what follows is added to ``tokens``."""
-        caches = {name: self._start(scheme) for name, scheme in schemes.items()}
+        layers = range(len(self._layers))
+        caches = {name: [self._start(each, at) for at in layers] for name, each in schemes.items()}
         running = list(schemes)
         for step in range(limit - 1):
             running = [name for name in running if tokens[name][-1] not in self._eos]
@@ -134,8 +131,6 @@ class Lab:
                 query, key, value = query.float(), key.float(), value.float()
                 if record:
                     self._queries[layer].append(query[0])
-                    first = None if ahead is None else ahead[0]
-                    self._generated[layer].append((key[0], value[0], first))
                 rows = []
                 for row, name in enumerate(running):  # noqa: B023 - called at once
                     cache = caches[name][layer]
@@ -147,50 +142,7 @@ class Lab:
             position = self._prompt.keys.shape[2] + step
             yield running, self._network.step(last, position, attend)
 
-    @torch.inference_mode()
-    def recall(self, scheme: Scheme) -> tuple[list[float], list[float]]:
-        """Share of the dense answer's attention to its prompt that the scheme could pay.
-
-        The dense run's queries, keys and values are shown to the scheme step by step. Attention to
-        the first four tokens and to the last 64 of the prompt is left out: every scheme has them,
-        and they hold most of it.
-
-        Returns:
-            Per layer, means over heads and steps: of what is kept, of what is read.
-        """
-        kept_share, read_share = [], []
-        _ = self.answer
-        for number, layer in enumerate(self._layers):
-            cache = self._start_layer(scheme, number)
-            kept, read, whole = 0.0, 0.0, 0.0
-            for query, (key, value, ahead) in zip(
-                self._queries[number], self._generated[number], strict=True
-            ):
-                cache.held.forecast = ahead
-                cache(query, key, value)
-                groups, _tokens, size = layer.keys.shape
-                weight = (query.view(groups, -1, size) @ layer.keys.mT * layer.scale).softmax(-1)
-                weight = weight.sum(1)
-                weight[:, :4] = 0
-                weight[:, -64:] = 0
-                whole += float(weight.sum())
-                kept += float(weight.gather(1, cache.held.positions).sum())
-                slots = cache.slots
-                if slots is None:
-                    read += float(weight.gather(1, cache.held.positions).sum())
-                    continue
-                prompt = cache.held.positions.shape[1]
-                there = (slots >= 0) & (slots < prompt)
-                position = cache.held.positions.gather(1, slots.clamp(0, prompt - 1))
-                read += float((weight.gather(1, position) * there).sum())
-            kept_share.append(kept / whole)
-            read_share.append(read / whole)
-        return kept_share, read_share
-
-    def _start(self, scheme: Scheme) -> list[_Cache]:
-        return [self._start_layer(scheme, number) for number in range(len(self._layers))]
-
-    def _start_layer(self, scheme: Scheme, number: int) -> _Cache:
+    def _start(self, scheme: Scheme, number: int) -> _Cache:
         layer = self._layers[number]
         tokens = layer.keys.shape[1]
         count = scheme.count(tokens)
@@ -201,16 +153,10 @@ class Lab:
 
 
 class _Cache:
-    """One scheme's tokens in one layer.
-
-    Attributes:
-        held: The tokens.
-        slots: What the last step read, [G, k], -1 for none; None: everything.
-    """
+    """One scheme's tokens in one layer."""
 
     def __init__(self, held: Held, read: Callable[[Tensor, Held], Tensor | None] | None) -> None:
         self.held, self._read = held, read
-        self.slots: Tensor | None = None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Holds a token and attends: query [H, D], key and value [G, D] -> [H, D]."""
@@ -218,12 +164,12 @@ class _Cache:
         held.append(key, value)
         groups, _, size = held.keys.shape
         grouped = query.view(groups, -1, size)
-        self.slots = self._read(grouped, held) if self._read else None
+        slots = self._read(grouped, held) if self._read else None
         keys, values = held.keys[:, : held.count], held.values[:, : held.count]
-        if self.slots is not None:
-            index = self.slots.clamp(min=0)[..., None].expand(-1, -1, size)
+        if slots is not None:
+            index = slots.clamp(min=0)[..., None].expand(-1, -1, size)
             keys, values = keys.gather(1, index), values.gather(1, index)
         logits = grouped @ keys.mT * held.scale
-        if self.slots is not None:
-            logits = logits.masked_fill((self.slots < 0)[:, None], -torch.inf)
+        if slots is not None:
+            logits = logits.masked_fill((slots < 0)[:, None], -torch.inf)
         return (logits.softmax(-1) @ values).view(-1, size)

@@ -8,6 +8,7 @@ what it leaves is kept in a scratch folder, because prompts are what costs time.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,6 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from benchmarks.quality.schemes import SPREAD
 from vllm_sparse.training.files import import_forecast
 
 if TYPE_CHECKING:
@@ -39,14 +39,12 @@ class Prompt:
         keys: ``[L, G, n, D]``.
         values: ``[L, G, n, D]``.
         last: Queries of the last tokens, ``[L, H, min(n, LAST), D]``.
-        spread: Queries of tokens 0, SPREAD, 2 * SPREAD, ..., ``[L, H, ceil(n / SPREAD), D]``.
         logits: Of the first generated token, ``[vocabulary]``.
     """
 
     keys: Tensor
     values: Tensor
     last: Tensor
-    spread: Tensor
     logits: Tensor
 
 
@@ -111,7 +109,7 @@ class Network:
         self._dtype, self._prompt_dtype = dtype, prompt_dtype or dtype
         ends = model.generation_config.eos_token_id
         self.eos = set(ends if isinstance(ends, list) else [ends]) - {None}
-        self._queries: list[tuple[Tensor, Tensor]] = []
+        self._queries: list[Tensor] = []
         self._tokens: list[int] = []
         self._before: Prompt
         heads = self.heads
@@ -127,7 +125,7 @@ class Network:
         return Heads(config.num_attention_heads, config.num_key_value_heads, size, scale)
 
     def _capture(self, module: Any, query: Tensor, *arguments: Any, **options: Any) -> Any:
-        self._queries.append((query[0, :, -LAST:].clone(), query[0, :, ::SPREAD].clone()))
+        self._queries.append(query[0, :, -LAST:].clone())
         return sdpa_attention_forward(module, query, *arguments, **options)
 
     @torch.inference_mode()
@@ -147,12 +145,10 @@ class Network:
         self._cast(self._dtype)
         keys = torch.stack([layer.keys[0] for layer in cache.layers])
         values = torch.stack([layer.values[0] for layer in cache.layers])
-        last, spread = (torch.stack(part) for part in zip(*self._queries, strict=True))
+        last = torch.stack(self._queries)
         self._queries.clear()
-        if known:
-            spread = torch.cat((self._before.spread[:, :, : known // SPREAD], spread), 2)
         self._tokens = tokens
-        self._before = Prompt(keys, values, last, spread, output.logits[0, -1])
+        self._before = Prompt(keys, values, last, output.logits[0, -1])
         return self._before
 
     def _cast(self, dtype: torch.dtype) -> None:
@@ -163,10 +159,7 @@ class Network:
     def _known(self, tokens: list[int]) -> int:
         """Tokens to take from the prompt before: not the last ones, whose queries are wanted."""
         pairs = zip(tokens[:-LAST], self._tokens, strict=False)
-        same = next((place for place, (new, old) in enumerate(pairs) if new != old), None)
-        if same is None:
-            same = min(len(tokens[:-LAST]), len(self._tokens))
-        return same // SPREAD * SPREAD
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, position: int, attend: Any) -> Tensor:

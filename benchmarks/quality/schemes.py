@@ -26,8 +26,6 @@ from vllm_sparse.training.objective import best_free_blocks
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SPREAD = 16  # a spread query is every so many-th
-
 
 class Layer(NamedTuple):
     """What one layer leaves of a dense prompt, in float32.
@@ -36,7 +34,6 @@ class Layer(NamedTuple):
         keys: ``[G, n, D]``.
         values: ``[G, n, D]``.
         last: Queries of the last tokens, ``[H, w, D]``.
-        spread: Queries of every `SPREAD`-th token, ``[H, ceil(n / SPREAD), D]``.
         ideal: Queries of the dense answer, ``[H, s, D]``.
         memo: Votes that several schemes use.
         scale: What the layer multiplies its logits by.
@@ -45,7 +42,6 @@ class Layer(NamedTuple):
     keys: Tensor
     values: Tensor
     last: Tensor
-    spread: Tensor
     ideal: Tensor
     memo: dict
     scale: float
@@ -74,23 +70,6 @@ def window_votes(layer: Layer, window: int) -> Tensor:
     return _memo(layer, ("window", window), vote)
 
 
-def spread_votes(layer: Layer) -> Tensor:
-    """The most that any query spread over the prompt gives a token 64 or more before it: [G, n]."""
-
-    def vote() -> Tensor:
-        tokens = layer.keys.shape[1]
-        found = torch.zeros(layer.keys.shape[:2])
-        for first in range(0, layer.spread.shape[1], 64):
-            query = layer.spread[:, first : first + 64].contiguous()
-            positions = torch.arange(first, first + query.shape[1]) * SPREAD
-            near = torch.arange(tokens) > positions[:, None] - 64
-            share = attention(query, positions, layer).masked_fill(near, 0)
-            found = torch.maximum(found, share.amax((1, 2)))
-        return found
-
-    return _memo(layer, ("spread",), vote)
-
-
 def ideal_votes(layer: Layer) -> Tensor:
     """What the dense answer's queries give each prompt token: [G, n]."""
 
@@ -108,19 +87,6 @@ def _memo(layer: Layer, name: tuple, make: Callable[[], Tensor]) -> Tensor:
     return layer.memo[name]
 
 
-def mixed(parts: list[tuple[Tensor, float]]) -> Tensor:
-    """A score whose best `count` tokens take from each part its share of them, [G, n].
-
-    A token's rank in a part, divided by the part's share, is when that part would take it.
-    """
-    when = [
-        score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).float() / share
-        for score, share in parts
-        if share
-    ]
-    return -torch.stack(when).amin(0)
-
-
 def best(score: Tensor, count: int, window: int) -> Tensor:
     """The last tokens and those with the highest scores before them: [G, count], ascending."""
     groups, tokens = score.shape
@@ -135,13 +101,11 @@ class Keep:
     Attributes:
         window: Last queries that vote; their tokens are kept.
         pool: Width of the max pool of their votes.
-        spread: Share of what is kept that spread queries choose, pooled less widely.
         ideal: The dense answer votes instead of the window.
     """
 
     window: int = 32
     pool: int = 63
-    spread: float = 0.0
     ideal: bool = False
 
     def __call__(self, layer: Layer, count: int) -> Tensor:
@@ -149,12 +113,7 @@ class Keep:
         votes = ideal_votes(layer) if self.ideal else window_votes(layer, self.window)
         # As the policy does: only tokens before the window are pooled.
         votes = pooled(votes[:, : -self.window], self.pool)
-        votes = functional.pad(votes, (0, self.window))
-        score = votes
-        if self.spread:
-            spread = pooled(spread_votes(layer), 7)
-            score = mixed([(votes, 1 - self.spread), (spread, self.spread)])
-        return best(score, count, self.window)
+        return best(functional.pad(votes, (0, self.window)), count, self.window)
 
 
 # --- what a step reads of it --------------------------------------------------------------------
@@ -166,7 +125,6 @@ class Held:
     Attributes:
         keys: ``[G, m, D]``, with room behind.
         values: ``[G, m, D]``.
-        positions: Of the kept prompt tokens in the text, ``[G, m]``.
         count: m.
         scale: As of `Layer`.
         forecast: What the layer before says of the current token's reads, ``[G, D]``, if anything.
@@ -182,7 +140,7 @@ class Held:
         pad = (0, 0, 0, room)
         self.keys = functional.pad(layer.keys.gather(1, index), pad)
         self.values = functional.pad(layer.values.gather(1, index), pad)
-        self.positions, self.count, self.scale = kept, kept.shape[1], layer.scale
+        self.count, self.scale = kept.shape[1], layer.scale
 
     def append(self, key: Tensor, value: Tensor) -> None:
         """Takes a generated token's key and value, [G, D] each."""

@@ -18,9 +18,6 @@ from benchmarks.quality.schemes import (
     ReadBlocks,
     ReadPages,
     ReadTokens,
-    attention,
-    mixed,
-    spread_votes,
 )
 from vllm_sparse.policies import windows
 from vllm_sparse.policies.pages import page_extrema
@@ -41,8 +38,7 @@ def _layer(seed: int = 0) -> Layer:
 
     heads = G * GROUP
     return Layer(
-        some(G, N, D), some(G, N, D), some(heads, 256, D), some(heads, -(-N // 16), D),
-        some(heads, 5, D), {}, D**-0.5,
+        some(G, N, D), some(G, N, D), some(heads, 256, D), some(heads, 5, D), {}, D**-0.5,
     )  # fmt: skip
 
 
@@ -141,26 +137,6 @@ def test_union_adds_the_step_before() -> None:
         expected = now if before is None else [a | b for a, b in zip(now, before, strict=True)]
         assert [{int(slot) for slot in head if slot >= 0} for head in more] == expected
         before = now
-
-
-def test_spread_votes_leave_out_neighbours() -> None:
-    layer = _layer()
-    positions = torch.arange(layer.spread.shape[1]) * 16
-    share = attention(layer.spread, positions, layer)
-    wanted = torch.zeros(G, N)
-    for row, position in enumerate(positions.tolist()):
-        far = max(position - 63, 0)
-        wanted[:, :far] = torch.maximum(wanted[:, :far], share[:, :, row, :far].amax(1))
-    torch.testing.assert_close(spread_votes(layer), wanted)
-
-
-def test_mixed_scores_share_the_places() -> None:
-    first, second = torch.randn(2, 1, 100, generator=torch.Generator().manual_seed(2))
-    chosen = set(mixed([(first, 0.75), (second, 0.25)])[0].topk(40).indices.tolist())
-    best = [set(part[0].topk(40).indices.tolist()) for part in (first, second)]
-    assert chosen <= best[0] | best[1]
-    assert set(first[0].topk(30).indices.tolist()) <= chosen
-    assert set(second[0].topk(10).indices.tolist()) <= chosen
 
 
 @pytest.mark.parametrize("name", ["quest-96", "snapkv-96", "streamingllm-96", "rocketkv-256"])
