@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from benchmarks import harness, results
+from benchmarks.quality import questions
 from scripts.pages import fill
 from vllm_sparse import cli
 from vllm_sparse.config import load_settings
@@ -116,6 +117,7 @@ def parse(monkeypatch):
     monkeypatch.setattr(results.Recorder, "__init__", stop)
     for name in ("resolve_model", "tokenizer_of"):
         monkeypatch.setattr(harness, name, stop)
+    monkeypatch.setattr(questions, "lacking", lambda _: "")  # of what is not installed here
     for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND"):
         monkeypatch.setenv(name, "1")  # which programs set, if nobody has
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
