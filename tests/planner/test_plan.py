@@ -76,6 +76,20 @@ def test_what_is_refused_has_its_own_exit_status(config, capsys):
     assert status == 4
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--settings", "[1]", "--backend", "ROCKETKV"), "expected a mapping of settings, got [1]"),
+        (("--settings", "null"), "expected a mapping of settings, got None"),
+        (("--block-size", "-16"), "--block-size must be at least 1"),
+        (("--context", "0"), "--context must be at least 1"),
+    ],
+)
+def test_wrong_options_are_named(config, capsys, options, said):
+    assert main(["plan", config(text_config=None), *options]) == 1
+    assert said in capsys.readouterr().err
+
+
 def test_queries_that_a_gpu_pins_are_host_memory(config, capsys):
     """Of 512 GiB, a pool of 500 leaves 12; the queries of its blocks take 15.6."""
     for selector, fits in (("query", True), ("previous", False)):

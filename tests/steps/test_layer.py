@@ -9,18 +9,22 @@ import torch
 from support import adversary
 from support.capture import CaptureError, capturing
 from support.kernels import DEVICE
-from support.policies import make_policy
+from support.pages import row_pack
+from support.policies import make_policy, tensors
 from vllm_sparse.kernels.dispatch import policy_triton
 from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kernels.types import Rows
 
-from vllm_sparse.kv.tail.codec import PlainReader
+from vllm_sparse.kv.tail.codec import PageCodec, PlainReader
+from vllm_sparse.policies.attention import attend
+from vllm_sparse.policies.protocol import Policy, PolicySettings, Retention
 from vllm_sparse.policies.quest import Quest
 from vllm_sparse.policies.rocketkv import RocketKV
 from vllm_sparse.policies.snapkv import SnapKV
 from vllm_sparse.policies.streamingllm import StreamingLLM
 from vllm_sparse.steps import split
 from vllm_sparse.steps.layer import SparseLayer
+from vllm_sparse.steps.split import SparseRows
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="a stand-in for captures on GPUs")
@@ -63,6 +67,41 @@ def test_a_graph_can_capture_rows(kind, drafts, monkeypatch):
     with capturing():
         layer.decode_rows(cache, query, key, value, rows, output)
     assert bool(output[:3].isfinite().all())
+
+
+class DropsFirst(Policy):
+    """Gives the first blocks up, and reads all of the rest where it lies."""
+
+    Settings = PolicySettings
+
+    def retention(self, prompt_len):
+        return Retention(True, 1)
+
+
+def test_all_that_is_left_in_place_is_read_where_the_stock_kernel_packs_pages():
+    """Two rows of 20 and 9 tokens of a cache whose keys and values lie in separate halves."""
+    size, lengths = 16, [20, 9]
+    policy = make_policy(DropsFirst, block_size=size)
+    codec = PageCodec(row_pack, size, DIM, torch.float32, torch.device("cpu"))
+    layer = SparseLayer(
+        policy, {1: PageLayout(size, DIM, 1, 0)}, codec, None, group_size=GROUP, reads_all=False
+    )
+    cache = torch.full((5, KV_HEADS, size, 2 * DIM), torch.nan)
+    table = torch.tensor([[1, 2], [3, 4]]).int()
+    query, *stored = tensors(1, (2, GROUP * KV_HEADS, DIM), *2 * [(4, size, KV_HEADS, DIM)])
+    for block, key, value in zip(cache[1:, None], *stored, strict=True):
+        row_pack(key, value, block.view(1, KV_HEADS, 2 * size, DIM))
+    held = torch.tensor(lengths).int()
+    rows = SparseRows(None, table, held, held, torch.ones(2).int(), 1)
+    output = torch.empty_like(query)
+    layer.decode(cache, query, stored[0][:2, 0], stored[1][:2, 0], rows, output)
+    for row, length in enumerate(lengths):
+        keys, values = (
+            part[2 * row : 2 * row + 2].flatten(0, 1)[:length].transpose(0, 1) for part in stored
+        )
+        all_of_it = torch.arange(length).expand(KV_HEADS, -1)
+        expected = attend(query[row], keys, values, all_of_it)
+        torch.testing.assert_close(output[row], expected)
 
 
 def hand_over(lengths):

@@ -86,7 +86,7 @@ def _question(arguments: argparse.Namespace) -> Question:
     if context is None:
         furthest = model.furthest or _CONTEXT + arguments.output
         context = min(_CONTEXT, max(furthest - arguments.output, 1))
-    for name in ("context", "concurrency", "tensor_parallel_size", "output"):
+    for name in ("context", "concurrency", "tensor_parallel_size", "output", "block_size"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UnsupportedError(f"--{name.replace('_', '-')} must be at least 1")
     memory = arguments.device_memory or device.memory_gib

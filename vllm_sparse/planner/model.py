@@ -47,7 +47,7 @@ class Model:
     @cached_property
     def text(self) -> dict[str, Any]:
         """The part about the language model."""
-        return {**self.config, **self.config.get("text_config", {})}
+        return {**self.config, **(self.config.get("text_config") or {})}
 
     @property
     def model(self) -> str:
@@ -249,7 +249,7 @@ def read_model(name: str) -> Model:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path} holds no JSON object; is it a model's config.json?")
-    text = {**config, **config.get("text_config", {})}
+    text = {**config, **(config.get("text_config") or {})}
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     missing = [key for key in needed if not text.get(key)]
     if missing:

@@ -110,7 +110,7 @@ class Question:
             compilation_config=SimpleNamespace(cudagraph_capture_sizes=None),
             speculative_config=None, kv_transfer_config=None, lora_config=None,
             use_v2_model_runner=self.on_gpu,  # vLLM's default
-            additional_config={NAMESPACE: dict(self.settings)},
+            additional_config={NAMESPACE: self.settings},
         )  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def answer(question: Question, name: str) -> Arm:
     if name == DENSE:
         refused = _too_long(question)
         return Arm(DENSE, refused) if refused else _dense(question)
-    settings = load_settings({NAMESPACE: dict(question.settings)}, name.lower())
+    settings = load_settings({NAMESPACE: question.settings}, name.lower())
     config = question.configuration(question.concurrency, name)
     refused = [
         *unsupported(config, name, question.on_gpu),

@@ -286,7 +286,9 @@ class SparseLayer:
                 scales=self._scales,
             )  # fmt: skip
         if not self._plain:
-            assert positions is not None
+            if positions is None:
+                held = torch.arange(table.shape[1] * layout.block_size, device=table.device)
+                positions = held.expand(len(table), cache.shape[1], -1)
             attend_tokens(
                 cache, query, output, positions, table, lengths, reader=reader, layout=layout,
                 scale=self._scale, scales=self._scales, sinks=self._sinks,
