@@ -92,7 +92,7 @@ def prepare_drafter(vllm_config: Any) -> None:
 
 
 def prepare_sparda(
-    config: Any, settings: SpardaSettings, device_bytes: Callable[[], int] | None = None
+    config: Any, settings: SpardaSettings, device_bytes: Callable[[], int] | None
 ) -> None:
     """Make vLLM manage the blocks of the host pool, and build a model that can look ahead.
 

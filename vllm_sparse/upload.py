@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def upload(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """Copies a tensor to a device without waiting for what the device is doing.
 
     From pageable memory PyTorch would wait for the copy, and so for everything before it.
@@ -19,9 +19,7 @@ def upload(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = Non
     Args:
         tensor: On the host, or already there.
         device: Where it is needed.
-        dtype: What it shall be; its own unless given.
     """
-    tensor = tensor if dtype is None else tensor.to(dtype)
     if tensor.device.type != "cpu" or device.type == "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

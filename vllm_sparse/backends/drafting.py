@@ -104,9 +104,8 @@ def rows_of_pass(policy: Policy, common: CommonAttentionMetadata, lengths: Tenso
     if controls is None:
         controls = torch.full_like(prompt_lens, AS_SET)
     parking = beyond & (lengths - common.query_start_loc_cpu[: count + 1].diff() < ends)
-    if not bool(parking.any()):
-        return Pass(prompt_lens, torch.where(beyond, DENSE, controls), None)
-    return Pass(prompt_lens, torch.where(beyond, DENSE, controls), parking)
+    controls = torch.where(beyond, DENSE, controls)
+    return Pass(prompt_lens, controls, parking if bool(parking.any()) else None)
 
 
 def _first(rows: Tensor, count: int) -> Tensor:

@@ -360,9 +360,5 @@ def _start_line(spec: PolicySpec, config: VllmConfig, kernels: PolicyKernels, ot
         f"{policy.settings.min_context} tokens served sparsely; a prompt of {longest} tokens keeps "
         f"{policy.held_blocks(longest, longest)} of {held} blocks; the page index takes "
         f"{100 * index // (2 * spec.head_size + index)}% of each block; "
-        f"decode kernel: {_decode_kernel(policy, kernels)}{note}{others}"
+        f"decode kernel: {kernels.name if policy.fused else 'PyTorch'}{note}{others}"
     )
-
-
-def _decode_kernel(policy: Policy, kernels: PolicyKernels) -> str:
-    return kernels.name if policy.fused else "PyTorch"

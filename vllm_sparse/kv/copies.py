@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 from vllm.v1.core.kv_cache_utils import resolve_block_hashes
 
 from vllm_sparse import metrics
-from vllm_sparse.kv.requests import control_of_request, of_id
+from vllm_sparse.kv.requests import case_of, of_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -86,8 +86,7 @@ class PrefixCopies:
         """Full prompt blocks that are not shared, empty where nothing is copied."""
         if not self._manager.enable_caching:
             return range(0)
-        spec = self._manager.kv_cache_spec
-        tail: range = spec.tail_blocks(request.num_prompt_tokens, control_of_request(request))
+        tail: range = self._manager.kv_cache_spec.tail_blocks(*case_of(request))
         return tail
 
     # -- in ----------------------------------------------------------------------------------------

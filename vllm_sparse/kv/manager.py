@@ -15,6 +15,7 @@ from vllm_sparse import metrics
 from vllm_sparse.features import POLICIES, refuse
 from vllm_sparse.kv.copies import PrefixCopies, copyable, unwritten
 from vllm_sparse.kv.requests import (
+    case_of,
     control_of_request,
     of_hashes,
     of_id,
@@ -67,7 +68,7 @@ class PromptAwareManager(FullAttentionManager):
         """Publish full blocks, but only the publishable ones."""
         first_chunk = request not in self._begun
         self._begun.add(request)
-        limit = publishable_tokens(self.kv_cache_spec, request)
+        limit = self.kv_cache_spec.publishable_tokens(*case_of(request))
         if limit is not None:
             if request.num_computed_tokens < request.num_prompt_tokens:
                 self._pin(request, num_tokens, first_chunk)
@@ -85,7 +86,7 @@ class PromptAwareManager(FullAttentionManager):
         requests share: until that is computed, it goes first. A limit in the first chunk comes too
         late for a group that is asked before ours.
         """
-        limit = hittable_tokens(self.kv_cache_spec, request) or 0
+        limit = self.kv_cache_spec.hittable_tokens(*case_of(request)) or 0
         if first_chunk and self.kv_cache_group_id and 0 < limit <= num_tokens:
             metrics.counters().add("prefix_limits_missed", 1)
         computed = self.num_cached_block.get(request.request_id, 0) * self.block_size
@@ -105,7 +106,7 @@ class PromptAwareManager(FullAttentionManager):
         request, (pool, spec, dropped) = of_hashes(block_hashes), cls._where(*args, **kwargs)
         if request is None:
             return super().find_longest_cache_hit(block_hashes, 0, *args, **kwargs)
-        if (limit := hittable_tokens(spec, request)) is not None:
+        if (limit := spec.hittable_tokens(*case_of(request))) is not None:
             max_length = min(max_length, limit + dropped)
         found = super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
         if (end := cls._hit_end(pool, spec, request, found[0])) is None:
@@ -127,41 +128,6 @@ class PromptAwareManager(FullAttentionManager):
         The last are the tokens that vLLM drops from a hit for a drafter's layers.
         """
         return block_pool, kv_cache_spec, alignment_tokens if drop_eagle_block else 0
-
-
-def publishable_tokens(spec: Any, request: Request) -> int | None:
-    """Leading tokens of a request that others may share; ``None``: all.
-
-    Args:
-        spec: One of ours.
-        request: The request.
-    """
-    limit: int | None = spec.publishable_tokens(
-        request.num_prompt_tokens, control_of_request(request)
-    )
-    return limit
-
-
-def hittable_tokens(spec: Any, request: Request) -> int | None:
-    """Leading tokens of a request that may come from the prefix cache; ``None``: all.
-
-    Args:
-        spec: One of ours.
-        request: The request.
-    """
-    limit: int | None = spec.hittable_tokens(request.num_prompt_tokens, control_of_request(request))
-    return limit
-
-
-def tail_blocks(spec: Any, request: Request) -> range:
-    """Full prompt blocks of a request that are private and copied for others; empty if not copied.
-
-    Args:
-        spec: One of a policy.
-        request: The request.
-    """
-    tail: range = spec.tail_blocks(request.num_prompt_tokens, control_of_request(request))
-    return tail
 
 
 class PolicyManager(PromptAwareManager):
@@ -200,7 +166,7 @@ class PolicyManager(PromptAwareManager):
 
     @classmethod
     def _hit_end(cls, pool: Any, spec: Any, request: Request, hits: Any) -> int | None:
-        if not (tail := tail_blocks(spec, request)):
+        if not (tail := spec.tail_blocks(*case_of(request))):
             return None
         ends = [(len(row), copyable(pool, request, row, tail, spec.block_size)) for row in hits]
         return min((end * spec.block_size for whole, end in ends if end < whole), default=None)

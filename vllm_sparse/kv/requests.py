@@ -98,3 +98,8 @@ def control_of_request(request: Request | None) -> int:
     if request is None or request.sampling_params is None:
         return AS_SET
     return control_of(request.sampling_params.extra_args)
+
+
+def case_of(request: Request) -> tuple[int, int]:
+    """Prompt tokens and control: all that our specs decide by."""
+    return request.num_prompt_tokens, control_of_request(request)

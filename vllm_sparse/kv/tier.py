@@ -23,8 +23,8 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.simple_kv_offload.worker import SimpleCPUOffloadWorker
 
-from vllm_sparse.kv.manager import hittable_tokens
-from vllm_sparse.kv.spec import PolicySpec, SharedSpec
+from vllm_sparse.kv.requests import case_of
+from vllm_sparse.kv.spec import PolicySpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,7 +40,7 @@ class PrefixTierConnector(SimpleCPUOffloadConnector):
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         groups = kv_cache_config.kv_cache_groups
-        self._specs = [g.kv_cache_spec for g in groups if isinstance(g.kv_cache_spec, SharedSpec)]
+        self._specs = [g.kv_cache_spec for g in groups if isinstance(g.kv_cache_spec, PolicySpec)]
         if role == KVConnectorRole.SCHEDULER:
             kv_cache_config = _stock_groups(kv_cache_config)
         super().__init__(vllm_config, role, kv_cache_config)
@@ -56,7 +56,7 @@ class PrefixTierConnector(SimpleCPUOffloadConnector):
 
         A loaded token leaves no query, and the last ones' queries choose what the prompt keeps.
         """
-        limits = [hittable_tokens(spec, request) for spec in self._specs]
+        limits = [spec.hittable_tokens(*case_of(request)) for spec in self._specs]
         room = min(
             (limit - num_computed_tokens for limit in limits if limit is not None),
             default=request.num_tokens,

