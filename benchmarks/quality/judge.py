@@ -118,6 +118,11 @@ def experiment(options: argparse.Namespace, names: list[str], record: Recorder) 
             found = lab.Lab(network, prompt, question.max_tokens, eos)
             for name, tokens in found.answers(todo).items():
                 _note(everything[name], context, question, tokenizer.decode(tokens))
+            if question.index < options.recall:
+                for name, scheme in todo.items():
+                    cell = everything[name].setdefault("recall", {}).setdefault(str(context), {})
+                    kept, read = found.recall(scheme)
+                    cell.setdefault(question.task, []).append({"kept": kept, "read": read})
             record.save()
         for index, (prompt, text) in enumerate(_passages(tokenizer, options.passages)):
             cells = {
@@ -180,6 +185,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--prompt-dtype", choices=("bfloat16", "float32"), default="bfloat16",
         help="what prompts are computed in, with --lab; on some CPUs float32 takes less time",
+    )  # fmt: skip
+    parser.add_argument(
+        "--recall", type=int, default=0,
+        help="questions of each task whose dense attention is compared with what arms keep and "
+        "read, with --lab",
     )  # fmt: skip
     parser.add_argument(
         "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "vllm-sparse-prompts",

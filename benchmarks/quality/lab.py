@@ -49,6 +49,9 @@ class Lab:
             )
             for number in range(len(network.layers))
         ]  # fmt: skip
+        self._generated: list[list[tuple[Tensor, Tensor, Tensor | None]]] = [
+            [] for _ in network.layers
+        ]
         self._text = text
 
     @cached_property
@@ -131,6 +134,8 @@ class Lab:
                 query, key, value = query.float(), key.float(), value.float()
                 if record:
                     self._queries[layer].append(query[0])
+                    first = None if ahead is None else ahead[0]
+                    self._generated[layer].append((key[0], value[0], first))
                 rows = []
                 for row, name in enumerate(running):  # noqa: B023 - called at once
                     cache = caches[name][layer]
@@ -141,6 +146,44 @@ class Lab:
             last = torch.tensor([tokens[name][-1] for name in running])
             position = self._prompt.keys.shape[2] + step
             yield running, self._network.step(last, position, attend)
+
+    @torch.inference_mode()
+    def recall(self, scheme: Scheme) -> tuple[list[float], list[float]]:
+        """Share of the dense answer's attention to its prompt that the scheme could pay.
+
+        The dense run's queries, keys and values are shown to the scheme step by step. Attention to
+        the first four tokens and to the last 64 of the prompt is left out: every scheme has them,
+        and they hold most of it.
+
+        Returns:
+            Per layer, means over heads and steps: of what is kept, of what is read.
+        """
+        kept_share, read_share = [], []
+        _ = self.answer
+        for number, layer in enumerate(self._layers):
+            cache = self._start(scheme, number)
+            prompt = cache.held.positions.shape[1]
+            kept, read, whole = 0.0, 0.0, 0.0
+            for query, (key, value, ahead) in zip(
+                self._queries[number], self._generated[number], strict=True
+            ):
+                cache.held.forecast = ahead
+                cache(query, key, value)
+                groups, _tokens, size = layer.keys.shape
+                weight = (query.view(groups, -1, size) @ layer.keys.mT * layer.scale).softmax(-1)
+                weight = weight.sum(1)
+                weight[:, :4] = 0
+                weight[:, -64:] = 0
+                held = weight.gather(1, cache.held.positions)
+                whole += float(weight.sum())
+                kept += float(held.sum())
+                if (slots := cache.slots) is not None:
+                    there = (slots >= 0) & (slots < prompt)
+                    held = held.gather(1, slots.clamp(0, prompt - 1)) * there
+                read += float(held.sum())
+            kept_share.append(kept / whole)
+            read_share.append(read / whole)
+        return kept_share, read_share
 
     def _start(self, scheme: Scheme, number: int) -> _Cache:
         layer = self._layers[number]
@@ -153,10 +196,16 @@ class Lab:
 
 
 class _Cache:
-    """One scheme's tokens in one layer."""
+    """One scheme's tokens in one layer.
+
+    Attributes:
+        held: The tokens.
+        slots: What the last step read, [G, k], -1 for none; None: everything.
+    """
 
     def __init__(self, held: Held, read: Callable[[Tensor, Held], Tensor | None] | None) -> None:
         self.held, self._read = held, read
+        self.slots: Tensor | None = None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Holds a token and attends: query [H, D], key and value [G, D] -> [H, D]."""
@@ -164,7 +213,7 @@ class _Cache:
         held.append(key, value)
         groups, _, size = held.keys.shape
         grouped = query.view(groups, -1, size)
-        slots = self._read(grouped, held) if self._read else None
+        self.slots = slots = self._read(grouped, held) if self._read else None
         keys, values = held.keys[:, : held.count], held.values[:, : held.count]
         if slots is not None:
             index = slots.clamp(min=0)[..., None].expand(-1, -1, size)

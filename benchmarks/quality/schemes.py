@@ -125,6 +125,7 @@ class Held:
     Attributes:
         keys: ``[G, m, D]``, with room behind.
         values: ``[G, m, D]``.
+        positions: Of the kept prompt tokens in the text, ``[G, m]``.
         count: m.
         scale: As of `Layer`.
         forecast: What the layer before says of the current token's reads, ``[G, D]``, if anything.
@@ -140,7 +141,7 @@ class Held:
         pad = (0, 0, 0, room)
         self.keys = functional.pad(layer.keys.gather(1, index), pad)
         self.values = functional.pad(layer.values.gather(1, index), pad)
-        self.count, self.scale = kept.shape[1], layer.scale
+        self.positions, self.count, self.scale = kept, kept.shape[1], layer.scale
 
     def append(self, key: Tensor, value: Tensor) -> None:
         """Takes a generated token's key and value, [G, D] each."""

@@ -123,6 +123,9 @@ def test_blocks_are_hugging_face_s(
     assert reliable > TOKENS // 2
     assert found[:reliable] == wanted.tokens[:reliable]
     assert found[:reliable] != lab.answer[:reliable]
+    kept, read = lab.recall(Scheme(read=lambda _: ReadBlocks(5, selector)))
+    assert kept == pytest.approx([1] * 3)
+    assert max(read) < 1
 
 
 def test_a_forecast_needs_weights(llama: Path) -> None:
@@ -156,3 +159,14 @@ def test_end_of_text_ends_a_reply(llama: Path, prompts: list[list[int]]) -> None
     whole = Lab(network, prompt, TOKENS, set()).answer
     end = whole[5]
     assert Lab(network, prompt, TOKENS, {end}).answer == whole[: whole.index(end)]
+
+
+def test_recall_is_a_share_of_the_dense_attention(llama: Path, prompts: list[list[int]]) -> None:
+    network = Network(llama, torch.float32)
+    lab = Lab(network, saved(network, prompts[0], None), TOKENS, set())
+    kept, read = lab.recall(Scheme())
+    assert kept == pytest.approx([1] * 3) == read
+    kept, read = lab.recall(Scheme(lambda n: n - 300, Keep(), lambda _: ReadTokens(64)))
+    best, _ = lab.recall(Scheme(lambda n: n - 300, Keep(ideal=True, pool=1)))
+    for share, most, paid in zip(kept, best, read, strict=True):
+        assert 0.1 < paid < share < most < 1
