@@ -4,7 +4,11 @@
 
 from __future__ import annotations
 
-from benchmarks import drafts
+import json
+
+from support.workers import IdleWorker
+
+from benchmarks import drafts, harness, report, worker
 
 
 def turn(ms, per_step=1.0, drafted=0, accepted=0, text="a copy"):
@@ -49,3 +53,40 @@ def test_prompts_end_with_the_file_that_they_ask_about():
     for prompt in made.values():
         assert 3900 <= len(prompt) < 4000
         assert "def dedent(text):" in " ".join(prompt)
+
+
+class FakeWorker(IdleWorker):
+    """Drafts halve the steps; the text is the arm's."""
+
+    def __init__(self, arm, arguments, **further):
+        super().__init__(arm, arguments, **further)
+        self.drafts = "speculative_config" in arguments
+
+    def call(self, command, **given):
+        assert command == "generate_once"
+        CALLS.append((self.arm.name, self.drafts))
+        steps = given["max_tokens"] // (2 if self.drafts else 1)
+        drafted = {"drafted": 2 * steps * self.drafts, "accepted": steps * self.drafts}
+        return {"steps": steps, "tokens": given["max_tokens"], "seconds": 1e-2 * steps,
+                "cpu": 1e-2 * steps, "text": self.arm.name, **drafted}  # fmt: skip
+
+
+CALLS: list[tuple] = []
+
+
+def test_every_arm_runs_with_drafts_and_without_in_turns(monkeypatch, tmp_path):
+    monkeypatch.setattr(worker, "Worker", FakeWorker)
+    monkeypatch.setattr(drafts, "prompts", lambda *_: {"edit": [1] * 50})
+    for name in ("resolve_model", "tokenizer_of", "kv_bytes_per_token"):
+        monkeypatch.setattr(harness, name, lambda _: 1)
+    monkeypatch.setattr(harness, "exit_cleanly", lambda: None)
+    out = tmp_path / "drafts.json"
+    drafts.main(["--out", str(out), "--tasks", "edit", "--rounds", "2", "--generate", "20"])
+    arms = json.loads(out.read_text())["tasks"]["edit"]["arms"]
+    assert list(arms) == ["dense", "dense + ngram", "rocket-512", "rocket-512 + ngram"]
+    forth = [("dense", False), ("dense", True), ("rocket-512", False), ("rocket-512", True)]
+    assert [*forth, *reversed(forth)] == CALLS
+    assert [row["tokens_per_step"] for row in arms.values()] == [1, 2, 1, 2]
+    assert arms["rocket-512 + ngram"]["speedup_ms"] == 2
+    assert arms["rocket-512 + ngram"]["text_as_without_drafts"] is True
+    assert "| rocket-512 + ngram | 2.00 | 10 of 20 |" in report.render(out)
