@@ -19,6 +19,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,6 @@ from vllm_sparse.demo.server import ServerError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
 
     from vllm_sparse.demo.server import Server
 
@@ -164,19 +165,16 @@ def medians(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for users, arm in sorted({(p["users"], p["arm"]): None for p in points}, key=lambda k: k[0]):
         same = [p for p in points if (p["users"], p["arm"]) == (users, arm)]
 
-        def middle(of: Callable[[dict[str, Any]], float], same: list = same) -> float:
-            return statistics.median(map(of, same))
+        def middle(*keys: str, same: list = same) -> float:
+            return statistics.median(reduce(getitem, keys, point) for point in same)
 
-        row = {"users": users, "arm": arm}
-        for kind, scale in (("ttft", 1e-3), ("tpot", 1.0)):
-            row[kind] = [
-                scale * middle(lambda p, kind=kind, part=part: p[f"{kind}_ms"][part])
-                for part in ("p50", "p99")
-            ]
-        row["itl"] = middle(lambda p: p["itl_ms"]["p50"])
-        for name in ("output_throughput", "peak_running", "peak_blocks", "preemptions"):
-            row[name] = middle(lambda p, name=name: p[name])
-        rows.append(row)
+        totals = ("output_throughput", "peak_running", "peak_blocks", "preemptions")
+        rows.append({
+            "users": users, "arm": arm, "itl": middle("itl_ms", "p50"),
+            "ttft": [1e-3 * middle("ttft_ms", part) for part in ("p50", "p99")],
+            "tpot": [middle("tpot_ms", part) for part in ("p50", "p99")],
+            **{name: middle(name) for name in totals},
+        })  # fmt: skip
     return rows
 
 
