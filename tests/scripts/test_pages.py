@@ -96,6 +96,26 @@ def test_links_of_pages_that_the_site_lacks_lead_to_files(name):
         assert (path.parent / target).exists(), target
 
 
+FOLDERS = (
+    *("assets", "benchmarks", "configs", "docs", "examples", "grafana", "kernels", "scripts"),
+    *("tests", "vllm_sparse"),
+)
+FILES = {
+    f"/{path.relative_to(fill.ROOT)}"
+    for path in (*fill.ROOT.glob("*"), *(at for x in FOLDERS for at in (fill.ROOT / x).rglob("*")))
+}
+NAMED = re.compile(r"(?<![\w/<-])\w[\w./-]*\.(?:py|md|json|ya?ml|sh|cpp|safetensors|svg|js)\b")
+ELSEWHERE = {"config.json", "worker/gpu/model_runner.py"}  # of a model, of vLLM
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_files_that_a_page_names_exist(path):
+    for code in re.findall(r"`([^`\n]+)`", path.read_text()):
+        for name in set(NAMED.findall(code)) - ELSEWHERE:
+            blank = re.search(r"\b(NAME|test_NAME)\b", name)
+            assert blank or any(file.endswith(f"/{name}") for file in FILES), name
+
+
 @pytest.mark.parametrize("name", [name for name in settings.BACKENDS if name != "sparda"])
 def test_what_blocks_hold_beside_keys_and_values_is_as_the_table_says(name):
     table = (fill.ROOT / "docs/choose.md").read_text().split("## What each costs")[1]
