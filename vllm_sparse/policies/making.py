@@ -22,7 +22,8 @@ def make_policy(name: str, settings: PolicySettings, shape: Shape) -> Policy:
         shape: Of the layers; vLLM probes them with blocks of one token.
 
     Raises:
-        UnsupportedError: Blocks or heads do not suit the policy's pages.
+        UnsupportedError: Blocks or heads do not suit the policy's pages, or skipped layers what it
+            gives up.
     """
     kind: type[Policy] = registry.policy(name)
     policy = kind(settings, shape)
@@ -30,9 +31,21 @@ def make_policy(name: str, settings: PolicySettings, shape: Shape) -> Policy:
         raise UnsupportedError(
             f"head size {shape.head_dim} does not divide into page_sizes={min(policy.page_sizes)}"
         )
+    if settings.skip_layers and not policy.moves:
+        _check_skipped(name, policy)
     if shape.block_size > 1:
         _check_block_size(policy, shape.block_size)
     return policy
+
+
+def _check_skipped(name: str, policy: Policy) -> None:
+    longest, skipped = policy.shape.max_model_len, policy.settings.skip_layers
+    first, last = policy.freed_blocks(longest, longest)
+    if last > first:
+        raise UnsupportedError(
+            f"skip_layers={skipped}: layers that read everything would read blocks that {name} "
+            "gives up, which others have by then; set it to 0"
+        )
 
 
 def _check_block_size(policy: Policy, block_size: int) -> None:

@@ -16,6 +16,7 @@ from vllm_sparse.kernels.layout import PageLayout
 
 from vllm_sparse.kv.tail.codec import PageCodec, PlainReader
 from vllm_sparse.kv.tail.compaction import QueryParking, compact_prompt, compaction_bytes
+from vllm_sparse.policies.protocol import Policy, PolicySettings, Retention
 from vllm_sparse.policies.snapkv import SnapKV
 
 CPU = torch.device("cpu")
@@ -57,6 +58,30 @@ def test_compaction_keeps_what_brute_force_keeps(prompt_len, page_size):
     assert torch.equal(stored, torch.cat((low, high), -1).float())
     others = torch.ones(len(cache), dtype=torch.bool).scatter_(0, tail, False)
     assert torch.equal(cache[others].nan_to_num(7), before[others].nan_to_num(7))
+
+
+class Newest(Policy):
+    """Keeps the last tokens and reads the last of them: by position, so without an index."""
+
+    Settings, moves, top_k = PolicySettings, True, 8
+
+    def retention(self, prompt_len):
+        return Retention(True, 2)
+
+    def keep(self, query_window, keys, count):
+        return torch.arange(keys.shape[1] - count, keys.shape[1]).expand(len(keys), -1)
+
+
+def test_a_policy_without_an_index_has_none_built():
+    layout, prompt_len = PageLayout(16, 8, 1, 0), 40
+    cache = torch.randn(3, 2, 16, 16)
+    tokens = layout.tokens(cache).transpose(0, 1).flatten(1, 2).clone()
+    policy = make_policy(Newest, head_dim=8)
+    compact_prompt(
+        cache, torch.arange(3).int(), prompt_len, 2, torch.empty(4, 0, 8),
+        policy=policy, reader=PlainReader(layout), layout=layout,
+    )  # fmt: skip
+    assert torch.equal(layout.tokens(cache)[2, :, :8], tokens[:, prompt_len - 8 : prompt_len])
 
 
 @pytest.mark.parametrize("split", [1, 5, 31])

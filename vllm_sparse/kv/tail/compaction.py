@@ -64,7 +64,7 @@ def compact_prompt(
     rows[:, :kept] = torch.cat((kept_keys, kept_values), -1)
     layout.tokens(cache)[tail] = rows.unflatten(1, (len(tail), -1)).transpose(0, 1)
 
-    if policy.top_k is not None:
+    if policy.index_width and policy.top_k is not None:
         present = (torch.arange(padded, device=cache.device) < kept).view(-1, layout.page_size)
         paged = rows[..., : layout.head_dim].unflatten(1, present.shape)
         built = policy.index(readable(paged), present)

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-sparse authors
+"""Policies of a name."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_sparse import registry
+from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.policies.making import make_policy
+from vllm_sparse.policies.protocol import Policy, PolicySettings, Retention, Shape
+
+
+class InPlace(Policy):
+    """Gives the first half of a prompt up, and reads the rest where it lies."""
+
+    Settings = PolicySettings
+
+    def retention(self, prompt_len):
+        return Retention(True, prompt_len // self.shape.block_size // 2)
+
+
+class Moved(InPlace):
+    """What is kept lies elsewhere."""
+
+    moves = True
+
+
+@pytest.mark.parametrize("kind", [InPlace, Moved])
+@pytest.mark.parametrize("skipped", [0, 2])
+def test_no_layer_may_read_blocks_that_are_given_up(monkeypatch, kind, skipped):
+    """Stock attention reads a request's whole block table, which still names them."""
+    monkeypatch.setattr(registry, "policy", lambda name: kind)
+    arguments = "NEW", PolicySettings(skip_layers=skipped), Shape(16, 2, 16, 2048)
+    if kind is InPlace and skipped:
+        with pytest.raises(UnsupportedError, match=r"skip_layers=2: .* that NEW gives up"):
+            make_policy(*arguments)
+    else:
+        assert isinstance(make_policy(*arguments), kind)
