@@ -78,7 +78,10 @@ def test_cores(monkeypatch, tmp_path):
     monkeypatch.delenv("VLLM_CPU_NUM_OF_RESERVED_CPU", raising=False)
     few, threads = cores.core_findings(False, 1.5)
     assert few.level == threads.level == "warning"
-    assert "0-1 " in threads.todo
+    assert "BIND=0,1 " in threads.todo
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
     assert [each.level for each in cores.core_findings(False, None)] == ["ok", "ok"]
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 3})
+    assert "BIND=3,5 " in list(cores.core_findings(False, None))[1].todo
     assert len(list(cores.core_findings(True, None))) == 1

@@ -109,7 +109,7 @@ class PrefixCopies:
             hit_tokens: How many tokens of it.
         """
         needed, queued = len(self._hit_tail(request_id, hit_blocks, hit_tokens)), self._queued
-        if queued and queued + needed > self._manager.kv_cache_spec.most_copies:
+        if needed and queued and queued + needed > self._manager.kv_cache_spec.most_copies:
             return self._pool.num_gpu_blocks  # the next step has room for it
         return needed
 

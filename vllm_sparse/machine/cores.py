@@ -35,7 +35,8 @@ def core_findings(on_gpu: bool | None, share: float | None) -> Iterator[Finding]
         on_gpu: Attention is not computed by them; ``None``: nobody knows.
         share: See :func:`quota`.
     """
-    usable = len(os.sched_getaffinity(0))
+    allowed = sorted(os.sched_getaffinity(0))
+    usable = len(allowed)
     shown = f"{usable} usable of {os.cpu_count()}"
     if share is not None and share < usable:
         yield warning(
@@ -53,7 +54,7 @@ def core_findings(on_gpu: bool | None, share: float | None) -> Iterator[Finding]
         yield warning(
             "threads", f"vLLM's CPU build keeps {kept} of {usable} cores free for its scheduler",
             "on few cores that is a large part of decoding's speed",
-            f"VLLM_CPU_OMP_THREADS_BIND=0-{usable - 1} computes on all of them",
+            f"VLLM_CPU_OMP_THREADS_BIND={','.join(map(str, allowed))} computes on all of them",
         )  # fmt: skip
     else:
         yield fine("threads", f"VLLM_CPU_OMP_THREADS_BIND={bound}")
