@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from benchmarks import harness, results
+from benchmarks import harness, results, run_all
 from benchmarks.quality import questions
 from scripts.pages import fill
 from vllm_sparse import cli
@@ -171,6 +171,13 @@ def _check(command: str, parse) -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
 def test_a_command_is_understood(command, parse):
     _check(command, parse)
+
+
+@pytest.mark.parametrize("name", run_all.published())
+def test_what_made_a_result_is_understood(name, parse):
+    """Or `make bench` could not make it again."""
+    for program, *arguments in run_all.published()[name]:
+        parse(f"benchmarks.{program}", arguments)
 
 
 def test_what_is_wrong_is_seen(parse):
