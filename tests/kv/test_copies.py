@@ -223,6 +223,30 @@ def test_a_prefix_is_evicted_from_its_end_on(llama, turns, new_tokens):
     assert leads == list(range(whole - 1, -1, -1))
 
 
+def test_what_was_copied_of_a_running_request_is_evicted_from_its_end_on(llama):
+    machine = Machine(llama, blocks=120)
+    machine.add(PROMPT, new_tokens=200)
+    for _ in range(12):
+        machine.step()
+    whole, shared = 400 // BLOCK, limits(machine)[0] // BLOCK
+    assert published(machine, PROMPT) == whole
+    leads = {whole}
+    while min(leads) > shared:
+        machine.pool.get_new_blocks(1)
+        leads.add(published(machine, PROMPT))
+    assert leads == set(range(shared, whole + 1))
+
+
+def test_without_a_prefix_cache_blocks_are_freed_and_nothing_is_copied(llama):
+    """As vLLM does then, requests have no hashes."""
+    machine = Machine(llama, blocks=60, enable_prefix_caching=False)
+    machine.hasher = None
+    assert machine.serve(PROMPT) == machine.serve(PROMPT) == 0
+    machine.serve(PROMPT, new_tokens=1)
+    assert machine.copied == 0
+    assert machine.free_blocks() == 59
+
+
 def test_a_prompt_is_as_recent_as_its_last_output(llama):
     """Though nobody held it meanwhile: who replies at length loses nothing to who came later."""
     machine = Machine(llama, blocks=120)

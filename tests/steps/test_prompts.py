@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.policies import make_policy
 
 from vllm_sparse.control import DENSE
+from vllm_sparse.policies.quest import Quest
 from vllm_sparse.policies.rocketkv import RocketKV
 from vllm_sparse.policies.snapkv import SnapKV
 from vllm_sparse.steps.split import StepPlanner
@@ -49,6 +50,7 @@ def test_each_window_query_waits_once_and_one_compaction_follows(kind, cuts):
         compactions += counted
         for prompt in begun:
             assert start == PROMPT
+            assert prompt.compacts
             assert prompt.parked == WINDOW == len(waiting)
         for prompt in ending:
             assert prompt.parked == len(waiting)
@@ -68,3 +70,24 @@ def test_who_asks_to_be_dense_and_rows_of_nobody_are_left_alone():
     table = torch.zeros(1, 40, dtype=torch.int32)
     batch = torch.tensor([0, 1]), empty + 1, empty, None, table
     assert planner.prompts.begun(*batch, lambda *_: None) == ()
+
+
+def test_where_tokens_stay_in_place_nothing_is_compacted():
+    planner = StepPlanner(make_policy(Quest))
+    starts, prompts = torch.tensor([0, 1, 10]), torch.tensor([PROMPT, PROMPT])
+    table = torch.zeros(2, 40, dtype=torch.int32)
+    for lens in ([PROMPT + 1, 340], [340, PROMPT + 2]):  # begins behind its prompt, or before
+        batch = starts, torch.tensor(lens), prompts, None
+        assert planner.prompts.begun(*batch, table, lambda *_: None) == ()
+        assert not planner.prompts.straddled(*batch)
+
+
+@pytest.mark.parametrize("budget", [0, DENSE, 96])
+def test_a_step_that_ends_a_prompt_and_goes_on_straddles_it(budget):
+    planner, asked = StepPlanner(make_policy()), torch.tensor([0, budget], dtype=torch.int32)
+    prompts = torch.tensor([PROMPT, PROMPT])
+    for start, end in ((280, 299), (280, 300), (280, 301), (299, 301), (300, 301), (301, 303)):
+        batch = torch.tensor([0, 1, 1 + end - start]), torch.tensor([340, end]), prompts
+        expected = start < PROMPT < end
+        assert planner.prompts.straddled(*batch, asked) == (expected and budget != DENSE)
+        assert planner.prompts.straddled(*batch, None) == expected

@@ -65,11 +65,14 @@ def test_single_tokens_are_read_from_any_layout(pool):
     assert torch.equal(rows, torch.cat((keys[2][:, token], values[2][:, token]), -1))
 
 
-def test_a_step_reads_what_brute_force_reads(pool):
+@pytest.mark.parametrize("budget", [20, 100])
+def test_a_step_reads_what_brute_force_reads(pool, budget):
+    """Also a row that is shorter than the budget, behind which anything lies."""
     layout, reader, cache, table, lengths, keys, values = pool
     policy = make_policy(
-        Quest, page_size=PAGE, token_budget=20, group_size=GROUP, head_dim=DIM, block_size=BLOCK
+        Quest, page_size=PAGE, token_budget=budget, group_size=GROUP, head_dim=DIM, block_size=BLOCK
     )
+    layout.tokens(cache)[table[0, 3]] = torch.nan
     options = {"policy": policy, "reader": reader, "layout": layout}
     for row in (0, 2):  # as it would be built: every page by the last token written to it
         last = torch.tensor([*range(PAGE - 1, int(lengths[row]), PAGE), int(lengths[row]) - 1])
@@ -82,9 +85,9 @@ def test_a_step_reads_what_brute_force_reads(pool):
     assert not output[1].any()  # padding
     for row in (0, 2):
         n = int(lengths[row])
-        expected = hf_policies.Quest(1, PAGE, 20, 0).visible_tokens(0, query[row], keys[row, :, :n])
-        index = torch.stack(expected)
-        assert torch.equal(positions[row], index)
+        run = hf_policies.Quest(1, PAGE, budget, 0)
+        index = torch.stack(run.visible_tokens(0, query[row], keys[row, :, :n]))
+        assert torch.equal(positions[row, :, :n], index)
         attended = attend(query[row], keys[row], values[row], index, 0.3)
         torch.testing.assert_close(output[row], attended)
 

@@ -14,6 +14,7 @@ from support.splits import PROMPTS, plan
 from vllm_sparse.control import DENSE
 from vllm_sparse.policies.quest import Quest
 from vllm_sparse.policies.rocketkv import RocketKV
+from vllm_sparse.steps import rules
 from vllm_sparse.steps.drafts import Drafts
 from vllm_sparse.steps.split import StepPlanner
 
@@ -59,6 +60,33 @@ def test_other_rows_are_planned_anew():
     assert same(again, plan(StepPlanner(planner.policy), lens, [1, 1, 1], swapped))
 
 
+def test_a_row_that_comes_back_with_all_its_tokens_is_no_decode_row():
+    """Preempted and resumed beside rows that go on: the batch is of the same requests."""
+    planner = StepPlanner(make_policy())
+    plan(planner, (PROMPTS + 9).tolist(), [1, 1, 1])
+    back = (PROMPTS + 10).tolist(), [1, 530, 1]
+    step, counted = plan(planner, *back)
+    expected, expected_counts = plan(StepPlanner(planner.policy), *back)
+    assert counted == expected_counts
+    assert step.num_tokens == 532
+    assert torch.equal(step.dense_index, expected.dense_index)
+    assert [prompt.compacts for prompt in step.prompts] == [True]
+    (rows,) = step.sparse
+    assert rows.lengths.tolist() == expected.sparse[0].lengths.tolist()
+    assert len(rows.lengths) == 12
+
+
+def test_rows_whose_budgets_have_been_forgotten_are_planned_anew(monkeypatch):
+    """The numbers of their rules are then those of others."""
+    monkeypatch.setattr(rules, "_MOST_BUDGETS", 3)
+    planner, lens = StepPlanner(make_policy()), (PROMPTS + 9).tolist()
+    for budget in (96, 128, 96):
+        for more in (0, 1):
+            batch = [n + more for n in lens], [1, 1, 1]
+            found = plan(planner, *batch, controls=[budget] * 3)
+            assert same(found, plan(StepPlanner(planner.policy), *batch, controls=[budget] * 3))
+
+
 @pytest.mark.parametrize("controls", [None, [DENSE, 0, DENSE]])
 def test_a_preempted_request_is_not_counted_again(controls):
     """Its replay goes on past the prompt's end, whichever chunk it comes in."""
@@ -91,6 +119,16 @@ def test_rows_that_ask_to_be_dense_are(kind):
     step, _ = plan(planner, [n + 1 for n in lens], [1, 1, 1], controls=[DENSE] * 3)
     assert not step.sparse
     assert step.dense is not None
+
+
+def test_prompts_that_are_served_densely_fill_the_index_too():
+    """Where tokens stay in place: a longer prompt that is sparse may find their blocks."""
+    short = torch.tensor([60, 61, 62])
+    step, _ = plan(StepPlanner(make_policy(Quest)), short.tolist(), short.tolist(), short)
+    assert not step.sparse
+    assert step.pages.slots.tolist() == list(range(183))
+    ends = [*range(15, 60, 16), 59, *range(75, 121, 16), 120, *range(136, 183, 16), 182]
+    assert step.pages.closing.tolist() == ends
 
 
 @pytest.mark.parametrize("kind", [RocketKV, Quest])

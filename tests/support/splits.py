@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vllm_sparse.steps.split import StepPlanner
 
 PROMPTS = torch.tensor([300, 520, 411])
+STARTS = torch.zeros(4, dtype=torch.int64)  # as vLLM has it: each step writes over the last one's
 
 
 def plan(
@@ -20,7 +21,7 @@ def plan(
     drafts=None,
 ):  # fmt: skip
     """A step's plan, and what it counted."""
-    start = torch.cat((torch.zeros(1, dtype=torch.int64), torch.tensor(query_lens).cumsum(0)))
+    STARTS[1:] = torch.tensor(query_lens).cumsum(0)
     counted: Counter[str] = Counter()
 
     def count(name, amount, reason=""):
@@ -28,9 +29,9 @@ def plan(
 
     if table is None:
         table = torch.arange(1, 1 + 3 * 40, dtype=torch.int32).view(3, 40)
-    slots = torch.arange(int(start[-1]))
+    slots = torch.arange(int(STARTS[-1]))
     step = planner.split(
-        start, torch.tensor(seq_lens), prompts, table, slots, lambda *part: part, count,
+        STARTS, torch.tensor(seq_lens), prompts, table, slots, lambda *part: part, count,
         None if controls is None else torch.tensor(controls), drafts,
     )  # fmt: skip
     return step, counted

@@ -193,7 +193,6 @@ class PrefixCopies:
         The tail is untouched if the prompt is processed and no step behind it was scheduled.
         As with any request of vLLM's, the prompt is as recently used then as its last output.
         """
-        self._hits.pop(request_id, None)
         copies, request = self._out.pop(request_id, {}), of_id(self._pool, request_id)
         row = self._manager.req_to_blocks.get(request_id)
         if request is None or not row:

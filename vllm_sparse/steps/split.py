@@ -92,7 +92,6 @@ class _Steady(NamedTuple):
     """What does not change while the same rows decode one token a step."""
 
     query_start: Tensor
-    prompt_lens: Tensor
     table: Table
     rule: Tensor
     dropped: Tensor
@@ -155,7 +154,6 @@ class StepPlanner:
             and steady.table is self.rules.table
             and torch.equal(rule, steady.rule)
             and torch.equal(query_start, steady.query_start)
-            and torch.equal(prompt_lens, steady.prompt_lens)
             and bool((seq_lens > prompt_lens).all())
         ):
             return self._next(steady, seq_lens, block_table, count)
@@ -201,7 +199,7 @@ class StepPlanner:
             chosen = sparse_token & (page_sizes[row] == page_size)
             if controls is not None:
                 chosen &= (controls == control)[row]
-            whole = all_sparse and bool(chosen.all())
+            whole = bool(chosen.all())
             index = torch.arange(num_tokens) if whole else chosen.nonzero()[:, 0]
             if not len(index):
                 continue
@@ -234,9 +232,10 @@ class StepPlanner:
                 drafts.count_rows(upload(visible, device) + off, held, policy)
             lone = drafts is None and num_tokens == len(seq_lens)
             if lone and whole and self.policy.moves:
-                batch = query_start.clone(), prompt_lens.clone(), self.rules.table, rule
-                kind = dropped, groups[-1].top_r, page_size, control
-                self._steady = _Steady(*batch, *kind)
+                self._steady = _Steady(
+                    query_start.clone(), self.rules.table, rule,
+                    dropped, groups[-1].top_r, page_size, control,
+                )  # fmt: skip
         pages = None
         if not self.policy.moves:
             size = self.policy.page_sizes[0]
