@@ -63,6 +63,7 @@ class _Sides:
 
 
 _there, _pinned = _Sides(), _Sides()
+_registered: set[int] = set()  # addresses
 _capturing: list[tuple[Callable[..., Any], Any, Any, Any]] | None = None
 
 
@@ -307,6 +308,8 @@ def _graph(graph: Graph, pool: Any = None, stream: Any = None, **_: Any) -> Iter
 def view_of_host(host: torch.Tensor) -> torch.Tensor:
     """Host memory as the GPU sees it: the same bytes, another tensor."""
     assert host not in _there
+    # It is asked of the storage's beginning whether memory is pinned; else vLLM pins a copy.
+    assert host in _pinned or host.untyped_storage().data_ptr() in _registered
     size = host.numel() * host.element_size()
     memory = (ctypes.c_char * size).from_address(host.data_ptr())
     memory.owner = host  # type: ignore[attr-defined]
@@ -360,7 +363,10 @@ def install() -> None:
 
     stats = {"allocated_bytes.all.peak": 1 << 28, "allocated_bytes.all.current": 1 << 28}
     runtime = types.SimpleNamespace(
-        cudaHostRegister=lambda *_: types.SimpleNamespace(value=0), cudaHostUnregister=nothing
+        cudaHostRegister=lambda address, *_: types.SimpleNamespace(
+            value=_registered.add(address) or 0
+        ),
+        cudaHostUnregister=_registered.discard,
     )
     for name, value in {
         **{"is_available": lambda: True, "device_count": lambda: 1, "init": nothing},

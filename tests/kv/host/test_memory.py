@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 
+from vllm_sparse.kv.host import memory
 from vllm_sparse.kv.host.memory import available_bytes, container_limit, page_aligned
 
 
@@ -28,6 +29,21 @@ def test_memory_to_be_pinned_shares_no_page(shape):
     first.fill_(1)
     second.fill_(2)  # still mapped, and another memory
     assert bool((first == 1).all())
+
+
+def test_memory_to_be_pinned_is_found_pinned(monkeypatch):
+    """PyTorch asks of the beginning of the storage, which must be the beginning of what is pinned.
+
+    Recent kernels align large mappings to huge pages by themselves, but not to these.
+    """
+    monkeypatch.setattr(memory, "_HUGE_PAGE", 64 << 20)
+    kept = []
+    for _ in range(3):
+        tensor = page_aligned((1 << 20,), torch.bfloat16)
+        begin, asked = tensor.data_ptr(), tensor.untyped_storage().data_ptr()
+        assert begin % (64 << 20) == 0
+        assert asked == begin
+        kept += [tensor.fill_(1), mmap.mmap(-1, 2 << 20)]  # the next one begins elsewhere
 
 
 def advice_of(tensor) -> set[str]:

@@ -46,9 +46,11 @@ def page_aligned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     memory.madvise(mmap.MADV_DONTFORK)
     with contextlib.suppress(OSError):  # where the kernel was built without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)  # holds on to the memory
-    begin = -whole.data_ptr() % _HUGE_PAGE
-    return whole[begin : begin + count * dtype.itemsize].view(dtype).view(shape)
+    begin = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
+    # The storage begins there, too: that is where PyTorch looks whether a tensor is pinned, and of
+    # one that is not, vLLM gives a device a pinned copy.
+    pages = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=begin)
+    return pages[: count * dtype.itemsize].view(dtype).view(shape)
 
 
 def container_limit(cgroup: Path = _CGROUP) -> int | None:
