@@ -12,7 +12,7 @@ COMMIT = $(or $(VLLM_SPARSE_COMMIT),$(shell git describe --always --abbrev=12 --
 PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup wheel demo serve test test-fast lint style tree types layers site dockerfile docs tables report format bench soak fuzz metrics-check serve-matrix contract gpu-first gpu-check gpu-bench gpu-tune gpu-walk clean
+.PHONY: help setup wheel demo serve test test-fast lint style tree types layers site dockerfile docs tables report format bench soak fuzz sanitize metrics-check serve-matrix contract gpu-first gpu-check gpu-bench gpu-tune gpu-walk clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -83,6 +83,9 @@ fuzz: setup ## Send a server generated requests, right and wrong (options: ARGS=
 
 serve-matrix: setup ## Serve each row of the table of features once, beside stock vLLM (options: ARGS="--rows LoRA")
 	@$(BIN)/python -m benchmarks.served $(ARGS)
+
+sanitize: setup ## Run the tests of the C++ kernels under GCC's sanitizers (options: ARGS="tests/kernels/test_decode.py")
+	@scripts/sanitize.sh $(ARGS)
 
 metrics-check: setup ## Ask a real Prometheus every query of the dashboard, and check the alerts
 	@$(BIN)/python -m pytest -q -s -n 0 tests/metrics/live_check.py $(ARGS)

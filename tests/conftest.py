@@ -35,7 +35,7 @@ if not torch.cuda.is_available():
 from reference import hf_rocketkv, random_models
 from support.engine import BLOCK_SIZE, SETTINGS, SPARDA_SETTINGS, run_engine
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,12 @@ def cpu(module: str) -> ModuleType:
     return importlib.import_module(f"vllm_sparse.kernels.cpu.{module}")
 
 
+def accepted(kernel: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a kernel has."""
+    names = inspect.signature(kernel).parameters
+    return {name: arguments[name] for name in names if name in arguments}
+
+
 def call(kernel: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """Calls a kernel with those of the arguments that it has."""
-    names = inspect.signature(kernel).parameters
-    return kernel(**{name: arguments[name] for name in names if name in arguments})
+    return kernel(**accepted(kernel, arguments))

@@ -56,6 +56,7 @@ def attend_slots(
     assert slots is None or (slots.dtype == torch.int32 and slots.is_contiguous())
     assert query.stride(1) == output.stride(1) == dim
     assert cache.stride(-1) == 1
+    assert sinks is None or sinks.is_contiguous()
     sizes = SlotSizes(
         tokens=tokens,
         kv_heads=kv_heads,

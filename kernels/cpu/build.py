@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -49,6 +50,7 @@ _ARGUMENTS = {
 }
 _SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cpp")))
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared")
+FLAGS_ENV = "VLLM_SPARSE_CXXFLAGS"
 
 
 class KernelBuildError(VllmSparseError, RuntimeError):
@@ -80,11 +82,16 @@ def find_compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
+def _flags() -> tuple[str, ...]:
+    """Ours, then those that the environment adds: of a sanitizer, for example."""
+    return (*_FLAGS, *shlex.split(os.environ.get(FLAGS_ENV, "")))
+
+
 def library_path(compiler: str) -> Path:
     """Where these sources are, or will be, compiled for this machine."""
     headers = sorted(Path(__file__).parent.glob("*.h"))
     sources = b"".join(source.read_bytes() for source in (*_SOURCES, *headers))
-    parts = (sources, compiler.encode(), " ".join(_FLAGS).encode(), _cpu_fingerprint().encode())
+    parts = (sources, compiler.encode(), " ".join(_flags()).encode(), _cpu_fingerprint().encode())
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     return cache_dir() / "kernels" / f"kernels-{platform.machine()}-{digest}.so"
 
@@ -111,7 +118,7 @@ def load() -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder) / "kernel.so"
             done = subprocess.run(
-                [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(built)],
+                [compiler, *_flags(), *map(str, _SOURCES), "-o", str(built)],
                 capture_output=True,
                 text=True,
                 check=False,

@@ -70,6 +70,7 @@ def decode_attention(
     assert output.stride(1) == dim
     assert cache.stride(-1) == 1
     assert cache.stride(-2) == cache.shape[-1]
+    assert sinks is None or sinks.is_contiguous()
     sizes = DecodeSizes(
         tokens=tokens,
         kv_heads=kv_heads,

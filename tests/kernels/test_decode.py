@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from reference import rocketkv_bruteforce as brute
-from support.pages import Batch, make_batch
+from support.kernels import FAR
+from support.pages import SCALES, Batch, make_batch
 from vllm_sparse.kernels import dispatch
 from vllm_sparse.kernels.cpu import attention, build, sparda_attention, sparda_tokens
 from vllm_sparse.kernels.cpu import decode as fused
+from vllm_sparse.kernels.fp8 import UNSCALED, readable
 from vllm_sparse.kernels.reference import attention as ref_attention
 from vllm_sparse.kernels.reference import decode as reference
 
@@ -69,6 +71,35 @@ def test_fused_kernel_equals_reference(shape, top_k, read_all):
     tolerance = 2e-5 if batch.cache.dtype == torch.float32 else 4e-3
     torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
     assert torch.equal(cache.nan_to_num(7), expected_cache.nan_to_num(7))
+
+
+@pytest.mark.parametrize("group", range(1, 17))
+def test_odd_shapes_equal_reference(group):
+    """Rows of one token, none, all tokens; tables and a pool that end; learned sinks."""
+    dtype = (torch.float32, torch.bfloat16, torch.float16)[group % 3]
+    dim, page_size = (64, 80, 96, 128, 256)[group % 5], (1, 2, 4, 8, 16)[group // 3 % 5]
+    shape = {"group": group, "dim": dim, "block_size": 16, "page_size": page_size}
+    longest, fp8 = (15, 17, 64, 130)[group % 4], group % 5 > 2
+    batch = make_batch(longest=longest, dtype=dtype, fp8=fp8, **shape)
+    batch.lengths[1], batch.lengths[2], batch.top_r[3] = 1, 0, 0
+    held = -(-batch.lengths // 16)
+    owned = torch.arange(batch.table.shape[1]) < held[:, None]
+    cache = batch.cache[: batch.table[owned].max() + 1]
+    options = {"layout": batch.layout, "top_k": (1, 5, 16, 50)[group // 4 % 4], "scale": 0.3}
+    options["scales"] = SCALES if fp8 else UNSCALED
+    options["sinks"] = batch.query[0, :, 0].float().contiguous() if group % 2 else None
+    found = []
+    for kernel, beyond in ((reference.decode_attention, 0), (fused.decode_attention, FAR)):
+        table, output = batch.table.where(owned, beyond), torch.empty_like(batch.query)
+        written = cache.clone()
+        kernel(written, batch.query, batch.key, batch.value, output, table, batch.lengths,
+               batch.lengths, batch.top_r, **options)  # fmt: skip
+        found.append((readable(written).nan_to_num(7), output))
+    assert torch.equal(found[0][0], found[1][0])
+    tolerance = 2e-5 if batch.cache.dtype == torch.float32 else 2e-2 if fp8 else 8e-3
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=tolerance, atol=tolerance)
+    assert not found[1][1][2].any()
+    assert found[1][1][:2].any((1, 2)).all()
 
 
 @pytest.mark.parametrize("kernel", [reference.decode_attention, fused.decode_attention])
@@ -174,6 +205,17 @@ def test_sizes_are_what_the_kernels_read(mirror):
     (body,) = re.findall(rf"struct {mirror.__name__} {{(.*?)}};", text, re.DOTALL)
     members = ", ".join(re.findall(r"int64_t (.*?);", body)).split(", ")
     assert members == [name for name, _ in mirror._fields_]
+
+
+def test_flags_of_the_environment_come_last_and_have_a_library_of_their_own(monkeypatch, tmp_path):
+    plain, compiler = build.library_path("g++"), tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nprintf "<%s>" "$@" >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv(build.FLAGS_ENV, "-O1 -DNAME='a b'")
+    assert build.library_path("g++") != plain
+    with pytest.raises(build.KernelBuildError, match=r"<-O3>.*<-O1><-DNAME=a b></"):
+        build.load.__wrapped__()
 
 
 def test_dispatch_prefers_the_fused_kernel_and_says_why_not(monkeypatch):

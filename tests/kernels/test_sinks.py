@@ -176,6 +176,20 @@ def test_stage_1_keeps_what_the_reference_keeps():
     assert not same(kept[1], kept[2])
 
 
+@pytest.mark.parametrize("folder", ["cpu", "triton"])
+def test_sinks_that_lie_apart_are_refused(folder):
+    """A kernel would read what lies between them."""
+    batch = batch_on_device(rows=2, group=3, longest=40)
+    apart = torch.zeros(batch.query.shape[1], 2, device=DEVICE)[:, 0]
+    with pytest.raises(AssertionError):
+        decode(implementation(folder, "decode_attention"), batch, 24, sinks=apart)
+    with pytest.raises(AssertionError):
+        implementation(folder, "attend_slots")(
+            batch.cache, batch.query, torch.empty_like(batch.query), None, batch.table,
+            batch.lengths, batch.top_r, layout=batch.layout, top_k=24, scale=0.1, sinks=apart,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_sink_that_nobody_reads_changes_nothing(folder):
     batch = batch_on_device(rows=2, group=5, longest=100)
