@@ -37,6 +37,20 @@ def test_decode_selection_equals_brute_force(tokens, scale, page_size, group, fo
         assert ours.tolist() == expected
 
 
+def test_decode_selection_knows_queries_by_their_direction():
+    """However short they are, channels that are left out sharpen the rest; but there may be none.
+
+    A head whose query is zero wants every token as much as any other.
+    """
+    query, keys = tensors(11, (6, 16), (2, 90, 16))
+    query[1] = 0
+    bounds = rocketkv.page_extrema(keys, 2)
+    for shrink in (1, 1e-2, 1e-6):
+        given = query * shrink, *bounds, 90, 2, 5, 31
+        ours = rocketkv.select_decode_tokens(*given, scale=2 / shrink)
+        assert ours.tolist() == brute.select_decode_tokens(*given, scale=2 / shrink)
+
+
 def test_decode_selection_with_every_channel_and_page_size_one_is_exact_top_k():
     query, keys = tensors(3, (2, 16), (2, 50, 16))  # one query head per KV head
     chosen = rocketkv.select_decode_tokens(query, keys, keys, 50, 1, 16, 10, force_newest=False)

@@ -44,6 +44,9 @@ def test_the_budget_stays_and_the_window_has_room(prompt_len, block_size, group,
     assert 0 <= shared <= retention.dropped_blocks
     # Whole blocks behind the shared ones, before the first of the window's tokens.
     assert ((prompt_len - 32) // block_size - shared) * per_block >= 32
+    # None of them for nothing, but one where the window begins within a block.
+    spare = (prompt_len - 32) // block_size - shared - 2
+    assert shared == retention.dropped_blocks or spare * per_block < 32
     assert policy.publishable_tokens(prompt_len) == shared * block_size
 
 

@@ -42,6 +42,8 @@ def test_prompt_selection_refuses_a_budget_below_the_window():
     query, keys = tensors(0, (2, 8, 16), (1, 40, 16))
     with pytest.raises(ValueError, match="smaller than the window"):
         rocketkv.select_prompt_tokens(query, keys, 7)
+    with pytest.raises(ValueError, match="must be odd"):
+        rocketkv.select_prompt_tokens(query, keys, 9, 4)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.data())

@@ -63,6 +63,7 @@ class TestFetcher:
         fetcher.announce(1, wanted(3, 5, -1), ahead=True)
         (ticket,) = lane.tickets
         assert not ticket.waits
+        assert ticket.nbytes == 4 * pager.geometry.piece_bytes
         assert counts["prefetch_issued"] == counts["frame_misses"] == 4
         frames, _ = fetcher.take(1)
         assert ticket.waits == 1
@@ -87,6 +88,8 @@ class TestFetcher:
         assert counts["prefetch_late"] == 2, "it came in time"
         assert counts["exposed_wait_seconds"] == 0.25
         assert counts["prefetch_issued"] == 6
+        piece = pager.geometry.piece_bytes
+        assert [ticket.nbytes for ticket in lane.tickets] == [2 * piece, 4 * piece]
 
     def test_what_its_own_layer_announces_is_no_prefetch(self, pager, lane, counts):
         fetcher = Eager(pager, KERNELS, lane, counting(counts))
@@ -155,6 +158,26 @@ class TestFetcher:
         fetcher.take(1)
         assert counts["frame_hits"] == (4 if prefetch else 0)
 
+    def test_what_a_failed_step_read_in_its_own_layer_was_no_prefetch(self, pager, lane, counts):
+        fetcher = Eager(pager, KERNELS, lane, counting(counts))
+        fetcher.announce(1, wanted(3, 4), ahead=False)
+        fetcher.begin_step()
+        assert all(ticket.done for ticket in lane.tickets)
+        fetcher.announce(1, wanted(3, 4), ahead=True)  # is there
+        fetcher.begin_step()
+        assert len(lane.tickets) == 1
+        assert not counts["prefetch_wasted"]
+
+    def test_frames_are_poisoned_before_they_are_filled_again(self, lane, counts):
+        pager = make_pager(frames=4)
+        fetcher = Eager(pager, KERNELS, lane, counting(counts))
+        for blocks in ((1, 2), (3, 4)):
+            fetcher.begin_step()
+            fetcher.announce(0, wanted(*blocks), ahead=False)
+            assert pager.layers[0].slab.isnan().all()
+            fetcher.take(0)
+            assert not pager.layers[0].slab.isnan().any()
+
     def test_a_failed_copy_is_the_takers_error(self, pager, counts):
         def fail(*_):
             raise OSError("the link is down")
@@ -168,7 +191,7 @@ class TestFetcher:
         lane.close()
 
     def test_more_pieces_than_frames_is_an_error_that_names_the_frames(self, pager, lane, counts):
-        fetcher = Eager(pager, KERNELS, lane, counting(counts))
+        fetcher = Fetcher(pager, KERNELS, lane, counting(counts))
         with pytest.raises(SlabFullError, match="all 8 frames"):
             fetcher.announce(0, wanted(0, 1, 2, 3, 4), ahead=False)
 
@@ -184,3 +207,58 @@ class TestFetcher:
             "prefetch_issued": 2,
             "host_to_device_bytes": 4 * pager.geometry.piece_bytes,
         }
+
+
+class TestWhereTheHostReadsNothing:
+    """Graphs may replay steps: how much was fetched is known only some steps later."""
+
+    class Captured(ManualLane):
+        """Has tickets whose events cannot be asked, as while a graph is captured."""
+
+        class Ticket(ManualLane.Ticket):
+            @property
+            def done(self) -> bool:
+                raise AssertionError("asks an event")
+
+            @done.setter
+            def done(self, done: bool) -> None:
+                assert not done
+
+            def wait(self) -> float:
+                self._work()
+                return 0.0
+
+    @pytest.fixture
+    def lane(self) -> ManualLane:
+        return self.Captured()
+
+    @pytest.mark.parametrize("prefetch", [True, False])
+    def test_misses_are_fetched_and_published_later(self, lane, counts, prefetch):
+        pager = make_pager(frames=(16, 8, 8))
+        fetcher = Fetcher(pager, KERNELS, lane, counting(counts), prefetch, captured=True)
+        for step in range(6):
+            fetcher.begin_step()
+            assert not fetcher.announced(1)
+            fetcher.announce(0, wanted(1, 7), ahead=False)
+            fetcher.announce(1, wanted(1, step), ahead=True)
+            assert fetcher.announced(0)
+            assert fetcher.announced(1)
+            assert fetcher.take(0)[0].tolist() == [[[2, 14], [3, 15]]]  # resident
+            frames, _ = fetcher.take(1)
+            assert pager.layers[1].slab[frames[0, 1].long()].equal(pager.host[1, [1, step], 1])
+            fetcher.end_step()
+            fetcher.poll()
+        assert len(lane.tickets) == 6
+        assert not any(ticket.nbytes for ticket in lane.tickets)
+        assert not counts["frame_hits"] % 2
+        assert counts["frame_misses"] in range(4, 13)
+        assert counts["prefetch_issued"] == prefetch * counts["frame_misses"]
+        assert counts["host_to_device_bytes"] == counts["frame_misses"] * 32
+        assert not counts["prefetch_late"]
+
+    def test_a_slab_that_was_full_is_an_error_then(self, lane, counts):
+        fetcher = Fetcher(make_pager(), KERNELS, lane, counting(counts), captured=True)
+        fetcher.announce(0, wanted(0, 1, 2, 3, 4), ahead=False)
+        with pytest.raises(SlabFullError, match="all 8 frames"):
+            for _ in range(6):
+                fetcher.poll()

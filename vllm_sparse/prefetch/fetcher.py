@@ -91,7 +91,7 @@ class Fetcher:
         self._announced.clear()
         left, self._fetches = self._fetches, {}
         for fetch in left.values():
-            if fetch.ahead and fetch.copies:
+            if fetch.ahead:
                 self._count("prefetch_wasted", fetch.copies)
             if fetch.ticket is not None:
                 fetch.ticket.wait()
