@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vllm_sparse.control import (
@@ -65,6 +65,7 @@ def test_misspelt_names_are_refused(others, rest, prefix):
 def test_a_server_may_have_to_refuse_dense_requests():
     allowed = Allowed(never_dense="of the weather; wait")
     allowed.check({SPARSE: True})
+    Allowed().check({SPARSE: False})
     with pytest.raises(RequestError, match="false cannot be had here: of the weather; wait"):
         allowed.check({SPARSE: False})
 
@@ -78,6 +79,8 @@ def test_a_budget_is_its_own_control(others, tokens):
 
 
 @given(VALUES)
+@example(0)
+@example(2**31)
 def test_other_budgets_are_refused(value):
     if type(value) is int and 0 < value < 2**31:
         return
@@ -92,6 +95,7 @@ def test_a_server_bounds_budgets():
 
     allowed = Allowed(most_tokens=99, try_budget=attempt)
     allowed.check({TOKEN_BUDGET: 98})
+    Allowed(most_tokens=98, try_budget=attempt).check({TOKEN_BUDGET: 98})
     for tokens, why in (
         (100, "100 is more than the 99 that this server allows"),
         (97, "97 is odd"),
@@ -101,3 +105,5 @@ def test_a_server_bounds_budgets():
     never = Allowed(never_budget="of the weather", most_tokens=99)
     with pytest.raises(RequestError, match="token_budget cannot be had here: of the weather"):
         never.check({TOKEN_BUDGET: 98})
+    for nothing in (None, {}, {SPARSE: True}, {SPARSE: False}):
+        never.check(nothing)

@@ -70,7 +70,12 @@ def test_nothing_leaves_and_prompts_are_shared():
     assert policy.retention(64).reason == "short_prompt"
 
 
-@pytest.mark.parametrize("wrong", [{"page_size": 12}, {"token_budget": 16}])
+def test_two_pages_and_pages_of_one_token_are_allowed():
+    assert QuestSettings(token_budget=32).token_budget == 32
+    assert QuestSettings(page_size=1, token_budget=16).page_size == 1
+
+
+@pytest.mark.parametrize("wrong", [{"page_size": 12}, {"token_budget": 31}])
 def test_settings_that_cannot_work_are_refused(wrong):
     with pytest.raises(ValueError, match="page_size"):
         QuestSettings(**wrong)

@@ -78,6 +78,9 @@ def test_without_stage1_nothing_is_dropped_but_long_prompts_are_sparse():
     assert retention.sparse
     assert retention.dropped_blocks == 0
     assert make_policy(stage1=False).publishable_tokens(1000) == 0
+    # Of 1032 tokens, 16 times the budget, half of it reads 3 of 16 channels of pages of 4.
+    assert (retention.page_size, retention.top_r) == (4, 3)
+    assert make_policy(stage1=False).window == 1, "the prompt's end shows by a query"
 
 
 def test_short_and_fitting_prompts_stay_dense_and_shared():

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference import rocketkv_bruteforce as brute
 from support.policies import make_policy
@@ -28,12 +28,19 @@ def test_votes_are_those_of_brute_force(count):
     st.integers(1, 9000), st.sampled_from([32, 64, 128]), st.sampled_from([1, 2, 7]),
     st.sampled_from([64, 512]),
 )  # fmt: skip
+@example(1000, 32, 1, 64)
+@example(33 * 32, 32, 7, 64)
 @settings(max_examples=300, deadline=None)
 def test_the_budget_stays_and_the_window_has_room(prompt_len, block_size, group, budget):
     policy = make_policy(
-        SnapKV, block_size=block_size, group_size=group, token_budget=budget, window=32
-    )
-    retention = policy.retention(prompt_len)
+        SnapKV, block_size=block_size, group_size=group, token_budget=budget, window=32,
+        min_context=1000,
+    )  # fmt: skip
+    retention, whole = policy.retention(prompt_len), prompt_len // block_size
+    fits = "fits_budget" if whole <= -(-budget // block_size) else ""
+    short = prompt_len <= 1000 or whole < policy.room_for_window()
+    assert retention.reason == ("short_prompt" if short else fits)
+    assert retention.sparse == (not retention.reason)
     if not retention.sparse:
         assert retention.dropped_blocks == 0
         return

@@ -15,8 +15,9 @@ from vllm_sparse.policies.streamingllm import StreamingLLM, StreamingLLMSettings
 
 def tokens_read(policy: StreamingLLM, n: int, held: int) -> list[int]:
     width = min(policy.top_k, held)
-    query = torch.zeros(1, 1, 2, 16)
+    query = torch.zeros(1, 3, 2, 16)
     chosen = policy.select(query, None, torch.tensor([n]), 1, width)
+    assert chosen.shape == (1, 3, width)
     return chosen[0, 0, : min(width, n)].tolist()
 
 
@@ -51,7 +52,11 @@ def test_short_rows_read_everything():
     assert tokens_read(policy, 20, 64) == list(range(20))
     assert tokens_read(policy, 20, 16) == [0, 1, 2, 3, *range(8, 20)]
     assert policy.retention(70).sparse
-    assert make_policy(StreamingLLM, token_budget=80).retention(70).reason == "fits_budget"
+    assert policy.retention(64).reason == "short_prompt"
+    assert policy.retention(65).sparse
+    larger = make_policy(StreamingLLM, token_budget=80)
+    assert larger.retention(80).reason == "fits_budget"
+    assert larger.retention(81).sparse
 
 
 def test_settings_that_cannot_work_are_refused():
