@@ -9,9 +9,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from support.policies import make_policy
+from support.scheduler import Machine, prompts
 
 from vllm_sparse.metrics import counters
 from vllm_sparse.policies.protocol import Retention
+from vllm_sparse.policies.rocketkv import RocketKV
 
 
 @pytest.mark.vllm
@@ -373,3 +375,22 @@ class PoolMachine(RuleBasedStateMachine):
         self.finish_all()
         if hasattr(self, "pool"):
             assert self.pool.get_num_free_blocks() == 79
+
+
+@pytest.mark.vllm
+def test_the_policy_is_not_asked_again_in_every_step(llama, monkeypatch):
+    """What a prompt keeps does not change; a server has hundreds of such requests in each step."""
+    machine = Machine(llama, blocks=120)
+    machine.add(prompts(1)[0], new_tokens=60)
+    for _ in range(15):
+        machine.step()
+    assert machine.manager._saved
+    asked, retention = [], RocketKV.retention
+    monkeypatch.setattr(
+        RocketKV, "retention", lambda self, length: asked.append(length) or retention(self, length)
+    )
+    monkeypatch.setattr(machine, "_compute", lambda name, tokens: [7])
+    for _ in range(20):
+        machine.step()
+    assert machine.scheduler.requests
+    assert asked == []

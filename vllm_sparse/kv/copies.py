@@ -120,17 +120,16 @@ class PrefixCopies:
         if hit := self._hit_tail(request_id, hit_blocks, hit_tokens):
             self._hits[request_id] = hit
 
-    def copy_in(self, request_id: str) -> list[KVCacheBlock]:
+    def copy_in(self, request: Request) -> list[KVCacheBlock]:
         """Put private blocks where a hit reaches into the tail.
 
         Returns:
             These blocks.
         """
-        if request := of_id(self._pool, request_id):
-            _count_skipped(_cut.pop(request, 0), "hit_cut")
-        if not (hit := self._hits.pop(request_id, range(0))):
+        _count_skipped(_cut.pop(request, 0), "hit_cut")
+        if not (hit := self._hits.pop(request.request_id, range(0))):
             return []
-        blocks, private = self._manager.req_to_blocks[request_id], self._new(len(hit))
+        blocks, private = self._manager.req_to_blocks[request.request_id], self._new(len(hit))
         # Given back in this order, so that a prefix is evicted from its end on.
         for place, copy in reversed(list(zip(hit, private, strict=True))):
             self._queue(blocks[place], copy)
@@ -142,15 +141,13 @@ class PrefixCopies:
 
     # -- out ---------------------------------------------------------------------------------------
 
-    def copy_out(self, request_id: str) -> None:
+    def copy_out(self, request: Request) -> None:
         """Copy a tail that the step about to be scheduled rewrites, if there is ample room.
 
         That is the step that begins at the prompt's end. What others have published is left out.
         """
-        request = of_id(self._pool, request_id)
-        if request is None or request.num_computed_tokens != request.num_prompt_tokens:
-            return
-        if request_id in self._out:
+        request_id = request.request_id
+        if request.num_computed_tokens != request.num_prompt_tokens or request_id in self._out:
             return
         places = self._missing(request, self._tail(request))
         room = self._pool.get_num_free_blocks() - self._wanted()

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet
 
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 # A child of vLLM's logger: others have no handler in its processes.
 logger = init_logger("vllm.sparse")
 
+# Pairs of a prompt length and a control; more than requests run at once.
+_MOST_CASES = 4096
+
 
 class PromptAwareManager(FullAttentionManager):
     """Full attention that shares only what is the same whoever computes it.
@@ -50,6 +54,8 @@ class PromptAwareManager(FullAttentionManager):
 
     def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
+        # Asked in every step of every request.
+        self._publishable = lru_cache(_MOST_CASES)(kv_cache_spec.publishable_tokens)
         watch_requests()
         if kv_cache_spec.instance_id:
             watch_engines()
@@ -66,18 +72,16 @@ class PromptAwareManager(FullAttentionManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         """Publish full blocks, but only the publishable ones."""
-        first_chunk = request not in self._begun
-        self._begun.add(request)
-        limit = self.kv_cache_spec.publishable_tokens(*case_of(request))
+        limit = self._publishable(*case_of(request))
         if limit is not None:
             if request.num_computed_tokens < request.num_prompt_tokens:
-                self._pin(request, num_tokens, first_chunk)
+                self._pin(request, num_tokens)
             num_tokens = min(num_tokens, limit)
         super().cache_blocks(
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
         )
 
-    def _pin(self, request: Request, num_tokens: int, first_chunk: bool) -> None:
+    def _pin(self, request: Request, num_tokens: int) -> None:
         """Have groups of other kinds keep what a hit at our limit needs.
 
         Layers with windows or states keep it at the prompt's end only, where hits of the same
@@ -87,6 +91,8 @@ class PromptAwareManager(FullAttentionManager):
         late for a group that is asked before ours.
         """
         limit = self.kv_cache_spec.hittable_tokens(*case_of(request)) or 0
+        first_chunk = request not in self._begun
+        self._begun.add(request)
         if first_chunk and self.kv_cache_group_id and 0 < limit <= num_tokens:
             metrics.counters().add("prefix_limits_missed", 1)
         computed = self.num_cached_block.get(request.request_id, 0) * self.block_size
@@ -182,8 +188,9 @@ class PolicyManager(PromptAwareManager):
         first = self.num_cached_block.get(request.request_id, 0)
         super().cache_blocks(request, *args, **kwargs)
         last = self.num_cached_block.get(request.request_id, 0)
-        blocks = self.req_to_blocks[request.request_id][first:last]
-        unwritten(self.block_pool).update(block.block_id for block in blocks)
+        if last > first:
+            blocks = self.req_to_blocks[request.request_id][first:last]
+            unwritten(self.block_pool).update(block.block_id for block in blocks)
 
     def get_num_blocks_to_allocate(
         self,
@@ -218,9 +225,11 @@ class PolicyManager(PromptAwareManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """Allocate, and have copied what must be before the step."""
-        copies = self._copies.copy_in(request_id)
+        request = of_id(self.block_pool, request_id)
+        copies = self._copies.copy_in(request) if request else []
         blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-        self._copies.copy_out(request_id)
+        if request:
+            self._copies.copy_out(request)
         return copies + blocks
 
     def remove_skipped_blocks(
@@ -236,6 +245,8 @@ class PolicyManager(PromptAwareManager):
         those freed here, would run still earlier.
         """
         if num_prompt_tokens is None or processed_computed_tokens <= num_prompt_tokens:
+            return
+        if request_id in self._saved and self.kv_cache_spec.policy.moves:  # nothing leaves later
             return
         blocks = self.req_to_blocks.get(request_id, ())
         policy = policy_for(
