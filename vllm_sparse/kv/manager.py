@@ -24,6 +24,7 @@ from vllm_sparse.kv.requests import (
     watch_requests,
 )
 from vllm_sparse.policies.controlled import policy_for
+from vllm_sparse.policies.protocol import Policy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -153,6 +154,7 @@ class PolicyManager(PromptAwareManager):
         if wanted != size:  # the worker sees parts of blocks only, on GPUs
             refuse("other-blocks", POLICIES, False, wanted=wanted, size=size)
         self._saved: defaultdict[str, int] = defaultdict(int)
+        self._frees_once = type(kv_cache_spec.policy).freed_blocks is Policy.freed_blocks
         self._copies = PrefixCopies(self)
         # How many blocks other layers take, nobody tells this group.
         if kv_cache_spec.instance_id and not kv_cache_spec.beside_others:
@@ -246,7 +248,7 @@ class PolicyManager(PromptAwareManager):
         """
         if num_prompt_tokens is None or processed_computed_tokens <= num_prompt_tokens:
             return
-        if request_id in self._saved and self.kv_cache_spec.policy.moves:  # nothing leaves later
+        if request_id in self._saved and self._frees_once:
             return
         blocks = self.req_to_blocks.get(request_id, ())
         policy = policy_for(
