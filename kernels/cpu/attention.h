@@ -100,6 +100,7 @@ struct Attention {
   // Tokens whose keys and values stay in the first-level cache between logits and weighted sums.
   static constexpr int kChunk = 32;
   static constexpr int kPiece = 2 * kLanes;  // elements
+  static constexpr int kAtOnce = kLanes / 4;  // tokens whose logits fill a vector
   typedef const T* Rows[kChunk];
 
   // Up to four query heads, by an online softmax. P is the number of pieces of a head (0: not
@@ -116,32 +117,34 @@ struct Attention {
         rows[count++] = runs[run].rows + taken * 2 * dim;
         if (++taken == runs[run].tokens) ++run, taken = 0;
       }
+      for (int t = count; t % kAtOnce; ++t) rows[t] = rows[count - 1];
       return count;
     };
-    const int64_t share = later.share(tokens);
+    const int64_t share = later.share(2 * tokens);  // with a logit, and with a weight
     float sums[4 * kMaxDim];
     std::fill(sums, sums + G * dim, 0.0f);
-    v4 top = v4{} - INFINITY;
-    vec mass = {};  // lane i: of head i % 4
-    if (sinks)      // as a first token of no value
-      for (int g = 0; g < G; ++g) top[g] = sinks[g], mass[g] = 1.0f;
+    vec top = vec{} - INFINITY, mass = {};  // lane i: of head i % 4
+    if (sinks)                              // as a first token of no value
+      for (int i = 0; i < kLanes; ++i)
+        if (i % 4 < G) top[i] = sinks[i % 4], mass[i] = i < 4;
     Rows chunks[2];
     int count = next(chunks[0]);
     for (int i = 0; count; i ^= 1) {
       const int following = next(chunks[i ^ 1]);
       float weights[4 * kChunk];  // [token][head]
-      v4 highest = top;
-      for (int t = 0; t < count; ++t) {
-        if (t < following) ask(chunks[i ^ 1][t]);
-        later.pull(share);
-        const v4 dots = logits<G, P>(query, chunks[i][t]);
-        *reinterpret_cast<v4*>(weights + 4 * t) = dots;
+      vec highest = top;
+      for (int t = 0; t < count; t += kAtOnce) {
+        for (int n = t; n < std::min(t + kAtOnce, following); ++n) ask(chunks[i ^ 1][n]);
+        later.pull(kAtOnce * share);
+        const vec dots = logits<G, P>(query, chunks[i] + t);
+        store(weights + 4 * t, dots);
         highest = dots > highest ? dots : highest;
       }
-      const vec decay = exp_nonpositive(repeat(top - highest));
+      highest = of_heads(highest);
+      const vec decay = exp_nonpositive(top - highest);
       top = highest;
       mass = mass * decay + exponentials(weights, count, top);
-      weigh_all<G, P>(chunks[i], count, weights, decay, sums);
+      weigh_all<G, P>(chunks[i], count, weights, decay, sums, later, share);
       count = following;
     }
     for (int g = 0; g < G; ++g) {
@@ -158,29 +161,45 @@ struct Attention {
       __builtin_prefetch(p + b);
   }
 
+  // The largest of each head, in all its lanes.
+  static vec of_heads(vec v) {
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+    const vec other = exchange<4>(v, lanes);
+    v = other > v ? other : v;
+    if constexpr (kLanes == 8) return v;
+    const vec further = exchange<kLanes / 2>(v, lanes);
+    return further > v ? further : v;
+  }
+
+  // Of kAtOnce tokens, four lanes each.
   template <int G, int P>
-  v4 logits(const Query* query, const T* key) const {
+  vec logits(const Query* query, const T* const* keys) const {
     const int64_t pieces = P ? P : dim / kPiece;
-    vec acc[4] = {};
+    vec acc[kLanes] = {};
     for (int64_t p = 0; p < pieces; ++p) {
-      const auto k = D::along(key + kPiece * p);
-      for (int g = 0; g < G; ++g)
-        acc[g] = D::add(acc[g], k, D::along(query + g * dim + kPiece * p));
+      typename D::pairs of_query[G];
+      for (int g = 0; g < G; ++g) of_query[g] = D::along(query + g * dim + kPiece * p);
+      for (int t = 0; t < kAtOnce; ++t) {
+        const auto key = D::along(keys[t] + kPiece * p);
+        for (int g = 0; g < G; ++g) acc[4 * t + g] = D::add(acc[4 * t + g], key, of_query[g]);
+      }
     }
-    v4 dots = sum4(acc[0], acc[1], acc[2], acc[3]);
+    vec dots = sums(acc);
     if (!P)
       for (int64_t j = kPiece * pieces; j < dim; ++j)
-        for (int g = 0; g < G; ++g) dots[g] += to_float(key[j]) * to_float(query[g * dim + j]);
+        for (int t = 0; t < kAtOnce; ++t)
+          for (int g = 0; g < G; ++g)
+            dots[4 * t + g] += to_float(keys[t][j]) * to_float(query[g * dim + j]);
     return dots * scale;
   }
 
   // Turns the logits of `count` tokens into weights; returns their sums.
-  static vec exponentials(float* x, int count, v4 top) {
+  static vec exponentials(float* x, int count, vec top) {
     const int padded = (4 * count + kLanes - 1) / kLanes * kLanes;
     std::fill(x + 4 * count, x + padded, -INFINITY);
     vec sums = {};
     for (int i = 0; i < padded; i += kLanes) {
-      const vec e = exp_nonpositive(load(x + i) - repeat(top));
+      const vec e = exp_nonpositive(load(x + i) - top);
       store(x + i, e);
       sums += e;
     }
@@ -188,12 +207,15 @@ struct Attention {
   }
 
   template <int G, int P>
-  void weigh_all(const Rows& rows, int count, const float* weights, vec decay, float* sums) const {
+  void weigh_all(const Rows& rows, int count, const float* weights, vec decay, float* sums,
+                 Lines& later, int64_t share) const {
     const int64_t vectors = P ? 2 * P : dim / kLanes;
     int64_t v = 0;
-    for (; v + 4 <= vectors; v += 4) weigh<G, 4>(rows, count, weights, decay, v, sums);
+    for (; v + 4 <= vectors; v += 4)
+      weigh<G, 4>(rows, count, weights, decay, v, sums, later, share);
     if (P) return;
-    for (; v < vectors; ++v) weigh<G, 1>(rows, count, weights, decay, v, sums);
+    for (; v < vectors; ++v)
+      weigh<G, 1>(rows, count, weights, decay, v, sums, later, share);
     for (int64_t j = v * kLanes; j < dim; ++j)
       for (int g = 0; g < G; ++g) {
         float total = sums[g * dim + j] * decay[g];
@@ -205,16 +227,18 @@ struct Attention {
   // W vectors of the values, from vector `first` of the head.
   template <int G, int W>
   void weigh(const Rows& rows, int count, const float* weights, vec decay, int64_t first,
-             float* sums) const {
+             float* sums, Lines& later, int64_t share) const {
     sums += first * kLanes;
     vec acc[G][W];
     for (int g = 0; g < G; ++g)
       for (int w = 0; w < W; ++w) acc[g][w] = load(sums + g * dim + w * kLanes) * decay[g];
-    for (int t = 0; t < count; ++t)
+    for (int t = 0; t < count; ++t) {
+      later.pull(share);
       for (int w = 0; w < W; ++w) {
         const vec value = load(rows[t] + dim + (first + w) * kLanes);
         for (int g = 0; g < G; ++g) acc[g][w] += value * weights[4 * t + g];
       }
+    }
     for (int g = 0; g < G; ++g)
       for (int w = 0; w < W; ++w) store(sums + g * dim + w * kLanes, acc[g][w]);
   }

@@ -6,8 +6,8 @@
 // materialised. `kernels/reference/decode.py` is the readable definition.
 //
 // A task is one KV head of one token. Each thread has up to three of them in flight, so that memory
-// is always busy: while it scores one, the rows that the one before has selected are on their way;
-// while it attends to those, the extrema of the one after are.
+// is always busy: while it scores one, the rows that the one before has selected are on their way,
+// and the first extrema of the one after; while it attends to those rows, the other extrema are.
 
 #include <atomic>
 #include <cstdint>
@@ -85,13 +85,13 @@ struct Task {
     }
   }
 
-  void select(const Arguments<T>& a, PageSelection<T>& selection, Lines& earlier) {
+  void select(const Arguments<T>& a, PageSelection<T>& selection, Lines& earlier, Lines& later) {
     if (!selects) return;
     const DecodeSizes& s = a.s;
     const HeadCache<T> head = a.head(id);
     const int64_t n = a.lengths[id / s.kv_heads];
     const int64_t last =
-        selection.select(head, channels, s.group, n, extrema, earlier, a.sinks_of(id));
+        selection.select(head, channels, s.group, n, extrema, earlier, later, a.sinks_of(id));
     for (int32_t page : selection.pages) {
       const int64_t visible = std::min(s.page_size, n - page * s.page_size);
       runs.push_back({head.row(page * s.page_size), visible});
@@ -165,8 +165,8 @@ void decode(const Arguments<T>& a) {
     begin(now, omp_get_thread_num());
     const int64_t threads = omp_get_num_threads();
     while (now->id >= 0 || before->id >= 0) {
-      if (now->id >= 0) now->select(a, own.selection, before->rows);
       begin(after, now->id < 0 ? tasks : threads + claimed.fetch_add(1));
+      if (now->id >= 0) now->select(a, own.selection, before->rows, after->extrema);
       if (before->id >= 0) {
         before->rows.pull(Lines::kAhead);
         before->attend(a, attention, after->extrema);

@@ -93,6 +93,38 @@ struct HeadCache {
   }
 };
 
+// Calls each(i), ascending, for the `count` largest of n non-negative numbers, ties to the lower;
+// -1 follows them up to a whole vector. Such floats order as integers, so bisecting the bit
+// pattern of the count-th largest takes at most 31 branch-free passes; pause() runs in each.
+template <typename Pause, typename Each>
+void each_top(const float* numbers, int64_t n, int64_t count, Pause&& pause, Each&& each) {
+  const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+  auto bits = [&](int64_t p) { return (ivec)load(numbers + p); };
+  auto at_least = [&](int32_t threshold) {
+    pause();
+    int64_t found = 0;
+    for (int64_t p = 0; p < padded; p += kLanes)
+      found += __builtin_popcount(lane_bits(bits(p) >= threshold));
+    return found;
+  };
+  int32_t low = 0, high = 0x7f800000;  // at_least(low) >= count > at_least(high)
+  while (high - low > 1) {
+    const int32_t middle = low + (high - low) / 2;
+    const int64_t found = at_least(middle);
+    (found >= count ? low : high) = middle;
+    if (found == count) break;
+  }
+  int64_t ties = count - at_least(low + 1);
+  for (int64_t p = 0; p < padded; p += kLanes) {
+    const uint32_t larger = lane_bits(bits(p) > low);
+    for (uint32_t rest = larger | lane_bits(bits(p) == low); rest; rest &= rest - 1) {
+      const int lane = __builtin_ctz(rest);
+      // If more than `count` share the smallest kept value, the first ones win.
+      if ((larger >> lane & 1) || ties-- > 0) each(static_cast<int32_t>(p + lane));
+    }
+  }
+}
+
 // The channels that estimate a query group's logits, and how.
 template <typename T>
 struct Channels {
@@ -116,16 +148,10 @@ struct Channels {
     std::fill(magnitude + dim, magnitude + dim + kLanes, -1.0f);
     int32_t order[kMaxDim];
     int64_t kept = 0;
-    for (int64_t j = 0; j < dim && kept < top_r; ++j) {
-      int rank = 0;  // larger ones, and equal ones of lower channels
-      for (int64_t i = 0; i < dim; i += kLanes) {
-        const vec other = load(magnitude + i);
-        const uint32_t lower = j <= i ? 0 : j - i >= kLanes ? ~0u : (1u << (j - i)) - 1;
-        rank += __builtin_popcount(lane_bits(other > magnitude[j]) |
-                                   (lane_bits(other == magnitude[j]) & lower));
-      }
-      if (rank < top_r) order[kept++] = static_cast<int32_t>(j);
-    }
+    each_top(magnitude, dim, top_r, [] {}, [&](int32_t j) {
+      if (kept < top_r) order[kept++] = j;
+    });
+    top_r = kept;  // fewer where they are not numbers
     const int64_t even = top_r + top_r % 2;
     rows.resize(even);
     for (int64_t i = 0; i < top_r; ++i)
@@ -158,21 +184,26 @@ struct PageSelection {
   std::vector<int32_t> pages;
 
   // Fills `pages`, the newest first; returns how many tokens of the last one are taken. `own` are
-  // the extrema in the order of their use; `earlier` is pulled on the way. sinks: learned ones of
-  // the group, or null.
+  // the extrema in the order of their use; of `earlier` and `later` some is pulled on the way.
+  // sinks: learned ones of the group, or null.
   int64_t select(const HeadCache<T>& head, const Channels<T>& channels, int64_t group,
-                 int64_t tokens, Lines& own, Lines& earlier, const float* sinks) {
+                 int64_t tokens, Lines& own, Lines& earlier, Lines& later, const float* sinks) {
     const DecodeSizes& s = head.s;
     const int64_t count = (tokens + s.page_size - 1) / s.page_size, newest = count - 1;
     const int64_t newest_tokens = tokens - newest * s.page_size;
     const int64_t per_block = head.pages_per_block(), blocks = (count + per_block - 1) / per_block;
     const int64_t padded = (blocks * per_block + kLanes - 1) / kLanes * kLanes;
     score.resize(group * padded + kLanes);
-    const int64_t own_share = own.count / blocks + 1, earlier_share = earlier.share(2 * blocks);
+    // What ranking and attention leave idle: two thirds of what is read next, a quarter of what
+    // comes after.
+    const int64_t own_share = own.count / blocks + 1;
+    const int64_t earlier_share = earlier.share(3 * blocks / 2);
+    const int64_t later_share = later.share(4 * blocks);
     own.pull(3 * own_share);
     for (int64_t b = 0; b < blocks; ++b) {
       own.pull(own_share);
       earlier.pull(earlier_share);
+      later.pull(later_share);
       float* out = score.data() + b * per_block;
       by_four(group, [&](auto heads, int64_t first) {
         score_heads<decltype(heads)::value>(head.extrema(b), per_block, channels, first, out,
@@ -239,14 +270,17 @@ struct PageSelection {
     for (int64_t i = 0; i < width; i += 2) {
       const T *a = extrema + rows[i] * pages, *b = extrema + rows[i + 1] * pages;
       typename D::pairs bound[W];
-      for (int w = 0; w < W; ++w) bound[w] = D::across(a + w * kLanes, b + w * kLanes);
+      if constexpr (W == 2) D::zip(a, b, bound);
+      else bound[0] = D::across(a, b);
       for (int g = 0; g < G; ++g) {
         const auto weight = D::broadcast(weights + g * width + i);
         for (int w = 0; w < W; ++w) acc[g][w] = D::add(acc[g][w], bound[w], weight);
       }
     }
-    for (int g = 0; g < G; ++g)
+    for (int g = 0; g < G; ++g) {
+      if constexpr (W == 2) D::unzip(acc[g]);
       for (int w = 0; w < W; ++w) store(out + g * out_stride + w * kLanes, acc[g][w]);
+    }
   }
 
   // Softmax of the scores over tokens (each page counts once per token), summed over the group. A
@@ -277,37 +311,13 @@ struct PageSelection {
   }
 
   // Appends the `count` most probable of the first n pages, ascending, ties to the lower page.
-  // Non-negative floats order as integers, so bisecting the bit pattern of the count-th largest
-  // takes at most 31 branch-free passes.
   void take_top(int64_t n, int64_t count, Lines& earlier) {
     const int64_t share = earlier.share(16);
     if (count <= 0) return;
-    const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
-    for (int64_t p = n; p < padded; ++p) probability[p] = -1.0f;
-    auto bits = [&](int64_t p) { return (ivec)load(&probability[p]); };
-    auto at_least = [&](int32_t threshold) {
-      earlier.pull(share);
-      int64_t found = 0;
-      for (int64_t p = 0; p < padded; p += kLanes)
-        found += __builtin_popcount(lane_bits(bits(p) >= threshold));
-      return found;
-    };
-    int32_t low = 0, high = 0x7f800000;  // at_least(low) >= count > at_least(high)
-    while (high - low > 1) {
-      const int32_t middle = low + (high - low) / 2;
-      const int64_t found = at_least(middle);
-      (found >= count ? low : high) = middle;
-      if (found == count) break;
-    }
-    int64_t ties = count - at_least(low + 1);
-    for (int64_t p = 0; p < padded; p += kLanes) {
-      const uint32_t larger = lane_bits(bits(p) > low);
-      for (uint32_t rest = larger | lane_bits(bits(p) == low); rest; rest &= rest - 1) {
-        const int lane = __builtin_ctz(rest);
-        // If more than `count` share the smallest kept value, the first ones win.
-        if ((larger >> lane & 1) || ties-- > 0) pages.push_back(static_cast<int32_t>(p + lane));
-      }
-    }
+    std::fill(probability.begin() + n, probability.end(), -1.0f);
+    each_top(
+        probability.data(), n, count, [&] { earlier.pull(share); },
+        [&](int32_t page) { pages.push_back(page); });
   }
 };
 

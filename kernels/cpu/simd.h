@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -154,6 +155,12 @@ struct Dot {
   }
   // A vector of each of two rows.
   static pairs across(const T* a, const T* b) { return {load(a), load(b)}; }
+  // Two such vectors, and sums of them put into the order of the rows.
+  static void zip(const T* a, const T* b, pairs (&out)[2]) {
+    out[0] = across(a, b);
+    out[1] = across(a + kLanes, b + kLanes);
+  }
+  static void unzip(vec (&)[2]) {}
   // Two elements, in all lanes.
   static pairs broadcast(const query* p) { return {vec{} + p[0], vec{} + p[1]}; }
   static vec add(vec acc, pairs a, pairs b) {
@@ -176,6 +183,18 @@ struct Dot<bf16> {
     };
     return _mm512_permutex2var_epi16(half(a), order, half(b));
   }
+  static void zip(const bf16* a, const bf16* b, pairs (&out)[2]) {
+    const __m512i x = along(a), y = along(b);  // by quarters, as that takes one operation each
+    out[0] = _mm512_unpacklo_epi16(x, y);
+    out[1] = _mm512_unpackhi_epi16(x, y);
+  }
+  static void unzip(vec (&sums)[2]) {
+    const vec even = sums[0], odd = sums[1];
+    sums[0] = __builtin_shufflevector(even, odd, 0, 1, 2, 3, 16, 17, 18, 19,  //
+                                      4, 5, 6, 7, 20, 21, 22, 23);
+    sums[1] = __builtin_shufflevector(even, odd, 8, 9, 10, 11, 24, 25, 26, 27,  //
+                                      12, 13, 14, 15, 28, 29, 30, 31);
+  }
   static pairs broadcast(const bf16* p) {
     int32_t both;
     std::memcpy(&both, p, sizeof(both));
@@ -187,34 +206,38 @@ struct Dot<bf16> {
 };
 #endif
 
-typedef float v8 __attribute__((vector_size(32), aligned(4)));
-typedef float v4 __attribute__((vector_size(16), aligned(4)));
+// The lanes of b where their number has a bit of S, else those of a; and lanes that differ in S
+// exchanged.
+template <int S, int... I>
+inline vec choose(vec a, vec b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I & S ? I + kLanes : I)...);
+}
+template <int S, int... I>
+inline vec exchange(vec v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, (I ^ S)...);
+}
 
-#ifdef __AVX512F__
-inline v8 halves(vec v) {
-  return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+// The sum of all lanes of v[i] in lane i, of kLanes vectors. With a smaller S, of so many vectors:
+// lane i has the part of v[i % S] that is in lanes which differ from i below S.
+template <int S = kLanes>
+inline vec sums(const vec* v) {
+  if constexpr (S == 1) {
+    return v[0];
+  } else {
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+    const vec a = sums<S / 2>(v), b = sums<S / 2>(v + S / 2);
+    return choose<S / 2>(a, b, lanes) + exchange<S / 2>(choose<S / 2>(b, a, lanes), lanes);
+  }
 }
-inline vec repeat(v4 v) {
-  return __builtin_shufflevector(v, v, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+
+inline float sum(vec v) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+  if constexpr (kLanes > 8) v += exchange<8>(v, lanes);
+  v += exchange<1>(v, lanes);
+  v += exchange<2>(v, lanes);
+  v += exchange<4>(v, lanes);
+  return v[0];
 }
-#else
-inline v8 halves(vec v) { return v; }
-inline vec repeat(v4 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 0, 1, 2, 3); }
-#endif
-// Sums of four vectors, as one.
-inline v4 sum4(vec a, vec b, vec c, vec d) {
-  const v8 w = halves(a), x = halves(b), y = halves(c), z = halves(d);
-  const v8 wx = __builtin_shufflevector(w, x, 0, 2, 8, 10, 4, 6, 12, 14) +
-                __builtin_shufflevector(w, x, 1, 3, 9, 11, 5, 7, 13, 15);
-  const v8 yz = __builtin_shufflevector(y, z, 0, 2, 8, 10, 4, 6, 12, 14) +
-                __builtin_shufflevector(y, z, 1, 3, 9, 11, 5, 7, 13, 15);
-  const v8 all = __builtin_shufflevector(wx, yz, 0, 2, 8, 10, 4, 6, 12, 14) +
-                 __builtin_shufflevector(wx, yz, 1, 3, 9, 11, 5, 7, 13, 15);
-  return __builtin_shufflevector(all, all, 0, 1, 2, 3) +
-         __builtin_shufflevector(all, all, 4, 5, 6, 7);
-}
-inline float sum(vec v) { return sum4(v, v, v, v)[0]; }
 inline float largest(vec v) {
   float top = v[0];
   for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
@@ -238,9 +261,13 @@ inline uint32_t lane_bits(ivec truth) {
 // 1 ulp; flushes to zero below -87.
 inline vec exp_nonpositive(vec x) {
   const vec scaled = x * 1.44269504088896341f;
+#ifdef __AVX512F__
+  const vec nf = (vec)_mm512_roundscale_ps((__m512)scaled, _MM_FROUND_TO_NEAREST_INT);
+#else
   ivec n = __builtin_convertvector(scaled - 0.5f, ivec);
   n = n < -126 ? (ivec{} - 126) : n;
   const vec nf = __builtin_convertvector(n, vec);
+#endif
   vec r = x - nf * 0.693359375f;
   r = r - nf * -2.12194440e-4f;
   vec p = vec{} + 1.9875691500e-4f;
@@ -250,8 +277,11 @@ inline vec exp_nonpositive(vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const vec power = (vec)((n + 127) << 23);
-  const vec value = p * power;
+#ifdef __AVX512F__
+  const vec value = (vec)_mm512_scalef_ps((__m512)p, (__m512)nf);
+#else
+  const vec value = p * (vec)((n + 127) << 23);
+#endif
   return x < -87.0f ? vec{} : value;
 }
 
