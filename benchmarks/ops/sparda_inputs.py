@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from vllm_sparse.kernels.types import Blocks, PageTable
 
+from vllm_sparse.kv.host.memory import page_aligned
+
 # Pinned memory must outlive its registration, and that is for good.
 _PINNED: list[Tensor] = []
-PAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,10 @@ def pinned(values: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
     from vllm.v1.simple_kv_offload.cuda_mem_ops import pin_tensor
 
-    # Whole pages: another registration must not meet this one on a page that both share.
-    size = -(-values.nbytes // PAGE) * PAGE
-    memory = torch.empty(size + PAGE, dtype=torch.uint8)
-    first = -memory.data_ptr() % PAGE
-    pages = memory[first : first + size]
-    _PINNED.append(memory)
-    pin_tensor(pages)
-    host = pages[: values.nbytes].view(values.dtype).view(values.shape)
+    # As the engine has it: of other memory vLLM may give the device a pinned copy.
+    host = page_aligned(tuple(values.shape), values.dtype)
+    _PINNED.append(host)
+    pin_tensor(host)
     host.copy_(values)
     return host, get_accelerator_view_from_cpu_tensor(host)
 
