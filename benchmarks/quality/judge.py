@@ -12,6 +12,7 @@ All arms answer the same questions, greedily; scores are compared in pairs with 
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import tempfile
 from pathlib import Path
@@ -113,7 +114,8 @@ def experiment(options: argparse.Namespace, names: list[str], record: Recorder) 
             }
             if not todo:
                 continue
-            file = options.scratch / f"{context}-{question.key}.pt"
+            kept = repr((options.model, options.prompt_dtype, question.prompt)).encode()
+            file = options.scratch / f"{hashlib.sha256(kept).hexdigest()}.pt"
             prompt = prompts.saved(network, question.prompt, file if options.keep else None)
             found = lab.Lab(network, prompt, question.max_tokens, eos)
             for name, tokens in found.answers(todo).items():

@@ -59,11 +59,6 @@ class Question:
     answers: list[str]
     max_tokens: int
 
-    @property
-    def key(self) -> str:
-        """Identifies the question among those of one context length."""
-        return f"{self.task}-{self.index}"
-
     def score(self, reply: str) -> float:
         """Share of the wanted strings that the reply contains."""
         reply = reply.lower()

@@ -14,7 +14,7 @@ from benchmarks import arms, corpus, harness
 from benchmarks.quality import judge, lab, prompts, questions
 
 QUESTION = SimpleNamespace(
-    task="vt", index=0, key="vt-0", prompt=[1], max_tokens=2, score=lambda reply: float(reply)
+    task="vt", index=0, prompt=[1], max_tokens=2, score=lambda reply: float(reply)
 )
 
 
@@ -112,3 +112,15 @@ def test_what_is_not_installed_is_said_before_any_question(tmp_path, capsys, mon
         run(tmp_path, "--lab", "--arms", "dense", tasks=("multivalue", "cwe"))
     assert "cwe: lm-eval makes their questions and is not installed" in capsys.readouterr().err
     run(tmp_path, "--lab", "--arms", "dense", tasks=("multivalue",))
+
+
+def test_kept_prompts_are_of_the_same_model_and_dtype_and_text(tmp_path, monkeypatch):
+    files = []
+    monkeypatch.setattr(prompts, "saved", lambda network, tokens, file: files.append(file))
+    folder = "--lab", "--arms", "dense", "--keep", "--scratch", str(tmp_path)
+    for further in ((), ("--prompt-dtype", "float32"), ("--model", "smollm2")):
+        for number in range(2):
+            run(tmp_path / f"{len(files)}-{number}", *folder, *further)
+    monkeypatch.setattr(QUESTION, "prompt", [2])  # of another seed
+    run(tmp_path / "seed", *folder)
+    assert [files.index(file) for file in files] == [0, 0, 2, 2, 4, 4, 6]
