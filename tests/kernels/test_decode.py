@@ -57,6 +57,7 @@ SHAPES = [
     {"group": 4, "dim": 40, "block_size": 16, "longest": 90},
     {"group": 5, "dim": 96, "dtype": torch.float16},
     {"group": 12, "dim": 256, "block_size": 128},
+    {"group": 6, "block_size": 128, "page_size": 2, "dtype": torch.bfloat16},
 ]
 
 
@@ -71,6 +72,18 @@ def test_fused_kernel_equals_reference(shape, top_k, read_all):
     tolerance = 2e-5 if batch.cache.dtype == torch.float32 else 4e-3
     torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
     assert torch.equal(cache.nan_to_num(7), expected_cache.nan_to_num(7))
+
+
+@pytest.mark.parametrize("dim", [40, 64])
+@pytest.mark.parametrize("magnitude", [0, 1e-40, 1])
+def test_of_equal_channels_the_lower_ones_are_read(dim, magnitude):
+    """Of signs only, of nothing, and of numbers that are almost nothing; an odd count, and all."""
+    batch = make_batch(rows=6, dim=dim)
+    batch.top_r[:] = torch.tensor([1, 2, 7, dim - 1, dim, dim + 9])
+    batch = batch._replace(query=magnitude * batch.query.sign())
+    _, expected = run(reference.decode_attention, batch, 37)
+    _, output = run(fused.decode_attention, batch, 37)
+    torch.testing.assert_close(output, expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("group", range(1, 17))
