@@ -56,6 +56,8 @@ EVERY = {
 _NAMES = {
     **EVERY,
     "snapkv-2048": "SNAPKV, t = 2048",
+    "default-96": "SPARDA, `query`, 96 (default)",
+    "page8-1024": "t = 1024, page size 8",
     "query-64": "SPARDA, `query`, 64",
     **{f"stride{n}-32": f"SPARDA, `query`, 32, `kernel_stride` {n}" for n in (8, 4, 2)},
 }
@@ -68,6 +70,27 @@ STRIDES = {
     name: _NAMES[name]
     for name in ("dense", "query-32", "stride8-32", "stride4-32", "stride2-32", "query-64")
 }  # fmt: skip
+LONGER = {
+    name: _NAMES[name]
+    for name in ("dense", "exact-1024", "window16-512", "window16-1024", "page8-1024", "query-32",
+                 "forecast-32", "default-96")
+}  # fmt: skip
+ATTENTION = {
+    **{f"window16-{n}": EVERY[f"window16-{n}"] for n in BUDGETS},
+    **{f"paper-{n}": EVERY[f"paper-{n}"] for n in (256, 1024)},
+    **{f"idealvotes-{n}": f"t = {n}, votes of the answer's own queries" for n in (256, 1024)},
+    "page1-1024": "t = 1024, page size 1",
+    "page2-1024": "t = 1024, page size 2",
+    "page8-1024": "t = 1024, page size 8",
+    "moments-1024": "t = 1024, pages by mean and deviation",
+    "meanpage2-1024": "t = 1024, pages of 2 by their mean",
+    "exactpages-1024": "t = 1024, pages by their keys",
+    **{f"exact-{n}": f"exact top-k, {n} tokens" for n in (128, 512)},
+    "quest-512": EVERY["quest-512"],
+    **{name: EVERY[name] for name in ("exactblocks-16", "query-16", "previous-16", "forecast-16",
+                                      "query-32", "forecast-32")},
+}  # fmt: skip
+EARLY = 8  # layers, whose attention is spread most
 BY_TASK = (
     *("exact-256", "exact-1024", *(f"window16-{n}" for n in (*BUDGETS, 2048))),
     *(f"{name}-32" for name in SPARDA),
@@ -141,6 +164,31 @@ def windows() -> str:
     )
 
 
+def attention(file: str = "quality-attention") -> str:
+    """Percent of the dense answers' attention that arms keep and read, means over tasks."""
+    arms = published.result(file)["arms"]
+    tasks = arms["dense"]["recall"][CONTEXT]
+
+    def share(name: str, what: str, layers: slice = slice(None), of: Iterable[str] = tasks) -> str:
+        cells = arms[name]["recall"][CONTEXT]
+        each = [np.mean([answer[what][layers] for answer in cells[task]]) for task in of]
+        return f"{100 * np.mean(each):.0f}"
+
+    columns: dict[str, Any] = {"arm": ATTENTION.__getitem__}
+    for what in ("kept", "read"):
+        columns[f"{what}: layers 1 to {EARLY}"] = lambda name, what=what: share(
+            name, what, slice(EARLY)
+        )
+        columns[f"{what}: the others"] = lambda name, what=what: share(
+            name, what, slice(EARLY, None)
+        )
+    for task, answers in tasks.items():
+        columns[f"read, {task} ({len(answers)})"] = lambda name, task=task: share(
+            name, "read", of=[task]
+        )
+    return table(ATTENTION, columns)
+
+
 def by_task() -> str:
     """Points above or below dense in each task, with an interval of its own."""
     found = scored(("dense", *BY_TASK))
@@ -153,6 +201,8 @@ TABLES = {
     "quality-tried": lambda: scores(TRIED),
     "quality-every": lambda: scores(EVERY),
     "quality-by-task": by_task,
+    "quality-attention": attention,
+    "quality-longer": lambda: scores(LONGER, "quality-8k", "8192"),
     "quality-turns": lambda: scores(TURNS, "quality-turns", "8192"),
     "quality-strides": lambda: scores(STRIDES, "quality-strides", "8192"),
 }

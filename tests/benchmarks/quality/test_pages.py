@@ -71,3 +71,19 @@ def test_the_readme_says_what_the_table_says():
         centre, low, high = map(re.escape, points)
         told = rf"{centre} (points from dense )?with (t = )?{budget} \((90 %: )?{low} to {high}\)"
         assert re.search(told, text), told
+
+
+def test_attention_is_by_layers_and_tasks(monkeypatch):
+    whole = {"kept": [1.0] * 24, "read": [1.0] * 24}
+    some = {"kept": [0.5] * 8 + [1.0] * 16, "read": [0.25] * 8 + [0.75] * 16}
+    arms = {
+        name: {"recall": {"4096": {"vt": [some, some], "cwe": [whole]}}}
+        for name in ("dense", *pages.ATTENTION)
+    }
+    monkeypatch.setattr(published, "result", lambda name: {"arms": arms})
+    head, _, first, *_ = pages.attention().splitlines()
+    assert head == (
+        "| arm | kept: layers 1 to 8 | kept: the others | read: layers 1 to 8 | read: the others "
+        "| read, vt (2) | read, cwe (1) |"
+    )
+    assert first == "| ROCKETKV, t = 256 | 75 | 100 | 62 | 88 | 58 | 100 |"
