@@ -20,7 +20,7 @@ from support.engine import NEW_TOKENS, SETTINGS, SPARDA_SETTINGS
 from support.examples import example
 from support.server import Server, add_tokenizer
 
-from benchmarks.soak import crash, serving, storm, traffic
+from benchmarks.soak import crash, serving, storm, traffic, watch
 from benchmarks.soak.client import Client
 
 if TYPE_CHECKING:
@@ -216,11 +216,12 @@ def test_wrong_requests_get_a_400_that_says_why(client, server, asked, why):
 
 def test_an_aborted_request_gives_everything_back(client, server, prompts):
     stream = client.completions.create(
-        model="m", prompt=prompts[2], max_tokens=400, temperature=0, stream=True,
+        model="m", prompt=prompts[2], max_tokens=1500, temperature=0, stream=True,
         extra_body={"ignore_eos": True},
     )  # fmt: skip
     next(iter(stream))
-    assert server.metrics()["vllm:kv_cache_usage_perc"] > 0
+    # Told with a later step than the token's, perhaps.
+    assert watch.until(lambda: server.metrics()["vllm:kv_cache_usage_perc"] > 0, 10)
     stream.close()
     deadline = time.monotonic() + 20
     while server.metrics()["vllm:kv_cache_usage_perc"] > 0:
