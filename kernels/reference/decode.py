@@ -115,6 +115,8 @@ def decode_attention(
         mask = torch.zeros(rows, kv_heads, held, dtype=torch.bool, device=cache.device)
         mask = mask.scatter_(2, index, chosen) | (top_r <= 0)[:, None, None]
         selected = selected & mask
+    # In float64, so that what kernels differ by is their own rounding.
+    grouped, keys, values = grouped.double(), keys.double(), values.double()
     logits = grouped @ keys.transpose(-1, -2) * scale
     weights = softmax(logits.masked_fill(~selected.unsqueeze(2), -torch.inf), own)
     attended = weights @ values.masked_fill(~selected.unsqueeze(-1), 0.0) * scales.value

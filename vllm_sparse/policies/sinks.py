@@ -20,7 +20,7 @@ def softmax(logits: Tensor, sinks: Tensor | None) -> Tensor:
     """What tokens get of a softmax over the last axis.
 
     Args:
-        logits: float32 ``[..., n]``.
+        logits: float32 or float64 ``[..., n]``.
         sinks: Logits beside them, broadcastable to ``[...]``; ``None`` where there are none.
 
     Returns:
