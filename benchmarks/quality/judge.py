@@ -210,6 +210,8 @@ def main(arguments: list[str] | None = None) -> None:
     if lacking := questions.lacking(options.tasks):
         parser.error(lacking)
     body = {"model": options.model, "seed": options.seed, "lab": options.lab, "arms": {}}
+    if options.lab:
+        body["prompt_dtype"] = options.prompt_dtype
     try:
         with Recorder(options.out, "quality", body, resume=True) as record:
             if options.lab:

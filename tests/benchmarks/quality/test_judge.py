@@ -86,6 +86,13 @@ def test_a_file_does_not_mix_settings(tmp_path, capsys):
     assert "name another file with --out" in capsys.readouterr().err
 
 
+def test_a_file_does_not_mix_prompts_of_two_dtypes(tmp_path, capsys):
+    run(tmp_path, "--lab", "--arms", "dense")
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--lab", "--arms", "dense,window16-512", "--prompt-dtype", "float32")
+    assert "has prompt_dtype 'bfloat16' and this run 'float32'" in capsys.readouterr().err
+
+
 def test_the_laboratory_refuses_settings(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, "--lab", "--arms", "dense,rocketkv-512", "--setting", "window=32")
