@@ -71,6 +71,15 @@ def test_the_readme_says_what_the_table_says():
         centre, low, high = map(re.escape, points)
         told = rf"{centre} (points from dense )?with (t = )?{budget} \((90 %: )?{low} to {high}\)"
         assert re.search(told, text), told
+    longer = pages.scores(pages.LONGER, "quality-8k", "8192").splitlines()
+    for name, told in (
+        ("ROCKETKV, t = 1024 (default)", "{} with 1024 ({} to {})"),
+        ("ROCKETKV, t = 512", "{} with 512 ({} to {})"),
+        ("SPARDA, `query`, 96 (default)", "{} at 8K ({} to {})"),
+    ):
+        (line,) = (line for line in longer if line.startswith(f"| {name} |"))
+        points = re.search(r" (\S+) \((\S+) to (\S+)\) \|$", line).groups()
+        assert told.format(*points) in text, name
 
 
 def test_attention_is_by_layers_and_tasks(monkeypatch):
