@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("hypothesis")
 
+import hypothesis
+
 from benchmarks.fuzz import bodies, hunt
 from benchmarks.soak.client import Client
 from benchmarks.soak.storm import Target
@@ -51,17 +53,17 @@ def served(fails, event=EVENT):
         server.server_close()
 
 
-def hunted(target, examples=40):
+def hunted(target, seeds, examples=40):
     findings = hunt.Findings()
     probes = {PROBE: target.client.complete(PROBE)}
-    for seed in range(2):
+    for seed in seeds:
         hunt.hunt(target, probes, seed, findings, examples)
-    return findings
+        yield findings
 
 
 def test_answers_and_refusals_are_no_faults():
     with served(lambda body: False) as target:
-        findings = hunted(target, 10)
+        *_, findings = hunted(target, range(2), 10)
     assert not findings.failures
     assert not findings.faults
     assert findings.counts["2xx"] > 10
@@ -70,8 +72,12 @@ def test_answers_and_refusals_are_no_faults():
 
 def test_what_fails_is_made_small_and_found_once():
     with served(lambda body: "echo" in body and not body["echo"]) as target:
-        findings = hunted(target)
-        ((said, batch),) = findings.failures.items()
+        # What a seed gives depends on which modules are loaded, since Hypothesis draws some of
+        # their constants: one seed in ten has no such request, so no single one is relied on.
+        hunts = hunted(target, range(30))
+        found = next(findings for findings in hunts if findings.failures)
+        assert next(hunts).failures.keys() == found.failures.keys()
+        ((said, batch),) = found.failures.items()
         assert hunt.fails(target.client, batch)
     with served(lambda body: False) as target:
         assert not hunt.fails(target.client, batch)
@@ -111,21 +117,33 @@ def test_a_server_that_is_gone_ends_it():
     assert "died of" in findings.faults[0]
 
 
-def test_bodies_are_right_and_wrong():
-    import hypothesis
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        lambda sent: sent.path == bodies.COMPLETIONS,
+        lambda sent: sent.path == bodies.CHAT,
+        lambda sent: "vllm_sparse.sparse" in extra(sent),
+        lambda sent: "vllm_sparse.token_budget" in extra(sent),
+        lambda sent: not is_json(sent.body),
+        lambda sent: sent.leave_after is not None,
+    ],
+    ids=["completion", "chat", "sparse", "budget", "no JSON", "leaves"],
+)
+def test_bodies_are_right_and_wrong(wanted):
+    settings = hypothesis.settings(
+        max_examples=5000, database=None, deadline=None, phases=[hypothesis.Phase.generate]
+    )
+    assert wanted(hypothesis.find(bodies.requests("m", 64), wanted, settings=settings))
 
-    seen = []
 
-    @hypothesis.seed(0)
-    @hypothesis.settings(max_examples=100, database=None, deadline=None)
-    @hypothesis.given(bodies.requests("m", 64))
-    def collect(sent):
-        seen.append(sent)
+def extra(sent):
+    given = sent.body.get("vllm_xargs")
+    return given if isinstance(given, dict) else {}
 
-    collect()
-    assert {sent.path for sent in seen} == {bodies.COMPLETIONS, bodies.CHAT}
-    extra = [sent.body["vllm_xargs"] for sent in seen if "vllm_xargs" in sent.body]
-    names = {name for some in extra if isinstance(some, dict) for name in some}
-    assert {"vllm_sparse.sparse", "vllm_sparse.token_budget"} <= names
-    assert any("NaN" in json.dumps(sent.body) for sent in seen)
-    assert any(sent.leave_after is not None for sent in seen)
+
+def is_json(body):
+    try:
+        json.dumps(body, allow_nan=False)
+    except ValueError:
+        return False
+    return True
