@@ -20,9 +20,10 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 
 from vllm_sparse.backends.policy import Planning
 from vllm_sparse.backends.policy_gpu import PolicyGpuBuilder
-from vllm_sparse.errors import IntegrityError
+from vllm_sparse.errors import IntegrityError, UnsupportedError
 from vllm_sparse.policies.quest import Quest
 from vllm_sparse.policies.rocketkv import RocketKV
+from vllm_sparse.policies.snapkv import SnapKV
 from vllm_sparse.steps.split import StepPlanner
 
 
@@ -79,6 +80,18 @@ def test_single_tokens_are_planned_on_the_device(table, kind, drafts):
     builder.build(0, batch(table, "abc", [n + 1 + drafts for n in ends], (1 + drafts,) * 3))
     assert not elsewhere(builder.compacted)
     assert len(builder.compacted) == (kind is RocketKV)
+
+
+class TwoSizes(SnapKV):
+    """Of which no setting tells."""
+
+    page_sizes = (4, 8)
+
+
+def test_one_page_size_serves_all_requests_of_a_captured_graph():
+    spec = SimpleNamespace(policy=make_policy(TwoSizes, kernels="triton"), backend="NEW")
+    with pytest.raises(UnsupportedError, match=r"page_sizes=\[4, 8\]: on GPUs one page size"):
+        Planning(spec, [], None, 16, None, False, None)
 
 
 @pytest.mark.parametrize("others", [1, 3], ids=["uniform", "beside others"])

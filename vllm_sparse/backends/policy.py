@@ -198,6 +198,8 @@ class Planning:
             refuse("other-blocks", POLICIES, on_gpu, wanted=wanted, size=block_size)
         if wanted != block_size:
             _check_parts(spec, block_size)
+        if len(policy.page_sizes) > 1:  # start-up has seen settings only
+            refuse("page-sizes", POLICIES, on_gpu, sizes=list(policy.page_sizes))
         self.planner = StepPlanner(policy, block_size)
         ask_for_prompt_lengths(config)
         context = config.compilation_config.static_forward_context

@@ -22,14 +22,25 @@ def make_policy(name: str, settings: PolicySettings, shape: Shape) -> Policy:
         shape: Of the layers; vLLM probes them with blocks of one token.
 
     Raises:
-        UnsupportedError: Blocks or heads do not suit the policy's pages, or skipped layers what it
-            gives up.
+        UnsupportedError: Blocks or heads do not suit the policy's pages, skipped layers do not suit
+            what it gives up, or the policy contradicts itself.
     """
     kind: type[Policy] = registry.policy(name)
     policy = kind(settings, shape)
     if policy.index_width % min(policy.page_sizes):
         raise UnsupportedError(
             f"head size {shape.head_dim} does not divide into page_sizes={min(policy.page_sizes)}"
+        )
+    if policy.window and not policy.index_width:
+        raise UnsupportedError(
+            f"{name} has a window of {policy.window} tokens but no index: window queries wait for "
+            "the next chunk where a block's index would be. Give the policy an index_width, as "
+            "SNAPKV does, or no window"
+        )
+    if policy.index_width and len(policy.page_sizes) > 1 and not policy.moves:
+        raise UnsupportedError(
+            f"{name} has page_sizes={list(policy.page_sizes)} but leaves tokens in place: their "
+            "index is built once for all requests that share a block. Let it name one size"
         )
     if settings.skip_layers and not policy.moves:
         _check_skipped(name, policy)

@@ -153,12 +153,15 @@ class Policy(ABC):
 
     @property
     def window(self) -> int:
-        """Last prompt tokens whose queries :meth:`keep` needs."""
+        """Last prompt tokens whose queries :meth:`keep` needs; they wait where an index will be."""
         return 0
 
     @property
     def page_sizes(self) -> tuple[int, ...]:
-        """Tokens per page of the index, ascending; :meth:`retention` names one of them."""
+        """Tokens per page of the index, ascending; :meth:`retention` names one of them.
+
+        A policy that :attr:`moves` tokens may have several, on CPUs.
+        """
         return (1,)
 
     @property
