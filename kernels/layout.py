@@ -57,7 +57,3 @@ class PageLayout:
         size = self.channels * self.pages_per_block
         flat = cache.flatten(2)[..., self.token_elements : self.token_elements + size]
         return flat.unflatten(2, (self.channels, self.pages_per_block))
-
-    def extrema(self, cache: Tensor) -> Tensor:
-        """The index where it holds extrema of keys, ``[blocks, G, 2 * D, pages_per_block]``."""
-        return self.index(cache)

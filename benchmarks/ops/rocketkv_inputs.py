@@ -88,7 +88,7 @@ def make_decode(
         tokens = tokens.unflatten(1, (width, case.block_size)).transpose(0, 1)
         bounds = bounds.unflatten(1, (width, -1)).permute(1, 0, 3, 2)
         layout.tokens(cache)[place] = tokens
-        layout.extrema(cache)[place] = bounds
+        layout.index(cache)[place] = bounds
     if top_r is None:
         span = (max(1, dim // 4), dim + 1)
         channels = torch.randint(*span, (rows,), generator=generator, device=device).int()

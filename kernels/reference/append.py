@@ -60,7 +60,7 @@ def append_tokens(
         arrived.zero_()
     if query is not None and parked is not None:
         park_queries(cache, query, parked, layout, per_block)
-    tokens, extrema = layout.tokens(cache), layout.extrema(cache)
+    tokens, extrema = layout.tokens(cache), layout.index(cache)
     active = lengths > 0
     table = block_table[active].long()
     slot = (lengths[active] - 1).long()
@@ -163,7 +163,7 @@ def park_queries(
     there = parked >= 0
     grouped = as_slots(query[there].unflatten(1, (kv_heads, group)).flatten(2), cache.dtype)
     place = parked[there].long()
-    area = layout.extrema(cache).flatten(2)
+    area = layout.index(cache).flatten(2)
     size = grouped.shape[-1]
     column = (place % per_block)[:, None] * size + torch.arange(size, device=cache.device)
     block = (place // per_block)[:, None, None]

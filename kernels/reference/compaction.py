@@ -67,7 +67,7 @@ def compact_tokens(
         padding = len(tail) * layout.pages_per_block - bounds.shape[1]
         bounds = torch.nn.functional.pad(bounds, (0, 0, 0, padding)).to(cache.dtype)
         layout.tokens(cache)[tail] = rows.unflatten(1, (len(tail), -1)).transpose(0, 1)
-        layout.extrema(cache)[tail] = bounds.unflatten(1, (len(tail), -1)).permute(1, 0, 3, 2)
+        layout.index(cache)[tail] = bounds.unflatten(1, (len(tail), -1)).permute(1, 0, 3, 2)
 
 
 compact_prompts = chained(score_prompt, top_indices, compact_tokens)

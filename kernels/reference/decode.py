@@ -86,7 +86,7 @@ def decode_attention(
     visible = position < lengths[:, None]
     selected = visible[:, None].expand(-1, kv_heads, -1)
     if not read_all:
-        extrema = layout.extrema(cache)[table]
+        extrema = layout.index(cache)[table]
         extrema = extrema.permute(0, 2, 1, 4, 3).reshape(rows, kv_heads, -1, 2 * dim)
         # The stored extrema of the newest page may already hold tokens that come later.
         newest = (lengths.clamp_min(1) - 1) // page_size

@@ -71,7 +71,7 @@ def select_slots(
             token = torch.arange(max(length, 0), device=lengths.device).expand(kv_heads, -1)
         else:
             pages, table = -(-length // size), block_table[row].long()
-            bounds = layout.extrema(cache)[table].permute(1, 0, 3, 2).flatten(1, 2)[:, :pages]
+            bounds = layout.index(cache)[table].permute(1, 0, 3, 2).flatten(1, 2)[:, :pages]
             extreme, scale, newest = (
                 part[row].unflatten(0, (kv_heads, -1))
                 for part in (probes.extreme.flatten(1), probes.scale, probes.newest)

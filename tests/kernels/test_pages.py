@@ -39,7 +39,7 @@ def test_slots_equal_reference_and_policy(page_size, private):
     for row, length in enumerate(lengths.tolist()[:3]):  # what the newest page stores is not read
         newest = (length - 1) // page_size
         block = batch.table[row, newest // pages_per_block].long()
-        batch.layout.extrema(batch.cache)[block, ..., newest % pages_per_block] = torch.nan
+        batch.layout.index(batch.cache)[block, ..., newest % pages_per_block] = torch.nan
     rows = batch.table, lengths, batch.top_r
     probes = ref_append.probe_pages(batch.cache, batch.query, *rows, batch.layout, 0.3)
     options = {"layout": batch.layout, "top_k": top_k, "private": private}
@@ -73,7 +73,7 @@ def make_ranked(lengths, kv_heads, group, blocks, layout, levels=None):
     bounds = torch.randn(shape[0], kv_heads, dim, layout.pages_per_block, generator=generator)
     if levels:
         bounds = (bounds * levels).round() / levels
-    layout.extrema(cache)[:, :, :dim] = bounds
+    layout.index(cache)[:, :, :dim] = bounds
     table = torch.randperm(rows * blocks, generator=generator).view(rows, blocks).int() + 1
     query = torch.zeros(rows, kv_heads, group, dim)
     query[:, :, torch.arange(group), torch.arange(group)] = 1.0

@@ -57,7 +57,7 @@ def make_batch(rows=5, kv_heads=2, group=3, dim=64, block_size=32, page_size=4, 
         bounds = bounds.transpose(0, 1).to(cached)
         page = torch.arange(len(bounds))
         block = table[row].long()[page // layout.pages_per_block]
-        layout.extrema(cache)[block, :, :, page % layout.pages_per_block] = bounds
+        layout.index(cache)[block, :, :, page % layout.pages_per_block] = bounds
 
     def noise(heads: int) -> torch.Tensor:
         return (torch.randn(rows, heads, dim, generator=generator) * 1.5).to(dtype)

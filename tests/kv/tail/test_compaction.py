@@ -54,7 +54,7 @@ def test_compaction_keeps_what_brute_force_keeps(prompt_len, page_size):
         assert torch.equal(rows[head, :, :dim], keys[head, index[head]])
         assert torch.equal(rows[head, :, dim:], values[head, index[head]])
     low, high = brute.page_extrema(rows[..., :dim], page_size)
-    stored = layout.extrema(cache)[tail].permute(1, 0, 3, 2).flatten(1, 2)[:, : low.shape[1]]
+    stored = layout.index(cache)[tail].permute(1, 0, 3, 2).flatten(1, 2)[:, : low.shape[1]]
     assert torch.equal(stored, torch.cat((low, high), -1).float())
     others = torch.ones(len(cache), dtype=torch.bool).scatter_(0, tail, False)
     assert torch.equal(cache[others].nan_to_num(7), before[others].nan_to_num(7))
