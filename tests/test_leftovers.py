@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -53,19 +54,25 @@ def test_what_is_young_may_be_about_to_be_held(folder):
 
 def test_the_end_waits_for_whoever_is_ending(folder):
     killed_holder(folder / "dead.db")
+    held, holds = os.pipe()
+    told, tell = os.pipe()
     child = os.fork()
     if not child:
         leftovers.hold(folder / "ending.db")
-        time.sleep(0.5)
+        os.write(holds, b"!")
+        os.read(told, 1)
         os._exit(0)
-    while not (folder / "ending.db").exists():
-        time.sleep(0.01)
-    time.sleep(0.1)
+    os.read(held, 1)
     leftovers.sweep_at_the_end(folder, patience_s=0)
     assert [path.name for path in folder.iterdir()] == ["ending.db"]
-    leftovers.sweep_at_the_end(folder)
+    ending = threading.Timer(0.3, os.write, (tell, b"!"))
+    ending.start()
+    leftovers.sweep_at_the_end(folder, patience_s=60)
     assert not folder.exists()
     os.waitpid(child, 0)
+    ending.join()
+    for end in (held, holds, told, tell):
+        os.close(end)
 
 
 def test_links_and_what_is_not_there_are_left_alone(folder, tmp_path):

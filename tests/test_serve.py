@@ -151,7 +151,7 @@ def test_the_log_says_what_was_counted_once(client, server, prompts):
     """Every line of the log has the name of the process that wrote it."""
     for prompt in (prompts[1], prompts[0][:50]):
         _complete(client, prompt)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     logged, counted = (0, 0), None
     while logged != counted:  # the log lags by its interval
         assert time.monotonic() < deadline, f"{logged} was logged of {counted}"
@@ -221,9 +221,9 @@ def test_an_aborted_request_gives_everything_back(client, server, prompts):
     )  # fmt: skip
     next(iter(stream))
     # Told with a later step than the token's, perhaps.
-    assert watch.until(lambda: server.metrics()["vllm:kv_cache_usage_perc"] > 0, 10)
+    assert watch.until(lambda: server.metrics()["vllm:kv_cache_usage_perc"] > 0, 60)
     stream.close()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while server.metrics()["vllm:kv_cache_usage_perc"] > 0:
         assert time.monotonic() < deadline, "blocks are still held"
         time.sleep(0.2)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.lanes import copy_threads, gated_lane
+from support.lanes import copy_threads, gated_lane, open_when_waited_for
 
 from vllm_sparse.prefetch import lane as lane_module
 from vllm_sparse.prefetch.lane import LateLane, ThreadLane
@@ -56,23 +56,22 @@ class TestThreadLane:
         assert target.item() == 1
         assert first.wait() == 0, "waiting for finished work takes no time"
 
-    def test_waiting_reports_how_long_the_caller_stood_still(self, gated):
+    def test_waiting_reports_how_long_the_caller_stood_still(self, gated, monkeypatch):
         lane, gate = gated
         ticket = lane.fork(write(torch.zeros(1)))
-        timer = threading.Timer(0.3, gate.set)
+        open_when_waited_for(gate, monkeypatch, 0.2)
         start = time.perf_counter()
-        timer.start()
         waited = ticket.wait()
-        assert 0.05 < waited <= time.perf_counter() - start
-        timer.join()
+        assert 0.15 < waited <= time.perf_counter() - start
 
     @pytest.mark.parametrize("jobs", [1, 4])
     def test_the_link_is_as_slow_as_asked(self, jobs):
         """80 ms in total, however it is divided; the work itself takes next to nothing."""
         nbytes = 400_000 // jobs
         lane = ThreadLane(gb_per_s=400_000 / 0.08 / 1e9)
-        fastest = 10.0
-        for _ in range(5):  # the machine may be busy
+        fastest, rounds = 10.0, 0
+        while fastest >= 0.12 and rounds < 100:  # the machine may be busy
+            rounds += 1
             start = time.perf_counter()
             tickets = [lane.fork(write(torch.zeros(1)), nbytes) for _ in range(jobs)]
             waited = sum(ticket.wait() for ticket in tickets)
@@ -99,7 +98,7 @@ class TestThreadLane:
         monkeypatch.setattr(os, "sched_setaffinity", refuse)
         lane, target, done = ThreadLane(), torch.zeros(1), threading.Event()
         lane.fork(lambda: (target.fill_(1), done.set()))
-        assert done.wait(10)
+        assert done.wait(60)
         lane.close()
 
     @pytest.mark.parametrize("parent", [None, 1234, 1])
@@ -128,7 +127,7 @@ class TestThreadLane:
 
         monkeypatch.setattr(lane_module, "_allowed_cores", fail)
         lane = ThreadLane()
-        lane._thread.join(10)
+        lane._thread.join(60)
         with pytest.raises(RuntimeError, match="has died"):
             lane.fork(write(torch.zeros(1)))
         lane.close()
@@ -169,7 +168,7 @@ class TestThreadLane:
         (thread,) = copy_threads() - before
         del lane
         gc.collect()
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
 
     def test_an_exiting_interpreter_finishes_the_work(self, tmp_path):

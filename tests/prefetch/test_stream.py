@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.capture import CaptureError, capturing
 from support.kernels import REFERENCE as KERNELS
-from support.lanes import ManualLane, counting, gated_lane, make_pager
+from support.lanes import ManualLane, counting, gated_lane, make_pager, open_when_waited_for
 
 from vllm_sparse.prefetch.stream import PromptStream, Tile
 
@@ -147,15 +146,15 @@ class TestPromptStream:
         assert counts["streamed_bytes"] == picked[False] * piece
         assert counts["exposed_wait_seconds"] == (0 if eager else 0.25 * len(lane.tickets))
 
-    def test_a_thread_stays_one_tile_ahead(self, counts, gated):
+    def test_a_thread_stays_one_tile_ahead(self, counts, gated, monkeypatch):
         lane, gate = gated
         pager = make_pager()
         stream = PromptStream(pager, KERNELS, lane, 2, counting(counts))
         tiles = [Tile(torch.tensor([b]), b, 4, False) for b in (1, 2)]
         stream.begin_step(tiles)
-        threading.Timer(0.3, gate.set).start()
+        open_when_waited_for(gate, monkeypatch, 0.2)
         rows = stream.read(0, 0)
-        assert counts["exposed_wait_seconds"] > 0.05
+        assert counts["exposed_wait_seconds"] > 0.15
         for layer in range(3):
             for index, tile in enumerate(tiles):
                 if (layer, index) != (0, 0):

@@ -12,9 +12,15 @@ from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from support.block_pool import Allocator, Request, Row
 from support.kernels import REFERENCE, sparda
 from vllm_sparse.kernels.types import Ranking, Selected
@@ -467,17 +473,17 @@ class LayerMachine(RuleBasedStateMachine):
 @pytest.mark.slow
 def test_random_lives() -> None:
     LayerMachine.seen.clear()
-    LayerMachine.TestCase.settings = settings(
-        max_examples=30, stateful_step_count=40, deadline=None
-    )
-    # Left to chance, whole runs go by without a fetch ahead that nobody reads.
-    for ahead, prefetch in ((False, False), (False, True), (True, False), (True, True)):
-        LayerMachine.ahead, LayerMachine.prefetch = ahead, prefetch
-        LayerMachine.TestCase().runTest()
-    seen = LayerMachine.seen
-    assert seen["steps"] > 1000
-    for event in (
+    seen, events = LayerMachine.seen, (
         *("late tiles", "decodes that borrow", "replays", "failed steps", "lone prompt tokens"),
         *("batches of single tokens", "frame_hits", "frame_misses", "wasted"),
-    ):
-        assert seen[event], f"no {event}: the machine shows less than it says ({seen})"
+    )  # fmt: skip
+    lives = settings(max_examples=30, stateful_step_count=40, deadline=None)
+    # Left to chance, whole runs go by without a fetch ahead that nobody reads.
+    kinds = ((False, False), (False, True), (True, False), (True, True))
+    for number, (ahead, prefetch) in enumerate(kinds * 5):
+        LayerMachine.ahead, LayerMachine.prefetch = ahead, prefetch
+        run_state_machine_as_test(seed(number)(LayerMachine), settings=lives)
+        # What a seed gives depends on which modules are loaded, whose constants are drawn, too.
+        if number % 4 == 3 and seen["steps"] > 1000 and all(seen[event] for event in events):
+            return
+    raise AssertionError(f"the machine shows less than it says: {seen}")

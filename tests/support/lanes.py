@@ -4,13 +4,17 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 
 from vllm_sparse.kv.host.geometry import Geometry
 from vllm_sparse.kv.host.pager import Pager
+from vllm_sparse.prefetch import lane as lane_module
 from vllm_sparse.prefetch.lane import ThreadLane
 
 
@@ -26,12 +30,25 @@ def gated_lane():
 
     class Gated(ThreadLane):
         def fork(self, work, nbytes=0):
-            return super().fork(lambda: (gate.wait(30), work()), nbytes)
+            return super().fork(lambda: (gate.wait(120), work()), nbytes)
 
     lane = Gated()
     yield lane, gate
     gate.set()
     lane.close()
+
+
+def open_when_waited_for(gate: threading.Event, monkeypatch, seconds: float) -> None:
+    """Open a gate so long after a ticket's wait has looked at the clock, not before it has."""
+    timer = threading.Timer(seconds, gate.set)
+
+    def now() -> float:
+        found = time.perf_counter()
+        if sys._getframe(1).f_code.co_name == "wait" and timer.ident is None:
+            timer.start()
+        return found
+
+    monkeypatch.setattr(lane_module, "time", SimpleNamespace(perf_counter=now, sleep=time.sleep))
 
 
 class ManualLane:

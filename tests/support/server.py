@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import re
 import socket
 import subprocess
@@ -17,9 +19,12 @@ from support.engine import BLOCK_SIZE
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below those that systems hand out, of which others could get it before the server has it."""
+    for port in random.SystemRandom().sample(range(12_000, 30_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def add_tokenizer(folder: Path, first: str = "") -> None:
@@ -74,7 +79,7 @@ class Server:
             start_new_session=True,
         )  # fmt: skip
 
-    def wait(self, seconds: float = 240) -> None:
+    def wait(self, seconds: float = 900) -> None:
         """Until it is healthy."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -89,7 +94,7 @@ class Server:
 
     def metrics(self) -> dict[str, float]:
         """Values summed over labels, but for ``reason``, which follows the name behind a slash."""
-        text = urllib.request.urlopen(f"{self.url}/metrics", timeout=10).read().decode()
+        text = urllib.request.urlopen(f"{self.url}/metrics", timeout=120).read().decode()
         rows = re.findall(r"^(vllm:\w+)(\{.*?\})? ([\d.e+-]+)$", text, re.MULTILINE)
         totals: dict[str, float] = {}
         for name, labels, value in rows:
@@ -102,6 +107,7 @@ class Server:
         """End it."""
         self.process.terminate()
         try:
-            self.process.wait(30)
+            self.process.wait(120)
         except subprocess.TimeoutExpired:
             self.process.kill()
+            self.process.wait()

@@ -70,7 +70,7 @@ def test_a_forked_server_is_a_process_like_another(tmp_path, monkeypatch):
 
     def main():
         os.write(1, f"{os.environ['FORKED']} {sys.argv[1:]}\n".encode())
-        time.sleep(60 if sys.argv[1] == "stay" else 0)
+        time.sleep(600 if sys.argv[1] == "stay" else 0)
         sys.exit(3)
 
     monkeypatch.setattr(forked, "_import", lambda: None)
@@ -82,9 +82,9 @@ def test_a_forked_server_is_a_process_like_another(tmp_path, monkeypatch):
         with log.open("wb") as into:
             process = server._start(["vllm", what], {"FORKED": "yes"}, into)
         if what == "stay":
-            watch.until(lambda log=log: log.read_text() != "", 20)
+            watch.until(lambda log=log: log.read_text() != "", 120)
             assert process.poll() is None
             assert os.getpgid(process.pid) == process.pid != os.getpgid(0)
             process.terminate()
-        assert process.wait(20) == status
+        assert process.wait(120) == status
         assert log.read_text() == f"yes ['{what}']\n"
