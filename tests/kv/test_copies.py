@@ -197,6 +197,24 @@ def test_a_step_copies_so_much_and_no_more(llama, monkeypatch, skipped):
         assert machine.first_hits[request.request_id] == shared + 3 * BLOCK
 
 
+@pytest.mark.parametrize("new_tokens", [1, 8], ids=["leaves its tail", "copies it"])
+def test_an_event_names_the_tokens_of_its_blocks_and_no_others(llama, monkeypatch, new_tokens):
+    """What routers follow; between two blocks of a tail one is in the cache already."""
+    machine = Machine(llama, blocks=120)
+    machine.serve(PROMPT)
+    hashes = machine.hasher(machine_request(machine, PROMPT))
+    first = limits(machine)[0] // BLOCK
+    gone = [machine.pool.get_cached_block(hashes[first + place], [0])[0] for place in (1, 3)]
+    machine.pool.evict_blocks({block.block_id for block in gone})
+    machine.pool.enable_kv_cache_events = True
+    monkeypatch.setattr(machine.scheduler.kv_cache_manager, "take_events", lambda: None)
+    machine.serve(PROMPT, new_tokens)
+    stored = [x for x in machine.pool.take_events() if hasattr(x, "token_ids")]
+    assert [len(event.block_hashes) for event in stored] == [1, 1]
+    for event, place in zip(stored, (first + 1, first + 3), strict=True):
+        assert event.token_ids == PROMPT[place * BLOCK : (place + 1) * BLOCK]
+
+
 def test_switched_off_prompts_hit_what_they_drop(llama):
     machine = Machine(llama, blocks=120, settings={"keep_prefixes": False})
     shared = limits(machine)[0]

@@ -11,7 +11,7 @@ both ends of a copy hold one more reference, which vLLM's scheduler gives back.
 
 from __future__ import annotations
 
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -237,17 +237,18 @@ class PrefixCopies:
         return [place for place, block in zip(places, cached, strict=True) if block is None]
 
     def _publish(self, request: Request, blocks: dict[int, KVCacheBlock]) -> None:
-        """Publish blocks of a tail, by place, unless others have."""
-        if not (missing := self._missing(request, sorted(blocks))):
-            return
-        first, end = missing[0], missing[-1] + 1
-        row = [blocks.get(place, self._pool.null_block) for place in range(end)]
-        wanted = set(missing)
-        mask = [place in wanted for place in range(first, end)]
-        self._pool.cache_full_blocks(
-            request, row, first, end, self._manager.block_size,
-            self._manager.kv_cache_group_id, mask,
-        )  # fmt: skip
+        """Publish blocks of a tail, by place, unless others have.
+
+        Only neighbours at once: an event names all tokens from the first block to the last.
+        """
+        missing = enumerate(self._missing(request, sorted(blocks)))
+        for _, run in groupby(missing, lambda numbered: numbered[1] - numbered[0]):
+            places = [place for _, place in run]
+            first, end = places[0], places[-1] + 1
+            row = [blocks.get(place, self._pool.null_block) for place in range(end)]
+            self._pool.cache_full_blocks(
+                request, row, first, end, self._manager.block_size, self._manager.kv_cache_group_id
+            )
 
     def _refresh(self, request: Request, places: Sequence[int]) -> None:
         """Have what the prefix cache has of a prompt evicted last, and from its end on.
