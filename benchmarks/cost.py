@@ -16,7 +16,7 @@ import argparse
 from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.gpu.shapes import LLAMA
-from benchmarks.ops.rocketkv import SETTINGS
+from benchmarks.ops import rocketkv
 from vllm_sparse.planner import bounds
 
 if TYPE_CHECKING:
@@ -171,8 +171,8 @@ def microseconds(kernel: Launched, machine: Machine, overlapped: bool) -> float:
 
 def split_of(case: Case, shape: Shape = LLAMA) -> bounds.Split:
     """What ROCKETKV holds and reads of one request."""
-    settings = {**SETTINGS, "token_budget": case.budget}
-    return bounds.split_of(shape, case.context, settings, BLOCK_SIZE)
+    settings = {**rocketkv.SETTINGS, "token_budget": case.budget}
+    return rocketkv.split_of(shape, case.context, settings, BLOCK_SIZE)
 
 
 def layer(
@@ -212,7 +212,7 @@ def layer(
     )  # fmt: skip
     append = Launched(
         "append + rank", APPEND, pairs,
-        size_bytes=bounds.append_bytes(shape, case.batch, split.page_size),
+        size_bytes=rocketkv.append_bytes(shape, case.batch, split.page_size),
     )  # fmt: skip
     return [append, select, attend]
 

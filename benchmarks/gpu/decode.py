@@ -21,6 +21,7 @@ from benchmarks import arms, commands, harness, live, predictions
 from benchmarks.gpu import llms, shapes
 from benchmarks.gpu.stages import CheckFailedError, NotAvailableError, report_of
 from benchmarks.ops import timings
+from benchmarks.ops.rocketkv import split_of
 from vllm_sparse.planner import bounds
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ class _Subject:
         """What this arm holds and reads; None if it is dense."""
         if self._arm.settings is None:
             return None
-        return bounds.split_of(self._shape, context, self._arm.settings, self._block_size)
+        return split_of(self._shape, context, self._arm.settings, self._block_size)
 
     def held(self, context: int) -> int:
         """Tokens that a request holds once it decodes."""

@@ -32,6 +32,9 @@ from benchmarks.ops.registry import (
 )
 from benchmarks.ops.rocketkv_inputs import Case, make_decode, make_prompts, make_rows, with_views
 from vllm_sparse.planner import bounds
+from vllm_sparse.planner.shapes import ITEM_BYTES
+from vllm_sparse.policies.protocol import Shape as CacheShape
+from vllm_sparse.policies.rocketkv import RocketKV, RocketKVSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -134,6 +137,12 @@ def _mask(counts: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=counts.device) < counts[:, None]
 
 
+def append_bytes(shape: Shape, rows: int, page_size: int) -> int:
+    """New keys and values in and out, the open page's keys, its extrema."""
+    head = 2 * 2 * shape.head_dim + page_size * shape.head_dim + 2 * shape.head_dim
+    return ITEM_BYTES * rows * shape.kv_heads * head
+
+
 _ATTEND: dict[str, Any] = {
     "kernel": "attend_slots", "compare": output_error, "writes": ("output",),
 }  # fmt: skip
@@ -147,14 +156,14 @@ STEP = (
     Op(
         "append", "append_tokens", _append_error, None, ("cache", "probes"), goes_on=True,
         timed={"replays": False},
-        least=lambda at: bounds.append_bytes(at.shape, at.cell.batch, at.split.page_size),
+        least=lambda at: append_bytes(at.shape, at.cell.batch, at.split.page_size),
     ),
     Op(
         "select slots", "select_slots", _missed_slots, 1.0 - SAME_CHOICE, gives="slots",
         fixed={"private": True},
         least=lambda at: (
             bounds.score_bytes(at.shape, at.cell.batch, at.split)
-            + bounds.slot_bytes(at.shape, at.cell.batch, at.split)
+            + 4 * at.cell.batch * at.shape.kv_heads * at.split.top_k  # int32 slots
         ),
     ),
     Op(
@@ -170,12 +179,16 @@ PLAN = (Op("plan rows", "plan_rows", _rows_unlike, 0.0, ("rows", "counted")),)
 
 
 def _compact_bytes(at: Sizes) -> int:
-    return bounds.compact_bytes(at.shape, at.max_kept, at.split.page_size)
+    """Kept keys and values in and out, extrema out."""
+    rows = 2 * 2 * at.max_kept + 2 * -(-at.max_kept // at.split.page_size)
+    return ITEM_BYTES * at.shape.kv_heads * at.shape.head_dim * rows
 
 
 def _score_prompt_bytes(at: Sizes) -> int:
-    window = min(WINDOW, at.cell.context // 8)
-    return bounds.prompt_score_bytes(at.shape, at.cell.context, window)
+    """All keys once and the window's queries in, a float32 score per token out."""
+    shape, window = at.shape, min(WINDOW, at.cell.context // 8)
+    read = shape.head_dim * (shape.kv_heads * at.cell.context + shape.heads * window)
+    return ITEM_BYTES * read + 4 * shape.kv_heads * at.cell.context
 
 
 PROMPT = (
@@ -263,9 +276,19 @@ def timings(
     return parts
 
 
+def split_of(
+    shape: Shape, context: int, settings: dict[str, Any], block_size: int = 16
+) -> bounds.Split:
+    """The split of a prompt of `context` tokens, by the rule that the engine follows."""
+    own = RocketKVSettings.model_validate(settings)
+    group = shape.heads // shape.kv_heads
+    policy = RocketKV(own, CacheShape(shape.head_dim, group, block_size, 2 * context))
+    return bounds.split_by(policy, context)
+
+
 def _split(shape: Shape, cell: Cell) -> bounds.Split:
     settings = {**SETTINGS, "token_budget": cell.budget}
-    return bounds.split_of(shape, cell.context, settings, cell.block_size)
+    return split_of(shape, cell.context, settings, cell.block_size)
 
 
 def _case(shape: Shape, cell: Cell, rows: int, longest: int) -> Case:

@@ -34,6 +34,20 @@ def test_every_step_of_a_cycle_misses_the_same_share(rows):
         assert len(after - before) == rows * 6
 
 
+def test_bytes_of_each_kernel():
+    from benchmarks.gpu.shapes import LLAMA
+    from benchmarks.ops import rocketkv
+    from vllm_sparse.planner import bounds
+
+    split = bounds.Split(held=4096, page_size=4, top_r=64, top_k=512)
+    sizes = rocketkv.Sizes(LLAMA, rocketkv.Cell(1000, 1024, 1), split, max_kept=64)
+    least = {op.name: op.least(sizes) for op in (*rocketkv.STEP, *rocketkv.PROMPT)}
+    assert least["append"] == 2 * 8 * 128 * (4 + 4 + 2)
+    assert least["select slots"] == bounds.score_bytes(LLAMA, 1, split) + 4 * 8 * 512
+    assert least["score prompt"] == 2 * 128 * (8 * 1000 + 32 * 32) + 4 * 8 * 1000
+    assert least["compact tokens"] == 2 * 8 * 128 * (4 * 64 + 2 * 16)
+
+
 def test_sparda_kernels_are_timed_in_the_interpreter(tmp_path, monkeypatch):
     pytest.importorskip("triton")
     from benchmarks.ops import sparda_timings, timings

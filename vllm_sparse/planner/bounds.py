@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""The fewest bytes that each kernel and step must move, and the speed-up that follows from them.
+"""The fewest bytes that a decode step must move.
 
 Every input is counted once, every output once, intermediate results not at all. Times follow with
 the bandwidth of a copy, measured in the same run.
@@ -8,11 +8,9 @@ the bandwidth of a copy, measured in the same run.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_sparse.planner.shapes import ITEM_BYTES
-from vllm_sparse.policies.protocol import Shape as CacheShape
-from vllm_sparse.policies.rocketkv import RocketKV, RocketKVSettings
 
 if TYPE_CHECKING:
     from vllm_sparse.planner.shapes import Shape
@@ -33,14 +31,6 @@ class Split(NamedTuple):
     stage2: bool = True
 
 
-def split_of(shape: Shape, context: int, settings: dict[str, Any], block_size: int = 16) -> Split:
-    """The split of a prompt of `context` tokens, by the rule that the engine follows."""
-    own = RocketKVSettings.model_validate(settings)
-    group = shape.heads // shape.kv_heads
-    policy = RocketKV(own, CacheShape(shape.head_dim, group, block_size, 2 * context))
-    return split_by(policy, context)
-
-
 def split_by(policy: Policy, context: int) -> Split:
     """What a policy holds and reads of a prompt of `context` tokens.
 
@@ -54,22 +44,11 @@ def split_by(policy: Policy, context: int) -> Split:
     return Split(held, found.page_size, channels, policy.top_k or 0, stage2)
 
 
-def append_bytes(shape: Shape, rows: int, page_size: int) -> int:
-    """New keys and values in and out, the open page's keys, its extrema."""
-    head = 2 * 2 * shape.head_dim + page_size * shape.head_dim + 2 * shape.head_dim
-    return ITEM_BYTES * rows * shape.kv_heads * head
-
-
 def score_bytes(shape: Shape, rows: int, split: Split) -> int:
     """The selected channels of all pages; queries."""
     pages = -(-split.held // split.page_size)
     channels = shape.kv_heads * split.top_r * pages
     return ITEM_BYTES * rows * (channels + shape.heads * shape.head_dim)
-
-
-def slot_bytes(shape: Shape, rows: int, split: Split) -> int:
-    """An int32 slot per token and KV head out."""
-    return 4 * rows * shape.kv_heads * split.top_k
 
 
 def attend_bytes(shape: Shape, rows: int, tokens: int) -> int:
@@ -78,30 +57,10 @@ def attend_bytes(shape: Shape, rows: int, tokens: int) -> int:
     return ITEM_BYTES * rows * heads * shape.head_dim
 
 
-def prompt_score_bytes(shape: Shape, context: int, window: int) -> int:
-    """All keys once and the window's queries in, a float32 score per token out."""
-    read = ITEM_BYTES * shape.head_dim * (shape.kv_heads * context + shape.heads * window)
-    return read + 4 * shape.kv_heads * context
-
-
-def compact_bytes(shape: Shape, kept: int, page_size: int) -> int:
-    """Kept keys and values in and out, extrema out."""
-    rows = 2 * 2 * kept + 2 * -(-kept // page_size)
-    return ITEM_BYTES * shape.kv_heads * shape.head_dim * rows
-
-
 def select_blocks_bytes(shape: Shape, rows: int, context: int, stride: int, top_k: int) -> int:
     """SPARDA: compressed keys and a Forecast in, a block and a piece per choice out."""
     read = ITEM_BYTES * rows * shape.kv_heads * shape.head_dim * (context // stride + 1)
     return read + 2 * 4 * rows * shape.kv_heads * top_k
-
-
-def resolve_bytes(wanted: int, misses: int) -> int:
-    """SPARDA: pieces in, their frames looked up and out, two lists of the misses out.
-
-    What the clock looks at depends on where it stands, and is not counted.
-    """
-    return 4 * (3 * wanted + 2 * misses)
 
 
 def layer_bytes(shape: Shape, rows: int, context: int, split: Split | None) -> int:
@@ -117,11 +76,6 @@ def layer_bytes(shape: Shape, rows: int, context: int, split: Split | None) -> i
 def step_bytes(shape: Shape, rows: int, context: int, split: Split | None = None) -> int:
     """What a decode step of the whole model reads, but windows and states."""
     return shape.step_weight_bytes + shape.kv_layers * layer_bytes(shape, rows, context, split)
-
-
-def speedup(shape: Shape, rows: int, context: int, split: Split) -> float:
-    """The most that a decode step can gain at equal batch."""
-    return step_bytes(shape, rows, context) / step_bytes(shape, rows, context, split)
 
 
 def most_rows(pool_tokens: int, tokens_per_row: int, once: int = 0) -> int:
