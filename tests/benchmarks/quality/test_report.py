@@ -24,6 +24,12 @@ def test_interval_holds_the_mean_and_narrows() -> None:
     assert report.interval([1.0] * 5) == (1.0, 1.0)
 
 
+def test_the_order_of_tasks_and_questions_does_not_matter() -> None:
+    tasks = [[0.0, 1.0, -0.5, 0.0, 1.0], [0.2, -0.3, 0.1], [0.0, -1.0, 1.0, -1.0]]
+    other = [each[::-1] for each in tasks[::-1]]
+    assert report.lost_points(tasks) == report.lost_points(other)
+
+
 def test_table() -> None:
     arms = {
         "dense": {"4096": {"vt": _answers(1.0, 1.0), "cwe": _answers(0.5, 0.5)}},
