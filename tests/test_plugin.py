@@ -26,7 +26,7 @@ _config = partial(configuration, "ROCKETKV")
 
 def _run(code: str, **env: str) -> str:
     """What code prints where vLLM has been imported, but neither a platform nor a plugin."""
-    return run_forked("support.code", code, env, 120, ("vllm",))
+    return run_forked("support.code", code, env, 900, ("vllm",))
 
 
 def test_our_modules_import_no_torch():

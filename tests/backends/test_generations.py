@@ -55,7 +55,7 @@ def run(llama, tmp_path_factory):
             "llm": llm, "prompts": prompts, "new_tokens": NEW_TOKENS, "every": 97,
             "result": str(result),
         }  # fmt: skip
-        run_forked("support.generations", job, IN_PROCESS, 300)
+        run_forked("support.generations", job, IN_PROCESS, 900)
         done[case] = json.loads(result.read_text())
         return done[case]
 

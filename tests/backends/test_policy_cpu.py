@@ -211,7 +211,7 @@ def test_tensor_parallelism_changes_nothing(llama, prompts, sparse_run):
 def test_model_runner_v2_changes_nothing(llama, prompts, sparse_run):
     run = run_engine(
         llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE, max_num_batched_tokens=256,
-        env={"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}, timeout=600,
+        env={"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}, timeout=900,
     )  # fmt: skip
     assert run["tokens"] == sparse_run["tokens"]
     assert run["counters"]["decode_rows"] > 0

@@ -153,7 +153,7 @@ def test_the_class_follows_the_platform():
         "print(b.ROCKETKV.__base__.__name__, b.ROCKETKV.get_name())\n"
         "type(current_platform).is_cpu = lambda self: False\n"
         "print(b.ROCKETKV.__base__.__name__, b.QUEST.get_name())\n",
-        {}, 120,
+        {}, 900,
     )  # fmt: skip
     named = ["PolicyCpuBackend", "ROCKETKV", "PolicyGpuBackend", "QUEST"]
     assert printed.split()[-4:] == named, printed

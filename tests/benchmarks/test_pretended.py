@@ -17,7 +17,7 @@ pytestmark = pytest.mark.vllm
 
 def test_it_is_as_strict_as_a_gpu(tmp_path):
     job = {"result": str(tmp_path / "found.json")}
-    run_forked("support.pretend_check", job, {**machine.ENVIRONMENT, PRETENDED_GPU: "1"}, 120)
+    run_forked("support.pretend_check", job, {**machine.ENVIRONMENT, PRETENDED_GPU: "1"}, 900)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["refused"] == found["expected"]
     assert found["not captured"] == found["expected in captures"]

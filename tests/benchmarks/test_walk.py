@@ -27,7 +27,7 @@ def walk(program: str, stage: str, work) -> dict:
     """Runs a stage as its program does, and returns its report."""
     arguments = ["--tiny", "--work", str(work), "--stage", stage, *ENGINE]
     job = {"program": program, "arguments": arguments}
-    run_forked("support.gpu_walk", job, {**ENVIRONMENT, **pieces(stage)}, 600)
+    run_forked("support.gpu_walk", job, {**ENVIRONMENT, **pieces(stage)}, 900)
     return json.loads((work / f"{stage}.json").read_text())
 
 
@@ -58,7 +58,7 @@ def test_stages_run_in_graphs_that_are_replayed(tmp_path):
 def test_the_arguments_of_every_engine_are_accepted(tmp_path):
     """Of real size, as vLLM's CUDA platform and the plugin check them."""
     job = {"work": str(tmp_path), "result": str(tmp_path / "found.json")}
-    run_forked("support.gpu_walk", job, ENVIRONMENT, 300)
+    run_forked("support.gpu_walk", job, ENVIRONMENT, 900)
     found = json.loads((tmp_path / "found.json").read_text())
     plans = [program.plan(program.parser_of().parse_args([])) for program in (check, bench)]
     assert set(found) == {stage.name for plan in plans for stage in plan if starts_engine(stage)}

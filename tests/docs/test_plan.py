@@ -59,7 +59,7 @@ def questions(models):
 def page(asked):
     done = subprocess.run(
         [NODE, "-e", ANSWERS], cwd=SCRIPTS, input=json.dumps(asked),
-        capture_output=True, text=True, check=False, timeout=60,
+        capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -46,7 +46,7 @@ CELL = re.compile(r'data-arm="([^"]+)" data-key="([^"]+)"(?: data-value="([^"]*)
 def show(*addresses):
     done = subprocess.run(
         [NODE, "-e", SHOW], cwd=DOCS / "javascripts", input=json.dumps(addresses),
-        capture_output=True, text=True, check=False, timeout=60,
+        capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -133,7 +133,7 @@ def test_a_browser_shows_the_command_s_numbers(tmp_path):
             CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000",
             "--dump-dom", f"file://{tmp_path}/plan.html#{ASKED.replace('&concurrency=4', '')}",
         ],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     check(cells(done.stdout), expected())

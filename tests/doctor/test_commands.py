@@ -44,14 +44,14 @@ def test_it_works_where_nothing_else_does(tmp_path):
 
 @pytest.mark.parametrize(
     ("body", "stopped"),
-    [("import time; time.sleep(60)", "time"), ("import os; os._exit(3)", "died")],
+    [("import time; time.sleep(900)", "time"), ("import os; os._exit(3)", "died")],
 )
 def test_imports_that_hang_or_crash(monkeypatch, tmp_path, body, stopped):
     package(tmp_path, "torch", f"print('noise', flush=True); {body}")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     begin = time.monotonic()
-    seen = observe.Probe(examine.PROBE, (), 0.5 if stopped == "time" else 100.0).collect()
-    assert time.monotonic() - begin < 45
+    seen = observe.Probe(examine.PROBE, (), 0.5 if stopped == "time" else 600.0).collect()
+    assert time.monotonic() - begin < 600
     assert (seen.facts, seen.stopped) == ({}, stopped)
     if stopped == "died":
         assert seen.noise == "noise"

@@ -48,7 +48,7 @@ def setup(tmp_path):
         (tmp_path / "calls").write_text("")
         done = subprocess.run(
             ["bash", str(tmp_path / "scripts/setup.sh")], env=environment,
-            capture_output=True, text=True, check=False, timeout=60,
+            capture_output=True, text=True, check=False, timeout=600,
         )  # fmt: skip
         installed = [
             line.rpartition(" --disable-pip-version-check ")[2]

@@ -68,7 +68,7 @@ def run_engine(
     in_process: bool = True,
     adapter: Path | None = None,
     asked: list[dict[str, Any] | None] | None = None,
-    timeout: float = 300,
+    timeout: float = 900,
     **llm: Any,
 ) -> dict[str, Any]:
     """Generate greedily, in float32 unless ``llm`` says otherwise.

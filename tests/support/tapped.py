@@ -62,7 +62,7 @@ def run_tapped(
         env["VLLM_CPU_CI_ENV"] = "1"
     else:
         env["VLLM_CACHE_ROOT"] = str(folder / "cache")
-    log = run_forked("support.tapped", job, env, timeout=500)
+    log = run_forked("support.tapped", job, env, timeout=900)
     return {**torch.load(result), "log": log}
 
 
