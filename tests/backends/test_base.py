@@ -30,3 +30,23 @@ def test_scales_in_use_stay():
     layer._v_scale_float = 0.37
     with pytest.raises(IntegrityError, match=r"layer\.0.*\(0\.5, 0\.37\).*runs with \(0\.5, 2\.0"):
         impl.process_weights_after_loading(torch.bfloat16)
+
+
+def batch(ends, counts, prompts=None):
+    starts = torch.tensor([0, *counts]).cumsum(0).int()
+    return SimpleNamespace(
+        num_reqs=len(ends), query_start_loc_cpu=starts, rswa_prefix_lens=prompts,
+        seq_lens_cpu_upper_bound=torch.tensor(ends), seq_lens=None,
+    )  # fmt: skip
+
+
+def test_a_runner_that_says_no_prompt_lengths_is_noticed():
+    """Of requests with a past; those of a dummy run have none."""
+    from vllm_sparse.backends.base import prompt_lengths
+
+    assert prompt_lengths(batch([3, 1], [3, 1])).tolist() == [0, 0]
+    with pytest.raises(IntegrityError, match="how long prompts are"):
+        prompt_lengths(batch([3, 2], [3, 1]))
+    known = torch.tensor([2, 1])
+    assert prompt_lengths(batch([3, 2, 0], [3, 1, 0], known)).tolist() == [2, 1, 0]
+    assert prompt_lengths(batch([3], [3], known)).tolist() == [2]

@@ -8,6 +8,7 @@ Hugging Face in ``test_policy_cpu``. Of each pair of prompts that begin alike, o
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from support.engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS, run_engine
 from support.masked import assert_tokens_of_hugging_face, policy_of
 
 pytest.importorskip("vllm")
+from vllm_sparse.backends import controls as controls_of_runner
 from vllm_sparse.backends import prompts as prompts_of_runner
 from vllm_sparse.backends.controls import controls, watch_controls
 from vllm_sparse.control import DENSE as AS_DENSE
@@ -68,6 +70,41 @@ def test_each_of_two_runners_in_one_process_sees_its_own_requests(runners):
     del getattr(second, part)._vllm_sparse
     assert second.execute_model()[0] is None
     assert first.execute_model()[0] is not None
+
+
+class Table(SimpleNamespace):
+    """A runner's requests: a table of Model Runner V2, a batch of V1."""
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["V1", "V2"])
+def test_who_takes_a_row_or_a_name_over_asks_anew(monkeypatch, v2):
+    table = Table(max_num_reqs=4, req_id_to_index={"a": 1})
+    monkeypatch.setattr(controls_of_runner, "_table", weakref.ref(table))
+    index = np.array([0, 1]) if v2 else None
+    rows = {"num_reqs": 3, "rswa_prefix_lens": torch.tensor([300, 300, 0]), "req_idx": index}
+
+    def asked(**changes):
+        found = controls(SimpleNamespace(**{**rows, **changes}))
+        return None if found is None else found.tolist()
+
+    def come(name, extra_args=None):
+        new = SimpleNamespace(req_id=name, sampling_params=SimpleNamespace(extra_args=extra_args))
+        if v2:
+            scheduled = SimpleNamespace(scheduled_new_reqs=[new])
+            controls_of_runner._note_new(SimpleNamespace(req_states=table), scheduled)
+        else:
+            controls_of_runner._note_row(table, new)
+
+    come("a", DENSE)
+    assert asked() == [0, AS_DENSE, 0]
+    assert asked(rswa_prefix_lens=None) is None  # a dummy run, whose rows are nobody's
+    assert asked(num_reqs=1) is None
+    come("a")
+    assert asked() is None
+    come("a", DENSE)
+    table.req_id_to_index = {"b": 1}
+    come("b")
+    assert asked() is None
 
 
 def expected(asked, sparse_run, stock_run, new_tokens=NEW_TOKENS):

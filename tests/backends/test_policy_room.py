@@ -13,12 +13,13 @@ pytest.importorskip("vllm")
 from support.policies import make_policy
 from vllm_sparse.kernels.layout import PageLayout
 
-from vllm_sparse.backends.policy_room import step_bytes
+from vllm_sparse.backends.policy_room import _most_blocks, step_bytes
 from vllm_sparse.kv.tail.compaction import compaction_bytes
 from vllm_sparse.policies.quest import Quest
 from vllm_sparse.policies.rocketkv import RocketKV
 from vllm_sparse.policies.snapkv import SnapKV
 from vllm_sparse.policies.streamingllm import StreamingLLM
+from vllm_sparse.steps.select import MOST_INDEX_BYTES
 
 LONGEST, KV_HEADS, DTYPE = 5000, 2, torch.bfloat16
 
@@ -46,6 +47,16 @@ def test_a_compaction_in_pytorch_is_of_the_longest_request(kind):
     layout = PageLayout(size, policy.shape.head_dim, policy.page_sizes[0], policy.index_width)
     moved = compaction_bytes(LONGEST, layout, policy, KV_HEADS, DTYPE)
     assert bytes_of(policy) >= moved or not policy.moves
+    assert bytes_of(policy) > MOST_INDEX_BYTES or policy.top_k is None  # scores without a kernel
+
+
+def test_blocks_that_a_pool_has():
+    pool, layout, layers = 1 << 20, PageLayout(16, 128, 4), 3
+    config = SimpleNamespace(cache_config=SimpleNamespace(kv_cache_memory_bytes=pool))
+    blocks = _most_blocks(config, layout, KV_HEADS * layers, DTYPE, torch.device("cpu"))
+    keys_values_and_extrema = 2 * 16 * 128 + 2 * 16 // 4 * 128
+    block = layers * KV_HEADS * keys_values_and_extrema * DTYPE.itemsize
+    assert blocks == pool // block > 0
 
 
 def test_scores_of_a_pool_that_layers_share():

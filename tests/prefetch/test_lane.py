@@ -91,6 +91,12 @@ class TestThreadLane:
         assert time.perf_counter() - start >= 0.03
         lane.close()
 
+    def test_a_copy_may_take_longer_than_the_link_would(self):
+        lane = ThreadLane(gb_per_s=1e3)
+        ticket = lane.fork(lambda: time.sleep(0.01), 4)
+        lane.close()
+        assert ticket.done
+
     def test_a_thread_that_may_not_choose_its_cores_works(self, monkeypatch):
         def refuse(*_):
             raise OSError(22, "Invalid argument")

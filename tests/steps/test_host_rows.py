@@ -118,6 +118,7 @@ def test_rows_find_the_row_that_they_were_in_the_step_before() -> None:
     assert follows(Row(16, 1, 5, second), Row(21, 1, 5, first), padding) == [1, 0, -1]
     assert follows(padding, Row(8, 1, 5, [1, 3]), Row(22, 1, 5, first)) == [-1, -1, 1]
     assert follows(Row(17, 1, 5, second), Row(9, 1, 5, [1, 3])) == [-1, 1]
+    assert follows(Row(23, 1, 5, first)) == [-1]  # it was in the step before that
     planner.forget()  # after a batch with a prompt
     assert follows(Row(18, 1, 5, second), Row(10, 1, 5, [1, 3])) == [-1, -1]
 

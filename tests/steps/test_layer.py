@@ -47,26 +47,43 @@ def layer_of(kind, size, monkeypatch) -> SparseLayer:
 @pytest.mark.parametrize("drafts", [False, True], ids=["single", "drafts"])
 @pytest.mark.parametrize("kind", [RocketKV, Quest, SnapKV, StreamingLLM])
 def test_a_graph_can_capture_rows(kind, drafts, monkeypatch):
-    """A long one, one of a few tokens, a prompt's token whose query waits, and padding.
+    """A long one, one of one token, a prompt's token whose query waits, and padding.
 
     With drafts also several of one request; then in blocks of a size that is no power of two.
+    Where it is known what a row reads, its output is the attention over that; pages that end with
+    a token have its index.
     """
-    size = 48 if drafts else 16
+    size, longest = (48, 96) if drafts else (16, 100)
     layer = layer_of(kind, size, monkeypatch)
     layout = layer.stock_layout
     content = 2 * DIM + layout.channels // layout.page_size
     cache = torch.randn(1 + 4 * WIDTH, KV_HEADS, size, content)
     table = torch.arange(1, 1 + 4 * WIDTH, dtype=torch.int32).view(4, WIDTH)
-    lengths, top_r = torch.tensor([100, 3, 90, 0]).int(), torch.tensor([4, 0, 0, 0]).int()
+    lengths, top_r = torch.tensor([longest, 1, 90, 0]).int(), torch.tensor([4, 0, 0, 0]).int()
     parked = torch.tensor([-1, -1, 20, -1]).int()
     rows = Rows(table, lengths, top_r, parked)
     if drafts:
-        rows = rows._replace(final_lengths=torch.tensor([103, 3, 90, 0]).int())
+        rows = rows._replace(final_lengths=torch.tensor([longest + 3, 1, 90, 0]).int())
     query, key, value = (torch.randn(4, n * KV_HEADS, DIM) for n in (GROUP, 1, 1))
-    output = torch.empty_like(query)
+    output, before = torch.empty_like(query), layout.tokens(cache).clone()
     with capturing():
         layer.decode_rows(cache, query, key, value, rows, output)
     assert bool(output[:3].isfinite().all())
+    for row, length in enumerate(lengths[:3].tolist()):
+        held = before[table[row].long()].transpose(0, 1).flatten(1, 2)[:, :length].clone()
+        held[:, -1] = torch.cat((key[row], value[row]), -1)
+        keys, values = held.split(DIM, -1)
+        read = torch.arange(length)
+        if top_r[row] and kind is StreamingLLM:  # four sinks, and the newest up to the budget
+            read = torch.cat((read[:4], read[4 - 48 :]))
+        if not top_r[row] or kind in (SnapKV, StreamingLLM):
+            expected = attend(query[row], keys, values, read.expand(KV_HEADS, -1))
+            torch.testing.assert_close(output[row], expected)
+        if layer.policy.index_width and (top_r[row] or not layer.policy.moves):
+            block, place = table[row, (length - 1) // size], (length - 1) % size
+            page = keys[:, (length - 1) // layout.page_size * layout.page_size :]
+            stored = layout.index(cache)[block, :, :, place // layout.page_size]
+            assert stored.equal(torch.cat((page.amin(1), page.amax(1)), -1))
 
 
 class DropsFirst(Policy):

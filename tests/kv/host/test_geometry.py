@@ -8,7 +8,7 @@ import math
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -126,6 +126,9 @@ class TestPlanFrames:
         ):
             assert part in str(error.value), part
 
+    @example(1999, 1, 1, True, 1)
+    @example(2000, 1, 1, True, 1)
+    @example(4000, 1, 2, False, 1000)
     @given(
         st.integers(0, 9000),
         st.integers(1, 2000),
@@ -148,10 +151,11 @@ class TestPlanFrames:
         frames = plan_frames(chosen, **{**where, "max_num_seqs": requests})
         assert sum(frames) * piece == slab
         assert 1 <= requests <= asked
+        assert slab <= room * piece
         if frames[-1] == 2000:
             assert requests == asked
         else:
-            assert slab <= room * piece < slab + layers * piece
+            assert room * piece < slab + layers * piece
             assert requests == asked or frames[-1] < (requests + 1) * per_row
 
     @given(st.integers(1, 64), st.integers(1, 40), st.booleans(), st.integers(1, 1 << 22))

@@ -40,15 +40,32 @@ def fetch(pager: Pager, *blocks: int) -> torch.Tensor:
     return counters
 
 
-@pytest.fixture
-def pager() -> Pager:
+def make_pager(frames: int = 8, poison: bool = True) -> Pager:
     """Blocks 3 and 5 are written and in frames of the first layer."""
-    geometry = Geometry(LAYERS, BLOCKS, HEADS, SIZE, DIM, 4, (8, 8, 8))
-    pager = Pager(geometry, torch.float32, poison=True)
+    geometry = Geometry(LAYERS, BLOCKS, HEADS, SIZE, DIM, 4, (frames, 8, 8))
+    pager = Pager(geometry, torch.float32, poison)
     write(pager, [*range(12, 16), *range(20, 23)], torch.arange(7))
     fetch(pager, 3, 5)
     pager.check_integrity()
     return pager
+
+
+@pytest.fixture
+def pager() -> Pager:
+    return make_pager()
+
+
+def test_a_device_sees_the_pinned_pool_as_it_is_shown() -> None:
+    shown = []
+
+    def view(host: torch.Tensor) -> torch.Tensor:
+        assert host.data_ptr() % (2 << 20) == 0
+        shown.append(host.clone())
+        return shown[0]
+
+    pager = Pager(Geometry(2, BLOCKS, HEADS, SIZE, DIM, 4, (8, 8)), torch.float32, True, view)
+    assert pager.host.shape == shown[0].shape == (2, BLOCKS, HEADS, SIZE, 2 * DIM)
+    assert [layer.host.data_ptr() for layer in pager.layers] == [x.data_ptr() for x in shown[0]]
 
 
 def test_frames_in_use_are_counted(pager: Pager) -> None:
@@ -57,7 +74,9 @@ def test_frames_in_use_are_counted(pager: Pager) -> None:
     assert pager.frames_in_use() == 3 * HEADS
 
 
-def test_integrity_notices_a_frame_that_differs_from_its_block(pager: Pager) -> None:
+@pytest.mark.parametrize(("frames", "poison"), [(8, True), (8, False), (BLOCKS * HEADS, True)])
+def test_integrity_notices_a_frame_that_differs_from_its_block(frames, poison) -> None:
+    pager = make_pager(frames, poison)
     write(pager, [23], torch.tensor([7]), frames=False)
     with pytest.raises(IntegrityError, match="differs from its block"):
         pager.check_integrity()

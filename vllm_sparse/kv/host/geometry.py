@@ -150,7 +150,7 @@ def fit_slab(
     paged = num_layers - bool(first)
     per_request = num_kv_heads * blocks_per_row(settings, max_model_len)
     each = (room_bytes // piece_bytes - first) // max(paged, 1)
-    if each >= num_pieces or not paged:
+    if each >= num_pieces or (not paged and each >= 0):
         return num_layers * num_pieces * piece_bytes, max_num_seqs
     if each < per_request:
         least = (per_request * paged + first) * piece_bytes

@@ -109,7 +109,7 @@ class LayerPager:
         if self.resident and not self.poison:
             return  # pieces that were never written hold anything
         frame_bits, piece_bits = (
-            part.contiguous().view(torch.uint8) for part in (self.slab[frames], self.pieces[held])
+            part.view(torch.uint8) for part in (self.slab[frames], self.pieces[held])
         )
         if not frame_bits.equal(piece_bits):
             raise IntegrityError("a frame of the device slab differs from its block on the host")
