@@ -214,6 +214,10 @@ SEAMS = {
     "v1/worker/gpu/model_runner.py": [
         "def add_requests(self, scheduler_output", "def execute_model(", "self.req_states = ",
     ],
+    "v1/worker/gpu/model_states/mamba_hybrid.py": [
+        "= build_attn_metadata(\n            attn_groups=", "input_batch: InputBatch,",
+    ],
+    "v1/worker/gpu/attn_utils.py": ["req_idx=req_idx"],
     "v1/worker/gpu_model_runner.py": ["def execute_model(", "self.input_batch = "],
     "v1/kv_cache_interface.py": [
         "state_content_bytes", "tokens_per_state", "block_stride", "layer_stride",

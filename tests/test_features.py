@@ -152,6 +152,10 @@ BY_CONFIGURATION = {
         },
         "beside recurrent state layers",
     ),
+    "drafters-states": (
+        {"speculative_config": drafter("mtp"), "model_config__is_hybrid": True},
+        "a drafter's layers do beside recurrent states",
+    ),
     "lora": ({"lora_config": object()}, "LoRA"),
     "transfer-ahead": (
         {"settings": AHEAD, "weight_transfer_config": object()},

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import ModuleType
 
 
-def replace_once(owner: type, name: str, make: Callable[[Any], Any]) -> None:
+def replace_once(owner: type | ModuleType, name: str, make: Callable[[Any], Any]) -> None:
     """Replace a method, unless that has been done.
 
     Args:
-        owner: The class.
+        owner: The class, or a module with a function.
         name: Of the method.
         make: Gets the method and returns ours, which calls it.
     """

@@ -65,6 +65,22 @@ def test_what_the_runner_hands_over_is_read_where_the_table_is_unknown(table, go
     assert prompts.prompt_lengths_on_host(common).tolist() == [5, 6, 7]
 
 
+def test_rows_are_told_beside_states(monkeypatch):
+    """Model Runner V2 leaves them out there and nowhere else."""
+    from vllm.v1.worker.gpu.model_states import mamba_hybrid
+
+    state = mamba_hybrid.MambaHybridModelState
+    monkeypatch.setattr(mamba_hybrid, "build_attn_metadata", lambda **given: given)
+    monkeypatch.setattr(
+        state, "prepare_attn", lambda self, batch, x: mamba_hybrid.build_attn_metadata(x=x)
+    )
+    for _ in range(2):
+        prompts.tell_rows_beside_states()
+    for rows in ([3, 1], [0]):
+        told = state.prepare_attn(None, SimpleNamespace(idx_mapping_np=rows), 5)
+        assert told == {"x": 5, "req_idx": rows}
+
+
 def test_steps_with_a_new_request(table, monkeypatch):
     newcomers = prompts.Newcomers()
     assert newcomers.arrived()  # the builder is younger than its first request

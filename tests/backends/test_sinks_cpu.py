@@ -10,6 +10,7 @@ import pytest
 from reference import hf_policies, hf_rocketkv
 from support.engine import BLOCK_SIZE, SETTINGS, run_engine
 from support.masked import assert_tokens_of_hugging_face, hf_model
+from support.oracle import speculation
 from support.policies import make_policy
 
 from vllm_sparse.policies.snapkv import SnapKV
@@ -103,3 +104,25 @@ def test_chunks_prefix_hits_and_preemption_change_nothing(gpt_oss, prompts, run)
     assert again["preemptions"] > 0
     assert max(again["cached"][1]) > 0
     assert again["free_blocks"][0] == again["free_blocks"][1]
+
+
+def test_drafts_beside_a_dense_request_change_nothing(gpt_oss, prompts, run, stock):
+    """Rows of one to six tokens, some rejected, in chunks; a dense row's sinks are stock's."""
+    expected = [run["tokens"][0][0], stock["tokens"][0][1], run["tokens"][0][2]]
+    drafting = run_engine(
+        gpt_oss, prompts[:3], settings=SETTINGS, block_size=BLOCK_SIZE, new_tokens=NEW_TOKENS,
+        max_num_batched_tokens=100, asked=[None, {"vllm_sparse.sparse": False}, None],
+        **speculation(prompts[:3], expected),
+    )  # fmt: skip
+    assert drafting["tokens"][0] == expected
+    assert 20 < drafting["accepted"] < drafting["drafted"] - 20
+
+
+def test_ranks_change_nothing(gpt_oss, prompts, run):
+    """Each has the sinks of its own heads."""
+    two = run_engine(
+        gpt_oss, prompts[:2], settings=SETTINGS, block_size=BLOCK_SIZE, new_tokens=NEW_TOKENS,
+        tensor_parallel_size=2, in_process=False, stand_ins=("forked_workers",),
+        env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    )  # fmt: skip
+    assert two["tokens"][0] == run["tokens"][0][:2]

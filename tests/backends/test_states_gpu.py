@@ -7,8 +7,10 @@ from __future__ import annotations
 import re
 
 import pytest
+from support.engine import SETTINGS, run_engine
 from support.gpu_path import run_gpu_path
 from support.masked import assert_tokens_of_hugging_face
+from support.oracle import speculation
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -28,5 +30,34 @@ def test_blocks_taken_in_parts_equal_hugging_face(hybrid, prompts, v2, count):
     assert size == 96
     assert_tokens_of_hugging_face(hybrid, prompts[:count], run["tokens"][0], block_size=size)
     assert run["counters"]["prompts_compacted"] == count
+    assert run["counters"]["blocks_evicted"] > 0
+    assert run["free_blocks"][0] == run["free_blocks"][1]
+
+
+def test_drafts_and_prefix_hits(delta_net, prompts):
+    """All at once beside gated delta nets, which Hugging Face's functions compute.
+
+    The CPU's path without drafts is compared with Hugging Face in ``test_states_cpu``.
+    """
+    asked = [prompts[0] + prompts[1][:300]]
+    shared = {"new_tokens": 16, "max_num_batched_tokens": 150, "enable_prefix_caching": True}
+    plain = run_engine(
+        delta_net, asked, settings=SETTINGS, stand_ins=("float32_delta_nets",), block_size=160,
+        **shared,
+    )  # fmt: skip
+    oracle = speculation(asked, plain["tokens"][0])
+    drafter = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    run = run_gpu_path(
+        delta_net, asked, waves=2, block_size=160, kv_cache_memory_bytes=24 << 20, **shared,
+        further=(
+            "loose_lengths", "no_read_backs", "float32_delta_nets", "zeroed_parts",
+            "oracle_on_the_device",
+        ),
+        additional_config=oracle["additional_config"],
+        speculative_config={**drafter, "num_speculative_tokens": 3},
+    )  # fmt: skip
+    assert run["tokens"] == plain["tokens"] * 2
+    assert 2 < run["accepted"] < run["drafted"] - 2
+    assert run["cached"][1][0] > 0
     assert run["counters"]["blocks_evicted"] > 0
     assert run["free_blocks"][0] == run["free_blocks"][1]

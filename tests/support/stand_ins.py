@@ -8,12 +8,15 @@ import contextlib
 import inspect
 import itertools
 import multiprocessing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from support.capture import allow, capturing
 from support.devices import tensors_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def forked_workers() -> None:
@@ -315,7 +318,12 @@ def zeroed_parts() -> None:
 
 
 def float32_delta_nets() -> None:
-    """Gated delta nets in float32 by Hugging Face's functions; vLLM's CPU kernels take bfloat16."""
+    """Gated delta nets in float32 by Hugging Face's functions; vLLM's CPU kernels take bfloat16.
+
+    With drafts as vLLM's kernels for GPUs have them: a row's tokens each leave a state in a block
+    of their own, and the next step reads the one that the last accepted token has left; the
+    convolution's tokens stay in one block, as many more as there are drafts.
+    """
     from transformers.models.qwen3_next import modeling_qwen3_next as hugging_face
     from vllm.forward_context import get_forward_context
     from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
@@ -326,31 +334,51 @@ def float32_delta_nets() -> None:
         layer = context.no_compile_layers[name]
         if context.attn_metadata is None:
             return
-        step = context.attn_metadata[layer.prefix]
-        started = [True] * step.num_decodes
-        if step.num_prefills:
-            started = step.has_initial_state.tolist()
-        past, states = layer.kv_cache  # [blocks, width - 1, channels], [blocks, heads, V, K]
+        past, states = layer.kv_cache  # [blocks, at least width - 1, channels], [.., heads, V, K]
         if gdn_attention.is_conv_state_dim_first():
             past = past.transpose(1, 2)
         weight = layer.conv1d.weight.flatten(0, 1)[:, None]
+        width = weight.shape[-1] - 1
         gate = -layer.A_log.exp() * torch.nn.functional.softplus(a + layer.dt_bias)
-        bounds = itertools.pairwise(step.non_spec_query_start_loc.tolist())
-        for row, (begin, end) in enumerate(bounds):
-            block = int(step.non_spec_state_indices_tensor[row])
-            before = past[block] if started[row] else torch.zeros_like(past[block])
-            text = torch.cat((before, mixed_qkv[begin:end]))
-            past[block] = text[-len(before) :]
+        for tokens, blocks, accepted in _rows_of_states(context.attn_metadata[layer.prefix]):
+            before, state = torch.zeros_like(past[0, :width]), None
+            if accepted:
+                before = past[blocks[0], accepted - 1 : accepted - 1 + width].clone()
+                state = states[blocks[accepted - 1]].transpose(-1, -2)[None].clone()
+            text = torch.cat((before, mixed_qkv[tokens]))
             turned = torch.nn.functional.conv1d(text.T, weight, groups=text.shape[1])
+            kept = text[1 if len(blocks) > 1 else -width :]
+            past[blocks[0], : len(kept)] = kept
             parts = layer.rearrange_mixed_qkv(torch.nn.functional.silu(turned.T))
-            state = states[block].transpose(-1, -2) if started[row] else None
-            core_attn_out[begin:end], state = hugging_face.torch_recurrent_gated_delta_rule(
-                *parts, gate[None, begin:end], b[None, begin:end].sigmoid(),
-                initial_state=None if state is None else state[None].clone(),
-                output_final_state=True, use_qk_l2norm_in_kernel=True,
-            )  # fmt: skip
-            states[block] = state[0].transpose(-1, -2)
+            size = 1 if len(blocks) > 1 else len(tokens)
+            for block, begin in zip(blocks, range(0, len(tokens), size), strict=False):
+                at, part = slice(begin, begin + size), tokens[begin : begin + size]
+                core_attn_out[part], state = hugging_face.torch_recurrent_gated_delta_rule(
+                    *(x[:, at] for x in parts), gate[None, part], b[None, part].sigmoid(),
+                    initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True,
+                )  # fmt: skip
+                states[block] = state[0].transpose(-1, -2)
 
     real = gdn_attention.cpu_gdn_attention_core
     core.__signature__ = inspect.signature(real, eval_str=True)  # type: ignore[attr-defined]
     gdn_attention.cpu_gdn_attention_core = core
+
+
+def _rows_of_states(step: Any) -> Iterator[tuple[torch.Tensor, list[int], int]]:
+    """Of each row its tokens, blocks for states, and how many tokens were accepted before; or 0."""
+    if step.non_spec_query_start_loc is not None:
+        started = [True] * step.num_decodes
+        if step.num_prefills:
+            started = step.has_initial_state.tolist()
+        bounds = step.non_spec_query_start_loc.tolist()
+        tokens = step.non_spec_token_indx
+        tokens = torch.arange(bounds[-1]) if tokens is None else tokens
+        for row, (begin, end) in enumerate(itertools.pairwise(bounds)):
+            if end > begin:
+                block = int(step.non_spec_state_indices_tensor[row])
+                yield tokens[begin:end], [block], int(started[row])
+    if step.num_spec_decodes:
+        bounds = step.spec_query_start_loc[: step.num_spec_decodes + 1].tolist()
+        for row, (begin, end) in enumerate(itertools.pairwise(bounds)):
+            blocks = step.spec_state_indices_tensor[row].tolist()
+            yield step.spec_token_indx[begin:end], blocks, int(step.num_accepted_tokens[row])

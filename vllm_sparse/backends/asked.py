@@ -141,7 +141,8 @@ def _of_drafts(config: Any) -> Asked:
     else:
         yield from _of_drafter(config, drafts)
     if config.model_config.is_hybrid:
-        yield "drafts-states", {}
+        alone = drafts.method in _DRAFTS_WITHOUT_CACHE
+        yield "drafts-states" if alone else "drafters-states", {}
 
 
 def _of_drafter(config: Any, drafts: Any) -> Asked:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from vllm_sparse.backends.prompts import turn_to
+from vllm_sparse.backends.prompts import tell_rows_beside_states, turn_to
 from vllm_sparse.control import AS_SET, control_of
 from vllm_sparse.seams import replace_once
 
@@ -38,6 +38,7 @@ def watch_controls(config: VllmConfig) -> None:
 
         _after(GPUModelRunner, "add_requests", _note_new)
         _before(GPUModelRunner, "execute_model", _turn_to_table)
+        tell_rows_beside_states()
     else:
         from vllm.v1.worker.gpu_input_batch import InputBatch
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1

@@ -50,6 +50,27 @@ def watch_requests() -> None:
     replace_once(RequestState, "add_request", make)
 
 
+def tell_rows_beside_states() -> None:
+    """Have Model Runner V2 say whose rows a batch has beside recurrent states, too."""
+    from vllm.v1.worker.gpu.model_states import mamba_hybrid
+
+    rows: Any = None
+
+    def prepare(stock: Any) -> Any:
+        def prepare_attn(self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal rows
+            rows = input_batch.idx_mapping_np
+            return stock(self, input_batch, *args, **kwargs)
+
+        return prepare_attn
+
+    def build(stock: Any) -> Any:
+        return lambda **named: stock(**{"req_idx": rows, **named})
+
+    replace_once(mamba_hybrid.MambaHybridModelState, "prepare_attn", prepare)
+    replace_once(mamba_hybrid, "build_attn_metadata", build)
+
+
 def turn_to(table: Any) -> None:
     """The runner with this table is at work; a process may have several runners."""
     global _requests

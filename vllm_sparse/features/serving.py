@@ -178,11 +178,23 @@ ROWS = (
         None,
     ),
     row(
-        _SERVING, "drafts-states", "speculative decoding beside recurrent state layers",
+        _SERVING, "drafts-states",
+        "drafts from tokens beside recurrent state layers (on GPUs with Model Runner V2)",
+        (
+            Refused(
+                "drafts beside recurrent state layers: vLLM 0.32's CPU kernels give other tokens "
+                "as soon as drafts are configured, with this plugin or without; remove "
+                "--speculative-config"
+            ),
+            Served("tests/backends/test_states_gpu.py::test_drafts_and_prefix_hits"),
+        ),
+        None,
+    ),
+    row(
+        _SERVING, "drafters-states", "drafters with layers beside recurrent state layers",
         Refused(
-            "speculative decoding beside recurrent state layers: vLLM 0.32's CPU kernels give "
-            "other tokens as soon as it is configured, with this plugin or without, and its GPU "
-            "kernels are untried with it; remove --speculative-config"
+            "--speculative-config: what a drafter's layers do beside recurrent states is untested; "
+            "remove it"
         ),
         None,
     ),
