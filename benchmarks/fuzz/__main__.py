@@ -10,18 +10,22 @@ well, it is counted but no fault. Exit status 1: a fault, which the JSON has.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import harness, results
 from benchmarks.fuzz import hunt
 from benchmarks.soak import checkpoint, serving, storm
 from benchmarks.soak.client import Client
 from benchmarks.soak.traffic import VOCAB, Ask
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _LONGEST = 1024
 _PRIORITIES = ("--scheduling-policy", "priority")  # others are refused
@@ -85,11 +89,13 @@ def _those_of_stock(
     model: Path, log: Path, subject: serving.Subject, findings: hunt.Findings
 ) -> list[str]:
     """Which failures stock vLLM has as well."""
-    if not findings.failures:
-        return []
-    with serving.server(model, log, subject._replace(backend=""), *_PRIORITIES) as server:
-        client = Client(server.url, serving.NAME, _PATIENCE_S)
-        return [said for said, sent in findings.failures.items() if hunt.fails(client, sent)]
+
+    @contextlib.contextmanager
+    def start() -> Iterator[Client]:
+        with serving.server(model, log, subject._replace(backend=""), *_PRIORITIES) as server:
+            yield Client(server.url, serving.NAME, _PATIENCE_S)
+
+    return hunt.shared(findings.failures, start)
 
 
 if __name__ == "__main__":

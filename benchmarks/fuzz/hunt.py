@@ -20,7 +20,8 @@ from benchmarks.fuzz import bodies
 from benchmarks.soak import judge, storm
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from benchmarks.fuzz.bodies import Sent
     from benchmarks.soak.client import Answer, Client
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 AT_ONCE = 6
 EXAMPLES = 40  # between two looks at what the server holds
+DEATH = "the server died"
+_TRIES = 3  # what a server dies of may depend on which requests meet in a step
 
 
 class Died(BaseException):
@@ -131,6 +134,8 @@ def hunt(
             if answered.status >= 500 and kind_of(answered) not in findings.failures:
                 raise Fault(kind_of(answered))
         if said := _differs(beside.result(), probes[probe]):
+            if not _is_healthy(client):
+                raise Died
             raise Fault(f"beside it, a greedy request {said}")
 
     try:
@@ -138,7 +143,7 @@ def hunt(
     except Fault as fault:  # of the smallest batch that Hypothesis finds, which ran last
         findings.failures[str(fault)] = _smaller(client, list(last))
     except Died:
-        findings.faults.append(f"the server died of {last}")
+        findings.failures[DEATH] = list(last)
         raise
 
 
@@ -155,8 +160,37 @@ def settle(target: Target, probes: dict[Ask, Answer], findings: Findings) -> Non
 
 
 def fails(client: Client, batch: Sequence[Sent]) -> bool:
-    """Whether this server, too, fails on one of these requests."""
-    return any(send(client, sent._replace(leave_after=None)).status >= 500 for sent in batch)
+    """Whether this server, too, fails on one of these requests, sent at once.
+
+    Raises:
+        Died: It does not answer any more.
+    """
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        whole = [sent._replace(leave_after=None) for sent in batch]
+        answers = list(pool.map(lambda sent: _outcome(client, sent, Findings()), whole))
+    return any(answered.status >= 500 for answered in answers)
+
+
+def shared(
+    failures: Mapping[str, Sequence[Sent]], start: Callable[[], AbstractContextManager[Client]]
+) -> list[str]:
+    """Which failures another server has as well.
+
+    Args:
+        failures: By what the first one said.
+        start: Starts the other; called anew when it has died.
+    """
+    found, left = [], list(failures)
+    while left:
+        with start() as client:
+            try:
+                while left:
+                    said = left.pop()
+                    if any(fails(client, failures[said]) for _ in range(_TRIES)):
+                        found.append(said)
+            except Died:
+                found.append(said)
+    return found
 
 
 def _smaller(client: Client, batch: list[Sent]) -> list[Sent]:
@@ -173,8 +207,8 @@ def _smaller(client: Client, batch: list[Sent]) -> list[Sent]:
                 if fails(client, [sent._replace(body=body)]):
                     sent = sent._replace(body=body)
             return [sent]
-    except (OSError, http.client.HTTPException):
-        pass  # the server does not answer any more, which whoever asks it next will find
+    except Died:
+        pass  # which whoever asks it next will find
     return batch
 
 
@@ -187,9 +221,9 @@ def _outcome(client: Client, sent: Sent, findings: Findings) -> Answered:
     try:
         answered = send(client, sent)
     except (OSError, http.client.HTTPException) as error:
-        if not _is_healthy(client):
-            raise Died from error
         answered = Answered(599, f"{type(error).__name__}: {error}")
+    if answered.status >= 500 and not _is_healthy(client):
+        raise Died
     left = answered.status == 0 or sent.leave_after is not None
     findings.counts[f"{answered.status // 100}xx" if answered.status else "left at once"] += 1
     findings.counts["clients that left"] += left

@@ -26,17 +26,19 @@ EVENT = {"choices": [{"index": 0, "token_ids": [7, 8], "logprobs": {"token_logpr
 
 
 @contextlib.contextmanager
-def served(fails, event=EVENT):
-    """A server that answers every request alike, but for those that ``fails`` is true of."""
+def served(fails, event=EVENT, dies=lambda body: False):
+    """A server that answers every request alike, but for those that it fails on or dies of."""
+    dead = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200)
+            self.send_response(503 if dead else 200)
             self.end_headers()
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.send_response(500 if fails(body) else 200)
+            dead.extend([True] * dies(body))
+            self.send_response(500 if dead or fails(body) else 200)
             self.end_headers()
             with contextlib.suppress(OSError):
                 self.wfile.write(f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n".encode())
@@ -114,7 +116,54 @@ def test_a_server_that_is_gone_ends_it():
     findings = hunt.Findings()
     with pytest.raises(hunt.Died):
         hunt.hunt(target, known, 0, findings, 5)
-    assert "died of" in findings.faults[0]
+    assert findings.failures.keys() == {hunt.DEATH}
+
+
+def test_a_batch_that_a_server_dies_of_is_kept_as_it_was():
+    """As vLLM's does, the server answers for a while that its engine is dead."""
+    sent = []
+
+    def killer(body):
+        if body.get("prompt") == list(PROBE.prompt):
+            return False
+        sent.append(body)
+        return len(sent) == 40
+
+    findings = hunt.Findings()
+
+    def hunts(target):
+        known = {PROBE: target.client.complete(PROBE)}
+        for seed in range(30):
+            hunt.hunt(target, known, seed, findings, 40)
+
+    with served(lambda body: False, dies=killer) as target, pytest.raises(hunt.Died):
+        hunts(target)
+    assert findings.failures.keys() == {hunt.DEATH}
+    assert sent[39] in [request.body for request in findings.failures[hunt.DEATH]]
+
+
+def test_what_another_server_dies_of_it_shares_and_the_rest_is_asked_of_a_new_one():
+    one, two, three = ([sent_with(echo)] for echo in ("kills", "fails", "is served"))
+    started = []
+
+    @contextlib.contextmanager
+    def start():
+        started.append(1)
+        with served(
+            lambda body: body["echo"] == "fails", dies=lambda body: body["echo"] == "kills"
+        ) as target:
+            yield target.client
+
+    for failures in (
+        {hunt.DEATH: one, "HTTP 500": two, "HTTP 501": three},
+        {"HTTP 501": three, "HTTP 500": two, hunt.DEATH: one},
+    ):
+        assert set(hunt.shared(failures, start)) == {hunt.DEATH, "HTTP 500"}
+    assert len(started) == 3
+
+
+def sent_with(echo):
+    return bodies.Sent(bodies.COMPLETIONS, {"echo": echo}, None)
 
 
 @pytest.mark.parametrize(
