@@ -20,7 +20,7 @@ from support.masked import assert_tokens_of_hugging_face, policy_of
 pytest.importorskip("vllm")
 from vllm_sparse.backends import controls as controls_of_runner
 from vllm_sparse.backends import prompts as prompts_of_runner
-from vllm_sparse.backends.controls import controls, watch_controls
+from vllm_sparse.backends.controls import controls, replayed, watch_controls
 from vllm_sparse.control import DENSE as AS_DENSE
 
 pytestmark = pytest.mark.vllm
@@ -30,8 +30,11 @@ DENSE = {"vllm_sparse.sparse": False}
 
 @pytest.fixture(params=["V1", "V2"])
 def runners(request, monkeypatch):
-    """Two in one process, each with a request that asks to be dense, and what their steps see."""
-    from support.runner import table_of
+    """Two in one process, each with a request that asks to be dense, and what their steps see.
+
+    That of the second comes back with outputs.
+    """
+    from support.runner import PROMPT, table_of, take_up
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
     from vllm.v1.worker.gpu_input_batch import InputBatch
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
@@ -39,22 +42,25 @@ def runners(request, monkeypatch):
     v2 = request.param == "V2"
     common = SimpleNamespace(num_reqs=1, rswa_prefix_lens=torch.tensor([300]), req_idx=None)
     kind = RunnerV2 if v2 else RunnerV1
-    see = lambda self: (controls(common), prompts_of_runner._table())  # noqa: E731
+    see = lambda self: (controls(common), prompts_of_runner._table(), replayed(common))  # noqa: E731
     monkeypatch.setattr(kind, "execute_model", see)
     monkeypatch.setattr(RunnerV2, "add_requests", lambda *_: None)
     monkeypatch.setattr(InputBatch, "add_request", lambda *_: None)
     watch_controls(SimpleNamespace(use_v2_model_runner=v2))
     made = []
-    for _ in range(2):
+    for outputs in (0, 5):
         runner, new = kind.__new__(kind), SimpleNamespace(req_id="a")
         new.sampling_params = SimpleNamespace(extra_args=DENSE)
         if v2:
-            runner.req_states = table_of(monkeypatch, "a")
+            runner.req_states = table_of(monkeypatch)
+            take_up(runner.req_states, "a", outputs)
             common.req_idx = np.array([runner.req_states.req_id_to_index["a"]])
             runner.add_requests(SimpleNamespace(scheduled_new_reqs=[new]))
         else:
             runner.input_batch = InputBatch.__new__(InputBatch)
             runner.input_batch._req_ids, runner.input_batch.req_id_to_index = ["a"], {"a": 0}
+            runner.input_batch.num_prompt_tokens = np.array([PROMPT])
+            runner.input_batch.num_tokens_no_spec = np.array([PROMPT + outputs])
             runner.input_batch.add_request(new)
         made.append(runner)
     return made
@@ -62,8 +68,9 @@ def runners(request, monkeypatch):
 
 def test_each_of_two_runners_in_one_process_sees_its_own_requests(runners):
     for runner in (*runners, *runners):
-        asked, table = runner.execute_model()
+        asked, table, back = runner.execute_model()
         assert asked.tolist() == [AS_DENSE]
+        assert back.tolist() == [runner is runners[1]]
         assert table is getattr(runner, "req_states", table)
     first, second = runners
     part = "req_states" if hasattr(first, "req_states") else "input_batch"

@@ -248,10 +248,12 @@ def test_a_dense_request_is_counted_when_its_prompt_ends() -> None:
 
 
 def test_a_preempted_request_is_not_counted_again() -> None:
-    """Its replay goes on past the prompt's end, whichever chunk it comes in."""
+    """Its replay goes on past the prompt's end, or a chunk of it happens to end there."""
     blocks, total = [1, 2, 3], Counter()
-    for start, count in ((0, 7), (7, 4), (11, 1), (0, 7), (7, 6)):
-        _, counts = plan(simple(), [Row(start, count, 11, blocks)])
+    for start, count, back in (
+        (0, 7, 0), (7, 4, 0), (11, 1, 0), (0, 7, 1), (7, 6, 1), (0, 11, 1), (11, 2, 1),
+    ):  # fmt: skip
+        _, counts = plan(simple(), [Row(start, count, 11, blocks)], replayed=[bool(back)])
         total += counts
     assert total["requests", ""] == 1
 

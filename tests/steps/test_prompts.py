@@ -82,6 +82,18 @@ def test_where_tokens_stay_in_place_nothing_is_compacted():
         assert not planner.prompts.straddled(*batch)
 
 
+def test_a_replay_whose_chunk_ends_with_the_prompt_is_not_counted_again():
+    planner, counted = StepPlanner(make_policy()), Counter()
+    starts, lens = torch.tensor([0, 10, 12, 22]), torch.tensor([PROMPT, PROMPT, 30])
+    prompts = torch.tensor([PROMPT, PROMPT, 30])
+    planner.prompts.count(
+        starts, lens, prompts, planner.rules.find(prompts, None),
+        lambda name, amount, reason="": counted.update({name: amount}),
+        torch.tensor([False, True, True]),
+    )  # fmt: skip
+    assert counted == {"requests": 1}
+
+
 @pytest.mark.parametrize("budget", [0, DENSE, 96])
 def test_a_step_that_ends_a_prompt_and_goes_on_straddles_it(budget):
     planner, asked = StepPlanner(make_policy()), torch.tensor([0, budget], dtype=torch.int32)

@@ -32,7 +32,8 @@ def table_of(monkeypatch: Any, *names: str) -> RequestState:
     table.req_id_to_index, table.index_to_req_id = {}, {}
     table.max_seq_len = np.zeros(4, dtype=np.int32)
     table.num_computed_prefill_tokens = table.num_computed_tokens_np = table.max_seq_len
-    table.prompt_len = table.prefill_len = SimpleNamespace(np=np.zeros(4, dtype=np.int32))
+    for name in ("prompt_len", "prefill_len"):
+        setattr(table, name, SimpleNamespace(np=np.zeros(4, dtype=np.int32)))
     ignored = SimpleNamespace(stage_write=lambda *_: None, stage_write_elem=lambda *_: None)
     table.total_len = table.all_token_ids = table.num_computed_tokens = ignored
     table.draft_tokens = torch.zeros(4, 0)
@@ -41,11 +42,11 @@ def table_of(monkeypatch: Any, *names: str) -> RequestState:
     return table
 
 
-def take_up(table: RequestState, name: str) -> None:
-    """A request with a prompt of 300 tokens comes."""
+def take_up(table: RequestState, name: str, outputs: int = 0) -> None:
+    """A request with a prompt of 300 tokens comes, or comes back with outputs."""
     table.add_request(
-        req_id=name, prompt_len=PROMPT, all_token_ids=[0] * PROMPT, num_computed_tokens=0,
-        max_tokens=1,
+        req_id=name, prompt_len=PROMPT, all_token_ids=[0] * (PROMPT + outputs),
+        num_computed_tokens=0, max_tokens=1,
     )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ def plan(
     rows: list[Row],
     garbage: list[int] | None = None,
     split_fresh: bool = False,
+    replayed: list[bool] | None = None,
 ) -> tuple[SpardaStep, Counter]:
     """The step and what was counted.
 
@@ -64,6 +65,7 @@ def plan(
         torch.tensor([row.prompt_len for row in rows]).int(),
         torch.tensor(table).int(),
         dense=asked_to_be_dense(rows),
+        replayed=None if replayed is None else torch.tensor(replayed),
     )
     return step, counts
 

@@ -108,6 +108,26 @@ def _asked(request: Any) -> int:
     return AS_SET if sampling is None else control_of(sampling.extra_args)
 
 
+def replayed(common: CommonAttentionMetadata) -> Tensor | None:
+    """Rows of requests that came with outputs: they were preempted, and are counted already.
+
+    Args:
+        common: The batch.
+
+    Returns:
+        On the host, bool ``[R]``, anything for rows that decode; ``None`` where nobody tells.
+    """
+    table = None if _table is None else _table()
+    if table is None or common.rswa_prefix_lens is None:
+        return None
+    if common.req_idx is not None:
+        index = common.req_idx[: common.num_reqs]
+        longer = table.prefill_len.np[index] > table.prompt_len.np[index]
+    else:
+        longer = (table.num_tokens_no_spec > table.num_prompt_tokens)[: common.num_reqs]
+    return torch.from_numpy(np.pad(longer, (0, common.num_reqs - len(longer))))
+
+
 def controls(common: CommonAttentionMetadata) -> Tensor | None:
     """What each row's request asks for.
 

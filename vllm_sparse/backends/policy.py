@@ -26,7 +26,7 @@ from vllm_sparse.backends.base import (
     final_scales,
     layers_that_attend,
 )
-from vllm_sparse.backends.controls import watch_controls
+from vllm_sparse.backends.controls import replayed, watch_controls
 from vllm_sparse.backends.refusals import check_layer, takes_gpu_path
 from vllm_sparse.config import load_settings
 from vllm_sparse.features import POLICIES, refuse
@@ -326,6 +326,7 @@ class Planning:
             count or self.count,
             controls,
             drafts,
+            replayed(common),
         )
 
 

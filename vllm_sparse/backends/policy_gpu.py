@@ -32,7 +32,7 @@ from vllm_sparse.backends.base import (
     sequence_lengths,
     withdraw,
 )
-from vllm_sparse.backends.controls import controls
+from vllm_sparse.backends.controls import controls, replayed
 from vllm_sparse.backends.drafting import note_rows, rows_of_pass
 from vllm_sparse.backends.gpu import GpuBackend, warn_of_gpus
 from vllm_sparse.backends.policy import Planning, PolicyBackend, count_nothing, set_up_layer
@@ -239,7 +239,8 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         if prefilling is not None and bool(prefilling.any()):
             start = common.query_start_loc_cpu[: requests + 1]
             rule = self._planner.rules.find_on_host(prompt_lens, asked)
-            self._planner.prompts.count(start, lengths, prompt_lens, rule, count)
+            host = start, lengths, prompt_lens, rule
+            self._planner.prompts.count(*host, count, replayed(common))
         return StepMetadata(tokens, None, rows=rows)
 
     def _buffers(self, width: int, count: int) -> Rows:

@@ -34,7 +34,7 @@ from vllm_sparse.backends.base import (
     rehearsed,
     sequence_lengths,
 )
-from vllm_sparse.backends.controls import controls, watch_controls
+from vllm_sparse.backends.controls import controls, replayed, watch_controls
 from vllm_sparse.backends.prompts import (
     Newcomers,
     is_warm_up,
@@ -216,6 +216,7 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
             common.block_table_tensor[:count],
             new,
             dense,
+            replayed(common),
         ).to(self.device)
 
     def build_for_cudagraph_capture(
@@ -243,6 +244,7 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
             common.block_table_tensor[:rows],
             prefilling,
             dense,
+            replayed(common) if prefilling else None,
         )
 
 

@@ -79,6 +79,7 @@ class SpardaPlanner:
         block_table: Tensor,
         may_borrow: bool = True,
         dense: Tensor | None = None,
+        replayed: Tensor | None = None,
     ) -> SpardaStep:
         """Plan one step.
 
@@ -91,6 +92,7 @@ class SpardaPlanner:
                 new may: later it has its blocks' content. Finding out waits for the device.
             dense: Host bool ``[R]``: rows of requests that ask to read everything, which they do
                 as prompts do; ``None`` if there are none.
+            replayed: As of :meth:`.Prompts.count`.
 
         Returns:
             The metadata, in part on the host.
@@ -157,7 +159,7 @@ class SpardaPlanner:
             tokens, query_start, start, seq_lens, prompt_lens, dense_until, table, ~decoding,
             borrowed,
         )  # fmt: skip
-        self.count_requests(start, seq_lens, prompt_lens, dense)
+        self.count_requests(start, seq_lens, prompt_lens, dense, replayed)
         owners = owner[:, None].expand_as(members)
         older_slots = slot_of(there(owners[older]), there(members[older]))
         windows = WindowList(window_slots, window_tokens, older_slots)
@@ -275,20 +277,25 @@ class SpardaPlanner:
         return tuple(prompts), tuple(tiles)
 
     def count_requests(
-        self, start: Tensor, seq_lens: Tensor, prompt_lens: Tensor, dense: Tensor | None
+        self,
+        start: Tensor,
+        seq_lens: Tensor,
+        prompt_lens: Tensor,
+        dense: Tensor | None,
+        replayed: Tensor | None = None,
     ) -> None:
         """Count each request once, when its prompt completes, by how it starts to decode.
-
-        A preempted request is replayed past its prompt. Nothing tells it from a new one if a chunk
-        of that happens to end with the prompt; it is then counted again.
 
         Args:
             start: Host ``[R]``: position of each row's first token.
             seq_lens: Host ``[R]``: tokens of each row after the step, 0 for padding rows.
             prompt_lens: Host ``[R]``: prompt tokens of each row's request.
             dense: As of :meth:`plan`.
+            replayed: As of :meth:`.Prompts.count`.
         """
         finished = (start < prompt_lens) & (seq_lens == prompt_lens) & (seq_lens > 0)
+        if replayed is not None:
+            finished &= ~replayed
         if dense is not None:
             if asked := int((finished & dense).sum()):
                 self._count("dense_fallbacks", asked, REQUESTED)

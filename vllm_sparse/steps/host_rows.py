@@ -62,6 +62,7 @@ class RowPlanner:
         block_table: Tensor,
         prefilling: bool,
         dense: Tensor | None = None,
+        replayed: Tensor | None = None,
     ) -> SpardaStep | None:
         """Plan one step.
 
@@ -73,6 +74,7 @@ class RowPlanner:
             block_table: Physical blocks, int32 ``[R, max_blocks]``.
             prefilling: Whether any row is a prompt's, where it cannot be seen from the lengths.
             dense: As of :meth:`.SpardaPlanner.plan`.
+            replayed: As of :meth:`.Prompts.count`.
 
         Returns:
             The metadata; ``None`` if the other planner must do it.
@@ -119,7 +121,7 @@ class RowPlanner:
             unframed.copy_(torch.where(alone, positions + 1, 0))
         if prefilling:
             prompts = prompt_lens.cpu()
-            planner.count_requests(host_lens - 1, host_lens, prompts, dense)
+            planner.count_requests(host_lens - 1, host_lens, prompts, dense, replayed)
             if dense_prompts:
                 host_lens = host_lens.where(host_lens > prompts, 0)
         if dense is not None:

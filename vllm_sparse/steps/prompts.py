@@ -189,14 +189,22 @@ class Prompts:
         prompt_lens: Tensor,
         rule: Tensor,
         count: Callable[..., None],
+        replayed: Tensor | None = None,
     ) -> None:
         """Count each request once, in the step that completes its prompt, by how it is served.
 
-        A preempted request is replayed past its prompt. Nothing tells it from a new one if a chunk
-        of that happens to end with the prompt; it is then counted again.
+        Args:
+            query_start: Host ``[R + 1]``: where each row's tokens start in the batch.
+            seq_lens: Host ``[R]``: tokens of each row after the step.
+            prompt_lens: Host ``[R]``: prompt tokens of each row's request.
+            rule: Host ``[R]``: as of :meth:`.Rules.find`.
+            count: Receives counter names, amounts and reasons.
+            replayed: Host bool ``[R]``: rows of requests that were preempted with outputs. A chunk
+                of their replay may end with the prompt. ``None`` where nobody tells.
         """
         first = seq_lens - query_start.diff()
-        finished = rule[(first < prompt_lens) & (seq_lens == prompt_lens)]
+        ends = (first < prompt_lens) & (seq_lens == prompt_lens)
+        finished = rule[ends if replayed is None else ends & ~replayed]
         if not len(finished):
             return
         sparse = self.rules.table.sparse[finished]

@@ -130,6 +130,7 @@ class StepPlanner:
         count: Callable[..., None],
         controls: Tensor | None = None,
         drafts: Drafts | None = None,
+        replayed: Tensor | None = None,
     ) -> StepMetadata:
         """Plan one step.
 
@@ -144,6 +145,7 @@ class StepPlanner:
             count: Receives counter names and amounts.
             controls: As of :meth:`.Rules.find`.
             drafts: How far ``seq_lens`` may be off.
+            replayed: As of :meth:`.Prompts.count`.
 
         Returns:
             The metadata.
@@ -163,7 +165,7 @@ class StepPlanner:
         sparse_row = self.rules.table.sparse[rule]
         any_sparse = bool(sparse_row.any())
         if not any_sparse and self.policy.moves:
-            self.prompts.count(query_start, seq_lens, prompt_lens, rule, count)
+            self.prompts.count(query_start, seq_lens, prompt_lens, rule, count, replayed)
             return StepMetadata(num_tokens, dense_metadata(None, None, None))
 
         device = block_table.device
@@ -178,7 +180,7 @@ class StepPlanner:
         prompts: tuple[PromptEnd, ...] = ()
         all_sparse = bool(sparse_token.all())
         if not all_sparse:
-            self.prompts.count(query_start, seq_lens, prompt_lens, rule, count)
+            self.prompts.count(query_start, seq_lens, prompt_lens, rule, count, replayed)
             if self.policy.moves:
                 prompts = self.prompts.ending(
                     query_start, seq_lens, prompt_lens, rule, block_table, count
