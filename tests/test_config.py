@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from vllm_sparse import config
-from vllm_sparse.config import load_settings, preset_names
+from vllm_sparse.config import PRESETS, load_settings, shipped_names
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.policies.rocketkv import RocketKVSettings
 from vllm_sparse.registry import entries, settings_class
@@ -53,14 +53,14 @@ def test_page_sizes_are_sorted_and_unique():
 
 
 def test_every_preset_is_valid_and_keys_beside_it_win():
-    assert "llama-3.1-8b" in preset_names()
-    assert "smollm2-135m" in preset_names()
+    assert "llama-3.1-8b" in shipped_names(PRESETS)
+    assert "smollm2-135m" in shipped_names(PRESETS)
     algorithms = {
         "minicpm4.1-8b": "sparda",
         "qwen2.5-sparda": "sparda",
         "smollm2-135m-sparda": "sparda",
     }
-    for name in preset_names():
+    for name in shipped_names(PRESETS):
         algorithm = algorithms.get(name, "rocketkv")
         chosen = load_settings({"vllm_sparse": {"config": name}}, algorithm)
         assert chosen.algorithm == algorithm

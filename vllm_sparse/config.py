@@ -68,11 +68,6 @@ def __getattr__(name: str) -> Any:
     return kind
 
 
-def preset_names() -> list[str]:
-    """Names of the presets shipped in ``configs/``."""
-    return shipped_names(PRESETS)
-
-
 def shipped_names(package: str) -> list[str]:
     """Names of the YAML files that a package ships."""
     files = [item.name for item in resources.files(package).iterdir()]

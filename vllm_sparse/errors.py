@@ -16,7 +16,7 @@ class UnsupportedError(VllmSparseError, NotImplementedError):
 
 
 class IntegrityError(VllmSparseError, RuntimeError):
-    """Internal bookkeeping is inconsistent; raised by ``check_integrity`` methods."""
+    """A step would read what it should not: bookkeeping, or vLLM, contradicts itself."""
 
 
 class RequestError(VllmSparseError, ValueError):

@@ -145,7 +145,7 @@ def tuned_path(gpu: str) -> Path | None:
 
 
 def read_launches(path: Path) -> dict[str, tuple[Launch, Launch]]:
-    """Reads a tuned table: by kernel a pair of ``[block, num_warps, num_stages]``, as above.
+    """Reads a tuned table: by kernel ``[block, num_warps, num_stages]`` of small and large heads.
 
     Raises:
         ConfigError: It cannot be read, or a kernel cannot be launched so. Unknown kernels, as of

@@ -7,14 +7,14 @@ from __future__ import annotations
 import pytest
 from support.training import SETTINGS
 
-from vllm_sparse.config import read_values
+from vllm_sparse.config import read_values, shipped_names
 from vllm_sparse.errors import ConfigError
-from vllm_sparse.training.settings import TrainSettings, load_train_settings, recipe_names
+from vllm_sparse.training.settings import RECIPES, TrainSettings, load_train_settings
 
 
 def test_recipes_are_valid():
-    assert recipe_names() == ["dense", "dense-small", "sparda"]
-    for name in recipe_names():
+    assert shipped_names(RECIPES) == ["dense", "dense-small", "sparda"]
+    for name in shipped_names(RECIPES):
         load_train_settings(name, {})
     published = load_train_settings("sparda", {})
     assert published == TrainSettings(init="uniform")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class SparseBackend:
-    """Goes before a stock backend: decoder layers that write the KV cache themselves."""
+    """First base of our backends, a stock one second: decoder layers that write their cache."""
 
     # ROCKETKV may write a replayed token only after compaction; SPARDA writes in the order that its
     # copies allow.

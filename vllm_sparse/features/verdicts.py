@@ -112,7 +112,7 @@ def row(
         name: For code.
         title: For readers.
         policies: What our policies do, on CPUs and on GPUs if that differs.
-        sparda: What SPARDA does, likewise.
+        sparda: What SPARDA does, on CPUs and on GPUs if that differs.
         outside: What policies of other packages do if that differs from ours.
     """
     cells: dict[Place, Verdict | None] = {}

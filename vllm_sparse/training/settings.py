@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from vllm_sparse.config import read_values, shipped_names, validated
+from vllm_sparse.config import read_values, validated
 
 if TYPE_CHECKING:
     from vllm_sparse.training.geometry import BlockGeometry
@@ -114,11 +114,6 @@ class TrainSettings(BaseModel):
         if self.schedule == "linear":
             return self.lr * (self.steps - step) / max(1, self.steps - self.warmup_steps)
         return self.lr
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes shipped with the package."""
-    return shipped_names(RECIPES)
 
 
 def load_train_settings(recipe: str | None, overrides: dict[str, Any]) -> TrainSettings:
