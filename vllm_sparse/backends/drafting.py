@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from vllm_sparse.steps.split import StepMetadata, StepPlanner
 
 
-class Rows(NamedTuple):
+class Requests(NamedTuple):
     """The requests of a step, on the host.
 
     Attributes:
@@ -63,7 +63,7 @@ class Pass(NamedTuple):
 # Of the last pass of the model that a runner of this process has planned. The passes of its drafter
 # follow within the same step of its engine, before another engine of the process takes one: engines
 # that share a process share its thread, and others have processes of their own.
-_rows: Rows | None = None
+_rows: Requests | None = None
 
 
 def note_rows(lengths: Tensor, prompt_lens: Tensor, controls: Tensor | None) -> None:
@@ -71,12 +71,12 @@ def note_rows(lengths: Tensor, prompt_lens: Tensor, controls: Tensor | None) -> 
 
     Args:
         lengths: Tokens after the step, on the host, ``[R]``.
-        prompt_lens: As of :class:`Rows`.
+        prompt_lens: As of :class:`Requests`.
         controls: The same.
     """
     global _rows
     asked = None if controls is None else controls.clone()
-    _rows = Rows(prompt_lens.clone(), asked, lengths.clone())
+    _rows = Requests(prompt_lens.clone(), asked, lengths.clone())
 
 
 def rows_of_pass(policy: Policy, common: CommonAttentionMetadata, lengths: Tensor) -> Pass:

@@ -17,7 +17,7 @@ logger = init_logger("vllm.sparse")
 
 
 class GpuBackend(FlashAttentionBackend):
-    """FlashAttention says what the device can do, the guard what we cannot."""
+    """FlashAttention says what the device cannot do, :mod:`.refusals` what we cannot."""
 
     @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
