@@ -10,6 +10,7 @@ from support.policies import make_policy
 
 from vllm_sparse.control import AS_SET, DENSE
 from vllm_sparse.policies.quest import Quest
+from vllm_sparse.policies.rocketkv import RocketKV
 from vllm_sparse.policies.sparda import SpardaSettings
 
 pytest.importorskip("vllm")
@@ -20,10 +21,16 @@ from vllm_sparse.kv import spec as of_spec
 from vllm_sparse.kv.spec import PolicySpec, SpardaSpec
 
 
-def stock(block_size: int = 16) -> FullAttentionSpec:
-    return FullAttentionSpec(
-        block_size=block_size, num_kv_heads=2, head_size=16, dtype=torch.float32
-    )
+def stock(block_size: int = 16, dtype: torch.dtype = torch.float32) -> FullAttentionSpec:
+    return FullAttentionSpec(block_size=block_size, num_kv_heads=2, head_size=16, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", [RocketKV, Quest])
+def test_a_block_of_fp8_takes_half_of_bfloat16_s_bytes(kind):
+    """Its index included; vLLM's dtype of fp8 is bytes."""
+    wide, narrow = stock(dtype=torch.bfloat16), stock(dtype=torch.uint8)
+    full, half = (PolicySpec.wrap(spec, make_policy(kind)) for spec in (wide, narrow))
+    assert 2 * half.page_size_bytes == full.page_size_bytes > wide.page_size_bytes
 
 
 @pytest.mark.parametrize(
