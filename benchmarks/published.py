@@ -75,8 +75,17 @@ def accuracy() -> str:
 
 def policies() -> str:
     """The policies at equal budgets."""
-    columns = {"4K, of 20": "arm", "single": "single 4096", "multi-key": "multikey 4096", **PROSE}
-    return table(_cells("accuracy-policies").values(), columns)
+    return _at_4k("accuracy-policies")
+
+
+def fp8_answers() -> str:
+    """What an fp8 cache costs in answers."""
+    return _at_4k("accuracy-fp8")
+
+
+def _at_4k(name: str) -> str:
+    columns = {"4K, of 20": "arm", "multi-key": "multikey 4096", **PROSE}
+    return table(_cells(name).values(), columns)
 
 
 def speed() -> str:
@@ -311,6 +320,6 @@ TABLES = {
     make.__name__: make
     for make in (
         *(accuracy, policies, speed, budgets, capacity, serving, agents, selectors),
-        *(mass, memory, overlap, drafts, fp8, quarters, rows, training),
+        *(mass, memory, overlap, drafts, fp8, fp8_answers, quarters, rows, training),
     )
 }
