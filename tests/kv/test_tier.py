@@ -7,9 +7,11 @@ The stand-in knows what each block holds and copies late and in its own time, as
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from support.scheduler import BLOCK, PAGE_BYTES, Machine, prompts
 
 pytest.importorskip("vllm")
@@ -169,3 +171,23 @@ def test_random_lives(llama, seed):
     assert machine.pool.get_num_free_blocks() == 44
     assert machine.tier.cpu_block_pool.get_num_free_blocks() == machine.tier.num_cpu_blocks - 1
     assert any(machine.first_hits.values())
+
+
+def test_every_byte_of_a_block_is_copied_once():
+    """Three layers, of which a group of one overlays the first; and one of another worker."""
+    from vllm_sparse.kv.tier import block_regions
+
+    memory = torch.arange(72, dtype=torch.uint8)
+    first, second, third = memory.split(24)
+
+    def placed(offset, *layers):
+        return SimpleNamespace(layers=layers, offset=offset, layer_stride=24, block_stride=8)
+
+    tensors = [placed(0, "elsewhere"), placed(0, "a", "b"), placed(0, "c"), placed(48, "d")]
+    config = SimpleNamespace(num_blocks=3, kv_cache_tensors=tensors)
+    caches = {"a": first.view(torch.int32), "b": second, "c": first, "d": third.view(3, 2, 4)}
+    found = list(block_regions(caches, config))
+    assert [region.tolist() for region in found] == memory.view(3, 3, 8).tolist()
+    for region in found:
+        region.zero_()
+    assert not memory.any()

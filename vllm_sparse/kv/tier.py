@@ -113,12 +113,9 @@ def block_regions(kv_caches: dict[str, Tensor], config: Any) -> Iterator[Tensor]
         storage = kv_caches[layer].untyped_storage()
         memory = torch.empty(0, dtype=torch.uint8).set_(storage)
         whole = placed.block_stride * config.num_blocks
-        # A layer after the other, or each block with all of its layers.
-        first, last = 0, whole
-        if placed.layer_stride >= whole:
-            first = placed.offset
-            last = first + placed.layer_stride * len(placed.layers)
-        for start in range(first, last, whole):
+        # One layer after the other: our backends allow no other layout.
+        last = placed.offset + placed.layer_stride * len(placed.layers)
+        for start in range(placed.offset, last, whole):
             key = storage.data_ptr() + start
             if key not in seen:
                 seen.add(key)

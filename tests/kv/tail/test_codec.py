@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 import torch
 from support.pages import row_pack
@@ -36,6 +38,18 @@ def stock_pack(isa: str):
 def test_codec_reads_what_the_stock_kernel_wrote(dtype, dim, block_size):
     cpu_attn = pytest.importorskip("vllm.v1.attention.backends.cpu_attn")
     pack = stock_pack(cpu_attn._get_attn_isa(dtype, block_size, dim))
+    check(pack, block_size, dim, dtype)
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernel is built for x86 only")
+@pytest.mark.parametrize(("block_size", "dim"), [(32, 64), (96, 128)])
+def test_codec_reads_the_tiles_of_amx(block_size, dim):
+    """On any x86: only to read them needs AMX."""
+    check(stock_pack("amx"), block_size, dim, torch.bfloat16)
+
+
+def check(pack, block_size, dim, dtype):
     codec = PageCodec(pack, block_size, dim, dtype, CPU)
     generator = torch.Generator().manual_seed(1)
     key, value = (torch.randn(block_size, 3, dim, generator=generator).to(dtype) for _ in "kv")
@@ -44,6 +58,9 @@ def test_codec_reads_what_the_stock_kernel_wrote(dtype, dim, block_size):
     cache = pages.view(1, 3, block_size, 2 * dim)
     assert torch.equal(codec.keys(cache), key.transpose(0, 1))
     assert torch.equal(codec.values(cache), value.transpose(0, 1))
+    slot, head = torch.arange(block_size)[:, None], torch.arange(3)
+    rows = codec.at(cache, torch.zeros_like(slot), head, slot)
+    assert torch.equal(rows, torch.cat((key, value), -1))
 
 
 def test_codec_refuses_an_unknown_packing():
