@@ -65,7 +65,6 @@ class Kind(NamedTuple):
         label: For tables; ``{n}`` stands for the number.
         settings: What the kind implies; wins over anything else.
         defaults: What it starts from.
-        compared_with: Kind of the arm that it is compared with.
     """
 
     backend: str | None
@@ -73,7 +72,6 @@ class Kind(NamedTuple):
     label: str
     settings: dict[str, Any] = {}  # noqa: RUF012 - a NamedTuple's default is never changed
     defaults: dict[str, Any] = {}  # noqa: RUF012
-    compared_with: str = DENSE
 
 
 def _budget(backend: str, label: str, **settings: Any) -> Kind:

@@ -5,8 +5,7 @@
 For each number of users at once, vLLM's own client sends random prompts, each user one after the
 other, and reports time to the first token (TTFT), time per further token (TPOT) and tokens per
 second. Meanwhile this program reads the server's gauges: requests running, blocks held,
-preemptions. All arms have the same bytes of KV cache. With ``--shared`` the users ask about few
-documents, so that the prefix cache has most of each prompt.
+preemptions. All arms have the same bytes of KV cache.
 
 A point is one pair of concurrency and arm; rounds repeat the points with other prompts, the arms
 in turns, one server at a time.
@@ -71,7 +70,9 @@ def point(server: Server, model: Path, users: int, seed: int, options: Any) -> d
             *("--ignore-eos", "--percentile-metrics", ",".join(LATENCIES)),
             *("--metric-percentiles", "50,99", "--disable-tqdm", "--temperature", "0"),
             *("--save-result", "--result-dir", folder, "--result-filename", file.name),
-            *_dataset(options),
+            *("--dataset-name", "random"),
+            *("--random-input-len", str(options.context - options.output)),
+            *("--random-output-len", str(options.output)),
         ]
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S
@@ -82,21 +83,6 @@ def point(server: Server, model: Path, users: int, seed: int, options: Any) -> d
     if found["failed"]:
         raise ClientError(f"{found['failed']} of {count} requests failed:\n{server.log_tail()}")
     return {"requests": count, **_kept(found), **watch.found()}
-
-
-def _dataset(options: Any) -> list[str]:
-    prompt = options.context - options.output
-    if not options.shared:
-        lengths = ("--random-input-len", str(prompt), "--random-output-len", str(options.output))
-        return ["--dataset-name", "random", *lengths]
-    own = min(prompt // 8, 256)
-    return [
-        *("--dataset-name", "prefix_repetition"),
-        *("--prefix-repetition-num-prefixes", str(options.shared)),
-        *("--prefix-repetition-prefix-len", str(prompt - own)),
-        *("--prefix-repetition-suffix-len", str(own)),
-        *("--prefix-repetition-output-len", str(options.output)),
-    ]
 
 
 def _kept(found: dict[str, Any]) -> dict[str, Any]:
@@ -147,10 +133,9 @@ def points(result: dict[str, Any]) -> str:
 
 def render(result: dict[str, Any]) -> str:
     """What was served, and :func:`points`."""
-    documents = f", {result['shared']} shared documents" if result["shared"] else ""
     head = (
-        f"{result['model']}, {result['context'] - result['output']} + {result['output']} tokens"
-        f"{documents}, a pool of {result['pool_tokens']} tokens (stock's), medians of rounds"
+        f"{result['model']}, {result['context'] - result['output']} + {result['output']} tokens, "
+        f"a pool of {result['pool_tokens']} tokens (stock's), medians of rounds"
     )
     return f"{head}:\n\n{points(result)}"
 
@@ -187,16 +172,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--users", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--prompts", type=int, default=3, help="of each user")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument(
-        "--shared", type=int, default=0, metavar="DOCUMENTS", help="users ask about so many"
-    )
     add_options(parser, "four whole requests")
     options = harness.parse(parser, arguments, QUICK)
     options.pool_tokens = options.pool_tokens or 4 * options.context
     chosen = arms.parse_arms(parser, options, baseline=True)
     body = {
         "model": options.model, "context": options.context, "output": options.output,
-        "shared": options.shared, "pool_tokens": options.pool_tokens,
+        "pool_tokens": options.pool_tokens,
         "settings": {arm.name: arm.settings for arm in chosen}, "points": [],
     }  # fmt: skip
     with Recorder(options.out, "serving", body) as record:

@@ -301,7 +301,7 @@ def main(
     if unknown:
         parser.error(f"no such stage: {', '.join(sorted(unknown))}; see --list")
     stages = chosen(every, options)
-    if options.list or options.dry_run:
+    if options.list:
         columns = {"stage": "name", "limit s": "limit_s", "needs": "needs", "about": "about"}
         rows = [{**vars(stage), "needs": ", ".join(stage.needs)} for stage in stages]
         print(table(rows, columns, aligned=True))

@@ -123,8 +123,7 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="shapes for a try-out on a CPU")
-    parser.add_argument("--dry-run", action="store_true", help="only show what would be run")
-    parser.add_argument("--list", action="store_true", help="only name the stages")
+    parser.add_argument("--list", action="store_true", help="only show what would be run")
     parser.add_argument(
         "--site", type=Path, default=machine.default_site(), help="where vLLM is unpacked"
     )

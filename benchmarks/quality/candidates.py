@@ -171,7 +171,6 @@ KINDS: dict[str, Callable[[int, int, Heads], Scheme]] = {
     "exact": _reads(ReadTokens),
     "exactblocks": _reads(lambda number: ReadBlocks(number, "exact")),
     "idealvotes": _rocket(Keep(ideal=True)),
-    "exactread": _rocket(make=lambda page, top_r, top_k: ReadTokens(top_k)),
     "exactpages": _rocket(make=lambda page, top_r, top_k: ReadPages(page, top_r, top_k, "exact")),
     # SPARDA's selectors
     "query": _reads(ReadBlocks),

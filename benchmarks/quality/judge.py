@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import arms, corpus, harness
+from benchmarks import arms, harness
 from benchmarks.quality import questions
 from benchmarks.results import FOLDER, OtherResultError, Recorder
 from benchmarks.worker import Worker, WorkerError
@@ -32,13 +32,6 @@ if TYPE_CHECKING:
 MIN_CONTEXT = 1024
 # Names of arms by the name of a group, with --lab.
 LABORATORY = {
-    "stages": [
-        *("dense", "paper-256", "paper-1024", "stage1-256", "stage2-256", "stage1-1024"),
-        *("stage2-1024", "quest-256", "snapkv-256", "streamingllm-256", "exact-128", "exact-512"),
-        *("exactread-256", "exactpages-256", "idealvotes-256", "moments-256", "mean-256"),
-        *("meanpage2-256", "page2-256", "query-16", "query-32", "previous-16"),
-        *("union-16", "exactblocks-16"),
-    ],
     "votes": [
         "dense",
         *(f"{kind}-{budget}" for budget in (256, 512, 1024) for kind in ("paper", "window16")),
@@ -126,26 +119,6 @@ def experiment(options: argparse.Namespace, names: list[str], record: Recorder) 
                     kept, read = found.recall(scheme)
                     cell.setdefault(question.task, []).append({"kept": kept, "read": read})
             record.save()
-        for index, (prompt, text) in enumerate(_passages(tokenizer, options.passages)):
-            cells = {
-                name: everything[name].setdefault("prose", {}).setdefault(str(context), {})
-                for name in schemes
-            }
-            todo = {name: schemes[name] for name, cell in cells.items() if str(index) not in cell}
-            if not todo:
-                continue
-            found = lab.Lab(network, network.prompt(prompt), len(text), set(), text)
-            for name, divergence in found.divergences(todo).items():
-                cells[name][str(index)] = divergence
-            record.save()
-
-
-def _passages(tokenizer: Any, count: int) -> list[tuple[list[int], list[int]]]:
-    """Prompts of prose and how they go on, as `benchmarks.accuracy` has them."""
-    from benchmarks.accuracy import PROSE_CONTEXT, PROSE_TOKENS
-
-    whole = corpus.prose_tokens(tokenizer, count, PROSE_CONTEXT + PROSE_TOKENS + 1)
-    return [(passage[:PROSE_CONTEXT], passage[PROSE_CONTEXT:]) for passage in whole]
 
 
 def _questions(options: argparse.Namespace, context: int) -> Iterator[Question]:
@@ -181,9 +154,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=20, help="of each task, at most 100")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lab", action="store_true", help="outside the server")
-    parser.add_argument(
-        "--passages", type=int, default=0, help="of prose to read, for KL divergences, with --lab"
-    )
     parser.add_argument(
         "--prompt-dtype", choices=("bfloat16", "float32"), default="bfloat16",
         help="what prompts are computed in, with --lab; on some CPUs float32 takes less time",

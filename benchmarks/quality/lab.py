@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from benchmarks.quality.schemes import Held, Layer, Scheme
 
@@ -22,14 +21,7 @@ if TYPE_CHECKING:
 class Lab:
     """One question's prompt, and the dense answer to it where that is needed."""
 
-    def __init__(
-        self,
-        network: Network,
-        prompt: Prompt,
-        max_tokens: int,
-        eos: set[int],
-        text: list[int] | None = None,
-    ) -> None:
+    def __init__(self, network: Network, prompt: Prompt, max_tokens: int, eos: set[int]) -> None:
         """Answers nothing yet.
 
         Args:
@@ -37,7 +29,6 @@ class Lab:
             prompt: What it made of the question.
             max_tokens: Length of answers.
             eos: Tokens that end one.
-            text: Read instead of answering, for :meth:`divergences`; of ``max_tokens``.
         """
         self._network, self._prompt = network, prompt
         self._max_tokens, self._eos = max_tokens, eos
@@ -52,17 +43,11 @@ class Lab:
         self._generated: list[list[tuple[Tensor, Tensor, Tensor | None]]] = [
             [] for _ in network.layers
         ]
-        self._text = text
 
     @cached_property
     def answer(self) -> list[int]:
-        """The dense answer's tokens, or the text that was given; its queries vote from now on."""
-        if self._text is None:
-            answer = self._answers({"dense": Scheme()}, record=True)["dense"]
-        else:
-            answer = self._text
-            for _ in self._read({"dense": Scheme()}, answer, record=True):
-                pass
+        """The dense answer's tokens; its queries vote from now on."""
+        answer = self._answers({"dense": Scheme()}, record=True)["dense"]
         if self._queries[0]:
             self._layers = [
                 layer._replace(ideal=torch.stack(queries, 1))
@@ -78,51 +63,22 @@ class Lab:
 
     def _answers(self, schemes: dict[str, Scheme], record: bool) -> dict[str, list[int]]:
         tokens = {name: [int(self._prompt.logits.argmax())] for name in schemes}
-        for running, logits in self._decode(schemes, tokens, self._max_tokens, record):
+        for running, logits in self._decode(schemes, tokens, record):
             for name, token in zip(running, logits.argmax(-1).tolist(), strict=True):
                 tokens[name].append(token)
         return {
             name: found[:-1] if found[-1] in self._eos else found for name, found in tokens.items()
         }
 
-    def _read(self, schemes: dict[str, Scheme], text: list[int], record: bool) -> Iterator[Tensor]:
-        """Logits before each token of a text but its first one, all reading it."""
-        tokens = dict.fromkeys(schemes, text[:1])
-        steps = self._decode(schemes, tokens, len(text), record)
-        for step, (_, logits) in enumerate(steps, 1):
-            yield logits
-            for found in tokens.values():
-                found.append(text[step])
-
-    def divergences(self, schemes: dict[str, Scheme]) -> dict[str, dict[str, float]]:
-        """How far from the dense model schemes are while all read its answer, or the text.
-
-        Returns:
-            Per scheme, means over all tokens but the first, which the prompt predicts: ``kl`` from
-            the dense model's distribution in nats, and ``top1``, the share of equal first choices.
-        """
-        sums = {name: [0.0, 0.0] for name in schemes}
-        for logits in self._read({"": Scheme(), **schemes}, self.answer, record=False):
-            rows = logits.float().log_softmax(-1)
-            dense = rows[0]
-            for total, row in zip(sums.values(), rows[1:], strict=True):
-                total[0] += float(functional.kl_div(row, dense, reduction="sum", log_target=True))
-                total[1] += float(row.argmax() == dense.argmax())
-        count = len(self.answer) - 1
-        return {
-            name: {"kl": round(kl / count, 5), "top1": round(top1 / count, 5), "tokens": count}
-            for name, (kl, top1) in sums.items()
-        }
-
     @torch.inference_mode()
     def _decode(
-        self, schemes: dict[str, Scheme], tokens: dict[str, list[int]], limit: int, record: bool
+        self, schemes: dict[str, Scheme], tokens: dict[str, list[int]], record: bool
     ) -> Iterator[tuple[list[str], Tensor]]:
         """Each step's names and logits ``[A, vocabulary]``; what follows is added to ``tokens``."""
         layers = range(len(self._layers))
         caches = {name: [self._start(each, at) for at in layers] for name, each in schemes.items()}
         running = list(schemes)
-        for step in range(limit - 1):
+        for step in range(self._max_tokens - 1):
             running = [name for name in running if tokens[name][-1] not in self._eos]
             if not running:
                 break

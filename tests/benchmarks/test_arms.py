@@ -95,11 +95,6 @@ def test_every_group_is_made_of_known_arms(group):
     assert all(arms.parse_arm(name).label for name in arms.GROUPS[group])
 
 
-@pytest.mark.parametrize("kind", arms.KINDS.values())
-def test_every_kind_is_compared_with_another_line(kind):
-    assert kind.compared_with in arms.KINDS
-
-
 def test_labels_are_for_tables():
     assert arms.label("rocket-512") == "t = 512"
     assert arms.label("forecast-16") == "`forecast`, 16"

@@ -27,7 +27,7 @@ def test_plans_are_consistent(program, capsys, tmp_path):
         assert set(stage.needs) <= set(names[:index]), stage.name
         assert set(stage.beside) <= set(names[:index]), stage.name
         assert 0 < stage.limit_s <= 200
-    assert program.main(["--dry-run", "--out", str(tmp_path)]) == 0
+    assert program.main(["--list", "--out", str(tmp_path)]) == 0
     assert all(name in capsys.readouterr().out for name in names[:1])
     assert not any(tmp_path.iterdir())
 

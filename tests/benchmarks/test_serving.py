@@ -53,8 +53,8 @@ def test_a_watch_keeps_peaks_and_growth():
     }  # fmt: skip
 
 
-def options(**changed):
-    return SimpleNamespace(**{"context": 1000, "output": 100, "prompts": 3, "shared": 0, **changed})
+def options():
+    return SimpleNamespace(**{"context": 1000, "output": 100, "prompts": 3})
 
 
 RESULT = {
@@ -100,13 +100,6 @@ def test_a_point_is_what_the_client_and_the_gauges_say(client):
     assert "label" not in found
 
 
-def test_shared_documents_leave_each_user_a_question(client):
-    serving.point(StubServer(gauges(1, 0.1, 0)), Path("model"), 2, 5, options(shared=3))
-    text = " ".join(client.commands[0])
-    assert "--prefix-repetition-num-prefixes 3" in text
-    assert "--prefix-repetition-prefix-len 788 --prefix-repetition-suffix-len 112" in text
-
-
 def test_failed_requests_are_an_error(client):
     client.changed["failed"] = 1
     with pytest.raises(serving.ClientError, match=r"1 of 6 requests failed:\n.*its log"):
@@ -148,7 +141,7 @@ def test_rounds_are_shown_by_their_medians():
             *(("dense", 1, 1, 14.0), ("dense", 2, 1, 99.0)),
         )
     ]
-    head = {"model": "m", "context": 1000, "output": 100, "shared": 0, "pool_tokens": 4000}
+    head = {"model": "m", "context": 1000, "output": 100, "pool_tokens": 4000}
     text = serving.render({**head, "points": points})
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
     assert [row[:3] for row in rows[2:]] == [

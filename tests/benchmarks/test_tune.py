@@ -286,7 +286,7 @@ def test_the_plan_is_consistent(tmp_path, capsys):
         None,
     ]
     out = tmp_path / "out"
-    assert tune.main(["--dry-run", "--no-install", "--out", str(out)]) == 0
+    assert tune.main(["--list", "--no-install", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "parity" in printed
     assert "for every later start" not in printed

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import arms, corpus, harness
+from benchmarks import arms, harness
 from benchmarks.quality import judge, lab, prompts, questions
 
 QUESTION = SimpleNamespace(
@@ -57,7 +57,6 @@ def _made_up(monkeypatch, tmp_path):
         (harness, "resolve_model", lambda name: tmp_path),
         (harness, "engine_args", lambda *_, **__: {}),
         (harness, "tokenizer_of", lambda name: tokenizer),
-        (corpus, "prose_tokens", lambda *_: []),
         (judge, "Worker", FakeWorker),
         (prompts, "Network", lambda *_, **__: network),
         (prompts, "saved", lambda *_: None),

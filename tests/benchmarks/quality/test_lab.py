@@ -133,26 +133,6 @@ def test_a_forecast_needs_weights(llama: Path) -> None:
         schemes_of(["forecast-16"], 1024, Network(llama, torch.float32))
 
 
-def test_divergence_is_of_the_same_text(llama: Path, prompts: list[list[int]]) -> None:
-    network = Network(llama, torch.float32)
-    text = prompts[1][:TOKENS]
-    lab = Lab(network, saved(network, prompts[0], None), TOKENS, set(), text)
-    found = lab.divergences({"same": Scheme(), "few": Scheme(read=lambda _: ReadBlocks(5))})
-    assert found["same"] == {"kl": 0, "top1": 1, "tokens": TOKENS - 1}
-    dense, few = (
-        hf_sparda.generate(
-            llama, prompts[0], TOKENS, continuation=text, selector="query",
-            init_blocks=1, local_blocks=2, top_k=5, dense_len=dense_len,
-        ).logits[1:].log_softmax(-1)
-        for dense_len in (1 << 20, 0)
-    )  # fmt: skip
-    wanted = (dense.exp() * (dense - few)).sum(-1).mean()
-    assert wanted > 0.01
-    assert found["few"]["kl"] == pytest.approx(float(wanted), rel=1e-3)
-    agreement = (dense.argmax(-1) == few.argmax(-1)).float().mean()
-    assert found["few"]["top1"] == pytest.approx(float(agreement), abs=1e-4)
-
-
 def test_end_of_text_ends_a_reply(llama: Path, prompts: list[list[int]]) -> None:
     network = Network(llama, torch.float32)
     prompt = saved(network, prompts[0], None)
