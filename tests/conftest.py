@@ -34,7 +34,7 @@ if not torch.cuda.is_available():
         adversary.install()
         interpreter.install()
 
-from reference import hf_rocketkv, random_models
+from reference import random_models
 from support.engine import BLOCK_SIZE, SETTINGS, SPARDA_SETTINGS, run_engine
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -81,7 +81,7 @@ def triton_cache(pytestconfig: pytest.Config) -> Path:
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama whose attention matters (std 0.1): dummy weights prove nothing."""
     path = tmp_path_factory.mktemp("models") / "llama"
-    hf_rocketkv.save_random_llama(path)
+    random_models.save_random_model(path)
     return path
 
 
@@ -89,7 +89,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen2, for biased projections and another group size."""
     path = tmp_path_factory.mktemp("models") / "qwen2"
-    hf_rocketkv.save_random_llama(path, arch="qwen2")
+    random_models.save_random_model(path, "qwen2")
     return path
 
 
@@ -97,7 +97,7 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def granite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Granite, whose logits have a scale of their own."""
     path = tmp_path_factory.mktemp("models") / "granite"
-    random_models.save_random_model(path, "granite", layers=3)
+    random_models.save_random_model(path, "granite")
     return path
 
 

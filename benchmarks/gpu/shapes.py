@@ -91,9 +91,9 @@ def save_random_llama(folder: Path, **sizes: int) -> None:
     """Writes the random model that the tests use."""
     # Not as tests.reference: some other package's "tests" may be installed.
     sys.path.insert(0, str(machine.ROOT / "tests"))
-    from reference import hf_rocketkv
+    from reference import random_models
 
-    hf_rocketkv.save_random_llama(folder, **sizes)
+    random_models.save_random_model(folder, **sizes)
 
 
 def random_prompt(seed: int, length: int, vocab: int) -> list[int]:

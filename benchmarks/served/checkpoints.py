@@ -40,11 +40,11 @@ class Checkpoints:
         return at
 
     def _make(self, name: str, at: Path) -> None:
-        from reference import hf_rocketkv, lora, random_models
+        from reference import lora, random_models
         from support.drafters import save_knowing_eagle
 
         if name == "llama":
-            hf_rocketkv.save_random_llama(at)
+            random_models.save_random_model(at)
         elif name == "experts":
             random_models.save_random_model(at, "qwen3_moe", layers=3)
         elif name == "windows":
@@ -54,6 +54,6 @@ class Checkpoints:
         elif name in ("adapter", "merged"):
             lora.save_adapter(self.path("llama"), self._folder)
         elif name == "known":
-            hf_rocketkv.save_random_llama(at, layers=1)
+            random_models.save_random_model(at, layers=1)
             save_knowing_eagle(self._folder / "eagle", at)
         assert at.exists(), name

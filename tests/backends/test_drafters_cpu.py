@@ -8,7 +8,7 @@ Wrong keys would not show in tokens, which the model verifies, but in what is ac
 from __future__ import annotations
 
 import pytest
-from reference import hf_rocketkv
+from reference.random_models import save_random_model
 from support.drafters import DRAFTS, drafts, save_eagle3, save_knowing_eagle, save_mimo
 from support.engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS, run_engine
 from support.masked import assert_tokens_of_hugging_face
@@ -55,7 +55,7 @@ def test_dense_requests_beside_sparse_ones(llama, prompts, sparse_run, stock_run
 def knowing(tmp_path_factory):
     """A Llama of one layer and the EAGLE head that is the same."""
     folder = tmp_path_factory.mktemp("knowing")
-    model = hf_rocketkv.save_random_llama(folder / "model", layers=1)
+    model = save_random_model(folder / "model", layers=1)
     return model, save_knowing_eagle(folder / "eagle", model)
 
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import pytest
-from reference import hf_rocketkv
+from reference.random_models import save_random_model
 from support.drafters import DRAFTS, drafts, save_knowing_eagle
 from support.engine import BLOCK_SIZE, SETTINGS, run_engine
 from support.gpu_path import run_gpu_path
@@ -19,7 +19,7 @@ TOKENS = 16
 @pytest.mark.parametrize(("v2", "chunk"), [(False, 202), (True, 101)])
 def test_heads_are_accepted_as_on_cpus(prompts, tmp_path, v2, chunk):
     """All is kept and read, but compacted. Of 607 tokens the last comes alone in chunks of 101."""
-    model = hf_rocketkv.save_random_llama(tmp_path / "model", layers=1)
+    model = save_random_model(tmp_path / "model", layers=1)
     head = save_knowing_eagle(tmp_path / "eagle", model)
     shared = {
         "settings": {**SETTINGS, "token_budget": 4096, "stage1": False},

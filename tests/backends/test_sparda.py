@@ -113,7 +113,7 @@ def test_other_architectures_equal_hugging_face(tmp_path, prompts, arch, extra):
     if arch == "minicpm":
         random_models.save_random_minicpm(model, **extra)
     else:
-        random_models.save_random_model(model, arch)
+        random_models.save_random_model(model, arch, layers=4)
     run = run_sparda(model, prompts[:3], slab_gib=0.01, new_tokens=60)
     assert_tokens_of_hugging_face(model, prompts[:3], run["tokens"][0])
 

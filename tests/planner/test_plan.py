@@ -131,7 +131,7 @@ def test_it_takes_seconds(config, tmp_path):
 @pytest.mark.vllm
 def test_blocks_are_those_of_an_engine(tmp_path, capsys):
     pytest.importorskip("vllm")
-    folder = save_random_model(tmp_path / "model", layers=3, head_dim=32)
+    folder = save_random_model(tmp_path / "model", head_dim=32)
     prompt = [3 + token % 1000 for token in range(600)]
     ran = run_engine(folder, [prompt], settings=SETTINGS, new_tokens=100, block_size=BLOCK_SIZE)
     # The engine computes in float32, whose blocks take twice as much.

@@ -12,14 +12,7 @@ import sys
 from typing import NamedTuple
 
 import torch
-from transformers import (
-    AttentionInterface,
-    DynamicCache,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AttentionInterface, DynamicCache
 
 from .rocketkv_bruteforce import pick_prompt_tokens, prompt_scores
 
@@ -348,58 +341,3 @@ def run_greedily(
         channel_gaps,
         [run.kept[layer] for layer in sorted(run.kept)],
     )
-
-
-# ---- a random checkpoint -------------------------------------------------------------------------
-
-
-def save_random_llama(
-    path,
-    *,
-    layers: int = 3,
-    hidden: int | None = None,
-    heads: int = 8,
-    kv_heads: int = 2,
-    head_dim: int = 32,
-    vocab: int = 1024,
-    seed: int = 0,
-    std: float = 0.1,
-    arch: str = "llama",
-    max_position_embeddings: int = 4096,
-):
-    """Write a random float32 checkpoint that Hugging Face and vLLM load; returns ``path``.
-
-    ``hidden`` defaults to 128 for llama and to ``heads * head_dim`` for qwen2, whose implementation
-    in vLLM derives the head size from it.
-    """
-    if hidden is None:
-        hidden = heads * head_dim if arch == "qwen2" else 128
-    common = {
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": max_position_embeddings,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        "use_cache": True,
-    }
-    if arch == "llama":
-        model = LlamaForCausalLM(LlamaConfig(head_dim=head_dim, **common))
-    elif arch == "qwen2":
-        if hidden != heads * head_dim:
-            raise ValueError(f"qwen2 needs hidden == heads * head_dim, got {hidden}")
-        model = Qwen2ForCausalLM(Qwen2Config(**common))
-    else:
-        raise ValueError(f"unknown arch {arch!r}")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            noise = torch.randn(parameter.shape, generator=generator) * std
-            parameter.copy_(1.0 + noise if "norm" in name else noise)
-    model.to(torch.float32).save_pretrained(path)
-    return path

@@ -29,26 +29,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GptOssConfig,
-    GptOssForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    GraniteMoeHybridConfig,
-    GraniteMoeHybridForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    Qwen3NextConfig,
-    Qwen3NextForCausalLM,
-)
-
-from .hf_rocketkv import save_random_llama
+from transformers import AutoConfig, AutoModelForCausalLM, GraniteConfig
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "minicpm")
 # A third of what heads of 32 would have; the published ones have 1 / 64 for heads of 64.
@@ -60,7 +41,7 @@ def save_random_model(
     path,
     arch="llama",
     *,
-    layers=4,
+    layers=3,
     hidden=None,
     heads=8,
     kv_heads=2,
@@ -70,129 +51,70 @@ def save_random_model(
     std=0.1,
     max_position_embeddings=4096,
 ):
-    """Write a random float32 checkpoint of ``ARCHITECTURES``, granite, qwen3_moe or gemma3.
+    """Write a random float32 checkpoint that Hugging Face and vLLM load; returns ``path``.
 
-    Returns ``path``.
-
-    ``hidden`` defaults to 128, for qwen2, minicpm and granite to ``heads * head_dim``: vLLM derives
-    their head size from it. Granite multiplies logits with ``GRANITE_SCALE``. Layers
-    of a Gemma 3 but the first and the last have windows of 128 tokens.
+    Of ``ARCHITECTURES``, granite, qwen3_moe or gemma3. ``hidden`` defaults to 128, for qwen2,
+    minicpm and granite to ``heads * head_dim``: vLLM derives their head size from it. Granite
+    multiplies logits with ``GRANITE_SCALE``. Layers of a Gemma 3 but the first and the last have
+    windows of 128 tokens.
     """
-    common = {
-        "layers": layers,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "vocab": vocab,
-        "seed": seed,
-        "std": std,
-        "max_position_embeddings": max_position_embeddings,
-    }
-    if arch in ("llama", "qwen2"):
-        return save_random_llama(path, arch=arch, hidden=hidden, **common)
-    if arch == "minicpm":
-        if hidden not in (None, heads * head_dim):
-            raise ValueError("minicpm needs hidden == heads * head_dim")
-        return save_random_minicpm(path, **common)
     if hidden is None:
-        hidden = heads * head_dim if arch == "granite" else 128
-    options = {
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "max_position_embeddings": max_position_embeddings,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-    if arch == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**options))
-    elif arch == "qwen3_moe":
-        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": hidden}
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**experts, **options))
-    elif arch == "mistral":
-        model = MistralForCausalLM(MistralConfig(sliding_window=None, **options))
-    elif arch == "granite":
-        del options["head_dim"]
-        model = GraniteForCausalLM(GraniteConfig(attention_multiplier=GRANITE_SCALE, **options))
-    elif arch == "gemma3":
-        kinds = ["full_attention", *["sliding_attention"] * (layers - 2), "full_attention"]
-        own = {"layer_types": kinds, "sliding_window": 128, "query_pre_attn_scalar": head_dim}
-        model = Gemma3ForCausalLM(Gemma3TextConfig(**own, **options))
-    else:
-        raise ValueError(f"unknown arch {arch!r}")
-    _randomise(model, seed, std)
+        hidden = heads * head_dim if arch in ("qwen2", "minicpm", "granite") else 128
+    if arch in ("qwen2", "minicpm") and hidden != heads * head_dim:
+        raise ValueError(f"{arch} needs hidden == heads * head_dim, got {hidden}")
+    if arch == "minicpm":
+        return save_random_minicpm(
+            path, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, vocab=vocab,
+            seed=seed, std=std, max_position_embeddings=max_position_embeddings,
+        )  # fmt: skip
+    sizes = _sizes(layers, hidden, heads, kv_heads, vocab, max_position_embeddings)
+    if arch not in ("qwen2", "granite"):
+        sizes["head_dim"] = head_dim
+    kinds = ["full_attention", *["sliding_attention"] * (layers - 2), "full_attention"]
+    further = {
+        "qwen3_moe": {
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": hidden,
+        },
+        "mistral": {"sliding_window": None},
+        "granite": {"attention_multiplier": GRANITE_SCALE},
+        "gemma3": {
+            "layer_types": kinds, "sliding_window": 128, "query_pre_attn_scalar": head_dim,
+        },
+    }  # fmt: skip
+    name = "gemma3_text" if arch == "gemma3" else arch
+    model = _random(name, {**sizes, **further.get(arch, {})}, seed, std)
     if arch == "gemma3":
         _count_norms_from_one(model)
-    model.to(torch.float32).save_pretrained(path)
+    model.save_pretrained(path)
     return path
 
 
-def save_random_hybrid(path, *, vocab=1024, seed=0, std=0.1, max_position_embeddings=4096):
+def save_random_hybrid(path):
     """Write a random float32 Granite 4 H, three Mamba-2 layers and one of attention; ``path``."""
-    config = GraniteMoeHybridConfig(
-        vocab_size=vocab,
-        hidden_size=256,
-        intermediate_size=256,
-        shared_intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        num_local_experts=0,
-        layer_types=["linear_attention", "full_attention", "linear_attention", "linear_attention"],
-        mamba_n_heads=16,
-        mamba_d_state=16,
-        mamba_chunk_size=64,
-        attention_multiplier=GRANITE_SCALE,
-        max_position_embeddings=max_position_embeddings,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    model = GraniteMoeHybridForCausalLM(config)
-    _randomise(model, seed, std)
-    model.to(torch.float32).save_pretrained(path)
+    own = {
+        "intermediate_size": 256, "shared_intermediate_size": 256, "num_local_experts": 0,
+        "layer_types": ["linear_attention", "full_attention", *["linear_attention"] * 2],
+        "mamba_n_heads": 16, "mamba_d_state": 16, "mamba_chunk_size": 64,
+        "attention_multiplier": GRANITE_SCALE,
+    }  # fmt: skip
+    _random("granitemoehybrid", {**_sizes(4, 256), **own}).save_pretrained(path)
     return path
 
 
-def save_random_delta_net(path, *, vocab=1024, seed=0, std=0.1, max_position_embeddings=4096):
+def save_random_delta_net(path):
     """Write a random bfloat16 Qwen3-Next: gated delta nets beside gated attention; ``path``.
 
     vLLM's CPU kernels of delta nets take bfloat16 and heads of 128, and its model wants one layer
     of experts. Every token has both experts, so that rounding cannot choose others.
     """
-    config = Qwen3NextConfig(
-        vocab_size=vocab,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        layer_types=["linear_attention", "full_attention"] * 2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
-        linear_num_key_heads=1,
-        linear_num_value_heads=1,
-        linear_key_head_dim=128,
-        linear_value_head_dim=128,
-        num_experts=2,
-        num_experts_per_tok=2,
-        moe_intermediate_size=64,
-        shared_expert_intermediate_size=64,
-        mlp_only_layers=[0, 1, 2],
-        max_position_embeddings=max_position_embeddings,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    model = Qwen3NextForCausalLM(config)
-    _randomise(model, seed, std)
+    own = {
+        "layer_types": ["linear_attention", "full_attention"] * 2, "head_dim": 64,
+        "linear_num_key_heads": 1, "linear_num_value_heads": 1,
+        "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+        "num_experts": 2, "num_experts_per_tok": 2, "mlp_only_layers": [0, 1, 2],
+        "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
+    }  # fmt: skip
+    model = _random("qwen3_next", {**_sizes(4, 128), **own})
     _count_norms_from_one(model, but="linear_attn")
     model.to(torch.bfloat16).save_pretrained(path)
     return path
@@ -206,36 +128,46 @@ def _count_norms_from_one(model, but="-"):
                 parameter.sub_(1.0)
 
 
-def save_random_gpt_oss(path, *, vocab=1024, seed=0, std=0.1, max_position_embeddings=4096):
+def save_random_gpt_oss(path):
     """Write a random float32 gpt-oss: learned sinks, every other layer windowed; ``path``.
 
     Every token has both experts, so that rounding cannot choose others. Sinks are as large as
     logits become, some heads' take most of their weight.
     """
-    config = GptOssConfig(
-        vocab_size=vocab,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
-        num_local_experts=2,
-        num_experts_per_tok=2,
-        sliding_window=128,
-        max_position_embeddings=max_position_embeddings,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    model = GptOssForCausalLM(config)
-    _randomise(model, seed, std)
+    own = {
+        "intermediate_size": 128, "head_dim": 64, "sliding_window": 128,
+        "num_local_experts": 2, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    model = _random("gpt_oss", {**_sizes(4, 128), **own}, std=0.1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "sinks" in name:
-                parameter.mul_(SINKS_STD / std)
-    model.to(torch.float32).save_pretrained(path)
+                parameter.mul_(SINKS_STD / 0.1)
+    model.save_pretrained(path)
     return path
+
+
+def _sizes(layers, hidden, heads=8, kv_heads=2, vocab=1024, max_position_embeddings=4096):
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": max_position_embeddings,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+
+
+def _random(kind, options, seed=0, std=0.1):
+    """A float32 model of one of Hugging Face's kinds."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options))
+    _randomise(model, seed, std)
+    return model.to(torch.float32)
 
 
 def _randomise(model, seed, std):
@@ -293,16 +225,10 @@ def save_random_minicpm(
     # Rises from about 1 like the published factors, which end near 126 for 64 frequencies.
     factors = [round(126.0 ** (k / (head_dim // 2)) * 0.9982, 6) for k in range(head_dim // 2)]
     config = {
+        **_sizes(layers, hidden, heads, kv_heads, vocab, max_position_embeddings),
         "architectures": ["MiniCPMForCausalLM"],
         "model_type": model_type,
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
         "hidden_act": "silu",
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": max_position_embeddings,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "rope_scaling": {
@@ -314,11 +240,7 @@ def save_random_minicpm(
         "scale_emb": scale_emb,
         "scale_depth": scale_depth,
         "dim_model_base": hidden // 4 if dim_model_base is None else dim_model_base,
-        "tie_word_embeddings": False,
         "attention_bias": False,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
         "use_cache": True,
         "dtype": "float32",
     }
@@ -326,7 +248,7 @@ def save_random_minicpm(
         config["auto_map"] = {"AutoConfig": "configuration_minicpm.MiniCPMConfig"}
         (path / "configuration_minicpm.py").write_text(CONFIGURATION_MINICPM)
     (path / "config.json").write_text(json.dumps(config, indent=1))
-    model = GraniteForCausalLM(granite_config(config)).to(torch.float32)
+    model = AutoModelForCausalLM.from_config(granite_config(config)).to(torch.float32)
     _randomise(model, seed, std)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})

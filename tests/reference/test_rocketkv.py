@@ -13,12 +13,13 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from reference import hf_rocketkv as hf
 from reference import rocketkv_bruteforce as bf
+from reference.random_models import save_random_model
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
 def model(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    hf.save_random_llama(path, arch=request.param)
+    save_random_model(path, request.param)
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
