@@ -16,7 +16,14 @@ from torch.nn import functional
 
 from benchmarks import arms
 from benchmarks.quality.judge import MIN_CONTEXT
-from benchmarks.quality.schemes import FEW_FORCED, Keep, ReadBlocks, ReadPages, ReadTokens, Scheme
+from benchmarks.quality.schemes import (
+    FEW_FORCED,
+    KeepIdeal,
+    ReadBlocks,
+    ReadPages,
+    ReadTokens,
+    Scheme,
+)
 from vllm_sparse import registry
 from vllm_sparse.policies.protocol import Shape
 from vllm_sparse.policies.rocketkv import RocketKV, RocketKVSettings
@@ -137,7 +144,7 @@ class Rocket:
         make = make or ReadPages
         return make(retention.page_size, retention.top_r, top_k)
 
-    def scheme(self, keep: Keep | None = None, make: Any = None) -> Scheme:
+    def scheme(self, keep: Any = None, make: Any = None) -> Scheme:
         """The scheme, with another way to keep or to read."""
         return Scheme(
             self.count,
@@ -147,7 +154,7 @@ class Rocket:
         )
 
 
-def _rocket(keep: Keep | None = None, make: Any = None, **settings: Any) -> Callable[..., Scheme]:
+def _rocket(keep: Any = None, make: Any = None, **settings: Any) -> Callable[..., Scheme]:
     return lambda number, context, heads: Rocket(number, context, heads, **settings).scheme(
         keep, make
     )
@@ -170,7 +177,7 @@ KINDS: dict[str, Callable[[int, int, Heads], Scheme]] = {
     # Oracles
     "exact": _reads(ReadTokens),
     "exactblocks": _reads(lambda number: ReadBlocks(number, "exact")),
-    "idealvotes": _rocket(Keep(ideal=True)),
+    "idealvotes": _rocket(KeepIdeal()),
     "exactpages": _rocket(make=lambda page, top_r, top_k: ReadPages(page, top_r, top_k, "exact")),
     # SPARDA's selectors
     "query": _reads(ReadBlocks),

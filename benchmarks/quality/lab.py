@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from benchmarks.quality.schemes import Held, Layer, Scheme
+from benchmarks.quality.schemes import Held, KeepIdeal, Layer, Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -57,7 +57,7 @@ class Lab:
 
     def answers(self, schemes: dict[str, Scheme]) -> dict[str, list[int]]:
         """Greedy answers of all schemes, without the token that ends them."""
-        if any(getattr(scheme.keep, "ideal", False) for scheme in schemes.values()):
+        if any(isinstance(scheme.keep, KeepIdeal) for scheme in schemes.values()):
             _ = self.answer
         return self._answers(schemes, record=False)
 

@@ -59,17 +59,6 @@ def attention(query: Tensor, positions: Tensor, layer: Layer) -> Tensor:
     return logits.masked_fill_(hidden, -torch.inf).softmax(-1)
 
 
-def window_votes(layer: Layer, window: int) -> Tensor:
-    """Probability that the last queries give each token, summed: [G, n]."""
-
-    def vote() -> Tensor:
-        tokens = layer.keys.shape[1]
-        positions = torch.arange(tokens - window, tokens)
-        return attention(layer.last[:, -window:], positions, layer).sum((1, 2))
-
-    return _memo(layer, ("window", window), vote)
-
-
 def ideal_votes(layer: Layer) -> Tensor:
     """What the dense answer's queries give each prompt token: [G, n]."""
 
@@ -87,33 +76,26 @@ def _memo(layer: Layer, name: tuple, make: Callable[[], Tensor]) -> Tensor:
     return layer.memo[name]
 
 
-def best(score: Tensor, count: int, window: int) -> Tensor:
-    """The last tokens and those with the highest scores before them: [G, count], ascending."""
-    groups, tokens = score.shape
-    last = torch.arange(tokens - window, tokens).expand(groups, -1)
-    return torch.cat((top_indices(score[:, :-window], count - window), last), -1)
-
-
 @dataclass(frozen=True)
-class Keep:
-    """How prompt tokens are chosen.
+class KeepIdeal:
+    """What the dense answer votes for, and the last tokens.
 
     Attributes:
-        window: Last queries that vote; their tokens are kept.
-        pool: Width of the max pool of their votes.
-        ideal: The dense answer votes instead of the window.
+        window: Tokens at the end that stay.
+        pool: Width of the max pool of the votes.
     """
 
     window: int = 32
     pool: int = 63
-    ideal: bool = False
 
     def __call__(self, layer: Layer, count: int) -> Tensor:
         """Positions that stay, ascending: [G, count]."""
-        votes = ideal_votes(layer) if self.ideal else window_votes(layer, self.window)
+        votes = ideal_votes(layer)
+        groups, tokens = votes.shape
         # As the policy does: only tokens before the window are pooled.
         votes = pooled(votes[:, : -self.window], self.pool)
-        return best(functional.pad(votes, (0, self.window)), count, self.window)
+        last = torch.arange(tokens - self.window, tokens).expand(groups, -1)
+        return torch.cat((top_indices(votes, count - self.window), last), -1)
 
 
 # --- what a step reads of it --------------------------------------------------------------------
@@ -348,6 +330,6 @@ class Scheme:
     """
 
     count: Callable[[int], int | None] = field(default=lambda _: None)
-    keep: Callable[[Layer, int], Tensor] = field(default_factory=Keep)
+    keep: Callable[[Layer, int], Tensor] | None = None
     read: Callable[[int], Callable[[Tensor, Held], Tensor | None]] | None = None
     skip: int = 0

@@ -31,14 +31,6 @@ class Generation(NamedTuple):
     channel_gaps: list[float]  # stage 2, per decode step: smallest relative gap, see the selection
     kept: list[torch.Tensor]  # per layer [G, kept prompt tokens], ascending
 
-    @property
-    def min_page_gap(self) -> float:
-        return min(self.page_gaps, default=math.inf)
-
-    @property
-    def min_channel_gap(self) -> float:
-        return min(self.channel_gaps, default=math.inf)
-
 
 # ---- stage 2, fast -------------------------------------------------------------------------------
 

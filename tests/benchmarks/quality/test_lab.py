@@ -17,18 +17,25 @@ from benchmarks.quality.lab import Lab
 from benchmarks.quality.prompts import LAST, Network, saved
 from benchmarks.quality.schemes import (
     FEW_FORCED,
-    Keep,
+    KeepIdeal,
+    Layer,
     ReadBlocks,
     ReadPages,
     ReadTokens,
     Scheme,
 )
+from vllm_sparse.policies.votes import select_prompt_tokens
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 TOKENS = 12
 SHARPER = {"llama": 2.0, "qwen2": 1.0}
+
+
+def votes(layer: Layer, count: int) -> torch.Tensor:
+    """Stage 1 as the policy has it."""
+    return select_prompt_tokens(layer.last[:, -32:], layer.keys, count, scale=layer.scale)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
@@ -66,7 +73,7 @@ def test_prompts_may_be_computed_in_another_dtype(llama: Path, prompts: list[lis
 def test_the_dense_answer_is_computed_where_it_votes(llama: Path, prompts: list[list[int]]) -> None:
     network = Network(llama, torch.float32)
     prompt = saved(network, prompts[0], None)
-    ideal = {"ideal": Scheme(lambda n: n - 160, Keep(ideal=True))}
+    ideal = {"ideal": Scheme(lambda n: n - 160, KeepIdeal())}
     lab = Lab(network, prompt, TOKENS, set())
     first = lab.answers(ideal)
     assert lab.answer
@@ -88,8 +95,8 @@ def test_answers_are_hugging_face_s(folder: Path, prompts: list[list[int]], tmp_
     assert lab.answer == hf_rocketkv.generate(model, tokens, TOKENS, sparse=False)
     dropped, pages = 10, (4, 20, 64)
     schemes = {
-        "both": Scheme(lambda n: n - 16 * dropped, Keep(), lambda _: ReadPages(*pages)),
-        "stage 1": Scheme(lambda n: n - 16 * dropped),
+        "both": Scheme(lambda n: n - 16 * dropped, votes, lambda _: ReadPages(*pages)),
+        "stage 1": Scheme(lambda n: n - 16 * dropped, votes),
         "stage 2": Scheme(read=lambda _: ReadPages(*pages), skip=1),
         "all": Scheme(read=lambda _: ReadTokens(10_000)),
     }
@@ -146,7 +153,7 @@ def test_recall_is_a_share_of_the_dense_attention(llama: Path, prompts: list[lis
     lab = Lab(network, saved(network, prompts[0], None), TOKENS, set())
     kept, read = lab.recall(Scheme())
     assert kept == pytest.approx([1] * 3) == read
-    kept, read = lab.recall(Scheme(lambda n: n - 300, Keep(), lambda _: ReadTokens(64)))
-    best, _ = lab.recall(Scheme(lambda n: n - 300, Keep(ideal=True, pool=1)))
+    kept, read = lab.recall(Scheme(lambda n: n - 300, votes, lambda _: ReadTokens(64)))
+    best, _ = lab.recall(Scheme(lambda n: n - 300, KeepIdeal(pool=1)))
     for share, most, paid in zip(kept, best, read, strict=True):
         assert 0.1 < paid < share < most < 1

@@ -13,7 +13,7 @@ from benchmarks.quality import candidates
 from benchmarks.quality.prompts import Heads
 from benchmarks.quality.schemes import (
     Held,
-    Keep,
+    KeepIdeal,
     Layer,
     ReadBlocks,
     ReadPages,
@@ -23,7 +23,7 @@ from vllm_sparse.policies import windows
 from vllm_sparse.policies.pages import page_extrema
 from vllm_sparse.policies.protocol import Shape
 from vllm_sparse.policies.quest import Quest, QuestSettings
-from vllm_sparse.policies.rocketkv import select_decode_tokens, select_prompt_tokens
+from vllm_sparse.policies.rocketkv import select_decode_tokens
 from vllm_sparse.training.geometry import BlockGeometry
 
 G, GROUP, D, N = 2, 3, 16, 403
@@ -52,11 +52,17 @@ def _grown(layer: Layer, reader, steps: int = 9):
         yield held, query, reader(query, held)
 
 
-def test_votes_are_the_policy_s() -> None:
+@pytest.mark.parametrize(("window", "pool", "count"), [(32, 63, 200), (16, 7, 50), (32, 63, 33)])
+def test_what_the_answer_reads_stays(window: int, pool: int, count: int) -> None:
     layer = _layer()
-    for window, pool, count in ((32, 63, 200), (16, 7, 50), (32, 63, 33)):
-        wanted = select_prompt_tokens(layer.last[:, -window:], layer.keys, count, pool)
-        assert torch.equal(Keep(window, pool)(layer, count), wanted)
+    found = KeepIdeal(window, pool)(layer, count)
+    for head in range(G):
+        queries = layer.ideal[head * GROUP : head * GROUP + GROUP].flatten(0, 1)
+        votes = (queries @ layer.keys[head].T / D**0.5).softmax(-1).sum(0)[: N - window]
+        reach = pool // 2
+        best = [float(votes[max(n - reach, 0) : n + reach + 1].max()) for n in range(N - window)]
+        chosen = sorted(range(N - window), key=lambda n: -best[n])[: count - window]
+        assert found[head].tolist() == [*sorted(chosen), *range(N - window, N)]
 
 
 @pytest.mark.parametrize(("page", "top_r"), [(1, 16), (4, 16), (4, 7), (2, 5)])
