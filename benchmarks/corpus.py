@@ -41,6 +41,11 @@ _SENTENCE_END = re.compile(r"(?<=[.!?;:])\s+(?=[A-Z\"'])")
 _SCAN_MARKS = re.compile(r"^(#.*|p\.\d+:\d+)$", re.MULTILINE)
 
 
+def words(text: str) -> tuple[str, ...]:
+    """The words of a text."""
+    return tuple(text.split())
+
+
 class CorpusUnavailableError(RuntimeError):
     """The text could not be obtained; the message says why and what to do."""
 

@@ -15,6 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
+from vllm_sparse.kernels.cpu import decode, memory
 from vllm_sparse.kernels.fp8 import FP8, Scales
 
 from benchmarks import harness
@@ -76,11 +77,11 @@ def measure(options: argparse.Namespace) -> dict:
             for times in zip(*turns, strict=True)
         ]
 
-    fused = kernels.cpu("decode").decode_attention
+    fused = decode.decode_attention
     (small,) = variants(fused, options.rounds, False, caches)
     narrow = caches.to(FP8)
     for cache in (caches, narrow):
-        kernels.cpu("memory").back_with_huge_pages(cache)
+        memory.back_with_huge_pages(cache)
     result = {"fused, small pages": small}
     for name, read_all in (("fused", False), ("fused, every kept token", True)):
         found = variants(fused, options.rounds, read_all, caches, narrow)

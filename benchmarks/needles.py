@@ -28,19 +28,15 @@ NEEDLES_PER_CONTEXT = 4
 DEPTHS_PER_HAYSTACK = 5
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-_ADJECTIVES = _words(
+_ADJECTIVES = corpus.words(
     "amber brisk calm dusty eager faint gentle hollow icy jolly keen lunar mellow noble olive "
     "proud quiet rustic silver tidy urban velvet witty young zesty"
 )
-_NOUNS = _words(
+_NOUNS = corpus.words(
     "anchor bridge candle desert engine forest garden harbor island jacket kettle lantern "
     "meadow needle orchard pillow quarry river saddle temple umbrella valley window yarn zipper"
 )
-_WAREHOUSES = _words(
+_WAREHOUSES = corpus.words(
     "Lindqvist Okafor Petrova Halloran Nakamura Dubois Castellan Vermeer Oyelaran Strand Maddox "
     "Ferreira"
 )

@@ -32,21 +32,17 @@ from benchmarks import corpus, needles
 _HELD_OUT_MODULES = ("argparse", "asyncio", "datetime", "logging", "statistics", "zipfile")
 
 
-def _words(text: str) -> list[str]:
-    return text.split()
-
-
-_NAMES = _words(
+_NAMES = corpus.words(
     "Abernathy Bellweather Corrigan Dunmore Ellsworth Farquhar Grimaldi Hathersage Ibarra Jessop "
     "Kowalczyk Lachlan Mirzoyan Novak Ostrander Pettigrew Quillfeather Ravenscroft Sandoval "
     "Thibault Underhill Valdimar Wexford Ximenes Yardley Zablocki"
 )
-_THINGS = _words(
+_THINGS = corpus.words(
     "turbine ledger parcel locker shipment archive telescope vineyard ferry clinic reactor "
     "orchestra glacier printer satellite barn tram foundry aquarium warehouse"
 )
-_COLOURS = _words("crimson teal ochre indigo beige maroon turquoise magenta khaki lilac")
-_PLACES = _words(
+_COLOURS = corpus.words("crimson teal ochre indigo beige maroon turquoise magenta khaki lilac")
+_PLACES = corpus.words(
     "Tromso Cartagena Leipzig Mombasa Osaka Valparaiso Winnipeg Tbilisi Porto Hobart Aleppo "
     "Bergen Cusco Davao Edmonton Fukuoka Gdansk Haifa Izmir Jaipur"
 )

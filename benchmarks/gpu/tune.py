@@ -48,11 +48,10 @@ def parity(report: Report, options: argparse.Namespace) -> None:
     """
     import torch
     import triton
+    from vllm_sparse.kernels.triton import launch
 
-    from benchmarks.ops import kernels
     from benchmarks.ops import parity as compared
 
-    launch = kernels.launches()
     device = torch.device(options.device)
     rows = list(_found(options))
     if not rows:
@@ -75,10 +74,8 @@ def install(report: Report, options: argparse.Namespace) -> None:
         NotAvailableError: It was not tried, or nobody looks for a table.
     """
     import torch
+    from vllm_sparse.kernels.triton import launch
 
-    from benchmarks.ops import kernels
-
-    launch = kernels.launches()
     if stages.report_of(options, "parity")["status"] != "ok":
         raise stages.CheckFailedError("parity has not passed")
     source = _file(options)

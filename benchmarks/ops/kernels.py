@@ -22,19 +22,9 @@ reference = partial(implementation, "reference")
 triton = partial(implementation, "triton")
 
 
-def launches() -> ModuleType:
-    """The module that says how Triton kernels are launched."""
-    return importlib.import_module("vllm_sparse.kernels.triton.launch")
-
-
 def grid() -> ModuleType:
     """The module that says how rows are shared out among programs."""
     return importlib.import_module("vllm_sparse.kernels.triton.grid")
-
-
-def cpu(module: str) -> ModuleType:
-    """A module of kernels for CPUs."""
-    return importlib.import_module(f"vllm_sparse.kernels.cpu.{module}")
 
 
 def accepted(kernel: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:

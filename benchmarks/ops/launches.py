@@ -10,9 +10,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from vllm_sparse.kernels.triton import launch
 
 from benchmarks.gpu.shapes import LLAMA, MINICPM, TINY
-from benchmarks.ops import kernels, rocketkv, sparda, sparda_timings, timings
+from benchmarks.ops import rocketkv, sparda, sparda_timings, timings
 from benchmarks.ops.kernels import call, triton
 from benchmarks.ops.rocketkv_inputs import make_decode
 from benchmarks.ops.search import MOST_CANDIDATES, search
@@ -64,7 +65,7 @@ def tune(kind: str, report: Report, options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     names, inputs = {"rocketkv": (ROCKETKV, _rocketkv), "sparda": (SPARDA, _sparda)}[kind]
     every = inputs(options.tiny, torch.Generator(device).manual_seed(options.seed))
-    table = kernels.launches().launches(device)
+    table = launch.launches(device)
     before = dict(table.launches)
     report.note(launches=table.origin, most_candidates=MOST_CANDIDATES, no_time_for=list(names))
     try:
@@ -111,7 +112,7 @@ def _tune(
     found = search(
         default,
         lambda candidate: tried(candidate, seconds),
-        partial(kernels.launches().valid, kernel.name),
+        partial(launch.valid, kernel.name),
         lambda candidate: tried(candidate, once) is not None,
         lambda: report.left_s > RESERVE_S + slowest,
     )

@@ -24,13 +24,12 @@ import random
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import corpus, harness
+from benchmarks import corpus, harness, results
 from benchmarks.quality import turns
 from vllm_sparse import paths
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 # Replies are cut where RULER's own limit only adds tokens behind the answer.
 RULER_TOKENS = {
@@ -90,18 +89,11 @@ def load(model: str, context: int, task: str, count: int, seed: int = 0) -> list
     file = paths.cache_dir() / "questions" / f"{name}-{context}-{task}-{seed}.json"
     if not file.exists():
         made = _make(str(harness.resolve_model(model)), context, task, seed)
-        _write(file, [asdict(question) for question in made])
+        results.write_json(file, [asdict(question) for question in made])
     return [Question(**each) for each in json.loads(file.read_text())[:count]]
 
 
 PER_FILE = 100
-
-
-def _write(file: Path, content: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(".part")
-    draft.write_text(json.dumps(content))
-    draft.replace(file)
 
 
 def _make(folder: str, context: int, task: str, seed: int) -> list[Question]:
@@ -166,19 +158,15 @@ def _ruler(tokenizer: Any, context: int, task: str, seed: int) -> list[dict[str,
 # --- tasks of our own ---------------------------------------------------------------------------
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-_KEYS = _words(
+_KEYS = corpus.words(
     "anchor bridge candle desert engine forest garden harbor island jacket kettle lantern "
     "meadow needle orchard pillow quarry river saddle temple umbrella valley window zipper"
 )
-_CITIES = _words(
+_CITIES = corpus.words(
     "Lisbon Oslo Prague Turin Ghent Malmo Bergen Krakow Porto Seville Leeds Basel Graz Bremen "
     "Nantes Tartu Split Cork Debrecen Varna"
 )
-_GOODS = _words(
+_GOODS = corpus.words(
     "copper linen pepper timber salt wool amber paper glass honey barley coffee resin cotton "
     "marble cork saffron tin olives candles"
 )

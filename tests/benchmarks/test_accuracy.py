@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import pytest
+from support.workers import IdleWorker
 
 from benchmarks import accuracy, corpus, harness, needles, report
 from benchmarks.needles import Conversation, Question
@@ -17,21 +18,15 @@ CALLS: list[tuple] = []
 TASKS = ["--contexts", "2048", "4096", "--questions", "4", "--passages", "2"]
 
 
-class FakeWorker:
+class FakeWorker(IdleWorker):
     """Answers three of four questions, and ends the run where it is told to."""
 
     stop_at: tuple[str, str] | None = None
     error: type[BaseException] = KeyboardInterrupt
 
-    def __init__(self, arm, arguments, **_):
-        self.arm = arm
+    def __init__(self, arm, arguments, **further):
+        super().__init__(arm, arguments, **further)
         CALLS.append((arm.name, "start", arguments["max_model_len"]))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
 
     def call(self, command, **arguments):
         if self.stop_at == (self.arm.name, command):

@@ -6,20 +6,13 @@ from __future__ import annotations
 
 import time
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import pytest
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from benchmarks.gpu import bench, stages
 from benchmarks.gpu.shapes import MINICPM
-
-if TYPE_CHECKING:
-    import argparse
-
-
-def options_of(tmp_path, *arguments: str) -> argparse.Namespace:
-    return bench.parser_of().parse_args(["--out", str(tmp_path), *arguments])
 
 
 def test_offload_arms_have_the_same_device_memory():
@@ -44,7 +37,7 @@ def test_offload_arms_have_the_same_device_memory():
 def offload_subject(tmp_path, report=None):
     from benchmarks.gpu import forced
 
-    options = options_of(tmp_path)
+    options = bench.parser_of().parse_args(["--out", str(tmp_path)])
     options.work = tmp_path
     report = report or stages.Report(tmp_path / "offload.json")
     return forced._Subject("offload", 4e12, 50e9, report, options)

@@ -8,18 +8,10 @@ import inspect
 import json
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import pytest
 
 from benchmarks.gpu import bench, check, stages
-
-if TYPE_CHECKING:
-    import argparse
-
-
-def options_of(tmp_path, *arguments: str) -> argparse.Namespace:
-    return bench.parser_of().parse_args(["--out", str(tmp_path), *arguments])
 
 
 def test_the_check_prints_its_worst_errors():
@@ -92,7 +84,7 @@ def test_kernel_parity_notices_a_wrong_kernel(tmp_path, monkeypatch):
 
     wrong.__signature__ = inspect.signature(right)
     monkeypatch.setattr(attention, "attend_slots", wrong)
-    options = options_of(tmp_path, "--tiny", "--device", "cpu")
+    options = bench.parser_of().parse_args(["--tiny", "--device", "cpu"])
     report = stages.Report(tmp_path / "kernels.json")
     with pytest.raises(stages.CheckFailedError, match="attend slots"):
         parity.check(report, options)

@@ -45,7 +45,8 @@ def test_make_targets_run_the_programs():
     text = (ROOT / "Makefile").read_text()
     for name in ("first", "check", "bench", "tune"):
         assert re.search(rf"^gpu-{name}:.*##", text, re.M)
-        assert f"-m benchmarks.gpu.{name}" in text
+        assert re.search(rf"^\.PHONY:.* gpu-{name} ", text, re.M)
+        assert f"-m benchmarks.gpu.{name} $(ARGS)" in text
 
 
 def part_of(part: str) -> list[stages.Stage]:

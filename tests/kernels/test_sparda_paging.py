@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.kernels import FAR, FLOATS, REFERENCE, device_of, empty_table, noise, same
+from support.kernels import FAR, FLOATS, REFERENCE, device_of, noise, same
+
+from benchmarks.ops.sparda_inputs import empty_table
 
 
 def drop(table, piece: int) -> None:

@@ -14,7 +14,6 @@ from support.kernels import (
     REFERENCE,
     close,
     device_of,
-    empty_table,
     noise,
     scattered_table,
 )
@@ -22,6 +21,8 @@ from vllm_sparse.kernels.types import Blocks, NewWindows, PageTable, Ranking, Ro
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.dispatch import SpardaKernels
+
+from benchmarks.ops.sparda_inputs import empty_table
 
 
 class Layer:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import torch
 from vllm_sparse.kernels.dispatch import SpardaKernels, sparda_kernels
 from vllm_sparse.kernels.fp8 import readable
-from vllm_sparse.kernels.types import PageTable
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -69,14 +68,3 @@ def noise(*shape, generator, device, dtype=torch.float32, whole=False):
     if whole:
         return torch.randint(-2, 3, shape, generator=generator).to(device, dtype)
     return torch.randn(shape, generator=generator).to(device, dtype)
-
-
-def empty_table(pieces: int, frames: int, device: torch.device) -> PageTable:
-    """A page table of a slab that holds nothing."""
-    return PageTable(
-        torch.full((pieces,), -1, dtype=torch.int32, device=device),
-        torch.full((frames,), -1, device=device),
-        torch.zeros(frames, dtype=torch.int64, device=device),
-        torch.zeros(frames, dtype=torch.bool, device=device),
-        torch.zeros(1, dtype=torch.int64, device=device),
-    )

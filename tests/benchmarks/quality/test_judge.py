@@ -9,6 +9,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from support.workers import IdleWorker
 
 from benchmarks import arms, harness
 from benchmarks.quality import judge, lab, prompts, questions
@@ -18,17 +19,8 @@ QUESTION = SimpleNamespace(
 )
 
 
-class FakeWorker:
+class FakeWorker(IdleWorker):
     """Scores a half with any settings."""
-
-    def __init__(self, arm, arguments, served):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
 
     def call(self, command, **arguments):
         return [{"text": "0.5"}]
