@@ -91,7 +91,6 @@ def measure(
     *,
     prefills: int = 8,
     patience_s: float = 0.0,
-    overrides: dict | None = None,
 ) -> dict[str, Any]:
     """Measures one cell."""
     tokenizer = harness.tokenizer_of(cell.model)
@@ -105,7 +104,6 @@ def measure(
         harness.resolve_model(cell.model),
         max_model_len=cell.context,
         pool_tokens=(cell.batch + 1) * cell.context + 2 * cell.batch * SHORT_TOKENS,
-        **(overrides or {}),
     )
     measured = Measured()
     result = {
@@ -260,7 +258,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8, help="of a custom cell")
     parser.add_argument("--shared", action="store_true", help="custom cell: one document for all")
     arms.add_options(parser, "dense,rocket-512", "; the first one is the baseline")
-    parser.add_argument("--engine-arg", nargs="+", default=[], metavar="KEY=JSON")
     parser.add_argument("--prefills", type=int, default=8, help="prompts whose prefill is timed")
     parser.add_argument("--rounds", type=int, help="turns of each engine")
     parser.add_argument(
@@ -282,7 +279,6 @@ def main(arguments: list[str] | None = None) -> None:
             result = measure(
                 replace(cell, rounds=options.rounds or rounds), chosen, save,
                 prefills=options.prefills, patience_s=options.patience,
-                overrides=arms.parse_settings(options.engine_arg),
             )  # fmt: skip
             print(tables.speed({"cells": [result]}), flush=True)
 

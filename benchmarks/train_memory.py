@@ -20,12 +20,12 @@ from benchmarks import harness
 from benchmarks.results import FOLDER, Recorder
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 8, 2, 64, 2
-CHUNK = 256
+CHUNK, TEACHER = 256, "fine"
 # Tensors of [heads, rows, tokens] in float32 that are alive together at the peak.
 _COPIES = 4
 
 
-def point(tokens: int, chunk: int, teacher: str) -> dict:
+def point(tokens: int, chunk: int) -> dict:
     """Trains one step in this process."""
     import torch
     from transformers import LlamaConfig, LlamaModel
@@ -44,12 +44,12 @@ def point(tokens: int, chunk: int, teacher: str) -> dict:
     )  # fmt: skip
     backbone = Backbone(LlamaModel(config).bfloat16(), "random")
     settings = TrainSettings(
-        seq_len=tokens, local_blocks=4, top_k=16, teacher=teacher, sparse_forward=False,
+        seq_len=tokens, local_blocks=4, top_k=16, teacher=TEACHER, sparse_forward=False,
         batch_size=1, steps=1, chunk=chunk,
     )  # fmt: skip
     forecast = Forecast(LAYERS, HEADS * HEAD_DIM, KV_HEADS, HEAD_DIM)
     forecast.initialise("lookahead", backbone, 0)
-    source = SampleSource(backbone, settings.geometry, teacher, chunk=chunk)
+    source = SampleSource(backbone, settings.geometry, TEACHER, chunk=chunk)
     data = torch.randint(0, 256, (1, tokens))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +59,7 @@ def point(tokens: int, chunk: int, teacher: str) -> dict:
         seconds = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "tokens": tokens, "chunk": chunk, "teacher": teacher, "peak_mib": round(peak / 1024),
+        "tokens": tokens, "chunk": chunk, "teacher": TEACHER, "peak_mib": round(peak / 1024),
         "peak_beyond_start_mib": round((peak - before) / 1024),
         "tokens_per_s": round(tokens / seconds, 1), "loss": entry.loss,
     }  # fmt: skip
@@ -69,11 +69,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line entry point."""
     parser = harness.parser("train_memory", __doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
-    parser.add_argument("--teacher", default="fine", choices=("fine", "query", "block-mass"))
     parser.add_argument("--limit-gib", type=float, default=8.0)
     parser.set_defaults(out=FOLDER / "train-memory.json")
     options = harness.parse(parser, arguments)
-    body: dict = {"teacher": options.teacher, "cells": []}
+    body: dict = {"teacher": TEACHER, "cells": []}
     fresh = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
     with (
         Recorder(options.out, "train-memory", body) as record,
@@ -83,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
             expected_gib = _COPIES * HEADS * chunk * tokens * 4 / 2**30
             cell = {"tokens": tokens, "chunk": chunk, "left_out_gib": expected_gib}
             if expected_gib <= options.limit_gib:
-                cell = pool.submit(point, tokens, chunk, options.teacher).result()
+                cell = pool.submit(point, tokens, chunk).result()
             body["cells"].append(cell)
             record.save()
             harness.progress(str(cell))

@@ -17,8 +17,8 @@ class Run:
     def __init__(self, prompt_len):
         self.prompt_len = prompt_len
         self.in_prompt = True
-        self.scaling = self.learned_sinks = None
-        self.kept = {}
+        self.scaling = self.learned_sinks = None  # the model's own
+        self.kept = {}  # layer -> [G, N]
         self.prompt_gap = self.page_gap = self.channel_gap = math.inf
 
     def end_prompt_of_layer(self, layer, query, keys):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from transformers import AttentionInterface, DynamicCache
 
+from .hf_policies import Run
 from .rocketkv_bruteforce import pick_prompt_tokens, prompt_scores
 
 ATTENTION_NAME = "rocketkv_reference"
@@ -25,7 +26,6 @@ class Generation(NamedTuple):
     tokens: list[int]
     logits: torch.Tensor  # [num_tokens, vocab]
     margins: list[float]  # per step: the best logit minus the second best
-    min_margin: float
     prompt_gap: float  # stage 1, relative: smallest distance of the cut to another score
     page_gaps: list[float]  # stage 2, per decode step: smallest log-score gap at the cut
     channel_gaps: list[float]  # stage 2, per decode step: smallest relative gap, see the selection
@@ -108,24 +108,17 @@ def select_decode_tokens_fast(
 # ---- the attention function ----------------------------------------------------------------------
 
 
-class _Run:
+class _Run(Run):
     """What the attention function needs to know of the generation in progress."""
 
     def __init__(self, prompt_len, num_kept, settings):
-        self.prompt_len = prompt_len
-        self.num_kept = num_kept
-        self.settings = settings
-        self.in_prompt = True
-        self.scaling = self.learned_sinks = None  # the model's own
-        self.kept = {}  # layer -> [G, N]
-        self.prompt_gap = math.inf
-        self.page_gap = math.inf  # of the current step
-        self.channel_gap = math.inf
+        super().__init__(prompt_len)
+        self.num_kept, self.settings = num_kept, settings
 
     def end_prompt_of_layer(self, layer, query, keys):
-        num_groups, n, _ = keys.shape
+        n = keys.shape[1]
         if self.num_kept >= n:
-            self.kept[layer] = torch.arange(n).repeat(num_groups, 1)
+            super().end_prompt_of_layer(layer, query, keys)
             return
         w = min(self.settings["window"], n)
         scores = prompt_scores(
@@ -327,7 +320,6 @@ def run_greedily(
         tokens,
         torch.stack(logits) if logits else torch.empty(0, model.config.vocab_size),
         margins,
-        min(margins, default=math.inf),
         run.prompt_gap,
         page_gaps,
         channel_gaps,
