@@ -28,7 +28,7 @@ def differences(of: dict[str, Any], base: dict[str, Any]) -> list[float]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """A table for each context: a line per arm, a column per task, their mean, and prose."""
+    """A table for each context: a line per arm, a column per task, and their mean."""
     every = result["arms"]
     baseline = next(iter(every))
     contexts = sorted({key for cells in every.values() for key in cells if key.isdigit()}, key=int)
@@ -39,12 +39,10 @@ def _context(every: dict[str, Any], baseline: str, context: str) -> str:
     base = every[baseline].get(context, {})
     rows = []
     for name, cells in every.items():
-        found, prose = cells.get(context, {}), cells.get("prose", {}).get(context, {})
-        if not found and not prose:
+        found = cells.get(context, {})
+        if not found:
             continue
         row: dict[str, Any] = {"arm": name}
-        if prose:
-            row["kl"] = f"{np.mean([each['kl'] for each in prose.values()]):.3f} ({len(prose)})"
         means, apart = [], []
         for task, answers in found.items():
             scores = [each["score"] for each in answers.values()]
@@ -53,7 +51,7 @@ def _context(every: dict[str, Any], baseline: str, context: str) -> str:
             means.append(np.mean(scores))
             if task in base:
                 apart.append(differences(answers, base[task]))
-        if found and set(found) == set(base):  # else it would be the mean of other tasks
+        if set(found) == set(base):  # else it would be the mean of other tasks
             row["mean"] = f"{np.mean(means):.3f}"
             if name != baseline and apart and all(apart):
                 row["lost"] = lost(apart)
@@ -65,7 +63,6 @@ def _context(every: dict[str, Any], baseline: str, context: str) -> str:
         **{f"{task} ({counts[task]})": task for task in tasks},
         "mean": "mean",
         "to dense, points (90 %)": "lost",
-        **({"prose KL (passages)": "kl"} if any("kl" in row for row in rows) else {}),
     }
     parts = [f"**{context} tokens**", tables.table(rows, columns)]
     others = {name: cells[context] for name, cells in every.items() if context in cells}

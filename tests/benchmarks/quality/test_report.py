@@ -54,16 +54,6 @@ def test_arms_with_fewer_questions_say_so() -> None:
     assert "| dense | 0.50 | 0.500 | |" in text
 
 
-def test_prose_has_a_column_where_it_was_read() -> None:
-    arms = {
-        "dense": {"4096": {"vt": _answers(1.0)}},
-        "a": {"prose": {"4096": {"0": {"kl": 0.1}, "1": {"kl": 0.2}}}},
-    }
-    text = report.render({"arms": arms})
-    assert "| a | | | | 0.150 (2) |" in text
-    assert "prose" not in report.render({"arms": {"dense": arms["dense"]}})
-
-
 @pytest.mark.parametrize("scores", [(1.0,), (0.2, 0.4)])
 def test_one_arm_alone(scores: tuple[float, ...]) -> None:
     assert "dense" in report.render({"arms": {"dense": {"8192": {"vt": _answers(*scores)}}}})
