@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 from reference import hf_policies, hf_rocketkv
 from support.engine import BLOCK_SIZE, SETTINGS, run_engine
+from support.fp8 import stored_on_cpus
 from support.masked import assert_tokens_of_hugging_face, hf_model
 from support.oracle import speculation
 from support.policies import make_policy
@@ -126,3 +127,20 @@ def test_ranks_change_nothing(gpt_oss, prompts, run):
         env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
     )  # fmt: skip
     assert two["tokens"][0] == run["tokens"][0][:2]
+
+
+def test_fp8_caches(gpt_oss, prompts):
+    """As stock vLLM's where all is read; else as Hugging Face's on what the cache holds."""
+    shared = {
+        "block_size": BLOCK_SIZE, "new_tokens": 24, "kv_cache_dtype": "fp8",
+        "stand_ins": ("kv_scales",),
+    }  # fmt: skip
+    narrow = run_engine(gpt_oss, prompts[:1], settings={**SETTINGS, "window": 8}, **shared)
+    assert_tokens_of_hugging_face(
+        gpt_oss, prompts[:1], narrow["tokens"][0], stored=stored_on_cpus, query_slots=4, window=8,
+        head_dim=64,
+    )  # fmt: skip
+    dense = run_engine(gpt_oss, prompts[:1], **shared)
+    everything = {**SETTINGS, "token_budget": 4096, "stage1": False}
+    wide = run_engine(gpt_oss, prompts[:1], settings=everything, **shared)
+    assert wide["tokens"] == dense["tokens"] != narrow["tokens"]
