@@ -48,18 +48,14 @@ def server(request, llama: Path, tmp_path_factory: pytest.TempPathFactory):
     model = folder / "model"
     shutil.copytree(llama, model)
     add_tokenizer(model)
-    running = Server(
+    with Server(
         model, folder / "log", "--attention-backend", request.param, "--additional-config",
         json.dumps({"vllm_sparse": BACKENDS[request.param]}), "--max-model-len", str(LONGEST),
         "--num-gpu-blocks-override", str(BLOCKS),
         *serving.PROBED, env=serving.ENVIRONMENT,
-    )  # fmt: skip
-    running.backend = request.param
-    try:
-        running.wait()
+    ) as running:  # fmt: skip
+        running.backend = request.param
         yield running
-    finally:
-        running.stop()
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +265,7 @@ def test_a_storm_changes_no_answer_and_leaves_nothing(server):
         assert server.metrics()[f"vllm:{name}_total"] > before[f"vllm:{name}_total"], name
     assert findings.counts["hung up"]
     assert findings.counts["compared with alone"] >= 12
-    crash.kill_amid_answers(target, server.process.pid, "engine", findings)
+    crash.kill_amid_answers(target, server.pid, "engine", findings)
     assert findings.faults == []
     # Counters and gauges of engine and worker, and shared memory between them.
     assert findings.counts["files gone after kill -9 of the engine"] > 4

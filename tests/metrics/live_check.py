@@ -103,9 +103,7 @@ def test_several_processes_count_what_one_does(
     settings = BACKENDS[backend]
     run = run_engine(model, asked, settings=settings, backend=backend, **options)
     expected = run["counters"]
-    server = serve(model, tmp_path / "log", backend, *arguments)
-    try:
-        server.wait(400)
+    with serve(model, tmp_path / "log", backend, *arguments) as server:
         with ThreadPoolExecutor(len(asked)) as pool:
             list(pool.map(lambda prompt: complete(server, prompt), asked))
         time.sleep(2)  # vLLM records and logs after it has answered
@@ -128,8 +126,6 @@ def test_several_processes_count_what_one_does(
             assert round(pools, 1) == engines * ranks
         lines = re.findall(r"Sparse: (\d+) reqs, Dense: (\d+)", server.log.read_text())
         assert [sum(int(line[kind]) for line in lines) for kind in (0, 1)] == [6, 2]
-    finally:
-        server.stop()
 
 
 def numbers(answer) -> list[float]:
@@ -138,16 +134,14 @@ def numbers(answer) -> list[float]:
 
 
 def test_every_query_is_answered_by_servers_under_load(model, asked, tmp_path):
-    servers = [
-        serve(model, tmp_path / "rocketkv", "rocketkv"),
+    with (
+        serve(model, tmp_path / "rocketkv", "rocketkv") as rocketkv,
         # Sparse prompts in two chunks, so that the second one sees blocks.
         serve(model, tmp_path / "sparda", "sparda", "--max-num-batched-tokens", "512",
-              sparse_prefill=True),
-    ]  # fmt: skip
-    try:
-        for server in servers:
-            server.wait(400)
-        ports = [server.port for server in servers]
+              sparse_prefill=True) as sparda,
+    ):  # fmt: skip
+        servers = (rocketkv, sparda)
+        ports = [int(server.url.rpartition(":")[2]) for server in servers]
         with Prometheus(tmp_path / "prometheus", ports, pages.ALERTS) as prometheus:
             end = time.monotonic() + 25
             while time.monotonic() < end:
@@ -167,9 +161,6 @@ def test_every_query_is_answered_by_servers_under_load(model, asked, tmp_path):
             rules = prometheus.rules()
             assert {rule["name"] for rule in rules} == {rule["alert"] for rule in pages.rules()}
             assert {rule["health"] for rule in rules} == {"ok"}
-    finally:
-        for server in servers:
-            server.stop()
 
 
 def filled(query: str) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -126,7 +127,7 @@ class Server:
 
     def _samples(self) -> dict[str, list[tuple[dict[str, str], float]]]:
         samples: dict[str, list[tuple[dict[str, str], float]]] = {}
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=120) as response:
             text = response.read().decode()
         # Here, because the other commands work without it.
         from prometheus_client.parser import text_string_to_metric_families
@@ -190,7 +191,9 @@ def _environment() -> dict[str, str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    """Below those that systems hand out, of which others could get it before the server has it."""
+    for port in random.SystemRandom().sample(range(12_000, 30_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ServerError("no port is free")
