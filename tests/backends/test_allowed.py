@@ -38,6 +38,7 @@ def test_what_requests_may_ask_for():
     plain = allowed("QUEST", {"max_token_budget": 2048})
     plain.check(dense)
     plain.check(budget)
+    allowed("QUEST", {}, model_config__is_hybrid=True).check(dense)
     query = {"selector": "query"}
     allowed("SPARDA", {**query, **INTERPRETED}).check(dense)
     allowed("SPARDA", {**query, "sparse_prefill": True}).check(dense)
@@ -51,7 +52,6 @@ def test_what_requests_may_ask_for():
             allowed("SPARDA", {**query, "sparse_prefill": True, **INTERPRETED}),
             "sparse_prefill",
         ),
-        (dense, allowed("QUEST", {}, model_config__is_hybrid=True), "recurrent state layers"),
     ):
         with pytest.raises(RequestError, match=why):
             found.check(what)

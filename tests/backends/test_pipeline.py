@@ -11,6 +11,7 @@ from support.engine import BLOCK_SIZE, SETTINGS, run_engine
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
+DENSE = {"vllm_sparse.sparse": False}
 STAGES = {
     "in_process": False,
     "stand_ins": ("forked_workers",),
@@ -29,14 +30,33 @@ STAGES = {
 
 
 def test_rocketkv(llama, prompts):
-    run = run_engine(llama, prompts[:3], settings=SETTINGS, block_size=BLOCK_SIZE, **STAGES)
-    masked.assert_tokens_of_hugging_face(llama, prompts[:3], run["tokens"][0])
+    """In chunks, with prefix hits and preemption, beside a dense request; then all of it read."""
+    options = {"block_size": BLOCK_SIZE, **STAGES}
+    run = run_engine(
+        llama, prompts[:3], settings=SETTINGS, waves=2, max_num_batched_tokens=100,
+        num_gpu_blocks_override=40, scheduler_reserve_full_isl=False,
+        asked=[None, DENSE, None, None, None, DENSE], **options,
+    )  # fmt: skip
+    first, second = run["tokens"]
+    masked.assert_tokens_of_hugging_face(
+        llama, [prompts[row] for row in (0, 2, 0, 1)], [first[0], first[2], second[0], second[1]]
+    )
+    assert run["preemptions"] > 0
+    assert max(run["cached"][1]) > 0
+    stock = run_engine(llama, prompts[:3], **options)["tokens"][0]
+    assert [first[1], second[2]] == stock[1:]
+    everything = {**SETTINGS, "token_budget": 4096, "stage1": False}
+    assert run_engine(llama, prompts[:3], settings=everything, **options)["tokens"][0] == stock
 
 
 @pytest.mark.parametrize("selector", ["previous", "query"])
 def test_sparda(llama, prompts, selector):
-    """The longer stage decides how many blocks there are."""
-    run = masked_sparda.run_sparda(llama, prompts[:3], selector=selector, **STAGES)
+    """In chunks and with prefix hits; the longer stage decides how many blocks there are."""
+    run = masked_sparda.run_sparda(
+        llama, prompts[:3], selector=selector, waves=2, max_num_batched_tokens=100, **STAGES
+    )
     tokens = run["tokens"][0]
     masked_sparda.assert_tokens_of_hugging_face(llama, prompts[:3], tokens, selector=selector)
+    assert run["tokens"][1] == tokens
+    assert min(run["cached"][1]) > 0
     assert "0.03 GiB per rank, 0.09 GiB in total for 1965 blocks" in run["log"]

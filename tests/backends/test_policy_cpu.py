@@ -160,6 +160,20 @@ def test_drafts_from_the_context_change_nothing(llama, prompts, sparse_run, meth
     assert run["drafted"] > run["accepted"] + 100
 
 
+def test_drafts_equal_stock_s_where_everything_is_read(llama, prompts, stock_run):
+    """Stock vLLM drafts, too; some of the oracle's drafts are rejected."""
+    shared = {
+        "block_size": BLOCK_SIZE, "max_num_batched_tokens": 256,
+        **speculation(prompts, stock_run["tokens"][0]),
+    }  # fmt: skip
+    stock = run_engine(llama, prompts, **shared)
+    everything = {**SETTINGS, "token_budget": 4096, "stage1": False}
+    run = run_engine(llama, prompts, settings=everything, **shared)
+    assert run["tokens"] == stock["tokens"] == stock_run["tokens"]
+    assert run["drafted"] == stock["drafted"]
+    assert run["accepted"] == stock["accepted"] < run["drafted"] - 100
+
+
 def test_freed_blocks_are_free(llama, prompts, sparse_run):
     policy = policy_of()
     dropped = sum(policy.retention(len(prompt)).dropped_blocks for prompt in prompts)
@@ -295,3 +309,12 @@ def test_lora_equals_merged_weights(llama, prompts, sparse_run, tmp_path):
     assert max(run["cached"][1]) > 0
     for ours, without in zip(run["tokens"][0], sparse_run["tokens"][0], strict=False):
         assert sum(a == b for a, b in zip(ours, without, strict=True)) < NEW_TOKENS // 2
+
+
+def test_lora_equals_stock_where_everything_is_read(llama, prompts, tmp_path):
+    adapter, _ = lora.save_adapter(llama, tmp_path)
+    shared = {"block_size": BLOCK_SIZE, "adapter": adapter, "new_tokens": 40}
+    stock = run_engine(llama, prompts[:2], **shared)
+    everything = {**SETTINGS, "token_budget": 4096, "stage1": False}
+    run = run_engine(llama, prompts[:2], settings=everything, **shared)
+    assert run["tokens"] == stock["tokens"]

@@ -8,32 +8,73 @@ import re
 
 import pytest
 from support.engine import SETTINGS, run_engine
-from support.masked import assert_tokens_of_hugging_face, gaps_to_hugging_face
+from support.masked import assert_tokens_of_hugging_face, gaps_to_hugging_face, policy_of
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
+
+# With prefix caching vLLM 0.32 itself fails on Mamba-2 layers on a CPU.
+MAMBA = {"enable_prefix_caching": False, "new_tokens": 60}
+DENSE = {"vllm_sparse.sparse": False}
 
 
 def block_size_of(run) -> int:
     return int(re.search(r"ROCKETKV: .* block size (\d+)", run["log"])[1])
 
 
-def test_recurrent_states_equal_hugging_face(hybrid, prompts):
-    """Prefix caching is off: with it, vLLM 0.32 itself fails on Mamba-2 layers on a CPU."""
-    options = {"enable_prefix_caching": False, "new_tokens": 60}
-    run = run_engine(hybrid, prompts, settings=SETTINGS, **options)
+@pytest.fixture(scope="module")
+def stock(hybrid, prompts):
+    return run_engine(hybrid, prompts, **MAMBA)
+
+
+@pytest.fixture(scope="module")
+def run(hybrid, prompts):
+    return run_engine(hybrid, prompts, settings=SETTINGS, **MAMBA)
+
+
+def test_recurrent_states_equal_hugging_face(hybrid, prompts, run, stock):
     size = block_size_of(run)
     assert_tokens_of_hugging_face(hybrid, prompts, run["tokens"][0], block_size=size)
     assert "decoding requests" not in run["log"]
-    dense = run_engine(hybrid, prompts[:2], **options)
-    for sparse, other in zip(run["tokens"][0], dense["tokens"][0], strict=False):
+    for sparse, other in zip(run["tokens"][0], stock["tokens"][0], strict=True):
         assert sum(a == b for a, b in zip(sparse, other, strict=True)) < 50
+    policy = policy_of(block_size=size)
+    dropped = sum(policy.retention(len(prompt)).dropped_blocks for prompt in prompts)
+    assert run["counters"]["blocks_evicted"] == dropped > 0
+    assert run["free_blocks"][0] == run["free_blocks"][1]
+
+
+def test_a_budget_of_the_whole_context_equals_stock(hybrid, prompts, stock):
+    """Every token goes through compaction and the sparse kernel."""
+    everything = {**SETTINGS, "token_budget": 4096, "stage1": False}
+    wide = run_engine(hybrid, prompts, settings=everything, **MAMBA)
+    assert wide["tokens"] == stock["tokens"]
+    assert wide["counters"]["selected_tokens"] == wide["counters"]["visible_tokens"] > 0
+
+
+def test_chunks_preemption_and_dense_requests_change_nothing(hybrid, prompts, run, stock):
+    """A pool of half of what six requests hold."""
+    asked = [[None, DENSE] * 3, [DENSE, None] * 3]
     again = run_engine(
         hybrid, prompts, settings=SETTINGS, waves=2, max_num_batched_tokens=100,
-        **options,
+        num_gpu_blocks_override=24, scheduler_reserve_full_isl=False,
+        asked=[*asked[0], *asked[1]], **MAMBA,
     )  # fmt: skip
-    assert again["tokens"] == run["tokens"] * 2
+    for wave, tokens in zip(asked, again["tokens"], strict=True):
+        runs = [stock if extra else run for extra in wave]
+        assert tokens == [one["tokens"][0][i] for i, one in enumerate(runs)]
+    assert again["preemptions"] > 0
     assert again["free_blocks"][0] == again["free_blocks"][1]
+
+
+def test_model_runner_v2_changes_nothing(hybrid, prompts, run, stock):
+    again = run_engine(
+        hybrid, prompts[:3], settings=SETTINGS, max_num_batched_tokens=200,
+        asked=[None, DENSE, None], **{**MAMBA, "new_tokens": 20},
+        env={"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    for row, tokens in enumerate(again["tokens"][0]):
+        assert tokens == (stock if row == 1 else run)["tokens"][0][row][:20]
 
 
 def test_gated_delta_nets_equal_hugging_face(delta_net, prompts):

@@ -67,6 +67,7 @@ def run_engine(
     stand_ins: tuple[str, ...] = (),
     in_process: bool = True,
     adapter: Path | None = None,
+    adapted: list[bool] | None = None,
     asked: list[dict[str, Any] | None] | None = None,
     timeout: float = 900,
     **llm: Any,
@@ -83,7 +84,8 @@ def run_engine(
         env: Additional environment.
         stand_ins: Functions of :mod:`.stand_ins` to call before vLLM starts.
         in_process: Engine, scheduler and worker in one process.
-        adapter: Folder of a LoRA adapter, which every prompt uses.
+        adapter: Folder of a LoRA adapter.
+        adapted: Which prompts use it; ``None``: every one.
         asked: What each request says of itself (``vllm_xargs``), one after the other; the waves
             take turns if there are more than prompts.
         timeout: Seconds.
@@ -127,6 +129,7 @@ def run_engine(
             "new_tokens": new_tokens,
             "llm": arguments,
             "adapter": adapter and str(adapter),
+            "adapted": adapted or [adapter is not None] * len(prompts),
             "asked": asked or [None] * len(prompts),
             "stand_ins": [name for name in stand_ins if name],
             "result": str(result),
@@ -159,11 +162,12 @@ def serve(job: dict[str, Any]) -> None:
         )
         for extra_args in job["asked"]
     ]  # fmt: skip
-    request = None
+    requests = None
     if job["adapter"]:
         from vllm.lora.request import LoRARequest
 
         request = LoRARequest("adapter", 1, job["adapter"])
+        requests = [request if wanted else None for wanted in job["adapted"]]
     result: dict[str, Any] = {"tokens": [], "cached": []}
     before = _free_blocks(llm)
     count = len(job["prompts"])
@@ -173,7 +177,7 @@ def serve(job: dict[str, Any]) -> None:
             [{"prompt_token_ids": prompt} for prompt in job["prompts"]],
             sampling[first : first + count],
             use_tqdm=False,
-            lora_request=request,
+            lora_request=requests,
         )
         result["tokens"].append([list(output.outputs[0].token_ids) for output in outputs])
         result["cached"].append([output.num_cached_tokens for output in outputs])

@@ -62,11 +62,6 @@ def allowed_requests(vllm_config: Any) -> Allowed | None:
     settings = load_settings(vllm_config.additional_config, backend.name.lower())
     on_gpu = takes_gpu_path(settings)
     never_dense = never_budget = ""
-    if vllm_config.model_config.is_hybrid and vllm_config.use_v2_model_runner:
-        never_dense = never_budget = (
-            "with recurrent state layers, Model Runner V2 does not tell whose rows a batch has; "
-            "start the server with VLLM_USE_V2_MODEL_RUNNER=0"
-        )
     if not isinstance(settings, PolicySettings):
         if on_gpu and settings.sparse_prefill:
             never_dense = (

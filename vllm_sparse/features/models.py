@@ -127,7 +127,7 @@ ROWS = (
     row(
         _MODELS, "states-runner", "the same under Model Runner V2",
         (
-            Untested(),
+            Served(_STATES + "test_model_runner_v2_changes_nothing"),
             Served(_STATES_GPU + "test_blocks_taken_in_parts_equal_hugging_face"),
         ),
         None,
