@@ -287,7 +287,7 @@ def quarters() -> str:
     rows = [
         {"arm": arms.label(name), **row["prose"]}
         for name, row in result("accuracy-policies")["arms"].items()
-        if "kl_by_quarter" in row.get("prose", {})
+        if name != arms.DENSE and "kl_by_quarter" in row.get("prose", {})
     ]
     columns: dict[str, Any] = {"KL to dense": "arm"}
     for part in range(4):
