@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from benchmarks import servers
 from benchmarks.soak import watch
 from benchmarks.soak.traffic import Ask
 
@@ -64,8 +65,8 @@ def kill_amid_answers(target: Target, leader: int, victim: str, findings: Findin
 def _under_way(target: Target) -> float:
     """Requests that run or were preempted: a small pool holds all of them for a moment only."""
     found = target.metrics()
-    running = found["vllm:num_requests_running"]
-    return running and running + found["vllm:num_requests_waiting"]
+    running = found[servers.RUNNING]
+    return running and running + found[servers.WAITING]
 
 
 def _end_group(leader: int) -> None:

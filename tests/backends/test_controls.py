@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from support.engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS, run_engine
+from support.engine import BLOCK_SIZE, DENSE, NEW_TOKENS, SETTINGS, run_engine
 from support.masked import assert_tokens_of_hugging_face, policy_of
 
 pytest.importorskip("vllm")
@@ -24,8 +24,6 @@ from vllm_sparse.backends.controls import controls, replayed, watch_controls
 from vllm_sparse.control import DENSE as AS_DENSE
 
 pytestmark = pytest.mark.vllm
-
-DENSE = {"vllm_sparse.sparse": False}
 
 
 @pytest.fixture(params=["V1", "V2"])
@@ -40,13 +38,17 @@ def runners(request, monkeypatch):
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
 
     v2 = request.param == "V2"
-    common = SimpleNamespace(num_reqs=1, rswa_prefix_lens=torch.tensor([300]), req_idx=None)
+    common = SimpleNamespace(
+        num_reqs=1, rswa_prefix_lens=torch.tensor([300]), req_idx=None,
+        is_prefilling=torch.tensor([True]),
+    )  # fmt: skip
     kind = RunnerV2 if v2 else RunnerV1
     see = lambda self: (controls(common), prompts_of_runner._table(), replayed(common))  # noqa: E731
     monkeypatch.setattr(kind, "execute_model", see)
     monkeypatch.setattr(RunnerV2, "add_requests", lambda *_: None)
     monkeypatch.setattr(InputBatch, "add_request", lambda *_: None)
-    watch_controls(SimpleNamespace(use_v2_model_runner=v2))
+    model = SimpleNamespace(is_hybrid=False)
+    watch_controls(SimpleNamespace(use_v2_model_runner=v2, model_config=model))
     made = []
     for outputs in (0, 5):
         runner, new = kind.__new__(kind), SimpleNamespace(req_id="a")
@@ -112,6 +114,19 @@ def test_who_takes_a_row_or_a_name_over_asks_anew(monkeypatch, v2):
     table.req_id_to_index = {"b": 1}
     come("b")
     assert asked() is None
+
+
+@pytest.mark.parametrize("prefilling", [True, False])
+def test_who_came_with_outputs_is_told_beside_prompts_only(monkeypatch, prefilling):
+    """Where all rows decode, a step would look it up for nobody."""
+    table = Table(num_tokens_no_spec=np.array([9, 9]), num_prompt_tokens=np.array([5, 9]))
+    monkeypatch.setattr(controls_of_runner, "_table", weakref.ref(table))
+    common = SimpleNamespace(
+        num_reqs=3, rswa_prefix_lens=torch.tensor([5, 9, 0]), req_idx=None,
+        is_prefilling=torch.tensor([prefilling, False, False]),
+    )  # fmt: skip
+    back = replayed(common)
+    assert (back is not None and back.tolist()) == (prefilling and [True, False, False])
 
 
 def expected(asked, sparse_run, stock_run, new_tokens=NEW_TOKENS):

@@ -120,6 +120,11 @@ def is_rehearsal(common: CommonAttentionMetadata) -> bool:
     return lengths is None or (lengths.device.type == "cpu" and not bool(lengths.any()))
 
 
+def holds_prompts(common: CommonAttentionMetadata) -> bool:
+    """Whether a row has tokens of a prompt or of a preempted request's replay."""
+    return common.is_prefilling is not None and bool(common.is_prefilling.any())
+
+
 def rehearsed(common: CommonAttentionMetadata) -> CommonAttentionMetadata:
     """A batch of the same sizes, of nobody's tokens, which go to vLLM's null block.
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from vllm_sparse.backends.prompts import tell_rows_beside_states, turn_to
+from vllm_sparse.backends.base import holds_prompts
+from vllm_sparse.backends.prompts import by_row, tell_rows_beside_states, turn_to
 from vllm_sparse.control import AS_SET, control_of
 from vllm_sparse.seams import replace_once
 
@@ -38,7 +39,8 @@ def watch_controls(config: VllmConfig) -> None:
 
         _after(GPUModelRunner, "add_requests", _note_new)
         _before(GPUModelRunner, "execute_model", _turn_to_table)
-        tell_rows_beside_states()
+        if config.model_config.is_hybrid:
+            tell_rows_beside_states()
     else:
         from vllm.v1.worker.gpu_input_batch import InputBatch
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
@@ -115,17 +117,17 @@ def replayed(common: CommonAttentionMetadata) -> Tensor | None:
         common: The batch.
 
     Returns:
-        On the host, bool ``[R]``, anything for rows that decode; ``None`` where nobody tells.
+        On the host, bool ``[R]``, anything for rows that decode; ``None`` where nobody tells or all
+        rows decode.
     """
     table = None if _table is None else _table()
-    if table is None or common.rswa_prefix_lens is None:
+    if table is None or common.rswa_prefix_lens is None or not holds_prompts(common):
         return None
     if common.req_idx is not None:
-        index = common.req_idx[: common.num_reqs]
-        longer = table.prefill_len.np[index] > table.prompt_len.np[index]
+        tokens, prompts = table.prefill_len.np, table.prompt_len.np
     else:
-        longer = (table.num_tokens_no_spec > table.num_prompt_tokens)[: common.num_reqs]
-    return torch.from_numpy(np.pad(longer, (0, common.num_reqs - len(longer))))
+        tokens, prompts = table.num_tokens_no_spec, table.num_prompt_tokens
+    return torch.from_numpy(by_row(tokens, common) > by_row(prompts, common))
 
 
 def controls(common: CommonAttentionMetadata) -> Tensor | None:
@@ -142,11 +144,10 @@ def controls(common: CommonAttentionMetadata) -> Tensor | None:
         return None
     if common.rswa_prefix_lens is None:  # a dummy run's rows are nobody's
         return None
-    asked = np.zeros(common.num_reqs, dtype=np.int32)
     if common.req_idx is not None:
-        known = table._vllm_sparse[common.req_idx][: common.num_reqs]
-        asked[: len(known)] = known
+        asked = by_row(table._vllm_sparse, common)
     else:
+        asked = np.zeros(common.num_reqs, dtype=np.int32)
         # Few: of other requests nothing is kept.
         for name in list(table._vllm_sparse):
             row = table.req_id_to_index.get(name)

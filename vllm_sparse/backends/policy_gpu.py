@@ -25,6 +25,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_sparse.backends.asked import has_layers
 from vllm_sparse.backends.base import (
+    holds_prompts,
     is_rehearsal,
     most_rows,
     prompt_lengths,
@@ -235,8 +236,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
             query_start=common.query_start_loc[: requests + 1] if self._drafts else None,
         )
         self._counters.publish()
-        prefilling = common.is_prefilling
-        if prefilling is not None and bool(prefilling.any()):
+        if holds_prompts(common):
             start = common.query_start_loc_cpu[: requests + 1]
             rule = self._planner.rules.find_on_host(prompt_lens, asked)
             host = start, lengths, prompt_lens, rule

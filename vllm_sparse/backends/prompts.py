@@ -89,6 +89,19 @@ def _warm_ups(table: Any) -> Any:
     return table._vllm_sparse_warm_ups
 
 
+def by_row(values: Any, common: CommonAttentionMetadata) -> Any:
+    """Values of a runner's table by a batch's rows ``[R]``; 0 for padding.
+
+    Args:
+        values: By index with Model Runner V2, by row with V1.
+        common: The batch.
+    """
+    known = values if common.req_idx is None else values[common.req_idx]
+    found = np.zeros(common.num_reqs, dtype=values.dtype)
+    found[: len(known)] = known[: common.num_reqs]
+    return found
+
+
 def is_warm_up(common: CommonAttentionMetadata) -> bool:
     """Whether all requests of a batch are vLLM's own, which warm its kernels up: nobody's."""
     requests = _table()
@@ -102,10 +115,7 @@ def prompt_lengths_on_host(common: CommonAttentionMetadata) -> Tensor:
     requests = _table()
     if requests is None or common.req_idx is None or common.rswa_prefix_lens is None:
         return prompt_lengths(common).cpu()
-    lengths = torch.zeros(common.num_reqs, dtype=torch.int32)
-    known = requests.prompt_len.np[common.req_idx][: common.num_reqs]
-    lengths[: len(known)] = torch.from_numpy(known)
-    return lengths
+    return torch.from_numpy(by_row(requests.prompt_len.np, common))
 
 
 class Newcomers:

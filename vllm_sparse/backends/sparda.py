@@ -28,6 +28,7 @@ from vllm_sparse.backends.base import (
     SparseBackend,
     ask_for_prompt_lengths,
     final_scales,
+    holds_prompts,
     is_rehearsal,
     most_rows,
     prompt_lengths,
@@ -234,7 +235,7 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
     ) -> SpardaStep | None:
         """Plan a batch of single tokens, if that can be done where they are."""
         rows = common.num_reqs
-        prefilling = common.is_prefilling is not None and bool(common.is_prefilling.any())
+        prefilling = holds_prompts(common)
         return self._rows.plan(
             planner,
             common.seq_lens[:rows],
@@ -244,7 +245,7 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
             common.block_table_tensor[:rows],
             prefilling,
             dense,
-            replayed(common) if prefilling else None,
+            replayed(common),
         )
 
 
