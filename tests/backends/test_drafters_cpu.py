@@ -10,13 +10,11 @@ from __future__ import annotations
 import pytest
 from reference.random_models import save_random_model
 from support.drafters import DRAFTS, drafts, save_eagle3, save_knowing_eagle, save_mimo
-from support.engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS, run_engine
+from support.engine import BLOCK_SIZE, DENSE, EVERYTHING, NEW_TOKENS, SETTINGS, run_engine
 from support.masked import assert_tokens_of_hugging_face
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
-
-DENSE = {"vllm_sparse.sparse": False}
 
 
 @pytest.mark.parametrize(("blocks", "chunk"), [(400, 2048), (78, 2048), (50, 100)])
@@ -64,8 +62,7 @@ def test_heads_that_know_the_model_are_accepted(knowing, prompts):
     model, head = knowing
     shared = {"block_size": BLOCK_SIZE, "speculative_config": drafts(head, "eagle")}
     stock = run_engine(model, prompts, **shared)
-    everything = {**SETTINGS, "token_budget": 4096, "stage1": False}
-    run = run_engine(model, prompts, settings=everything, **shared, max_num_batched_tokens=300)
+    run = run_engine(model, prompts, settings=EVERYTHING, **shared, max_num_batched_tokens=300)
     assert run["tokens"] == stock["tokens"]
     assert run["counters"]["selected_tokens"] == run["counters"]["visible_tokens"] > 0
     assert 0.9 * stock["drafted"] < stock["accepted"]

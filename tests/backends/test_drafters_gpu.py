@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 from reference.random_models import save_random_model
 from support.drafters import DRAFTS, drafts, save_knowing_eagle
-from support.engine import BLOCK_SIZE, SETTINGS, run_engine
+from support.engine import BLOCK_SIZE, EVERYTHING, run_engine
 from support.gpu_path import run_gpu_path
 
 pytest.importorskip("vllm")
@@ -22,7 +22,7 @@ def test_heads_are_accepted_as_on_cpus(prompts, tmp_path, v2, chunk):
     model = save_random_model(tmp_path / "model", layers=1)
     head = save_knowing_eagle(tmp_path / "eagle", model)
     shared = {
-        "settings": {**SETTINGS, "token_budget": 4096, "stage1": False},
+        "settings": EVERYTHING,
         "speculative_config": drafts(head, "eagle"),
         "new_tokens": TOKENS,
     }

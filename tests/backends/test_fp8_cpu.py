@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from support.engine import BLOCK_SIZE, SETTINGS, run_engine
+from support.engine import BLOCK_SIZE, EVERYTHING, SETTINGS, run_engine
 from support.fp8 import stored_on_cpus
 from support.masked import assert_tokens_of_hugging_face, policy_of
 
@@ -20,7 +20,6 @@ pytestmark = pytest.mark.vllm
 
 FP8 = {"kv_cache_dtype": "fp8", "block_size": BLOCK_SIZE}
 SCALED = {**FP8, "stand_ins": ("kv_scales",)}
-EVERYTHING = {**SETTINGS, "token_budget": 4096, "stage1": False}
 # Queries of float32 that wait take four slots a number, so that a block has room for one of them.
 SPARSE = {**SETTINGS, "window": 8}
 SLOTS = 4

@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import pytest
 from support import masked, masked_sparda
-from support.engine import BLOCK_SIZE, SETTINGS, run_engine
+from support.engine import BLOCK_SIZE, DENSE, EVERYTHING, SETTINGS, run_engine
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
-DENSE = {"vllm_sparse.sparse": False}
 STAGES = {
     "in_process": False,
     "stand_ins": ("forked_workers",),
@@ -45,8 +44,7 @@ def test_rocketkv(llama, prompts):
     assert max(run["cached"][1]) > 0
     stock = run_engine(llama, prompts[:3], **options)["tokens"][0]
     assert [first[1], second[2]] == stock[1:]
-    everything = {**SETTINGS, "token_budget": 4096, "stage1": False}
-    assert run_engine(llama, prompts[:3], settings=everything, **options)["tokens"][0] == stock
+    assert run_engine(llama, prompts[:3], settings=EVERYTHING, **options)["tokens"][0] == stock
 
 
 @pytest.mark.parametrize("selector", ["previous", "query"])

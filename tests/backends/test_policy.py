@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.engine import BLOCK_SIZE, run_engine
+from support.engine import BLOCK_SIZE, DENSE, run_engine
 from support.oracle import speculation
 from support.outside import LargeKeys
 from support.policy_cases import CASES, Case, assert_tokens_of_hugging_face
@@ -26,7 +26,6 @@ pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 NEW_TOKENS = 60
-DENSE = {"vllm_sparse.sparse": False}
 
 
 @pytest.fixture(scope="module")

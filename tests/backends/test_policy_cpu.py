@@ -13,7 +13,7 @@ import shutil
 
 import pytest
 from reference import hf_rocketkv, lora, random_models
-from support.engine import BLOCK_SIZE, NEW_TOKENS, SETTINGS, run_engine
+from support.engine import BLOCK_SIZE, EVERYTHING, NEW_TOKENS, SETTINGS, run_engine
 from support.masked import assert_tokens_of_hugging_face, hf_model, policy_of
 from support.oracle import speculation
 
@@ -54,8 +54,7 @@ def test_ablations_equal_hugging_face(llama, prompts, changes):
 
 def test_a_budget_of_the_whole_context_equals_stock(llama, prompts, stock_run):
     """Without eviction every token goes through compaction and the sparse kernel."""
-    everything = {**SETTINGS, "token_budget": 4096, "stage1": False}
-    run = run_engine(llama, prompts, settings=everything, block_size=BLOCK_SIZE)
+    run = run_engine(llama, prompts, settings=EVERYTHING, block_size=BLOCK_SIZE)
     assert run["tokens"] == stock_run["tokens"]
     assert run["counters"]["selected_tokens"] == run["counters"]["visible_tokens"] > 0
     fits = run_engine(
@@ -167,8 +166,7 @@ def test_drafts_equal_stock_s_where_everything_is_read(llama, prompts, stock_run
         **speculation(prompts, stock_run["tokens"][0]),
     }  # fmt: skip
     stock = run_engine(llama, prompts, **shared)
-    everything = {**SETTINGS, "token_budget": 4096, "stage1": False}
-    run = run_engine(llama, prompts, settings=everything, **shared)
+    run = run_engine(llama, prompts, settings=EVERYTHING, **shared)
     assert run["tokens"] == stock["tokens"] == stock_run["tokens"]
     assert run["drafted"] == stock["drafted"]
     assert run["accepted"] == stock["accepted"] < run["drafted"] - 100
@@ -242,9 +240,8 @@ def test_experts_equal_hugging_face(tmp_path, prompts):
 def test_sliding_window_layers_stay_stock(windowed, prompts):
     """Only the full one is ours, which the start says."""
     model, shared = windowed, {"block_size": BLOCK_SIZE, "new_tokens": 40}
-    everything = {**SETTINGS, "token_budget": 4096, "stage1": False}
     stock = run_engine(model, prompts[:3], **shared)
-    run = run_engine(model, prompts[:3], settings=everything, **shared)
+    run = run_engine(model, prompts[:3], settings=EVERYTHING, **shared)
     assert run["tokens"] == stock["tokens"]
     assert run["counters"]["decode_rows"] > 0
     assert "1 of 3 attention layers, the others have sliding windows" in run["log"]
@@ -315,6 +312,5 @@ def test_lora_equals_stock_where_everything_is_read(llama, prompts, tmp_path):
     adapter, _ = lora.save_adapter(llama, tmp_path)
     shared = {"block_size": BLOCK_SIZE, "adapter": adapter, "new_tokens": 40}
     stock = run_engine(llama, prompts[:2], **shared)
-    everything = {**SETTINGS, "token_budget": 4096, "stage1": False}
-    run = run_engine(llama, prompts[:2], settings=everything, **shared)
+    run = run_engine(llama, prompts[:2], settings=EVERYTHING, **shared)
     assert run["tokens"] == stock["tokens"]

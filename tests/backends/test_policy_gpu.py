@@ -10,7 +10,7 @@ with are compared with Hugging Face and stock vLLM in ``test_policy_cpu``.
 from __future__ import annotations
 
 import pytest
-from support.engine import BLOCK_SIZE, SETTINGS, run_engine
+from support.engine import BLOCK_SIZE, DENSE, EVERYTHING, SETTINGS, run_engine
 from support.forked import PRETENDED_GPU, run_forked
 from support.gpu_path import NEW_TOKENS, V2, first_tokens, run_gpu_path
 from support.gpu_walk import BREAKABLE, PIECES
@@ -18,8 +18,6 @@ from support.masked import policy_of
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
-
-DENSE = {"vllm_sparse.sparse": False}
 
 
 @pytest.mark.parametrize("v2", [True, False], ids=["v2", "v1"])
@@ -101,11 +99,9 @@ def test_a_dense_request_beside_a_sparse_one_in_replayed_graphs(llama, prompts):
         "cudagraph_capture_sizes": [2, 64], "new_tokens": NEW_TOKENS, "max_num_seqs": 2,
         "max_num_batched_tokens": 320,
     }  # fmt: skip
-    both, everything = [prompts[0][:150], prompts[1][:201]], {"token_budget": 4096, "stage1": False}
+    both = [prompts[0][:150], prompts[1][:201]]
     stock = run_engine(llama, both, **options)
-    run = run_engine(
-        llama, both, settings={**SETTINGS, **everything}, asked=[None, DENSE], **options
-    )
+    run = run_engine(llama, both, settings=EVERYTHING, asked=[None, DENSE], **options)
     assert run["tokens"] == stock["tokens"]
     assert run["counters"]["dense_fallbacks/requested"] == 1
     assert run["counters"]["decode_rows"] > 0
@@ -122,8 +118,7 @@ def test_sliding_window_layers_stay_stock(windowed, prompts):
 
 
 def test_a_budget_of_the_whole_context_equals_stock(llama, prompts, stock_run):
-    everything = {**SETTINGS, "token_budget": 4096, "stage1": False}
-    run = run_gpu_path(llama, prompts[:2], settings=everything)
+    run = run_gpu_path(llama, prompts[:2], settings=EVERYTHING)
     assert run["tokens"][0] == first_tokens(stock_run, range(2))
 
 

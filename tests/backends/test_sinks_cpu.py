@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from reference import hf_policies, hf_rocketkv
-from support.engine import BLOCK_SIZE, SETTINGS, run_engine
+from support.engine import BLOCK_SIZE, DENSE, EVERYTHING, SETTINGS, run_engine
 from support.fp8 import stored_on_cpus
 from support.masked import assert_tokens_of_hugging_face, hf_model
 from support.oracle import speculation
@@ -88,9 +88,8 @@ def test_other_policies_equal_hugging_face(gpt_oss, prompts, case):
 
 def test_a_budget_of_the_whole_context_equals_stock(gpt_oss, prompts, stock):
     """Every token goes through compaction and the sparse kernel."""
-    everything = {**SETTINGS, "token_budget": 4096, "stage1": False}
     shared = {"block_size": BLOCK_SIZE, "new_tokens": NEW_TOKENS}
-    wide = run_engine(gpt_oss, prompts[:3], settings=everything, **shared)
+    wide = run_engine(gpt_oss, prompts[:3], settings=EVERYTHING, **shared)
     assert wide["tokens"] == stock["tokens"]
     assert wide["counters"]["selected_tokens"] == wide["counters"]["visible_tokens"] > 0
 
@@ -112,7 +111,7 @@ def test_drafts_beside_a_dense_request_change_nothing(gpt_oss, prompts, run, sto
     expected = [run["tokens"][0][0], stock["tokens"][0][1], run["tokens"][0][2]]
     drafting = run_engine(
         gpt_oss, prompts[:3], settings=SETTINGS, block_size=BLOCK_SIZE, new_tokens=NEW_TOKENS,
-        max_num_batched_tokens=100, asked=[None, {"vllm_sparse.sparse": False}, None],
+        max_num_batched_tokens=100, asked=[None, DENSE, None],
         **speculation(prompts[:3], expected),
     )  # fmt: skip
     assert drafting["tokens"][0] == expected
@@ -141,6 +140,5 @@ def test_fp8_caches(gpt_oss, prompts):
         head_dim=64,
     )  # fmt: skip
     dense = run_engine(gpt_oss, prompts[:1], **shared)
-    everything = {**SETTINGS, "token_budget": 4096, "stage1": False}
-    wide = run_engine(gpt_oss, prompts[:1], settings=everything, **shared)
+    wide = run_engine(gpt_oss, prompts[:1], settings=EVERYTHING, **shared)
     assert wide["tokens"] == dense["tokens"] != narrow["tokens"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from reference import hf_sparda, lora, random_models
 from safetensors.torch import load_file
-from support.engine import BLOCK_SIZE, NEW_TOKENS, SPARDA_SELECTION
+from support.engine import BLOCK_SIZE, DENSE, NEW_TOKENS, SPARDA_SELECTION
 from support.masked_sparda import assert_tokens_of_hugging_face, hf_model, run_sparda
 
 pytest.importorskip("vllm")
@@ -173,9 +173,6 @@ def test_preemption_changes_nothing(llama, prompts, sparda_run, selector, chunk)
     assert run["preemptions"] > 0
     assert run["tokens"] == calm["tokens"]
     assert run["free_blocks"] == [89, 89]
-
-
-DENSE = {"vllm_sparse.sparse": False}
 
 
 def test_dense_requests_beside_sparse_ones_equal_stock(llama, prompts, sparda_run, stock_run):

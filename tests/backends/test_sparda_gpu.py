@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.engine import SPARDA_SETTINGS, run_engine
+from support.engine import DENSE, SPARDA_SETTINGS, run_engine
 from vllm_sparse.kernels.types import Rotary
 
 from vllm_sparse.errors import ConfigError
@@ -95,7 +95,7 @@ def test_gpu_path_gives_the_cpu_path_s_tokens(llama, prompts, pair, case):
         prompts = pair[:1]
     if case == "lone-prompt-token-in-graphs":
         prompts = [dense, pair[0], pair[1][:293]]
-        asked = [{"vllm_sparse.sparse": False}, None, None]
+        asked = [DENSE, None, None]
         stock = run_engine(llama, [dense], new_tokens=NEW_TOKENS)
     settings = {**SPARDA_SETTINGS, **changes}
     run = run_gpu_path(llama, prompts, changes, asked=asked, **options)

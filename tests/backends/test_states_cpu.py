@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from support.engine import SETTINGS, run_engine
+from support.engine import DENSE, EVERYTHING, SETTINGS, run_engine
 from support.masked import assert_tokens_of_hugging_face, gaps_to_hugging_face, policy_of
 
 pytest.importorskip("vllm")
@@ -15,7 +15,6 @@ pytestmark = pytest.mark.vllm
 
 # With prefix caching vLLM 0.32 itself fails on Mamba-2 layers on a CPU.
 MAMBA = {"enable_prefix_caching": False, "new_tokens": 60}
-DENSE = {"vllm_sparse.sparse": False}
 
 
 def block_size_of(run) -> int:
@@ -46,8 +45,7 @@ def test_recurrent_states_equal_hugging_face(hybrid, prompts, run, stock):
 
 def test_a_budget_of_the_whole_context_equals_stock(hybrid, prompts, stock):
     """Every token goes through compaction and the sparse kernel."""
-    everything = {**SETTINGS, "token_budget": 4096, "stage1": False}
-    wide = run_engine(hybrid, prompts, settings=everything, **MAMBA)
+    wide = run_engine(hybrid, prompts, settings=EVERYTHING, **MAMBA)
     assert wide["tokens"] == stock["tokens"]
     assert wide["counters"]["selected_tokens"] == wide["counters"]["visible_tokens"] > 0
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from support.engine import SETTINGS, run_engine
+from support.engine import DENSE, SETTINGS, run_engine
 from support.gpu_path import run_gpu_path
 from support.masked import assert_tokens_of_hugging_face
 from support.oracle import speculation
@@ -27,7 +27,7 @@ def test_blocks_taken_in_parts_equal_hugging_face(hybrid, prompts, v2):
     further = ("zeroed_parts", *(("no_read_backs",) if v2 else ()))
     run = run_gpu_path(
         hybrid, prompts[:2], v2=v2, block_size=48, max_num_batched_tokens=200, further=further,
-        asked=[None, {"vllm_sparse.sparse": False} if v2 else None], **shared,
+        asked=[None, DENSE if v2 else None], **shared,
     )  # fmt: skip
     size = int(re.search(r"ROCKETKV: .* block size (\d+) in parts of 32", run["log"])[1])
     assert size == 96

@@ -21,6 +21,8 @@ SETTINGS = {
     "page_sizes": [4],
     "window": 32,
 }
+EVERYTHING = {**SETTINGS, "token_budget": 4096, "stage1": False}  # is read
+DENSE = {"vllm_sparse.sparse": False}  # of a request
 # The slab is as small as start-up allows for six requests (x 2 KV heads x 6 blocks of 32 x 2 x 32
 # float32 in 3 layers), so that blocks really leave and come back.
 SPARDA_SELECTION = {
