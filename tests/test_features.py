@@ -167,6 +167,13 @@ BY_CONFIGURATION = {
         {"settings": {"sparse_prefill": 8}},
         "sparse_prefill: 8 blocks for prompts and 4 for outputs",
     ),
+    "other-schedulers": (
+        {
+            "scheduler_config__scheduler_cls": "any",
+            "scheduler_config__get_scheduler_cls": lambda: SimpleNamespace,
+        },
+        "--scheduler-cls SimpleNamespace does not extend",
+    ),
     "sleep": ({"model_config__enable_sleep_mode": True}, "--enable-sleep-mode"),
 }
 
@@ -192,16 +199,8 @@ BY_LAYER = {
 
 # Nothing can ask for these in particular.
 ALWAYS = {
-    *(
-        "attention",
-        "experts",
-        "prefix-caching",
-        "chunks",
-        "preemption",
-        "data-parallel",
-        "server",
-        "runner",
-    ),
+    *("attention", "experts", "prefix-caching", "chunks", "preemption"),
+    *("data-parallel", "server", "runner"),
 }
 
 # A whole engine shows it.

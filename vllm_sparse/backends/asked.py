@@ -103,6 +103,7 @@ def of_config(config: Any, settings: Any) -> Asked:
     yield from _of_drafts(config)
     yield from _of_ranks(config)
     yield from _of_tier(config)
+    yield from _of_scheduler(config)
     if model.enable_sleep_mode:
         yield "sleep", {}
     if config.lora_config is not None:
@@ -202,6 +203,17 @@ def _of_tier(config: Any) -> Asked:
         yield "tier-states", {}
     if config.parallel_config.pipeline_parallel_size > 1:
         yield "tier-stages", {}
+
+
+def _of_scheduler(config: Any) -> Asked:
+    scheduling = config.scheduler_config
+    if getattr(scheduling, "scheduler_cls", None) is None:  # the planner has none
+        return
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    chosen = scheduling.get_scheduler_cls()
+    if not issubclass(chosen, Scheduler):
+        yield "other-schedulers", {"name": chosen.__qualname__}
 
 
 def _of_settings(config: Any, settings: Any) -> Asked:

@@ -253,6 +253,12 @@ ROWS = (
         "auxiliary outputs shorten lookups of cached prefixes, whose length tells where a prompt "
         "ends; remove --aux-output-config",
     ),
+    everywhere(
+        _SERVING, "other-schedulers",
+        "`--scheduler-cls` of a class that does not extend vLLM's `Scheduler`",
+        "--scheduler-cls {name} does not extend vLLM's Scheduler, where this plugin learns what a "
+        "request asks for; extend that or AsyncScheduler, or remove the option",
+    ),
     row(
         _SERVING, "sleep", "sleep mode",
         Untested(),
