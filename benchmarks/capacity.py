@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""How many requests a KV pool of fixed size serves at once: stock vLLM against ROCKETKV.
+"""How many requests a KV pool of as many bytes serves at once: stock vLLM against ROCKETKV.
 
 All requests arrive together at a pool that is too small for dense attention to hold them. After
 every engine step the benchmark reads vLLM's own gauges (`vllm:num_requests_running`,
@@ -30,8 +30,7 @@ def measure(arm: arms.Arm, options: argparse.Namespace, prompts: list[list[int]]
     arguments = harness.engine_args(
         harness.resolve_model(options.model),
         max_model_len=options.context,
-        pool_tokens=options.pool_blocks * harness.BLOCK_TOKENS,
-        num_gpu_blocks_override=options.pool_blocks,
+        pool_tokens=(options.pool_blocks - 2) * harness.BLOCK_TOKENS,
         enforce_eager=options.eager,
     )
     with Worker(arm, arguments) as worker:
@@ -40,10 +39,12 @@ def measure(arm: arms.Arm, options: argparse.Namespace, prompts: list[list[int]]
     steps = served["steps"]
     peak = max(step["running"] for step in steps)
     decoding = [step for step in steps if step["decoding"] and step["running"] == peak]
-    blocks = [round(step["usage"] * (options.pool_blocks - 1)) for step in decoding]
-    pool, concurrency = _POOL.search(log), _CONCURRENCY.search(log)
+    pool_tokens = int(_found(_POOL, log)[1].replace(",", ""))
+    pool_blocks = pool_tokens // harness.BLOCK_TOKENS
+    blocks = [round(step["usage"] * (pool_blocks - 1)) for step in decoding]
     return {
         "settings": arm.settings,
+        "pool_blocks": pool_blocks,
         "preemptions": served["metrics"]["vllm:num_preemptions"],
         "peak_running": peak,
         "mean_running": sum(step["running"] for step in steps) / len(steps),
@@ -54,11 +55,17 @@ def measure(arm: arms.Arm, options: argparse.Namespace, prompts: list[list[int]]
             sum(blocks) / len(blocks) / peak if blocks else None  # none if prefill never paused
         ),
         "log": {
-            "kv_cache_tokens": int(pool[1].replace(",", "")) if pool else None,
-            "maximum_concurrency": float(concurrency[2]) if concurrency else None,
+            "kv_cache_tokens": pool_tokens,
+            "maximum_concurrency": float(_found(_CONCURRENCY, log)[2]),
         },
         "metrics": commands.of_the_plugin(served["metrics"]),
     }
+
+
+def _found(wanted: re.Pattern[str], log: str) -> re.Match[str]:
+    if (found := wanted.search(log)) is None:
+        raise RuntimeError(f"vLLM's log does not say {wanted.pattern!r}: another version?")
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -71,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--pool-blocks",
         type=int,
-        help="size of the KV pool; by default it holds half of the prompts",
+        help="of stock in the KV pool, whose bytes all arms have; by default half of the prompts",
     )
     arms.add_options(parser, "dense,rocket-512")
     parser.add_argument("--eager", action="store_true", help="no torch.compile: faster start")

@@ -139,15 +139,14 @@ def capacity() -> str:
     """Requests that a pool holds."""
     found = result("capacity")
     needed = -(-(found["prompt_tokens"] + found["generated_tokens"]) // found["block_tokens"])
-    stock, ours = found["arms"]["dense"], found["arms"]["rocket-512"]
-    held = f"**{ours['blocks_per_decoding_request']:.1f}**"
-    running = f"**{ours['peak_running']}**"
-    lines = [
-        {"arm": "stock", **stock, "blocks": f"{needed} needed"},
-        {"arm": "ROCKETKV", **ours, "peak_running": running, "blocks": held},
-    ]
+    lines = [{"arm": "stock", **found["arms"]["dense"], "blocks": f"{needed} needed"}]
+    for budget in (512, 1024):
+        ours = found["arms"][f"rocket-{budget}"]
+        held = f"{ours['blocks_per_decoding_request']:.1f}"
+        lines.append({**ours, "arm": f"ROCKETKV, t = {budget}", "blocks": held})
     columns = {
-        **{" ": "arm", "running at once": "peak_running", "preemptions": "preemptions"},
+        **{" ": "arm", "blocks in the pool": "pool_blocks", "running at once": "peak_running"},
+        "preemptions": "preemptions",
         "blocks per decoding request": "blocks",
         "all done after": "{seconds:.0f} s",
     }

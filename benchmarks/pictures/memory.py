@@ -96,11 +96,11 @@ def capacity() -> Picture:
     held = ours["blocks_per_decoding_request"]
     return Picture(
         "capacity",
-        f"As many blocks, 25 % larger, run {ours['peak_running']} requests at once instead of "
-        f"{stock['peak_running']}: {held:.1f} each, not {needed}",
+        f"As many bytes run {ours['peak_running']} requests at once instead of "
+        f"{stock['peak_running']}: {held:.1f} blocks each, 25 % larger, not {needed}",
         f"SmolLM2-135M, {found['requests']} requests of {found['prompt_tokens']} + "
         f"{found['generated_tokens']} tokens, {found['pool_blocks']} blocks of "
-        f"{found['block_tokens']} tokens, t = 512. {machine('capacity')}",
+        f"{found['block_tokens']} tokens of stock's, t = 512. {machine('capacity')}",
         "most requests running at once",
         "",
         (

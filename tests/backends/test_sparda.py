@@ -235,8 +235,15 @@ def test_thousands_of_generated_tokens_equal_hugging_face(tmp_path):
 
 @pytest.mark.parametrize("selector", ["previous", "query"])
 def test_lora_equals_merged_weights(llama, prompts, tmp_path, selector):
+    """Beside requests without it, see ``test_policy_cpu``; chunked, cached and preempted."""
     adapter, merged = lora.save_adapter(llama, tmp_path)
-    run = run_sparda(llama, prompts, selector=selector, adapter=adapter, waves=2, new_tokens=60)
-    assert_tokens_of_hugging_face(merged, prompts, run["tokens"][0], selector=selector)
+    run = run_sparda(
+        llama, prompts[:4], selector=selector, adapter=adapter, adapted=[True, False] * 2,
+        max_loras=2, waves=2, new_tokens=60, max_num_batched_tokens=100, num_gpu_blocks_override=62,
+    )  # fmt: skip
+    for first, model in ((0, merged), (1, llama)):
+        tokens = run["tokens"][0][first::2]
+        assert_tokens_of_hugging_face(model, prompts[first:4:2], tokens, selector=selector)
     assert run["tokens"][1] == run["tokens"][0]
     assert max(run["cached"][1]) > 0
+    assert run["preemptions"] > 0

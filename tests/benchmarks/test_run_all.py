@@ -64,7 +64,8 @@ def test_a_file_is_made_by_its_commands_in_order(ran, capsys):
     run_all.main(["--only", "capacity", "quality-lab"])
     (capacity, wanted), *others = calls
     assert capacity == "benchmarks.capacity"
-    assert wanted == ["--requests", "6", "--out", "build/results/capacity.json"]
+    arms = "dense,rocket-512,rocket-1024"
+    assert wanted == ["--requests", "6", "--arms", arms, "--out", "build/results/capacity.json"]
     lab = json.loads((results.FOLDER / "quality-lab.json").read_text())
     assert len(others) == 1 + len(lab["resumed"]) > 3
     for (program, arguments), run in zip(
