@@ -36,7 +36,7 @@ def test_a_changed_result_changes_a_page(monkeypatch):
     def wrong(name):
         found = right(name)
         if name == "capacity":
-            found["arms"]["dense"]["seconds"] += 5
+            found["arms"]["dense"]["seconds"] += 100
         return found
 
     monkeypatch.setattr(published, "result", wrong)
