@@ -9,6 +9,7 @@ import inspect
 import itertools
 import multiprocessing
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -17,6 +18,9 @@ from support.devices import tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    # Of every builder its first metadata for as many tokens.
+    Captured = WeakKeyDictionary[Any, dict[int, Any]]
 
 
 def forked_workers() -> None:
@@ -233,27 +237,28 @@ def captured_graphs() -> None:
     from vllm_sparse.backends.sparda import SpardaImpl
     from vllm_sparse.backends.sparda_gpu import SpardaGpuBuilder
 
-    captured: dict[tuple[int, int], Any] = {}
+    # By the builder itself: one made in the place of one that was thrown away has its address.
+    captured: Captured = WeakKeyDictionary()
     for builder in (PolicyGpuBuilder, SpardaGpuBuilder):
         builder._plan_rows = _replayed(builder._plan_rows, captured)  # type: ignore[method-assign]
     for impl in (PolicyGpuImpl, SpardaImpl):
         impl.forward = _in_capture(impl.forward, captured)  # type: ignore[method-assign]
 
 
-def _in_capture(forward: Any, captured: dict[tuple[int, int], Any]) -> Any:
+def _in_capture(forward: Any, captured: Captured) -> Any:
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = inspect.getcallargs(forward, self, *args, **kwargs)["attn_metadata"]
-        is_captured = any(given is step for step in captured.values())
+        is_captured = any(given is step for steps in captured.values() for step in steps.values())
         with capturing() if is_captured else contextlib.nullcontext():
             return forward(self, *args, **kwargs)
 
     return guarded
 
 
-def _replayed(plan: Any, captured: dict[tuple[int, int], Any]) -> Any:
+def _replayed(plan: Any, captured: Captured) -> Any:
     def replay(self: Any, common: Any, *args: Any) -> Any:
         step = plan(self, common, *args)
-        first = captured.setdefault((id(self), step.num_tokens), step)
+        first = captured.setdefault(self, {}).setdefault(step.num_tokens, step)
         # What moves is not what a graph reads; and nobody keeps the metadata that it was captured
         # with, so that its other tensors would be freed under it.
         assert _addresses(step) == _addresses(first), "a captured graph reads freed memory"
