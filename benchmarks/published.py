@@ -302,7 +302,7 @@ def rows() -> str:
 def training() -> str:
     """Memory of training against the length of the sequence."""
     found: dict[int, list[str]] = {}
-    for cell in result("train-memory"):
+    for cell in result("train-memory")["cells"]:
         shown = f"would need {cell.get('left_out_gib', 0):.0f} GiB"
         if "tokens_per_s" in cell:
             shown = f"{cell['peak_beyond_start_mib']:,} MiB, {cell['tokens_per_s']:,.0f} tokens/s"
@@ -315,10 +315,29 @@ def training() -> str:
     return table(found, columns)
 
 
+def recall() -> str:
+    """How well the shipped Forecast finds blocks, beside other selectors."""
+    found = result("recall")
+
+    def shown(name: str) -> Callable[[Row], str]:
+        share = {kind: _fraction("mean", name, kind) for kind in ("recall", "mass")}
+        return lambda cell: " / ".join(show(cell) for show in share.values())
+
+    names = {"forecast": "this Forecast", "exact": "exact", "random": "random"}
+    columns = {
+        "tokens": lambda cell: f"{cell['context']:,}",
+        **{
+            names.get(name, f"`{name}`"): shown(name)
+            for name in ("exact", "query", "forecast", "previous", "lookahead-query", "random")
+        },
+    }
+    return table(found["cells"], columns)
+
+
 TABLES = {
     make.__name__: make
     for make in (
         *(accuracy, policies, speed, budgets, capacity, serving, agents, selectors),
-        *(mass, memory, overlap, drafts, fp8, fp8_answers, quarters, rows, training),
+        *(mass, memory, overlap, drafts, fp8, fp8_answers, quarters, rows, training, recall),
     )
 }

@@ -16,7 +16,6 @@ from benchmarks import drafts, replay, results, serving, tables
 from benchmarks.quality import report as quality
 from benchmarks.served import report as served
 
-UNKNOWN = "not recorded"
 RENDERERS = {
     **tables.RENDERERS,
     **{"quality": quality.render, "serving": serving.render, "replay": replay.render},
@@ -27,18 +26,16 @@ RENDERERS = {
 def render(path: Path) -> str:
     """Returns one result file as a Markdown section."""
     result = json.loads(path.read_text())
-    kind = tables.kind_of(result)
-    env = (result if isinstance(result, dict) else {}).get("environment", {})
-    versions = ", ".join(f"{name} {version}" for name, version in env.get("versions", {}).items())
-    machine = f"{env['cpu']}, {env['cores']} cores, {env['memory_gib']} GiB" if env else UNKNOWN
+    env = result["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+    machine = f"{env['cpu']}, {env['cores']} cores, {env['memory_gib']} GiB"
     gpu = f", {env['gpu']['name']}" if env.get("gpu") else ""
-    command = f"`{env['command']}`" if env else UNKNOWN
-    parts = [f"### {path.stem}", f"Command: {command}", RENDERERS[kind](result)]
-    if isinstance(result, dict) and "interrupted" in result:
+    shown = RENDERERS[result["benchmark"]](result)
+    parts = [f"### {path.stem}", f"Command: `{env['command']}`", shown]
+    if "interrupted" in result:
         parts.insert(1, f"**Ended early: {result['interrupted']}**")
-    date = env.get("date", UNKNOWN)
     commit = f"; commit: {env['commit'][:12]}" if env.get("commit") else ""
-    parts.append(f"Machine: {machine}{gpu}; versions: {versions or UNKNOWN}; date: {date}{commit}")
+    parts.append(f"Machine: {machine}{gpu}; versions: {versions}; date: {env['date']}{commit}")
     return "\n\n".join(parts)
 
 

@@ -322,26 +322,26 @@ def serve(result: Row) -> str:
 
 def training(result: Row | list[Row]) -> str:
     """Memory and speed of Forecast training; older files are lists of points."""
-    cells = result["cells"] if isinstance(result, dict) else result
     columns = {
         "tokens": "tokens", "queries at once": "chunk",
         "MiB beyond the model": "peak_beyond_start_mib", "tokens/s": "{tokens_per_s:.1f}",
         "loss": "{loss:.6f}", "left out, needs GiB": "{left_out_gib:.0f}",
     }  # fmt: skip
-    return table(cells, columns)
+    return table(result["cells"], columns)
 
 
 def recall(result: Row) -> str:
-    """What ``vllm-sparse eval-forecast`` writes."""
+    """How well a Forecast finds blocks."""
     columns = {
         "selector": "arm",
         "recall of the exact best blocks": "{recall:.3f}",
         "attention mass beyond the forced blocks": "{mass:.3f}",
     }
-    return (
-        f"**{result['model']}**, {result['forecast']}, {result['sequences']} documents of "
-        f"{result['seq_len']} tokens, {result['top_k']} blocks\n\n"
-        + table(_named(result["mean"]), columns)
+    return "\n\n".join(
+        f"**{result['model']}**, {result['forecast'] or 'no Forecast'}, {result['documents']} "
+        f"documents of {cell['context']} tokens, {result['geometry']['top_k']} blocks\n\n"
+        + table(_named(cell["mean"]), columns)
+        for cell in result["cells"]
     )
 
 
@@ -370,14 +370,7 @@ def faults(result: Row) -> str:
 RENDERERS: dict[str, Renderer] = {
     "kernels": kernels, "speed": speed, "prompts": prompts, "accuracy": accuracy,
     "capacity": capacity, "generations": generations, "blocks": blocks, "memory": memory,
-    "overlap": overlap, "serve": serve, "train-memory": training, "forecast-recall": recall,
+    "overlap": overlap, "serve": serve, "train-memory": training, "recall": recall,
     **dict.fromkeys(("soak", "fuzz"), faults),
     **dict.fromkeys(("gpu-first", "gpu-check", "gpu-bench", "gpu-tune"), stages),
 }  # fmt: skip
-
-
-def kind_of(result: Any) -> str:
-    """Which of `RENDERERS` shows a result; older ones do not say what they are."""
-    if isinstance(result, list):
-        return "train-memory"
-    return result.get("benchmark", "forecast-recall")

@@ -217,19 +217,24 @@ def training_documents(tokenizer: Any, num_tokens: int, count: int, seed: int) -
     return result
 
 
+def answered(tokenizer: Any, num_tokens: int, count: int) -> list[list[int]]:
+    """Token ids of questions of `benchmarks.needles`, each followed by its answer."""
+    writer = Writer(tokenizer, num_tokens)
+    questions = needles.multikey(tokenizer, num_tokens + 40, 4 * count, seed=11)[::4]
+    documents = [question.prompt + writer.ids(f" {question.answer}.") for question in questions]
+    # Exactly as long as the others, at the expense of the text's first words.
+    return [ids[:60] + ids[60 + len(ids) - num_tokens :] for ids in documents]
+
+
 def held_out(tokenizer: Any, num_tokens: int, count: int) -> dict[str, list[list[int]]]:
     """Token ids of the held-out documents, by the name of the set."""
     rng = random.Random("held-out")
     writer = Writer(tokenizer, num_tokens)
     code = _library(held_out=True)
-    questions = needles.multikey(tokenizer, num_tokens + 40, 4 * count, seed=11)[::4]
-    answered = [question.prompt + writer.ids(f" {question.answer}.") for question in questions]
-    # Exactly as long as the others, at the expense of the text's first words.
-    answered = [ids[:60] + ids[60 + len(ids) - num_tokens :] for ids in answered]
     return {
         "prose": corpus.prose_tokens(tokenizer, count, num_tokens),
         "code": [writer.plain(rng, code) for _ in range(count)],
-        "needles": answered,
+        "needles": answered(tokenizer, num_tokens, count),
     }
 
 

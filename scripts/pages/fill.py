@@ -21,7 +21,7 @@ _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTA
 
 def pages() -> list[Path]:
     """Files that may have such tables."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", ROOT / "assets/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def marked(text: str) -> list[str]:

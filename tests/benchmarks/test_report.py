@@ -11,12 +11,6 @@ import pytest
 from benchmarks import report, results, tables
 
 FILES = sorted(results.FOLDER.glob("*.json"))
-# Made before every file had to say its command and machine; no other may be like them.
-BEFORE_THE_RULE = {
-    "train-memory",  # until `python -m benchmarks.train_memory` has run again
-    "forecast-recall-needles-4k",  # `vllm-sparse eval-forecast` writes what it found only
-    "forecast-recall-needles-8k",
-}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -34,7 +28,8 @@ def test_every_committed_result_is_rendered(path):
         )
         blank = [name for name, *column in zip(head, *cells, strict=True) if not any(column)]
         assert set(blank) <= {"", "blocks per decoding request", "left out, needs GiB"}, blank
-    assert ("not recorded" in text) == (path.stem in BEFORE_THE_RULE), "which command made it?"
+    assert re.search(r"^Command: `python -m benchmarks\.\w", text, re.M), "which command made it?"
+    assert re.search(r"^Machine: .+; versions: .*torch .+; date: 20\d\d-", text, re.M)
 
 
 def test_every_kind_of_result_has_a_renderer():
@@ -71,12 +66,15 @@ def test_what_a_result_lacks_stays_blank(tmp_path):
     path = tmp_path / "early.json"
     cell = {"model": "m", "context": 8192, "batch": 8, "shared": False}
     arms = {"dense": {"settings": None, "step_ms_at_128_tokens": {"median": 2.0}}, "rocket-512": {}}
-    body = {"cells": [{"cell": cell, "bound": None, "cores_used_by_others": None, "arms": arms}]}
+    body = {
+        "cells": [{"cell": cell, "bound": None, "cores_used_by_others": None, "arms": arms}],
+        "environment": results.environment() | {"commit": None},
+    }
     results.write_json(path, {"benchmark": "speed", "interrupted": "KeyboardInterrupt", **body})
     text = report.render(path)
     assert "**Ended early: KeyboardInterrupt**" in text
     assert re.search(r"\| dense \| \| 2\.0 \| \|", text)
-    assert text.endswith("Machine: not recorded; versions: not recorded; date: not recorded")
+    assert text.endswith(f"; date: {body['environment']['date']}")
 
 
 def test_headers_may_repeat():

@@ -78,12 +78,11 @@ def test_a_file_is_made_by_its_commands_in_order(ran, capsys):
     assert capsys.readouterr().out.count("### ") == 2
 
 
-def test_what_fails_is_named_and_the_rest_goes_on(ran, capsys):
+def test_what_fails_is_named_and_the_rest_goes_on(ran):
     calls, process = ran
     process.failing = ("capacity",)
     with pytest.raises(SystemExit, match=r"failed: capacity$"):
-        run_all.main(["--only", "capacity", "drafts", "forecast-recall-needles-4k"])
+        run_all.main(["--only", "capacity", "drafts"])
     assert [program for program, _ in calls] == ["benchmarks.capacity", "benchmarks.drafts"]
-    assert "no benchmark made it" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run_all.main(["--only", "nothing"])
