@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from benchmarks import harness, results
 from benchmarks.served import asks, judges
 from benchmarks.served.checkpoints import Checkpoints
@@ -43,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--logs", type=Path, help="folder for the servers' logs")
     options = harness.parse(parser, arguments)
+    torch.set_num_threads(1)  # more do not survive a fork, and a server would wait for them
     chosen = [row for row in ROWS if row.name in (options.rows or [row.name])]
     rows: dict[str, Any] = {}
     body = {"rows": rows}
@@ -151,7 +154,7 @@ class Run:
             if judge is None or not ask.sparse or answer.error:
                 continue
             adapted = ask.adapted and "--enable-lora" in row.options
-            model = self._checkpoints.path("merged" if adapted else row.model)
+            model = self._checkpoints.for_hugging_face("merged" if adapted else row.model)
             try:
                 judge(row, model, log, [list(ask.prompt)], answer.tokens)
             except AssertionError as error:

@@ -39,9 +39,13 @@ class Checkpoints:
             add_tokenizer(at, CHARACTERS)
         return at
 
+    def for_hugging_face(self, name: str) -> Path:
+        """The same model as Hugging Face knows it: without layers that only draft."""
+        return self.path("qwen2" if name == "mimo" else name)
+
     def _make(self, name: str, at: Path) -> None:
         from reference import lora, random_models
-        from support.drafters import save_knowing_eagle
+        from support.drafters import save_eagle3, save_knowing_eagle, save_mimo
 
         if name == "llama":
             random_models.save_random_model(at)
@@ -51,6 +55,14 @@ class Checkpoints:
             random_models.save_random_model(at, "gemma3", layers=4)
         elif name == "states":
             random_models.save_random_hybrid(at)
+        elif name == "sinks":
+            random_models.save_random_gpt_oss(at)
+        elif name == "qwen2":
+            random_models.save_random_model(at, "qwen2")
+        elif name == "mimo":
+            save_mimo(at, self.path("qwen2"))
+        elif name == "eagle3":
+            save_eagle3(at, self.path("llama"))
         elif name in ("adapter", "merged"):
             lora.save_adapter(self.path("llama"), self._folder)
         elif name == "known":

@@ -32,7 +32,9 @@ def _rocketkv(row: Row, model: Path, log: str, prompts: list, tokens: list) -> N
     from support.masked import assert_tokens_of_hugging_face
 
     (size,) = set(re.findall(r"ROCKETKV: .* block size (\d+)", log))
-    own = {"block_size": int(size), "max_token_budget": ALL}
+    shape = json.loads((model / "config.json").read_text())
+    heads = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
+    own = {"block_size": int(size), "head_dim": heads, "max_token_budget": ALL}
     assert_tokens_of_hugging_face(model, prompts, tokens, **own, **row.settings)
 
 

@@ -74,7 +74,7 @@ class Row(NamedTuple):
 
     def arguments(self, checkpoints: Checkpoints, ours: bool) -> list[str]:
         """Options with the paths of checkpoints."""
-        names = ("llama", "adapter", "known", "eagle")
+        names = ("llama", "adapter", "known", "eagle", "eagle3")
         wanted = [name for name in names if f"{{{name}}}" in " ".join(self.options)]
         # A head is written with the model that it knows.
         paths = {f"{{{name}}}": str(checkpoints.path(name)) for name in wanted}
@@ -129,8 +129,12 @@ ROWS = [
     Row("ngram drafts", options=_drafts(**_NGRAM), grows=(HITS, DRAFTED), exact=False),
     Row("EAGLE", model="known", grows=(HITS, DRAFTED, ACCEPTED), exact=False,
         options=_drafts(method="eagle", model="{eagle}", num_speculative_tokens=3)),
+    Row("EAGLE-3", grows=(HITS, DRAFTED), exact=False,
+        options=_drafts(method="eagle3", model="{eagle3}", num_speculative_tokens=3)),
     Row("draft model", grows=(HITS, DRAFTED, ACCEPTED), exact=False,
         options=_drafts(method="draft_model", model="{llama}", num_speculative_tokens=3)),
+    Row("MTP", model="mimo", grows=(HITS, DRAFTED), exact=False,
+        options=_drafts(method="mtp", num_speculative_tokens=1)),
     Row("fp8", judge="rocketkv_fp8", options=_FP8, settings={"window": 8}),
     Row("fp8, SPARDA", "SPARDA", "sparda_fp8", options=_FP8),
     Row("LoRA", options=_LORA),
@@ -144,6 +148,7 @@ ROWS = [
     Row("sliding windows", model="windows", judge="itself"),
     Row("sliding windows, everything read", model="windows", judge="stock", settings=EVERYTHING),
     Row("experts", model="experts"),
+    Row("learned sinks", model="sinks"),
     Row("tensor parallel", options=_TP),
     Row("tensor parallel, SPARDA", "SPARDA", "sparda", options=_TP),
     Row("pipeline", options=_STAGED, environment=_STAGES),
