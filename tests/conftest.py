@@ -41,11 +41,14 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 with contextlib.suppress(ModuleNotFoundError):  # where a GPU is, it may be missing
     from hypothesis import settings
+    from hypothesis.internal.conjecture import providers
 
     # What passed once passes again, and no example fails for what others do to the machine. To look
     # for what no run has seen yet: --hypothesis-profile default.
     settings.register_profile("suite", deadline=None, derandomize=True, database=None)
     settings.load_profile("suite")
+    # Else it draws constants of our modules, too, of those that a worker has loaded until then.
+    providers._get_local_constants = lambda: providers._local_constants
 
 
 @pytest.fixture(autouse=True)

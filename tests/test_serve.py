@@ -211,14 +211,18 @@ def test_wrong_requests_get_a_400_that_says_why(client, server, asked, why):
 
 
 def test_an_aborted_request_gives_everything_back(client, server, prompts):
-    stream = client.completions.create(
-        model="m", prompt=prompts[2], max_tokens=1500, temperature=0, stream=True,
-        extra_body={"ignore_eos": True},
-    )  # fmt: skip
-    next(iter(stream))
-    # Told with a later step than the token's, perhaps.
-    assert watch.until(lambda: server.metrics()["vllm:kv_cache_usage_perc"] > 0, 60)
-    stream.close()
+    for _ in range(5):  # it ends unseen where this process gets no processor meanwhile
+        stream = client.completions.create(
+            model="m", prompt=prompts[2], max_tokens=1500, temperature=0, stream=True,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        next(iter(stream))
+        # Told with a later step than the token's, perhaps.
+        is_held = watch.until(lambda: server.metrics()["vllm:kv_cache_usage_perc"] > 0, 5)
+        stream.close()
+        if is_held:
+            break
+    assert is_held
     deadline = time.monotonic() + 120
     while server.metrics()["vllm:kv_cache_usage_perc"] > 0:
         assert time.monotonic() < deadline, "blocks are still held"
@@ -259,10 +263,17 @@ def test_a_storm_changes_no_answer_and_leaves_nothing(server):
     target = storm.Target(Client(server.url, "m"), server.metrics, LONGEST)
     findings = storm.Findings()
     before = server.metrics()
-    storm.round_of(target, traffic.plan(2, 8, LONGEST), 16, findings)
-    assert findings.faults == []
-    for name in MUST_GROW[server.backend]:
-        assert server.metrics()[f"vllm:{name}_total"] > before[f"vllm:{name}_total"], name
+
+    def grown():
+        after, names = server.metrics(), MUST_GROW[server.backend]
+        return {name: after[f"vllm:{name}_total"] > before[f"vllm:{name}_total"] for name in names}
+
+    for seed in (2, 3, 4):  # nobody is preempted where clients get no processor to come at once
+        storm.round_of(target, traffic.plan(seed, 8, LONGEST), 16, findings)
+        assert findings.faults == []
+        if all(grown().values()):
+            break
+    assert all(grown().values()), grown()
     assert findings.counts["hung up"]
     assert findings.counts["compared with alone"] >= 12
     crash.kill_amid_answers(target, server.pid, "engine", findings)

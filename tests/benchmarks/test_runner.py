@@ -76,7 +76,7 @@ def refuses(report, options):
 def plan(options):
     every = [
         stages.Stage("succeeds", succeeds, 60),
-        stages.Stage("hangs", hangs, 10, min_s=1),
+        stages.Stage("hangs", hangs, 30, min_s=1),
         stages.Stage("crashes", crashes, 60),
         stages.Stage("raises", raises, 60, needs=("succeeds",)),
         stages.Stage("checks", checks, 60),
@@ -94,6 +94,7 @@ def plan(options):
     naps = [stages.Stage(name, partial(meets, name, other), 60)
             for name, other in (NAPS[:2], NAPS[1::-1])]  # fmt: skip
     naps += [stages.Stage(name, sleeps, 60, alone=name == "alone") for name in NAPS[2:]]
+    naps.append(stages.Stage("waits", hangs, 600, min_s=1))
     return every if options.only is None else [*every, *naps]
 
 
@@ -180,26 +181,26 @@ def test_a_process_that_does_not_even_die_stops_nobody(tmp_path):
 
 
 def test_a_used_up_budget_skips_the_rest_and_says_so(tmp_path, capsys):
-    result = run(tmp_path, "--budget-s", "2", "--only", "refuses", "hangs")
+    result = run(tmp_path, "--budget-s", "6", "--only", "refuses", "hangs")
     assert list(result["stages"]) == ["hangs", "refuses"]  # by value, as in the plan
     assert result["stages"]["hangs"]["status"] == "timed out"
     assert result["stages"]["refuses"]["status"] == "skipped"
-    assert "budget of 2 s" in result["stages"]["refuses"]["reason"]
+    assert "budget of 6 s" in result["stages"]["refuses"]["reason"]
     assert "not run: refuses" in capsys.readouterr().out
 
 
 def test_a_killed_run_keeps_what_it_has(tmp_path):
     """And leaves no process behind."""
     command = [sys.executable, "-m", MODULE, "--out", str(tmp_path)]
-    command += ["--only", "succeeds", "hangs"]
+    command += ["--only", "succeeds", "waits"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
-            if "hangs (at most" in line:
+            if "waits (at most" in line:
                 break
         deadline = time.monotonic() + 120
         file = tmp_path / "tried.json"
         while time.monotonic() < deadline:
-            found = json.loads(file.read_text())["stages"].get("hangs", {"facts": {}})
+            found = json.loads(file.read_text())["stages"].get("waits", {"facts": {}})
             if "child" in found["facts"]:
                 break
             time.sleep(0.05)
@@ -209,8 +210,8 @@ def test_a_killed_run_keeps_what_it_has(tmp_path):
         process.wait(timeout=120)
     result = json.loads((tmp_path / "tried.json").read_text())
     assert result["stages"]["succeeds"]["status"] == "ok"
-    assert result["stages"]["hangs"]["status"] == "interrupted"
-    assert result["stages"]["hangs"]["rows"] == [{"value": "before"}]
+    assert result["stages"]["waits"]["status"] == "interrupted"
+    assert result["stages"]["waits"]["rows"] == [{"value": "before"}]
     assert has_ended(found["facts"]["child"])
     assert "'child': " in (tmp_path / "tried.log").read_text()
 

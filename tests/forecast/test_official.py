@@ -180,7 +180,8 @@ def test_unusable_checkpoints(tmp_path):
         convert_official(tmp_path / "mixed.pt", target)
     uneven = {**checkpoint(), "sparse_config": {**SPARSE_CONFIG, "window_size": 100}}
     torch.save(uneven, tmp_path / "uneven.pt")
-    with pytest.raises(ConfigError, match="window_size 100 is not a multiple of block_size 64"):
+    said = r"uneven\.pt: window_size 100 is not a multiple of block_size 64"
+    with pytest.raises(ConfigError, match=said):
         convert_official(tmp_path / "uneven.pt", target)
 
 

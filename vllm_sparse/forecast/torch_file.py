@@ -36,7 +36,10 @@ def read_torch_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ConfigError: The file is not readable without executing code, or contradicts itself.
     """
     content = _load_without_executing(path)
-    return _state_dict(content), _metadata(content)
+    try:
+        return _state_dict(content), _metadata(content)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _state_dict(content: Any, depth: int = 3) -> dict[str, Tensor]:
