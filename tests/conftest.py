@@ -39,16 +39,18 @@ from support.engine import BLOCK_SIZE, SETTINGS, SPARDA_SETTINGS, run_engine
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-with contextlib.suppress(ModuleNotFoundError):  # where a GPU is, it may be missing
+# Where a GPU is, it may be missing; the last lines are about parts that have no promised name.
+with contextlib.suppress(ModuleNotFoundError, AttributeError):
     from hypothesis import settings
-    from hypothesis.internal.conjecture import providers
 
     # What passed once passes again, and no example fails for what others do to the machine. To look
     # for what no run has seen yet: --hypothesis-profile default.
     settings.register_profile("suite", deadline=None, derandomize=True, database=None)
     settings.load_profile("suite")
-    # Else it draws constants of our modules, too, of those that a worker has loaded until then.
-    providers._get_local_constants = lambda: providers._local_constants
+    # Else constants of our modules are drawn, too, of those that a worker has loaded until then.
+    drawing = importlib.import_module("hypothesis.internal.conjecture.providers")
+    nothing = drawing._local_constants
+    drawing._get_local_constants = lambda: nothing
 
 
 @pytest.fixture(autouse=True)

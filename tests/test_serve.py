@@ -155,7 +155,7 @@ def test_the_log_says_what_was_counted_once(client, server, prompts):
         values = server.metrics().items()
         names = "vllm:sparse_requests_total", "vllm:sparse_dense_fallbacks_total"
         counted = tuple(sum(n for key, n in values if key.startswith(name)) for name in names)
-        lines = re.findall(r".*: Sparse: .*", server.log.read_text())
+        lines = re.findall(r"(.*: Sparse: .*)\n", server.log.read_text())
         found = [re.search(r"Sparse: (\d+) reqs, Dense: (\d+) reqs", line) for line in lines]
         logged = tuple(sum(int(match[kind]) for match in found) for kind in (1, 2))
     assert all(line.startswith("(APIServer") for line in lines)

@@ -151,7 +151,7 @@ def settle(target: Target, probes: dict[Ask, Answer], findings: Findings) -> Non
     """Waits until nothing runs, and notes what is still held or what has changed."""
     if not storm.calms_down(target, findings.faults):
         return
-    if not target.forget():
+    if not target.comes_free():
         findings.faults.append("blocks are held though nothing runs")
     for ask, expected in probes.items():
         if said := _differs(target.client.complete(ask), expected):
