@@ -113,6 +113,7 @@ _STAGED = (
 _DP = ("--data-parallel-size", "2", "--api-server-count", "1")
 _STAGES = {**_REHEARSED, "VLLM_PP_LAYER_PARTITION": "1,2"}
 _TIER = ("--kv-offloading-size", "0.05")
+_EVENTS = ("--kv-events-config", '{"enable_kv_cache_events": true, "publisher": "zmq"}')
 _FP8 = ("--kv-cache-dtype", "fp8")
 _PLAIN_SELECTOR = {"selector": "query"}
 _POLICIES = ("QUEST", "SNAPKV", "STREAMINGLLM")
@@ -144,6 +145,8 @@ ROWS = [
         options=(*_FP8, *_drafts(**_NGRAM), *_LORA), own=_TIER, blocks=48, exact=False,
         grows=(HITS, DRAFTED, RETURNED)),
     Row("sparse prompts, SPARDA", "SPARDA", "sparda", settings={"sparse_prefill": True}),
+    Row("KV events", options=_EVENTS),
+    Row("KV events, SPARDA", "SPARDA", "sparda", options=_EVENTS),
     _STATES,
     Row("sliding windows", model="windows", judge="itself"),
     Row("sliding windows, everything read", model="windows", judge="stock", settings=EVERYTHING),

@@ -50,3 +50,37 @@ def test_a_runner_that_says_no_prompt_lengths_is_noticed():
     known = torch.tensor([2, 1])
     assert prompt_lengths(batch([3, 2, 0], [3, 1, 0], known)).tolist() == [2, 1, 0]
     assert prompt_lengths(batch([3], [3], known)).tolist() == [2]
+
+
+def test_builders_of_stock_layers_do_not_see_what_ours_ask_for(monkeypatch):
+    """Made after ours, as vLLM makes all of them twice; in a graph theirs would copy too much."""
+    from vllm.v1.worker.utils import AttentionGroup
+
+    from vllm_sparse.backends.base import ask_for_prompt_lengths
+
+    seen = []
+    model = SimpleNamespace(rswa_window=None)
+    config = SimpleNamespace(model_config=SimpleNamespace(model_arch_config=model))
+
+    class Builder:
+        requires_block_table_width = False
+
+        def __init__(self, spec, names, vllm_config, device):
+            seen.append(vllm_config.model_config.model_arch_config.rswa_window)
+
+    class Ours(Builder):
+        def __init__(self, *of):
+            super().__init__(*of)
+            ask_for_prompt_lengths(config)
+
+    # What is replaced here is put back.
+    monkeypatch.setattr(
+        AttentionGroup, "create_metadata_builders", AttentionGroup.create_metadata_builders
+    )
+    for kind in (Builder, Ours, Builder, Ours, Builder):
+        backend = SimpleNamespace(get_builder_cls=lambda kind=kind: kind)
+        group = AttentionGroup(backend, ["layer"], SimpleNamespace(), 0)
+        group.create_metadata_builders(vllm_config=config, device="cpu")
+        assert type(group.metadata_builders[0]) is kind
+    assert seen == [None] * 5
+    assert model.rswa_window, "runners ask this"

@@ -11,6 +11,7 @@ import torch
 from vllm_sparse.backends.asked import FP8_CACHES, PLAIN_CACHES
 from vllm_sparse.errors import IntegrityError
 from vllm_sparse.kernels.fp8 import Scales
+from vllm_sparse.seams import replace_once
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,9 +102,25 @@ _ASKED = 1 << 30
 def ask_for_prompt_lengths(vllm_config: VllmConfig) -> None:
     """Make the model runner hand each request's prompt length to the metadata builder.
 
-    Both runners do if this is set; nothing else reads it for our backends. A stock builder would
-    take it for a model with such a window: see :func:`withdraw`.
+    Both runners do if this is set; nothing else reads it for our backends. A stock builder, as of
+    layers with sliding windows, would take it for a model with such a window, and copy the lengths
+    of as many requests as a captured graph has rows. So none is made while it is set.
     """
+    from vllm.v1.worker.utils import AttentionGroup
+
+    def make(stock: Any) -> Any:
+        def create_metadata_builders(
+            self: Any, vllm_config: VllmConfig, *args: Any, **named: Any
+        ) -> None:
+            asked = vllm_config.model_config.model_arch_config.rswa_window == _ASKED
+            withdraw(vllm_config)
+            stock(self, vllm_config, *args, **named)
+            if asked:
+                ask_for_prompt_lengths(vllm_config)
+
+        return create_metadata_builders
+
+    replace_once(AttentionGroup, "create_metadata_builders", make)
     vllm_config.model_config.model_arch_config.rswa_window = _ASKED
 
 

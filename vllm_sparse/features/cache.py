@@ -32,6 +32,11 @@ ROWS = (
         (Served(_SPARDA + "test_prefix_caching_changes_nothing"), _SPARDA_GPU),
     ),
     row(
+        _CACHE, "events", "`--kv-events-config`: what routers follow",
+        Served("tests/kv/test_copies.py::test_random_lives"),
+        Untested("blocks are cached and evicted as stock vLLM's"),
+    ),
+    row(
         _CACHE, "chunks", "chunked prefill",
         (
             Served(_CPU + "test_chunked_prefill_and_mixed_steps_change_nothing"),
