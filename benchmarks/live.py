@@ -159,13 +159,12 @@ class ForcedChoice:
         """Chooses; the kernel still runs, so that selecting costs what it costs."""
         selected = self._kernel(compressed, vectors, table, positions, *rest, **options)
         if compressed.data_ptr() == self._runtime.compressed(0).data_ptr():
-            self._chosen = self._choose(table, positions, compressed.shape[1])
+            chosen = self._choose(table, positions, compressed.shape[1])
+            room = (0, selected.pieces.shape[2] - chosen[1].shape[2])
+            # Once for all layers: in each it would be launches that only this choice needs.
+            self._chosen = tuple(torch.nn.functional.pad(x, room, value=-1).int() for x in chosen)
         assert self._chosen is not None, "layer 0 chooses first"
         blocks, pieces = self._chosen
-        room = (0, selected.pieces.shape[2] - pieces.shape[2])
-        blocks, pieces = (
-            torch.nn.functional.pad(part, room, value=-1).int() for part in (blocks, pieces)
-        )
         return selected._replace(blocks=blocks, pieces=pieces)
 
     def _choose(self, table: Tensor, positions: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:

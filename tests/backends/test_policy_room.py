@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 from support.policies import make_policy
 from vllm_sparse.kernels.layout import PageLayout
 
-from vllm_sparse.backends.policy_room import _most_blocks, step_bytes
+from vllm_sparse.backends.policy_room import _most_blocks, scoring_parts, step_bytes
 from vllm_sparse.kv.tail.compaction import compaction_bytes
 from vllm_sparse.policies.quest import Quest
 from vllm_sparse.policies.rocketkv import RocketKV
@@ -64,3 +64,28 @@ def test_scores_of_a_pool_that_layers_share():
     policy = make_policy(RocketKV, max_model_len=LONGEST)
     assert bytes_of(policy, 1 << 24) > bytes_of(policy, 1 << 24, layers=30)
     assert bytes_of(policy, 1 << 24, layers=30) == bytes_of(policy, 1 << 20) > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "longest", "rows", "parts"),
+    [
+        # 4 bytes x 2 heads x 8192 pages x (2 x 64 + 4) numbers: 31 rows in 256 MiB.
+        *((Quest, 131072, 62, 2), (Quest, 131072, 63, 3), (Quest, 131072, 256, 9)),
+        *((Quest, 4096, 256, 1), (RocketKV, 131072, 256, 1), (SnapKV, 131072, 256, 1)),
+    ],
+)
+def test_a_graph_of_many_parts_is_not_captured(kind, longest, rows, parts):
+    """Full decode steps are, where a kernel scores or pages are few."""
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    from vllm_sparse.backends.policy_gpu import PolicyGpuBuilder
+
+    policy = make_policy(kind, max_model_len=longest, head_dim=64, group_size=4)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=longest),
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=rows),
+    )
+    spec = SimpleNamespace(policy=policy, num_kv_heads=KV_HEADS, backend=kind.__name__)
+    assert scoring_parts(config, policy, KV_HEADS) == parts
+    found = PolicyGpuBuilder.get_cudagraph_support(config, spec)
+    assert found == (AttentionCGSupport.NEVER if parts > 8 else AttentionCGSupport.UNIFORM_BATCH)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionCGSupport, MultipleOf
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionImpl,
@@ -37,7 +38,7 @@ from vllm_sparse.backends.controls import controls, replayed
 from vllm_sparse.backends.drafting import note_rows, rows_of_pass
 from vllm_sparse.backends.gpu import GpuBackend, warn_of_gpus
 from vllm_sparse.backends.policy import Planning, PolicyBackend, count_nothing, set_up_layer
-from vllm_sparse.backends.policy_room import step_bytes
+from vllm_sparse.backends.policy_room import scoring_parts, step_bytes
 from vllm_sparse.backends.policy_step import attend_step
 from vllm_sparse.backends.policy_warm_up import warm_up
 from vllm_sparse.backends.prompts import is_warm_up, prompt_lengths_on_host, watch_requests
@@ -67,6 +68,10 @@ if TYPE_CHECKING:
 _LARGEST_PART = 128
 # A 32-byte sector holds a channel's extrema of 16 pages, 64 tokens with ROCKETKV's page size.
 _PREFERRED_BLOCK_SIZE = 64
+# Each is some forty launches in every layer of a graph.
+_MOST_PARTS = 8
+# A child of vLLM's logger: others have no handler in its processes.
+logger = init_logger("vllm.sparse")
 
 
 class PolicyGpuBackend(PolicyBackend, GpuBackend):
@@ -150,6 +155,23 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
             variants = {(impl.sparse.reads_all, impl.sinks is None): impl for impl in impls}
             for impl in variants.values():
                 warm_up(impl, spec, vllm_config.model_config.dtype, device, self._drafts > 0)
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: PolicySpec
+    ) -> AttentionCGSupport:
+        """Whole decode steps, unless PyTorch scores so much that a graph would never be ready."""
+        parts = scoring_parts(vllm_config, kv_cache_spec.policy, kv_cache_spec.num_kv_heads)
+        if parts <= _MOST_PARTS:
+            return cls._cudagraph_support
+        logger.warning_once(
+            f"{kv_cache_spec.backend}: decode runs without CUDA graphs, since PyTorch scores the "
+            f"pages of the largest graph's requests, of {vllm_config.model_config.max_model_len} "
+            f"tokens each, in {parts} parts of a layer, and one of more than {_MOST_PARTS} takes "
+            "too long to capture. To have graphs, lower --max-model-len or "
+            "--max-cudagraph-capture-size"
+        )
+        return AttentionCGSupport.NEVER
 
     @property
     def _layers(self) -> list[SparseLayer]:

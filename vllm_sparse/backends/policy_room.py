@@ -12,7 +12,7 @@ from vllm_sparse.backends.base import most_rows
 from vllm_sparse.kernels.dispatch import policy_triton
 from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kv.tail.compaction import compaction_bytes
-from vllm_sparse.steps.select import MOST_INDEX_BYTES
+from vllm_sparse.steps.select import MOST_INDEX_BYTES, rows_at_once
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -60,6 +60,24 @@ def step_bytes(
         layout = PageLayout(*sizes, policy.index_width)
         needed = max(needed, compaction_bytes(longest, layout, policy, kv_heads, cache_dtype))
     return needed
+
+
+def scoring_parts(config: VllmConfig, policy: Policy, kv_heads: int) -> int:
+    """In how many parts the largest captured batch is scored: one where a kernel does it.
+
+    A graph's rows are as wide as the longest request, and each part is some forty launches.
+
+    Args:
+        config: vLLM's configuration.
+        policy: Of the layers.
+        kv_heads: G of this rank.
+    """
+    if policy.kernel or policy.top_k is None:
+        return 1
+    size, longest = policy.shape.block_size, config.model_config.max_model_len
+    pages = -(-longest // size) * size // min(policy.page_sizes)
+    rows = config.compilation_config.max_cudagraph_capture_size or 1
+    return -(-rows // rows_at_once(policy, kv_heads, pages))
 
 
 def _most_blocks(

@@ -77,6 +77,12 @@ def store_index(
     layout.index(cache)[block, :, :, page] = index.to(cache.dtype)
 
 
+def rows_at_once(policy: Policy, kv_heads: int, pages: int) -> int:
+    """How many rows with so many pages are scored together."""
+    row_bytes = 4 * kv_heads * pages * (policy.index_width + policy.shape.group_size)
+    return max(1, MOST_INDEX_BYTES // max(1, row_bytes))
+
+
 def select_tokens(
     cache: Tensor,
     query: Tensor,
@@ -110,9 +116,7 @@ def select_tokens(
     if cache.dtype == FP8:
         query = query.float() * scales.key
     grouped = query.unflatten(1, (kv_heads, -1))
-    pages = table.shape[1] * layout.pages_per_block
-    row_bytes = max(1, 4 * kv_heads * pages * (policy.index_width + grouped.shape[2]))
-    step = max(1, MOST_INDEX_BYTES // row_bytes)
+    step = rows_at_once(policy, kv_heads, table.shape[1] * layout.pages_per_block)
     parts = []
     for first in range(0, len(table), step):
         here = slice(first, first + step)
