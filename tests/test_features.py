@@ -199,7 +199,7 @@ BY_LAYER = {
 
 # Nothing can ask for these in particular.
 ALWAYS = {
-    *("attention", "experts", "prefix-caching", "chunks", "preemption"),
+    *("attention", "experts", "prefix-caching", "events", "chunks", "preemption"),
     *("data-parallel", "server", "runner"),
 }
 
