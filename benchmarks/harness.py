@@ -88,11 +88,15 @@ def tokenizer_of(name: str) -> Any:
     return AutoTokenizer.from_pretrained(resolve_model(name))
 
 
+def head_dim(config: dict[str, Any]) -> int:
+    """Returns the size of a model's heads, which its config.json may leave to be derived."""
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
 def kv_bytes_per_token(model: Path) -> int:
     """Returns the bytes of KV cache that one token takes in bfloat16."""
     config = json.loads((model / "config.json").read_text())
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim
+    return 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim(config)
 
 
 def engine_args(model: Path, max_model_len: int, pool_tokens: int, **overrides: Any) -> dict:

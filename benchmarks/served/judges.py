@@ -13,6 +13,7 @@ import re
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import harness
 from benchmarks.served.asks import ALL, NEW_TOKENS, SCHEMA
 from benchmarks.soak import judge
 
@@ -32,9 +33,8 @@ def _rocketkv(row: Row, model: Path, log: str, prompts: list, tokens: list) -> N
     from support.masked import assert_tokens_of_hugging_face
 
     (size,) = set(re.findall(r"ROCKETKV: .* block size (\d+)", log))
-    shape = json.loads((model / "config.json").read_text())
-    heads = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
-    own = {"block_size": int(size), "head_dim": heads, "max_token_budget": ALL}
+    dim = harness.head_dim(json.loads((model / "config.json").read_text()))
+    own = {"block_size": int(size), "head_dim": dim, "max_token_budget": ALL}
     assert_tokens_of_hugging_face(model, prompts, tokens, **own, **row.settings)
 
 
