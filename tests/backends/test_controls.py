@@ -43,7 +43,7 @@ def runners(request, monkeypatch):
         is_prefilling=torch.tensor([True]),
     )  # fmt: skip
     kind = RunnerV2 if v2 else RunnerV1
-    see = lambda self: (controls(common), prompts_of_runner._table(), replayed(common))  # noqa: E731
+    see = lambda self: (controls(common), prompts_of_runner.table_at_work(), replayed(common))  # noqa: E731
     monkeypatch.setattr(kind, "execute_model", see)
     monkeypatch.setattr(RunnerV2, "add_requests", lambda *_: None)
     monkeypatch.setattr(InputBatch, "add_request", lambda *_: None)
@@ -88,7 +88,7 @@ class Table(SimpleNamespace):
 @pytest.mark.parametrize("v2", [False, True], ids=["V1", "V2"])
 def test_who_takes_a_row_or_a_name_over_asks_anew(monkeypatch, v2):
     table = Table(max_num_reqs=4, req_id_to_index={"a": 1})
-    monkeypatch.setattr(controls_of_runner, "_table", weakref.ref(table))
+    monkeypatch.setattr(prompts_of_runner, "_at_work", weakref.ref(table))
     index = np.array([0, 1]) if v2 else None
     rows = {"num_reqs": 3, "rswa_prefix_lens": torch.tensor([300, 300, 0]), "req_idx": index}
 
@@ -120,7 +120,7 @@ def test_who_takes_a_row_or_a_name_over_asks_anew(monkeypatch, v2):
 def test_who_came_with_outputs_is_told_beside_prompts_only(monkeypatch, prefilling):
     """Where all rows decode, a step would look it up for nobody."""
     table = Table(num_tokens_no_spec=np.array([9, 9]), num_prompt_tokens=np.array([5, 9]))
-    monkeypatch.setattr(controls_of_runner, "_table", weakref.ref(table))
+    monkeypatch.setattr(prompts_of_runner, "_at_work", weakref.ref(table))
     common = SimpleNamespace(
         num_reqs=3, rswa_prefix_lens=torch.tensor([5, 9, 0]), req_idx=None,
         is_prefilling=torch.tensor([prefilling, False, False]),

@@ -22,7 +22,7 @@ def table(monkeypatch):
     seen = []
     monkeypatch.setattr(RequestState, "add_request", lambda self, *given, **_: seen.append(given))
     monkeypatch.setattr(RequestState, "remove_request", RequestState.remove_request)
-    monkeypatch.setattr(prompts, "_requests", None)
+    monkeypatch.setattr(prompts, "_at_work", None)
     prompts.watch_requests()
     watching = RequestState.add_request
     prompts.watch_requests()
@@ -34,6 +34,7 @@ def table(monkeypatch):
         req_id_to_index = {"new": 2}  # noqa: RUF012
 
     table = Table()
+    prompts.turn_to(table)
     watching(table, "new", prompt_len=41)
     assert seen == [("new",)]
     return table
@@ -61,7 +62,7 @@ def test_what_the_runner_hands_over_is_read_where_the_table_is_unknown(table, go
     """Model Runner V1 gives no indices, but keeps the lengths on the host."""
     common = batch(rswa_prefix_lens=torch.tensor([5, 6, 7]), **({} if gone else {"req_idx": None}))
     if gone:
-        monkeypatch.setattr(prompts, "_requests", None)
+        monkeypatch.setattr(prompts, "_at_work", None)
     assert prompts.prompt_lengths_on_host(common).tolist() == [5, 6, 7]
 
 
@@ -81,25 +82,21 @@ def test_rows_are_told_beside_states(monkeypatch):
         assert told == {"x": 5, "req_idx": rows}
 
 
-def test_steps_with_a_new_request(table, monkeypatch):
-    newcomers = prompts.Newcomers()
+def test_steps_with_a_new_request(table):
+    newcomers, untold = prompts.Newcomers(True), prompts.Newcomers(False)
     assert newcomers.arrived()  # the builder is younger than its first request
     assert not newcomers.arrived()
     RequestState.add_request(table, "new", prompt_len=41)  # preempted, and taken up again
     RequestState.add_request(table, "new", prompt_len=7)
     assert newcomers.arrived()
     assert not newcomers.arrived()
-    assert prompts.Newcomers().arrived()
+    assert prompts.Newcomers(True).arrived()
     # Where nobody tells, any step may have one.
-    monkeypatch.setattr(prompts, "_requests", None)
-    assert newcomers.arrived()
-    assert newcomers.arrived()
+    assert untold.arrived()
+    assert untold.arrived()
 
 
 def test_a_table_that_has_gone_tells_nothing(table, monkeypatch):
-    newcomers = prompts.Newcomers()
-    newcomers.arrived()
-    monkeypatch.setattr(prompts, "_requests", lambda: None)  # as a dead weak reference
-    assert newcomers.arrived()
+    monkeypatch.setattr(prompts, "_at_work", lambda: None)  # as a dead weak reference
     common = batch(rswa_prefix_lens=torch.tensor([5, 6, 7]))
     assert prompts.prompt_lengths_on_host(common).tolist() == [5, 6, 7]

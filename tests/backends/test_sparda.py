@@ -152,6 +152,19 @@ def test_nothing_changes_with(llama, prompts, sparda_run, changes):
         assert run["counters"]["prefetch_issued"] == 0
 
 
+@pytest.mark.parametrize("runner", ["0", "1"])
+def test_requests_that_arrive_together_later_share_what_one_of_them_writes(
+    llama, prompts, sparda_run, runner
+):
+    """In the step that writes it, when a step before has already shared blocks so."""
+    asked = [prompts[i] for i in (0, 0, 3, 3)]
+    env = {"VLLM_USE_V2_MODEL_RUNNER": runner, "TRITON_INTERPRET": runner}
+    run = run_sparda(llama, asked, max_num_seqs=2, new_tokens=20, env=env)
+    assert run["tokens"][0] == [sparda_run["tokens"][0][i][:20] for i in (0, 0, 3, 3)]
+    assert run["cached"][0][1] > 0
+    assert run["cached"][0][3] > 0
+
+
 def test_prefix_caching_changes_nothing(llama, prompts, sparda_run):
     run = run_sparda(llama, prompts, waves=2)
     assert run["tokens"][0] == run["tokens"][1] == sparda_run["tokens"][0]

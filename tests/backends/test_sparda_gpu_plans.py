@@ -35,7 +35,7 @@ class Builder(SpardaGpuBuilder):
         self.planner = SpardaPlanner(SETTINGS, 50, counts.add, split_fresh=True)
         self._rehearsal = SpardaPlanner(SETTINGS, 50, lambda *_: None, split_fresh=True)
         self._rows = RowPlanner(SETTINGS, 8, device, captured=True)
-        self._newcomers = Newcomers()
+        self._newcomers = Newcomers(True)
         self._newcomers.arrived()  # looking for who shares a block reads the table
 
     def _poll(self):

@@ -22,12 +22,13 @@ PROMPT = 300
 
 
 def table_of(monkeypatch: Any, *names: str) -> RequestState:
-    """The runner's table of requests, watched, with these in it."""
+    """The table of the runner at work, watched, with these in it."""
     for name in ("add_request", "remove_request"):
         monkeypatch.setattr(RequestState, name, getattr(RequestState, name))
-    monkeypatch.setattr(prompts, "_requests", None)
+    monkeypatch.setattr(prompts, "_at_work", None)
     prompts.watch_requests()
     table: Any = RequestState.__new__(RequestState)
+    prompts.turn_to(table)
     table.max_num_reqs, table.free_indices = 4, [0, 1, 2, 3]
     table.req_id_to_index, table.index_to_req_id = {}, {}
     table.max_seq_len = np.zeros(4, dtype=np.int32)

@@ -8,24 +8,27 @@ in the runner's own table of requests, by the index under which it keeps them.
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from vllm_sparse.backends.base import holds_prompts
-from vllm_sparse.backends.prompts import by_row, tell_rows_beside_states, turn_to
-from vllm_sparse.control import AS_SET, control_of
+from vllm_sparse.backends.prompts import (
+    by_row,
+    table_at_work,
+    tell_rows_beside_states,
+    turn_to,
+    watch_requests,
+)
+from vllm_sparse.control import AS_SET
+from vllm_sparse.kv.requests import control_of_request
 from vllm_sparse.seams import replace_once
 
 if TYPE_CHECKING:
     from torch import Tensor
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
-
-# What the runner whose step is under way knows of its requests; a process may have several runners.
-_table: weakref.ref[Any] | None = None
 
 
 def watch_controls(config: VllmConfig) -> None:
@@ -37,8 +40,9 @@ def watch_controls(config: VllmConfig) -> None:
     if config.use_v2_model_runner:
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
+        watch_requests()
         _after(GPUModelRunner, "add_requests", _note_new)
-        _before(GPUModelRunner, "execute_model", _turn_to_table)
+        _before(GPUModelRunner, "execute_model", lambda runner: turn_to(runner.req_states))
         if config.model_config.is_hybrid:
             tell_rows_beside_states()
     else:
@@ -46,7 +50,7 @@ def watch_controls(config: VllmConfig) -> None:
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
 
         _after(InputBatch, "add_request", _note_row)
-        _before(RunnerV1, "execute_model", _turn_to_batch)
+        _before(RunnerV1, "execute_model", lambda runner: turn_to(runner.input_batch))
 
 
 def _after(owner: type, name: str, note: Any) -> None:
@@ -72,22 +76,11 @@ def _before(owner: type, name: str, turn: Any) -> None:
     replace_once(owner, name, make)
 
 
-def _turn_to_table(runner: Any) -> None:
-    global _table
-    _table = weakref.ref(runner.req_states)
-    turn_to(runner.req_states)
-
-
-def _turn_to_batch(runner: Any) -> None:
-    global _table
-    _table = weakref.ref(runner.input_batch)
-
-
 def _note_new(runner: Any, scheduled: Any) -> None:
     """Model Runner V2: by index, which a request keeps until it ends or is preempted."""
     table = runner.req_states
     for new in scheduled.scheduled_new_reqs:
-        control = _asked(new)
+        control = control_of_request(new)
         if control != AS_SET and not hasattr(table, "_vllm_sparse"):
             table._vllm_sparse = np.zeros(table.max_num_reqs, dtype=np.int32)
         if hasattr(table, "_vllm_sparse"):
@@ -96,18 +89,13 @@ def _note_new(runner: Any, scheduled: Any) -> None:
 
 def _note_row(batch: Any, request: Any) -> None:
     """Model Runner V1: by name, because its rows move."""
-    control = _asked(request)
+    control = control_of_request(request)
     if control != AS_SET and not hasattr(batch, "_vllm_sparse"):
         batch._vllm_sparse = {}
     if hasattr(batch, "_vllm_sparse"):
         batch._vllm_sparse.pop(request.req_id, None)
         if control != AS_SET:
             batch._vllm_sparse[request.req_id] = control
-
-
-def _asked(request: Any) -> int:
-    sampling = request.sampling_params
-    return AS_SET if sampling is None else control_of(sampling.extra_args)
 
 
 def replayed(common: CommonAttentionMetadata) -> Tensor | None:
@@ -120,7 +108,7 @@ def replayed(common: CommonAttentionMetadata) -> Tensor | None:
         On the host, bool ``[R]``, anything for rows that decode; ``None`` where nobody tells or all
         rows decode.
     """
-    table = None if _table is None else _table()
+    table = table_at_work()
     if table is None or common.rswa_prefix_lens is None or not holds_prompts(common):
         return None
     if common.req_idx is not None:
@@ -139,7 +127,7 @@ def controls(common: CommonAttentionMetadata) -> Tensor | None:
     Returns:
         On the host, int32 ``[R]``, see :mod:`vllm_sparse.control`; ``None`` if none asks anything.
     """
-    table = None if _table is None else _table()
+    table = table_at_work()
     if table is None or not hasattr(table, "_vllm_sparse"):  # nobody has ever asked for anything
         return None
     if common.rswa_prefix_lens is None:  # a dummy run's rows are nobody's

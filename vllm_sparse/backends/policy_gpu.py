@@ -41,7 +41,7 @@ from vllm_sparse.backends.policy import Planning, PolicyBackend, count_nothing, 
 from vllm_sparse.backends.policy_room import scoring_parts, step_bytes
 from vllm_sparse.backends.policy_step import attend_step
 from vllm_sparse.backends.policy_warm_up import warm_up
-from vllm_sparse.backends.prompts import is_warm_up, prompt_lengths_on_host, watch_requests
+from vllm_sparse.backends.prompts import is_warm_up, prompt_lengths_on_host
 from vllm_sparse.backends.refusals import check_stock_layers
 from vllm_sparse.counters import DeviceCounters
 from vllm_sparse.errors import IntegrityError
@@ -121,7 +121,6 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         self.supports_draft_decode_metadata_update = False
         spec, policy = kv_cache_spec, kv_cache_spec.policy
         warn_of_gpus(spec.backend)
-        watch_requests()
         self._kernels = policy_triton(device)
         reader = PlainReader(spec.layout(policy.page_sizes[0]))
         self._planning = Planning(

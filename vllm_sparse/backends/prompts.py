@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 # How vLLM names the requests that it makes itself before it serves any (`v1/worker/gpu/warmup.py`).
 _WARM_UPS = "_warmup_", "_v2_mixed_warmup"
 
-# The runner's own table of requests, whose host half is what it uploads.
-_requests: weakref.ref[Any] | None = None
+# What the runner whose step is under way knows of its requests: Model Runner V2's own table, whose
+# host half is what it uploads, or V1's batch. A process may have several runners.
+_at_work: weakref.ref[Any] | None = None
 _taken_up = 0
 
 
 def watch_requests() -> None:
-    """Learn which table of requests this process's runner fills.
+    """Count what Model Runner V2 takes up, and note what vLLM makes itself.
 
     Nothing that a metadata builder gets says on the host whether a row's index has changed hands
     since the step before, so lengths cannot be remembered by index.
@@ -40,7 +41,6 @@ def watch_requests() -> None:
     def make(add: Any) -> Any:
         def add_request(self: Any, req_id: str, *args: Any, **kwargs: Any) -> None:
             global _taken_up
-            turn_to(self)
             _taken_up += 1
             add(self, req_id, *args, **kwargs)
             _warm_ups(self)[self.req_id_to_index[req_id]] = req_id.startswith(_WARM_UPS)
@@ -72,14 +72,14 @@ def tell_rows_beside_states() -> None:
 
 
 def turn_to(table: Any) -> None:
-    """The runner with this table is at work; a process may have several runners."""
-    global _requests
-    _requests = weakref.ref(table)
+    """The runner with this table is at work."""
+    global _at_work
+    _at_work = weakref.ref(table)
 
 
-def _table() -> Any:
-    """The runner's table of requests; ``None`` before it has any, and with another runner."""
-    return None if _requests is None else _requests()
+def table_at_work() -> Any:
+    """What the runner at work knows of its requests; ``None`` before there is one."""
+    return None if _at_work is None else _at_work()
 
 
 def _warm_ups(table: Any) -> Any:
@@ -104,7 +104,7 @@ def by_row(values: Any, common: CommonAttentionMetadata) -> Any:
 
 def is_warm_up(common: CommonAttentionMetadata) -> bool:
     """Whether all requests of a batch are vLLM's own, which warm its kernels up: nobody's."""
-    requests = _table()
+    requests = table_at_work()
     if requests is None or common.req_idx is None or common.rswa_prefix_lens is None:
         return False
     return bool(_warm_ups(requests)[common.req_idx].all())
@@ -112,19 +112,24 @@ def is_warm_up(common: CommonAttentionMetadata) -> bool:
 
 def prompt_lengths_on_host(common: CommonAttentionMetadata) -> Tensor:
     """As :func:`.base.prompt_lengths`, but on the host; waits for the device only if it must."""
-    requests = _table()
+    requests = table_at_work()
     if requests is None or common.req_idx is None or common.rswa_prefix_lens is None:
         return prompt_lengths(common).cpu()
     return torch.from_numpy(by_row(requests.prompt_len.np, common))
 
 
 class Newcomers:
-    """Tells steps with a new request from others; one that was preempted is new again."""
+    """Tells steps with a new request from others; one that was preempted is new again.
 
-    def __init__(self) -> None:
-        self._seen = -1
+    Args:
+        tells: The runner is watched, as Model Runner V2 is; of another one's steps any may have
+            one.
+    """
+
+    def __init__(self, tells: bool) -> None:
+        self._tells, self._seen = tells, -1
 
     def arrived(self) -> bool:
-        """Whether a request may have been taken up since the last call; true where nobody tells."""
+        """Whether a request may have been taken up since the last call."""
         seen, self._seen = self._seen, _taken_up
-        return _table() is None or seen != _taken_up
+        return not self._tells or seen != _taken_up

@@ -40,7 +40,6 @@ from vllm_sparse.backends.prompts import (
     Newcomers,
     is_warm_up,
     prompt_lengths_on_host,
-    watch_requests,
 )
 from vllm_sparse.backends.refusals import check_layer, takes_gpu_path
 from vllm_sparse.backends.sparda_setup import (
@@ -155,9 +154,7 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         fresh = machine.attend_fresh is not None
         self.planner = SpardaPlanner(settings, blocks, counters.add, fresh)
         self._rehearsal = SpardaPlanner(settings, blocks, lambda *_: None, fresh)
-        self._newcomers = Newcomers()
-        if machine.captured:
-            watch_requests()
+        self._newcomers = Newcomers(vllm_config.use_v2_model_runner)
         rows = most_rows(vllm_config)
         self._rows = RowPlanner(settings, rows, device, machine.captured)
         self._bytes_per_token = geometry.host_bytes // (blocks * geometry.block_size)
