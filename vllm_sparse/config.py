@@ -44,6 +44,11 @@ class CommonSettings(BaseModel):
         description="`auto`: C++ on a CPU, Triton on a GPU. `triton` on a CPU takes the GPU's path "
         "in Triton's interpreter, for tests.",
     )
+    allow_dense: bool = Field(
+        True,
+        description="Let requests ask to read everything (`vllm_sparse.sparse: false`). Off where "
+        "clients are not trusted: each such step reads a whole context, SPARDA's from host memory.",
+    )
 
     @field_validator("*")
     @classmethod

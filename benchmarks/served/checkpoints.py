@@ -55,6 +55,10 @@ class Checkpoints:
             random_models.save_random_model(at, "gemma3", layers=4)
         elif name == "states":
             random_models.save_random_hybrid(at)
+        elif name == "small states":  # whose blocks hold as many tokens in fp8
+            random_models.save_random_hybrid(at, state=4)
+        elif name == "delta nets":
+            random_models.save_random_delta_net(at)
         elif name == "sinks":
             random_models.save_random_gpt_oss(at)
         elif name == "qwen2":

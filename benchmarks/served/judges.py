@@ -29,21 +29,13 @@ if TYPE_CHECKING:
 _PROMPTS_APART = 1e-3  # of log-probabilities of a prompt, by the order of sums
 
 
-def _rocketkv(row: Row, model: Path, log: str, prompts: list, tokens: list) -> None:
+def _rocketkv(row: Row, model: Path, log: str, prompts: list, tokens: list, **stored: Any) -> None:
     from support.masked import assert_tokens_of_hugging_face
 
     (size,) = set(re.findall(r"ROCKETKV: .* block size (\d+)", log))
     dim = harness.head_dim(json.loads((model / "config.json").read_text()))
     own = {"block_size": int(size), "head_dim": dim, "max_token_budget": ALL}
-    assert_tokens_of_hugging_face(model, prompts, tokens, **own, **row.settings)
-
-
-def _rocketkv_fp8(row: Row, model: Path, log: str, prompts: list, tokens: list) -> None:
-    from support.masked import assert_tokens_of_hugging_face
-
-    # Queries of float32 that wait take four slots a number.
-    own = {"stored": _rounded, "query_slots": 4, "max_token_budget": ALL}
-    assert_tokens_of_hugging_face(model, prompts, tokens, **own, **row.settings)
+    assert_tokens_of_hugging_face(model, prompts, tokens, **own, **stored, **row.settings)
 
 
 def _sparda(row: Row, model: Path, log: str, prompts: list, tokens: list, **stored: Any) -> None:
@@ -66,7 +58,9 @@ def _rounded(key: Any, value: Any) -> tuple[Any, Any]:
 
 
 JUDGES: dict[str, Judge] = {
-    "rocketkv": _rocketkv, "rocketkv_fp8": _rocketkv_fp8, "sparda": _sparda,
+    "rocketkv": _rocketkv, "sparda": _sparda,
+    # Queries of float32 that wait take four slots a number.
+    "rocketkv_fp8": partial(_rocketkv, stored=_rounded, query_slots=4),
     "sparda_fp8": partial(_sparda, stored=_rounded), "policy": _policy,
 }  # fmt: skip
 

@@ -141,6 +141,16 @@ ROWS = [
     Row("LoRA", options=_LORA),
     Row("LoRA, SPARDA", "SPARDA", "sparda", options=_LORA, settings=_PLAIN_SELECTOR),
     Row("host tier", own=_TIER, blocks=48, exact=False, grows=(HITS, RETURNED)),
+    *(
+        row._replace(name=f"fp8, {row.name}", judge="rocketkv_fp8", settings={"window": 8},
+            options=(*_FP8, *row.options))
+        for row in (_STATES._replace(model="small states"), Row("tensor parallel", options=_TP),
+            Row("pipeline", options=_STAGED, environment=_STAGES))
+    ),
+    # Keys that rounding moves over a step of fp8 change tokens of these two: Hugging Face's, too,
+    # if its keys are moved by 5e-7 of them before they are cut off.
+    Row("fp8, learned sinks", model="sinks", judge="itself", options=_FP8),
+    Row("fp8, tensor parallel, SPARDA", "SPARDA", "itself", options=(*_FP8, *_TP)),
     Row("fp8, ngram drafts, LoRA and host tier", judge="rocketkv_fp8", settings={"window": 8},
         options=(*_FP8, *_drafts(**_NGRAM), *_LORA), own=_TIER, blocks=48, exact=False,
         grows=(HITS, DRAFTED, RETURNED)),
@@ -148,6 +158,9 @@ ROWS = [
     Row("KV events", options=_EVENTS),
     Row("KV events, SPARDA", "SPARDA", "sparda", options=_EVENTS),
     _STATES,
+    # vLLM's own kernels of delta nets take nothing but bfloat16.
+    Row("delta nets", model="delta nets", judge="itself", options=("--dtype", "bfloat16"),
+        block_tokens=""),
     Row("sliding windows", model="windows", judge="itself"),
     Row("sliding windows, everything read", model="windows", judge="stock", settings=EVERYTHING),
     Row("experts", model="experts"),

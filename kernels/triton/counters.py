@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Pairs of a row and a KV head in a launch at most.
-MOST_PAIRS = 1 << 16
+MOST_PAIRS = 1 << 18
 
 
 class Counters(NamedTuple):

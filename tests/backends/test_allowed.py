@@ -52,6 +52,8 @@ def test_what_requests_may_ask_for():
             allowed("SPARDA", {**query, "sparse_prefill": True, **INTERPRETED}),
             "sparse_prefill",
         ),
+        (dense, allowed("QUEST", {"allow_dense": False}), "allow_dense: false"),
+        (dense, allowed("SPARDA", {**query, "allow_dense": False}), "allow_dense: false"),
     ):
         with pytest.raises(RequestError, match=why):
             found.check(what)

@@ -82,10 +82,31 @@ def test_a_graph_of_many_parts_is_not_captured(kind, longest, rows, parts):
 
     policy = make_policy(kind, max_model_len=longest, head_dim=64, group_size=4)
     config = SimpleNamespace(
-        model_config=SimpleNamespace(max_model_len=longest),
+        model_config=SimpleNamespace(max_model_len=longest), speculative_config=None,
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=rows),
-    )
+    )  # fmt: skip
     spec = SimpleNamespace(policy=policy, num_kv_heads=KV_HEADS, backend=kind.__name__)
     assert scoring_parts(config, policy, KV_HEADS) == parts
     found = PolicyGpuBuilder.get_cudagraph_support(config, spec)
     assert found == (AttentionCGSupport.NEVER if parts > 8 else AttentionCGSupport.UNIFORM_BATCH)
+
+
+@pytest.mark.parametrize(
+    ("kind", "v2", "whole"),
+    [(RocketKV, False, False), (RocketKV, True, True), (Quest, False, True)],
+)
+def test_no_graph_runs_a_step_of_drafts_that_may_have_to_compact(kind, v2, whole):
+    """Model Runner V1 knows such a step by its number of tokens only."""
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    from vllm_sparse.backends.policy_gpu import PolicyGpuBuilder
+
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=LONGEST), speculative_config=object(),
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=8), use_v2_model_runner=v2,
+    )  # fmt: skip
+    policy = make_policy(kind, max_model_len=LONGEST, head_dim=64, group_size=4)
+    spec = SimpleNamespace(policy=policy, num_kv_heads=KV_HEADS, backend=kind.__name__)
+    found = PolicyGpuBuilder.get_cudagraph_support(config, spec)
+    single = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    assert found == (AttentionCGSupport.UNIFORM_BATCH if whole else single)

@@ -7,16 +7,18 @@ from __future__ import annotations
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("vllm")
 from support.devices import META, elsewhere, upload_to_meta
-from support.runner import PROMPT, batch, dummy_of_v1, table_of
+from support.runner import PROMPT, batch, dummy_of_v1, table_of, take_up
 
 from vllm_sparse import metrics
 from vllm_sparse.backends.prompts import Newcomers
 from vllm_sparse.backends.sparda_gpu import SpardaGpuBuilder
+from vllm_sparse.control import DENSE
 from vllm_sparse.policies.sparda import SpardaSettings
 from vllm_sparse.steps.host import SpardaPlanner
 from vllm_sparse.steps.host_rows import RowPlanner
@@ -70,6 +72,23 @@ def test_a_plan_is_on_the_device_and_counts_who_is_served(monkeypatch, names, se
         "device_to_host_bytes": 7 * sum(counts),
     }  # fmt: skip
     assert found.found == (expected if served else {})
+
+
+def test_a_name_of_vllm_s_own_changes_the_counts_only(monkeypatch):
+    """A client may name its request as it likes, and have it read everything."""
+    upload_to_meta(monkeypatch)
+    monkeypatch.setattr(metrics, "counters", Counts)
+    table = table_of(monkeypatch, "_warmup_a", "_warmup_b")
+    table._vllm_sparse = np.full(4, DENSE, dtype=np.int32)
+    builder, planned = Builder(Counts()), []
+    step = SimpleNamespace(to=lambda device: None)
+    for planner in (builder.planner, builder._rehearsal):
+        monkeypatch.setattr(planner, "plan", lambda *given: planned.append(given) or step)
+    take_up(table, "_warmup_c")
+    builder.build(0, batch(table, ("_warmup_a", "_warmup_b"), [PROMPT, PROMPT], [40, 40]))
+    *_, new, dense, _ = planned[0]
+    assert new
+    assert dense.tolist() == [True, True]
 
 
 @pytest.mark.parametrize("length", [1, 300])

@@ -14,6 +14,7 @@ from support.scheduler import Machine, prompts
 from vllm_sparse.metrics import counters
 from vllm_sparse.policies.protocol import Retention
 from vllm_sparse.policies.rocketkv import RocketKV
+from vllm_sparse.policies.streamingllm import StreamingLLM
 
 
 @pytest.mark.vllm
@@ -103,6 +104,24 @@ class TestManager:
             blocks = machine._blocks(request)[:dropped]
             assert sum(not block.is_null for block in blocks) == held
             machine._compute(request, 1)
+
+
+@pytest.mark.vllm
+def test_what_leaves_a_window_is_freed_block_by_block(llama):
+    """While outputs move it along; neither a block too few nor one that is still read."""
+    machine = Machine(llama, blocks=60, kind=StreamingLLM, settings={"sinks": 20})
+    request = machine.add(prompts(1)[0], new_tokens=200)
+    found = []
+    while not request.is_finished():
+        machine.step()
+        computed = request.num_computed_tokens - 1  # when blocks were freed last
+        row = machine.manager.req_to_blocks.get(request.request_id, ())
+        gone = [index for index, block in enumerate(row) if block.is_null]
+        if row and computed > request.num_prompt_tokens:
+            assert gone == list(range(*machine.policy.freed_blocks(400, computed)))
+            found.append(len(gone))
+    assert found[-1] > found[0] + 10
+    assert machine.free_blocks() == 59
 
 
 @pytest.mark.vllm

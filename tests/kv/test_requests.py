@@ -7,7 +7,9 @@ from __future__ import annotations
 import pytest
 from support.scheduler import BLOCK, Machine, prompts
 
-from vllm_sparse.kv.requests import of_hashes, of_id
+from vllm_sparse.control import AS_SET
+from vllm_sparse.kv import requests
+from vllm_sparse.kv.requests import case_of, of_hashes, of_id
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -33,3 +35,14 @@ def test_hashes_are_those_of_the_request_that_has_them(llama):
     assert of_hashes(before) is request
     request.block_hashes = list(before)
     assert of_hashes(before) is None
+
+
+def test_what_a_request_says_is_read_once(llama, monkeypatch):
+    """Every step asks for it, and a client may say a lot."""
+    reads = []
+    monkeypatch.setattr(requests, "control_of", lambda said: reads.append(said) or AS_SET)
+    machine = Machine(llama, blocks=60)
+    request = machine.add(prompts(1)[0], new_tokens=30)
+    machine.run()
+    assert case_of(request) == (400, AS_SET)
+    assert len(reads) == 1

@@ -14,6 +14,8 @@ import pytest
 import torch
 from support.scheduler import BLOCK, PAGE_BYTES, Machine, prompts
 
+from vllm_sparse.policies.quest import Quest
+
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
@@ -127,6 +129,27 @@ def test_a_longer_prompt_takes_of_a_tier_what_it_may(llama):
     limit = machine.policy.hittable_blocks(400) * BLOCK
     assert limit < 399 // BLOCK * BLOCK < published, "otherwise nothing could be taken wrongly"
     assert machine.first_hits[short.request_id] == limit
+
+
+def test_a_resumed_request_takes_whole_blocks_only(llama):
+    """Where tokens stay in place, what it may take ends with its prompt, in the midst of a block.
+
+    A longer prompt, which begins with prompt and output of the request, has put that block there.
+    """
+    machine = TierMachine(llama, blocks=90, host_blocks=200, kind=Quest)
+    prompt = [*range(1, 390), *[7] * 16]
+    resumed = machine.add(prompt, new_tokens=60)
+    while resumed.num_output_tokens < 20:
+        machine.step()
+    machine.add([*prompt, *[7] * 40])
+    while len(machine.scheduler.requests) > 1 or machine.tier.has_pending_stores():
+        machine.step()
+    machine.scheduler.running.remove(resumed)
+    machine.scheduler._preempt_request(resumed, 0.0)
+    assert len(prompt) % BLOCK != 0
+    assert machine.stored > len(prompt) // BLOCK
+    machine.run()
+    assert resumed.num_output_tokens == 60
 
 
 def test_whatever_is_left_on_the_device_the_tier_has_the_rest(llama):

@@ -89,12 +89,12 @@ def save_random_model(
     return path
 
 
-def save_random_hybrid(path):
+def save_random_hybrid(path, state=16):
     """Write a random float32 Granite 4 H, three Mamba-2 layers and one of attention; ``path``."""
     own = {
         "intermediate_size": 256, "shared_intermediate_size": 256, "num_local_experts": 0,
         "layer_types": ["linear_attention", "full_attention", *["linear_attention"] * 2],
-        "mamba_n_heads": 16, "mamba_d_state": 16, "mamba_chunk_size": 64,
+        "mamba_n_heads": 16, "mamba_d_state": state, "mamba_chunk_size": 64,
         "attention_multiplier": GRANITE_SCALE,
     }  # fmt: skip
     _random("granitemoehybrid", {**_sizes(4, 256), **own}).save_pretrained(path)

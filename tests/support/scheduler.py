@@ -10,7 +10,12 @@ from __future__ import annotations
 import copy
 import random
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from vllm_sparse.policies.rocketkv import RocketKV
+
+if TYPE_CHECKING:
+    from vllm_sparse.policies.protocol import Policy
 
 BLOCK, PAGE_BYTES = 16, 1 << 12
 
@@ -23,7 +28,8 @@ class Machine:
         blocks: Of the pool.
         ahead: Steps that are scheduled before the oldest one is processed; 0: none.
         seed: Of ``random``.
-        settings: Of the policy.
+        kind: The policy.
+        settings: Of it.
         stock: Serve as vLLM itself does.
         block: Tokens per block.
         **engine: Further arguments of vLLM.
@@ -36,7 +42,7 @@ class Machine:
 
     def __init__(
         self, model, *, blocks: int, ahead: int = 0, seed: int = 0, settings=None,
-        stock: bool = False, block: int = BLOCK, **engine: Any,
+        kind: type[Policy] = RocketKV, stock: bool = False, block: int = BLOCK, **engine: Any,
     ) -> None:  # fmt: skip
         import torch
         from vllm.utils.hashing import sha256
@@ -57,7 +63,7 @@ class Machine:
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(block, sha256)
         dense = {"min_context": 1 << 20} if stock else {}
-        self.policy = make_policy(block_size=block, **(settings or {}), **dense)
+        self.policy = make_policy(kind, block_size=block, **(settings or {}), **dense)
         self.block = block
         self.random = random.Random(seed)
         arguments = {
@@ -73,9 +79,9 @@ class Machine:
         placed = KVCacheTensor(size, ["layer"], layer_stride=size, block_stride=PAGE_BYTES)
         group = KVCacheGroupSpec(["layer"], spec if stock else PolicySpec.wrap(spec, self.policy))
         cache = KVCacheConfig(blocks, [placed], [group])
-        kind = AsyncScheduler if ahead else Scheduler
+        scheduler = AsyncScheduler if ahead else Scheduler
         manager = StructuredOutputManager(config)
-        self.scheduler: Any = kind(config, cache, manager, block, block)
+        self.scheduler: Any = scheduler(config, cache, manager, block, block)
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
         self.device: dict[int, Any] = {}
@@ -175,11 +181,14 @@ class Machine:
         text = [*request.prompt_token_ids, *[7] * end]
         retention = self.policy.retention(prompt)
         self.first_hits.setdefault(name, start)
-        compacted = retention.sparse and start > prompt
+        moves = self.policy.moves and retention.sparse
+        freed = range(*self.policy.freed_blocks(prompt, start)) if start > prompt else ()
         for index in range(start // size):
-            if compacted and index >= retention.dropped_blocks:
+            if index in freed:
+                continue
+            if moves and start > prompt:
                 assert self.device[blocks[index]] == name, "another's tail"
-            elif not compacted:
+            else:
                 expected = tuple(text[: (index + 1) * size])
                 assert self.device[blocks[index]] == expected, "reads foreign content"
         for index in range(start // size, -(-end // size)):
@@ -187,8 +196,10 @@ class Machine:
             content = tuple(text[: (index + 1) * size]) if whole else "unfinished"
             if row[index].block_hash is not None:
                 assert whole, "publishes what is not whole"
+                shared = self.policy.publishable_tokens(prompt)
+                assert shared is None or (index + 1) * size <= shared, "publishes an output"
             self.device[blocks[index]] = content
-        if retention.sparse and end > prompt:
+        if moves and end > prompt:
             for block in row[retention.dropped_blocks :]:
                 assert block.block_hash is None, "compacts what is published"
                 assert start > prompt or not block.is_null

@@ -62,6 +62,8 @@ def allowed_requests(vllm_config: Any) -> Allowed | None:
     settings = load_settings(vllm_config.additional_config, backend.name.lower())
     on_gpu = takes_gpu_path(settings)
     never_dense = never_budget = ""
+    if not settings.allow_dense:
+        never_dense = "this server has vllm_sparse.allow_dense: false; leave it out"
     if not isinstance(settings, PolicySettings):
         if on_gpu and settings.sparse_prefill:
             never_dense = (

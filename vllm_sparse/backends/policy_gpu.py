@@ -44,7 +44,6 @@ from vllm_sparse.backends.policy_warm_up import warm_up
 from vllm_sparse.backends.prompts import is_warm_up, prompt_lengths_on_host
 from vllm_sparse.backends.refusals import check_stock_layers
 from vllm_sparse.counters import DeviceCounters
-from vllm_sparse.errors import IntegrityError
 from vllm_sparse.features import POLICIES, refuse
 from vllm_sparse.kernels.dispatch import policy_triton
 from vllm_sparse.kernels.fp8 import FP8, encode
@@ -159,7 +158,20 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: PolicySpec
     ) -> AttentionCGSupport:
-        """Whole decode steps, unless PyTorch scores so much that a graph would never be ready."""
+        """Whole decode steps, with two exceptions.
+
+        Where PyTorch scores so much that a graph would never be ready, there are none. Model Runner
+        V1 tells steps of drafts by their number of tokens: of a request that was preempted, one may
+        hold both sides of its prompt's end, and a graph cannot compact in its midst.
+        """
+        drafts = vllm_config.speculative_config is not None
+        if drafts and kv_cache_spec.policy.moves and not vllm_config.use_v2_model_runner:
+            logger.warning_once(
+                f"{kv_cache_spec.backend}: decode runs in pieces between CUDA graphs, since Model "
+                "Runner V1 would take a step in which a preempted prompt ends for one of drafts. "
+                "Drafts of other methods than custom_class and suffix have Model Runner V2"
+            )
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         parts = scoring_parts(vllm_config, kv_cache_spec.policy, kv_cache_spec.num_kv_heads)
         if parts <= _MOST_PARTS:
             return cls._cudagraph_support
@@ -193,7 +205,8 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         count, counted = self._counting(common)
         if not rehearsal:
             self._planning.compact_begun(common, *host, count)
-        straddled = self._drafts and not rehearsal and self._straddled(common, *host)
+        start = common.query_start_loc_cpu[: common.num_reqs + 1]
+        straddled = self._drafts and not rehearsal and self._planner.prompts.straddled(start, *host)
         if common.max_query_len <= 1 + self._drafts and not straddled:
             return self._plan_rows(common, *host, count, counted)
         corrected = counted if self._drafts and not rehearsal else None
@@ -272,27 +285,6 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         lengths, top_r, parked, final = self._numbers[:, :count].unbind()
         rows = Rows(self._table[:count], lengths, top_r, parked)
         return rows._replace(final_lengths=final) if self._drafts else rows
-
-    def _straddled(self, common: CommonAttentionMetadata, *host: Any) -> bool:
-        """Whether a prompt must be compacted in the midst of the step, see :meth:`.straddled`.
-
-        Raises:
-            IntegrityError: A captured graph runs the step.
-        """
-        start = common.query_start_loc_cpu[: common.num_reqs + 1]
-        if not self._planner.prompts.straddled(start, *host):
-            return False
-        # Model Runner V2 tells prompts from outputs; V1 goes by the number of tokens.
-        uniform = common.num_actual_tokens == (1 + self._drafts) * common.num_reqs
-        graphs = self.compilation_config.cudagraph_mode.has_full_cudagraphs()
-        if common.req_idx is None and uniform and graphs:
-            raise IntegrityError(
-                "A preempted request came back, and a step has tokens on both sides of its "
-                "prompt's end. Model Runner V1 took it for a step of drafts and replays a graph, "
-                "which cannot compact the prompt. Give the KV cache more memory or set a lower "
-                "--max-num-seqs, so that nothing is preempted, or use --enforce-eager"
-            )
-        return True
 
 
 class PolicyGpuImpl(FlashAttentionImpl):

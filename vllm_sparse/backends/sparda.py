@@ -193,12 +193,15 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
             in_use = self.runtime.pager.frames_in_use()
             metrics.counters().set_gauge("slab_frames_in_use", in_use)
         self._steps += 1
-        served = not (is_rehearsal(common) or is_warm_up(common))
-        planner = self.planner if served else self._rehearsal
-        prompts, new, dense = prompt_lengths_on_host(common), False, None
-        if served:
+        # What only counts may go by the names of requests, which clients may choose.
+        rehearsal = is_rehearsal(common)
+        counted = not (rehearsal or is_warm_up(common))
+        planner = self.planner if counted else self._rehearsal
+        if counted:
             tokens = int(common.query_start_loc_cpu[count])
             metrics.counters().add("device_to_host_bytes", tokens * self._bytes_per_token)
+        prompts, new, dense = prompt_lengths_on_host(common), False, None
+        if not rehearsal:
             new = self._newcomers.arrived()
             asked = controls(common)
             dense = None if asked is None else asked == DENSE

@@ -94,10 +94,17 @@ def of_hashes(block_hashes: Any) -> Request | None:
 
 
 def control_of_request(request: Request | None) -> int:
-    """A request's control; of one that nobody knows, what the server has set."""
+    """A request's control; of one that nobody knows, what the server has set.
+
+    Its arguments are read once: every step asks, and a client may send a million of them.
+    """
     if request is None or request.sampling_params is None:
         return AS_SET
-    return control_of(request.sampling_params.extra_args)
+    known: int | None = getattr(request, "_vllm_sparse_control", None)
+    if known is None:
+        known = control_of(request.sampling_params.extra_args)
+        request._vllm_sparse_control = known  # type: ignore[attr-defined]
+    return known
 
 
 def case_of(request: Request) -> tuple[int, int]:

@@ -55,6 +55,7 @@ class PrefixTierConnector(SimpleCPUOffloadConnector):
         """Tokens to load beyond the local hit, none of those that the request must compute itself.
 
         A loaded token leaves no query, and the last ones' queries choose what the prompt keeps.
+        Blocks are loaded whole.
         """
         limits = [spec.hittable_tokens(*case_of(request)) for spec in self._specs]
         room = min(
@@ -64,7 +65,10 @@ class PrefixTierConnector(SimpleCPUOffloadConnector):
         if room <= 0:
             return 0, False
         tokens, waits = super().get_num_new_matched_tokens(request, num_computed_tokens)
-        return (min(tokens, room), waits) if tokens else (tokens, waits)
+        if not tokens or tokens <= room:
+            return tokens, waits
+        tokens = min(room // spec.block_size * spec.block_size for spec in self._specs)
+        return tokens, waits and tokens > 0
 
 
 class HostCopies(SimpleCPUOffloadWorker):
