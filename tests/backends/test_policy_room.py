@@ -110,3 +110,35 @@ def test_no_graph_runs_a_step_of_drafts_that_may_have_to_compact(kind, v2, whole
     found = PolicyGpuBuilder.get_cudagraph_support(config, spec)
     single = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     assert found == (AttentionCGSupport.UNIFORM_BATCH if whole else single)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_vllm_measures_what_a_step_takes(monkeypatch, layers):
+    """While it profiles, without metadata, it sees as much taken as a step may need."""
+    from vllm_sparse.backends import policy_gpu
+
+    impl = policy_gpu.PolicyGpuImpl.__new__(policy_gpu.PolicyGpuImpl)
+    policy, asked, taken = make_policy(), [], []
+    layer, other = SimpleNamespace(impl=impl), SimpleNamespace(impl=object())
+    impl._config = SimpleNamespace(
+        cache_config=SimpleNamespace(block_size=48),
+        compilation_config=SimpleNamespace(
+            static_forward_context={"other": other, **{str(i): layer for i in range(layers)}}
+        ),
+    )
+    impl.head_size, impl.num_kv_heads, impl._cache_dtype = 64, KV_HEADS, torch.uint8
+    monkeypatch.setattr(
+        policy_gpu.PolicyBackend,
+        "context",
+        SimpleNamespace(policy=lambda *given: asked.append(given) or policy),
+    )
+    monkeypatch.setattr(policy_gpu, "step_bytes", lambda *given: asked.append(given) or 12345)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: taken.append(a) or empty(*a, **k))
+    output = torch.full((2, 4), torch.nan)
+    tensors = [torch.zeros(2, 4)] * 4
+    assert impl.forward(None, *tensors, None, output) is output
+    assert not output.any()
+    assert taken == [(12345,)]
+    assert asked[0] == (64, 16, torch.uint8)  # the largest power of two in a block
+    assert asked[1][1:5] == (policy, KV_HEADS, layers, torch.uint8)

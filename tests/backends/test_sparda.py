@@ -106,7 +106,8 @@ def test_crossing_dense_len_while_decoding_equals_hugging_face(llama, prompts):
 
 
 @pytest.mark.parametrize(
-    ("arch", "extra"), [("qwen3", {}), ("qwen3_moe", {}), ("minicpm", {"model_type": "llama"})]
+    ("arch", "extra"),
+    [("qwen3", {}), ("qwen3_moe", {}), ("granite", {}), ("minicpm", {"model_type": "llama"})],
 )
 def test_other_architectures_equal_hugging_face(tmp_path, prompts, arch, extra):
     model = tmp_path / arch

@@ -23,9 +23,9 @@ def make_rows(count, width, several=False):
     return Rows(table, **left)
 
 
-@pytest.mark.parametrize("window", [8, 0])
-def test_planned_rows_equal_reference(window):
-    """Sparse, dense, inside the prompt, inside its window, padding."""
+@pytest.mark.parametrize(("window", "width"), [(8, 25), (0, 25), (8, 1100)])
+def test_planned_rows_equal_reference(window, width):
+    """Sparse, dense, inside the prompt, inside its window, padding; tables of two tiles."""
     generator = torch.Generator().manual_seed(0)
     rules = torch.zeros(301, 3, dtype=torch.int32)
     rules[100:, 0] = torch.arange(201) // 40
@@ -33,13 +33,13 @@ def test_planned_rows_equal_reference(window):
     rules[100:, 2] = rules[100:, 0] // 2
     seq_lens = torch.tensor([0, 51, 299, 180, 201, 196, 191, 192, 200, 300, 260])
     prompts = torch.tensor([9, 50, 120, 200, 200, 200, 200, 199, 200, 299, 1000])
-    table = torch.randint(1, 999, (len(seq_lens), 25), generator=generator).int().to(DEVICE)
+    table = torch.randint(1, 999, (len(seq_lens), width), generator=generator).int().to(DEVICE)
     table = with_gaps_int(table)
     arguments = [part.int().to(DEVICE) for part in (seq_lens, prompts)]
     options = {"block_size": 16, "window": window, "per_block": 3, "top_k": 90}
     results = []
     for module in (ref_rows, rows_kernel):
-        rows = make_rows(len(seq_lens), 25)
+        rows = make_rows(len(seq_lens), width)
         counted = torch.ones(3, dtype=torch.int64, device=DEVICE)
         module.plan_rows(rows, *arguments, table, rules.to(DEVICE), counted, **options)
         results.append((*rows, counted))

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +20,7 @@ import torch
 from support.lanes import copy_threads, gated_lane, open_when_waited_for
 
 from vllm_sparse.prefetch import lane as lane_module
-from vllm_sparse.prefetch.lane import LateLane, ThreadLane
+from vllm_sparse.prefetch.lane import LateLane, StreamLane, ThreadLane
 
 
 @pytest.fixture
@@ -216,3 +218,65 @@ def test_late_work_runs_in_order_and_only_when_it_is_waited_for():
     assert done == ["a", "b", "c"]
     lane.close()
     assert done == ["a", "b", "c", "d"]
+
+
+class Recorder:
+    """Streams and events that note what is asked of them, in order."""
+
+    def __init__(self, monkeypatch):
+        self.said, self.on = [], ["main"]
+        recorder = self
+
+        class Event:
+            def record(self, stream=None):
+                recorder.said.append(("record", self, stream.name if stream else recorder.on[-1]))
+
+            def query(self):
+                return False
+
+        class Stream:
+            def __init__(self, device=None, priority=0, name="side"):
+                self.name, self.priority = name, priority
+
+            def wait_event(self, event):
+                recorder.said.append(("wait", event, self.name))
+
+        @contextlib.contextmanager
+        def within(stream):
+            recorder.on.append(stream.name)
+            yield
+            recorder.on.pop()
+
+        for name, stand_in in (
+            ("Event", Event), ("Stream", Stream), ("stream", within),
+            ("current_stream", lambda: Stream(name=recorder.on[-1])),
+        ):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+
+def test_a_stream_begins_behind_what_it_needs_and_is_waited_for(monkeypatch):
+    """The copy follows what was computed before it, and attention follows the copy."""
+    recorder = Recorder(monkeypatch)
+    lane, kept = StreamLane(torch.device("cpu")), torch.zeros(1)
+    gone = weakref.ref(kept)
+
+    def work(kept=kept):
+        recorder.said.append(("work", None, recorder.on[-1]))
+        return kept
+
+    ticket = lane.fork(work)
+    del work, kept
+    gc.collect()
+    assert not ticket.done
+    assert gone() is not None, "memory that the side stream uses went back to the allocator"
+    assert ticket.wait() == 0.0
+    (recorded, waited, worked, done, joined) = recorder.said
+    assert (recorded[0], recorded[2]) == ("record", "main")
+    assert waited == ("wait", recorded[1], "side")
+    assert worked == ("work", None, "side")
+    assert (done[0], done[2]) == ("record", "side")
+    assert joined == ("wait", done[1], "main")
+    assert lane._stream.priority < 0
+    recorder.said.clear()
+    gc.collect()
+    assert gone() is None

@@ -259,12 +259,12 @@ def test_a_preempted_request_is_not_counted_again() -> None:
 
 
 def test_fresh_rows_are_set_apart_only_for_who_serves_them() -> None:
-    rows = [Row(0, 5, 5, [1]), Row(8, 3, 20, [2, 3]), Row(0, 2, 9, [4])]
+    rows = [Row(0, 2, 9, [4]), Row(8, 3, 20, [2, 3]), Row(0, 5, 5, [1])]
     together, _ = plan(simple(), rows)
     assert len(together.prompts) == 3
     assert together.fresh is None
     apart, _ = plan(simple(), rows, split_fresh=True)
-    assert [prompt.begin for prompt in apart.prompts] == [5]
-    assert apart.fresh.index.tolist() == [0, 1, 2, 3, 4, 8, 9]
-    assert apart.fresh.starts.tolist() == [0, 5, 7]
+    assert [prompt.begin for prompt in apart.prompts] == [2]
+    assert apart.fresh.index.tolist() == [0, 1, 5, 6, 7, 8, 9]
+    assert apart.fresh.starts.tolist() == [0, 2, 7]
     assert apart.fresh.longest == 5

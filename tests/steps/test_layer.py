@@ -8,10 +8,12 @@ import pytest
 import torch
 from support import adversary
 from support.capture import CaptureError, capturing
+from support.fp8 import nearest
 from support.kernels import DEVICE
 from support.pages import row_pack
 from support.policies import make_policy, tensors
 from vllm_sparse.kernels.dispatch import policy_triton
+from vllm_sparse.kernels.fp8 import FP8, Scales
 from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kernels.types import Rows
 
@@ -32,7 +34,7 @@ pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="a stand-in for cap
 DIM, KV_HEADS, GROUP, WIDTH = 16, 2, 2, 8
 
 
-def layer_of(kind, size, monkeypatch) -> SparseLayer:
+def layer_of(kind, size, monkeypatch, **further) -> SparseLayer:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(adversary, "_THOROUGH", 0)
     policy = make_policy(kind, token_budget=48, block_size=size)
@@ -41,7 +43,9 @@ def layer_of(kind, size, monkeypatch) -> SparseLayer:
     }
     reader = PlainReader(layouts[policy.page_sizes[0]])
     kernels = policy_triton(torch.device("cpu"))
-    return SparseLayer(policy, layouts, reader, kernels, group_size=GROUP, reads_all=False)
+    return SparseLayer(
+        policy, layouts, reader, kernels, group_size=GROUP, reads_all=False, **further
+    )
 
 
 @pytest.mark.parametrize("drafts", [False, True], ids=["single", "drafts"])
@@ -84,6 +88,36 @@ def test_a_graph_can_capture_rows(kind, drafts, monkeypatch):
             page = keys[:, (length - 1) // layout.page_size * layout.page_size :]
             stored = layout.index(cache)[block, :, :, place // layout.page_size]
             assert stored.equal(torch.cat((page.amin(1), page.amax(1)), -1))
+
+
+@pytest.mark.parametrize("kind", [Quest, SnapKV, StreamingLLM])
+def test_rows_of_an_fp8_cache_are_what_its_numbers_stand_for(kind, monkeypatch):
+    """Against the same layer over those numbers themselves; what is new is rounded first."""
+    size, key_scale, value_scale = 16, 0.7, 1.6
+    scales = Scales(key_scale, value_scale)
+    layer = layer_of(kind, size, monkeypatch, scales=scales, query_dtype=torch.float32)
+    plain = layer_of(kind, size, monkeypatch)
+    layout = layer.stock_layout
+    content = 2 * DIM + layout.channels // layout.page_size
+    cache = torch.randn(1 + 4 * WIDTH, KV_HEADS, size, content).to(FP8)
+    numbers = cache.float()
+    layout.tokens(numbers)[..., :DIM] *= key_scale
+    layout.tokens(numbers)[..., DIM:] *= value_scale
+    if layout.channels:
+        layout.index(numbers).mul_(key_scale)
+    table = torch.arange(1, 1 + 4 * WIDTH, dtype=torch.int32).view(4, WIDTH)
+    lengths, top_r = torch.tensor([100, 97, 90, 0]).int(), torch.tensor([4, 4, 0, 0]).int()
+    rows = Rows(table, lengths, top_r, torch.full((4,), -1).int())
+    query, key, value = (torch.randn(4, n * KV_HEADS, DIM) for n in (GROUP, 1, 1))
+    found, expected = torch.empty_like(query), torch.empty_like(query)
+    layer.decode_rows(cache, query, key, value, rows, found)
+    new = nearest(key, key_scale), nearest(value, value_scale)
+    plain.decode_rows(numbers, query, *new, rows, expected)
+    torch.testing.assert_close(found[:3], expected[:3], rtol=1e-4, atol=1e-4)
+    kept = layout.tokens(cache).float()
+    kept[..., :DIM] *= key_scale
+    kept[..., DIM:] *= value_scale
+    torch.testing.assert_close(kept, layout.tokens(numbers))
 
 
 class DropsFirst(Policy):

@@ -52,6 +52,8 @@ def attend(
     v: Any,
     out: Any,
     cu_seqlens_q: Any,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     softmax_scale: float,
     causal: bool,
     seqused_k: Any = None,
@@ -75,6 +77,9 @@ def attend(
         block_table = torch.arange(len(seqused_k))[:, None]
         place = (cu_seqlens_q[:-1, None] + torch.arange(longest)).clamp(max=len(k) - 1)
         k, v = k[place], v[place]
+    # A GPU computes no rows beyond these.
+    assert max_seqlen_q >= int(cu_seqlens_q.diff().max())
+    assert max_seqlen_k >= int(seqused_k.max())
     assert q.shape[0] >= int(cu_seqlens_q[-1])
     for row, (begin, end) in enumerate(itertools.pairwise(cu_seqlens_q)):
         length, count = int(seqused_k[row]), int(end - begin)
