@@ -144,10 +144,11 @@ ROWS = (
         _WHOLE_PROMPTS + "--kv-transfer-config",
     ),
     row(
-        _CACHE, "one-manager", "`--disable-hybrid-kv-cache-manager`",
+        _CACHE, "one-manager",
+        "`--disable-hybrid-kv-cache-manager` beside sliding-window or recurrent state layers",
         Refused(
-            "--disable-hybrid-kv-cache-manager gives sliding-window layers and ours one block "
-            "table, whose blocks would leave for both, or for none; remove it"
+            "--disable-hybrid-kv-cache-manager gives sliding-window or recurrent state layers and "
+            "ours one block table, whose blocks would leave for both, or for none; remove it"
         ),
         None,
     ),
