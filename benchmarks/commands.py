@@ -52,19 +52,15 @@ def force(
 
 def metrics(llm: LLM) -> dict[str, float]:
     """Returns every counter and gauge of vLLM and the plugin, by name (and reason, if any)."""
-    from prometheus_client import CollectorRegistry
-    from prometheus_client.multiprocess import MultiProcessCollector
-
     from vllm_sparse.metrics import folder
+    from vllm_sparse.metrics.published import merged
 
     values = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
     # The plugin's processes share theirs through files.
-    source = folder(llm.llm_engine.vllm_config.instance_id)
-    if source.is_dir():
-        for metric in MultiProcessCollector(CollectorRegistry(), path=str(source)).collect():
-            for sample in metric.samples:
-                reason = sample.labels.get("reason")
-                values[f"{sample.name}{{{reason}}}" if reason else sample.name] = sample.value
+    for metric in merged(folder(llm.llm_engine.vllm_config.instance_id)):
+        for sample in metric.samples:
+            reason = sample.labels.get("reason")
+            values[f"{sample.name}{{{reason}}}" if reason else sample.name] = sample.value
     return values
 
 

@@ -31,7 +31,7 @@ class _Sizes(ctypes.Structure):
 
 def select_blocks(
     compressed: Tensor, vectors: Tensor | None, block_table: Tensor, positions: Tensor,
-    ranking: Ranking, blocks: Blocks, *, dense_len: int = 0, capacity: int | None = None,
+    ranking: Ranking, blocks: Blocks, *, dense_len: int = 0,
 ) -> Selected:  # fmt: skip
     """The blocks that each decode row reads; arguments as the reference explains them.
 
@@ -44,9 +44,7 @@ def select_blocks(
     rows, width = block_table.shape
     _, kv_heads, windows, dim = compressed.shape
     size = blocks.block_size
-    whole = min(max(blocks.top_k, -(-dense_len // size)), width)
-    capacity = whole if capacity is None else capacity
-    assert capacity >= whole
+    capacity = min(max(blocks.top_k, -(-dense_len // size)), width)
     assert blocks.top_k > blocks.init_blocks + blocks.local_blocks
     assert windows * blocks.kernel_stride == size
     assert block_table.dtype == torch.int32

@@ -10,6 +10,8 @@ import torch
 from vllm_sparse.kernels.fp8 import FP8, UNSCALED, Scales, as_slots, encode, readable
 from vllm_sparse.kernels.types import Probes
 
+from vllm_sparse.policies.pages import extrema
+
 if TYPE_CHECKING:
     from torch import Tensor
     from vllm_sparse.kernels.layout import PageLayout
@@ -60,7 +62,7 @@ def append_tokens(
         arrived.zero_()
     if query is not None and parked is not None:
         park_queries(cache, query, parked, layout, per_block)
-    tokens, extrema = layout.tokens(cache), layout.index(cache)
+    tokens = layout.tokens(cache)
     active = lengths > 0
     table = block_table[active].long()
     slot = (lengths[active] - 1).long()
@@ -80,10 +82,8 @@ def append_tokens(
     page = in_block // layout.page_size
     member = page[:, None] * layout.page_size + torch.arange(layout.page_size, device=cache.device)
     keys = readable(tokens[block[:, None], :, member, : layout.head_dim]).transpose(1, 2)
-    absent = (member > in_block[:, None])[:, None, :, None]
-    low = keys.masked_fill(absent, torch.inf).amin(2)
-    high = keys.masked_fill(absent, -torch.inf).amax(2)
-    extrema[block, :, :, page] = torch.cat((low, high), -1).to(cache.dtype)
+    of_pages = extrema(keys, (member <= in_block[:, None])[:, None])
+    layout.index(cache)[block, :, :, page] = of_pages.to(cache.dtype)
     if query is not None and probes is not None:
         asked = scale * scales.key
         found = probe_pages(cache, query, block_table, lengths, top_r, layout, asked)
@@ -134,9 +134,7 @@ def probe_pages(
     block = block_table.long().clamp(min=0, max=len(cache) - 1)
     block = block.gather(1, member // layout.block_size)
     keys = layout.tokens(cache)[block, :, member % layout.block_size, :dim].transpose(1, 2).float()
-    absent = (member > last[:, None])[:, None, :, None]
-    low = keys.masked_fill(absent, torch.inf).amin(2)
-    high = keys.masked_fill(absent, -torch.inf).amax(2)
+    low, high = extrema(keys, (member <= last[:, None])[:, None]).chunk(2, -1)
     bound = torch.where(upper, high, low)
     newest = (chosen * bound.unsqueeze(2)).sum(-1) * factor
     return Probes(

@@ -14,6 +14,7 @@ from torch import Tensor
 from vllm_sparse.kernels.fp8 import UNSCALED, Scales
 from vllm_sparse.kernels.reference.append import append_tokens
 
+from vllm_sparse.policies.pages import extrema as extrema_of
 from vllm_sparse.policies.pages import page_probabilities, select_pages
 from vllm_sparse.policies.sinks import of_groups, softmax
 
@@ -92,14 +93,7 @@ def decode_attention(
         newest = (lengths.clamp_min(1) - 1) // page_size
         member = newest[:, None] * page_size + torch.arange(page_size, device=cache.device)
         newest_keys = keys.gather(2, member[:, None, :, None].expand(-1, kv_heads, -1, dim))
-        absent = (member >= lengths[:, None])[:, None, :, None]
-        bounds = torch.cat(
-            (
-                newest_keys.masked_fill(absent, torch.inf).amin(2),
-                newest_keys.masked_fill(absent, -torch.inf).amax(2),
-            ),
-            -1,
-        )
+        bounds = extrema_of(newest_keys, (member < lengths[:, None])[:, None])
         page = torch.arange(table.shape[1] * per_block, device=cache.device)
         is_newest = (page == newest[:, None])[:, None, :, None]
         extrema = torch.where(is_newest, bounds.unsqueeze(2), extrema.float())

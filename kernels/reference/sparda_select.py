@@ -36,7 +36,6 @@ def select_blocks(
     blocks: Blocks,
     *,
     dense_len: int = 0,
-    capacity: int | None = None,
 ) -> Selected:
     """The blocks that each decode row reads: the best ones, or all if they are few.
 
@@ -49,17 +48,15 @@ def select_blocks(
         ranking: How to score.
         blocks: What to take.
         dense_len: Rows of at most so many tokens read all their blocks.
-        capacity: Width of the result; at least what one row may read, which is the default.
 
     Returns:
-        Logical blocks, pieces and lengths.
+        Logical blocks, pieces and lengths, as wide as the most that one row may read.
     """
     rows, width = block_table.shape
     kv_heads, size = compressed.shape[1], blocks.block_size
     if vectors is not None and ranking.rotary is not None:
         vectors = rotate(vectors, positions.clamp(min=0), ranking.rotary)
-    if capacity is None:
-        capacity = min(max(blocks.top_k, -(-dense_len // size)), width)
+    capacity = min(max(blocks.top_k, -(-dense_len // size)), width)
     logical = torch.full((rows, kv_heads, capacity), -1)
     pieces = logical.clone()
     lengths = torch.zeros(rows, dtype=torch.int32)

@@ -42,7 +42,6 @@ def _store_probe(
         extreme_out: The same.
         scale_out: The same.
         newest_out: The same.
-        key_scale: What stored keys are multiplied with.
         GROUP: Query heads.
         DIM: Head size.
     """

@@ -20,10 +20,14 @@ import torch
 import triton
 
 from vllm_sparse.errors import ConfigError
-from vllm_sparse.paths import cache_dir
+from vllm_sparse.paths import atomic_path, cache_dir
 
 # A child of vLLM's logger: others have no handler in its processes.
 logger = logging.getLogger("vllm.sparse")
+
+# Entries that are worth a program where rows alone fill the GPU: it starts with a chain of loads,
+# for which fewer do not pay.
+_WORTH = 512
 
 # A file with launches of one kind of GPU, or nothing to read none.
 LAUNCHES_ENV = "VLLM_SPARSE_LAUNCHES"
@@ -188,11 +192,8 @@ def write_launches(
         table: Of any kernels; the others keep what is shipped.
         facts: How they were found, as JSON, for whoever opens the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Whoever starts meanwhile reads the old table or the new one.
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps({"launches": table, "facts": facts}))
-    scratch.replace(path)
+    with atomic_path(path) as scratch:  # who starts meanwhile reads the old table or the new one
+        scratch.write_text(json.dumps({"launches": table, "facts": facts}))
 
 
 _REMEDY = "Remove it, or make it again with `make gpu-tune` of vllm-sparse"
@@ -268,7 +269,7 @@ class Split(NamedTuple):
     least: int
 
 
-def split_rows(programs: int, entries: int, block: int, device: torch.device, worth: int) -> Split:
+def split_rows(programs: int, entries: int, block: int, device: torch.device) -> Split:
     """How to split rows of unlike lengths.
 
     Programs fill the GPU even if all rows are short. Where there are enough rows for that, they
@@ -280,21 +281,15 @@ def split_rows(programs: int, entries: int, block: int, device: torch.device, wo
         entries: Entries that the longest row may have.
         block: Entries of a tile.
         device: Where the kernel runs.
-        worth: Entries that are worth a program where rows alone fill the GPU.
 
     Returns:
         What depends on shapes only, as a captured graph needs.
     """
     filling = -(-4 * multiprocessors(device) // max(programs, 1))
-    least = max(1, worth // (filling * block))
+    least = max(1, _WORTH // (filling * block))
     # Programs without a share end at once, but tens of thousands of them take time all the same.
     shares = max(filling, min(16, 64 * multiprocessors(device) // max(programs, 1)))
     return Split(max(1, min(shares, -(-entries // (least * block)), MOST_SHARES)), least)
-
-
-# Entries that are worth a program where rows alone fill the GPU. A program starts by ranking
-# channels (pages) or with a chain of loads (tokens), for which fewer entries do not pay.
-_WORTH = {"attend": 512, "score_blocks": 512}
 
 
 def split_kernel(
@@ -316,7 +311,7 @@ def split_kernel(
         device: Where the kernel runs.
     """
     found = launch(kernel, device, dim, dtype)
-    return found, split_rows(programs, entries, found.block, device, _WORTH[kernel])
+    return found, split_rows(programs, entries, found.block, device)
 
 
 def row_block(rows: int) -> int:

@@ -24,7 +24,7 @@ from vllm_sparse.kernels.triton.launch import (
     row_block,
     split_kernel,
 )
-from vllm_sparse.kernels.triton.ops import attend_tile, share_of
+from vllm_sparse.kernels.triton.ops import attend_tile, share_of, shares_used
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,14 +101,12 @@ def _attend_frames_kernel(
         b_k, b_v = b_k.to(b_q.dtype), b_v.to(b_q.dtype)
         peak, mass, b_o = attend_tile(b_q, b_k, b_v, inside[None, :], peak, mass, b_o, scale_log2)
     b_o *= value_scale
-    shares = tl.num_programs(2)
-    tiles = tl.cdiv(length, BLOCK_N)
-    used = tl.cdiv(tiles, tl.cdiv(tiles, tl.minimum(shares, tl.cdiv(tiles, least))))
+    used = shares_used(length, least, 2, BLOCK_N)
     if used == 1:
         tl.store(target, (b_o / mass[:, None]).to(element), mask=mask)
     else:
         pair = row * HEADS + head
-        first = pair * shares * GROUP
+        first = pair * tl.num_programs(2) * GROUP
         at = first + tl.program_id(2) * GROUP + member
         store_share(partial, lse_out, at, member < GROUP, mask, peak, mass, b_o, DIM)
         if count_in(arrived + pair, used):

@@ -130,7 +130,7 @@ def _choose_kernel(
 
 def select_blocks(
     compressed: Tensor, vectors: Tensor | None, block_table: Tensor, positions: Tensor,
-    ranking: Ranking, blocks: Blocks, *, dense_len: int = 0, capacity: int | None = None,
+    ranking: Ranking, blocks: Blocks, *, dense_len: int = 0,
 ) -> Selected:  # fmt: skip
     """Same contract as :func:`vllm_sparse.kernels.reference.sparda_select.select_blocks`.
 
@@ -147,14 +147,12 @@ def select_blocks(
         ranking: How to score.
         blocks: What to take.
         dense_len: Rows of at most so many tokens read all their blocks.
-        capacity: Width of the result.
     """
     rows, width = block_table.shape
     kv_heads, windows = compressed.shape[1:3]
     size, device = blocks.block_size, compressed.device
     whole = max(blocks.top_k, -(-dense_len // size))
-    capacity = min(whole, width) if capacity is None else capacity
-    assert capacity >= min(whole, width)
+    capacity = min(whole, width)
     assert blocks.top_k > blocks.init_blocks + blocks.local_blocks
     assert windows * blocks.kernel_stride == size
     assert compressed.stride(-1) == block_table.stride(-1) == 1

@@ -3,7 +3,7 @@
 """Top-k by a search on float bits, then compaction in order: no sort, no host, fixed shapes.
 
 Ties: entries equal to the smallest selected score are taken from the lowest index until the count
-is reached, as in ``policies.rocketkv.top_indices``. Minus zero equals zero; NaN, which the
+is reached, as in ``policies.votes.top_indices``. Minus zero equals zero; NaN, which the
 reference excludes, ranks by its bits and still gives exactly ``count`` entries.
 """
 

@@ -112,7 +112,7 @@ def test_shares_follow_from_shapes(monkeypatch):
     """Few rows fill the GPU; more are split for the sake of long ones, as far as that is cheap."""
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
     entries = [(1, 1 << 17), (1, 300), (4, 1 << 17), (64, 1 << 17), (64, 600), (512, 1 << 17)]
-    found = [launch.split_rows(8 * rows, most, 32, CPU, 512) for rows, most in entries]
+    found = [launch.split_rows(8 * rows, most, 32, CPU) for rows, most in entries]
     assert found == [(64, 1), (10, 1), (17, 1), (16, 8), (3, 8), (2, 16)]
 
 

@@ -86,7 +86,7 @@ def test_selection_equals_reference(ours, shape, kind, tile, programs, monkeypat
     # Whole numbers tie often. Probabilities are sums that depend on their order.
     whole = not ranking.softmax
     *inputs, blocks, dense = make_selection(device_of(ours), *shape, ranking, whole)
-    options = {} if kind == "previous" else {"dense_len": dense, "capacity": blocks.top_k + 5}
+    options = {} if kind == "previous" else {"dense_len": dense}
     arguments = (*inputs, ranking, blocks)
     expected = REFERENCE.select_blocks(*arguments, **options)
     actual = ours.select_blocks(*arguments, **options)

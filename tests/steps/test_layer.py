@@ -43,9 +43,7 @@ def layer_of(kind, size, monkeypatch, **further) -> SparseLayer:
     }
     reader = PlainReader(layouts[policy.page_sizes[0]])
     kernels = policy_triton(torch.device("cpu"))
-    return SparseLayer(
-        policy, layouts, reader, kernels, group_size=GROUP, reads_all=False, **further
-    )
+    return SparseLayer(policy, layouts, reader, kernels, reads_all=False, **further)
 
 
 @pytest.mark.parametrize("drafts", [False, True], ids=["single", "drafts"])
@@ -134,9 +132,7 @@ def test_all_that_is_left_in_place_is_read_where_the_stock_kernel_packs_pages():
     size, lengths = 16, [20, 9]
     policy = make_policy(DropsFirst, block_size=size)
     codec = PageCodec(row_pack, size, DIM, torch.float32, torch.device("cpu"))
-    layer = SparseLayer(
-        policy, {1: PageLayout(size, DIM, 1, 0)}, codec, None, group_size=GROUP, reads_all=False
-    )
+    layer = SparseLayer(policy, {1: PageLayout(size, DIM, 1, 0)}, codec, None, reads_all=False)
     cache = torch.full((5, KV_HEADS, size, 2 * DIM), torch.nan)
     table = torch.tensor([[1, 2], [3, 4]]).int()
     query, *stored = tensors(1, (2, GROUP * KV_HEADS, DIM), *2 * [(4, size, KV_HEADS, DIM)])

@@ -54,6 +54,21 @@ class SparseBackend:
         return (KVCacheLayout.LBHNC,)
 
 
+def warn_of_slow_kernels(note: str) -> None:
+    """Say at start-up that PyTorch does what compiled kernels should.
+
+    Args:
+        note: Why they cannot be had; empty if they run.
+    """
+    from vllm.logger import init_logger
+
+    if note:
+        init_logger("vllm.sparse").warning_once(
+            "PyTorch's reference kernels run, many times slower than the C++ ones, which cannot be "
+            f"had: {note}"
+        )
+
+
 def layers_that_attend(config: VllmConfig) -> tuple[list[Any], list[Any]]:
     """Layers of a loaded model that keep something of the past: ours, and others.
 

@@ -25,6 +25,7 @@ from vllm_sparse.backends.base import (
     ask_for_prompt_lengths,
     final_scales,
     layers_that_attend,
+    warn_of_slow_kernels,
 )
 from vllm_sparse.backends.controls import replayed, watch_controls
 from vllm_sparse.backends.refusals import check_layer, takes_gpu_path
@@ -218,7 +219,6 @@ class Planning:
                 {size: spec.layout(size) for size in policy.page_sizes},
                 reader(layer),
                 kernels,
-                group_size=group_size,
                 reads_all=extract_layer_index(name) < policy.settings.skip_layers,
                 **_of_fp8(layer, spec, config, truncates),
             )
@@ -230,6 +230,7 @@ class Planning:
         self.count = counters.add if first in layer_names else count_nothing
         counters.publish_to(metrics.folder(config.instance_id), "policies", speaks=speaks)
         if speaks:
+            warn_of_slow_kernels(kernels.note)
             logger.info_once(_start_line(spec, config, kernels, self._stock_layers(context)))
 
     def _stock_layers(self, context: dict[str, Any]) -> str:
@@ -357,11 +358,10 @@ def _start_line(spec: PolicySpec, config: VllmConfig, kernels: PolicyKernels, ot
     parts = "" if size == spec.block_size else f" in parts of {spec.block_size}"
     held = -(-longest // size)
     index = policy.index_width // min(policy.page_sizes)
-    note = f" (slow: {kernels.note.splitlines()[0]})" if kernels.note else ""
     return (
         f"{spec.backend}: {policy.describe()}, block size {size}{parts}, prompts above "
         f"{policy.settings.min_context} tokens served sparsely; a prompt of {longest} tokens keeps "
         f"{policy.held_blocks(longest, longest)} of {held} blocks; the page index takes "
         f"{100 * index // (2 * spec.head_size + index)}% of each block; "
-        f"decode kernel: {kernels.name if policy.fused else 'PyTorch'}{note}{others}"
+        f"decode kernel: {kernels.name if policy.fused else 'PyTorch'}{others}"
     )

@@ -34,6 +34,7 @@ from vllm_sparse.backends.base import (
     prompt_lengths,
     rehearsed,
     sequence_lengths,
+    warn_of_slow_kernels,
 )
 from vllm_sparse.backends.controls import controls, replayed, watch_controls
 from vllm_sparse.backends.prompts import (
@@ -178,6 +179,7 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         counters.set_gauge("slab_bytes", geometry.slab_bytes)
         counters.set_gauge("slab_frames", sum(geometry.frames))
         if speaks and serving:
+            warn_of_slow_kernels(machine.kernels.note)
             logger.info_once(start_line(self.runtime, vllm_config))
 
     def build(

@@ -206,8 +206,6 @@ def start_line(runtime: Runtime, config: VllmConfig) -> str:
     prompts = "dense"
     if settings.sparse_prefill:
         prompts = f"sparse ({settings.prompt_blocks_read} blocks)"
-    kernels = runtime.kernels
-    note = f" (slow: {kernels.note.splitlines()[0]})" if kernels.note else ""
     fp8 = " in fp8" if runtime.pager.host.dtype == FP8 else ""
     total = _total(geometry, config)
     tokens = (geometry.num_blocks - 1) * geometry.block_size
@@ -220,7 +218,7 @@ def start_line(runtime: Runtime, config: VllmConfig) -> str:
         f"{tokens} tokens; device slab {geometry.slab_bytes / GIB:.3f} GiB, "
         f"{geometry.frames[-1]} frames a layer for {config.scheduler_config.max_num_seqs} requests "
         f"at once, staging {runtime.stream.nbytes / GIB:.3f} GiB; "
-        f"fetched {mode}; kernels: {kernels.name}{note}{_turning(runtime)}"
+        f"fetched {mode}; kernels: {runtime.kernels.name}{_turning(runtime)}"
     )
 
 

@@ -39,7 +39,6 @@ class SparseLayer:
         layouts: Page geometry by page size.
         reader: Reads pages that the stock kernel has written.
         kernels: Fused steps, and attention over plain rows.
-        group_size: H / G.
         reads_all: Decode reads every kept token.
         scales: Of an fp8 cache.
         query_dtype: Of queries that wait in an fp8 cache; ``None`` where the cache is not.
@@ -55,7 +54,6 @@ class SparseLayer:
         reader: Reader,
         kernels: PolicyKernels,
         *,
-        group_size: int,
         reads_all: bool,
         scales: Scales = UNSCALED,
         query_dtype: torch.dtype | None = None,
@@ -66,7 +64,9 @@ class SparseLayer:
         self.stock_layout = layouts[min(layouts)]
         self.reads_all = reads_all or policy.top_k is None
         self.parking = (
-            QueryParking(self.stock_layout, group_size, query_dtype) if policy.window else None
+            QueryParking(self.stock_layout, policy.shape.group_size, query_dtype)
+            if policy.window
+            else None
         )
         self._prompt_reader = reader
         # What was moved is plain, what stays in place is as the stock kernel wrote it.
