@@ -103,7 +103,7 @@ def control_of_request(request: Request | None) -> int:
     known: int | None = getattr(request, "_vllm_sparse_control", None)
     if known is None:
         known = control_of(request.sampling_params.extra_args)
-        request._vllm_sparse_control = known  # type: ignore[attr-defined]
+        request._vllm_sparse_control = known
     return known
 
 
