@@ -24,7 +24,7 @@ def left_bytes(config: Any, total_bytes: int) -> int:
     parallel = config.parallel_config
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     usable = int(total_bytes * config.cache_config.gpu_memory_utilization)
-    return usable - weight_bytes(config.model_config) // ranks - _working_bytes(config)
+    return usable - weight_bytes(config.model_config) // ranks - working_bytes(config)
 
 
 def weight_bytes(model: Any) -> int:
@@ -74,8 +74,12 @@ def _has_mxfp4(model: Any) -> bool:
     return "mxfp4" in str(getattr(model, "quantization", None))
 
 
-def _working_bytes(config: Any) -> int:
-    """What computing the longest batch takes: a few copies of the widest activations."""
+def working_bytes(config: Any) -> int:
+    """What computing the longest batch takes: a few copies of the widest activations.
+
+    Args:
+        config: As of :func:`left_bytes`.
+    """
     model, tokens = config.model_config, config.scheduler_config.max_num_batched_tokens
     shape = model.hf_text_config
     widest = 6 * shape.hidden_size + 3 * _width(shape)

@@ -167,6 +167,13 @@ def variants(*, tiny: bool = False) -> dict[str, Variant]:
             pool_tokens=tight,
             expect="preemptions",
         ),
+        # Its pages are chosen, and here all of them are.
+        "quest": Variant(
+            {"token_budget": WHOLE["token_budget"], "min_context": little["min_context"]},
+            baseline=STOCK,
+            expect="decode_rows",
+            backend="QUEST",
+        ),
         # Their prompts are attended as a whole, so that the first token is stock vLLM's.
         **{
             name.lower(): Variant(
@@ -179,7 +186,7 @@ def variants(*, tiny: bool = False) -> dict[str, Variant]:
                 expect="decode_rows",
                 backend=name,
             )
-            for name in ("QUEST", "SNAPKV", "STREAMINGLLM")
+            for name in ("SNAPKV", "STREAMINGLLM")
         },
         "sparda-whole": sparda(STOCK, paged(choosing, **everything), dtype=None, beyond=None),
         SPARDA: sparda(None, {**choosing, "resident": True}, mode=llms.EAGER, **unlike),
@@ -209,8 +216,9 @@ ABOUT = {
     "whole-eager": "budget of the whole context = stock, eager",
     **{
         name: f"{name.upper()}, a small budget: the first token = stock"
-        for name in ("quest", "snapkv", "streamingllm")
+        for name in ("snapkv", "streamingllm")
     },
+    "quest": "QUEST, budget of the whole context = stock",
     "sparda-whole": "SPARDA, top_k of the whole context, offloaded = stock",
     SPARDA: "baseline: SPARDA, few blocks, all on the device, eager",
     "sparda-ahead": "the same blocks, graphs, fetched ahead on a side stream",

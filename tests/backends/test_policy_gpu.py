@@ -10,11 +10,12 @@ with are compared with Hugging Face and stock vLLM in ``test_policy_cpu``.
 from __future__ import annotations
 
 import pytest
+from reference import lora, random_models
 from support.engine import BLOCK_SIZE, DENSE, EVERYTHING, SETTINGS, run_engine
 from support.forked import PRETENDED_GPU, run_forked
 from support.gpu_path import NEW_TOKENS, V2, first_tokens, run_gpu_path
 from support.gpu_walk import BREAKABLE, PIECES
-from support.masked import policy_of
+from support.masked import assert_tokens_of_hugging_face, policy_of
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -115,6 +116,35 @@ def test_sliding_window_layers_stay_stock(windowed, prompts):
     )
     assert run["tokens"] == reference["tokens"]
     assert run["counters"]["prompts_compacted"] == 1
+
+
+def test_experts(tmp_path, prompts):
+    model = random_models.save_random_model(tmp_path / "moe", "qwen3_moe", layers=2)
+    run = run_gpu_path(model, prompts[:1])
+    assert_tokens_of_hugging_face(model, prompts[:1], run["tokens"][0])
+    assert run["counters"]["prompts_compacted"] == 1
+
+
+def test_lora_equals_merged_weights(llama, prompts, sparse_run, tmp_path):
+    """Beside a request without it, in chunks."""
+    adapter, merged = lora.save_adapter(llama, tmp_path)
+    run = run_gpu_path(
+        llama, prompts[:2], v2=False, adapter=adapter, adapted=[True, False], max_loras=2,
+        max_num_batched_tokens=320,
+    )  # fmt: skip
+    assert_tokens_of_hugging_face(merged, prompts[:1], run["tokens"][0][:1])
+    assert run["tokens"][0][1:] == first_tokens(sparse_run, [1])
+    assert run["tokens"][0][0] != first_tokens(sparse_run, [0])[0]
+
+
+def test_tensor_parallelism(llama, prompts, sparse_run):
+    """Each rank has one KV head, and its own kernels, counters and buffers."""
+    run = run_gpu_path(
+        llama, prompts[:1], v2=False, tensor_parallel_size=2, in_process=False,
+        further=("forked_workers",),
+    )  # fmt: skip
+    assert "decode kernel: triton" in run["log"]
+    assert run["tokens"][0] == first_tokens(sparse_run, [0])
 
 
 def test_a_budget_of_the_whole_context_equals_stock(llama, prompts, stock_run):

@@ -12,7 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from reference import lora, random_models
 from support.engine import DENSE, SPARDA_SETTINGS, run_engine
+from support.masked_sparda import assert_tokens_of_hugging_face
 from vllm_sparse.kernels.types import Rotary
 
 from vllm_sparse.errors import ConfigError
@@ -121,19 +123,69 @@ def test_gpu_path_gives_the_cpu_path_s_tokens(llama, prompts, pair, case):
         assert launches["_choose_kernel"] <= attended
 
 
+def test_preempted_and_cached_requests(llama, prompts):
+    """A pool of three quarters of what two requests hold; the second wave hits what is left."""
+    changes = {"selector": "previous"}
+    asked = [prompts[0][250:], prompts[2][:350]]
+    run = run_gpu_path(
+        llama, asked, changes, num_gpu_blocks_override=18, max_num_batched_tokens=200, waves=2,
+        scheduler_reserve_full_isl=False, max_model_len=512,
+    )  # fmt: skip
+    calm = run_engine(llama, asked, settings={**SPARDA_SETTINGS, **changes}, **SHARED)
+    assert run["tokens"] == calm["tokens"] * 2
+    assert run["preemptions"] > 0
+    assert max(run["cached"][1]) > 0
+    assert run["free_blocks"][0] == run["free_blocks"][1]
+
+
+def test_lora_beside_requests_without_it(llama, pair, tmp_path):
+    adapter, merged = lora.save_adapter(llama, tmp_path)
+    run = run_gpu_path(
+        llama, pair, {"selector": "previous"}, v2=False, adapter=adapter, adapted=[True, False],
+        max_loras=2,
+    )  # fmt: skip
+    settings = {**SPARDA_SETTINGS, "selector": "previous"}
+    for place, model in enumerate((merged, llama)):
+        alone = run_engine(model, pair[place : place + 1], settings=settings, **SHARED)
+        assert run["tokens"][0][place] == alone["tokens"][0][0]
+    assert (
+        run["tokens"][0][0]
+        != run_engine(llama, pair[:1], settings=settings, **SHARED)["tokens"][0][0]
+    )
+
+
+def test_experts(tmp_path, pair):
+    model = random_models.save_random_model(tmp_path / "moe", "qwen3_moe", layers=2)
+    run = run_gpu_path(model, pair[:1], {"slab_gib": 0.01})
+    assert_tokens_of_hugging_face(model, pair[:1], run["tokens"][0])
+
+
+def test_tensor_parallelism(llama, pair):
+    """Each rank has one KV head, its own slab and its own copies."""
+    run = run_gpu_path(
+        llama, pair[:1], {}, v2=False, tensor_parallel_size=2, in_process=False,
+        further=("forked_workers",),
+    )  # fmt: skip
+    assert "kernels: triton" in run["log"]
+    assert (
+        run["tokens"] == run_engine(llama, pair[:1], settings=SPARDA_SETTINGS, **SHARED)["tokens"]
+    )
+
+
 def test_a_slab_that_the_gpu_cannot_hold_is_refused(monkeypatch):
     from vllm_sparse.backends import sparda_gpu
 
     geometry = Geometry(2, 65, 2, 64, 128, 2, frames=(64, 130))  # 32 KiB a frame: 6.06 MiB
     options = SpardaSettings(selector="query", staging_blocks=16)  # 2 MiB
-    needed = geometry.slab_bytes + 2 * 16 * 2 * geometry.piece_bytes
+    working = 3 << 20
+    needed = geometry.slab_bytes + 2 * 16 * 2 * geometry.piece_bytes + working
     for free, fits in ((needed, True), (needed - 1, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, GIB))
         if fits:
-            sparda_gpu._check_memory(geometry, options, torch.device("cuda"))
+            sparda_gpu._check_memory(geometry, options, torch.device("cuda"), working)
         else:
             with pytest.raises(ConfigError, match=r"slab_gib: 0\.01 GiB of frames"):
-                sparda_gpu._check_memory(geometry, options, torch.device("cuda"))
+                sparda_gpu._check_memory(geometry, options, torch.device("cuda"), working)
 
 
 def test_the_start_says_if_projections_take_launches_of_their_own():

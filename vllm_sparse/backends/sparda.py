@@ -123,7 +123,9 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
 
     @staticmethod
     @abstractmethod
-    def machine(settings: SpardaSettings, geometry: Geometry, device: torch.device) -> Machine:
+    def machine(
+        config: VllmConfig, settings: SpardaSettings, geometry: Geometry, device: torch.device
+    ) -> Machine:
         """What this kind of device brings."""
 
     def __init__(
@@ -147,7 +149,7 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         geometry = geometry_of(
             vllm_config, settings, kv_cache_spec, len(layers), blocks, stored.itemsize
         )
-        machine = self.machine(settings, geometry, device)
+        machine = self.machine(vllm_config, settings, geometry, device)
         # Threads and pinned memory end with the builder: its model runner has gone, or has built
         # another one. When the process ends, the thread ends itself and the driver unpins.
         weakref.finalize(self, machine.close).atexit = False

@@ -15,6 +15,7 @@ from vllm_sparse.prefetch.lane import ThreadLane
 
 if TYPE_CHECKING:
     import torch
+    from vllm.config import VllmConfig
 
     from vllm_sparse.kv.host.geometry import Geometry
     from vllm_sparse.policies.sparda import SpardaSettings
@@ -33,7 +34,9 @@ class SpardaCpuBuilder(SpardaBuilder):
     """For CPUs."""
 
     @staticmethod
-    def machine(settings: SpardaSettings, geometry: Geometry, device: torch.device) -> Machine:
+    def machine(
+        config: VllmConfig, settings: SpardaSettings, geometry: Geometry, device: torch.device
+    ) -> Machine:
         """Two pools in one memory, and a thread that copies between them."""
         lane = ThreadLane(settings.link_gb_per_s)
         return Machine(sparda_kernels(device), lane, captured=False, truncates=True)

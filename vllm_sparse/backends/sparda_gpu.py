@@ -19,6 +19,7 @@ from vllm_sparse.backends.refusals import check_block_size
 from vllm_sparse.backends.sparda import SpardaBackend, SpardaBuilder
 from vllm_sparse.backends.sparda_setup import Machine
 from vllm_sparse.config import load_settings
+from vllm_sparse.device_room import working_bytes
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.kernels.dispatch import sparda_kernels
 from vllm_sparse.kv.host.geometry import GIB, staging_pieces
@@ -46,7 +47,9 @@ class SpardaGpuBuilder(SpardaBuilder):
     """For GPUs, whose graphs of batches of single tokens are captured."""
 
     @staticmethod
-    def machine(settings: SpardaSettings, geometry: Geometry, device: torch.device) -> Machine:
+    def machine(
+        config: VllmConfig, settings: SpardaSettings, geometry: Geometry, device: torch.device
+    ) -> Machine:
         """A GPU; or on a CPU, what is most like one."""
         warn_of_gpus("SPARDA")
         check_block_size("SPARDA", geometry.block_size)
@@ -55,7 +58,7 @@ class SpardaGpuBuilder(SpardaBuilder):
         fresh = None if version is None else partial(_attend_fresh, version)
         if device.type != "cuda":
             return Machine(kernels, LateLane(), captured=True, truncates=False, attend_fresh=fresh)
-        _check_memory(geometry, settings, device)
+        _check_memory(geometry, settings, device, working_bytes(config))
         pinned: list[Tensor] = []
         return Machine(
             kernels,
@@ -98,8 +101,16 @@ def _attend_fresh(
     return output
 
 
-def _check_memory(geometry: Geometry, settings: SpardaSettings, device: torch.device) -> None:
+def _check_memory(
+    geometry: Geometry, settings: SpardaSettings, device: torch.device, working: int
+) -> None:
     """Refuse a slab that the GPU has no room for; vLLM does not know of it.
+
+    Args:
+        geometry: Of the slab.
+        settings: Of the staging area.
+        device: The GPU.
+        working: Bytes that a step takes beside them.
 
     Raises:
         ConfigError: With the arithmetic.
@@ -107,12 +118,13 @@ def _check_memory(geometry: Geometry, settings: SpardaSettings, device: torch.de
     pieces = staging_pieces(settings, geometry.num_kv_heads)
     needed = geometry.slab_bytes + pieces * geometry.piece_bytes
     free, _ = torch.cuda.mem_get_info(device)
-    if needed > free:
+    if needed + working > free:
         raise ConfigError(
             f"vllm_sparse.slab_gib: {geometry.slab_bytes / GIB:.2f} GiB of frames and "
             f"{(needed - geometry.slab_bytes) / GIB:.2f} GiB of staging do not fit the "
-            f"{free / GIB:.2f} GiB that are free on this GPU. Lower slab_gib, --max-num-seqs, "
-            "top_k or dense_len"
+            f"{free / GIB:.2f} GiB that are free on this GPU, of which a step of "
+            f"--max-num-batched-tokens takes about {working / GIB:.2f}. Lower slab_gib, "
+            "--max-num-seqs, top_k or dense_len"
         )
 
 

@@ -11,6 +11,7 @@ _STATES = "tests/backends/test_states_cpu.py::"
 _STATES_GPU = "tests/backends/test_states_gpu.py::"
 _GPU = "tests/backends/test_policy_gpu.py::"
 _SPARDA = "tests/backends/test_sparda.py::"
+_SPARDA_GPU_POOL = Served("tests/backends/test_sparda_gpu.py::test_preempted_and_cached_requests")
 _SPARDA_GPU = Served("tests/backends/test_sparda_gpu.py::test_gpu_path_gives_the_cpu_path_s_tokens")
 _TIER = "tests/backends/test_prefix_tier.py::TestEngines::"
 _CACHE = "KV cache"
@@ -29,7 +30,7 @@ ROWS = (
             Served(_CPU + "test_prefix_caching_changes_nothing"),
             Served(_GPU + "test_preempted_and_cached_requests"),
         ),
-        (Served(_SPARDA + "test_prefix_caching_changes_nothing"), _SPARDA_GPU),
+        (Served(_SPARDA + "test_prefix_caching_changes_nothing"), _SPARDA_GPU_POOL),
     ),
     row(
         _CACHE, "events", "`--kv-events-config`: what routers follow",
@@ -50,7 +51,7 @@ ROWS = (
             Served(_CPU + "test_preemption_changes_nothing"),
             Served(_GPU + "test_preempted_and_cached_requests"),
         ),
-        (Served(_SPARDA + "test_preemption_changes_nothing"), Untested()),
+        (Served(_SPARDA + "test_preemption_changes_nothing"), _SPARDA_GPU_POOL),
     ),
     row(
         _CACHE, "fp8", "`--kv-cache-dtype fp8` (e4m3, a scale per layer)",

@@ -34,8 +34,11 @@ ROWS = (
     ),
     row(
         _MODELS, "experts", "mixtures of experts (Qwen3-MoE)",
-        (Served(_CPU + "test_experts_equal_hugging_face"), Untested()),
-        (Served(_SPARDA + "test_other_architectures_equal_hugging_face"), Untested()),
+        (Served(_CPU + "test_experts_equal_hugging_face"), Served(_GPU + "test_experts")),
+        (
+            Served(_SPARDA + "test_other_architectures_equal_hugging_face"),
+            Served("tests/backends/test_sparda_gpu.py::test_experts"),
+        ),
     ),
     row(
         _MODELS, "windows", "sliding-window layers beside full attention",

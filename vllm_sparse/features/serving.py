@@ -29,8 +29,14 @@ _SERVING = "Decoding and serving"
 ROWS = (
     row(
         _RANKS, "tensor-parallel", "tensor parallelism",
-        (Served(_CPU + "test_tensor_parallelism_changes_nothing"), Untested()),
-        (Served(_SPARDA + "test_nothing_changes_with"), Untested()),
+        (
+            Served(_CPU + "test_tensor_parallelism_changes_nothing"),
+            Served(_GPU + "test_tensor_parallelism"),
+        ),
+        (
+            Served(_SPARDA + "test_nothing_changes_with"),
+            Served("tests/backends/test_sparda_gpu.py::test_tensor_parallelism"),
+        ),
     ),
     row(
         _RANKS, "ranks-than-heads", "more tensor-parallel ranks than KV heads",
@@ -200,8 +206,14 @@ ROWS = (
     ),
     row(
         _SERVING, "lora", "LoRA",
-        (Served(_CPU + "test_lora_equals_merged_weights"), Untested()),
-        (Served(_SPARDA + "test_lora_equals_merged_weights"), Untested()),
+        (
+            Served(_CPU + "test_lora_equals_merged_weights"),
+            Served(_GPU + "test_lora_equals_merged_weights"),
+        ),
+        (
+            Served(_SPARDA + "test_lora_equals_merged_weights"),
+            Served("tests/backends/test_sparda_gpu.py::test_lora_beside_requests_without_it"),
+        ),
     ),
     row(
         _SERVING, "lora-ahead", "LoRA with the selectors `forecast` and `lookahead-query`",
