@@ -149,7 +149,7 @@ ROWS = [
     ),
     # Keys that rounding moves over a step of fp8 change tokens of these two: Hugging Face's, too,
     # if its keys are moved by 5e-7 of them before they are cut off.
-    Row("fp8, learned sinks", model="sinks", judge="itself", options=_FP8),
+    Row("fp8, learned sinks", model="sinks", judge="itself", options=_FP8, settings={"window": 8}),
     Row("fp8, tensor parallel, SPARDA", "SPARDA", "itself", options=(*_FP8, *_TP)),
     Row("fp8, ngram drafts, LoRA and host tier", judge="rocketkv_fp8", settings={"window": 8},
         options=(*_FP8, *_drafts(**_NGRAM), *_LORA), own=_TIER, blocks=48, exact=False,
