@@ -185,6 +185,8 @@ KINDS: dict[str, Callable[[int, int, Heads], Scheme]] = {
     "forecast": _reads(lambda number: ReadBlocks(number, "forecast")),
     # The default's forced blocks, which 96 fits
     "default": _reads(lambda number: ReadBlocks(number, sizes=BlockGeometry())),
+    # The default without a Forecast
+    "previousdefault": _reads(lambda number: ReadBlocks(number, "previous", sizes=BlockGeometry())),
     # Compressed keys of every 2, 4 or 8 tokens, not 16
     **{f"stride{stride}": _stride(stride) for stride in (2, 4, 8)},
     "union": _reads(lambda number: ReadBlocks(number, union=True)),

@@ -56,7 +56,8 @@ EVERY = {
 _NAMES = {
     **EVERY,
     "snapkv-2048": "SNAPKV, t = 2048",
-    "default-96": "SPARDA, `query`, 96 (default)",
+    "default-96": "SPARDA, `query`, 96",
+    "previousdefault-96": "SPARDA, `previous`, 96 (default)",
     "page8-1024": "t = 1024, page size 8",
     "query-64": "SPARDA, `query`, 64",
     **{f"stride{n}-32": f"SPARDA, `query`, 32, `kernel_stride` {n}" for n in (8, 4, 2)},
@@ -75,6 +76,14 @@ LONGER = {
     for name in ("dense", "exact-1024", "window16-512", "window16-1024", "page8-1024", "query-32",
                  "forecast-32", "default-96")
 }  # fmt: skip
+# Of another model, and what it can do at all.
+SECOND = {
+    name: _NAMES[name]
+    for name in ("dense", "exact-1024", *(f"window16-{n}" for n in (*BUDGETS, 2048)), "paper-1024",
+                 "quest-512", "quest-1024", "snapkv-1024", "streamingllm-1024", "query-32",
+                 "default-96")
+}  # fmt: skip
+SECOND_TASKS = "niah_single_1", "multivalue", "multiquery", "vt"
 ATTENTION = {
     **{f"window16-{n}": EVERY[f"window16-{n}"] for n in BUDGETS},
     **{f"paper-{n}": EVERY[f"paper-{n}"] for n in (256, 1024)},
@@ -98,12 +107,20 @@ BY_TASK = (
 
 
 def scored(
-    names: Iterable[str], file: str = FILE, context: str = CONTEXT
+    names: Iterable[str], file: str = FILE, context: str = CONTEXT, of: Iterable[str] = ()
 ) -> dict[str, dict[str, Cells]]:
-    """Per arm and task, the answers to the questions that all these arms have answered."""
+    """Per arm and task, the answers to the questions that all these arms have answered.
+
+    Args:
+        names: The arms.
+        file: Of the judge.
+        context: One of its contexts.
+        of: These tasks; empty: all.
+    """
     arms = published.result(file)["arms"]
     found = {name: arms[name][context] for name in names}
     tasks = set.intersection(*(set(cells) for cells in found.values()))
+    tasks &= set(of or tasks)
     shared = {}
     for task in sorted(tasks, key=lambda task: ((*TASKS, task).index(task), task)):
         keys = set.intersection(*(set(cells[task]) for cells in found.values()))
@@ -122,15 +139,18 @@ def _paired(of: dict[str, Cells], base: dict[str, Cells], tasks: list[str]) -> s
     return report.lost([report.differences(of[task], base[task]) for task in tasks])
 
 
-def scores(names: dict[str, str], file: str = FILE, context: str = CONTEXT) -> str:
+def scores(
+    names: dict[str, str], file: str = FILE, context: str = CONTEXT, of: Iterable[str] = ()
+) -> str:
     """A line per arm: means of tasks, their mean, and the difference from dense.
 
     Args:
         names: What arms are called.
         file: Of the judge.
         context: One of its contexts.
+        of: These tasks; empty: all.
     """
-    found = scored(names, file, context)
+    found = scored(names, file, context, of)
     dense = found["dense"]
     columns: dict[str, Any] = {"arm": lambda name: names[name]}
     for task, answers in dense.items():
@@ -203,6 +223,7 @@ TABLES = {
     "quality-by-task": by_task,
     "quality-attention": attention,
     "quality-longer": lambda: scores(LONGER, "quality-8k", "8192"),
+    "quality-second": lambda: scores(SECOND, "quality-smollm2", CONTEXT, SECOND_TASKS),
     "quality-turns": lambda: scores(TURNS, "quality-turns", "8192"),
     "quality-strides": lambda: scores(STRIDES, "quality-strides", "8192"),
 }

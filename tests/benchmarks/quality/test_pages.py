@@ -75,7 +75,7 @@ def test_the_readme_says_what_the_table_says():
     for name, told in (
         ("ROCKETKV, t = 1024 (default)", "{} with 1024 ({} to {})"),
         ("ROCKETKV, t = 512", "{} with 512 ({} to {})"),
-        ("SPARDA, `query`, 96 (default)", "{} at 8K ({} to {})"),
+        ("SPARDA, `query`, 96", "{} at 8K ({} to {}; selector `query`"),
     ):
         (line,) = (line for line in longer if line.startswith(f"| {name} |"))
         points = re.search(r" (\S+) \((\S+) to (\S+)\) \|$", line).groups()
