@@ -99,3 +99,24 @@ def test_unsupported_models_are_refused():
         Backbone(odd, "odd")
     with pytest.raises(ConfigError, match="cannot load the model"):
         Backbone.load("/no/such/model")
+
+
+def test_sequences_that_the_model_cannot_read_are_refused():
+    frozen = Backbone(LlamaModel(config(max_position_embeddings=64)), "small")
+    known = frozen.model.get_input_embeddings().num_embeddings
+    frozen.check_sequences(torch.tensor([[0, known - 1] * 32]))
+    with pytest.raises(ConfigError, match="66 tokens are more than the 64 positions of small"):
+        frozen.check_sequences(torch.zeros(1, 66).int())
+    for wrong in (known, -1):
+        with pytest.raises(ConfigError, match=f"but small knows 0 to {known - 1}"):
+            frozen.check_sequences(torch.tensor([[0, wrong]]))
+
+
+def test_windows_that_cut_a_sequence_are_refused():
+    """Configurations without kinds of layers say so nowhere else."""
+    from transformers import MistralConfig, MistralModel
+
+    frozen = Backbone(MistralModel(config(MistralConfig, sliding_window=16)), "windowed")
+    frozen.model(input_ids=torch.arange(16)[None])
+    with pytest.raises(UnsupportedError, match="layer 0 attends with sliding_window"):
+        frozen.model(input_ids=torch.arange(17)[None])

@@ -50,6 +50,29 @@ def test_sources(tmp_path, monkeypatch):
         list(read_documents(["no/such-dataset"]))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("a.jsonl.gz", b"\x1f\x8b\x08\x00" + bytes(range(128, 256)), "no text in UTF-8"),
+        ("a.bin", b"words " * 50 + b"\xff" * 9, "no text in UTF-8"),
+        ("a.jsonl", b'{"text": "good"}\n{"text": "\xff\xfe"}\n', "line 2: no JSON object"),
+        ("a.jsonl", b'{"text": null}\n', "line 1: None is neither a text nor a list"),
+        ("a.jsonl", b'{"text": [[1]]}\n', r"line 1: \[\[1\]\] is neither"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(tmp_path, name, content, why):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{name}.*{why}"):
+        list(read_documents([str(path)]))
+
+
+def test_a_stray_byte_in_a_book_is_no_reason_to_stop(tmp_path):
+    (tmp_path / "book.txt").write_bytes(b"word " * 400 + b"\xe9")
+    (text,) = read_documents([str(tmp_path)])
+    assert text.endswith("\N{REPLACEMENT CHARACTER}")
+
+
 @pytest.fixture
 def endless(monkeypatch):
     """The package ``datasets`` with one set that never ends; gives what it was asked for."""

@@ -71,3 +71,12 @@ def test_files_that_are_no_forecast_are_refused(tmp_path):
     export_forecast(path, Forecast(3, 64, 2, 24), GEOMETRY, "m")
     with pytest.raises(ConfigError, match=r"trained for m.*expected \[32, 64\], got \[48, 64\]"):
         import_forecast(path, frozen)
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path):
+    forecast = Forecast(3, 64, 2, 16)
+    with torch.no_grad():
+        forecast.projections[1].weight[0, 0] = torch.inf
+    with pytest.raises(ConfigError, match="layer 1 is not finite; not written"):
+        export_forecast(tmp_path / "f.safetensors", forecast, GEOMETRY, "m")
+    assert not list(tmp_path.iterdir())

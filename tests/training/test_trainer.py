@@ -15,7 +15,7 @@ import torch
 from support.training import KINDS, backbone, scaled_backbones, sequences, trainer
 from transformers import Qwen2Config, Qwen2Model
 
-from vllm_sparse.errors import ConfigError
+from vllm_sparse.errors import ConfigError, IntegrityError
 from vllm_sparse.training.trainer import (
     Interrupted,
     OutOfMemoryError,
@@ -173,3 +173,22 @@ def test_out_of_memory_comes_with_advice(tmp_path):
     run._backward = exhausted
     with pytest.raises(OutOfMemoryError, match=r"--chunk.*--queries.*--seq-len"):
         next(run.train())
+
+
+def test_a_step_that_is_not_finite_ends_the_run_and_leaves_what_was_sound(tmp_path):
+    run = trainer(tmp_path, steps=4, save_every=1)
+    steps = run.train()
+    next(steps)
+    sound, backward = weights(run), run._backward
+
+    def broken(sample, losses):
+        backward(sample, losses)
+        if sample.layer == 1:
+            run.forecast.projections[1].weight.grad[0, 0] = torch.nan
+            losses[1] = torch.nan
+
+    run._backward = broken
+    with pytest.raises(IntegrityError, match=r"step 2: gradients are not finite .*\[1\]"):
+        next(steps)
+    assert torch.equal(weights(run), sound)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-000001.pt"]

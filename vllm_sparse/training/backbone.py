@@ -147,6 +147,29 @@ class Backbone:
         name = Path(source).resolve().name if Path(source).is_dir() else source
         return cls(model.to(device), name)
 
+    def check_sequences(self, sequences: Tensor) -> None:
+        """Refuse what the model has never learnt to read.
+
+        Args:
+            sequences: Token ids, ``[count, tokens]``.
+
+        Raises:
+            ConfigError: They are longer than its positions, or have ids that it does not know.
+        """
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        if longest is not None and sequences.shape[1] > longest:
+            raise ConfigError(
+                f"seq_len: {sequences.shape[1]} tokens are more than the {longest} positions of "
+                f"{self.name}. Lower --seq-len, or give a copy of its directory whose config.json "
+                "stretches RoPE as you will serve it"
+            )
+        known = self.model.get_input_embeddings().num_embeddings
+        if int(sequences.min()) < 0 or int(sequences.max()) >= known:
+            raise ConfigError(
+                f"data: token ids from {int(sequences.min())} to {int(sequences.max())}, but "
+                f"{self.name} knows 0 to {known - 1}: they are another tokenizer's"
+            )
+
     def projection(self, layer: int, name: str) -> nn.Linear | None:
         """A projection of a layer's attention (``q_proj``), or None if the model has none."""
         found = getattr(self._attention[layer], name, None)
@@ -162,7 +185,7 @@ class Backbone:
         if projection is None:
             raise UnsupportedError(
                 f"{self.name}: layer {layer} has no q_proj, which lookahead needs. Use "
-                "--init uniform, and leave lookahead-query out of an evaluation"
+                "--init uniform"
             )
         query = projection(inputs).unflatten(-1, (-1, self.head_dim))
         norm = getattr(self._attention[layer], "q_norm", None)
@@ -322,6 +345,16 @@ def _tapped_attention(
     backbone, layer = module.vllm_sparse_tap
     scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    window = options.get("sliding_window")
+    unlike = {"s_aux": options.get("s_aux"), "softcap": options.get("softcap")}
+    if window is not None and window < key.shape[2]:
+        unlike["sliding_window"] = window
+    if given := [name for name, value in unlike.items() if value is not None]:
+        raise UnsupportedError(
+            f"{backbone.name}: layer {layer} attends with {', '.join(given)}, in sequences of "
+            f"{key.shape[2]} tokens; only full softmax attention is supported. If it is a window, "
+            "set sliding_window to null in config.json, as the model is served without it"
+        )
     output = backbone._attend(layer, query, key, value, scale)
     if output is None:
         output = functional.scaled_dot_product_attention(

@@ -236,6 +236,7 @@ def _warn_of_sparse_forward(model: str, settings: TrainSettings) -> None:
 def _prepare(
     arguments: argparse.Namespace, settings: TrainSettings, folder: Path
 ) -> tuple[Trainer, str]:
+    import torch
     from accelerate import Accelerator
 
     from vllm_sparse.training.backbone import Backbone
@@ -257,6 +258,11 @@ def _prepare(
     )
     backbone = Backbone.load(arguments.model, settings.dtype, accelerator.device)
     backbone.check_rope()
+    backbone.check_sequences(sequences)
+    if accelerator.num_processes == 1 and torch.cuda.device_count() > 1:
+        accelerator.print(
+            f"One of {torch.cuda.device_count()} GPUs is used; torchrun would use all"
+        )
     accelerator.print(
         f"{backbone.name}: {backbone.num_layers} layers, {backbone.num_heads} query and "
         f"{backbone.num_kv_heads} KV heads; {len(sequences)} sequences of {settings.seq_len} tokens"
@@ -347,6 +353,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         None,
         arguments.sequences,
     )
+    backbone.check_sequences(sequences)
     count = min(arguments.sequences, len(sequences))
     spread = [len(sequences) * index // count for index in range(count)]
     evaluation = Evaluation(

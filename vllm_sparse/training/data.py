@@ -53,9 +53,9 @@ def read_documents(sources: Iterable[str], text_key: str = "text") -> Iterator[s
 
 def _read_file(path: Path, text_key: str) -> Iterator[str | list[int]]:
     if path.suffix != ".jsonl":
-        yield path.read_text(encoding="utf-8", errors="replace")
+        yield _plain_text(path)
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -66,7 +66,26 @@ def _read_file(path: Path, text_key: str) -> Iterator[str | list[int]]:
                     f"data: {path}, line {number}: no JSON object with a key {text_key!r} "
                     f"({error!r}); set --text-key to the key that holds the text"
                 ) from error
-            yield document if isinstance(document, list) else str(document)
+            yield _document(document, f"{path}, line {number}")
+
+
+def _plain_text(path: Path) -> str:
+    """A file as one text, of which a few bytes may be no UTF-8."""
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    if "\0" in text or text.count("\N{REPLACEMENT CHARACTER}") > len(text) / 1000:
+        raise ConfigError(
+            f"data: {path} is no text in UTF-8. Unpack or convert it; JSON lines end in .jsonl"
+        )
+    return text
+
+
+def _document(found: Any, where: str) -> str | list[int]:
+    """What stands where a text, or its token ids, should."""
+    if isinstance(found, str):
+        return found
+    if isinstance(found, list) and all(type(token) is int for token in found):
+        return found
+    raise ConfigError(f"data: {where}: {found!r:.60} is neither a text nor a list of token ids")
 
 
 def _read_dataset(source: str, text_key: str) -> Iterator[str | list[int]]:
@@ -88,8 +107,7 @@ def _read_dataset(source: str, text_key: str) -> Iterator[str | list[int]]:
                     f"data: the rows of {source!r} have no {text_key!r} but {', '.join(row)}; set "
                     "--text-key to what holds the text"
                 )
-            document = row[text_key]
-            yield document if isinstance(document, list) else str(document)
+            yield _document(row[text_key], source)
     except ConfigError:
         raise
     except Exception as error:  # the package raises many kinds

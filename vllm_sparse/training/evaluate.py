@@ -110,7 +110,10 @@ class Evaluation:
         self._backbone, self._geometry, self._chunk = backbone, geometry, chunk
         self._forecast = forecast.to(backbone.device) if forecast is not None else None
         self._queries, self._tail, self._seed = queries, tail_queries, seed
-        self.selectors = [n for n in SELECTORS if n != "forecast" or forecast is not None]
+        without = {"forecast"} if forecast is None else set()
+        if backbone.projection(0, "q_proj") is None:
+            without.add("lookahead-query")
+        self.selectors = [name for name in SELECTORS if name not in without]
         shape = (backbone.num_layers, backbone.num_kv_heads)
         self._sums = {
             (kind, name): torch.zeros(shape, dtype=torch.float64)

@@ -68,12 +68,18 @@ def load_tensors(
 def export_forecast(
     path: Path, forecast: Forecast, geometry: BlockGeometry, base_model: str
 ) -> None:
-    """Writes a Forecast as bfloat16, with the metadata that the server checks."""
+    """Writes a Forecast as bfloat16, with the metadata that the server checks.
+
+    Raises:
+        ConfigError: Some weight is not finite.
+    """
     tensors = {}
     for layer, projection in enumerate(forecast.projections):
         at, kind = serving(layer)
         for name, parameter in projection.named_parameters():
             value = parameter.detach().to(torch.bfloat16).cpu()
+            if not bool(value.isfinite().all()):
+                raise ConfigError(f"{path}: {name} of layer {layer} is not finite; not written")
             tensors[canonical_name(at, kind + (BIAS if name == "bias" else ""))] = value
     metadata = {
         "base_model": base_model,

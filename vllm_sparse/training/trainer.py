@@ -15,12 +15,13 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from vllm_sparse.errors import ConfigError, VllmSparseError
+from vllm_sparse.errors import ConfigError, IntegrityError, VllmSparseError
 from vllm_sparse.paths import atomic_path
 from vllm_sparse.training.data import sequence_index
 from vllm_sparse.training.objective import forecast_loss
@@ -211,6 +212,14 @@ class Trainer:
         if self._world > 1:
             losses = self._reduce(losses)
         norm = torch.nn.utils.clip_grad_norm_(self.forecast.parameters(), settings.grad_clip)
+        if not bool(norm.isfinite()):
+            wrong = [number for number, loss in enumerate(losses.tolist()) if not isfinite(loss)]
+            raise IntegrityError(
+                f"step {self.step + 1}: gradients are not finite (losses that are not, by layer: "
+                f"{wrong or 'none'}). Nothing of this step is kept, and checkpoints are older. "
+                "Use --dtype bfloat16 or float32 if this was float16, look at the text of the "
+                "step's sequences, and go on with --resume"
+            )
         for group in self._optimiser.param_groups:
             group["lr"] = rate
         self._optimiser.step()
