@@ -156,14 +156,15 @@ class Backbone:
         Raises:
             ConfigError: They are longer than its positions, or have ids that it does not know.
         """
-        longest = getattr(self.model.config, "max_position_embeddings", None)
+        model: Any = self.model
+        longest = getattr(model.config, "max_position_embeddings", None)
         if longest is not None and sequences.shape[1] > longest:
             raise ConfigError(
                 f"seq_len: {sequences.shape[1]} tokens are more than the {longest} positions of "
                 f"{self.name}. Lower --seq-len, or give a copy of its directory whose config.json "
                 "stretches RoPE as you will serve it"
             )
-        known = self.model.get_input_embeddings().num_embeddings
+        known = model.get_input_embeddings().num_embeddings
         if int(sequences.min()) < 0 or int(sequences.max()) >= known:
             raise ConfigError(
                 f"data: token ids from {int(sequences.min())} to {int(sequences.max())}, but "
