@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.engine import BLOCK_SIZE, DENSE, run_engine
+from support.engine import BLOCK_SIZE, DENSE, SETTINGS, SPARDA_SETTINGS, run_engine
 from support.oracle import speculation
 from support.outside import LargeKeys
 from support.policy_cases import CASES, Case, assert_tokens_of_hugging_face
@@ -181,3 +181,17 @@ def test_a_budget_of_the_whole_context_equals_stock(case, run, prompts, stock_ru
     settings = {**case.settings, "token_budget": 2048}
     wide = run(prompts[:3], settings)
     assert wide["tokens"][0] == [tokens[:NEW_TOKENS] for tokens in stock_run["tokens"][0][:3]]
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes", "why"),
+    [
+        ("rocketkv", {"min_context": 2048}, "longer than min_context"),
+        ("sparda", {"dense_len": 2048, "slab_gib": None}, "dense_len is 2048"),
+    ],
+)
+def test_the_start_warns_where_nothing_can_be_sparse(llama, prompts, backend, changes, why):
+    settings = SETTINGS if backend == "rocketkv" else SPARDA_SETTINGS
+    options = {"backend": backend, "new_tokens": 2, "max_num_seqs": 2}
+    dense = run_engine(llama, prompts[:1], settings={**settings, **changes}, **options)
+    assert why in dense["log"]

@@ -72,6 +72,7 @@ def test_scores_of_a_pool_that_layers_share():
         # 4 bytes x 2 heads x 8192 pages x (2 x 64 + 4) numbers: 31 rows in 256 MiB.
         *((Quest, 131072, 62, 2), (Quest, 131072, 63, 3), (Quest, 131072, 256, 9)),
         *((Quest, 4096, 256, 1), (RocketKV, 131072, 256, 1), (SnapKV, 131072, 256, 1)),
+        (StreamingLLM, 131072, 256, 1),  # which scores nothing
     ],
 )
 def test_a_graph_of_many_parts_is_not_captured(kind, longest, rows, parts):

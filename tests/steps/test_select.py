@@ -65,9 +65,11 @@ def test_single_tokens_are_read_from_any_layout(pool):
     assert torch.equal(rows, torch.cat((keys[2][:, token], values[2][:, token]), -1))
 
 
+@pytest.mark.parametrize("most_bytes", [1, 1 << 28], ids=["row by row", "all rows"])
 @pytest.mark.parametrize("budget", [20, 100])
-def test_a_step_reads_what_brute_force_reads(pool, budget):
+def test_a_step_reads_what_brute_force_reads(pool, budget, most_bytes, monkeypatch):
     """Also a row that is shorter than the budget, behind which anything lies."""
+    monkeypatch.setattr(select, "MOST_INDEX_BYTES", most_bytes)
     layout, reader, cache, table, lengths, keys, values = pool
     policy = make_policy(
         Quest, page_size=PAGE, token_budget=budget, group_size=GROUP, head_dim=DIM, block_size=BLOCK

@@ -231,6 +231,7 @@ class Planning:
         counters.publish_to(metrics.folder(config.instance_id), "policies", speaks=speaks)
         if speaks:
             warn_of_slow_kernels(kernels.note)
+            _warn_of_density(spec, config.model_config.max_model_len)
             logger.info_once(_start_line(spec, config, kernels, self._stock_layers(context)))
 
     def _stock_layers(self, context: dict[str, Any]) -> str:
@@ -350,6 +351,19 @@ def _of_fp8(layer: Any, spec: PolicySpec, config: VllmConfig, truncates: bool) -
         return {}
     scales = final_scales(layer, truncates)
     return {"scales": scales, "query_dtype": config.model_config.dtype}
+
+
+def _warn_of_density(spec: PolicySpec, longest: int) -> None:
+    """Say so if no prompt that the model takes would be served sparsely."""
+    policy = spec.policy
+    # Whole blocks are kept or not, so that of some lengths a few tokens less may be sparse.
+    lengths = range(max(longest - 2 * policy.shape.block_size, 1), longest)
+    if not any(policy.retention(length).sparse for length in lengths):
+        logger.warning_once(
+            f"{spec.backend}: all prompts will be served densely: none of {longest} tokens and less "
+            f"is longer than min_context ({policy.settings.min_context}) and what is kept. Lower "
+            "vllm_sparse.min_context or token_budget, or leave out --attention-backend"
+        )
 
 
 def _start_line(spec: PolicySpec, config: VllmConfig, kernels: PolicyKernels, others: str) -> str:

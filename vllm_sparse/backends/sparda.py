@@ -170,9 +170,9 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
             impl, runtime = layers[0].impl, self.runtime
             heads = impl.num_heads, impl.num_kv_heads, impl.head_size
             ranking = runtime.selector.ranking
-            warm_up(
-                machine.kernels, settings, ranking, runtime.blocks, heads, dtype, device, stored
-            )
+            longest = min(settings.dense_len, vllm_config.model_config.max_model_len)
+            seen = settings.model_copy(update={"dense_len": longest})
+            warm_up(machine.kernels, seen, ranking, runtime.blocks, heads, dtype, device, stored)
         ask_for_prompt_lengths(vllm_config)
         watch_controls(vllm_config)
         speaks = vllm_config.parallel_config.rank == 0
@@ -182,6 +182,12 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         counters.set_gauge("slab_frames", sum(geometry.frames))
         if speaks and serving:
             warn_of_slow_kernels(machine.kernels.note)
+            if settings.dense_len >= (longest := vllm_config.model_config.max_model_len):
+                logger.warning_once(
+                    f"SPARDA: all tokens will be attended densely, as dense_len is "
+                    f"{settings.dense_len} and --max-model-len {longest}. Lower "
+                    "vllm_sparse.dense_len, or leave out --attention-backend"
+                )
             logger.info_once(start_line(self.runtime, vllm_config))
 
     def build(

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from vllm_sparse.steps.host_step import FreshRows
 
 
+_LEAST_TILE = 16  # tokens that a tensor core multiplies at a time
+
+
 class SpardaGpuBackend(SpardaBackend, GpuBackend):
     """SPARDA on NVIDIA GPUs; FlashAttention only says what the device can do."""
 
@@ -53,6 +56,12 @@ class SpardaGpuBuilder(SpardaBuilder):
         """A GPU; or on a CPU, what is most like one."""
         warn_of_gpus("SPARDA")
         check_block_size("SPARDA", geometry.block_size)
+        if settings.sparse_prefill and geometry.block_size < _LEAST_TILE:
+            raise ConfigError(
+                f"vllm_sparse.block_size: sparse prompts on a GPU take blocks of at least "
+                f"{_LEAST_TILE} tokens, not {geometry.block_size}. Raise it, or leave out "
+                "sparse_prefill"
+            )
         kernels = sparda_kernels(device, "triton")
         version = flash_attn.get_flash_attn_version(head_size=geometry.head_dim)
         fresh = None if version is None else partial(_attend_fresh, version)

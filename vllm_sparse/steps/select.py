@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # Bytes that the gathered index of some rows may take; it is as wide as the longest row may be.
 MOST_INDEX_BYTES = 256 << 20
+# Of an element of a key or value that is gathered: two indices, and a number.
+_GATHERED_BYTES = 2 * 8 + 4
+_ALL = 1 << 31
 
 
 def store_tokens(
@@ -78,7 +81,9 @@ def store_index(
 
 
 def rows_at_once(policy: Policy, kv_heads: int, pages: int) -> int:
-    """How many rows with so many pages are scored together."""
+    """How many rows with so many pages are scored together; all where nothing is scored."""
+    if not policy.index_width:
+        return _ALL
     row_bytes = 4 * kv_heads * pages * (policy.index_width + policy.shape.group_size)
     return max(1, MOST_INDEX_BYTES // max(1, row_bytes))
 
@@ -185,6 +190,30 @@ def attend_tokens(
         scales: Of an fp8 cache.
         sinks: Learned attention sinks, ``[H]``.
     """
+    kv_heads, width = positions.shape[1:]
+    row_bytes = _GATHERED_BYTES * kv_heads * width * 2 * layout.head_dim
+    step = max(1, MOST_INDEX_BYTES // max(1, row_bytes))
+    for first in range(0, len(table), step):
+        here = slice(first, first + step)
+        _attend_rows(
+            cache, query[here], output[here], positions[here], table[here], lengths[here], reader,
+            layout, scale, scales, sinks,
+        )  # fmt: skip
+
+
+def _attend_rows(
+    cache: Tensor,
+    query: Tensor,
+    output: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    reader: Reader,
+    layout: PageLayout,
+    scale: float,
+    scales: Scales,
+    sinks: Tensor | None,
+) -> None:
     kv_heads, width = positions.shape[1:]
     block = table[:, None].expand(-1, kv_heads, -1).gather(2, positions // layout.block_size)
     head = torch.arange(kv_heads, device=block.device)[:, None]
