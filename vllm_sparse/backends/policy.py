@@ -360,8 +360,8 @@ def _warn_of_density(spec: PolicySpec, longest: int) -> None:
     lengths = range(max(longest - 2 * policy.shape.block_size, 1), longest)
     if not any(policy.retention(length).sparse for length in lengths):
         logger.warning_once(
-            f"{spec.backend}: all prompts will be served densely: none of {longest} tokens and less "
-            f"is longer than min_context ({policy.settings.min_context}) and what is kept. Lower "
+            f"{spec.backend}: all prompts will be served densely: with at most {longest} tokens, "
+            f"none is longer than min_context ({policy.settings.min_context}) and what is kept. Lower "
             "vllm_sparse.min_context or token_budget, or leave out --attention-backend"
         )
 
