@@ -361,8 +361,8 @@ def _warn_of_density(spec: PolicySpec, longest: int) -> None:
     if not any(policy.retention(length).sparse for length in lengths):
         logger.warning_once(
             f"{spec.backend}: all prompts will be served densely: with at most {longest} tokens, "
-            f"none is longer than min_context ({policy.settings.min_context}) and what is kept. Lower "
-            "vllm_sparse.min_context or token_budget, or leave out --attention-backend"
+            f"none is longer than min_context ({policy.settings.min_context}) and what is kept. "
+            "Lower vllm_sparse.min_context or token_budget, or leave out --attention-backend"
         )
 
 
