@@ -15,7 +15,7 @@ _HUGE = 2 << 20
 _MADV_COLLAPSE = 25  # Linux 6.1; not in the mmap module yet
 
 
-def back_with_huge_pages(tensor: Tensor) -> bool:
+def back_with_huge_pages(tensor: Tensor, at_once: bool = True) -> bool:
     """Move a CPU tensor's memory to huge pages; its content stays.
 
     Sparse decode reads scattered kilobytes: with 4 KiB pages nearly every one of them misses the
@@ -23,6 +23,7 @@ def back_with_huge_pages(tensor: Tensor) -> bool:
 
     Args:
         tensor: A large contiguous tensor.
+        at_once: Before this returns, some seconds a GiB; else the kernel does it in the background.
 
     Returns:
         Whether the kernel agreed. Without support for collapsing at once (before Linux 6.1) the
@@ -39,4 +40,4 @@ def back_with_huge_pages(tensor: Tensor) -> bool:
     advise = ctypes.CDLL(None).madvise
     advise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     advised = advise(first, size, mmap.MADV_HUGEPAGE) == 0
-    return advised and advise(first, size, _MADV_COLLAPSE) == 0
+    return advised and (not at_once or advise(first, size, _MADV_COLLAPSE) == 0)

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.sparse")
 
+_MOST_GIB_AT_ONCE = 64
+
 
 class PolicyCpuBackend(PolicyBackend, CPUAttentionBackend):
     """Policies on CPUs."""
@@ -82,10 +84,12 @@ class PolicyCpuBuilder(CPUAttentionMetadataBuilder):
             ),
         )
         if self._planning.policy.settings.huge_pages:
+            blocks = vllm_config.cache_config.num_gpu_blocks or 0
+            at_once = moves_at_once(blocks * spec.page_size_bytes * len(layer_names))
             for layer in self._planning.layers:
                 # vLLM binds the cache after this, still before it serves: the time to move it is
                 # part of the start, not of the first request.
-                layer.bind_kv_cache = partial(_bind_on_huge_pages, layer)
+                layer.bind_kv_cache = partial(_bind_on_huge_pages, layer, at_once)
 
     def build(
         self,
@@ -113,9 +117,25 @@ class PolicyCpuBuilder(CPUAttentionMetadataBuilder):
         return with_waiting_queries(step, planning.planner, common, lengths, rows)
 
 
-def _bind_on_huge_pages(layer: Any, kv_cache: Tensor) -> None:
+def moves_at_once(cache_bytes: int) -> bool:
+    """Whether a cache of so many bytes moves to huge pages before the server serves.
+
+    vLLM waits ten minutes for its engine; moving takes a few seconds a GiB, of which the log tells.
+    """
+    gib = cache_bytes / (1 << 30)
+    if gib > _MOST_GIB_AT_ONCE:
+        logger.info_once(
+            f"The KV cache of {gib:.0f} GiB moves to huge pages while it is used, as the kernel "
+            "finds time; sparse decode is slower until then"
+        )
+    elif gib > 1:
+        logger.info_once(f"The KV cache of {gib:.1f} GiB moves to huge pages: some seconds a GiB")
+    return gib <= _MOST_GIB_AT_ONCE
+
+
+def _bind_on_huge_pages(layer: Any, at_once: bool, kv_cache: Tensor) -> None:
     type(layer).bind_kv_cache(layer, kv_cache)
-    if not back_with_huge_pages(kv_cache):
+    if not back_with_huge_pages(kv_cache, at_once):
         logger.info_once("The KV cache stays on small pages; sparse decode is slower on them")
 
 

@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import errno
 import mmap
-import re
-from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 import torch
+from support.memory import advice_of
 
 from vllm_sparse.kv.host import memory
 from vllm_sparse.kv.host.memory import available_bytes, container_limit, page_aligned
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 1 << 20)])
@@ -44,17 +47,6 @@ def test_memory_to_be_pinned_is_found_pinned(monkeypatch):
         assert begin % (64 << 20) == 0
         assert asked == begin
         kept += [tensor.fill_(1), mmap.mmap(-1, 2 << 20)]  # the next one begins elsewhere
-
-
-def advice_of(tensor) -> set[str]:
-    """The flags of the mapping that a tensor lies in."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(match[1], 16) <= tensor.data_ptr() < int(match[2], 16)
-        elif inside and line.startswith("VmFlags:"):
-            return set(line.split()[1:])
-    raise AssertionError("not mapped")
 
 
 def test_memory_to_be_pinned_stays_with_its_process():
