@@ -155,8 +155,8 @@ class PageCodec:
         raise UnsupportedError(
             f"the stock attention kernel packs KV pages of {self.block_size} x {self.dim} "
             f"{half.dtype} in a way that vllm-sparse does not know, so prompts cannot be "
-            "compacted (on ARM in bfloat16, for one). Use another --dtype, or SPARDA, whose pages are "
-            "its own; and please report the CPU model and the vLLM version"
+            "compacted (on ARM in bfloat16, for one). Use another --dtype, or SPARDA, whose pages "
+            "are its own; and please report the CPU model and the vLLM version"
         )
 
     def _half(self, pages: Tensor, second: bool) -> Tensor:
