@@ -120,3 +120,14 @@ def test_windows_that_cut_a_sequence_are_refused():
     frozen.model(input_ids=torch.arange(16)[None])
     with pytest.raises(UnsupportedError, match="layer 0 attends with sliding_window"):
         frozen.model(input_ids=torch.arange(17)[None])
+
+
+def test_a_model_with_another_rope_is_another_one():
+    """Its keys and teachers are; nothing of its weights says so."""
+
+    def fingerprint(theta):
+        torch.manual_seed(0)
+        parameters = {"rope_type": "default", "rope_theta": theta}
+        return Backbone(LlamaModel(config(rope_parameters=parameters)), "m").fingerprint()
+
+    assert fingerprint(1e4) == fingerprint(1e4) != fingerprint(1e6)

@@ -110,12 +110,16 @@ class Backbone:
         return next(self.model.parameters()).device
 
     def fingerprint(self) -> str:
-        """A short hash that tells models apart: shapes, dtype and a few weights."""
+        """A short hash that tells models apart: shapes, dtype, a few weights, RoPE and factors."""
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
             few = parameter.detach().flatten()[:16].float().cpu()
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
             digest.update(few.numpy().tobytes())
+        model: Any = self.model
+        for name, value in sorted(model.config.to_dict().items()):
+            if name.startswith("rope_") or name.endswith(("_multiplier", "_eps")):
+                digest.update(f"{name} {value!r}".encode())
         return digest.hexdigest()[:16]
 
     @classmethod
