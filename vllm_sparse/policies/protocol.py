@@ -38,7 +38,10 @@ class PolicySettings(CommonSettings):
         2048, ge=0, description="Prompts up to this many tokens are served densely."
     )
     skip_layers: int = Field(
-        0, ge=0, description="First layers whose decode reads every kept token."
+        0,
+        ge=0,
+        description="First layers of the model whose decode reads every kept token, counting "
+        "those that stay stock.",
     )
     keep_prefixes: bool = Field(
         True,
