@@ -324,3 +324,15 @@ def test_lora_equals_stock_where_everything_is_read(llama, prompts, tmp_path):
     stock = run_engine(llama, prompts[:2], **shared)
     run = run_engine(llama, prompts[:2], settings=EVERYTHING, **shared)
     assert run["tokens"] == stock["tokens"]
+
+
+@pytest.mark.parametrize(("gib", "at_once", "said"), [(0.5, True, 0), (2, True, 1), (65, False, 1)])
+def test_a_large_cache_moves_to_huge_pages_while_it_is_used(monkeypatch, gib, at_once, said):
+    """At once it would take longer than vLLM waits for its engine."""
+    from vllm_sparse.backends import policy_cpu
+
+    lines = []
+    monkeypatch.setattr(policy_cpu.logger, "info_once", lines.append)
+    assert policy_cpu.moves_at_once(int(gib * 2**30)) == at_once
+    assert len(lines) == said
+    assert all(("while it is used" in line) == (not at_once) for line in lines)

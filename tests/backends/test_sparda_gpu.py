@@ -188,6 +188,15 @@ def test_a_slab_that_the_gpu_cannot_hold_is_refused(monkeypatch):
                 sparda_gpu._check_memory(geometry, options, torch.device("cuda"), working)
 
 
+def test_sparse_prompts_in_blocks_that_no_tile_fits_are_refused():
+    from vllm_sparse.backends.sparda_gpu import SpardaGpuBuilder
+
+    settings = SpardaSettings(sparse_prefill=True, block_size=8, kernel_stride=4)
+    geometry = Geometry(2, 65, 2, 8, 128, 2, frames=(64, 130))
+    with pytest.raises(ConfigError, match="block_size: sparse prompts on a GPU take blocks of at"):
+        SpardaGpuBuilder.machine(None, settings, geometry, torch.device("cuda"))
+
+
 def test_the_start_says_if_projections_take_launches_of_their_own():
     from vllm_sparse.backends.sparda_setup import _turning
 

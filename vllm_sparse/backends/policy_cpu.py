@@ -24,6 +24,7 @@ from vllm_sparse.backends.policy import Planning, PolicyBackend, set_up_layer
 from vllm_sparse.backends.policy_step import attend_step
 from vllm_sparse.kernels.cpu.memory import back_with_huge_pages
 from vllm_sparse.kernels.dispatch import policy_cpu
+from vllm_sparse.kv.host.geometry import GIB
 from vllm_sparse.kv.tail.codec import PageCodec
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def moves_at_once(cache_bytes: int) -> bool:
 
     vLLM waits ten minutes for its engine; moving takes a few seconds a GiB, of which the log tells.
     """
-    gib = cache_bytes / (1 << 30)
+    gib = cache_bytes / GIB
     if gib > _MOST_GIB_AT_ONCE:
         logger.info_once(
             f"The KV cache of {gib:.0f} GiB moves to huge pages while it is used, as the kernel "

@@ -166,12 +166,12 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         for number, layer in enumerate(layers):
             scales = final_scales(layer, machine.truncates) if fp8 else UNSCALED
             layer.impl.layer = Layer(self.runtime, number, scales)
+        longest = vllm_config.model_config.max_model_len
         if serving and device.type == "cuda":  # elsewhere nothing is compiled
             impl, runtime = layers[0].impl, self.runtime
             heads = impl.num_heads, impl.num_kv_heads, impl.head_size
             ranking = runtime.selector.ranking
-            longest = min(settings.dense_len, vllm_config.model_config.max_model_len)
-            seen = settings.model_copy(update={"dense_len": longest})
+            seen = settings.model_copy(update={"dense_len": min(settings.dense_len, longest)})
             warm_up(machine.kernels, seen, ranking, runtime.blocks, heads, dtype, device, stored)
         ask_for_prompt_lengths(vllm_config)
         watch_controls(vllm_config)
@@ -182,7 +182,7 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         counters.set_gauge("slab_frames", sum(geometry.frames))
         if speaks and serving:
             warn_of_slow_kernels(machine.kernels.note)
-            if settings.dense_len >= (longest := vllm_config.model_config.max_model_len):
+            if settings.dense_len >= longest:
                 logger.warning_once(
                     f"SPARDA: all tokens will be attended densely, as dense_len is "
                     f"{settings.dense_len} and --max-model-len {longest}. Lower "

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 MOST_INDEX_BYTES = 256 << 20
 # Of an element of a key or value that is gathered: two indices, and a number.
 _GATHERED_BYTES = 2 * 8 + 4
-_ALL = 1 << 31
 
 
 def store_tokens(
@@ -81,10 +80,12 @@ def store_index(
 
 
 def rows_at_once(policy: Policy, kv_heads: int, pages: int) -> int:
-    """How many rows with so many pages are scored together; all where nothing is scored."""
-    if not policy.index_width:
-        return _ALL
-    row_bytes = 4 * kv_heads * pages * (policy.index_width + policy.shape.group_size)
+    """How many rows with so many pages are scored together; without an index, nothing is scored."""
+    scored = policy.index_width + policy.shape.group_size if policy.index_width else 0
+    return _rows_within(4 * kv_heads * pages * scored)
+
+
+def _rows_within(row_bytes: int) -> int:
     return max(1, MOST_INDEX_BYTES // max(1, row_bytes))
 
 
@@ -191,40 +192,21 @@ def attend_tokens(
         sinks: Learned attention sinks, ``[H]``.
     """
     kv_heads, width = positions.shape[1:]
-    row_bytes = _GATHERED_BYTES * kv_heads * width * 2 * layout.head_dim
-    step = max(1, MOST_INDEX_BYTES // max(1, row_bytes))
+    size, device = layout.block_size, table.device
+    head, place = torch.arange(kv_heads, device=device)[:, None], torch.arange(width, device=device)
+    step = _rows_within(_GATHERED_BYTES * kv_heads * width * 2 * layout.head_dim)
     for first in range(0, len(table), step):
         here = slice(first, first + step)
-        _attend_rows(
-            cache, query[here], output[here], positions[here], table[here], lengths[here], reader,
-            layout, scale, scales, sinks,
-        )  # fmt: skip
-
-
-def _attend_rows(
-    cache: Tensor,
-    query: Tensor,
-    output: Tensor,
-    positions: Tensor,
-    table: Tensor,
-    lengths: Tensor,
-    reader: Reader,
-    layout: PageLayout,
-    scale: float,
-    scales: Scales,
-    sinks: Tensor | None,
-) -> None:
-    kv_heads, width = positions.shape[1:]
-    block = table[:, None].expand(-1, kv_heads, -1).gather(2, positions // layout.block_size)
-    head = torch.arange(kv_heads, device=block.device)[:, None]
-    rows = reader.at(cache, block, head, positions % layout.block_size).float()
-    hidden = (torch.arange(width, device=block.device) >= lengths[:, None])[:, None, :, None]
-    # What lies beyond a row may be NaN, which a weight of zero would not silence.
-    keys, values = rows.masked_fill(hidden, 0.0).split(layout.head_dim, -1)
-    grouped = query.float().unflatten(1, (kv_heads, -1))
-    logits = (grouped @ keys.transpose(-1, -2) * (scale * scales.key)).masked_fill(
-        hidden.transpose(-1, -2), -torch.inf
-    )
-    weights = softmax(logits, of_groups(sinks, kv_heads))
-    attended = (weights @ values * scales.value).flatten(1, 2)
-    output.copy_(torch.where((lengths > 0)[:, None, None], attended, 0.0))
+        token, seen = positions[here], lengths[here, None]
+        block = table[here, None].expand(-1, kv_heads, -1).gather(2, token // size)
+        rows = reader.at(cache, block, head, token % size).float()
+        hidden = (place >= seen)[:, None, :, None]
+        # What lies beyond a row may be NaN, which a weight of zero would not silence.
+        keys, values = rows.masked_fill(hidden, 0.0).split(layout.head_dim, -1)
+        grouped = query[here].float().unflatten(1, (kv_heads, -1))
+        logits = (grouped @ keys.transpose(-1, -2) * (scale * scales.key)).masked_fill(
+            hidden.transpose(-1, -2), -torch.inf
+        )
+        weights = softmax(logits, of_groups(sinks, kv_heads))
+        attended = (weights @ values * scales.value).flatten(1, 2)
+        output[here] = torch.where((seen > 0)[..., None], attended, 0.0)
