@@ -87,7 +87,7 @@ def _flags() -> tuple[str, ...]:
     return (*_FLAGS, *shlex.split(os.environ.get(FLAGS_ENV, "")))
 
 
-def library_path(compiler: str) -> Path:
+def compiled_path(compiler: str) -> Path:
     """Where these sources are, or will be, compiled for this machine."""
     headers = sorted(Path(__file__).parent.glob("*.h"))
     sources = b"".join(source.read_bytes() for source in (*_SOURCES, *headers))
@@ -111,7 +111,7 @@ def load() -> ctypes.CDLL:
         raise KernelBuildError(
             "no C++ compiler found (g++ or clang++, or set CXX); vLLM's CPU build needs one too"
         )
-    library = library_path(compiler)
+    library = compiled_path(compiler)
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         # Several workers may start at once: each builds under its own name, the last rename wins.

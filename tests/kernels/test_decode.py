@@ -221,12 +221,12 @@ def test_sizes_are_what_the_kernels_read(mirror):
 
 
 def test_flags_of_the_environment_come_last_and_have_a_library_of_their_own(monkeypatch, tmp_path):
-    plain, compiler = build.library_path("g++"), tmp_path / "compiler"
+    plain, compiler = build.compiled_path("g++"), tmp_path / "compiler"
     compiler.write_text('#!/bin/sh\nprintf "<%s>" "$@" >&2\nexit 1\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv(build.FLAGS_ENV, "-O1 -DNAME='a b'")
-    assert build.library_path("g++") != plain
+    assert build.compiled_path("g++") != plain
     with pytest.raises(build.KernelBuildError, match=r"<-O3>.*<-O1><-DNAME=a b></"):
         build.load.__wrapped__()
 

@@ -50,7 +50,7 @@ def kernel_facts() -> dict[str, Any]:
     from vllm_sparse.kernels.cpu import build
 
     compiler = build.find_compiler()
-    library = build.library_path(compiler) if compiler else None
+    library = build.compiled_path(compiler) if compiler else None
     compiled = library is not None and library.exists()
     if compiled:
         build.load()
