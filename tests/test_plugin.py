@@ -145,6 +145,34 @@ def test_gpu_platforms_accept_what_we_serve(monkeypatch, name):
     assert "KV connectors" in reasons()[0]
 
 
+@pytest.mark.parametrize(
+    ("asked", "taken", "size"), [(None, 16, 64), (32, 16, 32), (None, 48, 16)]
+)
+def test_gpu_platforms_take_the_blocks_that_ours_prefers(monkeypatch, asked, taken, size):
+    """Beside windows, too, whose backend takes multiples of ``taken``; `asked` by the user."""
+    from vllm.platforms.interface import Platform, PlatformEnum
+    from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+
+    from vllm_sparse import platform
+
+    class Windows(AttentionBackend):
+        get_supported_kernel_block_sizes = staticmethod(lambda *_: [MultipleOf(taken)])
+
+    class Gpu(Platform):
+        _enum = PlatformEnum.CUDA
+        _find_non_ssm_backends = staticmethod(
+            lambda config: [Windows, backends._backend("ROCKETKV", True)]
+        )
+
+    config = _config()
+    config.cache_config = Mock(
+        DEFAULT_BLOCK_SIZE=16, block_size=asked or 16, user_specified_block_size=bool(asked)
+    )
+    monkeypatch.setattr("vllm_sparse.backends.gpu.get_current_vllm_config", lambda: config)
+    platform._prefer_our_blocks(Gpu, config)
+    assert config.cache_config.block_size == size
+
+
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0"])
 def test_other_vllm_versions_are_refused(monkeypatch, version):
     monkeypatch.setattr(versions.metadata, "version", lambda name: version)

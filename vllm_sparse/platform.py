@@ -54,8 +54,28 @@ def _check_and_update_config(cls: Any, vllm_config: Any) -> None:
 def _update_block_size_for_backend(cls: Any, vllm_config: Any) -> None:
     """Refuse a model that turns out not to be served by ours; it has just been loaded."""
     if vllm_config.model_config is not None and is_ours(vllm_config.attention_config.backend):
-        check_model(vllm_config, cls._enum == PlatformEnum.CUDA)
+        on_gpu = cls._enum == PlatformEnum.CUDA
+        check_model(vllm_config, on_gpu)
+        if on_gpu:
+            _prefer_our_blocks(cls, vllm_config)
     cls._vllm_sparse_stock.update_block_size_for_backend(vllm_config)
+
+
+def _prefer_our_blocks(cls: Any, vllm_config: Any) -> None:
+    """Blocks of the size that ours prefers, where other layers take it, too.
+
+    vLLM asks for preferences only where all layers have one backend, which sliding windows do not.
+    """
+    from vllm.config import set_current_vllm_config
+
+    cache = vllm_config.cache_config
+    backends = cls._find_non_ssm_backends(vllm_config)
+    if cache.user_specified_block_size or len(backends) < 2:
+        return
+    with set_current_vllm_config(vllm_config):
+        size = max(each.get_preferred_block_size(cache.DEFAULT_BLOCK_SIZE) for each in backends)
+        if all(each.supports_block_size(size) for each in backends):
+            cache.block_size, cache.user_specified_block_size = size, True
 
 
 _OURS = {
