@@ -20,6 +20,7 @@ from support.policies import make_policy
 from vllm_sparse import registry, startup
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.features import FEATURES, OUTSIDE, POLICIES, SPARDA, Refused, Served, Stock
+from vllm_sparse.kv.tail.codec import PageCodec
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -305,6 +306,11 @@ def odd_blocks(name: str, on_gpu: bool) -> None:
         check_block_size(name, 48)
 
 
+def packing(name: str, on_gpu: bool) -> None:
+    """Whatever is to be written, the pages stay zero."""
+    PageCodec(lambda key, value, pages: None, 32, 64, torch.float32, torch.device("cpu"))
+
+
 def narrow_parts(name: str, on_gpu: bool) -> None:
     planning("ROCKETKV", on_gpu, 32, whole=224, group=12)
 
@@ -342,6 +348,7 @@ BY_CHECK = {
     "triton-windows": (triton_windows, "which TRITON_ATTN does not allow"),
     "unlike-layers": (unlike_layers, "(2 and 4 query heads|3 of 4 layers)"),
     "other-blocks": (other_blocks, "from 32 to 48|blocks of 64 tokens, but .* 32"),
+    "packing": (packing, "32 x 64 torch.float32"),
     "odd-blocks": (odd_blocks, "blocks of 48 tokens"),
     "narrow-parts": (narrow_parts, "parts of 32, where 7 of the 8 queries"),
     "unknown-projections": (unknown_projections, "StrangeForCausalLM.*selector to query"),

@@ -145,9 +145,7 @@ def test_gpu_platforms_accept_what_we_serve(monkeypatch, name):
     assert "KV connectors" in reasons()[0]
 
 
-@pytest.mark.parametrize(
-    ("asked", "taken", "size"), [(None, 16, 64), (32, 16, 32), (None, 48, 16)]
-)
+@pytest.mark.parametrize(("asked", "taken", "size"), [(None, 16, 64), (32, 16, 32), (None, 48, 16)])
 def test_gpu_platforms_take_the_blocks_that_ours_prefers(monkeypatch, asked, taken, size):
     """Beside windows, too, whose backend takes multiples of ``taken``; `asked` by the user."""
     from vllm.platforms.interface import Platform, PlatformEnum

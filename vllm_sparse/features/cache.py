@@ -154,6 +154,19 @@ ROWS = (
         None,
     ),
     row(
+        _CACHE, "packing", "pages packed by vLLM in another way than is known (bfloat16 on ARM)",
+        (
+            Refused(
+                "the stock attention kernel packs KV pages of {size} x {dim} {dtype} in a way that "
+                "vllm-sparse does not know, so prompts cannot be compacted (on ARM in bfloat16, "
+                "for one). Use another --dtype, or SPARDA, whose pages are its own; and please "
+                "report the CPU model and the vLLM version"
+            ),
+            None,
+        ),
+        None,
+    ),
+    row(
         _CACHE, "odd-blocks", "blocks that are no power of two",
         (
             Served(_STATES + "test_recurrent_states_equal_hugging_face"),

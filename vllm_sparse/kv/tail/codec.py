@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.features import POLICIES, reason
 from vllm_sparse.kernels.fp8 import FP8
 
 if TYPE_CHECKING:
@@ -152,12 +153,8 @@ class PageCodec:
                 unpack(half, self.block_size, self.dim)[0].transpose(0, 1), expected
             ):
                 return unpack
-        raise UnsupportedError(
-            f"the stock attention kernel packs KV pages of {self.block_size} x {self.dim} "
-            f"{half.dtype} in a way that vllm-sparse does not know, so prompts cannot be "
-            "compacted (on ARM in bfloat16, for one). Use another --dtype, or SPARDA, whose pages "
-            "are its own; and please report the CPU model and the vLLM version"
-        )
+        sizes = {"size": self.block_size, "dim": self.dim, "dtype": half.dtype}
+        raise UnsupportedError(reason("packing", POLICIES, False, **sizes))
 
     def _half(self, pages: Tensor, second: bool) -> Tensor:
         size = self.block_size * self.dim
