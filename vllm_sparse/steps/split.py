@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +18,7 @@ from vllm_sparse.steps.rules import Rules, Table
 from vllm_sparse.upload import upload
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from vllm_sparse.kernels.types import Rows
     from vllm_sparse.policies.protocol import Policy
@@ -86,6 +87,19 @@ class StepMetadata:
     sparse: tuple[SparseRows, ...] = ()
     pages: Pages | None = None
     rows: Rows | None = None
+
+
+class _Batch(NamedTuple):
+    """A step on the host: of its ``R`` rows what `split` is given, and of its ``T`` tokens ``row``
+    and ``position`` in their requests.
+    """
+
+    query_start: Tensor
+    seq_lens: Tensor
+    prompt_lens: Tensor
+    rule: Tensor
+    row: Tensor
+    position: Tensor
 
 
 class _Steady(NamedTuple):
@@ -161,103 +175,137 @@ class StepPlanner:
             return self._next(steady, seq_lens, block_table, count)
         self._steady = None
         num_tokens = int(query_start[-1])
-        query_lens = query_start.diff()
         sparse_row = self.rules.table.sparse[rule]
         any_sparse = bool(sparse_row.any())
+        whole_batch = partial(dense_metadata, None, None, None)
+        rows = query_start, seq_lens, prompt_lens, rule
         if not any_sparse and self.policy.moves:
-            self.prompts.count(query_start, seq_lens, prompt_lens, rule, count, replayed)
-            return StepMetadata(num_tokens, dense_metadata(None, None, None))
-
-        device = block_table.device
-        start = seq_lens - query_lens
+            self.prompts.count(*rows, count, replayed)
+            return StepMetadata(num_tokens, whole_batch())
         row = torch.repeat_interleave(
-            torch.arange(len(seq_lens)), query_lens, output_size=num_tokens
+            torch.arange(len(seq_lens)), query_start.diff(), output_size=num_tokens
         )
-        position = torch.arange(num_tokens) - query_start[:-1][row] + start[row]
-        sparse_token = sparse_row[row] & (position >= prompt_lens[row])
+        end = query_start[1:][row]
+        batch = _Batch(*rows, row, torch.arange(num_tokens) - end + seq_lens[row])
+        sparse_token = sparse_row[row] & (batch.position >= prompt_lens[row])
 
         dense, dense_index = None, None
         prompts: tuple[PromptEnd, ...] = ()
-        all_sparse = bool(sparse_token.all())
-        if not all_sparse:
-            self.prompts.count(query_start, seq_lens, prompt_lens, rule, count, replayed)
+        if not bool(sparse_token.all()):
+            self.prompts.count(*rows, count, replayed)
             if self.policy.moves:
-                prompts = self.prompts.ending(
-                    query_start, seq_lens, prompt_lens, rule, block_table, count
-                )
+                prompts = self.prompts.ending(*rows, block_table, count)
             if bool(sparse_token.any()):
                 dense_index = (~sparse_token).nonzero()[:, 0]
-                rows = torch.unique_consecutive(row[dense_index])
+                dense_rows = torch.unique_consecutive(row[dense_index])
                 lens = torch.where(sparse_row, torch.minimum(seq_lens, prompt_lens), seq_lens)
-                dense = dense_metadata(rows, dense_index, lens[rows])
-                dense_index = upload(dense_index, device)
+                dense = dense_metadata(dense_rows, dense_index, lens[dense_rows])
+                dense_index = upload(dense_index, block_table.device)
             else:
-                dense = dense_metadata(None, None, None)
+                dense = whole_batch()
+        groups: tuple[SparseRows, ...] = ()
+        if any_sparse:
+            groups = tuple(self._groups(batch, sparse_token, block_table, count, controls, drafts))
+        pages = None
+        if not self.policy.moves:
+            reads_all = bool(groups) and self.policy.settings.skip_layers > 0
+            pages = self._pages(
+                batch, slots[:num_tokens], whole_batch if reads_all else None, drafts
+            )
+        return StepMetadata(num_tokens, dense, dense_index, prompts, groups, pages)
 
-        groups = []
-        page_sizes = self.rules.table.page_size[rule]
-        asked = [AS_SET] if controls is None else controls[sparse_row].unique().tolist()
-        for page_size, control in product(self.policy.page_sizes, asked) if any_sparse else ():
+    def _groups(
+        self,
+        batch: _Batch,
+        sparse_token: Tensor,
+        block_table: Tensor,
+        count: Callable[..., None],
+        controls: Tensor | None,
+        drafts: Drafts | None,
+    ) -> Iterator[SparseRows]:
+        """Sparse tokens, by the size of their pages and by what their requests ask for."""
+        table, rule, row = self.rules.table, batch.rule, batch.row
+        page_sizes = table.page_size[rule]
+        asked = [AS_SET] if controls is None else controls[table.sparse[rule]].unique().tolist()
+        for page_size, control in product(self.policy.page_sizes, asked):
             chosen = sparse_token & (page_sizes[row] == page_size)
             if controls is not None:
                 chosen &= (controls == control)[row]
             whole = bool(chosen.all())
-            index = torch.arange(num_tokens) if whole else chosen.nonzero()[:, 0]
+            index = torch.arange(len(row)) if whole else chosen.nonzero()[:, 0]
             if not len(index):
                 continue
-            rows = row[index]
-            dropped = self.rules.table.dropped[rule][rows]
-            gone = dropped * self.block_size
-            visible, lengths = position[index] + 1, (position[index] + 1 - gone).int()
-            width = -(-int(lengths.max()) // self.block_size)
-            columns = (dropped[:, None] + torch.arange(width)).clamp_(max=block_table.shape[1] - 1)
-            there = upload(rows, device)
-            held, final = upload(lengths, device), upload((seq_lens[rows] - gone).int(), device)
-            if drafts is not None:
-                off = drafts.off[there]
-                held, final = held + off, final + off
-            groups.append(
-                SparseRows(
-                    None if whole else upload(index, device),
-                    block_table[there[:, None], upload(columns, device)],
-                    held,
-                    final,
-                    upload(self.rules.table.top_r[rule][rows], device),
-                    page_size,
-                    control,
-                )
-            )
-            if drafts is None:
-                self._count_rows(visible, lengths, control, count)
-            else:
-                policy = self.rules.policy_for(control)
-                drafts.count_rows(upload(visible, device) + off, held, policy)
-            lone = drafts is None and num_tokens == len(seq_lens)
-            if lone and whole and self.policy.moves:
+            group = self._group(batch, index, block_table, count, page_size, control, drafts)
+            if not whole:
+                yield replace(group, token_index=upload(index, block_table.device))
+                continue
+            yield group
+            if drafts is None and len(row) == len(rule) and self.policy.moves:
                 self._steady = _Steady(
-                    query_start.clone(), self.rules.table, rule,
-                    dropped, groups[-1].top_r, page_size, control,
+                    batch.query_start.clone(), table, rule,
+                    table.dropped[rule], group.top_r, page_size, control,
                 )  # fmt: skip
-        pages = None
-        if not self.policy.moves:
-            size = self.policy.page_sizes[0]
-            last = torch.arange(num_tokens) == (query_start[1:] - 1)[row]
-            slots = slots[:num_tokens]
-            if drafts is not None:
-                position = upload(position, device) + drafts.off[upload(row, device)]
-                closes = ((position + 1) % size == 0) | upload(last, device)
-                # The others go to vLLM's null block.
-                closing = torch.where(closes, slots, 0)
-            else:
-                closes = ((position + 1) % size == 0) | last
-                closing = slots[upload(closes.nonzero()[:, 0], device)]
-            reads_all = bool(groups) and self.policy.settings.skip_layers > 0
-            pages = Pages(
-                slots,
-                closing if self.policy.index_width else slots[:0],
-                dense_metadata(None, None, None) if reads_all else None,
-            )
-        return StepMetadata(num_tokens, dense, dense_index, prompts, tuple(groups), pages)
+
+    def _group(
+        self,
+        batch: _Batch,
+        index: Tensor,
+        block_table: Tensor,
+        count: Callable[..., None],
+        page_size: int,
+        control: int,
+        drafts: Drafts | None,
+    ) -> SparseRows:
+        """Sparse tokens at some positions of the batch."""
+        device, rows = block_table.device, batch.row[index]
+        rule = batch.rule[rows]
+        dropped = self.rules.table.dropped[rule]
+        gone = dropped * self.block_size
+        visible = batch.position[index] + 1
+        lengths = (visible - gone).int()
+        width = -(-int(lengths.max()) // self.block_size)
+        columns = (dropped[:, None] + torch.arange(width)).clamp_(max=block_table.shape[1] - 1)
+        there = upload(rows, device)
+        held, final = upload(lengths, device), upload((batch.seq_lens[rows] - gone).int(), device)
+        if drafts is None:
+            self._count_rows(visible, lengths, control, count)
+        else:
+            off = drafts.off[there]
+            held, final = held + off, final + off
+            policy = self.rules.policy_for(control)
+            drafts.count_rows(upload(visible, device) + off, held, policy)
+        return SparseRows(
+            None,
+            block_table[there[:, None], upload(columns, device)],
+            held,
+            final,
+            upload(self.rules.table.top_r[rule], device),
+            page_size,
+            control,
+        )
+
+    def _pages(
+        self,
+        batch: _Batch,
+        slots: Tensor,
+        whole: Callable[[], Any] | None,
+        drafts: Drafts | None,
+    ) -> Pages:
+        """What a step writes where tokens stay in place."""
+        device, row, position = slots.device, batch.row, batch.position
+        size = self.policy.page_sizes[0]
+        last = torch.arange(len(row)) == (batch.query_start[1:] - 1)[row]
+        if drafts is not None:
+            position = upload(position, device) + drafts.off[upload(row, device)]
+            closes = ((position + 1) % size == 0) | upload(last, device)
+            # The others go to vLLM's null block.
+            closing = torch.where(closes, slots, 0)
+        else:
+            closes = ((position + 1) % size == 0) | last
+            closing = slots[upload(closes.nonzero()[:, 0], device)]
+        return Pages(
+            slots, closing if self.policy.index_width else slots[:0], whole() if whole else None
+        )
 
     def _next(
         self, steady: _Steady, seq_lens: Tensor, block_table: Tensor, count: Callable[..., None]
