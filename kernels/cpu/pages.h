@@ -163,7 +163,7 @@ struct Channels {
       const Query *from = query + g * dim, *to = weights.data() + g * even;
       for (int64_t i = 0; i < top_r; ++i) weights[g * even + i] = from[order[i]];
       const float chosen = magnitude_sum(to, even), all = magnitude_sum(from, dim);
-      inverse_temperature[g] = all > 0 ? scale / std::sqrt(chosen / all) : 1.0f;
+      inverse_temperature[g] = chosen > 0 ? scale / std::sqrt(chosen / all) : 1.0f;
     }
   }
 

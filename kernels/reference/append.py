@@ -126,7 +126,7 @@ def probe_pages(
     chosen = torch.where(read[:, :, None], grouped, 0.0)
     norm = grouped.abs().sum(-1)
     share = chosen.abs().sum(-1) / norm
-    factor = torch.where(norm > 0, scale / share.sqrt(), 1.0)
+    factor = torch.where(share > 0, scale / share.sqrt(), 1.0)
 
     last = (lengths.clamp(min=1) - 1).long()
     member = last[:, None] // layout.page_size * layout.page_size

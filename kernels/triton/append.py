@@ -62,7 +62,7 @@ def _store_probe(
     selected = tl.where(kept[None, :], q, 0.0)
     norm = tl.sum(tl.abs(q), 1)
     share = tl.sum(tl.abs(selected), 1) / tl.where(norm > 0, norm, 1.0)
-    scale = tl.where(norm > 0, logit_scale / tl.sqrt(tl.where(norm > 0, share, 1.0)), 1.0)
+    scale = tl.where(share > 0, logit_scale / tl.sqrt(tl.where(share > 0, share, 1.0)), 1.0)
     bound = tl.where(inside, tl.where(upper, high, low), 0.0)
     newest = tl.sum(selected * bound[None, :], 1) * scale
     at = first_head + member

@@ -53,6 +53,7 @@ def test_probes_equal_reference(shape, dtype, replays):
     top_r[3] = 0
     batch.query[1] = 0.0
     batch.query[5] = batch.query[5].sign()
+    batch.query[4, 0, batch.query[4].abs().sum(0) > batch.query[4].abs().sum(0).median()] = 0.0
     if dtype == torch.float16:  # rounded to the cache's
         batch = batch._replace(query=batch.query.float())
     rows, heads, dim = batch.query.shape

@@ -86,6 +86,28 @@ def test_of_equal_channels_the_lower_ones_are_read(dim, magnitude):
     torch.testing.assert_close(output, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_its_group_s_channels_leave_out_does_not_hide_the_others(dtype):
+    """It votes evenly; PyTorch's quotient of nothing by nothing is no number."""
+    batch = make_batch(rows=6, group=2, dtype=dtype)
+    batch.top_r[:] = 8
+    heads = batch.query.unflatten(1, (-1, 2))
+    heads[:, :, 0, :8] *= 2
+    heads[:, :, 1, :8], heads[:, :, 1, 8:] = 0, 0.01
+    _, expected = run(reference.decode_attention, batch, 13)
+    _, output = run(fused.decode_attention, batch, 13)
+    for row, past in enumerate(batch.history):
+        held = torch.cat((past, torch.cat((batch.key[row], batch.value[row]), -1).unsqueeze(1)), 1)
+        keys, values = held.float().chunk(2, -1)
+        bounds = brute.page_extrema(keys.to(dtype), batch.layout.page_size)
+        given = held.shape[1], batch.layout.page_size, 8, 13
+        chosen = brute.select_decode_tokens(batch.query[row].float(), *bounds, *given, scale=0.4)
+        truth = brute.attend(batch.query[row].float(), keys, values, torch.tensor(chosen), 0.4)
+        torch.testing.assert_close(output[row].float(), truth.float(), rtol=2e-2, atol=2e-2)
+    tolerance = 2e-5 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("group", range(1, 17))
 def test_odd_shapes_equal_reference(group):
     """Rows of one token, none, all tokens; tables and a pool that end; learned sinks."""

@@ -37,13 +37,16 @@ def test_decode_selection_equals_brute_force(tokens, scale, page_size, group, fo
         assert ours.tolist() == expected
 
 
-def test_decode_selection_knows_queries_by_their_direction():
+@pytest.mark.parametrize("elsewhere", [0, 0.01])
+def test_decode_selection_knows_queries_by_their_direction(elsewhere):
     """However short they are, channels that are left out sharpen the rest; but there may be none.
 
-    A head whose query is zero wants every token as much as any other.
+    A head whose query is zero, at least in the channels of its group, wants every token as much as
+    any other.
     """
     query, keys = tensors(11, (6, 16), (2, 90, 16))
-    query[1] = 0
+    query[0, :8] *= 10
+    query[1, :8], query[1, 8:] = 0, elsewhere
     bounds = rocketkv.page_extrema(keys, 2)
     for shrink in (1, 1e-2, 1e-6):
         given = query * shrink, *bounds, 90, 2, 5, 31

@@ -86,7 +86,8 @@ def page_probabilities(
     norm = query.abs().sum(-1, keepdim=True)
     share = selected.abs().sum(-1, keepdim=True) / norm
     sharpness = (dim**-0.5 if scale is None else scale) / share.sqrt()
-    selected = torch.where(norm > 0, selected * sharpness, selected)
+    # A head of which the channels hold nothing votes evenly.
+    selected = torch.where(share > 0, selected * sharpness, selected)
     positive = (query.sum(-2, keepdim=True) > 0).transpose(-1, -2)
     upper = torch.where(positive.transpose(-1, -2), selected, 0.0)
     score = upper @ key_max.float().transpose(-1, -2)
