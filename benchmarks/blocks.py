@@ -31,8 +31,8 @@ from benchmarks.quality.schemes import FEW_FORCED
 from benchmarks.results import Recorder
 from vllm_sparse.policies.windows import compress_keys, forecast_scores, query_scores
 from vllm_sparse.training.backbone import Backbone
+from vllm_sparse.training.evaluate import forecasts_of
 from vllm_sparse.training.files import import_forecast
-from vllm_sparse.training.forecast import Forecast
 from vllm_sparse.training.objective import LiveTeacher, best_free_blocks, pooled
 from vllm_sparse.training.samples import visit_layers
 
@@ -42,20 +42,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_sparse.training.backbone import LayerView
+    from vllm_sparse.training.forecast import Forecast
 
 TASKS = ("multikey", "prose")
 QUICK = {"contexts": [1024], "questions": 2, "passages": 1, "tokens": 8, "top": [6, 8]}
-
-
-def forecasts_of(backbone: Backbone, trained: Path | None) -> dict[str, Forecast]:
-    """The selectors that look a layer ahead, as they are served."""
-    sizes = backbone.num_layers, backbone.hidden_size, backbone.num_kv_heads, backbone.head_dim
-    untrained = Forecast(*sizes, bias=True)
-    untrained.initialise("lookahead", backbone, 0)
-    found = {"lookahead-query": untrained}
-    if trained is not None:
-        found["forecast"] = import_forecast(trained, backbone)[0]
-    return found
 
 
 class Probe:
@@ -174,7 +164,8 @@ def main(arguments: list[str] | None = None) -> None:
     with Recorder(options.out, "blocks", body) as record:
         tokenizer = harness.tokenizer_of(options.model)
         backbone = Backbone.load(str(harness.resolve_model(options.model)))
-        forecasts = forecasts_of(backbone, options.forecast)
+        trained = import_forecast(options.forecast, backbone)[0] if options.forecast else None
+        forecasts = forecasts_of(backbone, trained)
         for task, context in itertools.product(options.tasks, options.contexts):
             started = time.perf_counter()
             probe = Probe(backbone, options.top, forecasts)

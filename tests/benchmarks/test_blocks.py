@@ -10,6 +10,7 @@ from support.training import backbone
 
 from benchmarks import blocks
 from vllm_sparse.policies import sparda
+from vllm_sparse.training.evaluate import forecasts_of
 
 TOKENS, STEPS, TOP = 700, 5, 6
 
@@ -18,7 +19,7 @@ TOKENS, STEPS, TOP = 700, 5, 6
 def measured():
     frozen = backbone()
     tokens = torch.randint(0, 64, (TOKENS,), generator=torch.Generator().manual_seed(1))
-    probe = blocks.Probe(frozen, [TOP, 8], blocks.forecasts_of(frozen, None))
+    probe = blocks.Probe(frozen, [TOP, 8], forecasts_of(frozen, None))
     probe.add(tokens.tolist(), STEPS)
     views = []
     frozen.run(tokens, views.append)

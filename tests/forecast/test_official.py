@@ -178,6 +178,10 @@ def test_unusable_checkpoints(tmp_path):
     torch.save(mixed, tmp_path / "mixed.pt")
     with pytest.raises(ConfigError, match="matrices of one shape"):
         convert_official(tmp_path / "mixed.pt", target)
+    without = {**checkpoint(), "sparse_config": {**SPARSE_CONFIG, "use_nope": True}}
+    torch.save(without, tmp_path / "without.pt")
+    with pytest.raises(ConfigError, match=r"without\.pt: use_nope is true"):
+        convert_official(tmp_path / "without.pt", target)
     uneven = {**checkpoint(), "sparse_config": {**SPARSE_CONFIG, "window_size": 100}}
     torch.save(uneven, tmp_path / "uneven.pt")
     said = r"uneven\.pt: window_size 100 is not a multiple of block_size 64"

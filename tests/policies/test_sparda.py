@@ -30,7 +30,7 @@ class TestSettings:
 
     def test_the_selector_follows_the_forecast_file(self):
         assert load().chosen_selector == "previous"
-        assert load(sparse_prefill=True).chosen_selector == "lookahead-query"
+        assert load(sparse_prefill=True).chosen_selector == "query"
         assert load(forecast="weights.safetensors").chosen_selector == "forecast"
         assert load(selector="previous").chosen_selector == "previous"
 

@@ -69,6 +69,12 @@ def _metadata(content: Any) -> dict[str, str]:
     config = content.get("sparse_config")
     if not isinstance(config, Mapping):
         return metadata
+    if config.get("use_nope"):
+        raise ConfigError(
+            "use_nope is true, so it was trained to score keys without positions, and here keys "
+            "are compressed as they lie in the cache, with RoPE. Train one without, or choose "
+            "selector query or previous"
+        )
     for key in ("block_size", "kernel_size", "kernel_stride", "init_blocks"):
         if key in config:
             metadata[key] = str(whole_number(config, key))

@@ -39,7 +39,7 @@ class SpardaSettings(CommonSettings):
         "ahead. `lookahead-query`: the layer's query projection on the input of the layer before. "
         "`query`: its own queries (InfLLM-v2); nothing can be fetched ahead. `previous`: the last "
         "token's queries. Unset: `forecast` with a forecast file, else `previous` (with "
-        "`sparse_prefill`: `lookahead-query`).",
+        "`sparse_prefill`: `query`).",
     )
     forecast: str | None = Field(
         None,
@@ -138,7 +138,8 @@ class SpardaSettings(CommonSettings):
         """The selector in force."""
         if self.selector or self.forecast:
             return self.selector or "forecast"
-        return "lookahead-query" if self.sparse_prefill else "previous"
+        # Models that attend sparsely in prompts were trained with their own queries choosing.
+        return "query" if self.sparse_prefill else "previous"
 
     @model_validator(mode="after")
     def _consistent(self) -> SpardaSettings:

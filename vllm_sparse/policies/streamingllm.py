@@ -2,8 +2,9 @@
 # SPDX-FileCopyrightText: The vllm-sparse authors
 """StreamingLLM (arXiv 2309.17453): the first tokens and a window are read, all between is freed.
 
-Positions stay those of the text; the paper renumbers them inside the cache, which only matters
-beyond the length that a model was trained for.
+Positions stay those of the text, and prompts are read densely; the paper renumbers positions inside
+the cache and streams prompts, too. So what the first tokens are worth differs as soon as a text is
+longer than the budget.
 """
 
 from __future__ import annotations

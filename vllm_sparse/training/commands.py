@@ -225,10 +225,11 @@ def _warn_of_sparse_forward(model: str, settings: TrainSettings) -> None:
         return
     print(
         f"warning: sparse_forward is on, as it is by default, but the config of {model} has no "
-        f"sparse_config, so it was trained densely. It will attend to the blocks of the teacher "
+        f"sparse_config, so it does not say that it was trained sparsely (some releases of "
+        "MiniCPM4 were, without). It will attend to the blocks of the teacher "
         f"({settings.teacher}) only, and its Forecast learn what sparse prompts look like "
-        "(sparse_prefill). For dense prompts use --recipe dense, or --sparse-forward false and "
-        "--teacher block-mass",
+        "(sparse_prefill). If it was trained densely and prompts are to be dense, use --recipe "
+        "dense, or --sparse-forward false and --teacher block-mass",
         file=sys.stderr,
     )
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.policies.windows import compress_keys, forecast_scores, query_scores
+from vllm_sparse.training.forecast import Forecast
 from vllm_sparse.training.objective import LiveTeacher, best_free_blocks, pooled
 from vllm_sparse.training.samples import sample_positions, visit_layers
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm_sparse.training.backbone import Backbone, LayerView
-    from vllm_sparse.training.forecast import Forecast
     from vllm_sparse.training.geometry import BlockGeometry
 
 SELECTORS = ("exact", "query", "forecast", "lookahead-query", "previous", "random")
@@ -108,11 +108,9 @@ class Evaluation:
             seed: Of the rows and the random selector.
         """
         self._backbone, self._geometry, self._chunk = backbone, geometry, chunk
-        self._forecast = forecast.to(backbone.device) if forecast is not None else None
+        self._ahead = forecasts_of(backbone, forecast)
         self._queries, self._tail, self._seed = queries, tail_queries, seed
-        without = {"forecast"} if forecast is None else set()
-        if backbone.projection(0, "q_proj") is None:
-            without.add("lookahead-query")
+        without = {"forecast", "lookahead-query"} - self._ahead.keys()
         self.selectors = [name for name in SELECTORS if name not in without]
         shape = (backbone.num_layers, backbone.num_kv_heads)
         self._sums = {
@@ -180,8 +178,8 @@ class Evaluation:
         """Window scores of a selector, ``[G, T, C]``."""
         sizes = self._geometry
         inputs, cos, sin = inputs[rows], view.cos[rows], view.sin[rows]
-        if name == "forecast" and self._forecast is not None:
-            return forecast_scores(self._forecast(view.layer, inputs, cos, sin), keys)
+        if name in self._ahead:
+            return forecast_scores(self._ahead[name](view.layer, inputs, cos, sin), keys)
         if name == "random":
             generator = torch.Generator().manual_seed(
                 (self._seed * 1009 + self._sequence) * 1_000_003
@@ -190,20 +188,35 @@ class Evaluation:
             )
             shape = (keys.shape[0], len(rows), keys.shape[1])
             return torch.rand(shape, generator=generator).to(keys.device)
-        at = rows
-        if name == "lookahead-query":
-            query = self._backbone.project_query(view.layer, inputs, cos, sin)
-        else:
-            at = rows - 1 if name == "previous" else rows
-            query = view.query[:, at]
+        at = rows - 1 if name == "previous" else rows
         return query_scores(
-            query,
+            view.query[:, at],
             keys,
             at,
             kernel_size=sizes.kernel_size,
             kernel_stride=sizes.kernel_stride,
             scale=view.scale,
         )
+
+
+def forecasts_of(backbone: Backbone, trained: Forecast | None) -> dict[str, Forecast]:
+    """The selectors that look a layer ahead, as they are served.
+
+    Args:
+        backbone: The model.
+        trained: A Forecast of it.
+
+    Returns:
+        ``lookahead-query``, if the model has query projections to start from, and ``forecast``.
+    """
+    found = {}
+    if backbone.projection(0, "q_proj") is not None:
+        sizes = backbone.num_layers, backbone.hidden_size, backbone.num_kv_heads, backbone.head_dim
+        found["lookahead-query"] = Forecast(*sizes, bias=True)
+        found["lookahead-query"].initialise("lookahead", backbone, 0)
+    if trained is not None:
+        found["forecast"] = trained
+    return {name: each.to(backbone.device) for name, each in found.items()}
 
 
 def plot(report: Report, path: Path) -> bool:
