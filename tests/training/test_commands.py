@@ -60,6 +60,8 @@ def test_commands(model_folder, tmp_path, capsys):
     assert main(["inspect", str(out)]) == 0
     shown = capsys.readouterr().out
     assert f"base_model: {model_folder.name}" in shown
+    assert "trained_steps: 4" in shown
+    assert f"trained_seq_len: {SETTINGS['seq_len']}" in shown
     assert "q_curr_proj.weight" in shown
 
     numbers = tmp_path / "numbers.json"

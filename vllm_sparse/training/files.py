@@ -26,6 +26,7 @@ from vllm_sparse.training.forecast import Forecast
 from vllm_sparse.training.geometry import BlockGeometry
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -66,9 +67,20 @@ def load_tensors(
 
 
 def export_forecast(
-    path: Path, forecast: Forecast, geometry: BlockGeometry, base_model: str
+    path: Path,
+    forecast: Forecast,
+    geometry: BlockGeometry,
+    base_model: str,
+    history: Mapping[str, object] | None = None,
 ) -> None:
     """Writes a Forecast as bfloat16, with the metadata that the server checks.
+
+    Args:
+        path: The safetensors file.
+        forecast: What was trained.
+        geometry: The blocks it was trained for.
+        base_model: The model it was trained on.
+        history: How it was trained, for whoever reads the file: the server does not.
 
     Raises:
         ConfigError: Some weight is not finite.
@@ -84,6 +96,7 @@ def export_forecast(
     metadata = {
         "base_model": base_model,
         **{name: str(getattr(geometry, name)) for name in SIZE_KEYS},
+        **{f"trained_{name}": str(value) for name, value in (history or {}).items()},
         "version": FORMAT_VERSION,
     }
     save_tensors(path, tensors, metadata)
