@@ -67,7 +67,7 @@ def chained(
             sinks=sinks,
         )
         sizes = prompt_lens - window
-        counts = sizes - dropped_blocks * layout.block_size
+        counts = sizes.sub(dropped_blocks, alpha=layout.block_size)
         chosen = top_indices(score, sizes, counts, max_kept - window)
         compact_tokens(
             cache,

@@ -9,8 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vllm_sparse.kernels.fp8 import FP8
-from vllm_sparse.kernels.triton.launch import dim_block, launch, row_block, splits
+from vllm_sparse.kernels.triton.launch import MOST_SHARES, dim_block, launch, row_block, splits
 from vllm_sparse.kernels.triton.ops import dot, share_of
+
+# Queries of a program of `_merge_kernel`: 16 of the shares' numbers a thread.
+_MERGED_ROWS = 32
 
 
 @triton.jit
@@ -105,6 +108,35 @@ def _normaliser_kernel(
     value = peak + tl.log(tl.where(mass == 0.0, 1.0, mass))
     offset = (request * HEADS + head) * GROUP * WINDOW + row
     tl.store(lse + offset * tl.num_programs(0) + tl.program_id(0), value, mask=row_inside)
+
+
+# Longer prompts have more shares, which must not compile variants either.
+@triton.jit(do_not_specialize=["rows", "shares"])
+def _merge_kernel(
+    lse,
+    sinks,
+    merged,
+    rows,
+    shares,
+    HEADS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Each query's softmax denominator from those of the shares, and its head's sink if any."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    share = tl.arange(0, BLOCK_S)
+    inside = (row < rows)[:, None] & (share < shares)[None, :]
+    part = tl.load(lse + row[:, None] * shares + share[None, :], mask=inside, other=float("-inf"))
+    highest = tl.max(part, 1)
+    if sinks is not None:
+        sink = tl.load(sinks + row // WINDOW % HEADS, mask=row < rows, other=0.0).to(tl.float32)
+        highest = tl.maximum(highest, sink)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    mass = tl.sum(tl.exp(part - base[:, None]), 1)
+    if sinks is not None:
+        mass += tl.exp(sink - base)
+    tl.store(merged + row, base + tl.log(mass), mask=row < rows)
 
 
 @triton.jit(
@@ -252,9 +284,19 @@ def score_prompt(
         **shape,
     )
     if shares > 1 or sinks is not None:
-        lse = lse.logsumexp(-1)
-    if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.float().view(kv_heads, group).repeat_interleave(window, 1))
+        parts, lse = lse, torch.empty(lse.shape[:3], device=device)
+        _merge_kernel[(-(-lse.numel() // _MERGED_ROWS),)](
+            parts,
+            sinks,
+            lse,
+            lse.numel(),
+            shares,
+            HEADS=heads,
+            WINDOW=window,
+            BLOCK=_MERGED_ROWS,
+            BLOCK_S=MOST_SHARES,
+            num_warps=4,
+        )
     _score_kernel[(tiles, requests * kv_heads)](
         query_window,
         keys,
