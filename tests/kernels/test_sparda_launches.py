@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import adversary
-from support.capture import capturing
+from support.capture import Operations, capturing
 from support.kernels import DEVICE, sparda
-from torch.utils._python_dispatch import TorchDispatchMode
 from vllm_sparse.kernels.types import Rotary
 
 from vllm_sparse.kv.host.geometry import Geometry
@@ -34,20 +33,6 @@ SETTINGS = SpardaSettings(
     selector="lookahead-query", block_size=SIZE, kernel_stride=16, init_blocks=1, local_blocks=1,
     top_k=4, dense_len=0, sparse_prefill=True,
 )  # fmt: skip
-FREE = ("aten::empty", "aten::new_empty", "aten::alias", "aten::detach", "aten::_unsafe_view")
-
-
-class Operations(TorchDispatchMode):
-    """Counts what would be launched on a device: no views, and nothing that only allocates."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not (func.is_view or func._schema.name.startswith(FREE)):
-            self.found[func._schema.name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture

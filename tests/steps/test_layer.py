@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from support import adversary
-from support.capture import CaptureError, capturing
+from support.capture import CaptureError, Operations, capturing
 from support.fp8 import nearest
 from support.kernels import DEVICE
 from support.pages import row_pack
@@ -15,6 +17,7 @@ from support.policies import make_policy, tensors
 from vllm_sparse.kernels.dispatch import policy_triton
 from vllm_sparse.kernels.fp8 import FP8, Scales
 from vllm_sparse.kernels.layout import PageLayout
+from vllm_sparse.kernels.triton import launch
 from vllm_sparse.kernels.types import Rows
 
 from vllm_sparse.kv.tail.codec import PageCodec, PlainReader
@@ -26,6 +29,7 @@ from vllm_sparse.policies.snapkv import SnapKV
 from vllm_sparse.policies.streamingllm import StreamingLLM
 from vllm_sparse.steps import split
 from vllm_sparse.steps.layer import SparseLayer
+from vllm_sparse.steps.prompts import PromptEnd
 from vllm_sparse.steps.split import SparseRows
 
 pytest.importorskip("triton")
@@ -86,6 +90,27 @@ def test_a_graph_can_capture_rows(kind, drafts, monkeypatch):
             page = keys[:, (length - 1) // layout.page_size * layout.page_size :]
             stored = layout.index(cache)[block, :, :, place // layout.page_size]
             assert stored.equal(torch.cat((page.amin(1), page.amax(1)), -1))
+
+
+def test_the_end_of_a_prompt_takes_eleven_launches(monkeypatch):
+    """Queries that waited in two, then normalisers in two, scores, pool, places in three, rows."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 64)
+    for name in ("empty", "empty_like"):  # unpoisoned: that is no launch of ours
+        monkeypatch.setattr(torch, name, getattr(torch._C._VariableFunctions, name))
+    layer = layer_of(RocketKV, 16, monkeypatch)
+    content = 2 * DIM + layer.stock_layout.channels // layer.stock_layout.page_size
+    cache = torch.randn(65, KV_HEADS, 16, content)
+    end = PromptEnd(
+        torch.arange(1, 65).int(), 1020, 50, 50, layer.policy.page_sizes[0], 0, 0,
+        layer.policy.window, True, torch.tensor([1020, 50]).int(),
+    )  # fmt: skip
+    before = Counter(adversary.LAUNCHES)
+    with Operations() as operations:
+        layer.compact_parked(cache, end)
+    launches = adversary.LAUNCHES - before
+    assert launches["_merge_kernel"] == 1, "nothing was split"
+    assert launches.total() == 7
+    assert operations.found.total() == 4, operations.found
 
 
 @pytest.mark.parametrize("kind", [Quest, SnapKV, StreamingLLM])

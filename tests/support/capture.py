@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from torch.overrides import TorchFunctionMode
@@ -120,3 +121,19 @@ def capturing() -> Iterator[None]:
 
 def _refused(what: str, why: str) -> Callable[..., None]:
     return lambda *_, **__: _refuse(what, why)
+
+
+FREE = ("aten::empty", "aten::new_empty", "aten::alias", "aten::detach", "aten::_unsafe_view")
+
+
+class Operations(TorchDispatchMode):
+    """Counts what would be launched on a device: no views, and nothing that only allocates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not (func.is_view or func._schema.name.startswith(FREE)):
+            self.found[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
