@@ -4,18 +4,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from vllm_sparse.paths import hub_snapshot
+from vllm_sparse.quantized import ItemBytes, described, item_bytes
+
 # CUDA's context and libraries, captured graphs, logits, and what nobody thinks of.
 _RESERVED_BYTES = 4 << 30
-_MXFP4_BYTES = 17 / 32  # of a number: 4 bits, and 8 for each 32 numbers
 
 
 def left_bytes(config: Any, total_bytes: int) -> int:
     """Device memory that neither weights nor activations will take; may be negative.
 
-    An estimate: what is loaded is known from the files of a local model, else from its shape.
+    An estimate: what is loaded is known from the files, if they are on this machine, else from the
+    model's shape.
 
     Args:
         config: vLLM's configuration; only parts that are known before anything is loaded.
@@ -28,7 +32,7 @@ def left_bytes(config: Any, total_bytes: int) -> int:
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of a model's weights on all ranks together.
+    """Bytes of a model's weights on all ranks together; 16 bits each where nobody knows better.
 
     Args:
         model: vLLM's model configuration.
@@ -42,16 +46,43 @@ def least_weight_bytes(model: Any) -> int:
     Args:
         model: vLLM's model configuration.
     """
-    packed = getattr(model, "quantization", None) and not _has_mxfp4(model)
-    parts = 4 if packed else 1
+    parts = 4 if item_bytes(model) is None else 1
     return _stored(model) or _weights_by_shape(model) // parts
 
 
+def mlp_widths(shape: Any) -> tuple[int, int]:
+    """Width of an expert, or of a dense layer's MLP; and of the experts that all tokens share.
+
+    Args:
+        shape: The language model's part of the checkpoint's configuration, with attributes.
+    """
+    width = _number(getattr(shape, "moe_intermediate_size", None)) or _width(shape)
+    named = ("shared_expert_intermediate_size", "shared_intermediate_size")
+    shared = next((_number(found) for key in named if (found := getattr(shape, key, None))), 0)
+    return width, shared or width * (getattr(shape, "n_shared_experts", None) or 0)
+
+
 def _stored(model: Any) -> int:
-    """Bytes of a local model's files; some have their weights in a second form beside them."""
-    files = list(Path(model.model).glob("*.safetensors"))
-    first = [file for file in files if not file.name.startswith("consolidated")]
-    return sum(file.stat().st_size for file in first or files)
+    """Bytes of a checkpoint's files, if all of them are on this machine; else 0.
+
+    Some have their weights in a second form beside them. What vLLM packs as it loads is smaller
+    than its files.
+    """
+    if getattr(model, "quantization", None) and not described(model):
+        return 0
+    folder = Path(model.model)
+    if not folder.is_dir():
+        folder = hub_snapshot(model.model, getattr(model, "revision", None)) or folder
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [folder / name for name in set(named)]
+        if not all(file.is_file() for file in files):
+            return 0
+    else:
+        found = list(folder.glob("*.safetensors"))
+        files = [file for file in found if not file.name.startswith("consolidated")] or found
+    return sum(file.stat().st_size for file in files)
 
 
 def _weights_by_shape(model: Any) -> int:
@@ -59,19 +90,14 @@ def _weights_by_shape(model: Any) -> int:
     shape = model.hf_text_config
     hidden, layers = shape.hidden_size, shape.num_hidden_layers
     heads = shape.num_attention_heads + model.get_total_num_kv_heads()
-    experts = max(1, model.get_num_experts())
-    width = getattr(shape, "moe_intermediate_size", None) or _width(shape)
+    width, shared = mlp_widths(shape)
     attention = 2 * hidden * heads * model.get_head_size()
+    mlp = 3 * hidden * (width * max(1, model.get_num_experts()) + shared)
     embeddings = (1 if getattr(shape, "tie_word_embeddings", False) else 2) * shape.vocab_size
-    whole = layers * attention + embeddings * hidden
-    item = model.dtype.itemsize
-    of_experts = _MXFP4_BYTES if _has_mxfp4(model) else item
-    return int(whole * item + layers * 3 * hidden * width * experts * of_experts)
-
-
-def _has_mxfp4(model: Any) -> bool:
-    """Whether experts are stored in it, and nothing else (gpt-oss)."""
-    return "mxfp4" in str(getattr(model, "quantization", None))
+    plain = model.dtype.itemsize
+    each = item_bytes(model) or ItemBytes(plain, plain)
+    layer = attention * each.attention + mlp * each.mlp
+    return int(layers * layer + embeddings * hidden * plain)
 
 
 def working_bytes(config: Any) -> int:
@@ -87,4 +113,9 @@ def working_bytes(config: Any) -> int:
 
 
 def _width(shape: Any) -> int:
-    return int(getattr(shape, "intermediate_size", 4 * shape.hidden_size))
+    return _number(getattr(shape, "intermediate_size", None)) or 4 * int(shape.hidden_size)
+
+
+def _number(found: Any) -> int:
+    """The largest, where each layer has its own (Gemma 3n); 0 for none."""
+    return max(map(int, found), default=0) if isinstance(found, list) else int(found or 0)

@@ -21,6 +21,29 @@ def cache_dir() -> Path:
     return Path(configured) if configured else Path.home() / ".cache" / "vllm-sparse"
 
 
+def hub_cache() -> Path:
+    """Where ``hf download`` and vLLM keep what they fetch from the Hugging Face hub."""
+    get = os.environ.get
+    home = get("HF_HOME") or os.path.join(get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    hub = get("HF_HUB_CACHE") or get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    return Path(os.path.expandvars(hub)).expanduser()
+
+
+def hub_snapshot(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a model's files in that cache, which need not be all of them.
+
+    Args:
+        name: As the hub has it.
+        revision: A branch, a tag or a commit; the branch ``main`` by default.
+    """
+    cached = hub_cache() / f"models--{name.replace('/', '--')}"
+    wanted = revision or "main"
+    reference = cached / "refs" / wanted
+    commit = reference.read_text().strip() if reference.is_file() else wanted
+    found = cached / "snapshots" / commit
+    return found if found.is_dir() else None
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that replaces it if the block succeeds."""

@@ -157,7 +157,8 @@ def fit_slab(
         raise ConfigError(
             f"vllm_sparse: {max(room_bytes, 0) / GIB:.2f} GiB will be left on this device, but "
             f"frames for what one request reads in a step take {least / GIB:.2f} GiB. Raise "
-            "--gpu-memory-utilization, or lower --max-num-batched-tokens, top_k or dense_len"
+            "--gpu-memory-utilization, or lower --max-num-batched-tokens, top_k or dense_len. What "
+            "is left is an estimate; if you know of more, set slab_gib"
         )
     return (first + each * paged) * piece_bytes, min(max_num_seqs, each // per_request)
 
