@@ -121,8 +121,8 @@ def rocket_parts(
 
 def rest_ms(shape: Shape, batch: int, expected: Expected) -> float:
     """A decode step without attention: weights, or products if there are many rows; launches."""
-    read = 1e3 * shape.step_weight_bytes / expected.machine.bytes_per_s
-    computed = 1e3 * batch * shape.step_weight_bytes / FLOPS_PER_S  # two for each two bytes
+    read = 1e3 * shape.step_weight_bytes(batch) / expected.machine.bytes_per_s
+    computed = 1e3 * batch * shape.step_weight_bytes(1) / FLOPS_PER_S  # two for each two bytes
     return max(read, computed) + shape.layers * OTHER_LAUNCHES * expected.machine.launch_us / 1e3
 
 
@@ -168,7 +168,7 @@ def paged_step_ms(
     """
     machine = expected.machine
     waited = PAGED_LAUNCHES * machine.launch_us + PAGED_WAITS * machine.memory_us
-    weights_ms = 1e3 * shape.step_weight_bytes / machine.bytes_per_s
+    weights_ms = 1e3 * shape.step_weight_bytes(batch) / machine.bytes_per_s
     computed = rest_ms(shape, batch, expected) + shape.layers * waited / 1e3
     computed += max(0.0, bound.compute_ms - weights_ms)
     return max(computed, bound.transfer_ms) if prefetch else computed + bound.transfer_ms
@@ -176,6 +176,6 @@ def paged_step_ms(
 
 def prefill_s(shape: Shape, context: int) -> float:
     """A cold prompt: its products and causal attention; the logits are of one token."""
-    weights = (shape.step_weight_bytes - 2 * shape.hidden * shape.vocab) / 2
+    weights = (shape.step_weight_bytes(1) - 2 * shape.hidden * shape.vocab) / 2
     attention = 2 * shape.layers * shape.heads * shape.head_dim * context**2
     return (2 * weights * context + attention) / FLOPS_PER_S

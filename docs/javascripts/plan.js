@@ -53,7 +53,7 @@
       intermediate: config.intermediate_size,
       expertWidth: config.moe_intermediate_size || config.intermediate_size,
       experts: config.num_experts || 0,
-      active: config.num_experts ? config.num_experts_per_tok || 1 : 1,
+      active: config.num_experts ? config.num_experts_per_tok || 1 : 0,
       heads,
       kvHeads: config.num_key_value_heads || heads,
       dim: config.head_dim || floorDiv(config.hidden_size, heads),
@@ -116,10 +116,22 @@
     return ITEM_BYTES * rows * (channels + shape.heads * shape.dim);
   }
 
-  function stepWeightBytes(shape) {
+  // vllm_sparse/planner/shapes.py
+  const ofRank = ({ shape, ranks }) => ({
+    ...shape,
+    expertWidth: floorDiv(shape.expertWidth, ranks),
+    heads: floorDiv(shape.heads, ranks),
+    kvHeads: Math.max(1, floorDiv(shape.kvHeads, ranks)),
+    vocab: floorDiv(shape.vocab, ranks),
+  });
+
+  const expertsRead = (shape, rows) =>
+    shape.experts ? shape.experts * (1 - (1 - shape.active / shape.experts) ** rows) : 1;
+
+  function stepWeightBytes(shape, rows) {
     const attention = 2 * shape.hidden * (shape.heads + shape.kvHeads) * shape.dim;
-    const layer = attention + 3 * shape.hidden * shape.expertWidth * shape.active;
-    return ITEM_BYTES * (shape.layers * layer + shape.hidden * shape.vocab);
+    const mlp = 3 * shape.hidden * shape.expertWidth * expertsRead(shape, rows);
+    return ITEM_BYTES * (shape.layers * (attention + mlp) + shape.hidden * shape.vocab);
   }
 
   // vllm_sparse/policies/rocketkv.py
@@ -156,17 +168,19 @@
   // vllm_sparse/planner/times.py
   function milliseconds(asked, read, launches) {
     const begin = (launches * asked.shape.layers * asked.launchUs) / 1e3;
-    return (1e3 * read) / (asked.bytesPerS * asked.ranks) + begin;
+    return (1e3 * read) / asked.bytesPerS + begin;
   }
 
   function denseMs(asked, context) {
-    const { shape, concurrency } = asked;
-    const read = stepWeightBytes(shape) + shape.layers * attendBytes(shape, concurrency, context);
+    const { concurrency } = asked;
+    const shape = ofRank(asked);
+    const read = stepWeightBytes(shape, concurrency) + shape.layers * attendBytes(shape, concurrency, context);
     return milliseconds(asked, read, LAUNCHES.dense);
   }
 
   function rocketMs(asked, own, context) {
-    const { shape, concurrency } = asked;
+    const { concurrency } = asked;
+    const shape = ofRank(asked);
     const found = retention(asked, own, context, context + asked.output);
     if (!found.sparse) return denseMs(asked, context);
     const split = { ...found, held: context - found.dropped * asked.policyBlockSize };
@@ -174,24 +188,26 @@
     const layer =
       scoreBytes(shape, concurrency, split) +
       attendBytes(shape, concurrency, Math.min(topK, split.held));
-    return milliseconds(asked, stepWeightBytes(shape) + shape.layers * layer, LAUNCHES.ROCKETKV);
+    const read = stepWeightBytes(shape, concurrency) + shape.layers * layer;
+    return milliseconds(asked, read, LAUNCHES.ROCKETKV);
   }
 
   function spardaMs(asked, own, context) {
-    const { shape, concurrency: rows, onGpu } = asked;
+    const { concurrency: rows, onGpu } = asked;
+    const shape = ofRank(asked);
     const size = own.block_size;
     const there = ceilDiv(context, size);
     const whole = context <= own.dense_len;
     const read = whole ? there : Math.min(own.top_k, there);
     const free = whole ? 0 : Math.max(read - own.init_blocks - own.local_blocks - 1, 0);
     const kvBytesPerToken = ITEM_BYTES * shape.layers * shape.kvHeads * 2 * shape.dim;
-    const fetched = (MISSES * free * rows * kvBytesPerToken * size) / asked.ranks;
+    const fetched = MISSES * free * rows * kvBytesPerToken * size;
     const keys = ITEM_BYTES * rows * shape.kvHeads * shape.dim
       * (floorDiv(context, own.kernel_stride) + 1);
     const choices = 2 * 4 * rows * shape.kvHeads * read;
     const layer = attendBytes(shape, rows, read * size) + keys + choices;
-    const bytes = stepWeightBytes(shape) + shape.layers * layer;
-    const compute = (1e3 * bytes) / (asked.bytesPerS * asked.ranks);
+    const bytes = stepWeightBytes(shape, rows) + shape.layers * layer;
+    const compute = (1e3 * bytes) / asked.bytesPerS;
     const transfer = (1e3 * (onGpu ? fetched : 2 * fetched)) / asked.linkBytesPerS;
     const begin = (LAUNCHES.SPARDA * shape.layers * asked.launchUs) / 1e3;
     return (onGpu ? Math.max(compute, transfer) : compute + transfer) + begin;

@@ -21,7 +21,7 @@ def test_model_folders_have_the_published_sizes(tmp_path):
     assert config.max_position_embeddings == 4096
     assert LLAMA.kv_bytes_per_token == 131072
     assert MINICPM.kv_bytes_per_token == 32768
-    assert LLAMA.step_weight_bytes == pytest.approx(15.01e9, rel=1e-3)
+    assert LLAMA.step_weight_bytes(1) == pytest.approx(15.01e9, rel=1e-3)
 
 
 @pytest.mark.parametrize("first", [True, False])

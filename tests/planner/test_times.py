@@ -32,3 +32,61 @@ def test_a_cpu_pays_for_sparda_s_copies(config, capsys):
     assert fetched["SPARDA"]["step_ms"] - resident["SPARDA"]["step_ms"] == pytest.approx(extra)
     assert fetched["SPARDA"]["wins_from"] is not None
     assert "bookkeeping" in fetched["SPARDA"]["left_out"]
+
+
+FP8 = {"quantization_config": {"quant_method": "fp8"}}
+MIXTURE = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+ONE = ("--context", "16", "--output", "1", "--concurrency")
+
+
+def dense_ms(capsys, path, *options):
+    """A step's time, launches apart: a bandwidth so low that they do not show."""
+    options = ("--device", "cpu", "--bandwidth", "1", *options)
+    return plan(capsys, path, *options, "--backend", "ROCKETKV")[1]["dense"]["step_ms"]
+
+
+def test_weights_of_8_bits_are_half_as_many_bytes_to_read(config, capsys):
+    """But for the head, which stays as it is; what a checkpoint packs unheard of counts least."""
+    whole, packed = (dense_ms(capsys, config(**more), *ONE, "1") for more in ({}, FP8))
+    head, layers = 128256 * 4096, 32 * (2 * 4096 * 40 * 128 + 3 * 4096 * 14336)
+    assert whole - packed == pytest.approx(1e3 * layers / 1e9, rel=1e-6)
+    unknown = dense_ms(capsys, config(quantization_config={"quant_method": "quark"}), *ONE, "1")
+    assert unknown == pytest.approx(1e3 * (layers / 2 + 2 * head) / 1e9, rel=1e-2)
+
+
+def test_a_quantised_model_leaves_room_for_its_blocks(config, capsys):
+    """70 billion numbers: 131 GiB in 16 bits, half of it in 8, which an H200 has room for."""
+    shape = {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    }  # fmt: skip
+    options = ("--device", "h200", "--concurrency", "1")
+    status, arms = plan(capsys, config(**shape), *options)
+    assert (status, arms["dense"]["fits"]) == (4, 0)
+    status, arms = plan(capsys, config(**shape, **FP8), *options)
+    assert status == 0
+    assert min(arm["fits"] for arm in arms.values()) > 0
+
+
+def test_requests_choose_experts_of_their_own(config, capsys):
+    """One reads 8 of 128; 64 read nearly all, and never more."""
+    one, some, all_of_them = (
+        dense_ms(capsys, config(**MIXTURE), *ONE, rows) for rows in ("1", "64", "4096")
+    )
+    expert = 1e3 * 32 * 3 * 4096 * 768 * 2 / 1e9
+    keys = 1e3 * 16 * 131072 / 1e9
+    assert some - one == pytest.approx((128 * (1 - (15 / 16) ** 64) - 8) * expert, rel=0.02)
+    assert all_of_them - 4096 * keys - one < 120 * expert * 1.05
+    wide = config(**MIXTURE, shared_expert_intermediate_size=1536)
+    assert dense_ms(capsys, wide, *ONE, "64") - some == pytest.approx(2 * expert)
+
+
+def test_ranks_beyond_the_kv_heads_read_copies_of_them(config, capsys):
+    """What a rank holds is what it reads, and its weights are an eighth."""
+    few = config(num_key_value_heads=2)
+    options = ("--tensor-parallel-size", "8", "--concurrency", "16", "--context", "65536")
+    options += ("--device", "h100", "--bandwidth", "1000", "--backend", "ROCKETKV", "--output", "1")
+    dense = plan(capsys, few, *options)[1]["dense"]
+    read = 65536 / 65552 * dense["request_bytes"] * 16  # blocks are not full
+    weights = 15.1e9 / 8
+    assert 1e3 * read / 1e12 < dense["step_ms"] < 1e3 * (read + 1.2 * weights) / 1e12

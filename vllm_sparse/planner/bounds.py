@@ -73,9 +73,11 @@ def layer_bytes(shape: Shape, rows: int, context: int, split: Split | None) -> i
     return score_bytes(shape, rows, split) + attend_bytes(shape, rows, read)
 
 
-def step_bytes(shape: Shape, rows: int, context: int, split: Split | None = None) -> int:
+def step_bytes(shape: Shape, rows: int, context: int, split: Split | None = None) -> float:
     """What a decode step of the whole model reads, but windows and states."""
-    return shape.step_weight_bytes + shape.kv_layers * layer_bytes(shape, rows, context, split)
+    return shape.step_weight_bytes(rows) + shape.kv_layers * layer_bytes(
+        shape, rows, context, split
+    )
 
 
 def most_rows(pool_tokens: int, tokens_per_row: int, once: int = 0) -> int:
@@ -131,5 +133,5 @@ def paged_step(
     top_k, size, stride = blocks
     layer = attend_bytes(shape, rows, top_k * size)
     layer += select_blocks_bytes(shape, rows, context, stride, top_k)
-    read = shape.step_weight_bytes + shape.kv_layers * layer
+    read = shape.step_weight_bytes(rows) + shape.kv_layers * layer
     return PagedStep(1e3 * read / device_bytes_per_s, 1e3 * bytes_fetched / link_bytes_per_s)

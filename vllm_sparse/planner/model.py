@@ -19,13 +19,16 @@ import torch
 
 from vllm_sparse import paths
 from vllm_sparse.backends.refusals import check_layer, check_windows
+from vllm_sparse.device_room import mlp_widths
 from vllm_sparse.errors import ConfigError, UnsupportedError
 from vllm_sparse.features import reason
 from vllm_sparse.planner.shapes import Shape
+from vllm_sparse.quantized import ItemBytes, item_bytes
 from vllm_sparse.registry import entries
 
 _ATTENTION_FREE = ("mamba", "mamba2", "falcon_mamba", "rwkv")
 _RECURRENT_KEYS = ("mamba_d_state", "mamba_d_ssm", "linear_num_key_heads", "attn_layer_indices")
+_LEAST_BYTES = 0.5
 _RECURRENT_LAYERS = ("linear_attention", "mamba", "recurrent", "conv")
 
 
@@ -179,20 +182,26 @@ class Model:
         return 0
 
     def shape(self) -> Shape:
-        """What a decode step reads; of a mixture, the experts of one token."""
-        width = self.text.get("moe_intermediate_size") or self.text["intermediate_size"]
-        active = int(self.text.get("num_experts_per_tok") or 1) if self.get_num_experts() else 1
+        """What a decode step reads; numbers of unknown size count as the least that they may be."""
+        experts = self.get_num_experts()
+        width, shared = mlp_widths(self.hf_text_config)
+        each = item_bytes(self) or ItemBytes(_LEAST_BYTES, _LEAST_BYTES)
         return Shape(
             self.architecture,
             self.layers,
             self.hidden,
-            int(width) * active,
+            width,
             int(self.text["num_attention_heads"]),
             self.get_total_num_kv_heads(),
             self.get_head_size(),
             int(self.text["vocab_size"]),
             0.0,
             self.other_layers,
+            experts=experts,
+            active=int(self.text.get("num_experts_per_tok") or 1) if experts else 0,
+            shared=shared,
+            attention_bytes=each.attention,
+            mlp_bytes=each.mlp,
         )
 
     def layer_refusals(self, name: str, on_gpu: bool, flash_attention: int) -> list[str]:

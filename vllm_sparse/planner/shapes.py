@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ITEM_BYTES = 2  # bfloat16
 
@@ -13,7 +13,14 @@ ITEM_BYTES = 2  # bfloat16
 class Shape:
     """A decoder-only model with grouped query attention and a gated MLP, `intermediate` wide.
 
-    Of its layers, `other_layers` keep a window or a state, not every token.
+    Attributes:
+        intermediate: Width of an MLP; of mixtures, of one expert.
+        other_layers: Of its layers, those that keep a window or a state, not every token.
+        experts: Of a layer; 0: there is one MLP.
+        active: Experts of one token.
+        shared: Width of the experts that all tokens share.
+        attention_bytes: Of a number in attention's matrices.
+        mlp_bytes: Of a number in those of the MLP.
     """
 
     name: str
@@ -26,13 +33,39 @@ class Shape:
     vocab: int
     rope_theta: float
     other_layers: int = 0
+    experts: int = 0
+    active: int = 0
+    shared: int = 0
+    attention_bytes: float = ITEM_BYTES
+    mlp_bytes: float = ITEM_BYTES
 
-    @property
-    def step_weight_bytes(self) -> int:
-        """Bytes of weights that a decode step reads: all but the embedding."""
+    def of_rank(self, ranks: int) -> Shape:
+        """What one tensor-parallel rank has; more ranks than KV heads have copies of them."""
+        return replace(
+            self,
+            intermediate=self.intermediate // ranks,
+            heads=self.heads // ranks,
+            kv_heads=max(1, self.kv_heads // ranks),
+            vocab=self.vocab // ranks,
+            shared=self.shared // ranks,
+        )
+
+    def experts_read(self, rows: int) -> float:
+        """How many experts of a layer the tokens of so many requests choose, if evenly."""
+        if not self.experts:
+            return 1
+        return self.experts * (1 - (1 - self.active / self.experts) ** rows)
+
+    def step_weight_bytes(self, rows: int) -> float:
+        """Bytes of weights that a decode step reads: all but the embedding.
+
+        Args:
+            rows: Requests, of which each chooses experts of its own.
+        """
         attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
-        layer = attention + 3 * self.hidden * self.intermediate
-        return ITEM_BYTES * (self.layers * layer + self.hidden * self.vocab)
+        mlp = 3 * self.hidden * (self.intermediate * self.experts_read(rows) + self.shared)
+        layer = attention * self.attention_bytes + mlp * self.mlp_bytes
+        return self.layers * layer + ITEM_BYTES * self.hidden * self.vocab
 
     @property
     def kv_layers(self) -> int:

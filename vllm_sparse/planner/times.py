@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vllm_sparse.planner.plan import Question
+    from vllm_sparse.planner.shapes import Shape
     from vllm_sparse.policies.protocol import Policy
     from vllm_sparse.policies.sparda import SpardaSettings
 
@@ -26,7 +27,7 @@ _FURTHEST = 1 << 20
 
 def dense_ms(question: Question, context: int) -> float:
     """A decode step of stock vLLM."""
-    shape = question.model.shape()
+    shape = _of_rank(question)
     read = bounds.step_bytes(shape, question.concurrency, context)
     return _milliseconds(question, read, LAUNCHES[DENSE])
 
@@ -35,7 +36,7 @@ def policy_ms(question: Question, policy: Policy, context: int) -> float:
     """A decode step of a policy."""
     if not policy.retention(context).sparse:
         return dense_ms(question, context)
-    shape, rows = question.model.shape(), question.concurrency
+    shape, rows = _of_rank(question), question.concurrency
     split = bounds.split_by(policy, context)
     skipped = min(policy.settings.skip_layers, shape.kv_layers)
     read = bounds.step_bytes(shape, rows, context, split)
@@ -50,17 +51,17 @@ def sparda_ms(question: Question, settings: SpardaSettings, context: int) -> flo
     On a CPU that is a copy within the memory that attention reads from: in and out, at no other
     time.
     """
-    shape, rows, size = question.model.shape(), question.concurrency, settings.block_size
+    shape, rows, size = _of_rank(question), question.concurrency, settings.block_size
     there = -(-context // size)
     read = there if context <= settings.dense_len else min(settings.blocks_read, there)
     free = max(read - settings.init_blocks - settings.local_blocks - 1, 0)
     if context <= settings.dense_len or settings.resident:
         free = 0
-    fetched = MISSES * free * rows * shape.kv_bytes_per_token * size / question.ranks
+    fetched = MISSES * free * rows * shape.kv_bytes_per_token * size
     moved = fetched if question.on_gpu else 2 * fetched
     step = bounds.paged_step(
         shape, rows, context, (read, size, settings.kernel_stride), moved,
-        question.device.bytes_per_s * question.ranks, question.device.link_bytes_per_s,
+        question.device.bytes_per_s, question.device.link_bytes_per_s,
     )  # fmt: skip
     ahead = question.on_gpu and settings.prefetch and settings.chosen_selector != "query"
     launches = LAUNCHES["SPARDA"] * shape.layers * question.device.launch_us / 1e3
@@ -81,7 +82,10 @@ def wins_from(question: Question, milliseconds: Callable[[int], float]) -> int |
     return None
 
 
-def _milliseconds(question: Question, read: int, launches: int) -> float:
+def _of_rank(question: Question) -> Shape:
+    return question.model.shape().of_rank(question.ranks)
+
+
+def _milliseconds(question: Question, read: float, launches: int) -> float:
     device, layers = question.device, question.model.layers
-    begin = launches * layers * device.launch_us / 1e3
-    return 1e3 * read / (device.bytes_per_s * question.ranks) + begin
+    return 1e3 * read / device.bytes_per_s + launches * layers * device.launch_us / 1e3
