@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.pictures.picture import Picture, Series, machine
 from benchmarks.published import result
-from benchmarks.quality.pages import FILE, scored
+from benchmarks.quality.pages import CONTEXT, FILE, scored, short
 from benchmarks.quality.report import differences, lost_points
 
 if TYPE_CHECKING:
@@ -36,6 +36,16 @@ def compared(
     return {name: tuple(round(n, 3) for n in points) for name, points in lost.items()}, counts
 
 
+def prompts(counts: Iterable[str]) -> str:
+    """The model, and how long its prompts are.
+
+    Args:
+        counts: The tasks that are shown.
+    """
+    fewer = ", ".join(sorted(short(FILE, CONTEXT) & set(counts)))
+    return f"Qwen2.5-Coder-0.5B, 4K prompts ({fewer}: 2 to 3K)"
+
+
 def policies() -> Picture:
     """Policies and exact top-k against dense, on the questions that all of them answered."""
     lines = {"ROCKETKV": "window16", "exact top-k": "exact"}
@@ -59,7 +69,7 @@ def policies() -> Picture:
         "quality-policies",
         f"With its worst budget, {name}, ROCKETKV is {least:+.1f} to {greatest:+.1f} points from "
         f"dense (90 %); at 512 {stand}",
-        f"Qwen2.5-Coder-0.5B, 4K prompts; tasks {', '.join(counts)}; {min(counts.values())} "
+        f"{prompts(counts)}; tasks {', '.join(counts)}; {min(counts.values())} "
         f"questions of each, the same for all. {machine(FILE)}",
         "tokens a decode step reads (SNAPKV: keeps)",
         "points above or below dense",
@@ -85,7 +95,7 @@ def windows() -> Picture:
         "quality-budget",
         f"A budget of 1,024 tokens is {own[-1]:+.1f} points from dense, one of 256 {own[0]:+.1f}; "
         f"the paper's wider window {paper[-1]:+.1f} and {paper[0]:+.1f}",
-        f"Qwen2.5-Coder-0.5B, 4K prompts, mean of {len(counts)} tasks, {sum(counts.values())} "
+        f"{prompts(counts)}, mean of {len(counts)} tasks, {sum(counts.values())} "
         f"questions; bars: 90 % intervals, resampled within tasks. {machine(FILE)}",
         "token_budget of ROCKETKV",
         "points above or below dense",

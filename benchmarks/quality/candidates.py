@@ -55,16 +55,16 @@ class ReadPolicy:
 
     def __init__(self, policy: Policy, page: int) -> None:
         self._policy, self._page = policy, page
+        self.most = policy.top_k
         self._index: Tensor | None = None
 
     def __call__(self, query: Tensor, held: Held) -> Tensor | None:
         """As `benchmarks.quality.schemes.ReadTokens`."""
-        top_k = self._policy.top_k
-        if top_k is None or held.count <= top_k:
+        if self.most is None or held.count <= self.most:
             return None
         index = self._pages(held) if self._policy.index_width else None
         count = torch.tensor([held.count])
-        return self._policy.select(query[None], index, count, self._page, top_k)[0]
+        return self._policy.select(query[None], index, count, self._page, self.most)[0]
 
     def _pages(self, held: Held) -> Tensor:
         done = 0 if self._index is None else (held.count - 1) // self._page

@@ -56,7 +56,7 @@ def serve(options: argparse.Namespace, chosen: list[arms.Arm], record: Recorder)
                 f"{arm.settings}; name another file with --out"
             )
         for context in options.contexts:
-            missing = list(_missing(options, cells, context))
+            missing = list(_missing(options, cells, context, record))
             if not missing:
                 continue
             arguments = harness.engine_args(
@@ -99,7 +99,7 @@ def experiment(options: argparse.Namespace, names: list[str], record: Recorder) 
         everything = record.body["arms"]
         for name in schemes:
             everything.setdefault(name, {})
-        for question in _questions(options, context):
+        for question in _questions(options, context, record):
             todo = {
                 name: scheme
                 for name, scheme in schemes.items()
@@ -112,7 +112,9 @@ def experiment(options: argparse.Namespace, names: list[str], record: Recorder) 
             prompt = prompts.saved(network, question.prompt, file if options.keep else None)
             found = lab.Lab(network, prompt, question.max_tokens, eos)
             for name, tokens in found.answers(todo).items():
-                _note(everything[name], context, question, tokenizer.decode(tokens))
+                cell = _note(everything[name], context, question, tokenizer.decode(tokens))
+                if not todo[name].leaves_out(len(question.prompt), question.max_tokens):
+                    cell["read_everything"] = True
             if question.index < options.recall:
                 for name, scheme in todo.items():
                     cell = everything[name].setdefault("recall", {}).setdefault(str(context), {})
@@ -121,9 +123,30 @@ def experiment(options: argparse.Namespace, names: list[str], record: Recorder) 
             record.save()
 
 
-def _questions(options: argparse.Namespace, context: int) -> Iterator[Question]:
+def _questions(options: argparse.Namespace, context: int, record: Recorder) -> Iterator[Question]:
     for task in options.tasks:
-        yield from questions.load(options.model, context, task, options.questions, options.seed)
+        for question in questions.load(
+            options.model, context, task, options.questions, options.seed
+        ):
+            _describe(record, context, question)
+            yield question
+
+
+def _describe(record: Recorder, context: int, question: Question) -> None:
+    """Notes how long a question and its reply are: a task may fill a part of its context only.
+
+    Raises:
+        OtherResultError: The file's answers are to questions of another length.
+    """
+    lengths = {"prompt_tokens": len(question.prompt), "max_tokens": question.max_tokens}
+    of_task = record.body["questions"].setdefault(str(context), {}).setdefault(question.task, {})
+    noted = of_task.setdefault(str(question.index), lengths)
+    if noted != lengths:
+        raise OtherResultError(
+            f"{record.path} has question {question.index} of {question.task} with {noted} and this "
+            f"run with {lengths}, so replies would not be to the same text; name another file with "
+            "--out"
+        )
 
 
 def _has(cells: dict[str, Any], context: int, question: Question) -> bool:
@@ -131,14 +154,18 @@ def _has(cells: dict[str, Any], context: int, question: Question) -> bool:
 
 
 def _missing(
-    options: argparse.Namespace, cells: dict[str, Any], context: int
+    options: argparse.Namespace, cells: dict[str, Any], context: int, record: Recorder
 ) -> Iterator[Question]:
-    return (each for each in _questions(options, context) if not _has(cells, context, each))
+    every = _questions(options, context, record)
+    return (each for each in every if not _has(cells, context, each))
 
 
-def _note(cells: dict[str, Any], context: int, question: Question, reply: str) -> None:
+def _note(cells: dict[str, Any], context: int, question: Question, reply: str) -> dict[str, Any]:
+    """Keeps a reply and returns its cell."""
     of_task = cells.setdefault(str(context), {}).setdefault(question.task, {})
-    of_task[str(question.index)] = {"score": round(question.score(reply), 4), "reply": reply}
+    cell = {"score": round(question.score(reply), 4), "reply": reply}
+    of_task[str(question.index)] = cell
+    return cell
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -179,7 +206,10 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if lacking := questions.lacking(options.tasks):
         parser.error(lacking)
-    body = {"model": options.model, "seed": options.seed, "lab": options.lab, "arms": {}}
+    body = {
+        "model": options.model, "seed": options.seed, "lab": options.lab,
+        "questions": {}, "arms": {},
+    }  # fmt: skip
     if options.lab:
         body["prompt_dtype"] = options.prompt_dtype
     try:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Cells = dict[str, Any]  # questions' answers by task
 FILE, CONTEXT = "quality-lab", "4096"
+SHORT = 0.9  # of a context: tasks whose questions have fewer tokens on average
 TASKS = ("multivalue", "cwe", "table", "niah_multikey_3", "vt", "multiquery", "niah_multikey_2",
          "fwe")  # fmt: skip
 BUDGETS = (256, 512, 1024)
@@ -83,8 +84,7 @@ DEFAULT_TASKS = "multivalue", "niah_multikey_2"
 SECOND = {
     name: _NAMES[name]
     for name in ("dense", "exact-1024", *(f"window16-{n}" for n in (*BUDGETS, 2048)), "paper-1024",
-                 "quest-512", "quest-1024", "snapkv-1024", "streamingllm-1024", "query-32",
-                 "default-96")
+                 "quest-512", "quest-1024", "snapkv-1024", "streamingllm-1024", "query-32")
 }  # fmt: skip
 SECOND_TASKS = "niah_single_1", "multivalue", "multiquery", "vt"
 ATTENTION = {
@@ -134,6 +134,34 @@ def scored(
     }
 
 
+def lengths(file: str, context: str) -> dict[str, list[int]]:
+    """Tokens of each task's questions, of those tasks that a file has at a context.
+
+    Args:
+        file: Of the judge.
+        context: One of its contexts.
+    """
+    asked = published.result(file).get("questions", {}).get(context, {})
+    return {
+        task: [each["prompt_tokens"] for each in of_task.values()]
+        for task, of_task in asked.items()
+    }
+
+
+def short(file: str, context: str) -> set[str]:
+    """Tasks whose questions fill less than `SHORT` of their context.
+
+    Args:
+        file: Of the judge.
+        context: One of its contexts.
+    """
+    return {
+        task
+        for task, tokens in lengths(file, context).items()
+        if np.mean(tokens) < SHORT * int(context)
+    }
+
+
 def _mean(answers: Cells) -> float:
     return float(np.mean([each["score"] for each in answers.values()]))
 
@@ -147,6 +175,9 @@ def scores(
 ) -> str:
     """A line per arm: means of tasks, their mean, and the difference from dense.
 
+    Behind a score that an arm has by reading everything there is a star. Where some tasks are
+    shorter than the context, the difference is shown without them, too.
+
     Args:
         names: What arms are called.
         file: Of the judge.
@@ -159,14 +190,45 @@ def scores(
     for task, answers in dense.items():
         columns[f"{task} ({len(answers)})"] = lambda name, task=task: (
             f"{_mean(found[name][task]):.2f}".removeprefix("0")
+            + ("" if name == "dense" else report.mark(found[name][task]))
         )
     columns["mean"] = lambda name: (
         f"{np.mean([_mean(each) for each in found[name].values()]):.3f}".removeprefix("0")
     )
-    columns["to dense, points (90 %)"] = lambda name: (
-        None if name == "dense" else _paired(found[name], dense, list(dense))
-    )
+    full = [task for task in dense if task not in short(file, context)]
+    compared = {"to dense, points (90 %)": list(dense)}
+    if 0 < len(full) < len(dense):
+        compared[f"tasks of full length ({len(full)})"] = full
+    for head, tasks in compared.items():
+        columns[head] = lambda name, tasks=tasks: (
+            None if name == "dense" else _paired(found[name], dense, tasks)
+        )
     return table(names, columns)
+
+
+def sizes() -> str:
+    """Tokens of each task's questions; of short tasks in bold."""
+    rows = {
+        (model, context): lengths(file, context)
+        for model, file, context in (
+            ("Qwen2.5-Coder-0.5B", FILE, "4096"),
+            ("Qwen2.5-Coder-0.5B", "quality-8k", "8192"),
+            ("SmolLM2-135M", "quality-smollm2", "4096"),
+        )
+    }
+
+    def shown(row: tuple[str, str], task: str) -> str:
+        tokens = rows[row][task]
+        text = f"{min(tokens):,} to {max(tokens):,}"
+        return f"**{text}**" if np.mean(tokens) < SHORT * int(row[1]) else text
+
+    columns: dict[str, Any] = {
+        "model": lambda row: row[0],
+        "context": lambda row: f"{int(row[1]):,}",
+    }
+    for task in (*TASKS, "niah_single_1"):
+        columns[task] = lambda row, task=task: shown(row, task)
+    return table(rows, columns)
 
 
 def windows() -> str:
@@ -219,6 +281,7 @@ def by_task() -> str:
 
 
 TABLES = {
+    "quality-lengths": sizes,
     "quality-windows": lambda: scores(WINDOWS),
     "quality-gains": windows,
     "quality-tried": lambda: scores(TRIED),

@@ -28,11 +28,19 @@ def differences(of: dict[str, Any], base: dict[str, Any]) -> list[float]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """A table for each context: a line per arm, a column per task, and their mean."""
+    """A table for each context: a line per arm, a column per task, and their mean.
+
+    A star stands behind scores of an arm that read everything, as dense does.
+    """
     every = result["arms"]
     baseline = next(iter(every))
     contexts = sorted({key for cells in every.values() for key in cells if key.isdigit()}, key=int)
     return "\n\n".join(_context(every, baseline, context) for context in contexts)
+
+
+def mark(answers: dict[str, Any]) -> str:
+    """What stands behind the score of an arm that read everything in these questions."""
+    return "*" if answers and all(each.get("read_everything") for each in answers.values()) else ""
 
 
 def _context(every: dict[str, Any], baseline: str, context: str) -> str:
@@ -48,6 +56,7 @@ def _context(every: dict[str, Any], baseline: str, context: str) -> str:
             scores = [each["score"] for each in answers.values()]
             fewer = len(answers) != len(base.get(task, answers))
             row[task] = f"{np.mean(scores):.2f}" + (f" ({len(answers)})" if fewer else "")
+            row[task] += "" if name == baseline else mark(answers)
             means.append(np.mean(scores))
             if task in base:
                 apart.append(differences(answers, base[task]))
@@ -83,7 +92,7 @@ def by_task(arms: dict[str, dict[str, Any]], base: dict[str, Any]) -> str:
     def points_lost(name: str, task: str) -> str:
         points = [100 * each for each in differences(arms[name][task], base[task])]
         if not any(points):  # or nothing that both have answered
-            return "0" if points else ""
+            return f"0{mark(arms[name][task])}" if points else ""
         low, high = (round(bound) for bound in interval(points))
         return f"{round(float(np.mean(points))):+d} ({low:+d} to {high:+d})"
 

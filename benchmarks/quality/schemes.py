@@ -142,16 +142,20 @@ def summed(weights: Tensor, size: int) -> Tensor:
 
 
 class ReadTokens:
-    """Exact top-k tokens by the group's summed probabilities."""
+    """Exact top-k tokens by the group's summed probabilities.
+
+    Attributes:
+        most: Tokens up to which everything is read; all readers that choose have it.
+    """
 
     def __init__(self, top_k: int) -> None:
-        self.top_k = top_k
+        self.most = top_k
 
     def __call__(self, query: Tensor, held: Held) -> Tensor | None:
         """Slots to read for queries [G, H / G, D], the current token held already: [G, k]."""
-        if held.count <= self.top_k:
+        if held.count <= self.most:
             return None
-        return held.probabilities(query).topk(self.top_k).indices
+        return held.probabilities(query).topk(self.most).indices
 
 
 class ReadPages:
@@ -169,14 +173,14 @@ class ReadPages:
     def __init__(
         self, page: int, top_r: int, top_k: int, score: str = "extrema", spread: float = 1.0
     ) -> None:
-        self.page, self.top_r, self.top_k, self.score, self.spread = (
+        self.page, self.top_r, self.most, self.score, self.spread = (
             page, top_r, top_k, score, spread,
         )  # fmt: skip
         self._index: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, query: Tensor, held: Held) -> Tensor | None:
         """As `ReadTokens`."""
-        if held.count <= self.top_k:
+        if held.count <= self.most:
             return None
         count = torch.tensor(held.count)
         if self.score == "exact":
@@ -189,8 +193,8 @@ class ReadPages:
                 )
             else:
                 chance = self._moments(query, low, high, held)
-        pages, taken = select_pages(chance, count, self.page, self.top_k)
-        return page_tokens(pages, taken, self.page)[:, : self.top_k]
+        pages, taken = select_pages(chance, count, self.page, self.most)
+        return page_tokens(pages, taken, self.page)[:, : self.most]
 
     def _pages(self, held: Held) -> tuple[Tensor, Tensor]:
         page, count = self.page, held.count
@@ -273,6 +277,7 @@ class ReadBlocks:
         sizes: BlockGeometry = FEW_FORCED,
     ) -> None:
         self._sizes, self._how, self._union = replace(sizes, top_k=top_k), how, union
+        self.most = top_k * sizes.block_size
         self._query: Tensor | None = None
         self._read: Tensor | None = None
         self._means: Tensor | None = None
@@ -280,7 +285,7 @@ class ReadBlocks:
     def __call__(self, query: Tensor, held: Held) -> Tensor | None:
         """As `ReadTokens`; -1 for none."""
         sizes, count = self._sizes, held.count
-        if count <= sizes.top_k * sizes.block_size:
+        if count <= self.most:
             return None
         before, self._query = self._query, query
         if self._how == "exact":
@@ -333,3 +338,16 @@ class Scheme:
     keep: Callable[[Layer, int], Tensor] | None = None
     read: Callable[[int], Callable[[Tensor, Held], Tensor | None]] | None = None
     skip: int = 0
+
+    def leaves_out(self, tokens: int, generated: int) -> bool:
+        """Whether it evicts or does not read some token; else its reply is the dense one.
+
+        Args:
+            tokens: Length of the prompt.
+            generated: Most tokens of the reply.
+        """
+        kept = self.count(tokens)
+        if kept is not None and kept < tokens:
+            return True
+        most = getattr(self.read(tokens), "most", None) if self.read else None
+        return most is not None and tokens + generated - 1 > most

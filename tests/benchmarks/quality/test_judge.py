@@ -15,7 +15,7 @@ from benchmarks import arms, harness
 from benchmarks.quality import judge, lab, prompts, questions
 
 QUESTION = SimpleNamespace(
-    task="vt", index=0, prompt=[1], max_tokens=2, score=lambda reply: float(reply)
+    task="vt", index=0, prompt=[1] * 4000, max_tokens=20, score=lambda reply: float(reply)
 )
 
 
@@ -69,6 +69,34 @@ def test_settings_reach_the_arms_that_are_served(tmp_path):
     assert found["rocketkv-512"]["4096"]["vt"]["0"]["score"] == 0.5
 
 
+def whole(tmp_path):
+    return json.loads((tmp_path / "quality.json").read_text())
+
+
+def test_a_file_says_how_long_questions_and_replies_are(tmp_path):
+    run(tmp_path, "--arms", "dense")
+    lengths = {"prompt_tokens": 4000, "max_tokens": 20}
+    assert whole(tmp_path)["questions"] == {"4096": {"vt": {"0": lengths}}}
+
+
+@pytest.mark.parametrize(("what", "other"), [("prompt", [1] * 2000), ("max_tokens", 40)])
+def test_a_file_does_not_mix_questions_of_two_lengths(tmp_path, capsys, monkeypatch, what, other):
+    run(tmp_path, "--lab", "--arms", "dense")
+    monkeypatch.setattr(QUESTION, what, other)
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--lab", "--arms", "dense,window16-512")
+    assert "would not be to the same text; name another file" in capsys.readouterr().err
+    assert list(whole(tmp_path)["arms"]) == ["dense"]
+
+
+def test_arms_that_read_everything_are_marked(tmp_path):
+    found = run(tmp_path, "--lab", "--arms", "dense,default-62,default-63,window16-2048")
+    marked = {
+        name for name, cells in found.items() if "read_everything" in cells["4096"]["vt"]["0"]
+    }
+    assert marked == {"dense", "default-63"}  # 63 blocks are 4,032 tokens
+
+
 def test_a_file_does_not_mix_settings(tmp_path, capsys):
     run(tmp_path, "--arms", "dense,rocketkv-512", "--setting", "window=32")
     run(tmp_path, "--arms", "dense,rocketkv-512", "--setting", "window=32")
@@ -119,6 +147,6 @@ def test_kept_prompts_are_of_the_same_model_and_dtype_and_text(tmp_path, monkeyp
     for further in ((), ("--prompt-dtype", "float32"), ("--model", "smollm2")):
         for number in range(2):
             run(tmp_path / f"{len(files)}-{number}", *folder, *further)
-    monkeypatch.setattr(QUESTION, "prompt", [2])  # of another seed
+    monkeypatch.setattr(QUESTION, "prompt", [2] * 4000)  # of another seed
     run(tmp_path / "seed", *folder)
     assert [files.index(file) for file in files] == [0, 0, 2, 2, 4, 4, 6]

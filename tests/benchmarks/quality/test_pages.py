@@ -9,7 +9,7 @@ import re
 import pytest
 
 from benchmarks import published, results
-from benchmarks.quality import pages
+from benchmarks.quality import pages, report
 
 
 def answers(*scores):
@@ -59,6 +59,64 @@ def test_other_files_and_contexts(monkeypatch):
     assert text.splitlines()[-1] == "| QUEST | .50 | .500 | +0.0 (+0.0 to +0.0) |"
 
 
+QUALITY = sorted(results.FOLDER.glob("quality-*.json"))
+
+
+@pytest.mark.parametrize("file", QUALITY, ids=lambda file: file.stem)
+def test_every_question_s_length_is_known(file):
+    found = published.result(file.stem)
+    asked = {
+        (context, task, index)
+        for cells in found["arms"].values()
+        for context in filter(str.isdigit, cells)
+        for task, answers in cells[context].items()
+        for index in answers
+    }
+    noted = {
+        (context, task, index)
+        for context, tasks in found["questions"].items()
+        for task, of_task in tasks.items()
+        for index in of_task
+    }
+    assert asked == noted
+
+
+def test_the_page_says_which_tasks_are_shorter_than_their_context():
+    page = (results.FOLDER.parents[1] / "docs" / "quality.md").read_text()
+    assert pages.short("quality-lab", "4096") == {"cwe", "niah_multikey_3"}
+    assert pages.short("quality-8k", "8192") == {"cwe"}
+    assert not pages.short("quality-turns", "8192")
+    assert pages.short("quality-smollm2", "4096").isdisjoint(pages.SECOND_TASKS)
+    for line in pages.sizes().splitlines():
+        assert line in page
+
+
+def test_no_published_arm_is_dense_under_another_name():
+    for names, *where in (
+        *((names, pages.FILE, pages.CONTEXT) for names in (pages.WINDOWS, pages.EVERY)),
+        (pages.LONGER, "quality-8k", "8192"),
+        (pages.SECOND, "quality-smollm2", pages.CONTEXT, pages.SECOND_TASKS),
+        (pages.TURNS, "quality-turns", "8192"),
+        (pages.STRIDES, "quality-strides", "8192"),
+    ):
+        for name, tasks in pages.scored(names, *where).items():
+            stars = [report.mark(answers) for answers in tasks.values()]
+            assert (name == "dense") == all(stars), name
+
+
+def test_tasks_that_are_short_are_left_out_of_a_second_difference(replies, monkeypatch):
+    lengths = {"vt": {"0": {"prompt_tokens": 3800}}, "table": {"0": {"prompt_tokens": 2000}}}
+    found = {"arms": replies, "questions": {"4096": lengths}}
+    monkeypatch.setattr(published, "result", lambda name: found)
+    replies["paper-256"]["4096"]["vt"]["0"]["read_everything"] = True
+    replies["paper-256"]["4096"]["vt"]["1"]["read_everything"] = True
+    head, _, dense, first, *_ = pages.scores(pages.WINDOWS).splitlines()
+    assert head.endswith("| to dense, points (90 %) | tasks of full length (1) |")
+    assert dense.endswith("| .750 | | |")
+    assert "| .50 | .50* |" in first
+    assert first.endswith("| -25.0 (-25.0 to -25.0) | -50.0 (-50.0 to -50.0) |")
+
+
 def test_the_readme_says_what_the_table_says():
     """Points from dense with the default window, in one sentence."""
     text = " ".join((results.FOLDER.parents[1] / "README.md").read_text().split())
@@ -66,7 +124,7 @@ def test_the_readme_says_what_the_table_says():
     assert len(lines) == len(pages.BUDGETS)
     for line in lines:
         budget, *points = re.search(
-            r"window 16, t = (\d+) \|.* (\S+) \((\S+) to (\S+)\) \|$", line
+            r"window 16, t = (\d+) \|.* (\S+) \((\S+) to (\S+)\) \| [^|]+ \|$", line
         ).groups()
         centre, low, high = map(re.escape, points)
         told = rf"{centre} (points from dense )?with (t = )?{budget} \((90 %: )?{low} to {high}\)"
@@ -78,7 +136,7 @@ def test_the_readme_says_what_the_table_says():
         ("SPARDA, `query`, 96", "{} at 8K ({} to {}; selector `query`"),
     ):
         (line,) = (line for line in longer if line.startswith(f"| {name} |"))
-        points = re.search(r" (\S+) \((\S+) to (\S+)\) \|$", line).groups()
+        points = re.search(r" (\S+) \((\S+) to (\S+)\) \| [^|]+ \|$", line).groups()
         assert told.format(*points) in text, name
 
 

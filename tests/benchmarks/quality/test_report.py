@@ -44,6 +44,15 @@ def test_table() -> None:
     assert text.count("\n|") == 7
 
 
+def test_scores_of_arms_that_read_everything_have_a_star() -> None:
+    arms = {name: {"4096": {"vt": _answers(1.0), "cwe": _answers(0.5)}} for name in ("dense", "b")}
+    for cells in arms.values():
+        cells["4096"]["vt"]["0"]["read_everything"] = True
+    text = report.render({"arms": arms})
+    assert "| dense | 1.00 | 0.50 |" in text
+    assert "| b | 1.00* | 0.50 |" in text
+
+
 def test_arms_with_fewer_questions_say_so() -> None:
     arms = {
         "dense": {"4096": {"vt": _answers(0.0, 1.0)}},

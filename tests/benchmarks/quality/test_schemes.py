@@ -171,6 +171,27 @@ def test_served_policies_by_name(name: str) -> None:
         assert (slots // 16).unique().numel() <= 2 * 7
 
 
+@pytest.mark.parametrize("name", ["exact-70", "query-5", "quest-70", "window16-256", "stage1-256"])
+def test_schemes_know_when_they_leave_nothing_out(name: str) -> None:
+    """Which is what their readers do: with so few tokens they choose none."""
+    network = SimpleNamespace(heads=Heads(G * GROUP, G, D, D**-0.5))
+    scheme, found = candidates.schemes([name], 2048, network)[name], set()
+    for prompt in (60, 68, 69, 70, 318, 319, 320, 1200, 1500):
+        layer = _layer()
+        keys = torch.randn(G, prompt, D, generator=torch.Generator().manual_seed(2))
+        layer = layer._replace(keys=keys, values=keys)
+        count = scheme.count(prompt)
+        less = count is not None and count < prompt
+        held = Held(layer, scheme.keep(layer, count) if less else None, 3)
+        read = scheme.read(prompt)
+        for generated in (2, 3):  # the first token of a reply comes with its prompt
+            held.append(*torch.randn(2, G, D))
+            less |= read(torch.randn(G, GROUP, D), held) is not None
+            assert scheme.leaves_out(prompt, generated) == less, (prompt, generated)
+        found.add(less)
+    assert found == {False, True}
+
+
 def test_policies_know_the_model_s_scale() -> None:
     rocket = candidates.Rocket(256, 2048, Heads(G * GROUP, G, D, 0.125))
     assert rocket.policy.shape.logit_scale == 0.125
