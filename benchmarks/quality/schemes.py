@@ -110,6 +110,7 @@ class Held:
         positions: Of the kept prompt tokens in the text, ``[G, m]``.
         count: m.
         scale: As of `Layer`.
+        last: Queries of the prompt's last token, ``[G, H / G, D]``.
         forecast: What the layer before says of the current token's reads, ``[G, D]``, if anything.
     """
 
@@ -124,6 +125,7 @@ class Held:
         self.keys = functional.pad(layer.keys.gather(1, index), pad)
         self.values = functional.pad(layer.values.gather(1, index), pad)
         self.positions, self.count, self.scale = kept, kept.shape[1], layer.scale
+        self.last = layer.last[:, -1].view(groups, -1, size)
 
     def append(self, key: Tensor, value: Tensor) -> None:
         """Takes a generated token's key and value, [G, D] each."""
@@ -262,8 +264,8 @@ class ReadBlocks:
 
     Args:
         top_k: Blocks in all.
-        how: ``query``, ``previous`` (queries of the step before), ``forecast`` (of the layer
-            before), ``exact`` (mass of blocks).
+        how: ``query``, ``previous`` (queries of the token before, at first of the prompt's last),
+            ``forecast`` (of the layer before), ``exact`` (mass of blocks).
         union: What the step before read is read as well.
         sizes: Of blocks, but for ``top_k``.
     """
@@ -285,14 +287,15 @@ class ReadBlocks:
     def __call__(self, query: Tensor, held: Held) -> Tensor | None:
         """As `ReadTokens`; -1 for none."""
         sizes, count = self._sizes, held.count
+        before, self._query = held.last if self._query is None else self._query, query
         if count <= self.most:
             return None
-        before, self._query = self._query, query
         if self._how == "exact":
             scores = summed(held.probabilities(query), sizes.block_size)
+        elif self._how == "previous":
+            scores = self._scores(before, held, count - 2)
         else:
-            late = self._how == "previous" and before is not None
-            scores = self._scores(before if late else query, held)
+            scores = self._scores(query, held, count - 1)
         tokens = read = tokens_of_best_blocks(scores, count, sizes)
         if self._union and self._read is not None:
             tokens = read | functional.pad(self._read, (0, count - self._read.shape[1]))
@@ -301,8 +304,8 @@ class ReadBlocks:
         slots = tokens.byte().sort(dim=1, descending=True, stable=True).indices[:, :most]
         return slots.masked_fill(~tokens.gather(1, slots), -1)
 
-    def _scores(self, query: Tensor, held: Held) -> Tensor:
-        sizes, newest = self._sizes, torch.tensor([held.count - 1])
+    def _scores(self, query: Tensor, held: Held, position: int) -> Tensor:
+        sizes = self._sizes
         known = 0 if self._means is None else self._means.shape[1]
         rest = held.keys[:, known * sizes.kernel_stride : held.count]
         fresh = windows.compress_keys(rest, sizes.kernel_size, sizes.kernel_stride)
@@ -312,7 +315,7 @@ class ReadBlocks:
             scores = windows.forecast_scores(held.forecast[:, None], self._means)
         else:
             scores = windows.query_scores(
-                query.flatten(0, 1)[:, None], self._means, newest,
+                query.flatten(0, 1)[:, None], self._means, torch.tensor([position]),
                 kernel_size=sizes.kernel_size, kernel_stride=sizes.kernel_stride, scale=held.scale,
             )  # fmt: skip
         return windows.block_scores(scores, sizes.num_blocks(held.count), sizes.windows_per_block)[

@@ -113,7 +113,7 @@ def test_answers_are_hugging_face_s(folder: Path, prompts: list[list[int]], tmp_
     assert len({tuple(each) for each in found.values()}) == 4, "the schemes should differ"
 
 
-@pytest.mark.parametrize("selector", ["query", "forecast"])
+@pytest.mark.parametrize("selector", ["query", "forecast", "previous"])
 def test_blocks_are_hugging_face_s(
     folder: Path, prompts: list[list[int]], tmp_path: Path, selector: str
 ) -> None:

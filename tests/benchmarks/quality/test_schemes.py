@@ -112,18 +112,19 @@ def test_moments_score_by_mean_and_deviation() -> None:
 
 @pytest.mark.parametrize("how", ["query", "previous", "exact"])
 def test_blocks(how: str) -> None:
-    block, top_k, before = 32, 6, None
+    block, top_k, layer = 32, 6, _layer()
+    before = layer.last[:, -1].view(G, GROUP, D)  # as a server keeps them with the prompt's blocks
     reader = ReadBlocks(top_k, how, sizes=SMALL)
-    for held, query, read in _grown(_layer(), reader):
-        used = query if how != "previous" or before is None else before
-        before = query
+    for held, query, read in _grown(layer, reader):
+        used, before = before if how == "previous" else query, query
         keys, own = held.keys[:, : held.count], (held.count - 1) // block
         if how == "exact":
             chance = (query @ keys.mT / D**0.5).softmax(-1).sum(1)
             score = [[float(chance[g, b * block : b * block + block].sum()) for b in range(own)]
                      for g in range(G)]  # fmt: skip
         else:
-            means = windows.compress_keys(keys, 16, 8)
+            # A query knows the windows that were complete at its own token.
+            means = windows.compress_keys(keys[:, : held.count - (how == "previous")], 16, 8)
             share = (used @ means.mT / D**0.5).softmax(-1).sum(1)
             score = [[float(share[g, max(4 * b - 1, 0) : 4 * b + 4].max()) for b in range(own)]
                      for g in range(G)]  # fmt: skip
@@ -133,6 +134,17 @@ def test_blocks(how: str) -> None:
             assert blocks == {0, own - 1, own, *free}
             wanted = [slot for slot in range(held.count) if slot // block in blocks]
             assert [int(slot) for slot in read[head] if slot >= 0] == wanted
+
+
+def test_the_query_before_is_known_from_steps_that_read_everything() -> None:
+    blocks, before = N // 32 + 1, None  # 416 tokens; the prompt has 403
+    for held, query, read in _grown(_layer(), ReadBlocks(blocks, "previous", sizes=SMALL), 14):
+        if read is not None:
+            held.last = before
+            fresh = ReadBlocks(blocks, "previous", sizes=SMALL)
+            assert torch.equal(read, fresh(torch.zeros_like(query), held))
+        before = query
+    assert read is not None
 
 
 def test_union_adds_the_step_before() -> None:
