@@ -119,6 +119,8 @@ def lost_points(of_tasks: list[list[float]]) -> tuple[float, float, float]:
 
 
 def lost(of_tasks: list[list[float]]) -> str:
-    """What :func:`lost_points` finds, in words."""
+    """What :func:`lost_points` finds, in words; no interval where no score differs."""
+    if not any(map(any, of_tasks)):  # resampling zeros would promise a certainty that n cannot
+        return f"no difference in {sum(map(len, of_tasks))}"
     centre, low, high = (round(value, 1) + 0.0 for value in lost_points(of_tasks))  # no -0.0
     return f"{centre:+.1f} ({low:+.1f} to {high:+.1f})"

@@ -46,7 +46,7 @@ def test_each_task_has_an_interval_of_its_own(replies):
 def test_gains_are_paired(replies):
     replies["window16-512"]["4096"]["vt"] = answers(1.0, 1.0)
     *_, plain, gained, _ = pages.windows().splitlines()
-    assert plain == "| 256 | +0.0 (+0.0 to +0.0) | +0.0 (+0.0 to +0.0) |"
+    assert plain == "| 256 | no difference in 4 | no difference in 2 |"
     assert gained == "| 512 | +25.0 (+25.0 to +25.0) | +50.0 (+50.0 to +50.0) |"
 
 
@@ -56,7 +56,7 @@ def test_other_files_and_contexts(monkeypatch):
     monkeypatch.setattr(published, "result", found.__getitem__)
     text = pages.scores({"dense": "dense", "quest-512": "QUEST"}, "quality-turns", "8192")
     assert text.splitlines()[0] == "| arm | turns-kv (2) | mean | to dense, points (90 %) |"
-    assert text.splitlines()[-1] == "| QUEST | .50 | .500 | +0.0 (+0.0 to +0.0) |"
+    assert text.splitlines()[-1] == "| QUEST | .50 | .500 | no difference in 2 |"
 
 
 QUALITY = sorted(results.FOLDER.glob("quality-*.json"))

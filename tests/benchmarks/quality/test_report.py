@@ -30,6 +30,12 @@ def test_the_order_of_tasks_and_questions_does_not_matter() -> None:
     assert report.lost_points(tasks) == report.lost_points(other)
 
 
+def test_where_no_score_differs_the_number_of_questions_is_said() -> None:
+    assert report.lost([[0.0] * 16]) == "no difference in 16"
+    assert report.lost([[0.0] * 3, [0.0] * 4]) == "no difference in 7"
+    assert report.lost([[0.0, 0.0], [1.0, -1.0]]).startswith("+0.0 (-")
+
+
 def test_table() -> None:
     arms = {
         "dense": {"4096": {"vt": _answers(1.0, 1.0), "cwe": _answers(0.5, 0.5)}},
