@@ -52,12 +52,13 @@ def force(
 
 def metrics(llm: LLM) -> dict[str, float]:
     """Returns every counter and gauge of vLLM and the plugin, by name (and reason, if any)."""
+    from vllm_sparse.instance import instance_of
     from vllm_sparse.metrics import folder
     from vllm_sparse.metrics.published import merged
 
     values = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
     # The plugin's processes share theirs through files.
-    for metric in merged(folder(llm.llm_engine.vllm_config.instance_id)):
+    for metric in merged(folder(instance_of(llm.llm_engine.vllm_config).name)):
         for sample in metric.samples:
             reason = sample.labels.get("reason")
             values[f"{sample.name}{{{reason}}}" if reason else sample.name] = sample.value

@@ -103,6 +103,36 @@ class TestGuard:
         startup.check_config(accepted)
         assert vars(accepted.cache_config) == once
 
+    @pytest.mark.parametrize("device", [None, lambda: GIB])
+    def test_memory_that_the_server_has_taken_is_not_missed(self, monkeypatch, device):
+        """An engine completes its configuration again when it has started."""
+        started = config({"staging_blocks": 16})
+        pool, weights = 40 * BLOCK_BYTES, device_room.weight_bytes(started.model_config)
+        total = pool + pool // 16 + 2 * 16 * 2 * 1024 + weights + (3 << 16)  # of three requests
+        monkeypatch.setattr(startup, "left_bytes", lambda config, total: total)
+        monkeypatch.setattr(startup, "available_bytes", lambda: total)
+        startup.check_config(started, device)
+        seqs = 3 if device is None else 4
+        assert started.scheduler_config.max_num_seqs == seqs
+        settings, cache = copy.deepcopy((started.additional_config, vars(started.cache_config)))
+        for left in (total - pool, 0):
+            monkeypatch.setattr(startup, "available_bytes", lambda left=left: left)
+            startup.check_config(started, device)
+            assert started.scheduler_config.max_num_seqs == seqs
+            assert (started.additional_config, vars(started.cache_config)) == (settings, cache)
+        started.model_config.use_mla = True
+        with pytest.raises(UnsupportedError, match="MLA"):
+            startup.check_config(started, device)
+
+    def test_what_others_have_sized_is_sized_again(self):
+        """A part of an earlier configuration may be given to another server."""
+        first = config()
+        startup.check_config(first)
+        second = config({"host_gib": 36 * BLOCK_BYTES / GIB})
+        second.compilation_config = first.compilation_config
+        startup.check_config(second)
+        assert second.cache_config.num_gpu_blocks_override == 36
+
     @pytest.mark.vllm
     def test_twice_is_like_once_for_the_models_class(self):
         pytest.importorskip("vllm")

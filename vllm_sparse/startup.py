@@ -16,6 +16,7 @@ from vllm_sparse.config import NAMESPACE, load_settings
 from vllm_sparse.device_room import least_weight_bytes, left_bytes
 from vllm_sparse.errors import ConfigError, UnsupportedError
 from vllm_sparse.forecast.routing import route_model
+from vllm_sparse.instance import instance_of
 from vllm_sparse.kv.host.geometry import (
     GIB,
     block_bytes,
@@ -44,7 +45,7 @@ _FRAMES = "frames and compressed keys"
 def check_config(vllm_config: Any, device_bytes: Callable[[], int] | None = None) -> None:
     """Refuse unsupported configurations if one of our backends is chosen; prepare it.
 
-    vLLM may call this several times for one configuration.
+    vLLM calls this several times for one configuration, in an engine even when it has started.
 
     Args:
         vllm_config: vLLM's complete configuration.
@@ -68,6 +69,7 @@ def check_config(vllm_config: Any, device_bytes: Callable[[], int] | None = None
         raise UnsupportedError(
             f"{backend.name} cannot serve this configuration: " + "; ".join(reasons)
         )
+    instance_of(vllm_config)  # named here, for all processes
     prepare_tier(vllm_config)
     prepare_drafter(vllm_config)
     if entry.prepare:
@@ -106,7 +108,11 @@ def prepare_sparda(
         ConfigError: The pool or the slab cannot work, or the Forecast is not this model's.
         UnsupportedError: The chosen selector cannot look into this model.
     """
-    size_sparda(config, settings, device_bytes, available_bytes())
+    instance, cache = instance_of(config), config.cache_config
+    # Later, what was sized is taken, and would count as memory that others have.
+    if instance.sized_blocks is None or instance.sized_blocks != cache.num_gpu_blocks_override:
+        size_sparda(config, settings, device_bytes, available_bytes())
+        instance.sized_blocks = cache.num_gpu_blocks_override
     route_model(config)
 
 

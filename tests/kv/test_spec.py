@@ -90,5 +90,5 @@ def test_layers_that_share_a_block_table_share_what_we_add():
     spec = PolicySpec.wrap(stock(), policy, "ROCKETKV", "instance", beside_others=True)
     merged = PolicySpec.merge([spec, spec])
     assert merged == spec
-    assert (merged.policy, merged.backend, merged.instance_id) == (policy, "ROCKETKV", "instance")
+    assert (merged.policy, merged.backend, merged.instance) == (policy, "ROCKETKV", "instance")
     assert merged.beside_others

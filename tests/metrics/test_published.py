@@ -71,7 +71,7 @@ def test_ranks_are_added_up_and_leave_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_vllms_folder_for_several_api_servers_is_used_and_kept(tmp_path, monkeypatch):
-    """There, each API server and each engine has another instance id."""
+    """There, each API server and each engine has another name."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     assert folder("engine") == folder("front-end") == tmp_path
     with _ranks(folder("engine")):

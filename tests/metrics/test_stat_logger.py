@@ -8,16 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 
+from vllm_sparse.instance import Instance
 from vllm_sparse.metrics.published import Counters, folder
 
 stat_logger = pytest.importorskip("vllm_sparse.metrics.stat_logger", exc_type=ImportError)
 pytestmark = pytest.mark.vllm
 
 
-def config(instance_id, rank=0, backend="ROCKETKV"):
+def config(name, rank=0, backend="ROCKETKV"):
     return SimpleNamespace(
         attention_config=SimpleNamespace(backend=backend and SimpleNamespace(name=backend)),
-        instance_id=instance_id,
+        compilation_config=SimpleNamespace(_vllm_sparse=Instance(name)),
         parallel_config=SimpleNamespace(_api_process_rank=rank),
     )
 
@@ -31,9 +32,9 @@ def said(monkeypatch, tmp_path):
     return lines
 
 
-def counted(instance_id, amount):
+def counted(name, amount):
     counters = Counters()
-    counters.publish_to(folder(instance_id), "policies")
+    counters.publish_to(folder(name), "policies")
     counters.add("requests", amount)
     return counters
 

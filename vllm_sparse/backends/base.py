@@ -15,7 +15,7 @@ from vllm_sparse.seams import replace_once
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from vllm.config import VllmConfig
+    from vllm.config import CompilationConfig, VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_layout import KVCacheLayout
 
@@ -69,15 +69,15 @@ def warn_of_slow_kernels(note: str) -> None:
         )
 
 
-def layers_that_attend(config: VllmConfig) -> tuple[list[Any], list[Any]]:
+def layers_that_attend(config: CompilationConfig) -> tuple[list[Any], list[Any]]:
     """Layers of a loaded model that keep something of the past: ours, and others.
 
     Args:
-        config: vLLM's.
+        config: vLLM's part of the configuration that knows all layers.
     """
     ours: list[Any] = []
     others: list[Any] = []
-    for layer in config.compilation_config.static_forward_context.values():
+    for layer in config.static_forward_context.values():
         if hasattr(layer, "get_attn_backend"):
             mine = issubclass(layer.get_attn_backend(), SparseBackend)
             (ours if mine else others).append(layer)

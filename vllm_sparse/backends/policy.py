@@ -31,6 +31,7 @@ from vllm_sparse.backends.controls import replayed, watch_controls
 from vllm_sparse.backends.refusals import check_layer, takes_gpu_path
 from vllm_sparse.config import load_settings
 from vllm_sparse.features import POLICIES, refuse
+from vllm_sparse.instance import instance_of
 from vllm_sparse.kernels.fp8 import as_numbers
 from vllm_sparse.kv.spec import PolicySpec
 from vllm_sparse.policies.making import make_policy
@@ -44,9 +45,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
-    from vllm.config import VllmConfig
+    from vllm.config import CompilationConfig, VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
+    from vllm_sparse.control import Allowed
     from vllm_sparse.kernels.dispatch import PolicyKernels
     from vllm_sparse.kv.tail.codec import Reader
     from vllm_sparse.policies.protocol import PolicySettings
@@ -64,18 +66,21 @@ class Context:
         settings: Its settings.
         group_size: Query heads per KV head.
         max_model_len: Longest request in tokens.
-        instance_id: vLLM's instance.
+        instance: Name of the server.
         dtype: The model's.
-        config: vLLM's configuration, which knows all layers in the end.
+        allowed: What requests may ask for.
+        layers: vLLM's part of the configuration that knows all layers in the end. Of the whole,
+            a part of a model has a view only, which may not outlive the model's construction.
     """
 
     backend: str
     settings: PolicySettings
     group_size: int
     max_model_len: int
-    instance_id: str
+    instance: str
     dtype: torch.dtype
-    config: weakref.ref[VllmConfig]
+    allowed: Allowed | None
+    layers: weakref.ref[CompilationConfig]
 
     def policy(self, head_dim: int, block_size: int, cache_dtype: torch.dtype) -> Policy:
         """The policy for layers of this shape.
@@ -108,11 +113,11 @@ class PolicyBackend(SparseBackend):
         context = cls.context
         assert context is not None, "a layer of ours is built before its spec is asked for"
         policy = context.policy(spec.head_size, spec.block_size, spec.dtype)
-        config = context.config()
-        assert config is not None, "an engine has its configuration"
-        others = bool(layers_that_attend(config)[1])
-        names = context.backend, context.instance_id
-        return PolicySpec.wrap(spec, policy, *names, others, allowed_requests(config))
+        layers = context.layers()
+        assert layers is not None, "an engine has its configuration"
+        others = bool(layers_that_attend(layers)[1])
+        names = context.backend, context.instance
+        return PolicySpec.wrap(spec, policy, *names, others, context.allowed)
 
 
 def set_up_layer(
@@ -144,9 +149,8 @@ def set_up_layer(
         kv_cache_dtype=given["kv_cache_dtype"],
         expected_cache_dtype=str(config.cache_config.cache_dtype),
     )
-    known = None if PolicyBackend.context is None else PolicyBackend.context.config()
-    drafts = config.speculative_config
-    if known is not None and drafts is not None and known.speculative_config is drafts:
+    known = None if PolicyBackend.context is None else PolicyBackend.context.layers()
+    if config.speculative_config is not None and known is config.compilation_config:
         # A drafter's layers, built last and under a copy of the configuration, share our blocks.
         return
     PolicyBackend.context = Context(
@@ -154,9 +158,10 @@ def set_up_layer(
         settings,
         given["num_heads"] // given["num_kv_heads"],
         config.model_config.max_model_len,
-        config.instance_id,
+        instance_of(config).name,
         config.model_config.dtype,
-        weakref.ref(config),
+        allowed_requests(config),
+        weakref.ref(config.compilation_config),
     )
 
 
@@ -228,7 +233,7 @@ class Planning:
         first = next(n for n, x in context.items() if isinstance(getattr(x, "impl", None), kind))
         # Beside window layers, ours may be several groups, which all see every row.
         self.count = counters.add if first in layer_names else count_nothing
-        counters.publish_to(metrics.folder(config.instance_id), "policies", speaks=speaks)
+        counters.publish_to(metrics.folder(instance_of(config).name), "policies", speaks=speaks)
         if speaks:
             warn_of_slow_kernels(kernels.note)
             _warn_of_density(spec, config.model_config.max_model_len)

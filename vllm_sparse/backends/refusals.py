@@ -131,7 +131,8 @@ def check_model(config: Any, on_gpu: bool) -> None:
     Raises:
         UnsupportedError: It would be served densely, in full or in part.
     """
-    name, (ours, others) = config.attention_config.backend.name, layers_that_attend(config)
+    name = config.attention_config.backend.name
+    ours, others = layers_that_attend(config.compilation_config)
     family, served = entries()[name].family, f"{len(ours)} of {len(ours) + len(others)}"
     for layer in others:
         backend, window = layer.get_attn_backend(), getattr(layer, "sliding_window", None)

@@ -53,6 +53,7 @@ from vllm_sparse.backends.sparda_setup import (
 from vllm_sparse.backends.sparda_warm_up import warm_up
 from vllm_sparse.config import load_settings
 from vllm_sparse.control import DENSE
+from vllm_sparse.instance import instance_of
 from vllm_sparse.kernels.fp8 import FP8, UNSCALED
 from vllm_sparse.kv.spec import SpardaSpec
 from vllm_sparse.steps.host import SpardaPlanner
@@ -84,7 +85,7 @@ class Context:
     """What a backend class has to know of the engine that is being built."""
 
     settings: SpardaSettings
-    instance_id: str
+    instance: str
     dtype: torch.dtype
     allowed: Allowed | None
 
@@ -115,7 +116,7 @@ class SpardaBackend(SparseBackend):
         context = cls._context
         # vLLM takes fp8 for bytes, but compressed keys are of the model's dtype.
         dtype = context.dtype if spec.dtype == torch.uint8 else spec.dtype
-        return SpardaSpec.wrap(spec, context.settings, context.instance_id, dtype, context.allowed)
+        return SpardaSpec.wrap(spec, context.settings, context.instance, dtype, context.allowed)
 
 
 class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
@@ -176,7 +177,7 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         ask_for_prompt_lengths(vllm_config)
         watch_controls(vllm_config)
         speaks = vllm_config.parallel_config.rank == 0
-        counters.publish_to(metrics.folder(vllm_config.instance_id), "SPARDA", speaks=speaks)
+        counters.publish_to(metrics.folder(instance_of(vllm_config).name), "SPARDA", speaks=speaks)
         counters.set_gauge("host_pool_bytes", geometry.host_bytes)
         counters.set_gauge("slab_bytes", geometry.slab_bytes)
         counters.set_gauge("slab_frames", sum(geometry.frames))
@@ -302,7 +303,10 @@ class SpardaImpl(AttentionImpl[SpardaStep]):
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
         SpardaBackend._context = Context(
-            settings, config.instance_id, config.model_config.dtype, allowed_requests(config)
+            settings,
+            instance_of(config).name,
+            config.model_config.dtype,
+            allowed_requests(config),
         )
 
     def forward(

@@ -58,10 +58,10 @@ class PromptAwareManager(FullAttentionManager):
         # Asked in every step of every request.
         self._publishable = lru_cache(_MOST_CASES)(kv_cache_spec.publishable_tokens)
         watch_requests()
-        if kv_cache_spec.instance_id:
+        if kv_cache_spec.instance:
             watch_engines()
             counters = metrics.counters()
-            counters.publish_to(metrics.folder(kv_cache_spec.instance_id), self.family)
+            counters.publish_to(metrics.folder(kv_cache_spec.instance), self.family)
             counters.set_gauge("pool_blocks", self.block_pool.num_gpu_blocks - 1)  # one is null
 
     def cache_blocks(
@@ -157,7 +157,7 @@ class PolicyManager(PromptAwareManager):
         self._frees_once = type(kv_cache_spec.policy).freed_blocks is Policy.freed_blocks
         self._copies = PrefixCopies(self)
         # How many blocks other layers take, nobody tells this group.
-        if kv_cache_spec.instance_id and not kv_cache_spec.beside_others:
+        if kv_cache_spec.instance and not kv_cache_spec.beside_others:
             logger.info_once(self._capacity_line())
 
     def _capacity_line(self) -> str:

@@ -33,11 +33,11 @@ class SharedSpec(FullAttentionSpec):
     """What our specs have in common: layers that share a block table share all that they add.
 
     Attributes:
-        instance_id: vLLM's instance, under whose name the scheduler's counters are published.
+        instance: Under whose name the scheduler's counters are published; empty: they are not.
         allowed: What requests may ask for; ``None``: anything.
     """
 
-    instance_id: str = ""
+    instance: str = field(default="", compare=False)
     allowed: Allowed | None = field(default=None, compare=False, repr=False)
 
     @classmethod
@@ -74,7 +74,7 @@ class PolicySpec(SharedSpec):
         spec: FullAttentionSpec,
         policy: Policy,
         backend: str = "",
-        instance_id: str = "",
+        instance: str = "",
         beside_others: bool = False,
         allowed: Allowed | None = None,
     ) -> PolicySpec:
@@ -84,7 +84,7 @@ class PolicySpec(SharedSpec):
             cls,
             policy=policy,
             backend=backend,
-            instance_id=instance_id,
+            instance=instance,
             beside_others=beside_others,
             allowed=allowed,
             state_content_bytes=policy.numbers_per_token * spec.dtype.itemsize,
@@ -143,7 +143,7 @@ class SpardaSpec(SharedSpec):
         cls,
         spec: FullAttentionSpec,
         settings: SpardaSettings,
-        instance_id: str = "",
+        instance: str = "",
         dtype: torch.dtype | None = None,
         allowed: Allowed | None = None,
     ) -> SpardaSpec:
@@ -157,7 +157,7 @@ class SpardaSpec(SharedSpec):
             dense_len=settings.dense_len,
             alike=settings.prompts_like_outputs,
             sparse_prompts=bool(settings.sparse_prefill),
-            instance_id=instance_id,
+            instance=instance,
             allowed=allowed,
             tokens_per_state=spec.block_size,
             state_content_bytes=settings.windows_per_block * spec.head_size * dtype.itemsize,

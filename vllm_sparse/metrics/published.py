@@ -41,13 +41,16 @@ def shared_folder() -> Path | None:
     return Path(given) if given else None
 
 
-def folder(instance_id: str) -> Path:
-    """Where the processes of one vLLM instance leave their counters.
+def folder(instance: str) -> Path:
+    """Where the processes of one instance leave their counters.
 
-    Several API servers each have another instance id than the engines; the folder that vLLM makes
-    for them is known to all.
+    Several API servers each have another name than the engines; the folder that vLLM makes for them
+    is known to all.
+
+    Args:
+        instance: Its name, see :class:`vllm_sparse.instance.Instance`.
     """
-    return shared_folder() or Path(tempfile.gettempdir()) / f"{_own_prefix()}{instance_id}"
+    return shared_folder() or Path(tempfile.gettempdir()) / f"{_own_prefix()}{instance}"
 
 
 def _own_prefix() -> str:

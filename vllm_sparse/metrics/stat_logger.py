@@ -13,6 +13,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from vllm_sparse import leftovers
+from vllm_sparse.instance import instance_of
 from vllm_sparse.metrics import summary
 from vllm_sparse.metrics.published import folder, merged, read, shared_folder
 from vllm_sparse.registry import is_ours
@@ -60,7 +61,7 @@ class SparseStatLogger(AggregateStatLoggerBase):
         if not is_ours(backend):
             return
         self._backend = backend.name
-        source = folder(vllm_config.instance_id)
+        source = folder(instance_of(vllm_config).name)
         if shared_folder() is None:  # else vLLM's own collector finds our files
             self._register(FolderCollector(source))
             # This process outlives engine and workers, which may be killed.
