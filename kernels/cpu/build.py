@@ -8,6 +8,7 @@ links to the OpenMP runtime that PyTorch has loaded (same soname) and shares its
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -24,7 +25,7 @@ import torch
 from vllm_sparse.kernels.fp8 import FP8
 
 from vllm_sparse.errors import VllmSparseError
-from vllm_sparse.paths import cache_dir
+from vllm_sparse.paths import CACHE_ENV, cache_dir
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,7 +55,7 @@ FLAGS_ENV = "VLLM_SPARSE_CXXFLAGS"
 
 
 class KernelBuildError(VllmSparseError, RuntimeError):
-    """The C++ kernels could not be compiled."""
+    """The C++ kernels could not be compiled, or not be loaded."""
 
 
 def sizes(name: str, fields: str) -> type[ctypes.Structure]:
@@ -78,8 +79,24 @@ def _cpu_fingerprint() -> str:
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler that would build the kernels."""
-    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    """The command of the C++ compiler that would build the kernels, ``$CXX`` above all."""
+    return os.environ.get("CXX", "").strip() or shutil.which("g++") or shutil.which("clang++")
+
+
+def _run(compiler: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that may have words of its own, as of ``ccache g++``."""
+    try:
+        return subprocess.run(
+            [*shlex.split(compiler), *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    except (OSError, ValueError) as error:
+        raise KernelBuildError(
+            f"the C++ compiler {compiler!r} cannot be run ({error}); set CXX to the command of one"
+        ) from error
 
 
 def _flags() -> tuple[str, ...]:
@@ -88,12 +105,51 @@ def _flags() -> tuple[str, ...]:
 
 
 def compiled_path(compiler: str) -> Path:
-    """Where these sources are, or will be, compiled for this machine."""
+    """Where these sources are, or will be, compiled for this machine.
+
+    Raises:
+        KernelBuildError: The compiler cannot be run.
+    """
     headers = sorted(Path(__file__).parent.glob("*.h"))
     sources = b"".join(source.read_bytes() for source in (*_SOURCES, *headers))
-    parts = (sources, compiler.encode(), " ".join(_flags()).encode(), _cpu_fingerprint().encode())
-    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    # What else the result depends on: a folder may outlive an upgrade, or serve unlike machines.
+    texts = (
+        *(compiler, _run(compiler, "--version").stdout, " ".join(_flags())),
+        *(_cpu_fingerprint(), " ".join(platform.libc_ver())),
+    )
+    digest = hashlib.sha256(b"\0".join((sources, *map(str.encode, texts)))).hexdigest()[:16]
     return cache_dir() / "kernels" / f"kernels-{platform.machine()}-{digest}.so"
+
+
+def _compile(compiler: str, library: Path) -> None:
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # Several workers may start at once: each builds under its own name, the last rename wins.
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            built = Path(folder) / "kernel.so"
+            done = _run(compiler, *_flags(), *map(str, _SOURCES), "-o", str(built))
+            if done.returncode:
+                raise KernelBuildError(f"{compiler} failed:\n{done.stderr}")
+            built.replace(library)
+    except OSError as error:
+        raise KernelBuildError(
+            f"the folder of compiled kernels cannot be written ({error}); mend it, or set "
+            f"{CACHE_ENV} to a folder that can"
+        ) from error
+
+
+def _open(compiler: str) -> ctypes.CDLL:
+    library = compiled_path(compiler)
+    with contextlib.suppress(OSError):  # not there, or not whole: compiled anew
+        return ctypes.CDLL(str(library))
+    _compile(compiler, library)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise KernelBuildError(
+            f"the compiled kernels cannot be loaded ({error}); if their file system forbids to "
+            f"execute files, set {CACHE_ENV} to a folder of another one"
+        ) from error
 
 
 @cache
@@ -104,29 +160,14 @@ def load() -> ctypes.CDLL:
         The loaded library.
 
     Raises:
-        KernelBuildError: No C++ compiler, or it failed.
+        KernelBuildError: No C++ compiler, or it failed; or its library cannot be kept or loaded.
     """
     compiler = find_compiler()
     if compiler is None:
         raise KernelBuildError(
             "no C++ compiler found (g++ or clang++, or set CXX); vLLM's CPU build needs one too"
         )
-    library = compiled_path(compiler)
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # Several workers may start at once: each builds under its own name, the last rename wins.
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            built = Path(folder) / "kernel.so"
-            done = subprocess.run(
-                [compiler, *_flags(), *map(str, _SOURCES), "-o", str(built)],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                raise KernelBuildError(f"{compiler} failed:\n{done.stderr}")
-            built.replace(library)
-    kernels = ctypes.CDLL(str(library))
+    kernels = _open(compiler)
     kinds = {"i": ctypes.c_int, "n": ctypes.c_int64, "f": ctypes.c_float, "p": ctypes.c_void_p}
     for name, arguments in _ARGUMENTS.items():
         getattr(kernels, name).argtypes = [kinds[kind] for kind in arguments]

@@ -12,7 +12,6 @@ import torch
 from reference import rocketkv_bruteforce as brute
 from support.kernels import FAR
 from support.pages import SCALES, Batch, make_batch
-from vllm_sparse.kernels import dispatch
 from vllm_sparse.kernels.cpu import attention, build, sparda_attention, sparda_tokens
 from vllm_sparse.kernels.cpu import decode as fused
 from vllm_sparse.kernels.fp8 import UNSCALED, readable
@@ -240,26 +239,3 @@ def test_sizes_are_what_the_kernels_read(mirror):
     (body,) = re.findall(rf"struct {mirror.__name__} {{(.*?)}};", text, re.DOTALL)
     members = ", ".join(re.findall(r"int64_t (.*?);", body)).split(", ")
     assert members == [name for name, _ in mirror._fields_]
-
-
-def test_flags_of_the_environment_come_last_and_have_a_library_of_their_own(monkeypatch, tmp_path):
-    plain, compiler = build.compiled_path("g++"), tmp_path / "compiler"
-    compiler.write_text('#!/bin/sh\nprintf "<%s>" "$@" >&2\nexit 1\n')
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setenv(build.FLAGS_ENV, "-O1 -DNAME='a b'")
-    assert build.compiled_path("g++") != plain
-    with pytest.raises(build.KernelBuildError, match=r"<-O3>.*<-O1><-DNAME=a b></"):
-        build.load.__wrapped__()
-
-
-def test_dispatch_prefers_the_fused_kernel_and_says_why_not(monkeypatch):
-    assert dispatch.policy_cpu().name == "cpu"
-    build.load.cache_clear()
-    dispatch.policy_cpu.cache_clear()
-    monkeypatch.setenv("CXX", "/bin/false")
-    kernel = dispatch.policy_cpu()
-    assert kernel.name == "reference"
-    assert "/bin/false failed" in kernel.note
-    build.load.cache_clear()
-    dispatch.policy_cpu.cache_clear()

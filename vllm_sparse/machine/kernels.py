@@ -100,8 +100,9 @@ def cpu_kernels(found: dict[str, Any]) -> Finding:
                 "remove the folder kernels in the cache folder, so that they are compiled anew",
             )  # fmt: skip
         return warning(
-            subject, f"PyTorch reference, because C++ cannot be compiled: {found['error']}",
-            "the reference is many times slower", "mend the compiler, or set CXX to another",
+            subject, f"PyTorch reference, because the C++ kernels cannot be had: {found['error']}",
+            "the reference is many times slower",
+            "set CXX to another compiler, or VLLM_SPARSE_CACHE to another folder",
         )  # fmt: skip
     if found["compiler"] is None:
         return warning(
