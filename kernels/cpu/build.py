@@ -50,7 +50,13 @@ _ARGUMENTS = {
     "vllm_sparse_record_queries": "ppppp",
 }
 _SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cpp")))
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared")
+_FLAGS = (
+    *("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared"),
+    "-Wfatal-errors",  # of a compiler that cannot do it, the first error says why
+)
+# As simd.h has it: vectors are shuffled with GCC 12, _Float16 is there in C++ with 12 or 13.
+_LEAST_GCC = 12 if platform.machine() in ("x86_64", "AMD64") else 13
+_CANDIDATES = ("g++", *(f"g++-{version}" for version in range(15, _LEAST_GCC - 1, -1)), "clang++")
 FLAGS_ENV = "VLLM_SPARSE_CXXFLAGS"
 
 
@@ -78,11 +84,6 @@ def _cpu_fingerprint() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def find_compiler() -> str | None:
-    """The command of the C++ compiler that would build the kernels, ``$CXX`` above all."""
-    return os.environ.get("CXX", "").strip() or shutil.which("g++") or shutil.which("clang++")
-
-
 def _run(compiler: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a command that may have words of its own, as of ``ccache g++``."""
     try:
@@ -97,6 +98,23 @@ def _run(compiler: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         raise KernelBuildError(
             f"the C++ compiler {compiler!r} cannot be run ({error}); set CXX to the command of one"
         ) from error
+
+
+def _is_new_enough(compiler: str) -> bool:
+    version = _run(compiler, "-dumpversion").stdout.partition(".")[0].strip()
+    return "clang" in Path(compiler).name or (version.isdigit() and int(version) >= _LEAST_GCC)
+
+
+def find_compiler() -> str | None:
+    """The command of the C++ compiler that would build the kernels: ``$CXX``, or what is found.
+
+    If nothing is new enough, that is an older one, which will say so.
+    """
+    asked = os.environ.get("CXX", "").strip()
+    if asked:
+        return asked
+    found = [shlex.quote(path) for path in map(shutil.which, _CANDIDATES) if path]
+    return next(filter(_is_new_enough, found), next(iter(found), None))
 
 
 def _flags() -> tuple[str, ...]:
@@ -165,7 +183,8 @@ def load() -> ctypes.CDLL:
     compiler = find_compiler()
     if compiler is None:
         raise KernelBuildError(
-            "no C++ compiler found (g++ or clang++, or set CXX); vLLM's CPU build needs one too"
+            f"no C++ compiler found: install g++ {_LEAST_GCC} or later, or name one in CXX; "
+            "vLLM's CPU build needs one too"
         )
     kernels = _open(compiler)
     kinds = {"i": ctypes.c_int, "n": ctypes.c_int64, "f": ctypes.c_float, "p": ctypes.c_void_p}

@@ -5,6 +5,10 @@
 
 #pragma once
 
+#if !defined(__clang__) && (__GNUC__ < 12 || (!defined(__x86_64__) && __GNUC__ < 13))
+#error "the kernels need GCC 12 or later, 13 if not on x86: install one, and set CXX to it"
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>

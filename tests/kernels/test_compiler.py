@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 from vllm_sparse.kernels import dispatch
@@ -111,3 +113,31 @@ def test_another_version_or_libc_has_a_library_of_its_own(monkeypatch, tmp_path)
         monkeypatch.setattr(build.platform, "libc_ver", lambda libc=libc: ("glibc", libc))
         paths.add(build.compiled_path(str(compiler)))
     assert len(paths) == 3
+
+
+def test_a_new_compiler_beside_an_old_one_is_taken(monkeypatch, tmp_path):
+    """As on Ubuntu 22.04, whose g++ is 11."""
+    monkeypatch.delenv("CXX", raising=False)
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    assert build.find_compiler() is None
+    stub(folder / "g++", "echo 11")
+    assert shlex.split(build.find_compiler()) == [str(folder / "g++")]
+    stub(folder / "g++-13", "echo 13.2.0")
+    assert shlex.split(build.find_compiler()) == [str(folder / "g++-13")]
+    stub(folder / "g++", "echo 14.2.0")
+    assert shlex.split(build.find_compiler()) == [str(folder / "g++")]
+    monkeypatch.setenv("CXX", "g++-11 -m64")
+    assert build.find_compiler() == "g++-11 -m64"
+
+
+@needs_gcc
+def test_an_old_compiler_says_what_is_needed(tiny, monkeypatch):
+    header = Path(build.__file__).with_name("simd.h")
+    (source,) = build._SOURCES
+    source.write_text(f'#undef __GNUC__\n#define __GNUC__ 11\n#include "{header}"\n')
+    with pytest.raises(build.KernelBuildError) as failed:
+        build.load()
+    assert "need GCC 12 or later" in str(failed.value)
+    assert str(failed.value).count("error:") == 1

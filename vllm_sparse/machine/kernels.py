@@ -108,7 +108,7 @@ def cpu_kernels(found: dict[str, Any]) -> Finding:
         return warning(
             subject, "PyTorch reference, because there is no C++ compiler",
             "the reference is many times slower, and vLLM's CPU build wants a compiler too",
-            "apt-get install g++ python3-dev, or set CXX",
+            "apt-get install g++ python3-dev (GCC 12 or later, 13 if not on x86), or set CXX",
         )  # fmt: skip
     if not found["compiled"]:
         return fine(
