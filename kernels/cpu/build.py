@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -48,6 +49,7 @@ _ARGUMENTS = {
     "vllm_sparse_copy": "pppppn",
     "vllm_sparse_write_tokens": "pppppppff",
     "vllm_sparse_record_queries": "ppppp",
+    "vllm_sparse_threads": "",
 }
 _SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cpp")))
 _FLAGS = (
@@ -57,6 +59,7 @@ _FLAGS = (
 # As simd.h has it: vectors are shuffled with GCC 12, _Float16 is there in C++ with 12 or 13.
 _LEAST_GCC = 12 if platform.machine() in ("x86_64", "AMD64") else 13
 _CANDIDATES = ("g++", *(f"g++-{version}" for version in range(15, _LEAST_GCC - 1, -1)), "clang++")
+logger = logging.getLogger("vllm.sparse")
 FLAGS_ENV = "VLLM_SPARSE_CXXFLAGS"
 
 
@@ -190,6 +193,14 @@ def load() -> ctypes.CDLL:
     kinds = {"i": ctypes.c_int, "n": ctypes.c_int64, "f": ctypes.c_float, "p": ctypes.c_void_p}
     for name, arguments in _ARGUMENTS.items():
         getattr(kernels, name).argtypes = [kinds[kind] for kind in arguments]
+    # PyTorch first, which sets this thread's team when it is asked.
+    threads, ours = torch.get_num_threads(), kernels.vllm_sparse_threads()
+    if ours != threads:
+        logger.warning(
+            "The C++ kernels run on %d threads where PyTorch has %d: %s links to another OpenMP "
+            "runtime than PyTorch's, which is GCC's. Set CXX to a g++.",
+            *(ours, threads, compiler),
+        )
     return kernels
 
 

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from vllm_sparse.kernels import dispatch
 from vllm_sparse.kernels.cpu import build
 
@@ -31,9 +32,9 @@ def anew():
 def tiny(monkeypatch, tmp_path, anew):
     """Kernels that are compiled in no time, into a folder of their own, which is returned."""
     source = tmp_path / "tiny.cpp"
-    source.write_text('extern "C" int vllm_sparse_tiny() { return 7; }\n')
+    source.write_text('extern "C" int vllm_sparse_threads() { return 77; }\n')
     monkeypatch.setattr(build, "_SOURCES", (source,))
-    monkeypatch.setattr(build, "_ARGUMENTS", {"vllm_sparse_tiny": ""})
+    monkeypatch.setattr(build, "_ARGUMENTS", {"vllm_sparse_threads": ""})
     monkeypatch.setenv("VLLM_SPARSE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "kernels"
 
@@ -78,7 +79,7 @@ def test_without_a_compiler_the_reference_runs_and_says_why(anew, monkeypatch, c
 @pytest.mark.parametrize("compiler", ["env g++", "g++ -m64"])
 def test_a_compiler_s_command_may_have_several_words(tiny, monkeypatch, compiler):
     monkeypatch.setenv("CXX", compiler)
-    assert build.load().vllm_sparse_tiny() == 7
+    assert build.load().vllm_sparse_threads() == 77
 
 
 @needs_gcc
@@ -94,7 +95,7 @@ def test_half_of_a_library_is_compiled_anew(tiny):
     library = build.compiled_path(build.find_compiler())
     library.parent.mkdir(parents=True)
     library.write_bytes(b"\x7fELF")
-    assert build.load().vllm_sparse_tiny() == 7
+    assert build.load().vllm_sparse_threads() == 77
 
 
 def test_a_library_that_does_not_load_names_the_folder(tiny, monkeypatch, tmp_path):
@@ -141,3 +142,27 @@ def test_an_old_compiler_says_what_is_needed(tiny, monkeypatch):
         build.load()
     assert "need GCC 12 or later" in str(failed.value)
     assert str(failed.value).count("error:") == 1
+
+
+@needs_gcc
+def test_threads_that_are_not_those_of_pytorch_are_warned_of(tiny, monkeypatch, caplog):
+    """What clang++'s OpenMP runtime may give: one, where PyTorch's has those that vLLM pinned."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    build.load()
+    assert not caplog.records
+    build.load.cache_clear()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 96)
+    build.load()
+    (record,) = caplog.records
+    assert "77 threads where PyTorch has 96" in record.getMessage()
+    assert "g++" in record.getMessage()
+
+
+def test_the_kernels_share_the_threads_of_pytorch():
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert build.load().vllm_sparse_threads() == count
+    finally:
+        torch.set_num_threads(before)
