@@ -33,6 +33,17 @@ def skipped():
     return grown
 
 
+def hash_late(machine, tokens):
+    """Hash blocks once so many tokens behind them are known, as vLLM 0.33 does for drafters."""
+    at_once = machine.hasher
+
+    def hasher(request):
+        known, ready = len(request.block_hashes), (request.num_tokens - tokens) // BLOCK
+        return at_once(request)[: max(ready - known, 0)]
+
+    machine.hasher = hasher
+
+
 def limits(machine, length=400):
     """Tokens that are shared as they are, and those that a request may hit."""
     policy = machine.policy
@@ -66,6 +77,19 @@ def test_another_turn_hits_the_whole_prompt_and_the_same_prompt_all_but_its_wind
     assert published(machine, PROMPT) == 400 // BLOCK
     assert machine.serve([*PROMPT, *range(200)]) == 400 // BLOCK * BLOCK
     assert machine.serve(PROMPT) == hits
+    assert machine.free_blocks() == 119
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("late", [1, 3])
+def test_a_block_without_a_hash_is_not_copied(llama, ahead, late):
+    """The prompt's last, if its hash covers outputs that no step has given when it is copied."""
+    machine = Machine(llama, blocks=120, ahead=ahead)
+    hash_late(machine, late)
+    assert machine.serve(PROMPT) == 0
+    known = late == 1 and not ahead
+    assert published(machine, [*PROMPT, 7, 7, 7]) == 400 // BLOCK - (not known)
+    assert machine.serve(PROMPT) == limits(machine)[1]
     assert machine.free_blocks() == 119
 
 
@@ -158,10 +182,12 @@ def test_a_request_that_ends_with_its_prompt_leaves_its_tail(llama):
 
 @pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("leave", ["aborted", "preempted"])
-def test_whoever_leaves_when_the_prompt_has_just_ended(llama, ahead, leave):
+@pytest.mark.parametrize("late", [0, 1, 3])
+def test_whoever_leaves_when_the_prompt_has_just_ended(llama, ahead, leave, late):
     """The prompt takes five steps. Nothing that is not whole is published, nothing is lost."""
     for steps in range(3, 9):
         machine = Machine(llama, blocks=120, ahead=ahead)
+        hash_late(machine, late)
         request = machine.add(PROMPT, new_tokens=20)
         for _ in range(steps):
             machine.step()

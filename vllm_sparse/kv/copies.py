@@ -221,20 +221,25 @@ class PrefixCopies:
         self._manager._pending_cow_copies.append((source, copy))
 
     def _cached(self, request: Request, places: Sequence[int]) -> Iterator[KVCacheBlock | None]:
-        """What the prefix cache has of a request's prompt."""
+        """What the prefix cache has of a request's prompt, up to the first place without a hash.
+
+        With some drafters vLLM 0.33 hashes a block together with tokens behind it, once it has
+        them: the last of a prompt may lack its hash while outputs are awaited.
+        """
         if not places:  # as where nothing is cached, whose hashes may be of no block size
             return
         pool, group = self._pool, [self._manager.kv_cache_group_id]
         hashes = resolve_block_hashes(
             request.block_hashes, pool.hash_block_size, self._manager.block_size
         )
-        for place in places:
+        for place in takewhile(lambda place: place < len(hashes), places):
             found = pool.get_cached_block(hashes[place], group)
             yield found[0] if found else None
 
     def _missing(self, request: Request, places: Sequence[int]) -> list[int]:
-        cached = self._cached(request, places)
-        return [place for place, block in zip(places, cached, strict=True) if block is None]
+        """Those of ascending places that the cache lacks and that have a hash."""
+        cached = zip(places, self._cached(request, places), strict=False)
+        return [place for place, block in cached if block is None]
 
     def _publish(self, request: Request, blocks: dict[int, KVCacheBlock]) -> None:
         """Publish blocks of a tail, by place, unless others have.
