@@ -323,6 +323,27 @@ def test_copies_of_a_step_that_does_not_take_place_are_not_published(llama, monk
     assert machine.free_blocks() == 39
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_what_a_step_would_have_computed_of_whom_it_preempts_is_not_hit(llama, ahead):
+    """It is published when the step is planned, before a more urgent request needs its room."""
+    machine = Machine(
+        llama, blocks=60, ahead=ahead, scheduling_policy="priority", long_prefill_token_threshold=48
+    )
+    held = machine.pool.get_new_blocks(45)
+    victim = machine.add(PROMPT, priority=1)
+    machine.step()
+    urgent = machine.add([9] * 32)
+    machine.step()
+    assert (victim.num_computed_tokens, urgent.num_computed_tokens) == (144, 32)
+    assert machine.free_blocks() == 3, "what the victim's next chunk takes"
+    machine.step()
+    assert machine.preemptions == 1
+    assert published(machine, PROMPT) == 144 // BLOCK < limits(machine)[0] // BLOCK
+    machine.pool.free_blocks(held)
+    machine.run()
+    assert machine.free_blocks() == 59
+
+
 def test_engines_of_one_process_do_not_mix(llama):
     """Their requests may have the same ids."""
     one, other = Machine(llama, blocks=120), Machine(llama, blocks=60)

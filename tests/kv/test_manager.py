@@ -14,6 +14,7 @@ from support.scheduler import Machine, prompts
 from vllm_sparse.metrics import counters
 from vllm_sparse.policies.protocol import Retention
 from vllm_sparse.policies.rocketkv import RocketKV
+from vllm_sparse.policies.sparda import SpardaSettings
 from vllm_sparse.policies.streamingllm import StreamingLLM
 
 
@@ -89,6 +90,23 @@ class TestManager:
         machine.finish_all()
         _, hit, _ = machine.manager.get_computed_blocks(machine.request([1] * 400))
         assert hit == machine.limit(400)
+
+    @pytest.mark.parametrize("sparda", [False, True])
+    @pytest.mark.parametrize(("preempted", "hit"), [("this step", 64), ("the next", 128)])
+    def test_what_a_step_planned_for_whom_it_preempts_is_published_no_more(
+        self, sparda, preempted, hit
+    ):
+        """Nobody computes it; what was planned before is computed."""
+        pytest.importorskip("vllm")
+        machine = PoolMachine(sparda=sparda)
+        request = machine.request([1] * 400)
+        machine._admit(request)
+        assert machine._schedule(request, 64) is not None
+        if preempted == "the next":
+            machine.manager.new_step_starts()
+        machine.manager.free(request)
+        machine.running.clear()
+        assert machine.manager.get_computed_blocks(machine.request([1] * 400))[1] == hit
 
     def test_dropped_blocks_are_freed_once_the_step_after_the_prompt_is_processed(self):
         """That step may begin with compaction, which reads them."""
@@ -193,7 +211,7 @@ class PoolMachine(RuleBasedStateMachine):
     the prompt, so a block that another request may still read must never be one.
     """
 
-    def __init__(self, beside="", eagle=False, **settings):
+    def __init__(self, beside="", eagle=False, sparda=False, **settings):
         super().__init__()
         import torch
         from vllm.utils.hashing import sha256
@@ -206,7 +224,7 @@ class PoolMachine(RuleBasedStateMachine):
             SlidingWindowSpec,
         )
 
-        from vllm_sparse.kv.spec import PolicySpec
+        from vllm_sparse.kv.spec import PolicySpec, SpardaSpec
 
         init_none_hash(sha256)
         self.policy = make_policy(**settings)
@@ -214,6 +232,8 @@ class PoolMachine(RuleBasedStateMachine):
         stock = FullAttentionSpec(**layer)
         others = {"full": stock, "window": SlidingWindowSpec(sliding_window=40, **layer)}
         spec = PolicySpec.wrap(stock, self.policy, beside_others=bool(beside))
+        if sparda:
+            spec = SpardaSpec.wrap(stock, SpardaSettings(selector="query", local_blocks=2, top_k=8))
         groups = [KVCacheGroupSpec(["ours"], spec)]
         if beside:
             groups.insert(0, KVCacheGroupSpec(["other"], others[beside]))

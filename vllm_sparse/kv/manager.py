@@ -72,15 +72,37 @@ class PromptAwareManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Publish full blocks, but only the publishable ones."""
+        """Publish full blocks, but only the publishable ones, and note what the step will write."""
         limit = self._publishable(*case_of(request))
         if limit is not None:
             if request.num_computed_tokens < request.num_prompt_tokens:
                 self._pin(request, num_tokens)
             num_tokens = min(num_tokens, limit)
+        first = self.num_cached_block.get(request.request_id, 0)
         super().cache_blocks(
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
         )
+        last = self.num_cached_block.get(request.request_id, 0)
+        if last > first:
+            blocks = self.req_to_blocks[request.request_id][first:last]
+            unwritten(self.block_pool).update(block.block_id for block in blocks)
+
+    def new_step_starts(self) -> None:
+        """What was published before is written when the step begins."""
+        super().new_step_starts()
+        unwritten(self.block_pool).clear()
+
+    def pop_blocks_for_free(self, request_id: str) -> Any:
+        """Take back what was published of a request that this very step preempts.
+
+        vLLM plans the step without it then, and nobody writes these blocks. Those of a request that
+        ends are written by a step under way.
+        """
+        request = of_id(self.block_pool, request_id)
+        if request is not None and not request.is_finished():
+            row = {block.block_id for block in self.req_to_blocks.get(request_id, ())}
+            self.block_pool.evict_blocks(row & unwritten(self.block_pool))
+        return super().pop_blocks_for_free(request_id)
 
     def _pin(self, request: Request, num_tokens: int) -> None:
         """Have groups of other kinds keep what a hit at our limit needs.
@@ -180,19 +202,9 @@ class PolicyManager(PromptAwareManager):
         return min((end * spec.block_size for whole, end in ends if end < whole), default=None)
 
     def new_step_starts(self) -> None:
-        """What was published before is written when the step's copies are made."""
+        """Publish what the steps planned before copy."""
         super().new_step_starts()
-        unwritten(self.block_pool).clear()
         self._copies.step_starts()
-
-    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        """Publish, and note what the step will write."""
-        first = self.num_cached_block.get(request.request_id, 0)
-        super().cache_blocks(request, *args, **kwargs)
-        last = self.num_cached_block.get(request.request_id, 0)
-        if last > first:
-            blocks = self.req_to_blocks[request.request_id][first:last]
-            unwritten(self.block_pool).update(block.block_id for block in blocks)
 
     def get_num_blocks_to_allocate(
         self,
