@@ -57,7 +57,9 @@ def test_how_blocks_come_changes_nothing(llama, pair, changes):
     """With the look-ahead, of which the tests below have the usual way."""
     run = run_gpu_path(llama, pair, changes)
     assert run["tokens"] == run_engine(llama, pair, settings=SPARDA_SETTINGS, **SHARED)["tokens"]
-    assert (run["counters"]["frame_misses"] > 0) == ("prefetch" in changes)
+    for moved in ("frame_misses", "device_to_host_bytes"):
+        assert (run["counters"][moved] > 0) == ("prefetch" in changes)
+    assert (" host pool 0.00 GiB for " in run["log"]) == ("resident" in changes)
 
 
 # vLLM's compiler up to the machine code, without passes that only GPUs have.

@@ -114,7 +114,8 @@ class LayerMachine(RuleBasedStateMachine):
         }[resident]
         self.resident, self.captured = resident, captured
         geometry = Geometry(LAYERS, BLOCKS, HEADS, SIZE, DIM, 4, frames)
-        self.pager = Pager(geometry, torch.float32, poison=True)
+        view = (lambda host: host) if captured else None  # as a GPU: what is resident is not hosted
+        self.pager = Pager(geometry, torch.float32, poison=True, view=view)
 
         def torn_copy(target, target_index, source, source_index, count) -> None:
             """What was read is old when it is written."""

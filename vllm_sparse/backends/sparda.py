@@ -161,9 +161,10 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         self._newcomers = Newcomers(vllm_config.use_v2_model_runner)
         rows = most_rows(vllm_config)
         self._rows = RowPlanner(settings, rows, device, machine.captured)
-        self._bytes_per_token = geometry.host_bytes // (blocks * geometry.block_size)
         self._steps = 0
-        self.runtime = runtime_of(settings, geometry, dtype, stored, layers, machine, rows)
+        self.runtime = runtime_of(settings, geometry, dtype, stored, layers, machine, rows, device)
+        host_bytes = self.runtime.pager.host.nbytes
+        self._bytes_per_token = host_bytes // (blocks * geometry.block_size)
         for number, layer in enumerate(layers):
             scales = final_scales(layer, machine.truncates) if fp8 else UNSCALED
             layer.impl.layer = Layer(self.runtime, number, scales)
@@ -178,7 +179,7 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         watch_controls(vllm_config)
         speaks = vllm_config.parallel_config.rank == 0
         counters.publish_to(metrics.folder(instance_of(vllm_config).name), "SPARDA", speaks=speaks)
-        counters.set_gauge("host_pool_bytes", geometry.host_bytes)
+        counters.set_gauge("host_pool_bytes", host_bytes)
         counters.set_gauge("slab_bytes", geometry.slab_bytes)
         counters.set_gauge("slab_frames", sum(geometry.frames))
         if speaks and serving:

@@ -66,7 +66,14 @@ class SpardaGpuBuilder(SpardaBuilder):
         version = flash_attn.get_flash_attn_version(head_size=geometry.head_dim)
         fresh = None if version is None else partial(_attend_fresh, version)
         if device.type != "cuda":
-            return Machine(kernels, LateLane(), captured=True, truncates=False, attend_fresh=fresh)
+            return Machine(
+                kernels,
+                LateLane(),
+                captured=True,
+                truncates=False,
+                view=lambda host: host,  # one memory, but layers lie where they do on a GPU
+                attend_fresh=fresh,
+            )
         _check_memory(geometry, settings, device, working_bytes(config))
         pinned: list[Tensor] = []
         return Machine(

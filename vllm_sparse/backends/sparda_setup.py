@@ -101,6 +101,7 @@ def runtime_of(
     layers: list[Any],
     machine: Machine,
     rows: int,
+    device: torch.device,
 ) -> Runtime:
     """Allocate the host pool and the slab, and what copies between them.
 
@@ -112,16 +113,17 @@ def runtime_of(
         layers: The engine's attention layers.
         machine: What this kind of device brings.
         rows: Most rows of a batch of single tokens.
+        device: Where the layers compute.
     """
     kernels, lane, count = machine.kernels, machine.lane, metrics.counters().add
     how = settings.prefetch, machine.captured
-    pager = Pager(geometry, stored, settings.poison, machine.view)
+    pager = Pager(geometry, stored, settings.poison, machine.view, device)
     return Runtime(
         settings,
         layers[0].impl.scale,
         pager,
         kernels,
-        _selector(settings, geometry, dtype, layers, machine, rows, pager.layers[0].slab.device),
+        _selector(settings, geometry, dtype, layers, machine, rows, device),
         Fetcher(pager, kernels, lane, count, *how),
         PromptStream(pager, kernels, lane, settings.staging_blocks, count, *how),
         layers,
@@ -197,7 +199,7 @@ def start_line(runtime: Runtime, config: VllmConfig) -> str:
     if all(geometry.is_resident(layer) for layer in range(geometry.num_layers)):
         mode = "never, as every block has a frame"
         if settings.slab_gib is not None:
-            mode += " (the slab holds the whole host pool; raise host_gib to serve more)"
+            mode += " (the slab holds all that host_gib allows; raise it to serve more)"
         elif not settings.resident:
             mode += (
                 f" (--max-num-seqs {config.scheduler_config.max_num_seqs} may need them all; lower "
@@ -207,15 +209,15 @@ def start_line(runtime: Runtime, config: VllmConfig) -> str:
     if settings.sparse_prefill:
         prompts = f"sparse ({settings.prompt_blocks_read} blocks)"
     fp8 = " in fp8" if runtime.pager.host.dtype == FP8 else ""
-    total = _total(geometry, config)
+    total = _total(runtime, config)
     tokens = (geometry.num_blocks - 1) * geometry.block_size
     return (
         f"SPARDA: selector {settings.chosen_selector}, {settings.blocks_read} blocks of "
         f"{geometry.block_size} tokens per KV head ({settings.init_blocks} first, "
         f"{settings.local_blocks} + 1 last), dense up to {settings.dense_len} tokens, prompts "
-        f"{prompts}; host pool "
-        f"{geometry.host_bytes / GIB:.2f} GiB{fp8}{total} for {geometry.num_blocks - 1} blocks = "
-        f"{tokens} tokens; device slab {geometry.slab_bytes / GIB:.3f} GiB, "
+        f"{prompts}; host pool {runtime.pager.host.nbytes / GIB:.2f} GiB{fp8}{total} for "
+        f"{geometry.num_blocks - 1} blocks = {tokens} tokens; "
+        f"device slab {geometry.slab_bytes / GIB:.3f} GiB, "
         f"{geometry.frames[-1]} frames a layer for {config.scheduler_config.max_num_seqs} requests "
         f"at once, staging {runtime.stream.nbytes / GIB:.3f} GiB; "
         f"fetched {mode}; kernels: {runtime.kernels.name}{_turning(runtime)}"
@@ -235,11 +237,11 @@ def _turning(runtime: Runtime) -> str:
     )
 
 
-def _total(geometry: Geometry, config: VllmConfig) -> str:
+def _total(runtime: Runtime, config: VllmConfig) -> str:
     """What the host pools of all ranks take, if there are several."""
     parallel = config.parallel_config
     if parallel.tensor_parallel_size * parallel.pipeline_parallel_size == 1:
         return ""
     layers = config.model_config.get_total_num_hidden_layers() * parallel.tensor_parallel_size
-    total = geometry.host_bytes // geometry.num_layers * layers
+    total = runtime.pager.host.nbytes * layers // runtime.pager.geometry.num_layers
     return f" per rank, {total / GIB:.2f} GiB in total"

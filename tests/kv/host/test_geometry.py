@@ -96,7 +96,6 @@ class TestPlanFrames:
         geometry = Geometry(4, 1000, 2, 16, 8, 2, first)
         assert [geometry.is_resident(layer) for layer in range(4)] == [True, False, False, False]
         assert geometry.piece_bytes == 16 * 16 * 2
-        assert geometry.host_bytes == 4 * 1000 * 2 * geometry.piece_bytes
         assert geometry.slab_bytes == (2000 + 3 * 192) * geometry.piece_bytes
 
     def test_a_given_slab_is_divided_among_the_layers(self):

@@ -68,6 +68,31 @@ def test_a_device_sees_the_pinned_pool_as_it_is_shown() -> None:
     assert [layer.host.data_ptr() for layer in pager.layers] == [x.data_ptr() for x in shown[0]]
 
 
+@pytest.mark.parametrize("frames", [(8, 54), (54, 54)], ids=["second", "all"])
+def test_a_gpu_has_no_host_blocks_of_a_resident_layer(frames) -> None:
+    """Every read of its blocks, and every write, is one of its frames."""
+    shown = []
+
+    def view(host: torch.Tensor) -> torch.Tensor:
+        shown.append(host)
+        return host
+
+    geometry = Geometry(2, BLOCKS, HEADS, SIZE, DIM, 4, frames)
+    pager, paged = Pager(geometry, torch.float32, True, view), frames.count(8)
+    assert [tuple(host.shape) for host in shown] == [(1, BLOCKS, HEADS, SIZE, 2 * DIM)] * paged
+    assert pager.host.shape[0] == paged
+    for layer in pager.layers:
+        assert (layer.host.data_ptr() == layer.slab.data_ptr()) == layer.resident
+    layer, rows = pager.layers[1], rows_of(torch.arange(7))
+    where, slots = layer.table.frame_of, torch.tensor([*range(12, 16), *range(20, 23)])
+    REFERENCE.write_tokens(layer.host, layer.slab, where, slots, *rows.split(DIM, -1))
+    for host in shown:
+        host.fill_(torch.nan)
+    for read in (layer.host, layer.slab.view_as(layer.host)):
+        assert read[slots // SIZE, :, slots % SIZE].equal(rows)
+        assert int((~read.isnan()).sum()) == rows.numel()
+
+
 def test_frames_in_use_are_counted(pager: Pager) -> None:
     assert pager.frames_in_use() == 2 * HEADS
     assert fetch(pager, 3, 6).tolist() == [0, HEADS, 0]  # the frames of 3 are of this very step

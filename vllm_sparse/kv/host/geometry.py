@@ -48,11 +48,6 @@ class Geometry:
         return self.block_size * 2 * self.head_dim * self.itemsize
 
     @property
-    def host_bytes(self) -> int:
-        """Bytes of the host pool."""
-        return self.num_layers * self.num_pieces * self.piece_bytes
-
-    @property
     def slab_bytes(self) -> int:
         """Bytes of all frames."""
         return sum(self.frames) * self.piece_bytes

@@ -4,7 +4,8 @@
 
 Blocks keep the ids that vLLM gave them, so its scheduler, prefix cache and preemption manage host
 memory without knowing it. The host copy is write-through and always complete: dropping a frame
-never writes anything, and a frame always equals its piece on the host.
+never writes anything, and a frame always equals its piece on the host. A layer of which a GPU has
+every block in a frame needs none: its frames are its blocks.
 """
 
 from __future__ import annotations
@@ -28,26 +29,24 @@ class LayerPager:
     """One layer's host blocks, frames and page table.
 
     Attributes:
-        host: The blocks, ``[blocks, G, block_size, 2 * D]``.
+        host: The blocks, ``[blocks, G, block_size, 2 * D]``; on a GPU, those of a resident layer
+            are its frames.
         pieces: The same as pieces, ``[blocks * G, block_size, 2 * D]``.
         slab: The frames, ``[frames, block_size, 2 * D]``.
         table: Which frame holds which piece.
         resident: Every piece has a frame for good.
 
     Args:
-        host: The layer's part of the host pool, ``[blocks, G, block_size, 2 * D]``, as the device
-            sees it.
-        num_frames: Frames of this layer; as many as pieces makes the layer resident.
+        host: The layer's blocks, ``[blocks, G, block_size, 2 * D]``, as the device sees them.
+        slab: The layer's frames; as many as pieces makes the layer resident.
         poison: Fill memory that must not be read with NaN.
     """
 
-    def __init__(self, host: Tensor, num_frames: int, poison: bool) -> None:
+    def __init__(self, host: Tensor, slab: Tensor, poison: bool) -> None:
         self.host = host
-        device = host.device
+        self.slab = slab
+        device, num_frames = slab.device, len(slab)
         self.num_blocks, self.num_kv_heads, self.block_size, self.width = host.shape
-        self.slab = torch.empty(
-            num_frames, self.block_size, self.width, dtype=host.dtype, device=device
-        )
         self.resident = num_frames == self.num_blocks * self.num_kv_heads
         self.poison = poison
         self.pieces = host.flatten(0, 1)
@@ -118,12 +117,18 @@ class LayerPager:
 class Pager:
     """The caches of all layers.
 
+    Attributes:
+        host: The host pool, ``[layers, blocks, G, block_size, 2 * D]``. A GPU's lacks the layers
+            that are resident: they would be read over the link although the device has them.
+        layers: The layers.
+
     Args:
         geometry: Sizes.
         dtype: Of keys and values.
         poison: Fill memory that must not be read with NaN, for tests and debugging.
         view: Pins the host pool and returns it as a GPU sees it; ``None`` where host and
             device are one memory.
+        device: Where frames are.
     """
 
     def __init__(
@@ -132,24 +137,24 @@ class Pager:
         dtype: torch.dtype,
         poison: bool = False,
         view: Callable[[Tensor], Tensor] | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.geometry = geometry
-        shape = (
-            geometry.num_layers,
-            geometry.num_blocks,
-            geometry.num_kv_heads,
-            geometry.block_size,
-            2 * geometry.head_dim,
-        )
-        if view is None:
-            self.host = seen = torch.empty(shape, dtype=dtype, device="cpu")
+        dim = 2 * geometry.head_dim
+        shape = geometry.num_blocks, geometry.num_kv_heads, geometry.block_size, dim
+        layers = range(geometry.num_layers)
+        hosted = [i for i in layers if view is None or not geometry.is_resident(i)]
+        if view is None or not hosted:
+            self.host = seen = torch.empty(len(hosted), *shape, dtype=dtype, device="cpu")
         else:
-            self.host = page_aligned(shape, dtype)
+            self.host = page_aligned((len(hosted), *shape), dtype)
             seen = view(self.host)
-        self.layers = [
-            LayerPager(part, frames, poison)
-            for part, frames in zip(seen, geometry.frames, strict=True)
-        ]
+        blocks = dict(zip(hosted, seen, strict=True))
+        self.layers = []
+        for layer, frames in enumerate(geometry.frames):
+            slab = torch.empty(frames, *shape[2:], dtype=dtype, device=device)
+            host = blocks[layer] if layer in blocks else slab.view(shape)
+            self.layers.append(LayerPager(host, slab, poison))
 
     def check_integrity(self) -> None:
         """Compare every layer's page table and frames with its host blocks, between steps."""
