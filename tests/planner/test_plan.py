@@ -146,3 +146,28 @@ def test_blocks_are_those_of_an_engine(tmp_path, capsys):
     assert ours["pool_blocks"] - 1 == pytest.approx(ran["free_blocks"][0], rel=0.02)
     evicted = -(-1024 // BLOCK_SIZE) - ours["request_blocks"]
     assert evicted == ran["counters"]["blocks_evicted"] > 0
+
+
+def test_nothing_but_windows_is_planned_densely_and_refused_sparsely(config, capsys):
+    """Of a request's blocks only those of its window stay; a window may begin within one."""
+    status, arms = plan(capsys, config(sliding_window=4096))
+    assert status == 3
+    assert "every layer has a sliding window of 4096 tokens" in arms["ROCKETKV"]["refused"][0]
+    assert any("sliding-window layers" in why for why in arms["SPARDA"]["refused"])
+    dense = arms["dense"]
+    assert dense["refused"] == []
+    assert dense["block_bytes"] == 16 * 128 * 1024
+    assert dense["request_blocks"] == dense["prompt_blocks"] == 4096 // 16 + 1
+    assert dense["fits"] > 8 * plan(capsys, config())[1]["dense"]["fits"]
+    assert "windows of 32 of 32 layers take 257 blocks" in dense["kept"]
+    both = ["linear_attention", "sliding_attention"] * 16
+    status, arms = plan(capsys, config(layer_types=both, sliding_window=4096))
+    assert status == 3
+    assert "every layer has a sliding window" in arms["ROCKETKV"]["refused"][0]
+    assert arms["dense"]["block_bytes"] == 16 * 64 * 1024
+
+
+def test_layers_that_keep_nothing_are_no_reason_to_divide_by_zero(config, capsys):
+    status, arms = plan(capsys, config(layer_types=["linear_attention"] * 32))
+    assert status == 3
+    assert all("keeps keys and values" in arm["refused"][-1] for arm in arms.values())

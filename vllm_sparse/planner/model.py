@@ -7,29 +7,32 @@ So refusals and sizes are the functions that start-up calls; nothing is said twi
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_sparse import paths
 from vllm_sparse.backends.refusals import check_layer, check_windows
 from vllm_sparse.device_room import mlp_widths
 from vllm_sparse.errors import ConfigError, UnsupportedError
 from vllm_sparse.features import reason
+from vllm_sparse.planner.reading import find_config, read_config
 from vllm_sparse.planner.shapes import Shape
 from vllm_sparse.quantized import ItemBytes, item_bytes
 from vllm_sparse.registry import entries
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _ATTENTION_FREE = ("mamba", "mamba2", "falcon_mamba", "rwkv")
 _RECURRENT_KEYS = ("mamba_d_state", "mamba_d_ssm", "linear_num_key_heads", "attn_layer_indices")
 _LEAST_BYTES = 0.5
 _RECURRENT_LAYERS = ("linear_attention", "mamba", "recurrent", "conv")
+_NO_MIXING = ("mlp", "moe")  # layers of Nemotron-H that are not a part of others
+_SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
+_UNSAID = 8192  # longest request of a model that does not say
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Model:
     @property
     def quantization(self) -> str | None:
         """How weights are stored; ``None``: as they are."""
-        found = self.config.get("quantization_config") or {}
+        found = self.text.get("quantization_config") or {}
         return found.get("quant_method")
 
     @property
@@ -91,8 +94,11 @@ class Model:
 
     @property
     def is_hybrid(self) -> bool:
-        """Whether some layers are recurrent."""
-        return self._recurrent_layers > 0 or any(key in self.text for key in _RECURRENT_KEYS)
+        """Whether some layers are recurrent; Granite's class has their sizes even without them."""
+        if set(self._kinds) & set(_RECURRENT_LAYERS):
+            return True
+        attend = bool(self._kinds) and set(self._kinds) <= {"attention", "full_attention"}
+        return not attend and any(key in self.text for key in _RECURRENT_KEYS)
 
     @property
     def runner_type(self) -> str:
@@ -102,27 +108,32 @@ class Model:
 
     @property
     def other_layers(self) -> int:
-        """Layers that keep a window or a state, not every token."""
-        return self.windowed_layers + self._recurrent_layers
+        """Layers that keep a window, a state or nothing, not every token."""
+        others = (*_RECURRENT_LAYERS, *_NO_MIXING)
+        return self.windowed_layers + sum(kind in others for kind in self._kinds)
 
     @property
-    def _recurrent_layers(self) -> int:
-        kinds = self.text.get("layer_types") or self.text.get("layers_block_type") or ()
-        return sum(str(kind) in _RECURRENT_LAYERS for kind in kinds)
+    def _kinds(self) -> list[str]:
+        """What each layer is; empty where they are alike, or not told apart."""
+        return list(self.text.get("layer_types") or self.text.get("layers_block_type") or ())
 
     @property
     def windowed_layers(self) -> int:
         """Layers with a sliding window."""
-        kinds = self.text.get("layer_types")
-        if kinds:
-            return sum(str(kind) == "sliding_attention" for kind in kinds)
+        if self.text.get("layer_types"):
+            return self._kinds.count("sliding_attention")
         window = self.text.get("sliding_window")
         return self.layers if window and self.text.get("use_sliding_window", True) else 0
 
     @property
+    def full_layers(self) -> int:
+        """Layers that keep every token."""
+        return self.layers - self.other_layers
+
+    @property
     def window_of_all(self) -> int | None:
-        """The window, if every layer has one."""
-        alike = self.windowed_layers == self.layers
+        """The window, if every layer that attends has one."""
+        alike = self.windowed_layers and not self.full_layers
         return self.text.get("sliding_window") if alike else None
 
     @property
@@ -162,8 +173,21 @@ class Model:
 
     @property
     def furthest(self) -> int:
-        """Tokens that it was made for; 0: it does not say."""
-        return int(self.text.get("max_position_embeddings") or 0)
+        """Tokens that it was made for, scaled as vLLM does; 0: it does not say."""
+        said = self.text.get("model_max_length") or self.text.get("max_position_embeddings") or 0
+        # Gemma 3 gives a length that is scaled already.
+        factor = 1.0 if "gemma3" in str(self.config.get("model_type")) else self._rope_factor
+        return int(said * factor)
+
+    @property
+    def _rope_factor(self) -> float:
+        found = self.text.get("rope_parameters") or self.text.get("rope_scaling") or {}
+        by_kind = [each for each in found.values() if isinstance(each, dict)]
+        factor = 1.0
+        for rope in by_kind or [found]:
+            if (rope.get("rope_type") or rope.get("type")) not in _SCALED_ALREADY:
+                factor = float(rope.get("factor") or factor)
+        return factor
 
     @property
     def hidden(self) -> int:
@@ -251,39 +275,12 @@ def read_model(name: str) -> Model:
     Raises:
         ConfigError: There is none, or it lacks what every decoder's has.
     """
-    path = _find(name)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds no JSON object; is it a model's config.json?")
-    text = {**config, **(config.get("text_config") or {})}
+    path = find_config(name)
+    model = Model(path.parent, read_config(path), _UNSAID)
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [key for key in needed if not text.get(key)]
+    missing = [key for key in needed if not model.text.get(key)]
     if missing:
         raise ConfigError(
             f"{path} lacks {', '.join(missing)}, which every decoder-only model's config.json has"
         )
-    text.setdefault("intermediate_size", 4 * int(text["hidden_size"]))
-    model = Model(path.parent, {**config, **text}, 8192)
     return replace(model, max_model_len=model.furthest) if model.furthest else model
-
-
-def _find(name: str) -> Path:
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    hub = os.environ.get("HF_HUB_CACHE")
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    cached = (Path(hub) if hub else home / "hub") / f"models--{name.replace('/', '--')}"
-    newest = sorted(cached.glob("snapshots/*/config.json"), key=lambda file: file.stat().st_mtime)
-    for found in (path / "config.json", paths.cache_dir() / name / "config.json", *newest[-1:]):
-        if found.is_file():
-            return found
-    raise ConfigError(
-        f"no config.json of {name!r} on this machine: it is neither a file nor a folder, and "
-        f"neither {paths.cache_dir()} nor {cached.parent} has it. If it is a name of the Hugging "
-        f"Face hub, `hf download {name} config.json` fetches that one file; else give the path of "
-        "the model's config.json"
-    )

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # More requests at once than any server is asked for, to learn how many a slab serves.
 _MANY = 4096
+_KEPT = ("keeps and reads windows alone", "keeps and reads every token")
 CPU_LEAVES_OUT = "choosing, bookkeeping and the wait for copies, which a CPU does itself"
 
 
@@ -171,13 +172,14 @@ def answer(question: Question, name: str) -> Arm:
         ConfigError: The settings are wrong.
     """
     if name == DENSE:
-        refused = _too_long(question)
+        refused = [*_without_caches(question.model), *_too_long(question)]
         return Arm(DENSE, refused) if refused else _dense(question)
     settings = load_settings({NAMESPACE: question.settings}, name.lower())
     config = question.configuration(question.concurrency, name)
     refused = [
         *unsupported(config, name, question.on_gpu),
         *question.model.layer_refusals(name, question.on_gpu, question.device.flash_attention),
+        *_without_caches(question.model),
         *_too_long(question),
     ]
     if refused:
@@ -188,6 +190,12 @@ def answer(question: Question, name: str) -> Arm:
         return _policy(question, name, settings)
     except VllmSparseError as error:
         return Arm(name, [str(error)])
+
+
+def _without_caches(model: Model) -> list[str]:
+    if model.full_layers or model.windowed_layers:
+        return []
+    return ["none of its layers keeps keys and values, of which there is nothing to plan"]
 
 
 def _too_long(question: Question) -> list[str]:
@@ -206,18 +214,21 @@ def pool_room(question: Question) -> int:
 
 
 def _dense(question: Question) -> Arm:
-    size = question.blocks_of(DENSE)
+    size, model = question.blocks_of(DENSE), question.model
     each = _block_bytes(question, size)
     blocks = pool_room(question) // each
     beside = _window_blocks(question, size)
-    held = -(-question.model.max_model_len // size) + beside
+    prompt, held = (
+        (-(-tokens // size) if model.full_layers else 0) + beside
+        for tokens in (question.context, model.max_model_len)
+    )
     return Arm(
         DENSE,
-        kept=f"keeps and reads every token{_other_layers(question, size)}",
+        kept=f"{_KEPT[bool(model.full_layers)]}{_other_layers(question, size)}",
         block_bytes=each,
         pool_blocks=blocks,
         pool_bytes=blocks * each,
-        prompt_blocks=-(-question.context // size) + beside,
+        prompt_blocks=prompt,
         request_blocks=held,
         request_bytes=held * each,
         fits=max(blocks - 1, 0) // held,
@@ -331,8 +342,13 @@ def _policy_of(question: Question, name: str, settings: Any, longest: int) -> Po
 def _block_bytes(question: Question, size: int) -> int:
     model, config = question.model, question.configuration(1)
     heads = model.get_num_kv_heads(config.parallel_config)
-    layers = model.layers - model.other_layers
+    layers = _layers_of_a_block(model)
     return block_bytes(layers, heads, size, model.get_head_size(), model.dtype.itemsize)
+
+
+def _layers_of_a_block(model: Model) -> int:
+    """Those that keep every token, or if none does, those with windows."""
+    return model.full_layers or model.windowed_layers
 
 
 def _window_blocks(question: Question, size: int) -> int:
@@ -341,12 +357,11 @@ def _window_blocks(question: Question, size: int) -> int:
     vLLM makes groups of layers that take blocks of the same pool, so of the same size.
     """
     model = question.model
-    windows, others = model.windowed_layers, model.other_layers
-    if not windows or model.layers == others:
+    if not model.windowed_layers:
         return 0
     window = min(int(model.text.get("sliding_window") or 1), model.max_model_len)
     each = -(-window // size) + 1  # a window may begin and end within blocks
-    return -(-each * windows // (model.layers - others))
+    return -(-each * model.windowed_layers // _layers_of_a_block(model))
 
 
 def _other_layers(question: Question, size: int) -> str:
