@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CGROUP = Path("/sys/fs/cgroup")
-# Of both versions: the limit, what is used, statistics, and in those what is only cached.
+# Of both versions: the limit, what is used, statistics, and in those what is only cached. Files
+# that were read twice are "active", and given back as the others are once memory is short.
 _FILES = (
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory.max", "memory.current", "memory.stat", ("inactive_file", "active_file")),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat",
-     "total_inactive_file"),
+     ("total_inactive_file", "total_active_file")),
 )  # fmt: skip
 _HUGE_PAGE = 2 << 20
 
@@ -83,6 +84,6 @@ def available_bytes(cgroup: Path = _CGROUP) -> int:
             lines = (cgroup / statistics).read_text().splitlines()
         except (OSError, ValueError):
             continue
-        cached = dict(line.split() for line in lines).get(cache, "0")
-        return min(available, limit - used + int(cached))
+        found = dict(line.split() for line in lines)
+        return min(available, limit - used + sum(int(found.get(name, "0")) for name in cache))
     return available
