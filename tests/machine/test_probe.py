@@ -5,15 +5,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from support.site import package
 from vllm_sparse.kernels.cpu import build
 
-from vllm_sparse.machine import probe
+from vllm_sparse.machine import probe, versions
+from vllm_sparse.machine.findings import status
+from vllm_sparse.machine.imports import import_findings
 from vllm_sparse.machine.kernels import summary
+from vllm_sparse.machine.observe import Observed
 
 
 def test_a_stage_that_fails_costs_no_other_one():
@@ -66,3 +71,24 @@ def test_a_cpu(monkeypatch, tmp_path):
     assert "when they are first used" in summary()
     monkeypatch.setattr(build, "find_compiler", lambda: None)
     assert probe.kernel_facts() == {"compiler": None, "library": "", "compiled": False}
+
+
+def test_a_codec_without_ffmpeg_is_not_in_the_way_of_text(monkeypatch, tmp_path):
+    """vLLM goes on without it, unlike without torchvision."""
+    ffmpeg = "raise RuntimeError('Could not load libtorchcodec. Is FFmpeg there?')"
+    for name in versions.MEDIA:
+        package(tmp_path, name, ffmpeg)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    broken = probe.media_facts()["broken"]
+    assert list(broken) == ["torchvision", "torchaudio", "torchcodec"]
+    levels = {}
+    for name, reason in broken.items():
+        seen = Observed({"media": {"broken": {name: reason}}}, "")
+        (found,) = (each for each in import_findings(seen) if name in each.what)
+        assert "Could not load libtorchcodec" in found.what
+        levels[name] = found.level
+        if name == "torchcodec":
+            assert "install FFmpeg" in found.todo
+            assert status([found]) == 1
+    assert levels == {"torchvision": "error", "torchaudio": "error", "torchcodec": "warning"}

