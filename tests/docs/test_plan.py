@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.published import result
 from vllm_sparse.planner.devices import DEVICES
 from vllm_sparse.planner.model import Model
 from vllm_sparse.planner.plan import Question, answer
@@ -130,3 +131,15 @@ def test_devices_and_defaults_are_the_command_s(said):
     assert found["ROCKETKV"] == {key: getattr(rocket, key) for key in found["ROCKETKV"]}
     assert found["SPARDA"].pop("top_k") == paged.blocks_read
     assert found["SPARDA"] == {key: getattr(paged, key) for key in found["SPARDA"]}
+
+
+def test_the_page_says_which_shares_of_misses_were_measured():
+    text = (SCRIPTS.parent / "plan.md").read_text()
+    cells = result("blocks-qwen")["cells"]
+    for blocks, said in (("16", "16 to 31 % with 16 blocks"), ("32", "10 to 23 % with 32")):
+        shares = [
+            arm[blocks]["miss_rate"] for cell in cells
+            for name, arm in cell["selectors"].items() if name != "exact"
+        ]  # fmt: skip
+        assert f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %" in said
+        assert said in " ".join(text.split())
