@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from support.planner import LLAMA
@@ -32,6 +33,13 @@ GEMMA = {
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
     },
 }  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+LENGTHS = {
+    "linear": ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "dynamic": ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+    "yarn": ("llama", {"rope_scaling": YARN}),
+    "separate": ("cohere", {"model_max_length": 131072, "max_position_embeddings": 8192}),
+}
 MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 FACTS = ("furthest", "is_hybrid", "layers", "full_layers", "windowed_layers")
 
@@ -59,13 +67,10 @@ def read(tmp_path):
         ("qwen2", {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 3},
          (4096, False, 4, 3, 1)),
         ("mistral", {"sliding_window": 1024}, (4096, False, 4, 0, 4)),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}, (16384, False, 4, 4, 0)),
-        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-         (8192, False, 4, 4, 0)),
-        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0,
-         "original_max_position_embeddings": 1024}}, (4096, False, 4, 4, 0)),
-        ("cohere", {"model_max_length": 131072, "max_position_embeddings": 8192},
-         (131072, False, 4, 4, 0)),
+        (*LENGTHS["linear"], (16384, False, 4, 4, 0)),
+        (*LENGTHS["dynamic"], (8192, False, 4, 4, 0)),
+        (*LENGTHS["yarn"], (4096, False, 4, 4, 0)),
+        (*LENGTHS["separate"], (131072, False, 4, 4, 0)),
         ("gemma3n_text", {"intermediate_size": [512] * 4, "layer_types": ["full_attention"] * 4},
          (4096, False, 4, 4, 0)),
     ],
@@ -146,3 +151,21 @@ def test_a_class_is_loaded_without_the_network_or_vllm(tmp_path):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("case", [*LENGTHS, "gemma3_text"])
+def test_lengths_are_those_that_vllm_derives(read, case):
+    vllm_model = pytest.importorskip("vllm.config.model")
+    from transformers import AutoConfig
+    from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+
+    kind, changes = LENGTHS.get(case, (case, {"rope_scaling": {"type": "linear", "factor": 8.0}}))
+    config = {**SMALL, **changes}
+    known = AutoConfig.for_model(kind, **config).get_text_config()
+    derived = SimpleNamespace(
+        derived_max_model_len_and_key=ModelArchConfigConvertorBase(
+            known, known
+        ).derive_max_model_len_and_key()
+    )
+    theirs = vllm_model._get_and_verify_max_len(known, derived, None, None, False, None)
+    assert read(model_type=kind, **config).furthest == theirs
