@@ -206,7 +206,10 @@ SEAMS = {
     "v1/engine/input_processor.py": [
         "def process_inputs(", "self.vllm_config = vllm_config", "resumable: bool = False",
     ],
-    "v1/engine/async_llm.py": ["self.input_processor.process_inputs(", "resumable=True"],
+    "v1/engine/async_llm.py": [
+        "self.input_processor.process_inputs(", "resumable=True",
+        "self,\n        vllm_config: VllmConfig,", "list(stat_loggers or [])",
+    ],
     "v1/engine/core.py": [
         "def preprocess_add_request(self, request", "self.preprocess_add_request(req)",
     ],

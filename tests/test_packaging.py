@@ -83,7 +83,6 @@ def test_data_files_are_declared():
     [
         ("vllm.general_plugins", "vllm_sparse.plugin:register"),
         ("vllm.platform_plugins", "vllm_sparse.plugin:platform"),
-        ("vllm.stat_logger_plugins", "vllm_sparse.metrics:SparseStatLogger"),
     ],
 )
 def test_plugin_entry_points_are_installed(group, value):
@@ -93,7 +92,7 @@ def test_plugin_entry_points_are_installed(group, value):
 
 def test_entry_points_resolve():
     points = installed().entry_points
-    assert len(points) == 4
+    assert len(points) == 3
     for point in points:
         assert callable(point.load()), point
 

@@ -48,7 +48,11 @@ def _check_and_update_config(cls: Any, vllm_config: Any) -> None:
     on_gpu = cls._enum == PlatformEnum.CUDA
     check_config(vllm_config, cls.get_device_total_memory if on_gpu else None)
     if is_ours(vllm_config.attention_config.backend):
+        # Not above: vLLM asks for its platform while its own configuration is being imported.
+        from vllm_sparse.metrics.stat_logger import watch_servers
+
         watch_inputs()
+        watch_servers()
 
 
 def _update_block_size_for_backend(cls: Any, vllm_config: Any) -> None:

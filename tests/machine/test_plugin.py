@@ -41,7 +41,7 @@ def test_this_installation_is_fine(monkeypatch):
 
 def test_not_installed(site):
     found = wrong()
-    assert [each.level for each in found] == ["error"] * 4
+    assert [each.level for each in found] == ["error"] * 3
     assert "pip install" in found[0].todo
 
 

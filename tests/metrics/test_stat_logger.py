@@ -79,6 +79,29 @@ def test_engines_that_are_not_the_first_are_served_alone(said):
     assert scraped() == 6
 
 
+def test_servers_of_our_backends_alone_get_one(monkeypatch):
+    """An entry point would switch vLLM's statistics on for servers of every backend."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.loggers import load_stat_logger_plugin_factories
+
+    ours = stat_logger.SparseStatLogger
+    assert ours not in load_stat_logger_plugin_factories()
+    given = []
+
+    def stock(self, vllm_config, executor_class, log_stats, log_requests=True, stat_loggers=None):
+        given.append((executor_class, log_stats, stat_loggers))
+
+    monkeypatch.setattr(AsyncLLM, "__init__", stock)
+    for _ in range(2):  # start-up is asked several times
+        stat_logger.watch_servers()
+    AsyncLLM(config("stock", backend=None), "any", False)
+    AsyncLLM(vllm_config=config("one"), executor_class="any", log_stats=False)
+    others = [int]
+    AsyncLLM(config("two"), "any", True, True, others)
+    assert given == [("any", False, None), ("any", False, [ours]), ("any", True, [int, ours])]
+    assert others == [int]
+
+
 def test_stock_backends_get_nothing(said):
     before = stat_logger.SparseStatLogger._registered
     stat_logger.SparseStatLogger(config("stock", backend=None), engine_indexes=[0]).log()

@@ -25,7 +25,6 @@ NAME, PACKAGE = "vllm-sparse", "vllm_sparse"
 GROUPS = {
     "vllm.general_plugins": "vllm_sparse.plugin:register",
     "vllm.platform_plugins": "vllm_sparse.plugin:platform",
-    "vllm.stat_logger_plugins": "vllm_sparse.metrics:SparseStatLogger",
 }
 """What `pyproject.toml` declares."""
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import atexit
+import inspect
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from prometheus_client.registry import Collector
@@ -17,6 +18,7 @@ from vllm_sparse.instance import instance_of
 from vllm_sparse.metrics import summary
 from vllm_sparse.metrics.published import folder, merged, read, shared_folder
 from vllm_sparse.registry import is_ours
+from vllm_sparse.seams import replace_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,6 +28,27 @@ if TYPE_CHECKING:
 
 # A child of vLLM's logger: others have no handler in its processes.
 logger = init_logger("vllm.sparse")
+
+
+def watch_servers() -> None:
+    """Have the API servers of this process serve our counters, if one of our backends is chosen.
+
+    vLLM's entry points for loggers know no configuration, and one of any package switches its
+    statistics on, also for who has switched them off.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    def make(stock: Any) -> Any:
+        def __init__(self: Any, *arguments: Any, **named: Any) -> None:
+            given = inspect.signature(stock).bind(self, *arguments, **named)
+            if is_ours(given.arguments["vllm_config"].attention_config.backend):
+                others = given.arguments.get("stat_loggers") or ()
+                given.arguments["stat_loggers"] = [*others, SparseStatLogger]
+            stock(*given.args, **given.kwargs)
+
+        return __init__
+
+    replace_once(AsyncLLM, "__init__", make)
 
 
 class FolderCollector(Collector):
