@@ -112,6 +112,20 @@ def working_bytes(config: Any) -> int:
     return int(tokens * widest * model.dtype.itemsize) + _RESERVED_BYTES
 
 
+def mlp_bytes(config: Any) -> int:
+    """What the longest batch surely takes at once on each rank, and nothing before it.
+
+    The residual and a layer's gate and up projections; experts and attention only add to it.
+
+    Args:
+        config: As of :func:`left_bytes`.
+    """
+    shape, ranks = config.model_config.hf_text_config, config.parallel_config.tensor_parallel_size
+    numbers = getattr(shape, "hidden_size", 0) + 2 * _width(shape) // ranks
+    tokens = config.scheduler_config.max_num_batched_tokens
+    return int(tokens * numbers * config.model_config.dtype.itemsize)
+
+
 def _width(shape: Any) -> int:
     return _number(getattr(shape, "intermediate_size", None)) or 4 * int(shape.hidden_size)
 

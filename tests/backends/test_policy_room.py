@@ -10,10 +10,14 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
+from support.configuration import configuration
 from support.policies import make_policy
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm_sparse.kernels.layout import PageLayout
 
+from vllm_sparse.backends.policy import Context, PolicyBackend
 from vllm_sparse.backends.policy_room import _most_blocks, scoring_parts, step_bytes
+from vllm_sparse.device_room import mlp_bytes
 from vllm_sparse.kv.tail.compaction import compaction_bytes
 from vllm_sparse.policies.quest import Quest
 from vllm_sparse.policies.rocketkv import RocketKV
@@ -48,6 +52,21 @@ def test_a_compaction_in_pytorch_is_of_the_longest_request(kind):
     moved = compaction_bytes(LONGEST, layout, policy, KV_HEADS, DTYPE)
     assert bytes_of(policy) >= moved or not policy.moves
     assert bytes_of(policy) > MOST_INDEX_BYTES or policy.top_k is None  # scores without a kernel
+
+
+def test_a_step_may_copy_as_much_as_its_activations_take(monkeypatch):
+    config = configuration("SNAPKV")
+    config.scheduler_config.max_num_batched_tokens = 8192
+    config.compilation_config.static_forward_context = {}
+    context = Context(
+        "SNAPKV", SnapKV.Settings(), 2, LONGEST, "", DTYPE, None, mlp_bytes(config),
+        lambda: config.compilation_config,
+    )  # fmt: skip
+    monkeypatch.setattr(PolicyBackend, "context", context)
+    layer = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=DTYPE)
+    spec = PolicyBackend.customize_spec(layer)
+    numbers = 32 + 2 * 64  # hidden size, and twice the MLP's width
+    assert spec.copied_bytes == 8192 * numbers * config.model_config.dtype.itemsize
 
 
 def test_blocks_that_a_pool_has():

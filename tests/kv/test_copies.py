@@ -210,7 +210,7 @@ def test_a_step_copies_so_much_and_no_more(llama, monkeypatch, skipped):
 
     machine = Machine(llama, blocks=160)
     page = machine.manager.kv_cache_spec.page_size_bytes
-    monkeypatch.setattr(spec, "MOST_COPIED_BYTES", 3 * page)
+    monkeypatch.setattr(spec, "LEAST_COPIED_BYTES", 3 * page)
     shared = limits(machine)[0]
     machine.serve(PROMPT)
     assert published(machine, PROMPT) == shared // BLOCK + 3
@@ -221,6 +221,38 @@ def test_a_step_copies_so_much_and_no_more(llama, monkeypatch, skipped):
     machine.run()
     for request in two:
         assert machine.first_hits[request.request_id] == shared + 3 * BLOCK
+
+
+def test_a_longer_hit_is_cut_to_what_a_step_copies(llama, monkeypatch, skipped):
+    from vllm_sparse.kv import spec
+
+    machine = Machine(llama, blocks=160)
+    machine.serve(PROMPT)
+    page = machine.manager.kv_cache_spec.page_size_bytes
+    monkeypatch.setattr(spec, "LEAST_COPIED_BYTES", 3 * page)
+    shared, hits = limits(machine)
+    assert machine.serve(PROMPT, new_tokens=1) == shared + 3 * BLOCK
+    assert skipped() == {"step_limit": (hits - shared) // BLOCK - 3}
+
+
+@pytest.mark.parametrize("copied_bytes", [0, 1 << 20])
+def test_turns_that_come_at_once_begin_at_once_if_a_step_may_copy_their_hits(
+    llama, monkeypatch, copied_bytes
+):
+    from vllm_sparse.kv import spec
+
+    machine = Machine(
+        llama, blocks=500, max_num_seqs=8, max_num_batched_tokens=2048, copied_bytes=copied_bytes
+    )
+    machine.serve(PROMPT)
+    page = machine.manager.kv_cache_spec.page_size_bytes
+    monkeypatch.setattr(spec, "LEAST_COPIED_BYTES", 14 * page)
+    assert 8 * 14 * page < 1 << 20
+    eight = [machine.add([*PROMPT, *[90 + turn] * 80]) for turn in range(8)]
+    machine.step()
+    assert len(machine.scheduler.running) == (8 if copied_bytes else 1)
+    machine.run()
+    assert {machine.first_hits[request.request_id] for request in eight} == {400}
 
 
 @pytest.mark.parametrize("new_tokens", [1, 8], ids=["leaves its tail", "copies it"])

@@ -32,6 +32,7 @@ class Machine:
         settings: Of it.
         stock: Serve as vLLM itself does.
         block: Tokens per block.
+        copied_bytes: Of a layer, that a step may copy beside the least.
         **engine: Further arguments of vLLM.
 
     Attributes:
@@ -42,7 +43,8 @@ class Machine:
 
     def __init__(
         self, model, *, blocks: int, ahead: int = 0, seed: int = 0, settings=None,
-        kind: type[Policy] = RocketKV, stock: bool = False, block: int = BLOCK, **engine: Any,
+        kind: type[Policy] = RocketKV, stock: bool = False, block: int = BLOCK,
+        copied_bytes: int = 0, **engine: Any,
     ) -> None:  # fmt: skip
         import torch
         from vllm.utils.hashing import sha256
@@ -77,7 +79,8 @@ class Machine:
         )
         size = blocks * PAGE_BYTES
         placed = KVCacheTensor(size, ["layer"], layer_stride=size, block_stride=PAGE_BYTES)
-        group = KVCacheGroupSpec(["layer"], spec if stock else PolicySpec.wrap(spec, self.policy))
+        ours = PolicySpec.wrap(spec, self.policy, copied_bytes=copied_bytes)
+        group = KVCacheGroupSpec(["layer"], spec if stock else ours)
         cache = KVCacheConfig(blocks, [placed], [group])
         scheduler = AsyncScheduler if ahead else Scheduler
         manager = StructuredOutputManager(config)

@@ -30,6 +30,7 @@ from vllm_sparse.backends.base import (
 from vllm_sparse.backends.controls import replayed, watch_controls
 from vllm_sparse.backends.refusals import check_layer, takes_gpu_path
 from vllm_sparse.config import load_settings
+from vllm_sparse.device_room import mlp_bytes
 from vllm_sparse.features import POLICIES, refuse
 from vllm_sparse.instance import instance_of
 from vllm_sparse.kernels.fp8 import as_numbers
@@ -69,6 +70,7 @@ class Context:
         instance: Name of the server.
         dtype: The model's.
         allowed: What requests may ask for.
+        copied_bytes: Of a layer, that a step may copy for the prefix cache.
         layers: vLLM's part of the configuration that knows all layers in the end. Of the whole,
             a part of a model has a view only, which may not outlive the model's construction.
     """
@@ -80,6 +82,7 @@ class Context:
     instance: str
     dtype: torch.dtype
     allowed: Allowed | None
+    copied_bytes: int
     layers: weakref.ref[CompilationConfig]
 
     def policy(self, head_dim: int, block_size: int, cache_dtype: torch.dtype) -> Policy:
@@ -117,7 +120,7 @@ class PolicyBackend(SparseBackend):
         assert layers is not None, "an engine has its configuration"
         others = bool(layers_that_attend(layers)[1])
         names = context.backend, context.instance
-        return PolicySpec.wrap(spec, policy, *names, others, context.allowed)
+        return PolicySpec.wrap(spec, policy, *names, others, context.allowed, context.copied_bytes)
 
 
 def set_up_layer(
@@ -161,6 +164,7 @@ def set_up_layer(
         instance_of(config).name,
         config.model_config.dtype,
         allowed_requests(config),
+        mlp_bytes(config),
         weakref.ref(config.compilation_config),
     )
 

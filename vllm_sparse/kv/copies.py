@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from vllm_sparse.kv.manager import PolicyManager
 
 _unwritten: WeakKeyDictionary[BlockPool, set[int]] = WeakKeyDictionary()
-_cut: WeakKeyDictionary[Request, int] = WeakKeyDictionary()  # blocks of the last lookup
+# Blocks that the last lookup left, and why.
+_cut: WeakKeyDictionary[Request, tuple[int, str]] = WeakKeyDictionary()
 
 
 def unwritten(pool: BlockPool) -> set[int]:
@@ -42,12 +43,18 @@ def unwritten(pool: BlockPool) -> set[int]:
 
 
 def copyable(
-    pool: BlockPool, request: Request, row: Sequence[KVCacheBlock], tail: range, size: int
+    pool: BlockPool,
+    request: Request,
+    row: Sequence[KVCacheBlock],
+    tail: range,
+    size: int,
+    most: int,
 ) -> int:
     """How many leading blocks of a hit a request can take in this step.
 
-    Of its tail those that are written and that fit, each beside its copy, into a pool that must
-    hold the whole request. What does not fit is computed: waiting would hold up whoever is behind.
+    Of its tail those that are written, that a step may copy, and that fit, each beside its copy,
+    into a pool that must hold the whole request. The rest is computed: waiting would hold up
+    whoever is behind.
 
     Args:
         pool: Of blocks.
@@ -55,6 +62,7 @@ def copyable(
         row: What the prefix cache has of it.
         tail: Full prompt blocks that are copied.
         size: Tokens per block.
+        most: Blocks that a step may copy.
     """
     _cut.pop(request, None)
     in_use = sum(block.ref_cnt > 0 for block in row[: tail.start])
@@ -64,7 +72,10 @@ def copyable(
         if row[place].block_id in unwritten(pool):
             return place
         if row[place].ref_cnt == 0 and (room := room - 1) < 0:
-            _cut[request] = len(row) - place
+            _cut[request] = len(row) - place, "hit_cut"
+            return place
+        if place - tail.start == most:
+            _cut[request] = len(row) - place, "step_limit"
             return place
     return len(row)
 
@@ -126,7 +137,7 @@ class PrefixCopies:
         Returns:
             These blocks.
         """
-        _count_skipped(_cut.pop(request, 0), "hit_cut")
+        _count_skipped(*_cut.pop(request, (0, "hit_cut")))
         if not (hit := self._hits.pop(request.request_id, range(0))):
             return []
         blocks, private = self._manager.req_to_blocks[request.request_id], self._new(len(hit))

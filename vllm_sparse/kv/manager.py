@@ -198,7 +198,8 @@ class PolicyManager(PromptAwareManager):
     def _hit_end(cls, pool: Any, spec: Any, request: Request, hits: Any) -> int | None:
         if not (tail := spec.tail_blocks(*case_of(request))):
             return None
-        ends = [(len(row), copyable(pool, request, row, tail, spec.block_size)) for row in hits]
+        limits = tail, spec.block_size, spec.most_copies
+        ends = [(len(row), copyable(pool, request, row, *limits)) for row in hits]
         return min((end * spec.block_size for whole, end in ends if end < whole), default=None)
 
     def new_step_starts(self) -> None:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 # Of one layer. vLLM copies layer by layer (our caches have layers outermost), through as much new
-# memory as is copied: small beside what a step's activations take, which it does not yet then.
-MOST_COPIED_BYTES = 32 << 20
+# memory as is copied: small beside what a step takes that does not live yet then.
+LEAST_COPIED_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +62,14 @@ class PolicySpec(SharedSpec):
         policy: Decides, from the prompt length, which blocks leave and which may be shared.
         backend: Its name, for the log.
         beside_others: Layers of other kinds share the pool.
+        copied_bytes: Of one layer, that a step may copy if it is more than 32 MiB: what its
+            activations take, which do not live yet then.
     """
 
     policy: Policy = None  # type: ignore[assignment]
     backend: str = ""
     beside_others: bool = False
+    copied_bytes: int = 0
 
     @classmethod
     def wrap(
@@ -77,6 +80,7 @@ class PolicySpec(SharedSpec):
         instance: str = "",
         beside_others: bool = False,
         allowed: Allowed | None = None,
+        copied_bytes: int = 0,
     ) -> PolicySpec:
         """A stock spec with a policy and its index's bytes."""
         return replace_as(
@@ -87,6 +91,7 @@ class PolicySpec(SharedSpec):
             instance=instance,
             beside_others=beside_others,
             allowed=allowed,
+            copied_bytes=copied_bytes,
             state_content_bytes=policy.numbers_per_token * spec.dtype.itemsize,
         )
 
@@ -97,7 +102,7 @@ class PolicySpec(SharedSpec):
     @property
     def most_copies(self) -> int:
         """Blocks that a step may copy."""
-        return max(MOST_COPIED_BYTES // self.page_size_bytes, 1)
+        return max(max(self.copied_bytes, LEAST_COPIED_BYTES) // self.page_size_bytes, 1)
 
     def publishable_tokens(self, prompt_len: int, control: int) -> int | None:
         """Leading tokens of a request that others may share; ``None``: all."""
@@ -108,8 +113,7 @@ class PolicySpec(SharedSpec):
         policy, tail = policy_for(self.policy, control), self.tail_blocks(prompt_len, control)
         if not tail:
             return policy.publishable_tokens(prompt_len)
-        copied = min(policy.hittable_blocks(prompt_len) - tail.start, self.most_copies)
-        return (tail.start + max(copied, 0)) * self.block_size
+        return max(policy.hittable_blocks(prompt_len), tail.start) * self.block_size
 
     def tail_blocks(self, prompt_len: int, control: int) -> range:
         """Full prompt blocks of a request that are private, if their content is copied for others.

@@ -127,7 +127,7 @@ _ALL = (
         "policies",
         reasons=(
             Reason("pool_short", "Running requests may need the blocks that are free", "policies"),
-            Reason("step_limit", "Other copies of the step take all that it may copy", "policies"),
+            Reason("step_limit", "The step copies all that it may copy at once", "policies"),
             Reason(
                 "hit_cut",
                 "The pool did not hold a prompt, what it hit and the copies of that at once",
