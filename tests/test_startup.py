@@ -124,6 +124,23 @@ class TestGuard:
         with pytest.raises(UnsupportedError, match="MLA"):
             startup.check_config(started, device)
 
+    def test_no_more_requests_may_begin_than_run(self, monkeypatch):
+        """As many as --max-num-active-seqs begin, and the scheduler ends if they are more."""
+        weights = device_room.weight_bytes(config().model_config)
+        taken = 40 * BLOCK_BYTES // 16 + 2 * 16 * 2 * 1024  # compressed keys, staging
+        # Three requests: on a CPU, each has twice the frames.
+        host, device = 40 * BLOCK_BYTES + taken + weights + (3 << 16), taken + (3 << 15)
+        monkeypatch.setattr(startup, "available_bytes", lambda: host)
+        monkeypatch.setattr(startup, "left_bytes", lambda config, total: total)
+        for asked, told in ((None, None), (8, 3), (3, 3), (2, 2)):
+            for device_bytes in (None, lambda: device):
+                options = {"max_num_seqs": 8, "max_num_active_seqs": asked}
+                changes = {f"scheduler_config__{key}": value for key, value in options.items()}
+                started = config({"staging_blocks": 16}, **changes)
+                startup.check_config(started, device_bytes)
+                assert started.scheduler_config.max_num_seqs == 3
+                assert started.scheduler_config.max_num_active_seqs == told
+
     def test_what_others_have_sized_is_sized_again(self):
         """A part of an earlier configuration may be given to another server."""
         first = config()

@@ -300,7 +300,7 @@ def _admit_what_fits(
     served = bisect_right(range(1, asked + 1), room, key=taken)
     if served == asked:
         return
-    scheduler.max_num_seqs = max(served, 1)
+    _admit(scheduler, max(served, 1))
     if served:  # else the start stops, and says what one takes
         logger.info(
             "SPARDA: memory holds frames for %d requests at once beside the host pool "
@@ -308,6 +308,14 @@ def _admit_what_fits(
             served,
             asked,
         )
+
+
+def _admit(scheduler: Any, requests: int) -> None:
+    """Lower the most requests at once, of those that run and of those that may begin."""
+    scheduler.max_num_seqs = requests
+    active = getattr(scheduler, "max_num_active_seqs", None)  # the planner has none
+    if active is not None:
+        scheduler.max_num_active_seqs = min(active, requests)
 
 
 def _layers_of_stages(config: Any) -> list[int]:
@@ -344,7 +352,7 @@ def _choose_slab(
         # A batch that is padded beyond this number would not run in a graph.
         captured = config.compilation_config.cudagraph_capture_sizes or ()
         served = max((size for size in captured if size <= served), default=served)
-    scheduler.max_num_seqs = served
+    _admit(scheduler, served)
     _tell(config, slab_gib=slab / GIB)
     logger.info(
         "SPARDA: %.2f GiB of this device for frames, as slab_gib is not set; they serve %d "
