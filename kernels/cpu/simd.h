@@ -15,8 +15,10 @@
 #include <type_traits>
 #include <utility>
 
-#ifdef __AVX2__
+#if defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -36,8 +38,7 @@ struct bf16 {
 struct fp8 {  // e4m3
   uint8_t bits;
 };
-typedef uint16_t bf16_vec __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2)));
-typedef _Float16 half_vec __attribute__((vector_size(kLanes * sizeof(_Float16)), aligned(2)));
+typedef uint16_t short_vec __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2)));
 
 inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
 inline vec load(const bf16* p) {
@@ -45,29 +46,37 @@ inline vec load(const bf16* p) {
   return (vec)_mm512_slli_epi32(
       _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
 #endif
-  bf16_vec raw = *reinterpret_cast<const bf16_vec*>(p);
+  short_vec raw = *reinterpret_cast<const short_vec*>(p);
   return (vec)(__builtin_convertvector(raw, uvec) << 16);
 }
-inline vec load(const _Float16* p) {
-  return __builtin_convertvector(*reinterpret_cast<const half_vec*>(p), vec);
+// Numbers of float16, which GCC converts one by one if it is not told how.
+inline vec widen(short_vec half) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_cvtph_ps((__m256i)half);
+#elif defined(__F16C__)
+  return (vec)_mm256_cvtph_ps((__m128i)half);
+#elif defined(__aarch64__)
+  const float16x8_t x = (float16x8_t)half;
+  return (vec)__builtin_shufflevector(vcvt_f32_f16(vget_low_f16(x)), vcvt_high_f32_f16(x), 0, 1, 2,
+                                      3, 4, 5, 6, 7);
+#else
+  typedef _Float16 half_vec __attribute__((vector_size(sizeof(half))));
+  return __builtin_convertvector((half_vec)half, vec);
+#endif
 }
+inline vec load(const _Float16* p) { return widen(*reinterpret_cast<const short_vec*>(p)); }
 // As float16, whose exponent is 8 larger; so that subnormal numbers need no attention. NaN becomes
 // 480: conversion as vLLM does it on CPUs makes none.
 inline vec load(const fp8* p) {
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512F__)  // GCC splits the generic conversion into halves
   const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(0xbfff));
-  return (vec)_mm512_cvtph_ps(half) * 256.0f;
+#elif defined(__AVX2__)
+  const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 #else
-  vec out;
-  for (int i = 0; i < kLanes; ++i) {
-    const uint16_t half = (p[i].bits & 0x80) << 8 | (p[i].bits & 0x7f) << 7;
-    _Float16 x;
-    std::memcpy(&x, &half, 2);
-    out[i] = static_cast<float>(x) * 256.0f;
-  }
-  return out;
+  typedef int8_t byte_vec __attribute__((vector_size(kLanes), aligned(1)));
+  const auto wide = __builtin_convertvector(*reinterpret_cast<const byte_vec*>(p), short_vec);
 #endif
+  return widen(((short_vec)wide << 7) & 0xbfff) * 256.0f;
 }
 inline void store(float* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,17 +19,23 @@ FOLDER = Path(__file__).parent
 FOR_ALL = (
     *("test_decode.py", "test_attention.py", "test_sparda_attention.py", "test_sparda_choose.py"),
     *("test_sparda_prefill.py", "test_sparda_select.py", "test_sparda_tokens.py"),
+    "test_fp8.py",
+)
+
+ON_X86 = pytest.mark.skipif(
+    platform.machine() != "x86_64" or build.find_compiler() is None,
+    reason="needs a C++ compiler and an x86, for flags of other processors",
 )
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of other processors")
-@pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
+@ON_X86
 @pytest.mark.parametrize(
     ("flags", "threads", "files"),
     [
         ("", 4, FOR_ALL),
         ("-mno-avx512f", 1, FOR_ALL),  # AVX2
-        ("-mno-avx512f -mno-avx2 -mno-fma", 1, FOR_ALL[:1]),  # whatever the compiler makes of it
+        # Whatever the compiler makes of it.
+        ("-mno-avx512f -mno-avx2 -mno-fma -mno-f16c", 1, FOR_ALL[:1]),
     ],
     ids=["threads", "avx2", "generic"],
 )
@@ -38,9 +46,34 @@ def test_kernels_as_other_machines_run_them(flags, threads, files):
         environment.pop(name, None)
     chosen = "cpu or fused"
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-k", chosen, "-p", "no:cacheprovider",
-         *files],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-k", chosen, "-m", "not vllm",
+         "-p", "no:cacheprovider", *files],
         cwd=FOLDER, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
     assert " passed" in run.stdout
+
+
+@ON_X86
+@pytest.mark.parametrize("flags", ["", "-mno-avx512fp16", "-mno-avx512f"])
+@pytest.mark.parametrize("dtype", ["_Float16", "fp8"])
+def test_a_vector_of_numbers_is_widened_at_once(tmp_path, flags, dtype):
+    """One by one it takes three to ten times as long, and nothing but the time tells."""
+    source = tmp_path / "widen.cpp"
+    source.write_text(
+        f'#include "simd.h"\nextern "C" void widen(const {dtype}* p, float* to) '
+        "{ store(to, load(p)); }\n"
+    )
+    command = [
+        *(
+            *shlex.split(build.find_compiler()),
+            "-O3",
+            "-std=c++17",
+            "-march=native",
+            *flags.split(),
+        ),
+        *("-I", str(Path(build.__file__).parent), "-S", "-o", "-", str(source)),
+    ]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    conversions = re.findall(r"\bv?cvt\w+", text)
+    assert conversions == ["vcvtph2ps"], text

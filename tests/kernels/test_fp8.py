@@ -62,7 +62,7 @@ def test_conversion_is_that_of_vllm_on_a_cpu(dtype, scale):
     assert torch.equal(encode(numbers, FP8, scale, True).view(torch.uint8), expected)
 
 
-def test_the_kernel_converts_in_the_same_way():
+def test_the_fused_kernel_converts_in_the_same_way():
     """A new token of 64 channels at a time, by the fused step's append."""
     batch = make_batch(rows=1, kv_heads=1, group=1, dim=64, longest=9, fp8=True)
     for part in many().view(-1, 64)[:300]:
@@ -158,7 +158,7 @@ def test_fused_kernel_equals_reference(shape, top_k, read_all):
 
 @pytest.mark.parametrize("shape", SHAPES[:2])
 @pytest.mark.parametrize("every_token", [False, True])
-def test_attention_over_slots_equals_reference(shape, every_token):
+def test_fused_attention_over_slots_equals_reference(shape, every_token):
     batch = make_batch(**shape, fp8=True)
     cache, _ = run(decode.decode_attention, batch, 37)
     first = batch.table[:, :1, None] * batch.layout.block_size
