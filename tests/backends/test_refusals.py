@@ -57,6 +57,27 @@ def test_a_layer_that_is_read_again_without_keys_says_so():
         attend_step(None, None, *given, torch.zeros(1), None, torch.zeros(1))
 
 
+def test_a_look_ahead_without_weights_is_refused_whatever_loaded_the_model():
+    """A load format of another package may process nothing."""
+    from vllm_sparse.backends.sparda_setup import _selector
+    from vllm_sparse.config import load_settings
+    from vllm_sparse.forecast.tap import ForecastTap
+
+    config = configuration("SPARDA", {"selector": "lookahead-query"})
+    settings = load_settings(config.additional_config, "sparda")
+    taps = [ForecastTap(None, 16, torch.zeros(8, 1, 2, 8), has_bias=False) for _ in range(2)]
+    layers = [SimpleNamespace(impl=None, layer_name=f"layer.{i}") for i in range(3)]
+    for layer, tap in zip(layers, (*taps, None), strict=True):
+        layer.sparda_tap = tap
+    machine = SimpleNamespace(captured=False)
+    rest = None, torch.float32, layers, machine, 1, torch.device("cpu")
+    taps[0].fill(0, torch.zeros(16, 16))
+    with pytest.raises(UnsupportedError, match=r"lookahead-query .* lack: layer\.1\."):
+        _selector(settings, *rest)
+    taps[1].fill(0, torch.zeros(16, 16))
+    assert _selector(settings, *rest).ahead
+
+
 def test_a_tier_of_somebody_elses_making_is_refused():
     chosen = SimpleNamespace(kv_connector_module_path="vllm_sparse.kv.tier")
     startup.check_config(configuration("ROCKETKV", kv_transfer_config=chosen))

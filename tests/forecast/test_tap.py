@@ -114,3 +114,13 @@ def test_an_unfilled_tap_shows():
     tap.fill(-1, weight)
     assert tap.ready
     taps.check()
+
+
+def test_a_tap_without_memory_of_its_own_is_not_filled():
+    """vLLM builds a model on "meta" where another process has its weights."""
+    from vllm_sparse.forecast.tap import ForecastTap
+
+    with torch.device("meta"):
+        tap = ForecastTap(None, 16, torch.zeros(8, 1, KV_HEADS, DIM), has_bias=False)
+    tap.fill(0, torch.randn(KV_HEADS * DIM, 16))
+    assert not tap.ready

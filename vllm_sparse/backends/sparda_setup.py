@@ -161,7 +161,7 @@ def _selector(
     """What chooses blocks in these layers.
 
     Raises:
-        UnsupportedError: It needs a projection that the layers lack.
+        UnsupportedError: It needs a projection that the layers lack, or that has no weights.
     """
     kind, impl = settings.chosen_selector, layers[0].impl
     if kind == "query":
@@ -181,13 +181,14 @@ def _selector(
             machine.kernels.recall_queries,
             recent,
         )
-    missing = [layer.layer_name for layer in layers[:-1] if not hasattr(layer, "sparda_tap")]
+    taps: list[Any] = [getattr(layer, "sparda_tap", None) for layer in layers]
+    looking = zip(layers[:-1] or layers, taps, strict=False)  # one layer looks for itself
+    missing = [layer.layer_name for layer, tap in looking if tap is None or not tap.ready]
     if missing:
         facts = {"selector": kind, "layers": ", ".join(missing)}
         refuse("untapped", SPARDA, takes_gpu_path(settings), **facts)
-    taps = [getattr(layer, "sparda_tap", None) for layer in layers]
     # On a CPU the model's own kernel is as fast; on a GPU every launch counts.
-    rotary = taps[0].rotary() if machine.captured and taps[0] is not None else None
+    rotary = taps[0].rotary() if machine.captured else None
     return ForecastSelector(taps, rotary)
 
 

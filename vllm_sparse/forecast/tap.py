@@ -104,7 +104,8 @@ class ForecastTap(nn.Module):
         if self.bias is not None:
             own = self.bias.unflatten(0, (len(self._filled), -1))[part]
             own.zero_() if bias is None else own.copy_(bias)
-        self._filled[part] = True
+        # Of a model that is built on "meta", others bring the memory, and what is in it.
+        self._filled[part] |= not self.weight.is_meta
 
     def forward(self, hidden_states: Tensor, qkv: Tensor) -> None:
         """Record one step.
