@@ -57,6 +57,14 @@ def test_a_layer_that_is_read_again_without_keys_says_so():
         attend_step(None, None, *given, torch.zeros(1), None, torch.zeros(1))
 
 
+@pytest.mark.parametrize("kind", ["tensorizer", "ipc_cache"])
+def test_weights_that_are_not_processed_are_refused_only_to_who_looks_ahead(kind):
+    load = {"load_config": SimpleNamespace(load_format=kind)}
+    startup.check_config(configuration("SPARDA", {"selector": "previous"}, **load))
+    with pytest.raises(UnsupportedError, match=f"--load-format {kind} brings"):
+        startup.check_config(configuration("SPARDA", {"selector": "lookahead-query"}, **load))
+
+
 def test_a_look_ahead_without_weights_is_refused_whatever_loaded_the_model():
     """A load format of another package may process nothing."""
     from vllm_sparse.backends.sparda_setup import _selector

@@ -26,6 +26,9 @@ _DRAFTS_WITHOUT_CACHE = ("ngram", "ngram_gpu", "suffix", "custom_class")
 # They draft with layers of their own, whose keys and values lie in our blocks.
 _DRAFTERS = ("eagle", "eagle3", "mtp", "draft_model")
 
+# They bring what another process or an earlier run has processed, or process nothing.
+_UNPROCESSED = ("tensorizer", "ipc_cache")
+
 # Their second pass over the layers brings queries alone.
 _READ_TWICE = ("IQuestLoopCoderForCausalLM",)
 
@@ -228,6 +231,10 @@ def _of_settings(config: Any, settings: Any) -> Asked:
             yield "pipeline-ahead", {"selector": settings.chosen_selector}
         if config.lora_config is not None:
             yield "lora-ahead", {"selector": settings.chosen_selector}
+        load = getattr(config, "load_config", None)  # the planner has none
+        if load is not None and load.load_format in _UNPROCESSED:
+            facts = {"selector": settings.chosen_selector, "kind": load.load_format}
+            yield "unprocessed-ahead", facts
     transfer = getattr(config, "weight_transfer_config", None)  # the planner has none
     if settings.chosen_selector == "lookahead-query" and transfer is not None:
         yield "transfer-ahead", {}

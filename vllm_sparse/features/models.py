@@ -213,8 +213,8 @@ ROWS = (
         _MODELS, "untapped", "the same with layers that have no projection to sit beside",
         None,
         Refused(
-            "selector {selector} needs a projection beside qkv_proj, which these layers lack: "
-            "{layers}. Choose selector query or previous"
+            "selector {selector} needs a projection with weights beside qkv_proj, which these "
+            "layers lack: {layers}. Choose --load-format auto, or selector query or previous"
         ),
     ),
 )  # fmt: skip

@@ -234,6 +234,17 @@ ROWS = (
         ),
     ),
     row(
+        _SERVING, "unprocessed-ahead",
+        "`--load-format` `tensorizer` or `ipc_cache` with the selectors `forecast` and "
+        "`lookahead-query`",
+        None,
+        Refused(
+            "--load-format {kind} brings weights past where vLLM processes them and past the "
+            "projections that selector {selector} sits beside; use --load-format auto, or set "
+            "vllm_sparse.selector to previous or query"
+        ),
+    ),
+    row(
         _SERVING, "sparse-prompts", "`sparse_prefill`",
         None, (Served(_SPARDA + "test_sparse_prompts_equal_hugging_face"), _SPARDA_GPU),
     ),
