@@ -37,17 +37,30 @@ def test_no_request_compiles_a_kernel(kind, triton_cache):
 
 
 def test_the_kernels_run_on_what_the_warm_up_gives_them(monkeypatch):
-    """In the interpreter, or on a GPU: no counter stays set."""
+    """In the interpreter, or on a GPU: no counter stays set, nobody stands where no token can."""
     device = DEVICE
     if device.type == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     settings = SpardaSettings(
         block_size=32, top_k=4, local_blocks=1, dense_len=0, sparse_prefill=True, staging_blocks=2
     )
-    kernels = dispatch.sparda_kernels(device, "triton")
-    blocks, rotary = Blocks(32, 16, 1, 1, 4), Rotary(torch.zeros(200, 16, device=device), True)
-    for ranking, stored in ((Ranking(False, rotary=rotary), None), (Ranking(True, 0.2), FP8)):
-        warm_up(kernels, settings, ranking, blocks, (64, 2, 16), torch.float32, device, stored)
+    kernels, at = dispatch.sparda_kernels(device, "triton"), []
+
+    def select(compressed, vectors, table, positions, ranking, *rest, **options):
+        at.append(int(positions.max()))
+        assert ranking.rotary is None or at[-1] < len(ranking.rotary.cache)
+        return kernels.select_blocks(
+            compressed, vectors, table, positions, ranking, *rest, **options
+        )
+
+    watched, blocks = kernels._replace(select_blocks=select), Blocks(32, 16, 1, 1, 4)
+    long, short = (
+        Ranking(False, rotary=Rotary(torch.zeros(rows, 16, device=device), True))
+        for rows in (200, 100)
+    )
+    for ranking, stored in ((long, None), (short, None), (Ranking(True, 0.2), FP8)):
+        warm_up(watched, settings, ranking, blocks, (64, 2, 16), torch.float32, device, stored)
+    assert at == [159, 99, 159], "the fifth block, if there can be one: then rows are scored"
     from vllm_sparse.kernels.triton.counters import counters
 
     assert not any(part.any() for part in counters(torch.zeros(1, device=device).device))

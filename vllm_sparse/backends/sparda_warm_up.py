@@ -53,6 +53,9 @@ def warm_up(
     size, stride = settings.block_size, settings.kernel_stride
     whole = max(blocks.top_k, -(-settings.dense_len // size))
     width = whole + 1  # or every row would read all its blocks, and nothing be scored
+    place = width * size - 1
+    if ranking.rotary is not None:  # a short model's rows read everything, which compiles as much
+        place = min(place, len(ranking.rotary.cache) - 1)
 
     def zeros(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=of, device=device)
@@ -63,7 +66,7 @@ def warm_up(
     tokens = zeros(3, query_heads + 2 * kv_heads, dim)
     query, key, value = tokens.split([query_heads, kv_heads, kv_heads], 1)
     table = zeros(3, width, of=torch.int32)
-    positions = zeros(3, of=torch.int64) + width * size - 1
+    positions = zeros(3, of=torch.int64) + place
     state = PageTable(
         zeros(2 * kv_heads, of=torch.int32) - 1,
         zeros(kv_heads, of=torch.int64) - 1,
