@@ -222,12 +222,35 @@ def test_command_reports_errors(tmp_path, capsys):
         export_official(tmp_path / "p.safetensors", tmp_path / "p.pt")
 
 
-def test_biases_are_read_all_or_none_and_never_exported(tmp_path):
-    weights = tensors()
-    biases = {
+def biases_of(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
         name.replace(".weight", ".bias"): torch.full((HEADS * DIM,), float(i))
         for i, name in enumerate(weights)
     }
+
+
+def test_biases_are_converted_all_or_none(tmp_path):
+    weights, source, target = tensors(), tmp_path / "f.pt", tmp_path / "f.safetensors"
+    biases, name = biases_of(weights), canonical_name(1, "q_future_proj.bias")
+    torch.save({**weights, **biases}, source)
+    convert_official(source, target)
+    loaded = load_forecast(target, *MODEL)
+    assert torch.equal(loaded.current, weights[canonical_name(0, "q_curr_proj")])
+    assert torch.equal(loaded.current_bias, biases[canonical_name(0, "q_curr_proj.bias")])
+    for layer, bias in enumerate(loaded.future_bias):
+        assert torch.equal(bias, biases[canonical_name(layer, "q_future_proj.bias")])
+    target.unlink()
+    for wrong, said in ((None, "missing: " + name), (torch.zeros(3), "of as many rows")):
+        spoilt = {key: bias for key, bias in biases.items() if key != name}
+        torch.save({**weights, **spoilt, **({} if wrong is None else {name: wrong})}, source)
+        with pytest.raises(ConfigError, match=said):
+            convert_official(source, target)
+        assert not target.exists()
+
+
+def test_biases_are_read_all_or_none_and_never_exported(tmp_path):
+    weights = tensors()
+    biases = biases_of(weights)
     path = tmp_path / "f.safetensors"
     save_file({**weights, **biases}, path)
     loaded = load_forecast(path, *MODEL)

@@ -105,12 +105,20 @@ def _check_complete(tensors: Mapping[TensorId, Tensor], source: str | Path) -> N
         )
     last = max((layer for layer, kind in tensors if kind == FUTURE), default=-1)
     needed = expected_tensors(last + 2)
+    if any(kind.endswith(BIAS) for _, kind in tensors):  # all have one, or none has
+        needed += expected_tensors(last + 2, BIAS)
     missing = [canonical_name(*name) for name in needed if name not in tensors]
     if missing:
         raise ConfigError(f"{source} is incomplete; missing: {', '.join(missing)}")
-    shapes = {tuple(tensor.shape) for tensor in tensors.values()}
-    if len(shapes) > 1 or len(next(iter(shapes))) != 2:
+    matrices, biases = (
+        {tuple(tensor.shape) for (_, kind), tensor in tensors.items() if kind.endswith(BIAS) == of}
+        for of in (False, True)
+    )
+    shape = next(iter(matrices))
+    if len(matrices) > 1 or len(shape) != 2 or biases - {shape[:1]}:
         listed = ", ".join(
             f"{canonical_name(*name)} {list(tensor.shape)}" for name, tensor in tensors.items()
         )
-        raise ConfigError(f"{source}: expected matrices of one shape, got {listed}")
+        raise ConfigError(
+            f"{source}: expected matrices of one shape, and biases of as many rows, got {listed}"
+        )
