@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from vllm_sparse.training.settings import Packing, TrainSettings
     from vllm_sparse.training.trainer import StepLog, Trainer
 
-# What a file says of its training.
-_HISTORY = {"seq_len", "batch_size", "teacher", "supervision", "sparse_forward", "seed"}
 _DATA = (
     ".txt, .jsonl, folders, or datasets for the package of that name (NAME, NAME:SPLIT or "
     "NAME:CONFIGURATION:SPLIT), of which no more is read than is used"
@@ -194,7 +192,7 @@ def _train(arguments: argparse.Namespace) -> int:
         status = 128 + (trainer.interrupt.signal or 0)  # as shells report it
     if trainer.is_main:
         base = arguments.base_model or name
-        history = settings.model_dump(include=_HISTORY) | {"steps": trainer.step}
+        history = settings.history(trainer.step)
         export_forecast(arguments.out, trainer.forecast, settings.geometry, base, history)
         print(f"wrote {arguments.out} (step {trainer.step} of {settings.steps})")
     return status

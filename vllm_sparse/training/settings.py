@@ -107,6 +107,11 @@ class TrainSettings(BaseModel):
             self.block_size, self.kernel_stride, self.init_blocks, self.local_blocks, self.top_k
         )
 
+    def history(self, steps: int) -> dict[str, Any]:
+        """What a file says of its training after so many steps."""
+        told = {"seq_len", "batch_size", "teacher", "supervision", "sparse_forward", "seed"}
+        return self.model_dump(include=told) | {"steps": steps}
+
     def learning_rate(self, step: int) -> float:
         """Learning rate of the step with this number, counted from zero."""
         if step < self.warmup_steps:
