@@ -77,11 +77,25 @@ def of_the_plugin(values: dict[str, float], *further: str) -> dict[str, float]:
 
 def prefill(llm: LLM, prompt: list[int]) -> float:
     """Returns the seconds from adding a request to its first token."""
-    start = time.perf_counter()
-    _add(llm, [prompt], max_tokens=1)
+    return _until(llm, prompt, 1)[0]
+
+
+def first_two(llm: LLM, prompt: list[int]) -> list[float]:
+    """Returns the seconds from adding a request to its first token and to its second one.
+
+    Policies that evict compact a prompt in the step of its second token, so the first is no
+    measure of what they cost.
+    """
+    return _until(llm, prompt, 2)
+
+
+def _until(llm: LLM, prompt: list[int], tokens: int) -> list[float]:
+    start, seconds = time.perf_counter(), []
+    _add(llm, [prompt], max_tokens=tokens)
     while llm.llm_engine.has_unfinished_requests():
-        llm.llm_engine.step()
-    return time.perf_counter() - start
+        if llm.llm_engine.step():  # parts of a prompt give nothing
+            seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def attach_clock(llm: LLM) -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Decode step and prefill time: stock vLLM against our backends, measured in turns.
+"""Decode step and time of prompts: stock vLLM against our backends, measured in turns.
 
 Both engines are alive at once; one is stopped (SIGSTOP) while the other is measured, a few steps or
 one prompt at a time, so that whatever else the machine does meets both alike. A step's time is that
@@ -75,12 +75,14 @@ CELLS = {
 class Measured:
     """Seconds by arm, as far as they were measured; cores that others used in each turn.
 
-    Decode steps at 128 tokens and at the cell's context are listed by turn, prefills by prompt.
+    Decode steps at 128 tokens and at the cell's context are listed by turn, seconds to the first
+    and to the second token, by which policies have compacted it, by prompt.
     """
 
     short: Turns = field(default_factory=dict)
     long: Turns = field(default_factory=dict)
     prefills: dict[str, list[float]] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
     others: list[float] = field(default_factory=list)
 
 
@@ -121,7 +123,7 @@ def measure(
         turns = _Turns(cell, workers, Neighbours(workers, patience_s), measured.others, keep)
         # Before and after, in case the machine's speed drifts.
         turns.decode(short, measured.short, "128 tokens", -(-cell.rounds // 2))
-        turns.prefill(timed, measured.prefills)
+        turns.prefill(timed, measured.prefills, measured.seconds)
         turns.decode(prompts, measured.long, f"{cell.context} tokens", cell.rounds)
         turns.decode(short, measured.short, "128 tokens", cell.rounds // 2)
         metrics = {}
@@ -144,7 +146,7 @@ def _warm_up(worker: Worker, cell: Cell, short: list[list[int]]) -> None:
     worker.call("begin", prompts=short, max_tokens=cell.generated)
     worker.call("decode", steps=4, batch=cell.batch)
     worker.call("finish")
-    worker.call("prefill", prompt=(short[0] * (cell.context // 16))[: cell.context // 2])
+    worker.call("first_two", prompt=(short[0] * (cell.context // 16))[: cell.context // 2])
     worker.call("forget")
 
 
@@ -164,13 +166,20 @@ class _Turns:
             with worker.running(), self.neighbours.observed(self.others):
                 yield worker
 
-    def prefill(self, prompts: list[list[int]], into: dict[str, list[float]]) -> None:
-        """Appends the seconds that each prompt takes to its first token, per arm."""
+    def prefill(
+        self,
+        prompts: list[list[int]],
+        first: dict[str, list[float]],
+        second: dict[str, list[float]],
+    ) -> None:
+        """Appends the seconds that each prompt takes to its first and second token, per arm."""
         for index, prompt in enumerate(prompts):
             for worker in self._each(index):
                 if prompt in prompts[:index]:
                     worker.call("forget")
-                into.setdefault(worker.arm.name, []).append(worker.call("prefill", prompt=prompt))
+                times = worker.call("first_two", prompt=prompt)
+                for into, seconds in zip((first, second), times, strict=True):
+                    into.setdefault(worker.arm.name, []).append(seconds)
             self.keep()
             harness.progress(f"{self.cell.name}: prefill {index + 1}/{len(prompts)}")
 
@@ -234,12 +243,13 @@ def evaluate(
             row["speedup"] = medians["long"] / long["median"]
             row["speedup_by_round"] = harness.summary(ratios)
             row["share_of_bound"] = row["speedup"] / bound if bound else None
-        if arm.name in measured.prefills:
-            row["prefill_seconds"] = harness.summary(measured.prefills[arm.name])
-        pairs = list(zip(*_both(measured.prefills, stock, arm.name), strict=False))
-        if pairs:
-            ratio = statistics.median(own / ours for ours, own in pairs)
-            row["prefill_overhead_percent"] = 100 * (ratio - 1)
+        for kind, found in (("prefill", measured.prefills), ("second_token", measured.seconds)):
+            if arm.name in found:
+                row[f"{kind}_seconds"] = harness.summary(found[arm.name])
+            pairs = list(zip(*_both(found, stock, arm.name), strict=False))
+            if pairs:
+                ratio = statistics.median(own / ours for ours, own in pairs)
+                row[f"{kind}_overhead_percent"] = 100 * (ratio - 1)
         row["metrics"] = metrics.get(arm.name, {})
     others = harness.summary(measured.others) if measured.others else None
     return {"cores_used_by_others": others, "bound": bound, "arms": rows}
@@ -258,7 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8, help="of a custom cell")
     parser.add_argument("--shared", action="store_true", help="custom cell: one document for all")
     arms.add_options(parser, "dense,rocket-512", "; the first one is the baseline")
-    parser.add_argument("--prefills", type=int, default=8, help="prompts whose prefill is timed")
+    parser.add_argument("--prefills", type=int, default=8, help="prompts that are timed")
     parser.add_argument("--rounds", type=int, help="turns of each engine")
     parser.add_argument(
         "--patience", type=float, default=120, help="seconds per cell to wait for a quiet machine"

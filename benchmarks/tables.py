@@ -119,6 +119,11 @@ def speed(result: Row) -> str:
             "prefill, s": "{prefill_seconds[median]:.2f}",
             "overhead": "{prefill_overhead_percent:+.1f} %",
         }
+        if any("second_token_seconds" in row for row in cell["arms"].values()):  # newer files
+            columns |= {
+                "to the second token, s": "{second_token_seconds[median]:.2f}",
+                "overhead ": "{second_token_overhead_percent:+.1f} %",
+            }
         parts.append(table(_named(cell["arms"]), columns))
     return "\n\n".join(parts)
 

@@ -294,10 +294,12 @@ class _Subject:
         for index in range(cell.prefills):
             if min(known, default=guess) > self._report.left_s - RESERVE_S:
                 break
-            seconds = commands.prefill(self._llm, self._prompt(cell.context, 1000 + index))
-            known.append(seconds)
+            first, second = commands.first_two(self._llm, self._prompt(cell.context, 1000 + index))
+            known.append(first)
             predicted = predictions.prefill_s(self._shape, cell.context)
-            self._report.add(context=cell.context, prefill_s=seconds, predicted_s=predicted)
+            self._report.add(
+                context=cell.context, prefill_s=first, second_token_s=second, predicted_s=predicted
+            )
         share = self.held(cell.context) / cell.context if self._shares_prompts else 1.0
         return min(known, default=guess) * min(1.0, 1.5 * share)
 

@@ -53,11 +53,11 @@ def steps(result: dict | None) -> dict[tuple[int, int], dict]:
 
 
 def prefills(result: dict | None) -> dict[int, list[float]]:
-    """Seconds of each cold prefill by context."""
+    """Seconds of each cold prompt by context, to its second token, by which it is compacted."""
     found: dict[int, list[float]] = {}
     for row in (result or {}).get("rows", []):
-        if "prefill_s" in row:
-            found.setdefault(row["context"], []).append(row["prefill_s"])
+        if "second_token_s" in row:
+            found.setdefault(row["context"], []).append(row["second_token_s"])
     return found
 
 
@@ -99,7 +99,7 @@ def largest(results: Results, arm: str, context: int) -> int | None:
 
 
 def overheads(results: Results, arm: str) -> dict[int, float]:
-    """By how many percent cold prefills take longer than stock vLLM's, where both have several."""
+    """By how many percent cold prompts take longer than stock vLLM's, where both have several."""
     dense = prefills(_with_more(results, DENSE))
     return {
         context: 100 * (statistics.median(seconds) / statistics.median(dense[context]) - 1)
@@ -134,7 +134,7 @@ def targets(results: Results) -> list[Target]:
     found.append(Target("32K, t = 1024: largest batch over stock's", more, 3.5))
     over = overheads(results, "rocket-1024")
     for n in (32, 128):
-        what = f"prefill overhead at {n}K, t = 1024, %"
+        what = f"prompt overhead at {n}K, t = 1024, %"
         found.append(Target(what, over.get(n * K), None, most=2.0))
     ahead = paged_row(results, "sparda-offload", "prefetch", FORCED)
     for what, least, other in (
@@ -215,7 +215,7 @@ def _step_tables(results: Results) -> Iterator[str]:
                     "predicted": next(
                         row.get("predicted_s")
                         for row in result["rows"]
-                        if "prefill_s" in row and row["context"] == context
+                        if "second_token_s" in row and row["context"] == context
                     ),
                 }
             )
@@ -242,9 +242,9 @@ def _step_tables(results: Results) -> Iterator[str]:
     if times:
         cold = {
             **{"arm": "arm", "context": "context"},
-            "prefills": lambda row: len(row["seconds"]),
-            "median s": lambda row: statistics.median(row["seconds"]),
-            "predicted": "predicted",
+            "prompts": lambda row: len(row["seconds"]),
+            "median s to 2nd token": lambda row: statistics.median(row["seconds"]),
+            "predicted to 1st": "predicted",
             "least": lambda row: min(row["seconds"]),
             "overhead %": "over",
         }

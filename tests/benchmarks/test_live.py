@@ -33,6 +33,19 @@ def test_a_selection_that_is_one_run_of_memory_is_noticed(runs, fine):
     assert notes == {"selected_runs": runs, "selected_pages": 128}
 
 
+def test_prompts_of_a_gpu_are_timed_to_their_compaction(monkeypatch):
+    rows = []
+    monkeypatch.setattr(decode.commands, "first_two", lambda llm, prompt: [2.0, 2.5])
+    monkeypatch.setattr(decode.predictions, "prefill_s", lambda *_: 1.5)
+    subject = decode._Subject.__new__(decode._Subject)
+    subject._options, subject._llm = SimpleNamespace(seed=0), None
+    subject._shape, subject._shares_prompts = SimpleNamespace(vocab=100), False
+    subject._report = SimpleNamespace(rows=rows, left_s=1e6, add=lambda **row: rows.append(row))
+    assert subject._prefill(decode.Cell(256, (1,), prefills=2)) == 2.0
+    times = {"prefill_s": 2.0, "second_token_s": 2.5, "predicted_s": 1.5}
+    assert rows == 2 * [{"context": 256, **times}]
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.4])
 def test_forced_choices_miss_exactly_what_they_are_to(rate):
     """With frames for one working set, which the page table then has to replace in every step."""

@@ -29,8 +29,8 @@ class FakeWorker(IdleWorker):
         if command == "decode":
             long = 0.004 if self.arm.settings is None else 0.002
             return [long if self.length > 200 else 0.001] * given["steps"]
-        if command == "prefill":
-            return 1.0 if self.arm.settings is None else 1.1
+        if command == "first_two":
+            return [1.0, 1.1] if self.arm.settings is None else [1.1, 1.32]
         return {}
 
 
@@ -63,6 +63,8 @@ def test_any_number_of_rounds_is_enough(tmp_path, rounds, capsys):
     assert ours["speedup_by_round"]["n"] == rounds
     assert ours["share_of_bound"] == pytest.approx(0.5)
     assert ours["prefill_overhead_percent"] == pytest.approx(10)
+    assert ours["second_token_overhead_percent"] == pytest.approx(20)
+    assert ours["second_token_seconds"]["median"] == pytest.approx(1.32)
     assert ours["step_ms"]["n"] == rounds * 9
     assert ours["step_ms_at_128_tokens"]["n"] == rounds * 9
     assert "2.00x (2.00-2.00)" in capsys.readouterr().out
@@ -85,7 +87,13 @@ def test_a_run_that_is_interrupted_at_any_moment_leaves_what_it_measured(tmp_pat
         seen.append(set(found["cells"][0]["arms"]["rocket-512"]))
     first, last = seen[0], seen[-1]
     assert first == set()
-    assert {"step_ms", "step_ms_at_128_tokens", "prefill_seconds", "speedup"} <= last
+    assert {
+        "step_ms",
+        "step_ms_at_128_tokens",
+        "prefill_seconds",
+        "second_token_seconds",
+        "speedup",
+    } <= last
     assert any("step_ms_at_128_tokens" in keys and "step_ms" not in keys for keys in seen)
 
 

@@ -32,9 +32,9 @@ def results_of_a_bench() -> dict[str, dict]:
         measured(4.0, 3.6, context=16 * thousand, batch=1),
         measured(5.0, 4.5, context=32 * thousand, batch=1),
         measured(30.0, 27.0, context=32 * thousand, batch=27, wanted="most"),
-        {"context": 32 * thousand, "prefill_s": 1.0},
-        {"context": 32 * thousand, "prefill_s": 1.04},
-        {"context": 128 * thousand, "prefill_s": 14.0},
+        {"context": 32 * thousand, "second_token_s": 1.0},
+        {"context": 32 * thousand, "second_token_s": 1.04},
+        {"context": 128 * thousand, "second_token_s": 14.0},
         {"context": 8 * thousand, "wanted": "most", "batch": 99, "skipped": "no time"},
     ]
     ours = [
@@ -43,10 +43,10 @@ def results_of_a_bench() -> dict[str, dict]:
         measured(6.0, 4.0, context=32 * thousand, batch=27),
         measured(9.0, 8.0, context=32 * thousand, batch=108, wanted="most"),
         *(
-            {"context": 32 * thousand, "prefill_s": seconds, "predicted_s": 0.7}
+            {"context": 32 * thousand, "second_token_s": seconds, "predicted_s": 0.7}
             for seconds in (1.03, 1.04, 9.0)
         ),
-        {"context": 128 * thousand, "prefill_s": 14.0},
+        {"context": 128 * thousand, "second_token_s": 14.0},
     ]
     blocking = {**forced("blocking", 10.0, 9.0, 19), "in_flight_gb_per_s": 48.0}
     paged = [blocking, forced("prefetch", 6.0, 5.0, 19), {"rate": 0.2, "skipped": "no time"}]
@@ -93,8 +93,8 @@ def test_targets_are_judged_next_to_their_bounds():
         "128K, batch 1, t = 256: x dense": unknown,
         "32K, stock's largest batch, t = 256: x dense": unknown,
         "32K, t = 1024: largest batch over stock's": "yes",
-        "prefill overhead at 32K, t = 1024, %": "yes",
-        "prefill overhead at 128K, t = 1024, %": unknown,  # once is not enough
+        "prompt overhead at 32K, t = 1024, %": "yes",
+        "prompt overhead at 128K, t = 1024, %": unknown,  # once is not enough
         "SPARDA, 10% misses: tokens/s, prefetch over blocking": "yes",
         "SPARDA, 10% misses: tokens/s, over all resident": "no",
     }
@@ -102,16 +102,16 @@ def test_targets_are_judged_next_to_their_bounds():
     assert batched.found == pytest.approx(5.0)
     assert batched.bound == pytest.approx(27 / 4)
     assert found["32K, t = 1024: largest batch over stock's"].found == 4.0
-    overhead = found["prefill overhead at 32K, t = 1024, %"]
+    overhead = found["prompt overhead at 32K, t = 1024, %"]
     assert overhead.found == pytest.approx(100 * (1.04 / 1.02 - 1))  # medians
     ahead = found["SPARDA, 10% misses: tokens/s, prefetch over blocking"]
     assert (ahead.found, ahead.bound) == (pytest.approx(10 / 6), pytest.approx(9 / 5))
     resident = found["SPARDA, 10% misses: tokens/s, over all resident"]
     assert resident.found == pytest.approx(19 / 4 * 4.2 / 6)
     assert resident.bound == pytest.approx(19 / 4 * 4 / 5)
-    seldom = {"rows": [{"context": 128 * 1024, "prefill_s": 15.0}]}
+    seldom = {"rows": [{"context": 128 * 1024, "second_token_s": 15.0}]}
     results |= {"dense-more": seldom, "rocket-1024-more": seldom}
-    assert reached(results)["prefill overhead at 128K, t = 1024, %"] == "yes"
+    assert reached(results)["prompt overhead at 128K, t = 1024, %"] == "yes"
     results["rocket-1024"]["rows"][1]["step_ms"]["median"] = 5.0
     assert reached(results)["32K, batch 1, t = 1024: x dense"] == "no"
 
