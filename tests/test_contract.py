@@ -234,7 +234,10 @@ SEAMS = {
         "store_cpu_blocks",
     ],
     "config/vllm.py": ["current_platform.check_and_update_config(self)", "kv_offloading_size"],
-    "config/parallel.py": ["_api_process_rank"],
+    "config/parallel.py": [
+        "_api_process_rank", "def local_world_size(self)", "def node_rank_within_dp(self)",
+        "data_parallel_backend: ", "distributed_executor_backend: ",
+    ],
     "v1/metrics/loggers.py": ["engine_indexes=self.engine_indexes", "logger.log()"],
     "v1/metrics/prometheus.py": ["PROMETHEUS_MULTIPROC_DIR"],
     "config/cache.py": ["kv_offloading_backend", "num_gpu_blocks_override"],

@@ -274,6 +274,50 @@ class TestGuard:
                 config(slab, parallel_config__pipeline_parallel_size=2), lambda: GIB
             )
 
+    @pytest.mark.parametrize("device", [None, lambda: GIB])
+    @pytest.mark.parametrize(
+        ("options", "needed"),
+        [
+            ({"tensor_parallel_size": 2}, 80),
+            ({"tensor_parallel_size": 2, "data_parallel_size_local": 2}, 160),
+            ({"tensor_parallel_size": 2, "nnodes": 2, "local_world_size": 1}, 40),
+            ({"pipeline_parallel_size": 2, "nnodes": 2, "local_world_size": 1}, 53 / 4),
+            ({"pipeline_parallel_size": 2, "nnodes": 2, "local_world_size": 1,
+              "node_rank_within_dp": 1}, 53 * 3 / 4),
+            ({"data_parallel_size_local": 0}, 0),
+            ({"data_parallel_size_local": 0, "nnodes": 2}, 0),
+            ({"distributed_executor_backend": "ray"}, 0),
+            ({"data_parallel_backend": "ray"}, 0),
+        ],
+    )  # fmt: skip
+    def test_what_is_on_other_hosts_is_theirs(self, monkeypatch, options, needed, device):
+        """Pools of forty blocks' bytes, 53 blocks of three layers of four; on a CPU, more."""
+        settings = {"slab_gib": 1.0, "host_gib": 40 * BLOCK_BYTES / GIB}
+        options = {"node_rank_within_dp": 0, **options}
+        changes = {f"parallel_config__{key}": value for key, value in options.items()}
+
+        def start(available):
+            monkeypatch.setattr(startup, "available_bytes", lambda: available)
+            startup.check_config(config(settings, **changes), device)
+
+        if not needed:
+            start(0)
+            return
+        with pytest.raises(ConfigError, match=r"together .* but this machine has"):
+            start(int(needed * BLOCK_BYTES) - 1)
+        start(int(needed * BLOCK_BYTES) if device else 100 * needed * BLOCK_BYTES)
+
+    def test_checkpoints_may_choose_fp8(self):
+        """Of compressed-tensors; the layers do so after start-up."""
+        quantised = SimpleNamespace(kv_cache_scheme={"num_bits": 8, "type": "float"})
+        for kind, blocks in (("auto", 80), ("bfloat16", 40), ("fp8", 80)):
+            accepted = config(cache_config__cache_dtype=kind, quant_config=quantised)
+            startup.check_config(accepted)
+            assert accepted.cache_config.num_gpu_blocks_override == blocks
+        weights_only = config(quant_config=SimpleNamespace(kv_cache_scheme=None))
+        startup.check_config(weights_only)
+        assert weights_only.cache_config.num_gpu_blocks_override == 40
+
     def test_contradicting_block_sizes(self):
         given = {"cache_config__user_specified_block_size": True, "cache_config__block_size": 64}
         with pytest.raises(ConfigError, match=r"--block-size 64 .*vllm_sparse\.block_size=32"):

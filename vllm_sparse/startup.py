@@ -9,7 +9,7 @@ import logging
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
 
-from vllm_sparse.backends.asked import cache_itemsize, has_layers
+from vllm_sparse.backends.asked import cache_itemsize, cache_kind, has_layers
 from vllm_sparse.backends.prefix_tier import prepare_tier
 from vllm_sparse.backends.refusals import unsupported
 from vllm_sparse.config import NAMESPACE, load_settings
@@ -147,11 +147,12 @@ def size_sparda(
     cache.block_size, cache.user_specified_block_size = settings.block_size, True
     stages, kv_heads = _layers_of_stages(config), model.get_num_kv_heads(parallel)
     layers = max(stages)
-    itemsize = cache_itemsize(str(cache.cache_dtype), model.dtype.itemsize)
+    itemsize = cache_itemsize(cache_kind(config), model.dtype.itemsize)
     shape = settings.block_size, model.get_head_size(), itemsize
     bytes_per_block = block_bytes(layers, kv_heads, *shape)
-    columns = parallel.tensor_parallel_size * max(parallel.data_parallel_size_local, 1)
-    pools = columns * sum(stages) / layers
+    ranks = _stages_here(parallel)
+    layers_here = sum(stages[stage] for stage in ranks)
+    pools = layers_here / layers  # those of the longest stages
     if "host_gib" not in settings.model_fields_set:
         settings = _choose_pool(config, settings, bytes_per_block, int(available / pools))
     blocks = host_blocks(settings, bytes_per_block, model.max_model_len)
@@ -173,12 +174,11 @@ def size_sparda(
     # Compressed keys: one of two strides for keys and values of as many tokens, not in fp8.
     numbers = blocks * bytes_per_block // itemsize
     compressed = numbers * max(itemsize, 2) // (2 * settings.kernel_stride)
-    # What is in host memory; each is of all ranks together.
-    taken = {"the host pool": blocks * block_bytes(sum(stages), kv_heads, *shape) * columns}
+    # What is in host memory; each is of all ranks of this host together.
+    taken = {"the host pool": blocks * block_bytes(layers_here, kv_heads, *shape)}
     if settings.chosen_selector == "previous":  # one query of each block, in the model's dtype
-        numbers = sum(stages) * model.get_num_attention_heads(parallel) * model.get_head_size()
-        queries = blocks * numbers * model.dtype.itemsize * columns
-        taken[_QUERIES] = queries
+        numbers = layers_here * model.get_num_attention_heads(parallel) * model.get_head_size()
+        taken[_QUERIES] = blocks * numbers * model.dtype.itemsize
     if device_bytes is not None:
         _check_memory(config, settings, taken, available)
         if settings.slab_gib is None and not settings.resident:
@@ -186,17 +186,17 @@ def size_sparda(
     if device_bytes is None:  # one memory holds everything, also what is filled only later
         staging = staging_pieces(settings, kv_heads) * sizes["piece_bytes"]
         taken |= {
-            _STAGING: staging * len(stages) * columns,
-            "weights": least_weight_bytes(model) * max(parallel.data_parallel_size_local, 1),
+            _STAGING: staging * len(ranks),
+            "weights": least_weight_bytes(model) * len(ranks) // _ranks_of_an_engine(parallel),
         }
         room = int((available - sum(taken.values())) / pools) - compressed
-        if settings.slab_gib is None and not _beside_engines(parallel):
+        if settings.slab_gib is None and not _memory_is_others(parallel):
             _admit_what_fits(config, settings, room, sizes)
     seqs = config.scheduler_config.max_num_seqs
     frames = plan_frames(settings, max_num_seqs=seqs, **sizes)
     if device_bytes is None:
         each = sum(frames) * sizes["piece_bytes"] + compressed
-        taken[_FRAMES] = each * sum(stages) // layers * columns
+        taken[_FRAMES] = each * layers_here // layers
         _check_memory(config, settings, taken, available)
     return frames
 
@@ -204,7 +204,7 @@ def size_sparda(
 def _check_memory(
     config: Any, settings: SpardaSettings, taken: dict[str, int], available: int
 ) -> None:
-    """Compare what all ranks will take of host memory with what there is, before they do.
+    """Compare what all ranks here will take of host memory with what there is, before they do.
 
     Args:
         config: As of :func:`prepare_sparda`.
@@ -215,14 +215,13 @@ def _check_memory(
     Raises:
         ConfigError: It is too little; says how much each part takes.
     """
-    parallel = config.parallel_config
-    if _beside_engines(parallel):
+    if _memory_is_others(config.parallel_config):
         return
     total = sum(taken.values())
     if total <= available:
         return
     parts = ", ".join(f"{name} {nbytes / GIB:.2f} GiB" for name, nbytes in taken.items())
-    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    ranks = len(_stages_here(config.parallel_config))
     lower = ["host_gib"]
     if _FRAMES in taken:
         if settings.slab_gib:
@@ -233,15 +232,43 @@ def _check_memory(
         lower = ["staging_blocks"]
     raise ConfigError(
         f"vllm_sparse.host_gib: {parts}: together {total / GIB:.2f} GiB"
-        f"{' on all ranks' if ranks * parallel.data_parallel_size_local > 1 else ''}, but this "
+        f"{' on all ranks' if ranks > 1 else ''}, but this "
         f"machine has {available / GIB:.2f} GiB available. Lower {' or '.join(lower)}"
         f"{' or choose another selector' if _QUERIES in taken else ''}"
     )
 
 
-def _beside_engines(parallel: Any) -> bool:
-    """Of several API servers, each completes the configuration again beside engines that run."""
-    return getattr(parallel, "_api_process_count", 1) > 1 and parallel._api_process_rank >= 0
+def _memory_is_others(parallel: Any) -> bool:
+    """Whether what is free here says nothing: it is not, or not yet, the engines' to come.
+
+    Of several API servers, each completes the configuration again beside engines that run. Ray
+    chooses the hosts of ranks, and a front-end may have no engines on its own.
+    """
+    if getattr(parallel, "_api_process_count", 1) > 1 and parallel._api_process_rank >= 0:
+        return True
+    # The planner has neither.
+    executor = getattr(parallel, "distributed_executor_backend", None)
+    engines = getattr(parallel, "data_parallel_backend", None)
+    return "ray" in (executor, engines) or not parallel.data_parallel_size_local
+
+
+def _ranks_of_an_engine(parallel: Any) -> int:
+    """Ranks of one engine, on all hosts."""
+    return int(parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
+
+
+def _stages_here(parallel: Any) -> list[int]:
+    """The stage of the pipeline of each rank on this host, of all its engines.
+
+    Where none is here, those of one engine: something must be told of its pool.
+    """
+    first, count = 0, _ranks_of_an_engine(parallel)
+    engines = max(parallel.data_parallel_size_local, 1)
+    if getattr(parallel, "nnodes", 1) > 1 and parallel.data_parallel_size_local:
+        count = parallel.local_world_size
+        first = parallel.node_rank_within_dp * count
+    stages = [rank // parallel.tensor_parallel_size for rank in range(first, first + count)]
+    return stages * engines
 
 
 def _choose_pool(
@@ -260,7 +287,7 @@ def _choose_pool(
     """
     longest = config.model_config.max_model_len
     needed = blocks_of_one(settings, longest) * bytes_per_block
-    too_much = 2 * needed > available and not _beside_engines(config.parallel_config)
+    too_much = 2 * needed > available and not _memory_is_others(config.parallel_config)
     if needed <= settings.host_gib * GIB or too_much:
         return settings
     chosen = gib_of(needed)

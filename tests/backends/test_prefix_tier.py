@@ -36,6 +36,9 @@ def test_data_parallel_engines_take_it_each(monkeypatch):
     two = configuration("ROCKETKV", **asked, parallel_config__data_parallel_size_local=2)
     with pytest.raises(ConfigError, match=r"--kv-offloading-size 1\.0 for each of 2 engines"):
         prefix_tier.prepare_tier(two)
+    monkeypatch.setattr(prefix_tier, "available_bytes", lambda: 0)
+    elsewhere = configuration("ROCKETKV", **asked, parallel_config__data_parallel_size_local=0)
+    prefix_tier.prepare_tier(elsewhere)
 
 
 @pytest.mark.vllm

@@ -49,11 +49,27 @@ def has_layers(drafts: Any) -> bool:
     )
 
 
+def cache_kind(config: Any) -> str:
+    """The kind of KV cache that layers will have: vLLM's ``cache_dtype``, but for checkpoints.
+
+    Where nobody has chosen and the weights of a checkpoint come with scales for its cache
+    (``kv_cache_scheme`` of compressed-tensors), vLLM's layers take fp8 when they are built.
+
+    Args:
+        config: vLLM's.
+    """
+    kind = str(config.cache_config.cache_dtype)
+    quantised = getattr(config, "quant_config", None)  # the planner has none
+    if kind == "auto" and getattr(quantised, "kv_cache_scheme", None) is not None:
+        return "fp8"
+    return kind
+
+
 def cache_itemsize(kind: str, model_itemsize: int) -> int:
     """Bytes of a number in a KV cache that is served.
 
     Args:
-        kind: vLLM's ``cache_dtype``.
+        kind: As of :func:`cache_kind`.
         model_itemsize: Bytes of the model's numbers.
     """
     if kind in FP8_CACHES:
@@ -97,7 +113,7 @@ def of_config(config: Any, settings: Any) -> Asked:
         yield "auxiliary", {}
     if model.architecture in _READ_TWICE:
         yield "layers-twice", {"architecture": model.architecture}
-    kind, own = str(config.cache_config.cache_dtype), str(model.dtype).removeprefix("torch.")
+    kind, own = cache_kind(config), str(model.dtype).removeprefix("torch.")
     yield from of_cache(kind)
     if kind in PLAIN_CACHES and kind not in ("auto", own):
         yield "other-dtype", {"kind": kind, "model": own}

@@ -26,7 +26,7 @@ def prepare_tier(config: Any) -> None:
     gib = config.cache_config.kv_offloading_size
     if gib is None:
         return
-    engines = max(config.parallel_config.data_parallel_size_local, 1)  # each takes it whole
+    engines = config.parallel_config.data_parallel_size_local  # each takes it whole
     if engines * gib * GIB > available_bytes():
         times = f" for each of {engines} engines" if engines > 1 else ""
         raise ConfigError(
