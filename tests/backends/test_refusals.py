@@ -91,3 +91,31 @@ def test_a_tier_of_somebody_elses_making_is_refused():
     startup.check_config(configuration("ROCKETKV", kv_transfer_config=chosen))
     with pytest.raises(UnsupportedError, match="remove --kv-transfer-config"):
         startup.check_config(configuration("SPARDA", kv_transfer_config=chosen))
+
+
+def test_what_our_builders_ask_for_is_no_window():
+    """An engine completes its configuration again when they have asked."""
+    from vllm_sparse.backends.base import ask_for_prompt_lengths
+
+    given = configuration("ROCKETKV", model_config__model_arch_config=SimpleNamespace())
+    ask_for_prompt_lengths(given)
+    given.model_config.rswa_window = given.model_config.model_arch_config.rswa_window
+    startup.check_config(given)
+    given.model_config.rswa_window = 128
+    with pytest.raises(UnsupportedError, match="the last 128 outputs"):
+        startup.check_config(given)
+
+
+def test_a_model_of_which_nothing_is_ours_is_refused_but_a_stage_may_be_such():
+    from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionBackend
+
+    from vllm_sparse.backends.refusals import check_model
+
+    state = SimpleNamespace(get_attn_backend=lambda: Mamba2AttentionBackend)
+    for layers in ({"a": state}, {}):
+        knows = SimpleNamespace(static_forward_context=layers)
+        model = configuration("ROCKETKV", compilation_config=knows)
+        with pytest.raises(UnsupportedError, match="no attention layers that ROCKETKV could serve"):
+            check_model(model, False)
+        model.parallel_config.pipeline_parallel_size = 2
+        check_model(model, False)

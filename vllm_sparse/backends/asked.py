@@ -32,6 +32,9 @@ _UNPROCESSED = ("tensorizer", "ipc_cache")
 # Their second pass over the layers brings queries alone.
 _READ_TWICE = ("IQuestLoopCoderForCausalLM",)
 
+PROMPT_LENGTHS = 1 << 30
+"""In place of a reference sliding window: a builder asks for the lengths of prompts."""
+
 TIER_MODULE = "vllm_sparse.kv.tier"
 """Of the connector that start-up chooses for ``--kv-offloading-size``."""
 
@@ -90,7 +93,9 @@ def of_config(config: Any, settings: Any) -> Asked:
     model = config.model_config
     if model.use_mla:
         yield "mla", {}
-    if not model.is_attention_free and model.runner_type not in ("generate", "draft"):
+    if model.is_attention_free:
+        yield "attention-free", {}
+    if model.runner_type not in ("generate", "draft"):
         yield "pooling", {"runner": model.runner_type}
     if model.is_hybrid:
         yield "states", {}
@@ -108,6 +113,9 @@ def of_config(config: Any, settings: Any) -> Asked:
         yield "image-prefixes", {}
     if window := config.cache_config.sliding_window:  # vLLM sets it if all layers have one
         yield "windows-only", {"window": window}
+    window = getattr(model, "rswa_window", None)  # the planner has none
+    if window not in (None, PROMPT_LENGTHS):  # vLLM asks again when builders have asked
+        yield "reference-windows", {"window": window}
     auxiliary = getattr(config, "aux_output_config", None)  # from vLLM 0.33 on
     if auxiliary is not None and auxiliary.enabled:
         yield "auxiliary", {}

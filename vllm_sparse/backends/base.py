@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from vllm_sparse.backends.asked import FP8_CACHES, PLAIN_CACHES
+from vllm_sparse.backends.asked import FP8_CACHES, PLAIN_CACHES, PROMPT_LENGTHS
 from vllm_sparse.errors import IntegrityError
 from vllm_sparse.kernels.fp8 import Scales
 from vllm_sparse.seams import replace_once
@@ -111,9 +111,6 @@ def final_scales(layer: Any, truncates: bool) -> Scales:
     return scales
 
 
-_ASKED = 1 << 30
-
-
 def ask_for_prompt_lengths(vllm_config: VllmConfig) -> None:
     """Make the model runner hand each request's prompt length to the metadata builder.
 
@@ -127,7 +124,7 @@ def ask_for_prompt_lengths(vllm_config: VllmConfig) -> None:
         def create_metadata_builders(
             self: Any, vllm_config: VllmConfig, *args: Any, **named: Any
         ) -> None:
-            asked = vllm_config.model_config.model_arch_config.rswa_window == _ASKED
+            asked = vllm_config.model_config.model_arch_config.rswa_window == PROMPT_LENGTHS
             withdraw(vllm_config)
             stock(self, vllm_config, *args, **named)
             if asked:
@@ -136,13 +133,13 @@ def ask_for_prompt_lengths(vllm_config: VllmConfig) -> None:
         return create_metadata_builders
 
     replace_once(AttentionGroup, "create_metadata_builders", make)
-    vllm_config.model_config.model_arch_config.rswa_window = _ASKED
+    vllm_config.model_config.model_arch_config.rswa_window = PROMPT_LENGTHS
 
 
 def withdraw(vllm_config: VllmConfig) -> None:
     """Take back what an earlier builder asked for; vLLM builds a first one to measure graphs."""
     model = vllm_config.model_config.model_arch_config
-    if model.rswa_window == _ASKED:
+    if model.rswa_window == PROMPT_LENGTHS:
         model.rswa_window = None
 
 

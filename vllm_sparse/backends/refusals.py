@@ -143,6 +143,9 @@ def check_model(config: Any, on_gpu: bool) -> None:
         # A stage of a pipeline may have no others.
         if window is not None and not ours and config.parallel_config.pipeline_parallel_size == 1:
             refuse("windows-only", family, on_gpu, window=window)
+    # So might a stage.
+    if not ours and config.parallel_config.pipeline_parallel_size == 1:
+        refuse("attention-free", family, on_gpu, backend=name)
 
 
 def check_block_size(name: str, block_size: int) -> None:

@@ -60,6 +60,17 @@ ROWS = (
         None,
     ),
     everywhere(
+        _MODELS, "reference-windows",
+        "outputs that attend to prompts and a window of outputs (Unlimited-OCR)",
+        "outputs attend to the prompt and to the last {window} outputs only, and vLLM frees the "
+        "blocks between, which ours count on; leave out --attention-backend",
+    ),
+    everywhere(
+        _MODELS, "attention-free", "models without attention (Mamba)",
+        "this model has no attention layers that {backend} could serve; leave out "
+        "--attention-backend",
+    ),
+    everywhere(
         _MODELS, "chunked-layers", "attention within chunks of the context (Llama 4)",
         "layers that attend within chunks of {size} tokens share a KV cache group with full "
         "attention, whose blocks would leave with ours; leave out --attention-backend",
