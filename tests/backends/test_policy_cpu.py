@@ -159,6 +159,17 @@ def test_drafts_from_the_context_change_nothing(llama, prompts, sparse_run, meth
     assert run["drafted"] > run["accepted"] + 100
 
 
+def test_a_prompt_in_the_cache_but_for_its_last_token_is_counted_beside_drafts(llama, prompts):
+    """vLLM computes that token together with room for drafts."""
+    run = run_engine(
+        llama, [prompts[0][: 3 * BLOCK_SIZE + 1]], settings=SETTINGS, block_size=BLOCK_SIZE,
+        waves=2, new_tokens=4,
+        speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
+    )  # fmt: skip
+    assert run["cached"][1] == [3 * BLOCK_SIZE]
+    assert run["counters"]["dense_fallbacks/short_prompt"] == 2
+
+
 def test_drafts_equal_stock_s_where_everything_is_read(llama, prompts, stock_run):
     """Stock vLLM drafts, too; some of the oracle's drafts are rejected."""
     shared = {

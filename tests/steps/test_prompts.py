@@ -94,6 +94,19 @@ def test_a_replay_whose_chunk_ends_with_the_prompt_is_not_counted_again():
     assert counted == {"requests": 1}
 
 
+@pytest.mark.parametrize(("replayed", "counted"), [(False, 1), (True, 0), (None, 0)])
+def test_a_prompt_whose_last_token_comes_with_drafts_is_counted(replayed, counted):
+    """Nobody else computes tokens of both, but who computes them again."""
+    planner, found = StepPlanner(make_policy()), Counter()
+    starts, prompts = torch.tensor([0, 4]), torch.tensor([49])
+    planner.prompts.count(
+        starts, torch.tensor([52]), prompts, planner.rules.find(prompts, None),
+        lambda name, amount, reason: found.update({name: amount}),
+        None if replayed is None else torch.tensor([replayed]),
+    )  # fmt: skip
+    assert found["dense_fallbacks"] == counted
+
+
 @pytest.mark.parametrize("budget", [0, DENSE, 96])
 def test_a_step_that_ends_a_prompt_and_goes_on_straddles_it(budget):
     planner, asked = StepPlanner(make_policy()), torch.tensor([0, budget], dtype=torch.int32)

@@ -200,11 +200,15 @@ class Prompts:
             rule: Host ``[R]``: as of :meth:`.Rules.find`.
             count: Receives counter names, amounts and reasons.
             replayed: Host bool ``[R]``: rows of requests that were preempted with outputs. A chunk
-                of their replay may end with the prompt. ``None`` where nobody tells.
+                of their replay may end with the prompt, or go on behind it. ``None`` where nobody
+                tells: then only steps that end with a prompt count.
         """
-        first = seq_lens - query_start.diff()
-        ends = (first < prompt_lens) & (seq_lens == prompt_lens)
-        finished = rule[ends if replayed is None else ends & ~replayed]
+        ends = seq_lens - query_start.diff() < prompt_lens
+        if replayed is None:
+            ends &= seq_lens == prompt_lens
+        else:  # vLLM may put a prompt's last token and room for drafts into one step
+            ends &= (seq_lens >= prompt_lens) & ~replayed
+        finished = rule[ends]
         if not len(finished):
             return
         sparse = self.rules.table.sparse[finished]
