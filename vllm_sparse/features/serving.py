@@ -271,10 +271,14 @@ ROWS = (
         ),
         None,
     ),
-    everywhere(
-        _SERVING, "auxiliary", "`--aux-output-config` (vLLM 0.33)",
-        "auxiliary outputs shorten lookups of cached prefixes, whose length tells where a prompt "
-        "ends; remove --aux-output-config",
+    row(
+        _SERVING, "auxiliary", "`--aux-output-config`",
+        Refused(
+            "vLLM keeps auxiliary outputs of what its pool has room for, and of what the prefix "
+            "cache has when a request ends: not of blocks that a policy has given back, or "
+            "publishes then. Remove --aux-output-config"
+        ),
+        Untested(),
     ),
     everywhere(
         _SERVING, "other-schedulers",
