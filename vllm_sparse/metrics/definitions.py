@@ -74,7 +74,8 @@ _ALL = (
     Metric(
         "decode_rows",
         "rows",
-        "Decode rows, one token of one request each: the sparse ones, with SPARDA all",
+        "Decode rows, one token of one request each: the sparse ones; with SPARDA all that read "
+        "frames, those of short contexts too",
     ),
     Metric(
         "visible_tokens",
