@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from itertools import compress
 from operator import not_
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from vllm_sparse.control import REQUESTED
 from vllm_sparse.policies.selectors import Tokens
@@ -22,8 +23,6 @@ from vllm_sparse.upload import upload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from torch import Tensor
 
     from vllm_sparse.policies.sparda import SpardaSettings
 
@@ -47,6 +46,24 @@ def borrowed_blocks(written: Tensor, table: Tensor, past_blocks: Tensor, num_blo
     marked[written] = True
     column = torch.arange(table.shape[1], device=table.device)
     return marked[table.long()] & (column < past_blocks[:, None])
+
+
+class _Batch(NamedTuple):
+    """A step: of its ``R`` rows what `plan` is given and where their first token stands, of its
+    ``T`` tokens ``row`` and ``position``, all on the host; and the table, wherever it is.
+    """
+
+    query_start: Tensor
+    seq_lens: Tensor
+    prompt_lens: Tensor
+    start: Tensor
+    row: Tensor
+    position: Tensor
+    table: Tensor
+
+    def there(self, tensor: Tensor) -> Tensor:
+        """A tensor of the host's where the table is."""
+        return upload(tensor, self.table.device)
 
 
 class SpardaPlanner:
@@ -97,101 +114,119 @@ class SpardaPlanner:
         Returns:
             The metadata, in part on the host.
         """
-        settings, size = self._settings, self._settings.block_size
-        query_start, seq_lens, prompt_lens = (
-            x.long() for x in (query_start, seq_lens, prompt_lens)
-        )
-        num_tokens = int(query_start[-1])
-        query_lens = query_start.diff()
-        start = seq_lens - query_lens
-        row = torch.repeat_interleave(
-            torch.arange(len(seq_lens)), query_lens, output_size=num_tokens
-        )
-        index = torch.arange(num_tokens)
-        position = index - query_start[:-1][row] + start[row]
-        width = -(-int(seq_lens.max()) // size)
-        table = block_table[:, :width].long()
-
-        def there(tensor: Tensor) -> Tensor:
-            return upload(tensor, table.device)
-
-        def slot_of(row: Tensor, position: Tensor) -> Tensor:
-            position = position.clamp(min=0)
-            return table[row, position // size] * size + position % size
-
-        row_there, position_there = there(row), there(position)
-        slots = slot_of(row_there, position_there)
-        last = ((position + 1) % size == 0) | (index == (query_start[1:] - 1)[row])
-        before = slot_of(row_there, position_there - 1)
-        previous = torch.where(position > start[row], index - 1, -1)
-
-        stride = settings.kernel_stride
-        completes = ((position + 1) % stride == 0) & (position + 1 >= 2 * stride)
-        closing, owner = position[completes], row[completes]
-        members = closing[:, None] - torch.arange(2 * stride - 1, -1, -1)
-        window_tokens = (query_start[:-1] - start)[owner][:, None] + members
-        older = members < start[owner][:, None]
-        window_tokens[older] = num_tokens + torch.arange(int(older.sum()))
-        per_block = size // stride
-        # A window is stored with the block that holds its last token: earlier blocks may be shared
-        # with requests that continue differently. Block m holds windows 4m - 1 to 4m + 2.
-        closing_slots = slots[there(completes.nonzero()[:, 0])]
-        window_slots = closing_slots // size * per_block + there(closing % size // stride)
-
-        borrowed = torch.zeros(table.shape, dtype=torch.bool)
-        if may_borrow:
-            past = there(start // size)
-            borrowed = borrowed_blocks(slots // size, table, past, self.num_blocks).cpu()
-            first = query_start[:-1][borrowed.any(1) & (query_lens > 0)]
-            if len(first):  # the token before may be another row's
-                same = slots == before[there(first)][:, None]
-                previous[first] = torch.where(same.any(1), same.byte().argmax(1), -1).cpu()
-        tokens = Tokens(there(index), position_there, before // size, there(previous))
-        decoding = (query_lens == 1) & (start >= prompt_lens) & ~borrowed.any(1)
-        dense_until = torch.full_like(prompt_lens, settings.dense_len)
-        if not settings.sparse_prefill:
-            dense_until = torch.maximum(dense_until, prompt_lens)
+        batch = self._read(query_start, seq_lens, prompt_lens, block_table)
+        row, position = batch.there(batch.row), batch.there(batch.position)
+        slots = self._slots(batch, row, position)
+        before = self._slots(batch, row, position - 1)
+        borrowed, previous = self._earlier(batch, slots, before, may_borrow)
+        size, index = self._settings.block_size, torch.arange(len(batch.row))
+        tokens = Tokens(batch.there(index), position, before // size, batch.there(previous))
+        ends = (batch.query_start[1:] - 1)[batch.row]
+        last = ((batch.position + 1) % size == 0) | (index == ends)
+        alone = batch.query_start.diff() == 1
+        decoding = alone & (batch.start >= batch.prompt_lens) & ~borrowed.any(1)
         if dense is not None:
             decoding &= ~dense
-            dense_until = torch.where(dense, seq_lens, dense_until)
-
-        prompts, tiles = self._prompts(
-            tokens, query_start, start, seq_lens, prompt_lens, dense_until, table, ~decoding,
-            borrowed,
-        )  # fmt: skip
-        self.count_requests(start, seq_lens, prompt_lens, dense, replayed)
-        owners = owner[:, None].expand_as(members)
-        older_slots = slot_of(there(owners[older]), there(members[older]))
-        windows = WindowList(window_slots, window_tokens, older_slots)
+        dense_until = self._dense_until(batch, dense)
+        prompts, tiles = self._prompts(batch, tokens, dense_until, ~decoding, borrowed)
+        self.count_requests(batch.start, batch.seq_lens, batch.prompt_lens, dense, replayed)
         return SpardaStep(
-            num_tokens,
+            len(batch.row),
             slots,
             last.nonzero()[:, 0],
-            windows,
-            self._decode(tokens, query_start, seq_lens, table, decoding),
+            self._windows(batch, slots),
+            self._decode(batch, tokens, decoding),
             *self._fresh(prompts),
             tiles,
         )
 
-    def _decode(
-        self,
-        tokens: Tokens,
-        query_start: Tensor,
-        seq_lens: Tensor,
-        table: Tensor,
-        decoding: Tensor,
-    ) -> DecodeRows | None:
+    def _read(
+        self, query_start: Tensor, seq_lens: Tensor, prompt_lens: Tensor, block_table: Tensor
+    ) -> _Batch:
+        """What follows from lengths alone; no more of the table than the longest row takes."""
+        query_start, seq_lens, prompt_lens = (
+            x.long() for x in (query_start, seq_lens, prompt_lens)
+        )
+        query_lens, num_tokens = query_start.diff(), int(query_start[-1])
+        start = seq_lens - query_lens
+        row = torch.repeat_interleave(
+            torch.arange(len(seq_lens)), query_lens, output_size=num_tokens
+        )
+        position = torch.arange(num_tokens) - query_start[:-1][row] + start[row]
+        width = -(-int(seq_lens.max()) // self._settings.block_size)
+        table = block_table[:, :width].long()
+        return _Batch(query_start, seq_lens, prompt_lens, start, row, position, table)
+
+    def _slots(self, batch: _Batch, row: Tensor, position: Tensor) -> Tensor:
+        """Slots of tokens, all of it where the table is; a token before the first has any."""
+        size, position = self._settings.block_size, position.clamp(min=0)
+        return batch.table[row, position // size] * size + position % size
+
+    def _earlier(
+        self, batch: _Batch, slots: Tensor, before: Tensor, may_borrow: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Where earlier tokens of rows are found in this very step, on the host.
+
+        Args:
+            batch: The step.
+            slots: Of its tokens.
+            before: Slots of the tokens before them.
+            may_borrow: As of :meth:`plan`.
+
+        Returns:
+            Blocks as of :func:`borrowed_blocks`, and the batch position of the token before each
+            token, -1 if it has none.
+        """
+        start, index = batch.start, torch.arange(len(batch.row))
+        previous = torch.where(batch.position > start[batch.row], index - 1, -1)
+        if not may_borrow:
+            return torch.zeros(batch.table.shape, dtype=torch.bool), previous
+        size = self._settings.block_size
+        past = batch.there(start // size)
+        borrowed = borrowed_blocks(slots // size, batch.table, past, self.num_blocks).cpu()
+        first = batch.query_start[:-1][borrowed.any(1) & (batch.query_start.diff() > 0)]
+        if len(first):  # the token before may be another row's
+            same = slots == before[batch.there(first)][:, None]
+            previous[first] = torch.where(same.any(1), same.byte().argmax(1), -1).cpu()
+        return borrowed, previous
+
+    def _dense_until(self, batch: _Batch, dense: Tensor | None) -> Tensor:
+        """Tokens of each row's request that read everything, host ``[R]``."""
+        until = torch.full_like(batch.prompt_lens, self._settings.dense_len)
+        if not self._settings.sparse_prefill:
+            until = torch.maximum(until, batch.prompt_lens)
+        return until if dense is None else torch.where(dense, batch.seq_lens, until)
+
+    def _windows(self, batch: _Batch, slots: Tensor) -> WindowList:
+        """Windows that the tokens complete, of which members may be of earlier steps."""
+        size, stride = self._settings.block_size, self._settings.kernel_stride
+        start, position = batch.start, batch.position
+        completes = ((position + 1) % stride == 0) & (position + 1 >= 2 * stride)
+        closing, owner = position[completes], batch.row[completes]
+        members = closing[:, None] - torch.arange(2 * stride - 1, -1, -1)
+        tokens = (batch.query_start[:-1] - start)[owner][:, None] + members
+        older = members < start[owner][:, None]
+        tokens[older] = len(position) + torch.arange(int(older.sum()))
+        # A window is stored with the block that holds its last token: earlier blocks may be shared
+        # with requests that continue differently. Block m holds windows 4m - 1 to 4m + 2.
+        closing_slots = slots[batch.there(completes.nonzero()[:, 0])]
+        window = batch.there(closing % size // stride)
+        owners = owner[:, None].expand_as(members)
+        older_slots = self._slots(batch, batch.there(owners[older]), batch.there(members[older]))
+        return WindowList(closing_slots // size * (size // stride) + window, tokens, older_slots)
+
+    def _decode(self, batch: _Batch, tokens: Tokens, decoding: Tensor) -> DecodeRows | None:
         rows = decoding.nonzero()[:, 0]
         if not len(rows):
             return None
-        lens = seq_lens[rows]
+        lens = batch.seq_lens[rows]
         scored = self.count_rows(lens)
-        own = tokens[upload(query_start[:-1][rows], table.device)]
+        own = tokens[batch.there(batch.query_start[:-1][rows])]
         width = -(-int(lens.max()) // self._settings.block_size)
         return DecodeRows(
             own,
             own.positions,
-            table[upload(rows, table.device), :width].int(),
+            batch.table[batch.there(rows), :width].int(),
             None,
             scored,
             False,
@@ -234,13 +269,9 @@ class SpardaPlanner:
 
     def _prompts(
         self,
+        batch: _Batch,
         tokens: Tokens,
-        query_start: Tensor,
-        start: Tensor,
-        seq_lens: Tensor,
-        prompt_lens: Tensor,
         dense_until: Tensor,
-        table: Tensor,
         streamed: Tensor,
         borrowed: Tensor,
     ) -> tuple[tuple[PromptRow, ...], tuple[Tile, ...]]:
@@ -248,11 +279,12 @@ class SpardaPlanner:
         prompts: list[PromptRow] = []
         tiles: list[Tile] = []
         for r in streamed.nonzero()[:, 0].tolist():
-            begin, end = query_start[r : r + 2].tolist()
+            begin, end = batch.query_start[r : r + 2].tolist()
             if begin == end:
                 continue
-            first, length, prompt_len = int(start[r]), int(seq_lens[r]), int(prompt_lens[r])
-            blocks = table[r, : -(-length // size)]
+            first, length = int(batch.start[r]), int(batch.seq_lens[r])
+            prompt_len = int(batch.prompt_lens[r])
+            blocks = batch.table[r, : -(-length // size)]
             sparse_from = min(max(int(dense_until[r]) - first, 0), end - begin)
             if first and 0 < sparse_from < end - begin:
                 self._count("prompt_chunks_streamed_whole", 1)
