@@ -147,6 +147,10 @@ BY_CONFIGURATION: dict[str, tuple[dict[str, Any], str]] = {
         "lookahead-query .*--weight-transfer-config",
     ),
     "lora-ahead": ({"settings": AHEAD, "lora_config": object()}, "lookahead-query .*--enable-lora"),
+    "unprocessed-ahead": (
+        {"settings": AHEAD, "load_config": SimpleNamespace(load_format="tensorizer")},
+        "--load-format tensorizer .* lookahead-query",
+    ),
     "sparse-prompts": ({"settings": {"sparse_prefill": True}}, "sparse_prefill"),
     "prompt-blocks": (
         {"settings": {"sparse_prefill": 8}},
