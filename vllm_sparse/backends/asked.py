@@ -116,7 +116,7 @@ def of_config(config: Any, settings: Any) -> Asked:
     window = getattr(model, "rswa_window", None)  # the planner has none
     if window not in (None, PROMPT_LENGTHS):  # vLLM asks again when builders have asked
         yield "reference-windows", {"window": window}
-    auxiliary = getattr(config, "aux_output_config", None)  # from vLLM 0.33 on
+    auxiliary = getattr(config, "aux_output_config", None)  # the planner has none
     if auxiliary is not None and auxiliary.enabled:
         yield "auxiliary", {}
     if model.architecture in _READ_TWICE:
