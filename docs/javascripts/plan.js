@@ -319,6 +319,8 @@
         bySlab = Math.min(MANY, floorDiv(frames, heads * perRow));
       }
     }
+    // A GPU has no host blocks if all of them have frames.
+    const hosted = asked.onGpu && frames === pieces ? 0 : each;
     const compressed = floorDiv(each * Math.max(1, floorDiv(size, own.kernel_stride)), 2 * size);
     const steps = (context) => spardaMs(asked, own, context);
     return {
@@ -327,7 +329,7 @@
       block_bytes: compressed, pool_blocks: blocks, pool_bytes: blocks * compressed,
       prompt_blocks: ceilDiv(asked.context, size), request_blocks: held,
       request_bytes: held * compressed + heads * perRow * shape.layers * piece,
-      request_host_bytes: held * each, host_bytes: blocks * each * ranks,
+      request_host_bytes: held * hosted, host_bytes: blocks * hosted * ranks,
       slab_bytes: frames * shape.layers * piece,
       fits: Math.min(floorDiv(blocks - 1, held), bySlab),
       step_ms: steps(asked.context), speedup: denseMs(asked, asked.context) / steps(asked.context),

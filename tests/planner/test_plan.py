@@ -90,6 +90,15 @@ def test_wrong_options_are_named(config, capsys, options, said):
     assert said in capsys.readouterr().err
 
 
+def test_blocks_that_all_have_frames_take_no_host_memory_of_a_gpu_s(config, capsys):
+    for slab, pool in (({}, 0), ({"slab_gib": 2.0}, 8 << 30)):
+        settings = json.dumps({"host_gib": 8.0, **slab})
+        _, arms = plan(capsys, config(), "--backend", "SPARDA", "--settings", settings)
+        assert arms["SPARDA"]["refused"] == []
+        assert arms["SPARDA"]["host_bytes"] == pool
+        assert (arms["SPARDA"]["request_host_bytes"] > 0) == bool(pool)
+
+
 def test_queries_that_a_gpu_pins_are_host_memory(config, capsys):
     """Of 512 GiB, a pool of 500 leaves 12; the queries of its blocks take 15.6."""
     for selector, fits in (("query", True), ("previous", False)):

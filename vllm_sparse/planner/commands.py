@@ -142,7 +142,7 @@ def _text(arm: Arm, question: Question) -> str:
     beside = f"; not in it: {arm.left_out}" if arm.left_out else ""
     lines.append(f"  decode step of {question.concurrency}: at least {arm.step_ms:.2f} ms, "
                  f"{arm.speedup:.2f}x dense (estimate{beside})")  # fmt: skip
-    if arm.host_bytes:
+    if arm.slab_bytes:
         lines.insert(2, f"  host pool {arm.host_bytes / _GIB:.2f} GiB, "
                      f"slab {arm.slab_bytes / _GIB:.2f} GiB")  # fmt: skip
     if arm.name != "dense":

@@ -293,6 +293,8 @@ def _sparda(question: Question, settings: SpardaSettings) -> Arm:
     compressed = each * settings.windows_per_block // (2 * size)
     rows = heads * blocks_per_row(settings, model.max_model_len) * model.layers
     served = config.scheduler_config.max_num_seqs
+    # A GPU's layers have no host blocks if all of them have frames.
+    hosted = sum(count < blocks * heads for count in frames) if question.on_gpu else model.layers
     by_slab = served if question.on_gpu or served < question.concurrency else _MANY
     step = sparda_ms(question, settings, question.context)
     return Arm(
@@ -304,8 +306,8 @@ def _sparda(question: Question, settings: SpardaSettings) -> Arm:
         prompt_blocks=-(-question.context // size),
         request_blocks=held,
         request_bytes=held * compressed + rows * piece,
-        request_host_bytes=held * each,
-        host_bytes=blocks * each * question.ranks,
+        request_host_bytes=held * each * hosted // model.layers,
+        host_bytes=blocks * each * hosted // model.layers * question.ranks,
         slab_bytes=sum(frames) * piece,
         fits=min((blocks - 1) // held, by_slab),
         step_ms=step,
