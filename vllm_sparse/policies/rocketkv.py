@@ -204,8 +204,8 @@ class RocketKVSettings(PolicySettings):
     stage1: bool = Field(
         True,
         description="Evict prompt tokens after prefill. Off, for ablations: nothing is evicted, "
-        "and prompts above `min_context` are copied to and from the prefix cache whole, as far as a "
-        "step and the pool have room for it.",
+        "and prompts above `min_context` are copied to and from the prefix cache whole, as far as "
+        "a step and the pool have room for it.",
     )
     stage2: bool = Field(True, description="Select tokens at decode. Off: for ablations.")
 
