@@ -29,7 +29,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GraniteConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GraniteConfig,
+    Qwen2AudioConfig,
+    Qwen2AudioForConditionalGeneration,
+)
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "minicpm")
 # A third of what heads of 32 would have; the published ones have 1 / 64 for heads of 64.
@@ -144,6 +150,30 @@ def save_random_gpt_oss(path):
             if "sinks" in name:
                 parameter.mul_(SINKS_STD / 0.1)
     model.save_pretrained(path)
+    return path
+
+
+def save_random_listener(path, text):
+    """Write a Qwen2-Audio that reads text as the Qwen2 in folder ``text`` does; ``path``."""
+    encoder = {
+        "model_type": "qwen2_audio_encoder", "d_model": 32, "encoder_layers": 1,
+        "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "num_mel_bins": 16,
+        "max_source_positions": 8,
+    }  # fmt: skip
+    reader = AutoModelForCausalLM.from_pretrained(text, dtype=torch.float32)
+    config = Qwen2AudioConfig(
+        audio_config=encoder, text_config=reader.config.to_dict(), dtype="float32",
+        architectures=["Qwen2AudioForConditionalGeneration"],
+    )  # fmt: skip
+    model = Qwen2AudioForConditionalGeneration(config)
+    _randomise(model, seed=0, std=0.1)
+    config.save_pretrained(path)
+    weights = {f"language_model.{name}": part for name, part in reader.state_dict().items()}
+    for name, part in model.model.state_dict().items():
+        if not name.startswith("language_model."):
+            weights[name] = part
+    # Hugging Face would name them in a way that vLLM's model does not know.
+    save_file(weights, Path(path) / "model.safetensors", metadata={"format": "pt"})
     return path
 
 

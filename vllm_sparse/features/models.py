@@ -13,6 +13,7 @@ _STATES_GPU = "tests/backends/test_states_gpu.py::"
 _GPU = "tests/backends/test_policy_gpu.py::"
 _SPARDA = "tests/backends/test_sparda.py::"
 _SPARDA_GPU = Served("tests/backends/test_sparda_gpu.py::test_gpu_path_gives_the_cpu_path_s_tokens")
+_PARTS = "tests/backends/test_parts.py::test_what_is_asked_in_text_is_answered_as_by_the_text_model"
 _MODELS = "Models"
 _BOTH_WAYS = (
     Untested("read one way, as by stock vLLM on CPUs"),
@@ -40,6 +41,11 @@ ROWS = (
             Served("tests/backends/test_sparda_gpu.py::test_experts"),
         ),
     ),
+    row(
+        _MODELS, "parts", "models that read images or audio, asked in text (Qwen2-Audio)",
+        (Served(_PARTS), Untested()), (Served(_PARTS), Untested()),
+    ),
+    row(_MODELS, "media", "the same with images or audio", Untested(), Untested()),
     row(
         _MODELS, "windows", "sliding-window layers beside full attention",
         (
