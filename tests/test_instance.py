@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import pickle
 from types import SimpleNamespace
@@ -73,6 +74,15 @@ def test_servers_have_names_of_their_own(config):
     assert instance_of(config).name
     other = SimpleNamespace(compilation_config=SimpleNamespace())
     assert instance_of(other).name != instance_of(config).name
+
+
+def test_engines_that_ray_starts_are_of_their_server(config):
+    from vllm.v1.engine.utils import _apply_dp_identity_suffix
+
+    engine = copy.deepcopy(config)
+    _apply_dp_identity_suffix(engine, 1)
+    assert engine.instance_id != config.instance_id, "or this shows nothing"
+    assert instance_of(engine).name == instance_of(config).name
 
 
 def test_a_start_costs_no_cache_of_compiled_models(config):
