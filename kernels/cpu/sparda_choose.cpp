@@ -180,7 +180,8 @@ struct Choice {
     for (int64_t m = s.init_blocks; m < last; ++m) {
       float best = -INFINITY;
       const int64_t until = std::min((m + 1) * s.windows + 1, seen);
-      for (int64_t n = m * s.windows; n < until; ++n) best = std::max(best, scores[n]);
+      for (int64_t n = std::max<int64_t>(m * s.windows, 1); n < until; ++n)
+        best = std::max(best, scores[n]);
       work.best[m] = best;
     }
     mark_best(work.best, s.init_blocks, last, picks, work.ranked, row);

@@ -162,3 +162,17 @@ def test_many_windows_are_scored_by_parts(dtype):
     expected = sparda("reference").choose_blocks(*arguments)
     assert (chosen & expected).sum() >= 0.98 * expected.sum()
     assert chosen.sum(-1).eq(20).all()
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("kind", ["forecast", "query"])
+def test_the_first_block_s_first_window_is_none(name, kind):
+    """Whatever lies there, where that block competes with the others."""
+    compressed = torch.zeros(30, 1, 4, 64)
+    compressed[0, 0, 0] = 1000.0
+    compressed[9:12, 0, 2] = 1.0
+    chosen = sparda(name).choose_blocks(
+        compressed, torch.ones(1, 1, 64), torch.arange(30), torch.tensor([29 * 64]),
+        RANKINGS[kind], Blocks(64, 16, 0, 1, 5),
+    )  # fmt: skip
+    assert chosen[0, 0].nonzero()[:, 0].tolist() == [9, 10, 11, 28, 29]
