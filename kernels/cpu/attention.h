@@ -99,12 +99,10 @@ struct Attention {
  private:
   // Tokens whose keys and values stay in the first-level cache between logits and weighted sums.
   static constexpr int kChunk = 32;
-  static constexpr int kPiece = 2 * kLanes;  // elements
   static constexpr int kAtOnce = kLanes / 4;  // tokens whose logits fill a vector
   typedef const T* Rows[kChunk];
 
-  // Up to four query heads, by an online softmax. P is the number of pieces of a head (0: not
-  // known at compile time); with it, queries stay in registers.
+  // Up to four query heads, by an online softmax. P as in dots().
   template <int G, int P>
   void heads(const Query* query, const std::vector<Run<T>>& runs, Token<T>* out, Lines& later,
              const float* sinks) const {
@@ -136,11 +134,11 @@ struct Attention {
       for (int t = 0; t < count; t += kAtOnce) {
         for (int n = t; n < std::min(t + kAtOnce, following); ++n) ask(chunks[i ^ 1][n]);
         later.pull(kAtOnce * share);
-        const vec dots = logits<G, P>(query, chunks[i] + t);
-        store(weights + 4 * t, dots);
-        highest = dots > highest ? dots : highest;
+        const vec logits = dots<G, 4, P>(query, chunks[i] + t, dim) * scale;
+        store(weights + 4 * t, logits);
+        highest = logits > highest ? logits : highest;
       }
-      highest = of_heads(highest);
+      highest = largest_by<4>(highest);
       const vec decay = exp_nonpositive(top - highest);
       top = highest;
       mass = mass * decay + exponentials(weights, count, top);
@@ -159,38 +157,6 @@ struct Attention {
     const char* p = reinterpret_cast<const char*>(row);
     for (int64_t b = 0; b < 2 * dim * static_cast<int64_t>(sizeof(T)); b += 64)
       __builtin_prefetch(p + b);
-  }
-
-  // The largest of each head, in all its lanes.
-  static vec of_heads(vec v) {
-    constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
-    const vec other = exchange<4>(v, lanes);
-    v = other > v ? other : v;
-    if constexpr (kLanes == 8) return v;
-    const vec further = exchange<kLanes / 2>(v, lanes);
-    return further > v ? further : v;
-  }
-
-  // Of kAtOnce tokens, four lanes each.
-  template <int G, int P>
-  vec logits(const Query* query, const T* const* keys) const {
-    const int64_t pieces = P ? P : dim / kPiece;
-    vec acc[kLanes] = {};
-    for (int64_t p = 0; p < pieces; ++p) {
-      typename D::pairs of_query[G];
-      for (int g = 0; g < G; ++g) of_query[g] = D::along(query + g * dim + kPiece * p);
-      for (int t = 0; t < kAtOnce; ++t) {
-        const auto key = D::along(keys[t] + kPiece * p);
-        for (int g = 0; g < G; ++g) acc[4 * t + g] = D::add(acc[4 * t + g], key, of_query[g]);
-      }
-    }
-    vec dots = sums(acc);
-    if (!P)
-      for (int64_t j = kPiece * pieces; j < dim; ++j)
-        for (int t = 0; t < kAtOnce; ++t)
-          for (int g = 0; g < G; ++g)
-            dots[4 * t + g] += to_float(keys[t][j]) * to_float(query[g * dim + j]);
-    return dots * scale;
   }
 
   // Turns the logits of `count` tokens into weights; returns their sums.

@@ -257,6 +257,49 @@ inline float largest(vec v) {
   return top;
 }
 
+// The largest of the lanes that differ by multiples of S, in all of them; and their sum.
+template <int S>
+inline vec largest_by(vec v) {
+  if constexpr (S < kLanes) {
+    const vec other = exchange<S>(v, std::make_integer_sequence<int, kLanes>{});
+    return largest_by<2 * S>(other > v ? other : v);
+  }
+  return v;
+}
+template <int S>
+inline vec sum_by(vec v) {
+  if constexpr (S < kLanes)
+    return sum_by<2 * S>(v + exchange<S>(v, std::make_integer_sequence<int, kLanes>{}));
+  return v;
+}
+
+// Dot products of G query heads, [G][dim], with kLanes / H rows; lane H * r + g is of row r and head
+// g. P is the number of pieces of a head (0: not known at compile time); with it, queries stay in
+// registers.
+constexpr int kPiece = 2 * kLanes;  // elements
+template <int G, int H, int P, typename T>
+inline vec dots(const typename Dot<T>::query* query, const T* const* rows, int64_t dim) {
+  typedef Dot<T> D;
+  constexpr int kRows = kLanes / H;
+  const int64_t pieces = P ? P : dim / kPiece;
+  vec acc[kLanes] = {};
+  for (int64_t p = 0; p < pieces; ++p) {
+    typename D::pairs of_query[G];
+    for (int g = 0; g < G; ++g) of_query[g] = D::along(query + g * dim + kPiece * p);
+    for (int r = 0; r < kRows; ++r) {
+      const auto row = D::along(rows[r] + kPiece * p);
+      for (int g = 0; g < G; ++g) acc[H * r + g] = D::add(acc[H * r + g], row, of_query[g]);
+    }
+  }
+  vec out = sums(acc);
+  if (!P)
+    for (int64_t j = kPiece * pieces; j < dim; ++j)
+      for (int r = 0; r < kRows; ++r)
+        for (int g = 0; g < G; ++g)
+          out[H * r + g] += to_float(rows[r][j]) * to_float(query[g * dim + j]);
+  return out;
+}
+
 // One bit per lane that is true.
 inline uint32_t lane_bits(ivec truth) {
 #if defined(__AVX512F__)

@@ -9,6 +9,7 @@
 // that block, so the first one of a sequence's first block does not exist.
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "simd.h"
@@ -28,67 +29,111 @@ namespace {
 
 typedef SpardaSelectSizes Shape;
 
+template <typename T>
 struct Scratch {
-  std::vector<float> vectors, scores, logits;
+  std::vector<typename Dot<T>::query> query;
+  std::vector<const T*> keys;  // of each window
+  std::vector<float> scores, logits;
   std::vector<int32_t> order;
 };
-
-// Dot products of one vector with the windows of one block.
-template <typename T>
-inline void dots(const float* vector, const T* keys, int64_t windows, const Shape& s, float* out) {
-  for (int64_t w = 0; w < windows; ++w, keys += s.compressed_window) {
-    vec sums = {};
-    int64_t j = 0;
-    for (; j + kLanes <= s.dim; j += kLanes) sums += load(vector + j) * load(keys + j);
-    float total = sum(sums);
-    for (; j < s.dim; ++j) total += vector[j] * to_float(keys[j]);
-    out[w] = total;
-  }
-}
 
 bool reads_everything(const Shape& s, int64_t position) {
   return position / (s.windows * s.stride) < s.top_k || position < s.dense_len;
 }
 
+// Adds to tmp.scores the softmax over the windows [1, slots) of G heads. P as in dots().
+template <int G, int P, typename T>
+void add_probabilities(const Shape& s, int64_t slots, const typename Dot<T>::query* query,
+                       Scratch<T>& tmp) {
+  constexpr int H = G == 3 ? 4 : G;  // lanes of a window
+  // Windows go by kLanes, which are H vectors: n is in vector n % H, so that sums<H>() of them, heads
+  // added up, has all in order.
+  float* logits = tmp.logits.data();
+  auto hide = [&](int64_t n) {
+    const int64_t at = n % kLanes;
+    float* x = logits + (n - at) * H + at % H * kLanes + at / H * H;
+    std::fill(x, x + H, -INFINITY);
+  };
+  const int64_t padded = (slots + kLanes - 1) / kLanes * kLanes;
+  vec highest = vec{} - INFINITY;
+  for (int64_t n = 0; n < padded; n += kLanes) {
+    float* own = logits + n * H;
+    for (int j = 0; j < H; ++j) {
+      const T* keys[kLanes / H];
+      for (int r = 0; r < kLanes / H; ++r) keys[r] = tmp.keys[n + H * r + j];
+      store(own + j * kLanes, dots<G, H, P>(query, keys, s.dim) * s.scale);
+    }
+    if (n == 0) hide(0);
+    for (int64_t after = slots; after < n + kLanes; ++after) hide(after);
+    for (int j = 0; j < H; ++j) {
+      const vec x = load(own + j * kLanes);
+      highest = x > highest ? x : highest;
+    }
+  }
+  const vec top = largest_by<H>(highest);
+  vec mass = {};
+  for (int64_t i = 0; i < padded * H; i += kLanes) {
+    const vec e = exp_nonpositive(load(logits + i) - top);
+    store(logits + i, e);
+    mass += e;
+  }
+  vec inverse = 1.0f / sum_by<H>(mass);
+  for (int i = 0; i < kLanes; ++i)
+    if (i % H >= G) inverse[i] = 0;
+  float* scores = tmp.scores.data();
+  for (int64_t n = 0; n < padded; n += kLanes) {
+    vec of_heads[H];
+    for (int j = 0; j < H; ++j) of_heads[j] = load(logits + n * H + j * kLanes) * inverse;
+    store(scores + n, load(scores + n) + sums<H>(of_heads));
+  }
+}
+
+// Scores of the windows [1, slots) of one row and head. P as in dots().
+template <int P, typename T>
+void score(const Shape& s, int64_t slots, Scratch<T>& tmp) {
+  float* scores = tmp.scores.data();
+  if (!s.softmax) {
+    for (int64_t n = 0; n < slots; n += kLanes)
+      store(scores + n, dots<1, 1, P>(tmp.query.data(), tmp.keys.data() + n, s.dim));
+    return;
+  }
+  std::fill(scores, scores + slots + kLanes, 0.0f);
+  by_four(s.group, [&](auto count, int64_t first) {
+    add_probabilities<decltype(count)::value, P>(s, slots, tmp.query.data() + first * s.dim, tmp);
+  });
+}
+
 // Fills tmp.order with the free picks of one row and head: the best blocks in [init, last).
 template <typename T>
 void pick(const Shape& s, const T* cache, const T* vectors, const int32_t* table, int64_t position,
-          int64_t row, int64_t head, int64_t last, Scratch& tmp) {
+          int64_t row, int64_t head, int64_t last, Scratch<T>& tmp) {
   tmp.order.clear();
   const int64_t picks = s.top_k - (s.init_blocks + s.local_blocks + 1);
   if (picks <= 0) return;
   for (int64_t g = 0; g < s.group; ++g) {
     const T* source = vectors + row * s.vector_row + (head * s.group + g) * s.vector_head;
-    for (int64_t j = 0; j < s.dim; ++j) tmp.vectors[g * s.dim + j] = to_float(source[j]);
+    for (int64_t j = 0; j < s.dim; ++j)
+      tmp.query[g * s.dim + j] = from_float<typename Dot<T>::query>(to_float(source[j]));
   }
   // Window slots by where they end: slot n ends at (n + 1) * stride - 1 and slot 0 is none.
   // Those complete at the scored position number:
   const int64_t visible = (position - s.lag + 1) / s.stride;
   // A forecast needs only what the free blocks can see: one window beyond the last of them.
   const int64_t slots = s.softmax ? visible : std::min(visible, last * s.windows + 1);
-  float* scores = tmp.scores.data();
-  std::fill(scores, scores + slots, 0.0f);
-  for (int64_t g = 0; g < s.group; ++g) {
-    float* logits = s.softmax ? tmp.logits.data() : scores;
-    for (int64_t n = 0; n < slots; n += s.windows)
-      dots(tmp.vectors.data() + g * s.dim,
-           cache + table[n / s.windows] * s.compressed_block + head * s.compressed_head,
-           std::min(s.windows, slots - n), s, logits + n);
-    if (!s.softmax) break;
-    float top = -INFINITY;
-    for (int64_t n = 1; n < slots; ++n) top = std::max(top, logits[n] *= s.scale);
-    const int64_t padded = (slots + kLanes - 1) / kLanes * kLanes;
-    logits[0] = -INFINITY;
-    for (int64_t n = slots; n < padded; ++n) logits[n] = -INFINITY;
-    vec mass = {};
-    for (int64_t n = 0; n < padded; n += kLanes) {
-      const vec e = exp_nonpositive(load(logits + n) - top);
-      *reinterpret_cast<vec*>(logits + n) = e;
-      mass += e;
+  for (int64_t n = 0, block = 0; n < slots; ++block) {
+    const T* key = cache + table[block] * s.compressed_block + head * s.compressed_head;
+    for (const int64_t end = std::min(n + s.windows, slots); n < end; ++n) {
+      tmp.keys[n] = key;
+      key += s.compressed_window;
     }
-    const float inverse = 1.0f / sum(mass);
-    for (int64_t n = 0; n < slots; ++n) scores[n] += logits[n] * inverse;
   }
+  std::fill_n(tmp.keys.begin() + slots, kLanes, tmp.keys[0]);  // up to whole vectors
+  switch (s.dim) {
+    case 64: score<64 / kPiece>(s, slots, tmp); break;
+    case 128: score<128 / kPiece>(s, slots, tmp); break;
+    default: score<0>(s, slots, tmp);
+  }
+  const float* scores = tmp.scores.data();
   // Block m overlaps the slots m * windows to (m + 1) * windows, both included.
   float* best = tmp.logits.data();
   for (int64_t m = s.init_blocks; m < last; ++m) {
@@ -122,11 +167,13 @@ void select(const Shape& s, const T* cache, const T* vectors, const int32_t* tab
   }
 #pragma omp parallel if (scored)
   {
-    static thread_local Scratch tmp;
+    static thread_local Scratch<T> tmp;
     if (scored) {
-      tmp.vectors.resize(s.group * s.dim + kLanes);
-      tmp.scores.resize(s.blocks * s.windows + kLanes);
-      tmp.logits.resize(s.blocks * s.windows + kLanes);
+      const int64_t most = s.blocks * s.windows + kLanes;
+      tmp.query.resize(s.group * s.dim);
+      tmp.keys.resize(most);
+      tmp.scores.resize(most);
+      tmp.logits.resize(4 * most);
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < s.rows * s.kv_heads; ++task) {

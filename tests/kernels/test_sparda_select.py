@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import itertools
+import platform
+import time
 
 import pytest
 import torch
@@ -18,6 +20,9 @@ from support.kernels import (
     scattered_table,
     use_tile,
     with_gaps,
+)
+from support.kernels import (
+    sparda as kernels_called,
 )
 from vllm_sparse.kernels.reference.sparda_select import gather_windows
 from vllm_sparse.kernels.types import Blocks, Ranking, Rotary
@@ -223,3 +228,32 @@ def test_selection_without_rows_or_without_a_choice(every):
             [0] + 8 * [-1], [0] + 8 * [-1], list(range(9)),
         ]  # fmt: skip
         assert chosen.lengths.tolist() == [1, 64, 9 * 64]
+
+
+@pytest.fixture
+def one_thread():
+    """Threads that wait count as time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="measured there only")
+def test_a_group_s_heads_share_each_reading_of_the_keys(one_thread):
+    """Least CPU time of many, beside that of one vector per KV head over the same keys."""
+    generator = torch.Generator().manual_seed(0)
+    kv_heads, dim, count = 4, 128, 256
+    compressed = torch.randn(count, kv_heads, 4, dim, generator=generator).bfloat16()
+    table = torch.randperm(count, generator=generator).int()[None]
+    vectors = torch.randn(1, 4 * kv_heads, dim, generator=generator).bfloat16()
+    seconds = dict.fromkeys((True, False), 1.0)
+    for softmax in 40 * tuple(seconds):
+        of = vectors if softmax else vectors[:, :kv_heads]
+        started = time.process_time()
+        kernels_called("cpu").select_blocks(
+            compressed, of, table, torch.tensor([count * 64 - 1]), Ranking(softmax, 0.1),
+            Blocks(64, 16, 1, 2, 32),
+        )  # fmt: skip
+        seconds[softmax] = min(seconds[softmax], time.process_time() - started)
+    assert seconds[True] < 2.2 * seconds[False], seconds
