@@ -57,8 +57,10 @@ inline vec widen(short_vec half) {
   return (vec)_mm256_cvtph_ps((__m128i)half);
 #elif defined(__aarch64__)
   const float16x8_t x = (float16x8_t)half;
-  return (vec)__builtin_shufflevector(vcvt_f32_f16(vget_low_f16(x)), vcvt_high_f32_f16(x), 0, 1, 2,
-                                      3, 4, 5, 6, 7);
+  const float32x4_t parts[2] = {vcvt_f32_f16(vget_low_f16(x)), vcvt_high_f32_f16(x)};
+  vec out;
+  std::memcpy(&out, parts, sizeof(out));
+  return out;
 #else
   typedef _Float16 half_vec __attribute__((vector_size(sizeof(half))));
   return __builtin_convertvector((half_vec)half, vec);
@@ -68,10 +70,12 @@ inline vec load(const _Float16* p) { return widen(*reinterpret_cast<const short_
 // As float16, whose exponent is 8 larger; so that subnormal numbers need no attention. NaN becomes
 // 480: conversion as vLLM does it on CPUs makes none.
 inline vec load(const fp8* p) {
-#if defined(__AVX512F__)  // GCC splits the generic conversion into halves
+#if defined(__AVX512F__)  // GCC splits the generic conversion, into halves or into numbers
   const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #elif defined(__AVX2__)
   const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  const int16x8_t wide = vmovl_s8(vld1_s8(reinterpret_cast<const int8_t*>(p)));
 #else
   typedef int8_t byte_vec __attribute__((vector_size(kLanes), aligned(1)));
   const auto wide = __builtin_convertvector(*reinterpret_cast<const byte_vec*>(p), short_vec);
