@@ -7,6 +7,8 @@
 
 #include "attention.h"
 
+#include <omp.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -41,11 +43,32 @@ __attribute__((noinline)) Workspace<T>& workspace() {
   return own;
 }
 
+// Shares of fewer tokens are not worth a thread.
+constexpr int64_t kLeastShare = 256;
+
+// The part of `runs` that a share of them takes, out of as many as are worth it.
+template <typename T>
+void cut(std::vector<Run<T>>& runs, int64_t share, int64_t shares) {
+  int64_t tokens = 0;
+  for (const Run<T>& run : runs) tokens += run.tokens;
+  const int64_t worth = std::clamp(tokens / kLeastShare, int64_t{1}, shares), count = runs.size();
+  if (share >= worth) return runs.clear();
+  runs.erase(runs.begin() + count * (share + 1) / worth, runs.end());
+  runs.erase(runs.begin(), runs.begin() + count * share / worth);
+}
+
 // collect(token, kv_head, runs) lists what to attend to; nothing gives zeros. sinks: learned ones,
-// [kv_heads][group], or null.
+// [kv_heads][group], or null. If there are fewer pairs of a token and a KV head than threads, each
+// is cut into shares, which are merged in the end.
 template <typename T, typename Sizes, typename Collect>
 void attend(const Sizes& s, const void* query, void* out, float scale, float value_scale,
             const float* sinks, Collect&& collect) {
+  const int64_t tasks = s.tokens * s.kv_heads;
+  const int64_t shares = tasks ? std::max(omp_get_max_threads() / tasks, int64_t{1}) : 1;
+  const int64_t numbers = s.group * (s.dim + 2);  // of a share
+  static thread_local std::vector<float> scratch;
+  if (shares > 1) scratch.resize(tasks * shares * numbers);
+  float* const parts = scratch.data();
 #pragma omp parallel
   {
     Workspace<T>& own = workspace<T>();
@@ -56,11 +79,18 @@ void attend(const Sizes& s, const void* query, void* out, float scale, float val
     attention.scale = scale;
     attention.value_scale = value_scale;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < s.tokens * s.kv_heads; ++task) {
+    for (int64_t piece = 0; piece < tasks * shares; ++piece) {
+      const int64_t task = piece / shares, share = piece % shares;
       const int64_t t = task / s.kv_heads, h = task % s.kv_heads, first = h * s.group * s.dim;
       Token<T>* target = static_cast<Token<T>*>(out) + t * s.out_stride + first;
+      float* part = shares > 1 ? parts + piece * numbers : nullptr;
       runs.clear();
       collect(t, h, runs);
+      if (part) cut(runs, share, shares);
+      if (part && runs.empty()) {
+        attention.leave_out(part);
+        continue;
+      }
       if (runs.empty()) {
         std::memset(static_cast<void*>(target), 0, s.group * s.dim * sizeof(*target));
         continue;
@@ -70,8 +100,14 @@ void attend(const Sizes& s, const void* query, void* out, float scale, float val
       own.rows.clear();
       for (const Run<T>& run : runs) own.rows.add(run.rows, run.tokens * 2 * s.dim * sizeof(T));
       own.rows.pull(Lines::kAhead / 4);  // a head start; the rest is asked for on the way
-      const float* of_group = sinks ? sinks + h * s.group : nullptr;
-      attention.attend(own.query.data(), runs, target, own.rows, of_group);
+      const float* of_group = sinks && !share ? sinks + h * s.group : nullptr;
+      attention.attend(own.query.data(), runs, target, own.rows, of_group, part);
+    }
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < (shares > 1 ? tasks : 0); ++task) {
+      const int64_t t = task / s.kv_heads, first = task % s.kv_heads * s.group * s.dim;
+      attention.merge(parts + task * shares * numbers, shares,
+                      static_cast<Token<T>*>(out) + t * s.out_stride + first);
     }
   }
 }

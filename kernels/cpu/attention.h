@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -80,20 +81,50 @@ struct Attention {
   }
 
   // query and out: [group][dim]. Pulls all of `later` on the way. sinks: learned ones, a logit of
-  // each head that takes part beside those of tokens, or null.
+  // each head that takes part beside those of tokens, or null. If runs are a part of what is
+  // attended to, `part` takes what merge() needs, [group][partial()], and `out` nothing.
   void attend(const Query* query, const std::vector<Run<T>>& runs, Token<T>* out, Lines& later,
-              const float* sinks = nullptr) const {
+              const float* sinks = nullptr, float* part = nullptr) const {
     by_four(group, [&](auto count, int64_t first) {
       constexpr int G = decltype(count)::value;
       const Query* q = query + first * dim;
       Token<T>* target = out + first * dim;
       const float* own = sinks ? sinks + first : nullptr;
+      float* rest = part ? part + first * partial() : nullptr;
       switch (dim) {
-        case 64: return heads<G, 64 / kPiece>(q, runs, target, later, own);
-        case 128: return heads<G, 128 / kPiece>(q, runs, target, later, own);
-        default: return heads<G, 0>(q, runs, target, later, own);
+        case 64: return heads<G, 64 / kPiece>(q, runs, target, later, own, rest);
+        case 128: return heads<G, 128 / kPiece>(q, runs, target, later, own, rest);
+        default: return heads<G, 0>(q, runs, target, later, own, rest);
       }
     });
+  }
+
+  // Numbers of a head's part: weighted sums, then the largest logit and the weights' sum.
+  int64_t partial() const { return dim + 2; }
+
+  // What a head without tokens adds.
+  void leave_out(float* part) const {
+    for (int64_t g = 0; g < group; ++g, part += partial()) part[dim] = -INFINITY, part[dim + 1] = 0;
+  }
+
+  // Of `count` parts, each [group][partial()]; zeros if none has tokens.
+  void merge(const float* parts, int64_t count, Token<T>* out) const {
+    float sums[kMaxDim];
+    for (int64_t g = 0; g < group; ++g, parts += partial(), out += dim) {
+      const int64_t stride = group * partial();
+      float top = -INFINITY, total = 0;
+      for (int64_t i = 0; i < count; ++i) top = std::max(top, parts[i * stride + dim]);
+      std::fill(sums, sums + dim, 0.0f);
+      for (int64_t i = 0; i < count; ++i) {
+        const float *part = parts + i * stride, mass = part[dim + 1];
+        if (mass == 0) continue;
+        const float weight = std::exp(part[dim] - top);
+        total += weight * mass;
+        for (int64_t j = 0; j < dim; ++j) sums[j] += weight * part[j];
+      }
+      const float factor = total == 0 ? 0 : value_scale / total;
+      for (int64_t j = 0; j < dim; ++j) out[j] = from_float<Token<T>>(sums[j] * factor);
+    }
   }
 
  private:
@@ -105,7 +136,7 @@ struct Attention {
   // Up to four query heads, by an online softmax. P as in dots().
   template <int G, int P>
   void heads(const Query* query, const std::vector<Run<T>>& runs, Token<T>* out, Lines& later,
-             const float* sinks) const {
+             const float* sinks, float* part) const {
     size_t run = 0;
     int64_t taken = 0, tokens = 0;
     for (const Run<T>& r : runs) tokens += r.tokens;
@@ -148,6 +179,12 @@ struct Attention {
     for (int g = 0; g < G; ++g) {
       float total = 0;
       for (int lane = g; lane < kLanes; lane += 4) total += mass[lane];
+      if (part) {
+        float* own = part + g * partial();
+        std::copy_n(sums + g * dim, dim, own);
+        own[dim] = top[g], own[dim + 1] = total;
+        continue;
+      }
       for (int64_t j = 0; j < dim; ++j)
         out[g * dim + j] = from_float<Token<T>>(sums[g * dim + j] * (value_scale / total));
     }

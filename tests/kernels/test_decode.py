@@ -223,6 +223,41 @@ def test_attention_over_slots_equals_reference(shape, every_token):
     assert outputs[1][0].any()
 
 
+@pytest.mark.parametrize("every_token", [False, True])
+@pytest.mark.parametrize(
+    "shape", SHAPES[:3], ids=lambda s: "-".join(f"{k}{v}" for k, v in s.items())
+)
+def test_fused_attention_cuts_what_is_less_than_the_threads(shape, every_token):
+    """A long row, padding, one not worth cutting, one between; other sums, so other bits."""
+    batch = make_batch(**{**shape, "rows": 4, "kv_heads": 1, "longest": 2000})
+    size, top_k = batch.layout.block_size, 1100
+    cache, _ = run(reference.decode_attention, batch, top_k)
+    lengths = torch.tensor([2000, 0, 200, 800]).int()
+    slots = torch.zeros(4, 1, top_k, dtype=torch.int32)
+    for row, length in enumerate(lengths.tolist()):
+        token = torch.randperm(length)[:top_k].sort().values
+        slots[row, 0, : len(token)] = (batch.table[row][token // size] * size + token % size).int()
+    given = None if every_token else slots, batch.table, lengths, torch.ones_like(lengths)
+    sinks = torch.linspace(-1, 3, batch.query.shape[1])
+    options = {"layout": batch.layout, "top_k": top_k, "scale": 0.11, "sinks": sinks}
+    outputs, threads = [], torch.get_num_threads()
+    try:
+        for kernel, count in ((ref_attention, 1), (attention, 1), (attention, 19)):
+            torch.set_num_threads(count)
+            outputs.append(torch.full_like(batch.query, torch.nan))
+            kernel.attend_slots(cache, batch.query, outputs[-1], *given, **options)
+    finally:
+        torch.set_num_threads(threads)
+    tolerance = 2e-5 if cache.dtype == torch.float32 else 4e-3
+    for found in outputs[1:]:
+        torch.testing.assert_close(found, outputs[0], rtol=tolerance, atol=tolerance)
+    whole, shares = outputs[1:]
+    assert torch.equal(whole[1:3], shares[1:3])
+    assert not shares[1].any()
+    if cache.dtype == torch.float32:
+        assert not torch.equal(whole[0], shares[0])
+
+
 @pytest.mark.parametrize(
     "mirror",
     [
