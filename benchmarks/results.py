@@ -133,8 +133,9 @@ def demo_models() -> dict[str, str]:
     """
     found = {}
     for file in sorted(paths.cache_dir().glob("*/provenance.json")):
-        said = json.loads(file.read_text())
-        found[said["model"]] = said["gguf_sha256"]
+        with contextlib.suppress(ValueError, KeyError):  # of another version, or cut off
+            said = json.loads(file.read_text())
+            found[said["model"]] = said["gguf_sha256"]
     return found
 
 

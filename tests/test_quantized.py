@@ -67,7 +67,8 @@ def test_70_billion_numbers_of_8_bits_leave_room_on_an_h200(section):
         ("modelopt_fp4", {}, 4.5),
         ("mxfp8", {}, 8.25),
         ("quark", {}, None),
-        ("modelopt_mixed", {"quant_algo": "MIXED_PRECISION"}, None),
+        ("modelopt", {"quant_algo": "MIXED_PRECISION"}, None),
+        ("modelopt", {"quant_algo": "W4A16_NVFP4"}, 4.5),
     ],
 )
 def test_bits_are_those_that_a_checkpoint_names(method, section, bits):
@@ -81,12 +82,28 @@ def test_bits_are_those_that_a_checkpoint_names(method, section, bits):
         ([{"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}], 4.125),
         ([{"num_bits": 4, "type": "float", "group_size": 16}], 4.5),
         ([{"num_bits": 4, "type": "int"}, {"num_bits": 8, "type": "float"}], 8),
+        ([{"num_bits": 4, "type": "int"}, None], 4),
         ([None], 16),
     ],
 )
 def test_bits_of_groups_are_those_of_the_widest(weights, bits):
     groups = {f"group_{index}": {"weights": each} for index, each in enumerate(weights)}
     assert weight_bits("compressed-tensors", {"config_groups": groups}) == bits
+
+
+def test_what_is_surely_taken_is_of_the_narrowest_group():
+    groups = {"a": {"weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}}}
+    model = model_of(quantization="compressed-tensors", hf_config=described(config_groups=groups))
+    least, most = device_room.least_weight_bytes(model), device_room.weight_bytes(model)
+    assert 2 * (least - EMBEDDINGS) == most - EMBEDDINGS
+
+
+def test_a_dense_model_of_a_class_with_experts_has_one_mlp():
+    """Granite 4's dense ones name the same width twice."""
+    sizes = {"shared_intermediate_size": 28672, "intermediate_size": 28672, "num_local_experts": 0}
+    model = model_of()
+    vars(model.hf_text_config).update(sizes)
+    assert device_room.weight_bytes(model) == device_room.weight_bytes(model_of())
 
 
 def test_embeddings_stay_as_they_are():

@@ -33,6 +33,10 @@ def test_layers_that_draft_are_served_by_the_models_backend():
     assert not hasattr(tokens.speculative_config, "attention_backend")
 
 
+# Of four layers, just enough for a step of four requests.
+FEW_FRAMES = 128 * 1024 / GIB
+
+
 def llama(settings, **changes):
     """Llama 3.1 8B's shape, and vLLM's own limits of a server on a CPU."""
     given = configuration("SPARDA", **changes)
@@ -265,7 +269,7 @@ class TestGuard:
         accepted = config(parallel_config__pipeline_parallel_size=2)
         startup.check_config(accepted)
         assert accepted.cache_config.num_gpu_blocks_override == 40 * 4 // 3
-        slab = {"slab_gib": 1.0}
+        slab = {"slab_gib": FEW_FRAMES}
         monkeypatch.setattr(startup, "available_bytes", lambda: 53 * BLOCK_BYTES)
         startup.check_config(config(slab, parallel_config__pipeline_parallel_size=2), lambda: GIB)
         monkeypatch.setattr(startup, "available_bytes", lambda: 53 * BLOCK_BYTES - 1)
@@ -292,7 +296,7 @@ class TestGuard:
     )  # fmt: skip
     def test_what_is_on_other_hosts_is_theirs(self, monkeypatch, options, needed, device):
         """Pools of forty blocks' bytes, 53 blocks of three layers of four; on a CPU, more."""
-        settings = {"slab_gib": 1.0, "host_gib": 40 * BLOCK_BYTES / GIB}
+        settings = {"slab_gib": FEW_FRAMES, "host_gib": 40 * BLOCK_BYTES / GIB}
         options = {"node_rank_within_dp": 0, **options}
         changes = {f"parallel_config__{key}": value for key, value in options.items()}
 
@@ -390,12 +394,14 @@ class TestGuard:
 
     @pytest.mark.usefixtures("_small")
     def test_a_pool_larger_than_a_gpu_s_host_memory(self):
-        device = {"slab_gib": 1.0}
-        startup.check_config(config({**device, "host_gib": 100 * BLOCK_BYTES / GIB}), lambda: GIB)
+        def start(blocks, **settings):
+            given = {"slab_gib": FEW_FRAMES, **settings, "host_gib": blocks * BLOCK_BYTES / GIB}
+            startup.check_config(config(given), lambda: GIB)
+
+        start(100)
         with pytest.raises(ConfigError, match=r"vllm_sparse\.host_gib.*available.*Lower host_gib$"):
-            startup.check_config(
-                config({**device, "host_gib": 101 * BLOCK_BYTES / GIB}), lambda: GIB
-            )
+            start(101)
+        start(101, slab_gib=1.0)  # all have frames, and a GPU's layers then no host blocks
 
     def test_only_the_first_of_several_api_servers_compares(self, monkeypatch):
         """The others complete the configuration beside engines that hold the memory already."""
@@ -406,7 +412,7 @@ class TestGuard:
                     "parallel_config___api_process_count": count,
                     "parallel_config___api_process_rank": rank,
                 }
-                given = config({"slab_gib": 1.0}, **parallel)
+                given = config({"slab_gib": FEW_FRAMES}, **parallel)
                 if compared:
                     with pytest.raises(ConfigError, match=r"0\.00 GiB available"):
                         startup.check_config(given, device_bytes)
@@ -423,7 +429,11 @@ class TestGuard:
         for ranks in (1, 2):
 
             def given(blocks, selector="previous", ranks=ranks):
-                options = {"selector": selector, "slab_gib": 1.0, "host_gib": blocks * block / GIB}
+                options = {
+                    "selector": selector,
+                    "slab_gib": FEW_FRAMES,
+                    "host_gib": blocks * block / GIB,
+                }
                 return config(
                     {**options, "host_gib": options["host_gib"] / ranks},
                     cache_config__cache_dtype=dtype, parallel_config__tensor_parallel_size=ranks,
@@ -442,7 +452,7 @@ class TestGuard:
     @pytest.mark.usefixtures("_small")
     def test_all_ranks_pools_together_must_fit(self):
         halves = config(
-            {"host_gib": 51 * BLOCK_BYTES / GIB, "slab_gib": 1.0},
+            {"host_gib": 51 * BLOCK_BYTES / GIB, "slab_gib": FEW_FRAMES},
             parallel_config__tensor_parallel_size=2,
         )
         with pytest.raises(ConfigError, match="on all ranks"):

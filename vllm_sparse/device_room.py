@@ -37,7 +37,7 @@ def weight_bytes(model: Any) -> int:
     Args:
         model: vLLM's model configuration.
     """
-    return _stored(model) or _weights_by_shape(model)
+    return _stored(model) or _weights_by_shape(model, item_bytes(model))
 
 
 def least_weight_bytes(model: Any) -> int:
@@ -46,8 +46,8 @@ def least_weight_bytes(model: Any) -> int:
     Args:
         model: vLLM's model configuration.
     """
-    parts = 4 if item_bytes(model) is None else 1
-    return _stored(model) or _weights_by_shape(model) // parts
+    each = item_bytes(model, min)
+    return _stored(model) or _weights_by_shape(model, each) // (4 if each is None else 1)
 
 
 def mlp_widths(shape: Any) -> tuple[int, int]:
@@ -56,10 +56,14 @@ def mlp_widths(shape: Any) -> tuple[int, int]:
     Args:
         shape: The language model's part of the checkpoint's configuration, with attributes.
     """
-    width = _number(getattr(shape, "moe_intermediate_size", None)) or _width(shape)
+    width = largest(getattr(shape, "moe_intermediate_size", None)) or _width(shape)
     named = ("shared_expert_intermediate_size", "shared_intermediate_size")
-    shared = next((_number(found) for key in named if (found := getattr(shape, key, None))), 0)
-    return width, shared or width * (getattr(shape, "n_shared_experts", None) or 0)
+    shared = next((largest(found) for key in named if (found := getattr(shape, key, None))), 0)
+    if shared and not getattr(shape, "num_local_experts", 1):  # dense Granite 4: no other MLP
+        return shared, 0
+    counted = ("n_shared_experts", "num_shared_expert")
+    count = next((largest(found) for key in counted if (found := getattr(shape, key, None))), 0)
+    return width, shared or width * count
 
 
 def _stored(model: Any) -> int:
@@ -85,8 +89,8 @@ def _stored(model: Any) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _weights_by_shape(model: Any) -> int:
-    """As of a Llama; experts count, biases and norms do not."""
+def _weights_by_shape(model: Any, each: ItemBytes | None) -> int:
+    """As of a Llama; experts count, biases and norms do not. ``None``: nobody knows, so 16 bits."""
     shape = model.hf_text_config
     hidden, layers = shape.hidden_size, shape.num_hidden_layers
     heads = shape.num_attention_heads + model.get_total_num_kv_heads()
@@ -95,7 +99,7 @@ def _weights_by_shape(model: Any) -> int:
     mlp = 3 * hidden * (width * max(1, model.get_num_experts()) + shared)
     embeddings = (1 if getattr(shape, "tie_word_embeddings", False) else 2) * shape.vocab_size
     plain = model.dtype.itemsize
-    each = item_bytes(model) or ItemBytes(plain, plain)
+    each = each or ItemBytes(plain, plain)
     layer = attention * each.attention + mlp * each.mlp
     return int(layers * layer + embeddings * hidden * plain)
 
@@ -127,9 +131,13 @@ def mlp_bytes(config: Any) -> int:
 
 
 def _width(shape: Any) -> int:
-    return _number(getattr(shape, "intermediate_size", None)) or 4 * int(shape.hidden_size)
+    return largest(getattr(shape, "intermediate_size", None)) or 4 * int(shape.hidden_size)
 
 
-def _number(found: Any) -> int:
-    """The largest, where each layer has its own (Gemma 3n); 0 for none."""
+def largest(found: Any) -> int:
+    """The largest number, where each layer has its own (Gemma 3n); 0 for none.
+
+    Args:
+        found: A number, a list of them, or ``None``.
+    """
     return max(map(int, found), default=0) if isinstance(found, list) else int(found or 0)

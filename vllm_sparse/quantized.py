@@ -7,17 +7,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 # Bits of a number by the name of a method or an algorithm, scales included where few share one.
 _BITS = {
     **dict.fromkeys(
         ("fp8", "fbgemm_fp8", "modelopt", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel",
-         "int8_per_channel_weight_only", "experts_int8"), 8.0,
+         "fp8_pb_wo", "fp8_per_channel_per_token", "int8_per_channel_weight_only",
+         "experts_int8"), 8.0,
     ),
     **dict.fromkeys(("mxfp8", "modelopt_mxfp8"), 8.25),
     **dict.fromkeys(("mxfp4", "gpt_oss_mxfp4"), 4.25),
-    **dict.fromkeys(("nvfp4", "modelopt_fp4", "nvfp4_per_token"), 4.5),
+    **dict.fromkeys(("nvfp4", "modelopt_fp4", "nvfp4_per_token", "w4a16_nvfp4"), 4.5),
 }  # fmt: skip
 _EXPERTS_ONLY = ("mxfp4", "gpt_oss_mxfp4", "experts_int8")
 _SECTIONS = ("quantization_config", "compression_config")
@@ -34,16 +35,17 @@ class ItemBytes(NamedTuple):
     mlp: float
 
 
-def item_bytes(model: Any) -> ItemBytes | None:
+def item_bytes(model: Any, of_groups: Callable[..., float] = max) -> ItemBytes | None:
     """What matrices are stored in; ``None``: quantised, and nobody knows to how many bits.
 
     Args:
         model: vLLM's model configuration.
+        of_groups: As of :func:`weight_bits`.
     """
     plain, method = model.dtype.itemsize, getattr(model, "quantization", None)
     if not method:
         return ItemBytes(plain, plain)
-    bits = weight_bits(method, described(model))
+    bits = weight_bits(method, described(model), of_groups)
     if bits is None:
         return None
     return ItemBytes(plain if method in _EXPERTS_ONLY else bits / 8, bits / 8)
@@ -60,15 +62,20 @@ def described(model: Any) -> Mapping[str, Any]:
     return next(filter(None, found), {})
 
 
-def weight_bits(method: str, given: Mapping[str, Any]) -> float | None:
+def weight_bits(
+    method: str, given: Mapping[str, Any], of_groups: Callable[..., float] = max
+) -> float | None:
     """Bits of a number in a quantised matrix, scales included; ``None``: nobody knows.
 
     Args:
         method: vLLM's name of it.
         given: The checkpoint's ``quantization_config``, as far as there is one.
+        of_groups: Which group of matrices stands for all, if they are stored in several ways.
     """
     if groups := given.get("config_groups"):  # compressed-tensors, ModelOpt
-        return max(_of_group(group.get("weights")) for group in groups.values())
+        # Those of activations or caches alone have no weights.
+        found = [group["weights"] for group in groups.values() if group.get("weights")]
+        return of_groups(map(_of_group, found), default=_PLAIN_BITS)
     if bits := given.get("bits") or given.get("w_bit"):  # GPTQ, AWQ, AutoRound
         return _with_scales(bits, given.get("group_size") or given.get("q_group_size"), 16)
     if given.get("load_in_4bit"):  # bitsandbytes: a scale of 32 bits for 64 numbers
@@ -76,12 +83,10 @@ def weight_bits(method: str, given: Mapping[str, Any]) -> float | None:
     if given.get("load_in_8bit"):
         return 8.0
     algorithm = str(given.get("quant_algo") or "").lower()
-    return _BITS.get(algorithm) or _BITS.get(method)
+    return _BITS.get(algorithm or method)
 
 
-def _of_group(weights: Mapping[str, Any] | None) -> float:
-    if not weights:  # activations or caches only
-        return _PLAIN_BITS
+def _of_group(weights: Mapping[str, Any]) -> float:
     scale = 8 if weights.get("type") == "float" else 16
     return _with_scales(weights.get("num_bits") or _PLAIN_BITS, weights.get("group_size"), scale)
 

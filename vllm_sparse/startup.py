@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 # A child of vLLM's logger: others have no handler in its processes.
 logger = logging.getLogger("vllm.sparse.sparda")
 
+_HOST_POOL = "the host pool"
 _QUERIES, _STAGING = "the queries that selector=previous keeps", "staging"
 _FRAMES = "frames and compressed keys"
 
@@ -175,14 +176,12 @@ def size_sparda(
     numbers = blocks * bytes_per_block // itemsize
     compressed = numbers * max(itemsize, 2) // (2 * settings.kernel_stride)
     # What is in host memory; each is of all ranks of this host together.
-    taken = {"the host pool": blocks * block_bytes(layers_here, kv_heads, *shape)}
+    taken = {_HOST_POOL: blocks * block_bytes(layers_here, kv_heads, *shape)}
     if settings.chosen_selector == "previous":  # one query of each block, in the model's dtype
         numbers = layers_here * model.get_num_attention_heads(parallel) * model.get_head_size()
         taken[_QUERIES] = blocks * numbers * model.dtype.itemsize
-    if device_bytes is not None:
-        _check_memory(config, settings, taken, available)
-        if settings.slab_gib is None and not settings.resident:
-            settings = _choose_slab(config, settings, device_bytes(), compressed, sizes)
+    if device_bytes is not None and settings.slab_gib is None and not settings.resident:
+        settings = _choose_slab(config, settings, device_bytes(), compressed, sizes)
     if device_bytes is None:  # one memory holds everything, also what is filled only later
         staging = staging_pieces(settings, kv_heads) * sizes["piece_bytes"]
         taken |= {
@@ -190,14 +189,19 @@ def size_sparda(
             "weights": least_weight_bytes(model) * len(ranks) // _ranks_of_an_engine(parallel),
         }
         room = int((available - sum(taken.values())) / pools) - compressed
-        if settings.slab_gib is None and not _memory_is_others(parallel):
+        # Of several hosts each would admit another number, and the scheduler hears of one.
+        alone = getattr(parallel, "nnodes", 1) == 1
+        if settings.slab_gib is None and alone and not _memory_is_others(parallel):
             _admit_what_fits(config, settings, room, sizes)
     seqs = config.scheduler_config.max_num_seqs
     frames = plan_frames(settings, max_num_seqs=seqs, **sizes)
     if device_bytes is None:
         each = sum(frames) * sizes["piece_bytes"] + compressed
         taken[_FRAMES] = each * layers_here // layers
-        _check_memory(config, settings, taken, available)
+    else:  # whose layers have no host blocks if all of them are on the device
+        hosted = sum(count < sizes["num_pieces"] for count in frames)
+        taken[_HOST_POOL] = taken[_HOST_POOL] * hosted // layers
+    _check_memory(config, settings, taken, available)
     return frames
 
 

@@ -51,7 +51,8 @@ template <typename T>
 void cut(std::vector<Run<T>>& runs, int64_t share, int64_t shares) {
   int64_t tokens = 0;
   for (const Run<T>& run : runs) tokens += run.tokens;
-  const int64_t worth = std::clamp(tokens / kLeastShare, int64_t{1}, shares), count = runs.size();
+  const int64_t count = runs.size(), most = std::min({tokens / kLeastShare, count, shares});
+  const int64_t worth = std::max(most, int64_t{1});  // so that the first has some of any row
   if (share >= worth) return runs.clear();
   runs.erase(runs.begin() + count * (share + 1) / worth, runs.end());
   runs.erase(runs.begin(), runs.begin() + count * share / worth);
@@ -59,12 +60,13 @@ void cut(std::vector<Run<T>>& runs, int64_t share, int64_t shares) {
 
 // collect(token, kv_head, runs) lists what to attend to; nothing gives zeros. sinks: learned ones,
 // [kv_heads][group], or null. If there are fewer pairs of a token and a KV head than threads, each
-// is cut into shares, which are merged in the end.
+// is cut into shares, two for every thread, which are merged in the end.
 template <typename T, typename Sizes, typename Collect>
 void attend(const Sizes& s, const void* query, void* out, float scale, float value_scale,
             const float* sinks, Collect&& collect) {
   const int64_t tasks = s.tokens * s.kv_heads;
-  const int64_t shares = tasks ? std::max(omp_get_max_threads() / tasks, int64_t{1}) : 1;
+  const int64_t threads = omp_get_max_threads();
+  const int64_t shares = tasks && tasks < threads ? (2 * threads + tasks - 1) / tasks : 1;
   const int64_t numbers = s.group * (s.dim + 2);  // of a share
   static thread_local std::vector<float> scratch;
   if (shares > 1) scratch.resize(tasks * shares * numbers);

@@ -104,7 +104,10 @@ def _run(compiler: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _is_new_enough(compiler: str) -> bool:
-    version = _run(compiler, "-dumpversion").stdout.partition(".")[0].strip()
+    try:
+        version = _run(compiler, "-dumpversion").stdout.partition(".")[0].strip()
+    except KernelBuildError:  # it cannot be run; another one may
+        return False
     return "clang" in Path(compiler).name or (version.isdigit() and int(version) >= _LEAST_GCC)
 
 

@@ -127,6 +127,9 @@ def test_a_new_compiler_beside_an_old_one_is_taken(monkeypatch, tmp_path):
     assert shlex.split(build.find_compiler()) == [str(folder / "g++")]
     stub(folder / "g++-13", "echo 13.2.0")
     assert shlex.split(build.find_compiler()) == [str(folder / "g++-13")]
+    stub(folder / "g++", "exit 1")
+    (folder / "g++").write_bytes(b"another machine's")
+    assert shlex.split(build.find_compiler()) == [str(folder / "g++-13")]
     stub(folder / "g++", "echo 14.2.0")
     assert shlex.split(build.find_compiler()) == [str(folder / "g++")]
     monkeypatch.setenv("CXX", "g++-11 -m64")

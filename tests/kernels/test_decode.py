@@ -225,7 +225,9 @@ def test_attention_over_slots_equals_reference(shape, every_token):
 
 @pytest.mark.parametrize("every_token", [False, True])
 @pytest.mark.parametrize(
-    "shape", SHAPES[:3], ids=lambda s: "-".join(f"{k}{v}" for k, v in s.items())
+    "shape",
+    [*SHAPES[:3], {"block_size": 512, "group": 5}],
+    ids=lambda s: "-".join(f"{k}{v}" for k, v in s.items()),
 )
 def test_fused_attention_cuts_what_is_less_than_the_threads(shape, every_token):
     """A long row, padding, one not worth cutting, one between; other sums, so other bits."""

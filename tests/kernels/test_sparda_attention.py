@@ -9,6 +9,8 @@ import importlib
 import pytest
 import torch
 from support.kernels import REFERENCE, close, device_of, noise, scattered_table, with_gaps
+from vllm_sparse.kernels.cpu.sparda_attention import attend_frames
+from vllm_sparse.kernels.fp8 import FP8, UNSCALED, Scales
 from vllm_sparse.kernels.types import Unframed
 
 from vllm_sparse.policies.attention import attend
@@ -95,6 +97,42 @@ def test_rows_without_frames_read_the_host_pool(ours, shape):
     close(outputs[1], outputs[0], dtype)
     assert not outputs[1][3].any()
     assert outputs[1][:3].any((1, 2)).all()
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_fused_attention_over_frames_cuts_what_is_less_than_the_threads(fp8):
+    """A row of many frames, one of a few, padding, and one whose blocks are the host's."""
+    given = {"generator": torch.Generator().manual_seed(5), "device": torch.device("cpu")}
+    dim, group, size, count = 64, 6, 64, 20
+    slab = noise(60, size, 2 * dim, **given)
+    host = noise(120, 1, size, 2 * dim, **given)
+    scales = Scales(0.5, 2.0) if fp8 else UNSCALED
+    if fp8:
+        slab, host = slab.to(FP8), host.to(FP8)
+    frames = torch.randperm(60, generator=given["generator"]).view(3, 1, count).int()
+    frames = torch.cat((frames, torch.full((1, 1, count), -1).int()))
+    lengths = torch.tensor([count * size - 5, 3 * size, 0, 0]).int()
+    whole = torch.tensor([0, 0, 0, 30 * size - 7]).int()
+    unframed = Unframed(host, scattered_table(4, 30, **given), whole)
+    query = noise(4, group, dim, **given)
+    outputs, threads = [], torch.get_num_threads()
+    try:
+        for kernel, team in ((REFERENCE.attend_frames, 1), (attend_frames, 1), (attend_frames, 19)):
+            torch.set_num_threads(team)
+            outputs.append(torch.full_like(query, torch.nan))
+            kernel(slab, query, outputs[-1], frames, lengths, 0.125, unframed, scales=scales)
+    finally:
+        torch.set_num_threads(threads)
+    for found in outputs[1:]:
+        close(found, outputs[0], torch.float32)
+    alone, cut = outputs[1:]
+    assert not cut[2].any()
+    assert [torch.equal(a, b) for a, b in zip(alone, cut, strict=True)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.usefixtures("_splitting")

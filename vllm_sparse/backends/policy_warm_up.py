@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from vllm_sparse.backends.policy_gpu import PolicyGpuImpl
     from vllm_sparse.kv.spec import PolicySpec
 
+# Tokens of a prompt that is long enough for several programs to read it.
+_LONG = 1024
+
 
 def warm_up(
     impl: PolicyGpuImpl, spec: PolicySpec, dtype: torch.dtype, device: torch.device, drafts: bool
@@ -33,7 +36,8 @@ def warm_up(
         drafts: Requests may bring several tokens to any batch.
     """
     sparse, window = impl.sparse, spec.policy.window
-    size, blocks = spec.block_size, -(-window // spec.block_size) + 2
+    size = spec.block_size
+    blocks = -(-max(window + 2 * size, _LONG) // size)
     layout = sparse.stock_layout
     content = 2 * layout.head_dim + layout.channels // layout.page_size
     shape = (blocks, impl.num_kv_heads, size, content)

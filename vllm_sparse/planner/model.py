@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_sparse.backends.refusals import check_layer, check_windows
-from vllm_sparse.device_room import mlp_widths
+from vllm_sparse.device_room import largest, mlp_widths
 from vllm_sparse.errors import ConfigError, UnsupportedError
 from vllm_sparse.features import reason
 from vllm_sparse.planner.reading import find_config, read_config
 from vllm_sparse.planner.shapes import Shape
-from vllm_sparse.quantized import ItemBytes, item_bytes
+from vllm_sparse.quantized import ItemBytes, described, item_bytes
 from vllm_sparse.registry import entries
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 _ATTENTION_FREE = ("mamba", "mamba2", "falcon_mamba", "rwkv")
 _RECURRENT_KEYS = ("mamba_d_state", "mamba_d_ssm", "linear_num_key_heads", "attn_layer_indices")
 _LEAST_BYTES = 0.5
+# Experts of a token, by the names that vLLM knows.
+_ACTIVE = (
+    *("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k"),
+)
 _RECURRENT_LAYERS = ("linear_attention", "mamba", "recurrent", "conv")
 _NO_MIXING = ("mlp", "moe")  # layers of Nemotron-H that are not a part of others
 _SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
@@ -79,8 +83,7 @@ class Model:
     @property
     def quantization(self) -> str | None:
         """How weights are stored; ``None``: as they are."""
-        found = self.text.get("quantization_config") or {}
-        return found.get("quant_method")
+        return described(self).get("quant_method")
 
     @property
     def use_mla(self) -> bool:
@@ -222,7 +225,7 @@ class Model:
             0.0,
             self.other_layers,
             experts=experts,
-            active=int(self.text.get("num_experts_per_tok") or 1) if experts else 0,
+            active=max(largest(self.text.get(key)) or 1 for key in _ACTIVE) if experts else 0,
             shared=shared,
             attention_bytes=each.attention,
             mlp_bytes=each.mlp,
