@@ -67,7 +67,7 @@ void attend(const Sizes& s, const void* query, void* out, float scale, float val
   const int64_t tasks = s.tokens * s.kv_heads;
   const int64_t threads = omp_get_max_threads();
   const int64_t shares = tasks && tasks < threads ? (2 * threads + tasks - 1) / tasks : 1;
-  const int64_t numbers = s.group * (s.dim + 2);  // of a share
+  const int64_t numbers = s.group * Attention<T>::partial(s.dim);  // of a share
   static thread_local std::vector<float> scratch;
   if (shares > 1) scratch.resize(tasks * shares * numbers);
   float* const parts = scratch.data();

@@ -100,7 +100,8 @@ struct Attention {
   }
 
   // Numbers of a head's part: weighted sums, then the largest logit and the weights' sum.
-  int64_t partial() const { return dim + 2; }
+  static int64_t partial(int64_t dim) { return dim + 2; }
+  int64_t partial() const { return partial(dim); }
 
   // What a head without tokens adds.
   void leave_out(float* part) const {
