@@ -32,6 +32,17 @@ def test_unlike_rows_and_rejections(llama, prompts, sparse_run):
     assert run["free_blocks"][0] == run["free_blocks"][1]
 
 
+def test_suffixes(llama, prompts, sparse_run):
+    """A prompt in one chunk, whose answer is drafted from what both have said so far."""
+    drafter = {"method": "suffix", "suffix_decoding_min_token_prob": 0.0}
+    run = run_gpu_path(
+        llama, prompts[:1], v2=False, further=("loose_lengths", "suffix_package"),
+        new_tokens=TOKENS, speculative_config={**drafter, "num_speculative_tokens": 4},
+    )  # fmt: skip
+    assert run["tokens"][0] == first_tokens(sparse_run, range(1), TOKENS)
+    assert run["drafted"] > run["accepted"]
+
+
 def test_model_runner_v2_drafts_on_the_device(llama, prompts, sparse_run):
     """607 tokens in chunks of 101: the last comes alone, in a batch that a graph would run."""
     drafter = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import itertools
 import multiprocessing
@@ -13,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from support import suffixes
 from support.capture import allow, capturing
 from support.devices import tensors_of
 
@@ -32,6 +34,12 @@ def forked_workers() -> None:
 def no_compiler() -> None:
     """Leave what vLLM compiles where ranks share work: the interpreter's Triton has no compiler."""
     torch.compiler.set_stance("force_eager")
+
+
+def suffix_package() -> None:
+    """The package of ``suffix`` drafts, of which PyPI has sources only."""
+    if importlib.util.find_spec(suffixes.PACKAGE) is None:
+        suffixes.install()
 
 
 def flash_attention() -> None:

@@ -110,8 +110,12 @@ ROWS = (
     ),
     row(
         _SERVING, "suffix",
-        "drafts from suffixes: method `suffix`, whose package PyPI has as sources only",
-        Untested(), None,
+        "drafts from suffixes: method `suffix` (tested with a stand-in for its package)",
+        (
+            Served(_CPU + "test_drafts_from_the_context_change_nothing"),
+            Served("tests/backends/test_drafts_gpu.py::test_suffixes"),
+        ),
+        None,
     ),
     row(
         _SERVING, "drafters", "drafters with layers: EAGLE, EAGLE-3, MTP (methods `eagle`, "
