@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from benchmarks import arms, harness
@@ -28,3 +30,20 @@ def test_the_time_to_the_second_token_holds_the_compaction(llama):
     first, second = times["first_two"]
     assert 0 < first < second
     assert times["prefill"] > 0
+
+
+def test_what_a_prompt_counts_is_counted_with_it(llama):
+    """Its last chunk too, and none of the prompt before it."""
+    settings = {"top_k": 4, "init_blocks": 1, "local_blocks": 1, "dense_len": 0}
+    arm = arms.parse_arm("prompts-4", settings)
+    arguments = harness.engine_args(
+        llama, 1024, 4096, enforce_eager=True, skip_tokenizer_init=True, max_num_seqs=1,
+        max_num_batched_tokens=256, enable_prefix_caching=False,
+    )  # fmt: skip
+    with Worker(arm, arguments) as worker:
+        worker.call("attach_clock")
+        worker.call("prefill", prompt=[3] * 400)
+        counters = worker.call("timed_prefill", prompt=[5] * 900)["counters"]
+    blocks = sum(math.ceil(end / 64) for end in (256, 512, 768, 900))
+    heads, layers = 2, 3
+    assert counters["vllm:sparse_prompt_blocks_visible_total"] == heads * layers * blocks

@@ -82,11 +82,11 @@ def test_blocks_that_a_chunk_needs_are_counted(counts) -> None:
     chosen[0, :, 3] = chosen[1, 2, 7] = chosen[1, 4, 8] = True
     stream.note_needs((0, 0), chosen)
     stream.note_needs((0, 0), chosen)
-    stream.begin_step(())
+    stream.end_step()
     assert counts == {"prompt_blocks_visible": 36, "prompt_blocks_needed": 6}
 
 
-def test_a_graph_can_capture_the_begin_of_a_step(counts) -> None:
+def test_a_graph_can_capture_the_ends_of_a_step(counts) -> None:
     """Even when what was counted is on its way to the host, which is asked for between steps."""
     stream = PromptStream(
         make_pager(), KERNELS, ManualLane(), 3, counting(counts), False, captured=True
@@ -94,6 +94,7 @@ def test_a_graph_can_capture_the_begin_of_a_step(counts) -> None:
     for _ in range(8):
         with capturing():
             stream.begin_step(())
+            stream.end_step()
         stream.note_needs((0, 0), torch.ones(2, 5, 9, dtype=torch.bool))
         stream.poll()
     assert counts["prompt_blocks_visible"] == counts["prompt_blocks_needed"] == 18 * 5
@@ -102,7 +103,7 @@ def test_a_graph_can_capture_the_begin_of_a_step(counts) -> None:
 def test_where_host_and_device_are_one_a_step_reads_what_no_graph_could(counts) -> None:
     stream = PromptStream(make_pager(), KERNELS, ManualLane(), 3, counting(counts), False)
     with capturing(), pytest.raises(CaptureError, match="tolist reads a tensor back"):
-        stream.begin_step(())
+        stream.end_step()
 
 
 class TestPromptStream:
@@ -140,7 +141,7 @@ class TestPromptStream:
                     early &= index + 1 < len(tiles) or not (tiles[0].late or tiles[0].picked)
                     assert len(lane.tickets) == step * layers * len(tiles) + reads + early
             assert not lane.unread
-        stream.begin_step(())
+            stream.end_step()
         piece = pager.geometry.piece_bytes
         assert sum(ticket.nbytes for ticket in lane.tickets) == sum(picked) * piece
         assert counts["streamed_bytes"] == picked[False] * piece

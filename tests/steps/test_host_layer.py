@@ -146,8 +146,9 @@ class LayerMachine(RuleBasedStateMachine):
         ]
         self.needed: dict[tuple[int, int], torch.Tensor] = {}
         stream = SimpleNamespace(
-            begin_step=self.stream.begin_step, read=self._read, note_needs=self._note_needs
-        )
+            begin_step=self.stream.begin_step, end_step=self.stream.end_step,
+            read=self._read, note_needs=self._note_needs,
+        )  # fmt: skip
         runtime = Runtime(
             SETTINGS, 1.0, self.pager, kernels, Selector(self.ahead), self.fetcher, stream, caches
         )

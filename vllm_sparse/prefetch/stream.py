@@ -105,9 +105,12 @@ class PromptStream:
             ticket.wait()
         self._tickets.clear()
         self._needed.clear()
-        self._counted.settle()
         self._tiles = tiles
         self._pieces = [self._pieces_of(tile) for tile in tiles]  # the same in every layer
+
+    def end_step(self) -> None:
+        """Publish what the step counted, where that needs no waiting."""
+        self._counted.settle()
 
     def poll(self) -> None:
         """Called between steps: publish what a device has counted, as far as it has arrived."""

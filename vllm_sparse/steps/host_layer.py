@@ -105,6 +105,11 @@ class Runtime:
         self.fetcher.begin_step()
         self.stream.begin_step(step.tiles)
 
+    def end_step(self) -> None:
+        """Called by the last layer, so that nothing waits for a later step to be counted."""
+        self.fetcher.end_step()
+        self.stream.end_step()
+
     def select(self, layer: int, rows: DecodeRows, query: Tensor | None) -> Selected:
         """What decode rows read in a layer.
 
@@ -194,7 +199,7 @@ class Layer:
         single = step.decode is not None and step.decode.whole
         runtime.selector.record(self.number, query, step.slots, step.last_in_block, single)
         if self.last:
-            runtime.fetcher.end_step()
+            runtime.end_step()
 
     def _new_windows(self, rows: WindowRows) -> NewWindows:
         stride = self.runtime.settings.kernel_stride
