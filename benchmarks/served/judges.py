@@ -149,7 +149,6 @@ def of_counters(row: Row, asks: Sequence[Ask], grown: Mapping[str, float]) -> li
         asks: The batch.
         grown: By how much each metric grew.
     """
-    sparda = row.backend == "SPARDA"
     counted = [ask for ask in asks if _is_counted(row, ask)]
     wanted = {
         "vllm:sparse_requests_total": 2 * len(counted),
@@ -161,15 +160,17 @@ def of_counters(row: Row, asks: Sequence[Ask], grown: Mapping[str, float]) -> li
         found = grown.get(name, 0.0)
         if found < value if not row.exact else found != value:
             faults.append(f"{name} grew by {found:.0f}, not by {value}")
-    part, whole = (
-        ("vllm:sparse_selected_blocks_total", "vllm:sparse_visible_blocks_total")
-        if sparda
-        else ("vllm:sparse_selected_tokens_total", "vllm:sparse_visible_tokens_total")
-    )
-    if not 0 < grown.get(part, 0.0) <= grown.get(whole, 0.0):
-        faults.append(f"{part} grew by {grown.get(part)}, {whole} by {grown.get(whole)}")
-    if row.judge != "stock" and grown.get(part) == grown.get(whole):
-        faults.append(f"nothing was tested: {part} is all there is")
+    kind = "blocks" if row.backend == "SPARDA" else "tokens"
+    shares = [(f"vllm:sparse_selected_{kind}_total", f"vllm:sparse_visible_{kind}_total")]
+    if row.settings.get("sparse_prefill"):
+        shares.append(
+            ("vllm:sparse_prompt_blocks_needed_total", "vllm:sparse_prompt_blocks_visible_total")
+        )
+    for part, whole in shares:
+        if not 0 < grown.get(part, 0.0) <= grown.get(whole, 0.0):
+            faults.append(f"{part} grew by {grown.get(part)}, {whole} by {grown.get(whole)}")
+        if row.judge != "stock" and grown.get(part) == grown.get(whole):
+            faults.append(f"nothing was tested: {part} is all there is")
     evicting = row.backend in ("ROCKETKV", "SNAPKV", "STREAMINGLLM") and row.judge != "stock"
     for name in (*row.grows, *["vllm:sparse_blocks_evicted_total"] * evicting):
         if not grown.get(name):

@@ -154,7 +154,9 @@ ROWS = [
     Row("fp8, ngram drafts, LoRA and host tier", judge="rocketkv_fp8", settings={"window": 8},
         options=(*_FP8, *_drafts(**_NGRAM), *_LORA), own=_TIER, blocks=48, exact=False,
         grows=(HITS, DRAFTED, RETURNED)),
-    Row("sparse prompts, SPARDA", "SPARDA", "sparda", settings={"sparse_prefill": True}),
+    # In chunks of which each skips some of the blocks before it.
+    Row("sparse prompts, SPARDA", "SPARDA", "sparda", settings={"sparse_prefill": True},
+        options=("--max-num-batched-tokens", "32")),
     Row("KV events", options=_EVENTS),
     Row("KV events, SPARDA", "SPARDA", "sparda", options=_EVENTS),
     _STATES,

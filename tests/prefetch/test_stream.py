@@ -76,14 +76,15 @@ def choice_of(tile: Tile, generator: torch.Generator) -> torch.Tensor:
     return torch.rand(2, 2, tile.first_block + len(tile.blocks), generator=generator) < 0.4
 
 
-def test_blocks_that_a_chunk_needs_are_counted(counts) -> None:
+def test_earlier_blocks_that_a_chunk_needs_are_counted(counts) -> None:
     stream = PromptStream(make_pager(), KERNELS, ManualLane(), 3, counting(counts), False)
     chosen = torch.zeros(2, 5, 9, dtype=torch.bool)
     chosen[0, :, 3] = chosen[1, 2, 7] = chosen[1, 4, 8] = True
-    stream.note_needs((0, 0), chosen)
-    stream.note_needs((0, 0), chosen)
+    stream.note_needs((0, 0), chosen, 8)  # the last one has tokens of the chunk
+    stream.note_needs((0, 0), chosen, 0)  # a first chunk
+    stream.note_needs((0, 0), chosen, 9)
     stream.end_step()
-    assert counts == {"prompt_blocks_visible": 36, "prompt_blocks_needed": 6}
+    assert counts == {"prompt_blocks_visible": 34, "prompt_blocks_needed": 5}
 
 
 def test_a_graph_can_capture_the_ends_of_a_step(counts) -> None:
@@ -95,7 +96,7 @@ def test_a_graph_can_capture_the_ends_of_a_step(counts) -> None:
         with capturing():
             stream.begin_step(())
             stream.end_step()
-        stream.note_needs((0, 0), torch.ones(2, 5, 9, dtype=torch.bool))
+        stream.note_needs((0, 0), torch.ones(2, 5, 9, dtype=torch.bool), 9)
         stream.poll()
     assert counts["prompt_blocks_visible"] == counts["prompt_blocks_needed"] == 18 * 5
 
@@ -126,7 +127,7 @@ class TestPromptStream:
                     layer.pieces.fill_(torch.nan)  # its frames are nearer
                 choices = [choice_of(tile, generator) for tile in tiles]
                 for index, chosen in enumerate(choices):
-                    stream.note_needs((index, index + 1), chosen)
+                    stream.note_needs((index, index + 1), chosen, chosen.shape[2])
                 for index, tile in enumerate(tiles):
                     rows = stream.read(number, index)
                     lane.unread.discard(rows.data_ptr())

@@ -423,9 +423,9 @@ class LayerMachine(RuleBasedStateMachine):
             read = self.pager.layers[self.number].host[block, :, place % SIZE]
             assert read.equal(rows_of(known[row, :length], self.number))
 
-    def _note_needs(self, tiles: tuple[int, int], chosen: torch.Tensor) -> None:
+    def _note_needs(self, tiles: tuple[int, int], chosen: torch.Tensor, earlier: int) -> None:
         self.needed[tiles] = chosen.any(1)
-        self.stream.note_needs(tiles, chosen)
+        self.stream.note_needs(tiles, chosen, earlier)
 
     def _read(self, layer: int, index: int) -> torch.Tensor:
         staged, tile = self.stream.read(layer, index), self.now.tiles[index]

@@ -171,14 +171,14 @@ _ALL = (
     Metric(
         "prompt_blocks_visible",
         "pieces",
-        "Blocks that sparse chunks of prompts see, of each KV head and layer",
+        "Blocks before those of a sparse chunk's own tokens, of each KV head and layer",
         "SPARDA",
         per_rank=True,
     ),
     Metric(
         "prompt_blocks_needed",
         "pieces",
-        "Blocks that some token of a sparse chunk read, of each KV head and layer",
+        "Of these, blocks that some token of the chunk read",
         "SPARDA",
         per_rank=True,
     ),

@@ -116,16 +116,17 @@ class PromptStream:
         """Called between steps: publish what a device has counted, as far as it has arrived."""
         self._counted.poll()
 
-    def note_needs(self, tiles: tuple[int, int], chosen: Tensor) -> None:
+    def note_needs(self, tiles: tuple[int, int], chosen: Tensor, earlier: int) -> None:
         """Say what a row's sparse tokens need in a layer, before any tile of the layer is read.
 
         Args:
             tiles: Index of the row's first and after its last tile.
             chosen: Blocks that each token reads, bool ``[G, T, blocks]``.
+            earlier: Blocks before those that hold the row's own tokens, which are always needed.
         """
         needed = chosen.any(1)
-        self._counted.values[0] += needed.numel()
-        self._counted.values[1] += needed.sum()
+        self._counted.values[0] += len(needed) * earlier
+        self._counted.values[1] += needed[:, :earlier].sum()
         for index in range(*tiles):
             tile = self._tiles[index]
             if tile.picked:

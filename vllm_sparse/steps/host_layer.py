@@ -269,7 +269,8 @@ class Layer:
             chosen = None
             if prompt.sparse_from < len(prompt):
                 chosen = self._choose_prompt(query, prompt)
-                runtime.stream.note_needs(prompt.tiles, chosen)
+                earlier = prompt.start // settings.block_size
+                runtime.stream.note_needs(prompt.tiles, chosen, earlier)
             choices.append(chosen)
         for prompt, chosen in zip(step.prompts, choices, strict=True):
             here = slice(prompt.begin, prompt.end)

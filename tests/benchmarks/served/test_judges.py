@@ -73,6 +73,22 @@ def test_counters_tell_what_ran_densely(changes, said):
     assert [said in fault for fault in found] == [True] * bool(said)
 
 
+@pytest.mark.parametrize(
+    ("needed", "said"), [(66, "is all there is"), (0, "needed_total grew by 0"), (60, "")]
+)
+def test_sparse_prompts_have_to_skip_blocks(needed, said):
+    grown = {
+        "vllm:sparse_requests_total": 8, "vllm:sparse_dense_fallbacks_total": 2,
+        "vllm:sparse_decode_rows_total": 8 * (asks.NEW_TOKENS - 1),
+        "vllm:sparse_visible_blocks_total": 90, "vllm:sparse_selected_blocks_total": 30,
+        "vllm:sparse_prompt_blocks_visible_total": 66,
+        "vllm:sparse_prompt_blocks_needed_total": needed, "vllm:prefix_cache_hits_total": 32,
+    }  # fmt: skip
+    row = Row("sparse prompts", "SPARDA", "sparda", settings={"sparse_prefill": True})
+    found = judges.of_counters(row, asks.batch(own_budgets=False), grown)
+    assert [said in fault for fault in found] == [True] * bool(said)
+
+
 def features(**changes) -> dict[str, asks.Answer]:
     schema = answer(texts=['{"a":"so"}'])
     found = {ask.name: schema for ask in asks.features()}
