@@ -12,11 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.pictures import memory, quality, speed
+from benchmarks.pictures import generations, memory, quality, speed
 
 PICTURES = (
     quality.policies, quality.windows, speed.speed, speed.serving, speed.prompts,
-    speed.overlap, memory.device_bytes, memory.growth, memory.generations, memory.capacity,
+    speed.overlap, memory.device_bytes, memory.growth, memory.capacity,
+    generations.held, generations.steps,
 )  # fmt: skip
 FOLDER = Path(__file__).parents[2] / "docs/images"
 

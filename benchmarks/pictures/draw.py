@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0072B2", "#D55E00")
 GREY, BLACK = "#767676", "#222222"
 OWN = {  # the same in every picture
-    "ROCKETKV": "#0072B2", "window 16 (default)": "#0072B2", "SPARDA": "#D55E00",
-    "SPARDA, 32 blocks": "#D55E00", "a layer ahead": "#D55E00", "frames of a step": "#D55E00",
-    "stock": GREY, "dense": BLACK, "KV blocks (stock)": GREY, "fetched when needed": GREY,
+    "ROCKETKV": "#0072B2", "ROCKETKV, stage1 off": "#0072B2", "window 16 (default)": "#0072B2",
+    "SPARDA": "#D55E00", "SPARDA, 32 blocks": "#D55E00", "a layer ahead": "#D55E00",
+    "frames of a step": "#D55E00", "stock": GREY, "dense": BLACK, "KV blocks (stock)": GREY,
+    "fetched when needed": GREY,
 }  # fmt: skip
 _STYLE = {
     "svg.hashsalt": "vllm-sparse", "svg.fonttype": "none", "font.family": "sans-serif",

@@ -8,7 +8,6 @@ from benchmarks.pictures.picture import MODELS, K, Picture, Series, machine
 from benchmarks.published import allocated, result
 
 MIB = 1 << 20
-LONG = "512+5000"  # prompt and generated tokens
 
 PARTS = {
     "kv_cache": "KV blocks (stock)",
@@ -109,34 +108,4 @@ def capacity() -> Picture:
         ),
         ("capacity",),
         ("stock", "ROCKETKV"),
-    )
-
-
-def generations() -> Picture:
-    """Device bytes of one request against what it has generated."""
-    found = result("generations")
-    cell = found["cells"][LONG]
-    names = {"dense": "stock", "rocketkv-512": "ROCKETKV", "sparda-32": "SPARDA"}
-    series = tuple(
-        Series(
-            name,
-            tuple(
-                (point["generated"], round(point["device_bytes"] / MIB, 3))
-                for point in cell["arms"][arm]["curve"]
-            ),
-        )
-        for arm, name in names.items()
-    )
-    (last, most), ours = series[0].points[-1], series[-1].points
-    return Picture(
-        "generations",
-        f"After {last:,} generated tokens a request holds {most:.1f} MiB of stock's device memory; "
-        f"of SPARDA's a step needs {ours[-1][1]:.1f}",
-        "SPARDA: the frames of a step; its default slab has as many again, for the next one. "
-        f"Random model, a prompt of {LONG.partition('+')[0]} tokens (dense in ROCKETKV, "
-        f"in blocks with room for key extrema); t = 512, 32 blocks. {machine('generations')}",
-        "generated tokens",
-        "MiB on the device",
-        series,
-        ("generations",),
     )

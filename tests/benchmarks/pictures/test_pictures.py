@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import published, results
-from benchmarks.pictures import memory, picture, quality, speed
+from benchmarks.pictures import generations, memory, picture, quality, speed
 from benchmarks.pictures.__main__ import FOLDER, PICTURES, main
 
 DOCS = FOLDER.parent
@@ -64,8 +64,13 @@ def changed(monkeypatch, file, change):
             change(found)
         return found
 
-    for module in (memory, picture, quality, speed):
+    for module in (generations, memory, picture, quality, speed):
         monkeypatch.setattr(module, "result", result)
+
+
+def later(found, arm):
+    """The last point of a long generation."""
+    return found["cells"][generations.CELL]["arms"][arm]["curve"][-1]
 
 
 @pytest.mark.parametrize(
@@ -87,6 +92,16 @@ def changed(monkeypatch, file, change):
             "sparda-overlap",
             lambda found: found["rows"][0].update(step_ms={"median": 1}),
             {"overlap"},
+        ),
+        (
+            generations.FILE,
+            lambda found: later(found, "stage2-512").update(cpu_ms=1.0),
+            {"generations-steps"},
+        ),
+        (
+            generations.FILE,
+            lambda found: later(found, "rocketkv-512").update(device_bytes=1 << 20),
+            {"generations"},
         ),
     ],
 )
@@ -114,6 +129,11 @@ def test_points_are_those_of_the_files():
     assert each == pytest.approx(1e3 / point["tpot_ms"]["p50"], abs=0.01)
     cell = read("prompts-qwen-16k")["cells"][0]
     assert of("prompts", "stock")[16384] == round(cell["arms"]["dense"]["cpu"]["median"], 2)
+    point = later(read(generations.FILE), "sparda-32")
+    assert of("generations", "SPARDA")[point["generated"]] == round(
+        point["device_bytes"] / 2**20, 3
+    )
+    assert of("generations-steps", "SPARDA")[point["generated"]] == round(point["cpu_ms"], 2)
     cell = read("sparda-memory-qwen-32k")["cells"][0]["arms"]["sparda-32"]
     total = sum(dict(each.points)[4] for each in MADE["memory"].series)
     slab, step = (cell["measured"][name] for name in ("slab", "working_set"))
