@@ -39,6 +39,8 @@ TRIED = {
     "idealvotes-1024": "votes of the answer's own queries (oracle)",
 }
 SPARDA = ("query", "previous", "forecast")
+# Behind arms whose replies are older than commit 51d6025, which mended the laboratory's `previous`.
+OLDER = "†"
 EVERY = {
     "dense": "dense",
     "exact-256": "exact top-k, 256 tokens",
@@ -51,14 +53,15 @@ EVERY = {
     **{f"{name.lower()}-{n}": f"{name}, t = {n}" for name in ("QUEST", "SNAPKV") for n in BUDGETS},
     **{f"streamingllm-{n}": f"STREAMINGLLM, t = {n}" for n in BUDGETS[1:]},
     "exactblocks-16": "SPARDA, exact mass of blocks, 16",
-    **{f"{name}-{n}": f"SPARDA, `{name}`, {n}" for name in SPARDA for n in (16, 32)},
+    **{f"{name}-{n}": f"SPARDA, `{name}`, {n}{OLDER if name == 'previous' else ''}"
+       for name in SPARDA for n in (16, 32)},
     "forecastunion-16": "SPARDA, `forecast`, 16, and what the step before chose",
 }  # fmt: skip
 _NAMES = {
     **EVERY,
     "snapkv-2048": "SNAPKV, t = 2048",
     "default-96": "SPARDA, `query`, 96",
-    "previousdefault-96": "SPARDA, `previous`, 96 (default)",
+    "previousdefault-96": f"SPARDA, `previous`, 96 (default){OLDER}",
     "page8-1024": "t = 1024, page size 8",
     "query-64": "SPARDA, `query`, 64",
     **{f"stride{n}-32": f"SPARDA, `query`, 32, `kernel_stride` {n}" for n in (8, 4, 2)},
@@ -103,10 +106,12 @@ ATTENTION = {
                                       "query-32", "forecast-32")},
 }  # fmt: skip
 EARLY = 8  # layers, whose attention is spread most
-BY_TASK = (
-    *("exact-256", "exact-1024", *(f"window16-{n}" for n in (*BUDGETS, 2048))),
-    *(f"{name}-32" for name in SPARDA),
-)
+GROUPS = {f"layers 1 to {EARLY}": slice(EARLY), "the others": slice(EARLY, None)}
+BY_TASK = {
+    name: EVERY[name]
+    for name in ("dense", "exact-256", "exact-1024",
+                 *(f"window16-{n}" for n in (*BUDGETS, 2048)), *(f"{name}-32" for name in SPARDA))
+}  # fmt: skip
 
 
 def scored(
@@ -231,6 +236,22 @@ def sizes() -> str:
     return table(rows, columns)
 
 
+def pairs() -> str:
+    """One arm minus another, in points: what a smaller budget costs, and stage 2's estimates."""
+    longer, shorter = scored(LONGER, "quality-8k", "8192"), scored(WINDOWS)
+    rows = {
+        "t = 512 minus t = 1024, 4K": (shorter, "window16-512", "window16-1024"),
+        "t = 512 minus t = 1024, 8K": (longer, "window16-512", "window16-1024"),
+        "t = 1024 minus exact top-k of 1,024 tokens, 8K": (longer, "window16-1024", "exact-1024"),
+    }
+
+    def minus(row: str) -> str:
+        found, of, base = rows[row]
+        return _paired(found[of], found[base], list(found[of]))
+
+    return table(rows, {"": str, "points (90 %)": minus})
+
+
 def windows() -> str:
     """The default window minus the paper's, in points."""
     found = scored(WINDOWS)
@@ -249,35 +270,58 @@ def windows() -> str:
     )
 
 
-def attention(file: str = "quality-attention") -> str:
+def _attention(name: str, what: str, layers: slice, of: Iterable[str]) -> str:
+    """Percent of the dense answers' attention, the mean over tasks."""
+    cells = published.result("quality-attention")["arms"][name]["recall"][CONTEXT]
+    each = [np.mean([answer[what][layers] for answer in cells[task]]) for task in of]
+    return f"{100 * np.mean(each):.0f}"
+
+
+def _attention_tasks() -> dict[str, int]:
+    """How many answers of each task were looked at."""
+    cells = published.result("quality-attention")["arms"]["dense"]["recall"][CONTEXT]
+    return {task: len(answers) for task, answers in cells.items()}
+
+
+def attention() -> str:
     """Percent of the dense answers' attention that arms keep and read, means over tasks."""
-    arms = published.result(file)["arms"]
-    tasks = arms["dense"]["recall"][CONTEXT]
-
-    def share(name: str, what: str, layers: slice = slice(None), of: Iterable[str] = tasks) -> str:
-        cells = arms[name]["recall"][CONTEXT]
-        each = [np.mean([answer[what][layers] for answer in cells[task]]) for task in of]
-        return f"{100 * np.mean(each):.0f}"
-
+    tasks = _attention_tasks()
     columns: dict[str, Any] = {"arm": ATTENTION.__getitem__}
     for what in ("kept", "read"):
-        columns[f"{what}: layers 1 to {EARLY}"] = lambda name, what=what: share(
-            name, what, slice(EARLY)
-        )
-        columns[f"{what}: the others"] = lambda name, what=what: share(
-            name, what, slice(EARLY, None)
-        )
-    for task, answers in tasks.items():
-        columns[f"read, {task} ({len(answers)})"] = lambda name, task=task: share(
-            name, "read", of=[task]
-        )
+        for which, layers in GROUPS.items():
+            columns[f"{what}: {which}"] = lambda name, what=what, layers=layers: _attention(
+                name, what, layers, tasks
+            )
     return table(ATTENTION, columns)
 
 
-def by_task() -> str:
-    """Points above or below dense in each task, with an interval of its own."""
-    found = scored(("dense", *BY_TASK))
-    return report.by_task({EVERY[name]: found[name] for name in BY_TASK}, found["dense"])
+def attention_by_task() -> str:
+    """As :func:`attention`, of each task: the first layers, a slash, the others."""
+
+    def both(name: str, what: str, task: str) -> str:
+        return " / ".join(_attention(name, what, layers, [task]) for layers in GROUPS.values())
+
+    columns: dict[str, Any] = {"arm": ATTENTION.__getitem__}
+    for task, answers in _attention_tasks().items():
+        for what in ("kept", "read"):
+            columns[f"{task} ({answers}): {what}"] = lambda name, what=what, task=task: both(
+                name, what, task
+            )
+    return table(ATTENTION, columns)
+
+
+def by_task(names: dict[str, str], file: str = FILE, context: str = CONTEXT) -> str:
+    """Points above or below dense in each task, with an interval of its own.
+
+    Args:
+        names: What arms are called.
+        file: Of the judge.
+        context: One of its contexts.
+    """
+    found = scored(names, file, context)
+    return report.by_task(
+        {told: found[name] for name, told in names.items() if name != "dense"}, found["dense"]
+    )
 
 
 TABLES = {
@@ -286,9 +330,12 @@ TABLES = {
     "quality-gains": windows,
     "quality-tried": lambda: scores(TRIED),
     "quality-every": lambda: scores(EVERY),
-    "quality-by-task": by_task,
+    "quality-by-task": lambda: by_task(BY_TASK),
     "quality-attention": attention,
+    "quality-attention-by-task": attention_by_task,
     "quality-longer": lambda: scores(LONGER, "quality-8k", "8192"),
+    "quality-longer-by-task": lambda: by_task(LONGER, "quality-8k", "8192"),
+    "quality-pairs": pairs,
     "quality-default": lambda: scores(DEFAULT, "quality-8k", "8192", DEFAULT_TASKS),
     "quality-second": lambda: scores(SECOND, "quality-smollm2", CONTEXT, SECOND_TASKS),
     "quality-turns": lambda: scores(TURNS, "quality-turns", "8192"),
