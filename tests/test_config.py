@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +16,7 @@ from vllm_sparse import config
 from vllm_sparse.config import PRESETS, load_settings, shipped_names
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.policies.rocketkv import RocketKVSettings
+from vllm_sparse.policies.sparda import SpardaSettings
 from vllm_sparse.registry import entries, settings_class
 
 
@@ -65,6 +69,21 @@ def test_every_preset_is_valid_and_keys_beside_it_win():
         chosen = load_settings({"vllm_sparse": {"config": name}}, algorithm)
         assert chosen.algorithm == algorithm
     assert load({"config": "smollm2-135m", "token_budget": 77}).token_budget == 77
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_names(PRESETS) if "sparda" in name])
+def test_no_preset_reads_fewer_blocks_than_the_default(name):
+    """Fewer lose points on models that were not trained for it."""
+    chosen = load_settings({"vllm_sparse": {"config": name}}, "sparda")
+    assert chosen.blocks_read >= SpardaSettings().blocks_read
+
+
+def test_presets_that_are_said_to_change_nothing_do_not():
+    page = (Path(__file__).parents[1] / "docs" / "settings.md").read_text()
+    told = re.search(r"((?:`[^`]+`(?:, | and )?)+) have every default", page)
+    names = re.findall(r"`([^`]+)`", told[1])
+    plain = {name for name in shipped_names(PRESETS) if "sparda" not in name and "cpm" not in name}
+    assert set(names) == {name for name in plain if load({"config": name}) == load({})}
 
 
 def test_a_preset_can_be_a_file(tmp_path):

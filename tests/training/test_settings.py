@@ -4,11 +4,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 from support.training import SETTINGS
 
-from vllm_sparse.config import read_values, shipped_names
+from vllm_sparse.config import shipped_names
 from vllm_sparse.errors import ConfigError
+from vllm_sparse.forecast.weights import check_metadata
+from vllm_sparse.policies.sparda import SpardaSettings
 from vllm_sparse.training.settings import RECIPES, TrainSettings, load_train_settings
 
 
@@ -19,11 +23,16 @@ def test_recipes_are_valid():
     published = load_train_settings("sparda", {})
     assert published == TrainSettings(init="uniform")
     assert published.geometry.free_picks == 62
-    # What is served without training, and the least that is advised where exact strings matter.
-    served = read_values("preset", "qwen2.5-sparda", "vllm_sparse.configs", "config")
-    trained = load_train_settings("dense", {}).model_dump()
-    names = ("block_size", "init_blocks", "local_blocks", "top_k")
-    assert {name: trained[name] for name in names} == {name: served[name] for name in names}
+
+
+@pytest.mark.parametrize("recipe", shipped_names(RECIPES))
+def test_what_a_recipe_trains_can_be_served_by_default(recipe):
+    """More blocks than it was trained with, at most, which a server warns of."""
+    trained, served = load_train_settings(recipe, {}).geometry, SpardaSettings()
+    assert trained.top_k <= served.blocks_read
+    counts = {name: str(value) for name, value in asdict(trained).items()}
+    warning = check_metadata(counts, served)
+    assert (warning is None) == (trained.top_k == served.blocks_read)
 
 
 def test_learning_rate():
