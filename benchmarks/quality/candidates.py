@@ -177,7 +177,7 @@ KINDS: dict[str, Callable[[int, int, Heads], Scheme]] = {
     # Oracles
     "exact": _reads(ReadTokens),
     "exactblocks": _reads(lambda number: ReadBlocks(number, "exact")),
-    "idealvotes": _rocket(KeepIdeal()),
+    "idealvotes": _rocket(KeepIdeal(RocketKVSettings().window)),
     "exactpages": _rocket(make=lambda page, top_r, top_k: ReadPages(page, top_r, top_k, "exact")),
     # SPARDA's selectors
     "query": _reads(ReadBlocks),

@@ -140,6 +140,25 @@ def test_the_readme_says_what_the_table_says():
         assert told.format(*points) in text, name
 
 
+@pytest.mark.parametrize(
+    ("page", "told"),
+    [
+        ("choose", "512 is within a point at 4K and {} points below dense at 8K ({} to {};"),
+        ("choose", "t = 512 is {} points below dense on eight tasks ({} to {}), 32 blocks {}"),
+        ("quality", "t = 512 is {} points below dense ({} to {}), SPARDA with 32 blocks {}"),
+    ],
+)
+def test_other_pages_say_what_the_table_says(page, told):
+    text = " ".join((results.FOLDER.parents[1] / "docs" / f"{page}.md").read_text().split())
+    found = pages.scored(pages.LONGER, "quality-8k", "8192")
+    small, blocks = (
+        report.lost_points([report.differences(of[task], found["dense"][task]) for task in of])
+        for of in (found["window16-512"], found["query-32"])
+    )
+    lost, *bounds = small
+    assert told.format(f"{-lost:.1f}", *(f"{x:+.1f}" for x in bounds), f"{-blocks[0]:.1f}") in text
+
+
 def test_the_page_says_what_remains_without_the_task_that_dense_fails():
     page = (results.FOLDER.parents[1] / "docs" / "quality.md").read_text()
     found = pages.scored(pages.LONGER, "quality-8k", "8192")

@@ -23,7 +23,7 @@ from vllm_sparse.policies import windows
 from vllm_sparse.policies.pages import page_extrema
 from vllm_sparse.policies.protocol import Shape
 from vllm_sparse.policies.quest import Quest, QuestSettings
-from vllm_sparse.policies.rocketkv import select_decode_tokens
+from vllm_sparse.policies.rocketkv import RocketKVSettings, select_decode_tokens
 from vllm_sparse.training.geometry import BlockGeometry
 
 G, GROUP, D, N = 2, 3, 16, 403
@@ -63,6 +63,13 @@ def test_what_the_answer_reads_stays(window: int, pool: int, count: int) -> None
         best = [float(votes[max(n - reach, 0) : n + reach + 1].max()) for n in range(N - window)]
         chosen = sorted(range(N - window), key=lambda n: -best[n])[: count - window]
         assert found[head].tolist() == [*sorted(chosen), *range(N - window, N)]
+
+
+def test_the_oracle_of_votes_keeps_the_default_s_window() -> None:
+    """So that nothing but the votes differs from what is served."""
+    heads = Heads(G * GROUP, G, D, D**-0.5)
+    oracle = candidates.KINDS["idealvotes"](256, 4096, heads)
+    assert oracle.keep == KeepIdeal(window=RocketKVSettings().window)
 
 
 @pytest.mark.parametrize(("page", "top_r"), [(1, 16), (4, 16), (4, 7), (2, 5)])
