@@ -23,7 +23,7 @@ MINICPM = Shape("MiniCPM4.1-8B", 32, 4096, 16384, 32, 2, 128, 73448, 10000.0)
 TINY = Shape("tiny", 2, 128, 256, 4, 2, 64, 1024, 10000.0)
 
 
-def _config(shape: Shape, positions: int) -> dict:
+def config_of(shape: Shape, positions: int) -> dict:
     """``config.json`` of a Llama of this shape.
 
     Only sizes matter for time, so that scaled embeddings or residuals are left out.
@@ -45,7 +45,7 @@ def write_config(folder: Path, shape: Shape, positions: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         whole = Path(scratch) / "config.json"
-        whole.write_text(json.dumps(_config(shape, positions), indent=1))
+        whole.write_text(json.dumps(config_of(shape, positions), indent=1))
         whole.replace(folder / "config.json")  # another stage may be reading it
     return folder
 

@@ -192,7 +192,7 @@
     return milliseconds(asked, read, LAUNCHES.ROCKETKV);
   }
 
-  function spardaMs(asked, own, context) {
+  function spardaMs(asked, own, context, hosted) {
     const { concurrency: rows, onGpu } = asked;
     const shape = ofRank(asked);
     const size = own.block_size;
@@ -201,7 +201,7 @@
     const read = whole ? there : Math.min(own.top_k, there);
     const free = whole ? 0 : Math.max(read - own.init_blocks - own.local_blocks - 1, 0);
     const kvBytesPerToken = ITEM_BYTES * shape.layers * shape.kvHeads * 2 * shape.dim;
-    const fetched = MISSES * free * rows * kvBytesPerToken * size;
+    const fetched = hosted ? MISSES * free * rows * kvBytesPerToken * size : 0;
     const keys = ITEM_BYTES * rows * shape.kvHeads * shape.dim
       * (floorDiv(context, own.kernel_stride) + 1);
     const choices = 2 * 4 * rows * shape.kvHeads * read;
@@ -270,15 +270,10 @@
     };
   }
 
-  function sparda(asked, given) {
-    const own = { ...SPARDA, ...given };
+  // vllm_sparse/planner/paging.py: the host pool and the frames that start-up would choose.
+  function sized(asked, own) {
     const { shape, ranks } = asked;
     const size = own.block_size;
-    const refused = tooLong(asked);
-    const forced = own.init_blocks + own.local_blocks + 1;
-    if (own.top_k < forced) refused.push(`top_k is less than the ${forced} blocks always read`);
-    if (ranks > shape.kvHeads) refused.push(`more ranks than the ${shape.kvHeads} KV heads`);
-    if (refused.length) return { name: "SPARDA", refused };
     const each = blockBytes(asked, size);
     const held = ceilDiv(asked.longest, size);
     const perRow = Math.min(Math.max(own.top_k, ceilDiv(own.dense_len, size)), held);
@@ -291,38 +286,56 @@
     const wanted = Math.min((asked.concurrency * held + 1) * each, most);
     const hostGib = ceilDiv(wanted * 100, GIB) / 100;
     const blocks = floorDiv(Math.trunc(hostGib * GIB), each);
-    if (blocks < held + 1) return { name: "SPARDA", refused: ["host memory holds not one request"] };
+    if (blocks < held + 1) return { refused: "host memory holds not one request" };
     const heads = rankHeads(asked);
     const piece = floorDiv(each, shape.layers * heads);
     const pieces = blocks * heads;
     const staging = 2 * own.staging_blocks * heads * piece;
     const keys = floorDiv(blocks * each, 2 * own.kernel_stride);
     let frames = Math.min(2 * Math.min(asked.concurrency * heads * perRow, pieces), pieces);
-    let bySlab = MANY;
+    let served = MANY;
+    if (asked.onGpu) {
+      const room = leftBytes(asked) - keys - staging;
+      frames = Math.min(floorDiv(floorDiv(room, piece), shape.layers), pieces);
+      if (frames < pieces) {
+        if (frames < heads * perRow) return { refused: "frames of one request's step do not fit the device" };
+        served = Math.min(MANY, floorDiv(frames, heads * perRow));
+      }
+    }
+    // A GPU has no host blocks if all of them have frames.
+    const hosted = !asked.onGpu || frames < pieces;
     // One query of each block, as the selector is `previous`.
     const queries = blocks * shape.layers * floorDiv(shape.heads, ranks) * shape.dim * ITEM_BYTES;
-    let taken = (blocks * each + queries) * ranks;
+    let taken = ((hosted ? blocks * each : 0) + queries) * ranks;
     if (!asked.onGpu) {
       taken += (frames * shape.layers * piece + keys + staging) * ranks + weightBytes(shape);
     }
     if (taken > asked.hostBytes) {
-      return { name: "SPARDA", refused: ["what is in host memory is more than what is free"] };
+      return { refused: "what is in host memory is more than what is free" };
     }
-    if (asked.onGpu) {
-      const room = leftBytes(asked) - keys - staging;
-      frames = floorDiv(floorDiv(room, piece), shape.layers);
-      if (frames >= pieces) {
-        frames = pieces;
-      } else if (frames < heads * perRow) {
-        return { name: "SPARDA", refused: ["frames of one request's step do not fit the device"] };
-      } else {
-        bySlab = Math.min(MANY, floorDiv(frames, heads * perRow));
-      }
-    }
-    // A GPU has no host blocks if all of them have frames.
-    const hosted = asked.onGpu && frames === pieces ? 0 : each;
+    return { each, held, heads, perRow, piece, hostGib, blocks, frames, served, hosted };
+  }
+
+  function spardaStepAt(asked, own, context) {
+    const found = sized({ ...asked, context, longest: context + asked.output }, own);
+    return spardaMs(asked, own, context, found.hosted ?? true);
+  }
+
+  function sparda(asked, given) {
+    const own = { ...SPARDA, ...given };
+    const { shape, ranks } = asked;
+    const size = own.block_size;
+    const refused = tooLong(asked);
+    const forced = own.init_blocks + own.local_blocks + 1;
+    if (own.top_k < forced) refused.push(`top_k is less than the ${forced} blocks always read`);
+    if (ranks > shape.kvHeads) refused.push(`more ranks than the ${shape.kvHeads} KV heads`);
+    if (refused.length) return { name: "SPARDA", refused };
+    const found = sized(asked, own);
+    if (found.refused) return { name: "SPARDA", refused: [found.refused] };
+    const { each, held, heads, perRow, piece, blocks } = found;
+    const hosted = found.hosted ? each : 0;
     const compressed = floorDiv(each * Math.max(1, floorDiv(size, own.kernel_stride)), 2 * size);
-    const steps = (context) => spardaMs(asked, own, context);
+    const steps = (context) => spardaStepAt(asked, own, context);
     return {
       name: "SPARDA", refused,
       kept: `selector previous, ${own.top_k} blocks read per KV head`,
@@ -330,11 +343,11 @@
       prompt_blocks: ceilDiv(asked.context, size), request_blocks: held,
       request_bytes: held * compressed + heads * perRow * shape.layers * piece,
       request_host_bytes: held * hosted, host_bytes: blocks * hosted * ranks,
-      slab_bytes: frames * shape.layers * piece,
-      fits: Math.min(floorDiv(blocks - 1, held), bySlab),
+      slab_bytes: found.frames * shape.layers * piece,
+      fits: Math.min(floorDiv(blocks - 1, held), found.served),
       step_ms: steps(asked.context), speedup: denseMs(asked, asked.context) / steps(asked.context),
       wins_from: winsFrom(asked, steps),
-      serve: serve(asked, "SPARDA", { ...given, host_gib: { float: hostGib } }),
+      serve: serve(asked, "SPARDA", { ...given, host_gib: { float: found.hostGib } }),
     };
   }
 
@@ -383,7 +396,7 @@
     return {
       dense: contexts.map((tokens) => denseMs(asked, tokens)),
       ROCKETKV: contexts.map((tokens) => rocketMs(asked, rocket, tokens)),
-      SPARDA: contexts.map((tokens) => spardaMs(asked, paged, tokens)),
+      SPARDA: contexts.map((tokens) => spardaStepAt(asked, paged, tokens)),
     };
   }
 

@@ -73,7 +73,9 @@
     ["a request, host", "request_host_bytes", (arm) => gib(arm.request_host_bytes)],
     ["blocks a request", "request_blocks", (arm) => tokens(arm.request_blocks)],
     ["pool on the device", "pool_bytes", (arm) => gib(arm.pool_bytes)],
-    ["host pool", "host_bytes", (arm) => gib(arm.host_bytes)],
+    ["host pool", "host_bytes", (arm) => arm.slab_bytes && !arm.host_bytes
+      ? "none: every block has a frame, so nothing is fetched and no device memory is saved"
+      : gib(arm.host_bytes)],
     ["requests at once", "fits", (arm) => `<strong>${tokens(arm.fits)}</strong>`],
     ["a decode step, at least", "step_ms", (arm) => `${arm.step_ms.toFixed(2)} ms`],
     ["speed-up, at most", "speedup", (arm) => `<strong>${arm.speedup.toFixed(2)}x</strong>`],

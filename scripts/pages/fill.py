@@ -9,12 +9,12 @@ from pathlib import Path
 
 from benchmarks import headline, published
 from benchmarks.quality import pages as quality
-from scripts.pages import features, metrics, settings
+from scripts.pages import features, metrics, plans, settings
 
 ROOT = Path(__file__).parents[2]
 TABLES = {
     **{**published.TABLES, **headline.TABLES, **quality.TABLES},
-    **{**settings.TABLES, **features.TABLES, **metrics.TABLES},
+    **{**settings.TABLES, **features.TABLES, **metrics.TABLES, **plans.TABLES},
 }
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 

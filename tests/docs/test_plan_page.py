@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_sparse.planner.commands import ALL_FRAMES
 from vllm_sparse.planner.devices import DEVICES
 from vllm_sparse.planner.model import Model
 from vllm_sparse.planner.plan import Question, answer
@@ -93,6 +94,11 @@ class TestWithoutABrowser:
             assert "NaN" not in shown["chart"] + shown["table"]
             assert "<b>" not in shown["table"]
             assert shown["question"]["concurrency"] >= 1
+
+    def test_where_every_block_has_a_frame_it_says_what_that_means(self):
+        saves, not_here = show("context=65536", "context=16384")
+        for shown, said in ((saves, False), (not_here, True)):
+            assert (ALL_FRAMES in shown["table"]) == said
 
     def test_a_refusal_is_said(self):
         (shown,) = show("model=SmolLM2-135M&context=32768")

@@ -34,6 +34,39 @@ def test_a_cpu_pays_for_sparda_s_copies(config, capsys):
     assert "bookkeeping" in fetched["SPARDA"]["left_out"]
 
 
+def test_a_gpu_whose_blocks_all_have_frames_fetches_nothing(config, capsys):
+    """Each length is asked by itself: a pool that the device does not hold fetches at any."""
+
+    def sparda(**settings):
+        options = ("--backend", "SPARDA", "--context", "16384", "--settings", json.dumps(settings))
+        return plan(capsys, config(), *options)[1]["SPARDA"]
+
+    default, resident, hosted = sparda(), sparda(resident=True), sparda(host_gib=200)
+    assert default["host_bytes"] == resident["host_bytes"] == 0 < hosted["host_bytes"]
+    assert default["step_ms"] == resident["step_ms"] < hosted["step_ms"]
+    assert default["wins_from"] == resident["wins_from"] < 16384 < hosted["wins_from"]
+    only_first = sparda(host_gib=200, resident_first_layer=True)
+    launches = 8 * 32 * 2.4e-3
+    moved = (only_first["step_ms"] - launches) / (hosted["step_ms"] - launches)
+    assert moved == pytest.approx(31 / 32)
+
+
+def test_a_length_whose_blocks_no_longer_all_have_frames_is_asked_as_such(config, capsys):
+    """32 requests have the first shorter step where all blocks have frames, whatever is asked."""
+    options = ("--backend", "SPARDA", "--concurrency", "32", "--context")
+    short, long = (plan(capsys, config(), *options, n)[1]["SPARDA"] for n in ("4096", "40960"))
+    assert short["host_bytes"] == 0 < long["host_bytes"]
+    assert short["wins_from"] == long["wins_from"]
+
+
+def test_the_text_says_where_nothing_is_fetched_or_saved(config, capsys):
+    for context, said in (("16384", True), ("65536", False)):
+        main(["plan", config(), "--context", context, "--host-memory", "400"])
+        text = capsys.readouterr().out
+        assert ("nothing is fetched and no device memory is saved" in text) == said
+        assert ("host pool" in text) == (not said)
+
+
 FP8 = {"quantization_config": {"quant_method": "fp8"}}
 MIXTURE = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
 ONE = ("--context", "16", "--output", "1", "--concurrency")

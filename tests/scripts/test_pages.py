@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import published
-from scripts.pages import fill, hooks, settings
+from scripts.pages import fill, hooks, plans, settings
 from vllm_sparse.policies.making import make_policy
 from vllm_sparse.policies.protocol import Shape
 from vllm_sparse.registry import settings_class
@@ -126,6 +126,16 @@ def test_what_blocks_hold_beside_keys_and_values_is_as_the_table_says(name):
     policy = make_policy(name.upper(), settings_class(name)(), Shape(128, 4, 64, 8192))
     share = 100 * policy.numbers_per_token / (2 * 128) - 100
     assert float(said[1] or 0) == pytest.approx(share, abs=0.5)
+
+
+def test_where_sparda_s_step_becomes_shorter_is_as_the_page_says():
+    page = (fill.ROOT / "docs/choose.md").read_text()
+    (said,) = re.findall(r"shorter than\ndense's from ([\d,]+) tokens on", page)
+    (above,) = re.findall(r"does not hold all blocks, here above ([\d,]+) tokens", page)
+    sparda, above = plans.planned(16384)["SPARDA"], int(above.replace(",", ""))
+    assert said == f"{sparda.wins_from:,}"
+    for context, hosted in ((above, False), (above + 1024, True)):
+        assert bool(plans.planned(context)["SPARDA"].host_bytes) == hosted
 
 
 def test_the_readme_is_two_screens():

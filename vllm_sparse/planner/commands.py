@@ -20,6 +20,7 @@ REFUSED, TOO_MANY = 3, 4
 _SHOWN = ("ROCKETKV", "SPARDA")
 _GIB = 1 << 30
 _CONTEXT = 32768
+ALL_FRAMES = "every block has a frame, so nothing is fetched and no device memory is saved"
 
 
 def add_command(subparsers: Any) -> None:
@@ -143,8 +144,9 @@ def _text(arm: Arm, question: Question) -> str:
     lines.append(f"  decode step of {question.concurrency}: at least {arm.step_ms:.2f} ms, "
                  f"{arm.speedup:.2f}x dense (estimate{beside})")  # fmt: skip
     if arm.slab_bytes:
-        lines.insert(2, f"  host pool {arm.host_bytes / _GIB:.2f} GiB, "
-                     f"slab {arm.slab_bytes / _GIB:.2f} GiB")  # fmt: skip
+        slab = f"slab {arm.slab_bytes / _GIB:.2f} GiB"
+        lines.insert(2, f"  host pool {arm.host_bytes / _GIB:.2f} GiB, {slab}" if arm.host_bytes
+                     else f"  {slab}: {ALL_FRAMES}")  # fmt: skip
     if arm.name != "dense":
         first = arm.wins_from
         lines.append("  never faster than dense" if first is None else

@@ -13,28 +13,22 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from vllm_sparse import startup
 from vllm_sparse.backends.refusals import unsupported
 from vllm_sparse.config import NAMESPACE, load_settings
-from vllm_sparse.device_room import least_weight_bytes, left_bytes
+from vllm_sparse.device_room import left_bytes
 from vllm_sparse.errors import VllmSparseError
-from vllm_sparse.forecast.routing import tapped_architecture
-from vllm_sparse.kv.host.geometry import block_bytes, blocks_per_row, gib_of
-from vllm_sparse.planner import bounds
+from vllm_sparse.kv.host.geometry import block_bytes, blocks_per_row
+from vllm_sparse.planner import bounds, paging
 from vllm_sparse.planner.times import DENSE, dense_ms, policy_ms, sparda_ms, wins_from
 from vllm_sparse.policies.making import make_policy
 from vllm_sparse.policies.protocol import Shape as CacheShape
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from vllm_sparse.planner.devices import Device
     from vllm_sparse.planner.model import Model
     from vllm_sparse.policies.protocol import Policy
     from vllm_sparse.policies.sparda import SpardaSettings
 
-# More requests at once than any server is asked for, to learn how many a slab serves.
-_MANY = 4096
 _KEPT = ("keeps and reads windows alone", "keeps and reads every token")
 CPU_LEAVES_OUT = "choosing, bookkeeping and the wait for copies, which a CPU does itself"
 
@@ -275,63 +269,40 @@ def _sparda(question: Question, settings: SpardaSettings) -> Arm:
     size, model = settings.block_size, question.model
     each = _block_bytes(question, size)
     held = -(-model.max_model_len // size)
-    chosen = dict(question.settings)
-    if "host_gib" not in chosen:  # as much as these requests need, if there is as much
-        most = _largest_pool(question, settings, each)
-        wanted = min((question.concurrency * held + 1) * each, most)
-        chosen["host_gib"] = gib_of(wanted)
-        settings = settings.model_copy(update={"host_gib": chosen["host_gib"]})
-    config = question.configuration(_MANY if question.on_gpu else question.concurrency)
-    config.additional_config = {NAMESPACE: chosen}
-    tapped_architecture(config)
-    total: Callable[[], int] | None = (lambda: question.device_bytes) if question.on_gpu else None
-    frames = startup.size_sparda(config, settings, total, question.host_bytes)
-    blocks = config.cache_config.num_gpu_blocks_override
-    heads = model.get_num_kv_heads(config.parallel_config)
+    found = paging.sized(question, settings, each)
+    heads = model.get_num_kv_heads(question.configuration(1).parallel_config)
     piece = each // (model.layers * heads)
     # A window's key in place of the keys and values of a stride's tokens.
     compressed = each * settings.windows_per_block // (2 * size)
     rows = heads * blocks_per_row(settings, model.max_model_len) * model.layers
-    served = config.scheduler_config.max_num_seqs
-    # A GPU's layers have no host blocks if all of them have frames.
-    hosted = sum(count < blocks * heads for count in frames) if question.on_gpu else model.layers
-    by_slab = served if question.on_gpu or served < question.concurrency else _MANY
-    step = sparda_ms(question, settings, question.context)
+    by_slab = found.served
+    if not question.on_gpu and by_slab >= question.concurrency:
+        by_slab = paging.MANY
+    step = sparda_ms(question, settings, question.context, found.hosted_layers)
+
+    def milliseconds(tokens: int) -> float:
+        hosted = paging.hosted_layers_at(question, settings, each, tokens)
+        return sparda_ms(question, settings, tokens, hosted)
+
     return Arm(
         "SPARDA",
         kept=f"selector {settings.chosen_selector}, {settings.blocks_read} blocks read per KV head",
         block_bytes=compressed,
-        pool_blocks=blocks,
-        pool_bytes=blocks * compressed,
+        pool_blocks=found.blocks,
+        pool_bytes=found.blocks * compressed,
         prompt_blocks=-(-question.context // size),
         request_blocks=held,
         request_bytes=held * compressed + rows * piece,
-        request_host_bytes=held * each * hosted // model.layers,
-        host_bytes=blocks * each * hosted // model.layers * question.ranks,
-        slab_bytes=sum(frames) * piece,
-        fits=min((blocks - 1) // held, by_slab),
+        request_host_bytes=held * each * found.hosted_layers // model.layers,
+        host_bytes=found.blocks * each * found.hosted_layers // model.layers * question.ranks,
+        slab_bytes=sum(found.frames) * piece,
+        fits=min((found.blocks - 1) // held, by_slab),
         step_ms=step,
         speedup=dense_ms(question, question.context) / step,
-        wins_from=wins_from(question, lambda tokens: sparda_ms(question, settings, tokens)),
+        wins_from=wins_from(question, milliseconds),
         left_out="" if question.on_gpu else CPU_LEAVES_OUT,
-        serve=_serve(question, "SPARDA", chosen),
+        serve=_serve(question, "SPARDA", found.chosen),
     )
-
-
-def _largest_pool(question: Question, settings: SpardaSettings, each: int) -> int:
-    """Bytes of a rank's pool, some slack left; on a CPU beside weights and at most as many frames.
-
-    Args:
-        question: What is asked.
-        settings: SPARDA's.
-        each: Bytes of a block.
-    """
-    most = question.host_bytes * 8 // 10
-    if question.on_gpu:
-        return most // question.ranks
-    left = max(most - least_weight_bytes(question.model), 0) // question.ranks
-    read = question.concurrency * blocks_per_row(settings, question.model.max_model_len)
-    return max(left // 2, left - 2 * read * each)
 
 
 def _policy_of(question: Question, name: str, settings: Any, longest: int) -> Policy:

@@ -49,11 +49,19 @@ def policy_ms(question: Question, policy: Policy, context: int) -> float:
     return _milliseconds(question, read, POLICY_LAUNCHES)
 
 
-def sparda_ms(question: Question, settings: SpardaSettings, context: int) -> float:
+def sparda_ms(
+    question: Question, settings: SpardaSettings, context: int, hosted_layers: int
+) -> float:
     """A decode step of SPARDA, in which a share of the free picks is fetched.
 
     On a CPU that is a copy within the memory that attention reads from: in and out, at no other
     time.
+
+    Args:
+        question: What is asked.
+        settings: SPARDA's.
+        context: Tokens of a prompt.
+        hosted_layers: Those that fetch: the others' blocks all have frames.
     """
     shape, rows, size = _of_rank(question), question.concurrency, settings.block_size
     there = -(-context // size)
@@ -61,7 +69,7 @@ def sparda_ms(question: Question, settings: SpardaSettings, context: int) -> flo
     free = max(read - settings.init_blocks - settings.local_blocks - 1, 0)
     if context <= settings.dense_len or settings.resident:
         free = 0
-    fetched = MISSES * free * rows * shape.kv_bytes_per_token * size
+    fetched = MISSES * free * rows * shape.kv_bytes_per_token * size * hosted_layers / shape.layers
     moved = fetched if question.on_gpu else 2 * fetched
     step = bounds.paged_step(
         shape, rows, context, (read, size, settings.kernel_stride), moved,
