@@ -40,16 +40,51 @@ def implementation(folder: str, name: str) -> Callable[..., Any]:
     return kernel
 
 
-class PolicyKernels(NamedTuple):
-    """What policies run that keep keys and values on the device.
+class FusedStep(NamedTuple):
+    """Kernels that take the place of a policy's own functions in one folder of implementations.
 
     Attributes:
-        decode: RocketKV's whole decode step; with ``read_all`` that of any policy which reads all
-            it kept.
+        decode: The whole decode step, with the arguments of
+            :func:`.reference.decode.decode_attention`.
+        compact_prompts: What a prompt's end does, with the arguments of
+            :func:`.reference.compaction.compact_prompts`. Where the stock kernel packs pages, as on
+            CPUs, and if it is ``None``, that is composed of the policy's functions.
+        settings: Settings of the policy that ``compact_prompts`` takes by name, beside them.
+        decode_scratch_bytes: Most bytes that ``decode`` holds at a time, with the arguments of
+            :func:`.triton.decode.decode_scratch_bytes`; ``None`` if it holds none.
+    """
+
+    decode: Callable[..., None]
+    compact_prompts: Callable[..., None] | None = None
+    settings: tuple[str, ...] = ()
+    decode_scratch_bytes: Callable[..., int] | None = None
+
+
+def _rocketkv(folder: str) -> FusedStep:
+    decode = implementation(folder, "decode_attention")
+    if folder != "triton":
+        return FusedStep(decode)
+    from vllm_sparse.kernels.triton.decode import decode_scratch_bytes
+
+    compact = implementation(folder, "compact_prompts")
+    return FusedStep(decode, compact, ("pool_kernel",), decode_scratch_bytes)
+
+
+# By :attr:`Policy.kernel`: the fused step of ``reference``, ``cpu`` or ``triton``. A package adds
+# its own where it defines its policy, which every process imports.
+FUSED: dict[str, Callable[[str], FusedStep]] = {"rocketkv": _rocketkv}
+
+
+class PolicyKernels(NamedTuple):
+    """What any policy runs that keeps keys and values on the device.
+
+    Attributes:
+        decode: A decode step that reads all it kept, if called with ``read_all``.
         plan_rows: Plans a batch of single tokens on the device.
         attend_slots: Attention over selected places of plain pages.
-        compact_prompts: RocketKV's stage 1; ``None`` has it composed of the policy's functions.
-        decode_scratch_bytes: What ``decode`` holds at a time; ``None`` where nobody plans for it.
+        decode_scratch_bytes: Most bytes that scores and selected places take at a time; ``None``
+            where nobody plans for it.
+        folder: Where these are, and fused steps.
         name: For the start-up line.
         note: Why it is not the fastest one, if it is not.
     """
@@ -57,10 +92,14 @@ class PolicyKernels(NamedTuple):
     decode: Callable[..., None]
     plan_rows: Callable[..., None]
     attend_slots: Callable[..., None]
-    compact_prompts: Callable[..., None] | None
     decode_scratch_bytes: Callable[..., int] | None
+    folder: str
     name: str
     note: str = ""
+
+    def fused(self, kernel: str) -> FusedStep | None:
+        """The fused step of :attr:`Policy.kernel`; ``None`` if that is empty."""
+        return FUSED[kernel](self.folder) if kernel else None
 
 
 @cache
@@ -73,7 +112,7 @@ def policy_cpu() -> PolicyKernels:
         implementation("reference", "plan_rows"),
         implementation(folder, "attend_slots"),
         None,
-        None,
+        folder,
         folder,
         note,
     )
@@ -96,8 +135,8 @@ def policy_triton(device: torch.device) -> PolicyKernels:
         decode.decode_attention,
         implementation("triton", "plan_rows"),
         implementation("triton", "attend_slots"),
-        implementation("triton", "compact_prompts"),
         decode.decode_scratch_bytes,
+        "triton",
         f"triton, launches {launch.launches(device).origin}",
     )
 

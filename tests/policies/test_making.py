@@ -60,9 +60,23 @@ class PagedAndMoved(Paged):
     moves = True
 
 
+class Misnamed(Moved):
+    """Its package has registered nothing."""
+
+    kernel = "mine"
+
+
+class FusedInPlace(InPlace):
+    """Fused steps read plain pages."""
+
+    kernel = "rocketkv"
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
+        (Misnamed, r"NEW names the fused step 'mine', but there are only \['rocketkv'\]: register"),
+        (FusedInPlace, "NEW names the fused step 'rocketkv' but leaves tokens in place, .*leave"),
         (Unindexed, "NEW has a window of 32 tokens but no index: .* index_width"),
         (Paged, r"NEW has page_sizes=\[4, 8\] but leaves tokens in place: .* one size"),
         (PagedAndMoved, ""),

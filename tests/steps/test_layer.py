@@ -14,7 +14,8 @@ from support.fp8 import nearest
 from support.kernels import DEVICE
 from support.pages import row_pack
 from support.policies import make_policy, tensors
-from vllm_sparse.kernels.dispatch import policy_triton
+from vllm_sparse.kernels import dispatch
+from vllm_sparse.kernels.dispatch import FusedStep, policy_triton
 from vllm_sparse.kernels.fp8 import FP8, Scales
 from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kernels.triton import launch
@@ -141,6 +142,50 @@ def test_rows_of_an_fp8_cache_are_what_its_numbers_stand_for(kind, monkeypatch):
     kept[..., :DIM] *= key_scale
     kept[..., DIM:] *= value_scale
     torch.testing.assert_close(kept, layout.tokens(numbers))
+
+
+class Registered(SnapKV):
+    """Brings a fused step of its own, and takes a setting into it."""
+
+    kernel = "mine"
+    top_k = 8
+
+
+def test_a_registered_step_runs_in_place_of_the_policy_s_functions(monkeypatch):
+    called = []
+
+    def decode(cache, query, key, value, output, table, *_, top_k, read_all, **further):
+        called.append(("decode", top_k, read_all, table.shape))
+        output.fill_(1.0)
+
+    def compact(cache, *_, window, **further):
+        called.append(("compact", window))
+
+    folders = []
+
+    def mine(folder):
+        folders.append(folder)
+        return FusedStep(decode, compact, ("window",))
+
+    monkeypatch.setitem(dispatch.FUSED, "mine", mine)
+    layer = layer_of(Registered, 16, monkeypatch)
+    pages = layer.stock_layout.page_size
+    content = 2 * DIM + layer.stock_layout.channels // pages
+    cache = torch.randn(1 + WIDTH, KV_HEADS, 16, content)
+    table = torch.arange(1, 1 + WIDTH, dtype=torch.int32)
+    window = layer.policy.window
+    end = PromptEnd(
+        table, 100, 2, 2, pages, 0, 0, window, True, torch.tensor([100, 2]).int()
+    )  # fmt: skip
+    layer.compact_parked(cache, end)
+    query, key, value = (torch.randn(1, n * KV_HEADS, DIM) for n in (GROUP, 1, 1))
+    output, one = torch.empty_like(query), torch.ones(1).int()
+    held = table[None], 68 * one, 68 * one, one
+    layer.decode(cache, query, key, value, SparseRows(None, *held, pages), output)
+    assert bool(output.eq(1.0).all())
+    layer.decode_rows(cache, query, key, value, Rows(table[None], 68 * one, one, -one), output)
+    assert called == [("compact", window), *2 * [("decode", 8, False, (1, WIDTH))]]
+    assert folders == ["triton"], "looked up once, when the layer is made"
 
 
 class DropsFirst(Policy):

@@ -41,9 +41,11 @@ def step_bytes(
     kernels, shape = policy_triton(device), policy.shape
     sizes = shape.block_size, shape.head_dim, min(policy.page_sizes)
     needed, longest = 0, config.model_config.max_model_len
-    if policy.top_k is not None and kernels.decode_scratch_bytes is not None:
+    step = kernels.fused(policy.kernel)
+    scratch = (step or kernels).decode_scratch_bytes
+    if policy.top_k is not None and scratch is not None:
         layout = PageLayout(*sizes)
-        needed = kernels.decode_scratch_bytes(
+        needed = scratch(
             most_rows(config),
             -(-longest // shape.block_size),
             _most_blocks(config, layout, kv_heads * layers, cache_dtype, device),
@@ -54,9 +56,9 @@ def step_bytes(
             dtype=config.model_config.dtype,
             device=device,
         )
-        if not policy.kernel:
+        if step is None:
             needed += MOST_INDEX_BYTES
-    if policy.moves and not policy.kernel:  # one after the other
+    if policy.moves and (step is None or step.compact_prompts is None):  # one after the other
         layout = PageLayout(*sizes, policy.index_width)
         needed = max(needed, compaction_bytes(longest, layout, policy, kv_heads, cache_dtype))
     return needed

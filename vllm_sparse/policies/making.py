@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm_sparse import registry
 from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.kernels.dispatch import FUSED
 
 if TYPE_CHECKING:
     from vllm_sparse.policies.protocol import Policy, PolicySettings, Shape
@@ -31,6 +32,7 @@ def make_policy(name: str, settings: PolicySettings, shape: Shape) -> Policy:
         raise UnsupportedError(
             f"head size {shape.head_dim} does not divide into page_sizes={min(policy.page_sizes)}"
         )
+    _check_kernel(name, policy)
     if policy.window and not policy.index_width:
         raise UnsupportedError(
             f"{name} has a window of {policy.window} tokens but no index: window queries wait for "
@@ -47,6 +49,23 @@ def make_policy(name: str, settings: PolicySettings, shape: Shape) -> Policy:
     if shape.block_size > 1:
         _check_block_size(policy, shape.block_size)
     return policy
+
+
+def _check_kernel(name: str, policy: Policy) -> None:
+    if not policy.kernel:
+        return
+    if policy.kernel not in FUSED:
+        raise UnsupportedError(
+            f"{name} names the fused step {policy.kernel!r}, but there are only {sorted(FUSED)}: "
+            "register it in vllm_sparse.kernels.dispatch.FUSED where the policy is defined, or "
+            "leave `kernel` out, and PyTorch runs the policy's functions"
+        )
+    if not policy.moves:
+        raise UnsupportedError(
+            f"{name} names the fused step {policy.kernel!r} but leaves tokens in place, where "
+            "pages are as the stock kernel packs them, which fused steps do not read: leave "
+            "`kernel` out"
+        )
 
 
 def _check_skipped(name: str, policy: Policy) -> None:

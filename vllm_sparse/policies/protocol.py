@@ -4,7 +4,8 @@
 
 A policy is one file: its settings and a :class:`Policy`. Block accounting, compaction, page index,
 attention, metrics and refusals are shared; they ask the policy. A policy in PyTorch runs
-everywhere; ``kernel`` names a fused step where there is one (:mod:`vllm_sparse.kernels.dispatch`).
+everywhere; ``kernel`` names a fused step where there is one, of those registered in
+:data:`vllm_sparse.kernels.dispatch.FUSED`.
 
 Notation: H query heads, G KV heads, D head size, n tokens, P tokens of a prompt.
 """
@@ -131,7 +132,8 @@ class Policy(ABC):
         moves: Kept tokens are gathered into the last blocks of the prompt, which thereby become
             private to the request, and the blocks before are given back. Otherwise tokens stay
             where they are, and the prompt's blocks stay shareable.
-        kernel: Name of a fused step in :mod:`vllm_sparse.kernels.dispatch`; empty: PyTorch.
+        kernel: Name of a fused step in :data:`vllm_sparse.kernels.dispatch.FUSED`, for policies
+            that :attr:`moves` tokens; empty: PyTorch. Start-up refuses a name that is not there.
     """
 
     settings: Any

@@ -16,6 +16,8 @@ from vllm_sparse.policies.controlled import policy_for
 from vllm_sparse.steps.select import attend_tokens, select_tokens, store_index, store_tokens
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from vllm_sparse.kernels.dispatch import PolicyKernels
@@ -38,7 +40,7 @@ class SparseLayer:
         policy: Decides.
         layouts: Page geometry by page size.
         reader: Reads pages that the stock kernel has written.
-        kernels: Fused steps, and attention over plain rows.
+        kernels: What layers run, and the policy's fused step if it names one.
         reads_all: Decode reads every kept token.
         scales: Of an fp8 cache.
         query_dtype: Of queries that wait in an fp8 cache; ``None`` where the cache is not.
@@ -75,7 +77,16 @@ class SparseLayer:
         self._kernels = kernels
         self._scale, self._sinks = policy.shape.logit_scale, policy.shape.learned_sinks
         self._scales = scales
-        self._fused = policy.moves and (bool(policy.kernel) or self.reads_all)
+        step = kernels.fused(policy.kernel) if policy.kernel else None
+        self._compact_prompts: Callable[..., None] | None = None
+        if step and step.compact_prompts and isinstance(reader, PlainReader):
+            taken = {name: getattr(policy.settings, name) for name in step.settings}
+            self._compact_prompts = partial(step.compact_prompts, **taken)
+        self._fused: Callable[..., None] | None = None
+        if policy.moves and self.reads_all:
+            self._fused = kernels.decode
+        elif step:
+            self._fused = step.decode
 
     # -- prompts -----------------------------------------------------------------------------------
 
@@ -110,10 +121,10 @@ class SparseLayer:
 
     def _compact(self, cache: Tensor, prompt: PromptEnd, window: Tensor) -> None:
         layout, dropped = self.layouts[prompt.page_size], prompt.dropped_blocks
-        if self.policy.kernel and self._kernels.compact_prompts is not None:
+        if self._compact_prompts is not None:
             keys, values = layout.tokens(cache).split(layout.head_dim, -1)
             length, gone = prompt.sizes.split(1)
-            self._kernels.compact_prompts(
+            self._compact_prompts(
                 cache,
                 keys,
                 values,
@@ -122,7 +133,6 @@ class SparseLayer:
                 length,
                 gone,
                 layout=layout,
-                pool_kernel=self.policy.settings.pool_kernel,
                 scale=self._scale,
                 max_kept=prompt.prompt_len - dropped * layout.block_size,
                 scales=self._scales,
@@ -186,9 +196,9 @@ class SparseLayer:
             query, key, value, target = query[:count], key[:count], value[:count], output[:count]
         layout, policy = self.layouts[rows.page_size], self._policy_for(rows.control)
         tables = rows.block_table, rows.lengths, rows.final_lengths, rows.top_r
-        if self._fused:
+        if self._fused is not None:
             tensors = cache, query, key, value, target, *tables
-            self._decode_fused(*tensors, layout=layout, policy=policy)
+            self._fused(*tensors, layout=layout, **self._options(policy))
         else:
             if self.policy.moves:  # where tokens stay in place, all of the step are written first
                 self._store(cache, key, value, *tables, layout)
@@ -215,13 +225,13 @@ class SparseLayer:
         several = rows.final_lengths is not None
         final = rows.final_lengths if rows.final_lengths is not None else rows.lengths
         tables = rows.block_table, rows.lengths, final, rows.top_r
-        if self._fused:
+        if self._fused is not None:
             parked: dict[str, Any] = {}
             if self.parking is not None:
                 parked = {"parked": rows.parked, "per_block": self.parking.per_block}
-            self._decode_fused(
-                cache, query, key, value, output, *tables, layout=layout, policy=self.policy,
-                replays=several, **parked,
+            self._fused(
+                cache, query, key, value, output, *tables, layout=layout, replays=several,
+                **parked, **self._options(self.policy),
             )  # fmt: skip
             return
         if self.parking is not None:
@@ -230,19 +240,15 @@ class SparseLayer:
         held = rows.block_table, rows.lengths, rows.top_r
         self._decode_selected(cache, query, output, *held, layout, self.policy)
 
-    def _decode_fused(
-        self, *arguments: Tensor, layout: PageLayout, policy: Policy, **options: Any
-    ) -> None:
-        self._kernels.decode(
-            *arguments,
-            layout=layout,
-            top_k=policy.top_k or 0,
-            scale=self._scale,
-            read_all=self.reads_all,
-            scales=self._scales,
-            sinks=self._sinks,
-            **options,
-        )
+    def _options(self, policy: Policy) -> dict[str, Any]:
+        """What a fused step is told in every call."""
+        return {
+            "top_k": policy.top_k or 0,
+            "scale": self._scale,
+            "read_all": self.reads_all,
+            "scales": self._scales,
+            "sinks": self._sinks,
+        }
 
     def _store(
         self,
