@@ -60,6 +60,13 @@ class PagedAndMoved(Paged):
     moves = True
 
 
+class Narrow(Moved):
+    """Six numbers a page do not spread over four tokens."""
+
+    page_sizes = (4, 8)
+    index_width = 6
+
+
 class Misnamed(Moved):
     """Its package has registered nothing."""
 
@@ -75,6 +82,11 @@ class FusedInPlace(InPlace):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
+        (
+            Narrow,
+            r"NEW has an index_width of 6 numbers with heads of 16, .* smallest of "
+            r"page_sizes=\[4, 8\].*Choose",
+        ),
         (Misnamed, r"NEW names the fused step 'mine', but there are only \['rocketkv'\]: register"),
         (FusedInPlace, "NEW names the fused step 'rocketkv' but leaves tokens in place, .*leave"),
         (Unindexed, "NEW has a window of 32 tokens but no index: .* index_width"),

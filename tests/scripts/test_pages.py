@@ -27,7 +27,10 @@ def test_tables_say_what_code_and_results_say(path):
 
 def test_every_table_is_published_once():
     found = [name for path in PAGES for name in fill.marked(path.read_text())]
-    assert sorted(found) == sorted(fill.TABLES)
+    assert sorted(found) == sorted(fill.TABLES), (
+        f"no page marks {fill.TABLES.keys() - set(found)}: write <!-- table: NAME --> and "
+        "<!-- end --> where it belongs, then run make tables"
+    )
 
 
 def test_a_changed_result_changes_a_page(monkeypatch):
@@ -52,7 +55,9 @@ def test_an_unknown_table_is_an_error():
 @pytest.mark.parametrize("backend", settings.BACKENDS)
 def test_every_setting_stands_in_its_table_with_its_default(backend):
     page = (fill.ROOT / "docs/settings.md").read_text()
-    (text,) = re.findall(rf"<!-- table: settings-{backend} -->(.*?)<!-- end -->", page, re.DOTALL)
+    found = re.findall(rf"<!-- table: settings-{backend} -->(.*?)<!-- end -->", page, re.DOTALL)
+    assert len(found) == 1, f"docs/settings.md needs one marked table settings-{backend}"
+    (text,) = found
     rows = {
         line.split(" | ")[0].strip("|` "): [cell.strip(" |") for cell in line.split(" | ")[1:]]
         for line in text.splitlines()
@@ -121,6 +126,9 @@ def test_what_blocks_hold_beside_keys_and_values_is_as_the_table_says(name):
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in table.splitlines()
         if line.startswith(("| | ROCKETKV", "| beside the keys and values"))
+    )
+    assert name.upper() in names, (
+        f"docs/choose.md: the table 'What each costs' needs a column {name.upper()}"
     )
     said = re.match(r"([\d.]+) %|nothing", row[names.index(name.upper())])
     policy = make_policy(name.upper(), settings_class(name)(), Shape(128, 4, 64, 8192))

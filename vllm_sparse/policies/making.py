@@ -30,7 +30,10 @@ def make_policy(name: str, settings: PolicySettings, shape: Shape) -> Policy:
     policy = kind(settings, shape)
     if policy.index_width % min(policy.page_sizes):
         raise UnsupportedError(
-            f"head size {shape.head_dim} does not divide into page_sizes={min(policy.page_sizes)}"
+            f"{name} has an index_width of {policy.index_width} numbers with heads of "
+            f"{shape.head_dim}, which is no multiple of the smallest of page_sizes="
+            f"{list(policy.page_sizes)}: a block has room for an index by the token. Choose page "
+            "sizes of which the smallest divides it"
         )
     _check_kernel(name, policy)
     if policy.window and not policy.index_width:

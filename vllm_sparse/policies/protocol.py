@@ -77,7 +77,8 @@ class Retention(NamedTuple):
         sparse: The request is served sparsely, else densely.
         dropped_blocks: Leading prompt blocks given back once the prompt is complete.
         page_size: Tokens per page of the index.
-        top_r: Channels that page scores read; at least 1.
+        top_r: Channels that the page scores of a fused step read, at least 1; without
+            :attr:`Policy.kernel` nobody asks.
         reason: Why the request stays dense; empty when it does not.
     """
 
@@ -158,7 +159,11 @@ class Policy(ABC):
 
     @property
     def window(self) -> int:
-        """Last prompt tokens whose queries :meth:`keep` needs; they wait where an index will be."""
+        """Last prompt tokens whose queries :meth:`keep` needs.
+
+        They wait where an index will be, so that a window needs an :attr:`index_width`, also if
+        nothing is chosen by it.
+        """
         return 0
 
     @property
@@ -171,7 +176,10 @@ class Policy(ABC):
 
     @property
     def index_width(self) -> int:
-        """Numbers of a page's index per KV head."""
+        """Numbers of a page's index per KV head; a multiple of the smallest page size.
+
+        A block then has room for ``index_width / min(page_sizes)`` more numbers per token.
+        """
         return 0
 
     @property
@@ -236,7 +244,8 @@ class Policy(ABC):
         Args:
             query_window: Post-RoPE queries of the last ``window`` tokens, ``[H, window, D]``.
             keys: Post-RoPE keys of the prompt, ``[G, n, D]``.
-            count: How many.
+            count: How many: the prompt less the whole blocks that :meth:`retention` drops, so up
+                to a block more than it wanted to keep.
 
         Returns:
             Positions, int64 ``[G, count]``, ascending.
@@ -274,6 +283,9 @@ class Policy(ABC):
     ) -> Tensor:
         """Tokens to attend to: the newest page, then pages by falling score.
 
+        Places are those of the row's tokens: if the policy :attr:`moves` them, of what
+        :meth:`keep` kept and of the outputs behind it, else of the whole sequence.
+
         Args:
             query: Post-RoPE queries, ``[R, G, H / G, D]``.
             index: ``[R, G, pages, index_width]``; ``None`` if the policy has none.
@@ -282,7 +294,7 @@ class Policy(ABC):
             width: Width of the result.
 
         Returns:
-            Positions, int64 ``[R, G, width]``, ascending, of which the first
+            Places, int64 ``[R, G, width]``, ascending, of which the first
             ``min(width, num_tokens)`` count; depends on shapes only, as a captured graph needs.
         """
         assert index is not None
