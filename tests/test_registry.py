@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import ast
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 from support.outside import LargeKeys, LargeKeysSettings
@@ -65,3 +67,27 @@ def test_names_that_would_confuse_are_left_out_with_a_warning(outside, monkeypat
     assert registry.entries() == ours
     assert why in said[0]
     assert name in said[0]
+
+
+# Who else may spell names, and why.
+ELSEWHERE = {
+    "backends/sparda*.py": "SPARDA's own adapters",
+    "config.py": "two settings classes that were once defined there",
+    "features/*.py": "the families, one of which is called as its only backend",
+    "forecast/*.py": "looks ahead for SPARDA alone",
+    "metrics/definitions.py": "the type of a family; a Literal takes no names",
+    "policies/*.py": "each its own, in its settings",
+}
+
+
+def test_one_place_knows_names():
+    """Docstrings and messages aside, who needs to know asks the registry for a family."""
+    package = Path(registry.__file__).parent
+    names, spelt = registry._BUILT_IN.keys(), set()
+    for path in package.rglob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        if any(isinstance(x, ast.Constant) and str(x.value).upper() in names for x in nodes):
+            spelt.add(path.relative_to(package))
+    spelt.remove(Path("registry.py"))
+    assert {path for path in spelt if not any(map(path.match, ELSEWHERE))} == set()
+    assert [where for where in ELSEWHERE if not any(path.match(where) for path in spelt)] == []

@@ -34,6 +34,8 @@ class Entry(NamedTuple):
         cpu: vLLM backend on CPUs.
         gpu: vLLM backend on GPUs, and on CPUs where kernels are interpreted.
         family: Whose cells of :data:`vllm_sparse.features.FEATURES` say what it serves.
+        preset: Settings with which the demo's model is served; ``plan`` and ``demo`` show what has
+            one if nobody chooses, the others are there for comparisons.
         prepare: Called at start-up with vLLM's configuration, which it completes, the settings, and
             what tells the memory of a device, or ``None``.
     """
@@ -42,11 +44,14 @@ class Entry(NamedTuple):
     cpu: str = "vllm_sparse.backends.policy_cpu:PolicyCpuBackend"
     gpu: str = "vllm_sparse.backends.policy_gpu:PolicyGpuBackend"
     family: str = OUTSIDE
+    preset: str = ""
     prepare: str = ""
 
 
 _BUILT_IN = {
-    "ROCKETKV": Entry("vllm_sparse.policies.rocketkv:RocketKV", family=POLICIES),
+    "ROCKETKV": Entry(
+        "vllm_sparse.policies.rocketkv:RocketKV", family=POLICIES, preset="smollm2-135m"
+    ),
     "QUEST": Entry("vllm_sparse.policies.quest:Quest", family=POLICIES),
     "SNAPKV": Entry("vllm_sparse.policies.snapkv:SnapKV", family=POLICIES),
     "STREAMINGLLM": Entry("vllm_sparse.policies.streamingllm:StreamingLLM", family=POLICIES),
@@ -55,6 +60,7 @@ _BUILT_IN = {
         cpu="vllm_sparse.backends.sparda_cpu:SpardaCpuBackend",
         gpu="vllm_sparse.backends.sparda_gpu:SpardaGpuBackend",
         family=SPARDA,
+        preset="smollm2-135m-sparda",
         prepare="vllm_sparse.startup:prepare_sparda",
     ),
 }

@@ -237,7 +237,7 @@ class Planning:
         first = next(n for n, x in context.items() if isinstance(getattr(x, "impl", None), kind))
         # Beside window layers, ours may be several groups, which all see every row.
         self.count = counters.add if first in layer_names else count_nothing
-        counters.publish_to(metrics.folder(instance_of(config).name), "policies", speaks=speaks)
+        counters.publish_to(metrics.folder(instance_of(config).name), POLICIES, speaks=speaks)
         if speaks:
             warn_of_slow_kernels(kernels.note)
             _warn_of_density(spec, config.model_config.max_model_len)

@@ -53,6 +53,7 @@ from vllm_sparse.backends.sparda_setup import (
 from vllm_sparse.backends.sparda_warm_up import warm_up
 from vllm_sparse.config import load_settings
 from vllm_sparse.control import DENSE
+from vllm_sparse.features import SPARDA
 from vllm_sparse.instance import instance_of
 from vllm_sparse.kernels.fp8 import FP8, UNSCALED
 from vllm_sparse.kv.spec import SpardaSpec
@@ -178,7 +179,7 @@ class SpardaBuilder(AttentionMetadataBuilder[SpardaStep]):
         ask_for_prompt_lengths(vllm_config)
         watch_controls(vllm_config)
         speaks = vllm_config.parallel_config.rank == 0
-        counters.publish_to(metrics.folder(instance_of(vllm_config).name), "SPARDA", speaks=speaks)
+        counters.publish_to(metrics.folder(instance_of(vllm_config).name), SPARDA, speaks=speaks)
         counters.set_gauge("host_pool_bytes", host_bytes)
         counters.set_gauge("slab_bytes", geometry.slab_bytes)
         counters.set_gauge("slab_frames", sum(geometry.frames))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_sparse.demo import document
 from vllm_sparse.demo.models import ModelUnavailableError, fetch
 from vllm_sparse.demo.server import Server, ServerError
+from vllm_sparse.registry import entries
 
 if TYPE_CHECKING:
     import argparse
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-DEFAULT_CONFIGS = {"ROCKETKV": "smollm2-135m", "SPARDA": "smollm2-135m-sparda"}
+PRESETS = {name: entry.preset for name, entry in entries().items() if entry.preset}
 DECODE_TOKENS = 64
 # Decode steps after which the KV cache is looked at; by then RocketKV has freed its blocks.
 SAMPLED_STEPS = (16, 32, 48)
@@ -66,8 +67,8 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument(
         "--backend",
         type=str.upper,
-        choices=list(DEFAULT_CONFIGS),
-        default="ROCKETKV",
+        choices=list(PRESETS),
+        default=next(iter(PRESETS)),
         help="the sparse backend (default: %(default)s)",
     )
     parser.add_argument(
@@ -95,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
             log_dir.mkdir(parents=True, exist_ok=True)
             stock = measure("stock vLLM", model, [], log_dir / "stock.log")
             name = arguments.backend
-            options = sparse_options(name, arguments.config or DEFAULT_CONFIGS[name])
+            options = sparse_options(name, arguments.config or PRESETS[name])
             sparse = measure(name, model, options, log_dir / f"{name.lower()}.log")
     except (ModelUnavailableError, ServerError) as error:
         print(f"\nThe demo failed: {error}", file=sys.stderr)

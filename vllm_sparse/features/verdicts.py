@@ -5,14 +5,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-POLICIES = "policies"
-OUTSIDE = "policies of other packages"
-SPARDA = "SPARDA"
+POLICIES: Final = "policies"
+OUTSIDE: Final = "policies of other packages"
+SPARDA: Final = "SPARDA"
 
 
 @dataclass(frozen=True)

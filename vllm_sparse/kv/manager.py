@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from vllm_sparse import metrics
-from vllm_sparse.features import POLICIES, refuse
+from vllm_sparse.features import POLICIES, SPARDA, refuse
 from vllm_sparse.kv.copies import PrefixCopies, copyable, unwritten
 from vllm_sparse.kv.requests import (
     case_of,
@@ -50,7 +50,7 @@ class PromptAwareManager(FullAttentionManager):
     ends where ``hittable_tokens`` does (:meth:`find_longest_cache_hit`).
     """
 
-    family: ClassVar[Family] = "SPARDA"
+    family: ClassVar[Family] = SPARDA
     _begun: ClassVar[WeakSet[Request]] = WeakSet()
 
     def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any) -> None:
@@ -168,7 +168,7 @@ class PolicyManager(PromptAwareManager):
     so they stay hit-able until someone needs the memory.
     """
 
-    family: ClassVar[Family] = "policies"
+    family: ClassVar[Family] = POLICIES
 
     def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from vllm_sparse.planner.plan import Arm, Question
 
 REFUSED, TOO_MANY = 3, 4
-_SHOWN = ("ROCKETKV", "SPARDA")
 _GIB = 1 << 30
 _CONTEXT = 32768
 ALL_FRAMES = "every block has a frame, so nothing is fetched and no device memory is saved"
@@ -65,7 +64,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.settings and not chosen:
         raise UnsupportedError("--settings belong to one backend; choose it with --backend")
     question = _question(arguments)
-    sparse = [answer(question, name) for name in ([chosen] if chosen else _SHOWN)]
+    shown = [chosen] if chosen else [name for name, entry in entries().items() if entry.preset]
+    sparse = [answer(question, name) for name in shown]
     arms = [answer(question, DENSE), *sparse]
     if arguments.json:
         print(json.dumps([asdict(arm) for arm in arms], indent=1))

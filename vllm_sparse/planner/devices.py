@@ -47,6 +47,6 @@ DEVICES = {
 }
 
 # Kernels of a layer's attention in a decode step: what a launch costs matters to short contexts.
-LAUNCHES = {"dense": 2, "SPARDA": 8}
+DENSE_LAUNCHES, SPARDA_LAUNCHES = 2, 8
 POLICY_LAUNCHES = 4
 """RocketKV's three and stock's write of keys and values."""

@@ -17,11 +17,13 @@ from vllm_sparse.backends.refusals import unsupported
 from vllm_sparse.config import NAMESPACE, load_settings
 from vllm_sparse.device_room import left_bytes
 from vllm_sparse.errors import VllmSparseError
+from vllm_sparse.features import SPARDA
 from vllm_sparse.kv.host.geometry import block_bytes, blocks_per_row
 from vllm_sparse.planner import bounds, paging
 from vllm_sparse.planner.times import DENSE, dense_ms, policy_ms, sparda_ms, wins_from
 from vllm_sparse.policies.making import make_policy
 from vllm_sparse.policies.protocol import Shape as CacheShape
+from vllm_sparse.registry import entries
 
 if TYPE_CHECKING:
     from vllm_sparse.planner.devices import Device
@@ -179,8 +181,8 @@ def answer(question: Question, name: str) -> Arm:
     if refused:
         return Arm(name, refused)
     try:
-        if name == "SPARDA":
-            return _sparda(question, settings)
+        if entries()[name].family == SPARDA:
+            return _sparda(question, name, settings)
         return _policy(question, name, settings)
     except VllmSparseError as error:
         return Arm(name, [str(error)])
@@ -265,7 +267,7 @@ def _policy(question: Question, name: str, settings: Any) -> Arm:
     )
 
 
-def _sparda(question: Question, settings: SpardaSettings) -> Arm:
+def _sparda(question: Question, name: str, settings: SpardaSettings) -> Arm:
     size, model = settings.block_size, question.model
     each = _block_bytes(question, size)
     held = -(-model.max_model_len // size)
@@ -285,7 +287,7 @@ def _sparda(question: Question, settings: SpardaSettings) -> Arm:
         return sparda_ms(question, settings, tokens, hosted)
 
     return Arm(
-        "SPARDA",
+        name,
         kept=f"selector {settings.chosen_selector}, {settings.blocks_read} blocks read per KV head",
         block_bytes=compressed,
         pool_blocks=found.blocks,
@@ -301,7 +303,7 @@ def _sparda(question: Question, settings: SpardaSettings) -> Arm:
         speedup=dense_ms(question, question.context) / step,
         wins_from=wins_from(question, milliseconds),
         left_out="" if question.on_gpu else CPU_LEAVES_OUT,
-        serve=_serve(question, "SPARDA", found.chosen),
+        serve=_serve(question, name, found.chosen),
     )
 
 
@@ -359,7 +361,7 @@ def _serve(question: Question, name: str, settings: dict[str, Any]) -> str:
         parts.append(f"--tensor-parallel-size {question.ranks}")
     if question.block_size is not None:
         parts.append(f"--block-size {question.block_size}")
-    if name != "SPARDA":
+    if name == DENSE or entries()[name].family != SPARDA:  # whose pool is host_gib
         if question.kv_bytes is not None:
             parts.append(f"--kv-cache-memory-bytes {question.kv_bytes}")
         elif question.on_gpu:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_sparse.planner import bounds
-from vllm_sparse.planner.devices import LAUNCHES, POLICY_LAUNCHES
+from vllm_sparse.planner.devices import DENSE_LAUNCHES, POLICY_LAUNCHES, SPARDA_LAUNCHES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +33,7 @@ def dense_ms(question: Question, context: int) -> float:
     """A decode step of stock vLLM."""
     shape = _of_rank(question)
     read = bounds.step_bytes(shape, question.concurrency, context)
-    return _milliseconds(question, read, LAUNCHES[DENSE])
+    return _milliseconds(question, read, DENSE_LAUNCHES)
 
 
 def policy_ms(question: Question, policy: Policy, context: int) -> float:
@@ -76,7 +76,7 @@ def sparda_ms(
         question.device.bytes_per_s, question.device.link_bytes_per_s,
     )  # fmt: skip
     ahead = question.on_gpu and settings.prefetch and settings.chosen_selector != "query"
-    launches = LAUNCHES["SPARDA"] * shape.layers * question.device.launch_us / 1e3
+    launches = SPARDA_LAUNCHES * shape.layers * question.device.launch_us / 1e3
     return (step.prefetched_ms if ahead else step.blocking_ms) + launches
 
 
