@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 from support.configuration import configuration
-from support.engine import BLOCK_SIZE, SETTINGS, run_engine
+from support.engine import BLOCK_SIZE, DENSE, SETTINGS, run_engine
 from support.policies import make_policy
 
 from vllm_sparse.backends import prefix_tier
@@ -83,6 +83,18 @@ class TestEngines:
         tier = run_engine(windowed, prompts[:4], kv_offloading_size=0.05, **options)
         assert tier["tokens"] == without["tokens"]
         assert sum(tier["cached"][1]) >= sum(without["cached"][1])
+
+    def test_window_layers_beside_a_longer_hit(self, windowed, prompts):
+        """Dense requests store their whole prompts, sparse ones may take a part of them."""
+        options = {
+            "settings": SETTINGS, "block_size": BLOCK_SIZE, "num_gpu_blocks_override": 90,
+            "waves": 2, "asked": [DENSE] * 4 + [None] * 4, "max_model_len": 768,
+            "disable_hybrid_kv_cache_manager": False,
+        }  # fmt: skip
+        without = run_engine(windowed, prompts[:4], **options)
+        tier = run_engine(windowed, prompts[:4], kv_offloading_size=0.05, **options)
+        assert tier["tokens"] == without["tokens"]
+        assert tier["free_blocks"][0] == tier["free_blocks"][1]
 
     @pytest.mark.slow
     def test_the_gpu_path(self, llama, prompts, sparse_run):

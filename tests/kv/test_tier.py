@@ -196,6 +196,75 @@ def test_random_lives(llama, seed):
     assert any(machine.first_hits.values())
 
 
+@pytest.mark.parametrize("retention", [None, 0])
+def test_a_shorter_hit_brings_the_windows_before_its_own_end(llama, retention):
+    """A tier has all of a dense prompt, of which the same prompt, sparse, may take a part.
+
+    Of a window layer it needs the last blocks of that part, not those of the whole, which are all
+    that vLLM keeps by default.
+    """
+    from vllm import SamplingParams
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec,
+        KVCacheConfig,
+        KVCacheGroupSpec,
+        KVCacheTensor,
+        SlidingWindowSpec,
+    )
+    from vllm.v1.request import Request
+
+    from vllm_sparse.kv.spec import PolicySpec
+    from vllm_sparse.kv.tier import PrefixTierConnector
+
+    machine = TierMachine(llama, blocks=10, host_blocks=200)  # for its configuration
+    heads = {"block_size": BLOCK, "num_kv_heads": 2, "head_size": 16, "dtype": torch.float32}
+    full, window = FullAttentionSpec(**heads), SlidingWindowSpec(**heads, sliding_window=2 * BLOCK)
+    ours = PolicySpec.wrap(full, machine.policy, beside_others=True)
+
+    def cache(spec):
+        placed = KVCacheTensor(PAGE_BYTES * 99, ["a"], layer_stride=0, block_stride=PAGE_BYTES)
+        groups = [KVCacheGroupSpec(["a"], window), KVCacheGroupSpec(["b"], spec)]
+        return KVCacheConfig(99, [placed], groups, prefix_cache_retention_interval=retention)
+
+    connector = PrefixTierConnector(
+        machine.scheduler.vllm_config, KVConnectorRole.SCHEDULER, cache(ours)
+    )
+    sizes = {"scheduler_block_size": BLOCK, "hash_block_size": BLOCK}
+    held = KVCacheManager(cache(full), max_model_len=1024, enable_caching=True, **sizes)
+    tier = connector.scheduler_manager
+    tier.cpu_coordinator, tier.cpu_block_pool = held.coordinator, held.block_pool
+    tier._gpu_block_pool = held.block_pool
+    hasher = get_request_block_hasher(BLOCK, sha256)
+    dense, sparse = (
+        Request(name, list(range(400)), SamplingParams(max_tokens=8), None, block_hasher=hasher)
+        for name in ("dense", "sparse")
+    )
+    for _ in range(4):  # in chunks, so that windows are published along the way
+        held.new_step_starts()
+        assert held.allocate_slots(dense, 100) is not None
+        dense.num_computed_tokens += 100
+    held.free(dense)
+
+    limit = ours.hittable_tokens(400, 0)
+    assert 2 * BLOCK < limit < 399 // BLOCK * BLOCK, "otherwise nothing is cut, or nothing left"
+    found = connector.get_num_new_matched_tokens(sparse, 0)
+    rows = list(range(30)), list(range(30, 60))
+    if retention == 0:
+        assert found == (0, False)
+    else:
+        assert found == (limit, True)
+        placed = SimpleNamespace(get_block_ids=lambda: rows)
+        connector.update_state_after_alloc(sparse, placed, limit)
+        last = limit // BLOCK
+        loaded = tier._reqs_to_load["sparse"].transfer_meta.gpu_block_ids
+        assert loaded == [*rows[0][last - 2 : last], *rows[1][:last]]
+    assert not tier._pending_cpu_hits, "pins what nobody takes"
+
+
 def test_every_byte_of_a_block_is_copied_once():
     """Three layers, of which a group of one overlays the first; and one of another worker."""
     from vllm_sparse.kv.tier import block_regions

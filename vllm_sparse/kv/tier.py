@@ -57,18 +57,31 @@ class PrefixTierConnector(SimpleCPUOffloadConnector):
         A loaded token leaves no query, and the last ones' queries choose what the prompt keeps.
         Blocks are loaded whole.
         """
-        limits = [spec.hittable_tokens(*case_of(request)) for spec in self._specs]
-        room = min(
-            (limit - num_computed_tokens for limit in limits if limit is not None),
-            default=request.num_tokens,
-        )
-        if room <= 0:
-            return 0, False
-        tokens, waits = super().get_num_new_matched_tokens(request, num_computed_tokens)
-        if not tokens or tokens <= room:
-            return tokens, waits
-        tokens = min(room // spec.block_size * spec.block_size for spec in self._specs)
-        return tokens, waits and tokens > 0
+        ends = [
+            num_computed_tokens + max(limit - num_computed_tokens, 0) // size * size
+            for size, limit in self._limits(request)
+        ]
+        # A lookup for less, not less of a lookup: windows come back with what is before its end.
+        shorter: Any = _Shorter(request, min([*(end + 1 for end in ends), request.num_tokens]))
+        return super().get_num_new_matched_tokens(shorter, num_computed_tokens)
+
+    def _limits(self, request: Request) -> Iterator[tuple[int, int]]:
+        """Tokens of a block, and leading ones of the request that may come back, where it ends."""
+        for spec in self._specs:
+            limit = spec.hittable_tokens(*case_of(request))
+            if limit is not None:
+                yield spec.block_size, limit
+
+
+class _Shorter:
+    """A request as it would be with fewer tokens, of which a lookup leaves out the last."""
+
+    def __init__(self, request: Request, num_tokens: int) -> None:
+        self._request = request
+        self.num_tokens = num_tokens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._request, name)
 
 
 class HostCopies(SimpleCPUOffloadWorker):
