@@ -12,6 +12,8 @@ from support.scheduler import BLOCK, Machine, prompts
 from vllm_sparse.kv.copies import PrefixCopies
 from vllm_sparse.metrics import counters
 from vllm_sparse.metrics.definitions import METRICS
+from vllm_sparse.policies.quest import Quest
+from vllm_sparse.policies.rocketkv import RocketKV
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -341,6 +343,40 @@ def test_copying_out_preempts_nobody(llama):
     machine.add([2] * 208)
     machine.run()
     assert machine.preemptions == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "engine"),
+    [
+        (RocketKV, 40, {}),
+        (Quest, 400, {}),
+        (RocketKV, 400, {"enable_prefix_caching": False}),
+    ],
+    ids=["a dense prompt", "QUEST", "no prefix cache"],
+)
+def test_where_nothing_is_copied_nobody_asks_for_room(llama, monkeypatch, kind, length, engine):
+    """What running requests may take is summed over all of them: hundreds, for each prompt."""
+    monkeypatch.setattr(PrefixCopies, "_wanted", lambda _: pytest.fail("looks for room"))
+    machine = Machine(
+        llama, blocks=300, kind=kind, max_num_seqs=8, max_num_batched_tokens=4000, **engine
+    )
+    for prompt in prompts(8, length):
+        machine.add(prompt)
+    machine.run()
+    assert machine.copied == 0
+
+
+def test_prompts_that_end_together_count_what_others_want_once(llama, monkeypatch):
+    """Where the pool has room for all; each of them copies what it would alone."""
+    counts, wanted = [], PrefixCopies._wanted
+    monkeypatch.setattr(PrefixCopies, "_wanted", lambda self: counts.append(1) or wanted(self))
+    machine = Machine(llama, blocks=400, max_num_seqs=8, max_num_batched_tokens=4000)
+    for prompt in prompts(8):
+        machine.add(prompt)
+    machine.run()
+    shared = limits(machine)[0]
+    assert machine.copied == 8 * (400 // BLOCK - shared // BLOCK)
+    assert counts == [1]
 
 
 def test_copies_of_a_step_that_does_not_take_place_are_not_published(llama, monkeypatch):

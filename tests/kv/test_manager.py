@@ -417,13 +417,14 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.vllm
-def test_the_policy_is_not_asked_again_in_every_step(llama, monkeypatch):
+@pytest.mark.parametrize("length", [400, 40], ids=["sparse", "dense"])
+def test_the_policy_is_not_asked_again_in_every_step(llama, monkeypatch, length):
     """What a prompt keeps does not change; a server has hundreds of such requests in each step."""
     machine = Machine(llama, blocks=120)
-    machine.add(prompts(1)[0], new_tokens=60)
+    machine.add(prompts(1, length)[0], new_tokens=60)
     for _ in range(15):
         machine.step()
-    assert machine.manager._saved
+    assert machine.policy.retention(length).sparse == (length == 400)
     asked, retention = [], RocketKV.retention
     monkeypatch.setattr(
         RocketKV, "retention", lambda self, length: asked.append(length) or retention(self, length)

@@ -92,6 +92,7 @@ class PrefixCopies:
         self._pool = manager.block_pool
         self._hits: dict[str, range] = {}
         self._out: dict[str, dict[int, KVCacheBlock]] = {}  # by place in the request
+        self._counted = 0, 0  # requests, and the blocks that they wanted, in this step
 
     def _tail(self, request: Request) -> range:
         """Full prompt blocks that are not shared, empty where nothing is copied."""
@@ -119,6 +120,8 @@ class PrefixCopies:
             hit_blocks: What the prefix cache has of it.
             hit_tokens: How many tokens of it.
         """
+        if not hit_blocks:  # as of every request that runs, in every step
+            return 0
         needed, queued = len(self._hit_tail(request_id, hit_blocks, hit_tokens)), self._queued
         if needed and queued and queued + needed > self._manager.kv_cache_spec.most_copies:
             return self._pool.num_gpu_blocks  # the next step has room for it
@@ -137,7 +140,8 @@ class PrefixCopies:
         Returns:
             These blocks.
         """
-        _count_skipped(*_cut.pop(request, (0, "hit_cut")))
+        if _cut:  # rarely; every request comes here in every step
+            _count_skipped(*_cut.pop(request, (0, "hit_cut")))
         if not (hit := self._hits.pop(request.request_id, range(0))):
             return []
         blocks, private = self._manager.req_to_blocks[request.request_id], self._new(len(hit))
@@ -160,8 +164,9 @@ class PrefixCopies:
         request_id = request.request_id
         if request.num_computed_tokens != request.num_prompt_tokens or request_id in self._out:
             return
-        places = self._missing(request, self._tail(request))
-        room = self._pool.get_num_free_blocks() - self._wanted()
+        if not (places := self._missing(request, self._tail(request))):
+            return
+        room = self._room(len(places))
         most = self._manager.kv_cache_spec.most_copies - self._queued
         count = max(min(room, most), 0)
         _count_skipped(len(places) - count, "pool_short" if room < most else "step_limit")
@@ -173,6 +178,18 @@ class PrefixCopies:
         for place, copy in reversed(self._out[request_id].items()):
             self._queue(blocks[place], copy)
         metrics.counters().add("prefix_blocks_copied_out", len(places))
+
+    def _room(self, blocks: int) -> int:
+        """Free blocks that running requests leave in the step, or at least so many of them.
+
+        Rows only grow in a step, so what was wanted at first is enough to know that there is room.
+        """
+        free, rows = self._pool.get_num_free_blocks(), len(self._manager.req_to_blocks)
+        counted, wanted = self._counted
+        if rows > counted or free - wanted < blocks:
+            wanted = self._wanted()
+            self._counted = rows, wanted
+        return free - wanted
 
     def _wanted(self) -> int:
         """Blocks that running requests may take in the step: what their prompts lack, and one."""
@@ -188,6 +205,7 @@ class PrefixCopies:
 
         Not sooner: in one step copies read before any is written.
         """
+        self._counted = 0, 0
         for request_id, copies in self._out.items():
             if request := of_id(self._pool, request_id):
                 self._publish(request, copies)

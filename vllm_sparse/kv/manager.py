@@ -263,7 +263,8 @@ class PolicyManager(PromptAwareManager):
             return
         if request_id in self._saved and self._frees_once:
             return
-        blocks = self.req_to_blocks.get(request_id, ())
+        if not (blocks := self.req_to_blocks.get(request_id)):
+            return
         policy = policy_for(
             self.kv_cache_spec.policy, control_of_request(of_id(self.block_pool, request_id))
         )
@@ -272,9 +273,9 @@ class PolicyManager(PromptAwareManager):
         count = 0  # what was freed before lies before the rest
         while last - count > first and blocks[last - count - 1] is not self._null_block:
             count += 1
+        self._saved[request_id] += count
         if count:
             self._remove_blocks_in_range(request_id, first, last)
-            self._saved[request_id] += count
             metrics.counters().add("blocks_evicted", count)
             metrics.counters().add("blocks_saved", count)
 
