@@ -59,8 +59,7 @@ def select_slots(
         count; undefined for rows that read everything.
     """
     del private, arrived
-    rows, kv_heads, size = len(lengths), cache.shape[1], layout.page_size
-    slots, own = out, of_groups(sinks, kv_heads)
+    rows, kv_heads, slots = len(lengths), cache.shape[1], out
     if slots is None:
         capacity = min(top_k, block_table.shape[1] * layout.block_size)
         slots = torch.zeros(rows, kv_heads, capacity, dtype=torch.int32, device=lengths.device)
@@ -69,31 +68,80 @@ def select_slots(
             continue
         if length <= top_k:
             token = torch.arange(max(length, 0), device=lengths.device).expand(kv_heads, -1)
+            place = _places(token, block_table[row], layout)
         else:
-            pages, table = -(-length // size), block_table[row].long()
-            bounds = layout.index(cache)[table].permute(1, 0, 3, 2).flatten(1, 2)[:, :pages]
-            extreme, scale, newest = (
-                part[row].unflatten(0, (kv_heads, -1))
-                for part in (probes.extreme.flatten(1), probes.scale, probes.newest)
-            )
-            read = (extreme >= 0)[:, None]
-            bounds = bounds.float().gather(
-                2, extreme.clamp(min=0).long()[:, None].expand(-1, pages, -1)
-            )
-            query = probes.query[row].float().unflatten(0, (kv_heads, -1))
-            logit = query @ bounds.masked_fill(~read, 0.0).transpose(1, 2) * scale[..., None]
-            logit[..., -1] = newest
-            tokens = torch.full((pages,), size, device=lengths.device)
-            tokens[-1] = length - (pages - 1) * size
-            top = logit.amax(-1, keepdim=True)
-            weight = (logit - top).exp()
-            total = (weight * tokens).sum(-1, keepdim=True)
-            if own is not None:
-                total = total + (own[..., None] - top).exp()
-            probability = (weight / total).sum(1)
-            page, taken = select_pages(probability, lengths[row], size, top_k)
-            token = page_tokens(page, taken, size)[:, : min(length, top_k)]
-        block = block_table[row].long()[token // layout.block_size]
-        place = block * layout.block_size + token % layout.block_size
-        slots[row, :, : token.shape[1]] = place.int()
+            estimate = page_estimates(cache, probes, block_table, lengths, row, layout, sinks)
+            place = best_slots(estimate, block_table[row], lengths[row], layout, top_k)
+        slots[row, :, : place.shape[1]] = place
     return slots
+
+
+def page_estimates(
+    cache: Tensor,
+    probes: Probes,
+    block_table: Tensor,
+    lengths: Tensor,
+    row: int,
+    layout: PageLayout,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Estimated probability of each page's tokens in a row, summed over the group.
+
+    Args:
+        cache: As of :func:`select_slots`, as the others.
+        probes: Of all rows.
+        block_table: ``[T, max_blocks]``.
+        lengths: ``[T]``.
+        row: Which one.
+        layout: Page geometry.
+        sinks: ``[H]``.
+
+    Returns:
+        float32 ``[G, pages]``.
+    """
+    kv_heads, size, length = cache.shape[1], layout.page_size, int(lengths[row])
+    own = of_groups(sinks, kv_heads)
+    pages, table = -(-length // size), block_table[row].long()
+    bounds = layout.index(cache)[table].permute(1, 0, 3, 2).flatten(1, 2)[:, :pages]
+    extreme, scale, newest = (
+        part[row].unflatten(0, (kv_heads, -1))
+        for part in (probes.extreme.flatten(1), probes.scale, probes.newest)
+    )
+    read = (extreme >= 0)[:, None]
+    bounds = bounds.float().gather(2, extreme.clamp(min=0).long()[:, None].expand(-1, pages, -1))
+    query = probes.query[row].float().unflatten(0, (kv_heads, -1))
+    logit = query @ bounds.masked_fill(~read, 0.0).transpose(1, 2) * scale[..., None]
+    logit[..., -1] = newest
+    tokens = torch.full((pages,), size, device=lengths.device)
+    tokens[-1] = length - (pages - 1) * size
+    top = logit.amax(-1, keepdim=True)
+    weight = (logit - top).exp()
+    total = (weight * tokens).sum(-1, keepdim=True)
+    if own is not None:
+        total = total + (own[..., None] - top).exp()
+    return (weight / total).sum(1)
+
+
+def best_slots(
+    estimate: Tensor, table: Tensor, length: Tensor, layout: PageLayout, top_k: int
+) -> Tensor:
+    """The places of a row's tokens with the largest estimates.
+
+    Args:
+        estimate: Of its pages, ``[G, pages]``.
+        table: Its blocks, ``[max_blocks]``.
+        length: Its tokens, a scalar; more than ``top_k``.
+        layout: Page geometry.
+        top_k: Tokens to select.
+
+    Returns:
+        Ascending by token, int32 ``[G, top_k]``.
+    """
+    page, taken = select_pages(estimate, length, layout.page_size, top_k)
+    token = page_tokens(page, taken, layout.page_size)[:, :top_k]
+    return _places(token, table, layout)
+
+
+def _places(token: Tensor, table: Tensor, layout: PageLayout) -> Tensor:
+    block = table.long()[token // layout.block_size]
+    return (block * layout.block_size + token % layout.block_size).int()
