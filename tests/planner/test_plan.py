@@ -11,6 +11,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from reference.random_models import save_random_model
 from support.engine import BLOCK_SIZE, SETTINGS, run_engine
 from support.planner import plan
@@ -113,6 +114,18 @@ def test_what_runs_here_is_said(config, capsys):
     last = capsys.readouterr().out.split("\n\n")[-1]
     assert "vLLM" in last.splitlines()[0]
     assert any(words in last for words in ("C++", "PyTorch reference", "Triton, launches"))
+
+
+def test_scripts_are_told_what_runs_here_too(config, capsys):
+    assert main(["plan", config(), "--host-memory", "512"]) == 0
+    text = capsys.readouterr().out
+    assert main(["plan", config(), "--host-memory", "512", "--json"]) == 0
+    machine = json.loads(capsys.readouterr().out)["machine"]
+    assert f"kernels: {machine['kernels']};" in text
+    assert set(machine["versions"]) == {"Python", "vLLM", "torch", "Triton", "transformers"}
+    for name, version in machine["versions"].items():
+        assert f"{name} {version or 'missing'}" in text
+    assert machine["versions"]["torch"] == torch.__version__
 
 
 def test_it_takes_seconds(config, tmp_path):

@@ -18,4 +18,4 @@ LLAMA = {
 def plan(capsys, *options):
     """Exit status, and what is said of each backend."""
     status = main(["plan", *options, "--json", "--host-memory", "512"])
-    return status, {arm["name"]: arm for arm in json.loads(capsys.readouterr().out)}
+    return status, {arm["name"]: arm for arm in json.loads(capsys.readouterr().out)["arms"]}

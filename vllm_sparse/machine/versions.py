@@ -42,13 +42,12 @@ def installed(name: str) -> str | None:
         return None
 
 
-def summary() -> str:
-    """Versions of what serving needs, in a line."""
-    shown = [f"Python {sys.version_info.major}.{sys.version_info.minor}"]
+def serving() -> dict[str, str | None]:
+    """Versions of what serving needs, by name; ``None``: not installed."""
+    found: dict[str, str | None] = {"Python": f"{sys.version_info.major}.{sys.version_info.minor}"}
     for title, names in _SHOWN:
-        found = next(filter(None, map(installed, names)), None)
-        shown.append(f"{title} {found or 'missing'}")
-    return ", ".join(shown)
+        found[title] = next(filter(None, map(installed, names)), None)
+    return found
 
 
 def version_findings() -> Iterator[Finding]:

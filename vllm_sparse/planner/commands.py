@@ -68,9 +68,10 @@ def _run(arguments: argparse.Namespace) -> int:
     sparse = [answer(question, name) for name in shown]
     arms = [answer(question, DENSE), *sparse]
     if arguments.json:
-        print(json.dumps([asdict(arm) for arm in arms], indent=1))
+        plans = [asdict(arm) for arm in arms]
+        print(json.dumps({"arms": plans, "machine": _machine()}, indent=1))
     else:
-        print("\n\n".join([*(_text(arm, question) for arm in arms), _here()]))
+        print("\n\n".join([*(_text(arm, question) for arm in arms), _here(**_machine())]))
     able = [arm for arm in sparse if not arm.refused]
     if not able:
         return REFUSED
@@ -121,12 +122,17 @@ def _device(kind: str, bandwidth: float | None) -> Device:
     return device._replace(bytes_per_s=measured, link_bytes_per_s=link)
 
 
-def _here() -> str:
+def _machine() -> dict[str, Any]:
     """What this machine has installed and would run, whatever is planned for."""
     from vllm_sparse.machine.kernels import summary
-    from vllm_sparse.machine.versions import summary as versions
+    from vllm_sparse.machine.versions import serving
 
-    return f"this machine: {versions()}\n  kernels: {summary()}; `vllm-sparse doctor` says more"
+    return {"versions": serving(), "kernels": summary()}
+
+
+def _here(versions: dict[str, str | None], kernels: str) -> str:
+    shown = ", ".join(f"{name} {found or 'missing'}" for name, found in versions.items())
+    return f"this machine: {shown}\n  kernels: {kernels}; `vllm-sparse doctor` says more"
 
 
 def _text(arm: Arm, question: Question) -> str:
