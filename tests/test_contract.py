@@ -194,6 +194,95 @@ def test_what_we_override_takes_what_vllm_passes(override):
         assert name in our_named or name in ours or our_keywords, f"vLLM passes {name}="
 
 
+class Seam(NamedTuple):
+    """A method or function of vLLM's that one of ours goes on from."""
+
+    where: str
+    module: str
+    owner: str | None
+    name: str
+    ours: ast.FunctionDef | ast.Lambda
+
+
+def _seams() -> list[Seam]:
+    """What `vllm_sparse.seams.replace_once` is called with, also by functions that pass it on."""
+    found = []
+    for path in sorted(OURS.rglob("*.py")):
+        functions = [node for node in _tree(path).body if isinstance(node, ast.FunctionDef)]
+        for function in functions:
+            for call in _calls(function, "replace_once"):
+                ours = _replacement(call.args[2], [*function.body, *functions])
+                given = {argument.arg for argument in function.args.args}
+                passed_on = isinstance(call.args[0], ast.Name) and call.args[0].id in given
+                places = _calls(_tree(path), function.name) if passed_on else [call]
+                found += [_seam(path, place.args, ours) for place in places]
+    return found
+
+
+def _calls(tree: ast.AST, name: str) -> list[ast.Call]:
+    """Calls of a function by its name."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == name]
+
+
+def _replacement(make: ast.expr, nearby: list) -> ast.FunctionDef | ast.Lambda:
+    """What ``make`` makes: the first function in it."""
+    assert isinstance(make, ast.Name)
+    maker = next(x for x in nearby if isinstance(x, ast.FunctionDef) and x.name == make.id)
+    inner = (node for line in maker.body for node in ast.walk(line))
+    return next(node for node in inner if isinstance(node, ast.FunctionDef | ast.Lambda))
+
+
+def _seam(path: Path, arguments: list[ast.expr], ours: ast.FunctionDef | ast.Lambda) -> Seam:
+    owner, name = arguments[0], ast.literal_eval(arguments[1])
+    where = f"{path.relative_to(OURS)}:{ast.unparse(owner)}.{name}"
+    if isinstance(owner, ast.Attribute):
+        assert isinstance(owner.value, ast.Name)
+        return Seam(where, ".".join(_imported(path)[owner.value.id]), owner.attr, name, ours)
+    assert isinstance(owner, ast.Name)
+    module, taken = _imported(path)[owner.id]
+    if _module(f"{module}.{taken}"):
+        return Seam(where, f"{module}.{taken}", None, name, ours)
+    return Seam(where, module, taken, name, ours)
+
+
+@pytest.mark.parametrize("seam", _seams(), ids=lambda seam: seam.where)
+def test_what_we_go_on_from_is_there_and_takes_what_we_pass_on(seam):
+    path = _module(seam.module)
+    assert path is not None, f"{seam.where}: {seam.module} is gone"
+    if seam.owner is None:
+        assert seam.name in _defined(path), f"{seam.where}: {seam.module} has no {seam.name}"
+        return
+    found = _class(seam.module, seam.owner)
+    assert found is not None, f"{seam.where}: {seam.module} has no {seam.owner}"
+    methods = (_function(above, seam.name) for above in _lineage(*found))
+    stock = next(filter(None, methods), None)
+    assert stock is not None, f"{seam.where}: {seam.owner} has no {seam.name}"
+    given, (theirs, *_) = seam.ours.args, _parameters(stock)
+    by_place = len(given.posonlyargs)
+    ours = [argument.arg for argument in (*given.posonlyargs, *given.args)]
+    leading = ["self", *theirs][: len(ours)]
+    assert len(leading) == len(ours), f"{seam.where}: vLLM's takes {theirs}, we pass {ours}"
+    assert leading[by_place:] == ours[by_place:], f"{seam.where}: vLLM's takes {theirs}"
+    if given.vararg is None and given.kwarg is None:
+        assert len(theirs) == len(ours) - 1, f"{seam.where}: vLLM passes {theirs}, we take {ours}"
+
+
+def test_no_seam_is_overlooked():
+    """All that is replaced, by whatever name the function goes, is in the list above."""
+    written = (
+        sum(path.read_text().count("replace_once(") for path in OURS.rglob("*.py")) - 1
+    )  # its definition
+    in_functions = sum(
+        len(_calls(node, "replace_once"))
+        for path in OURS.rglob("*.py")
+        for node in _tree(path).body
+        if isinstance(node, ast.FunctionDef)
+    )
+    assert in_functions == written
+    assert len(_seams()) >= written
+
+
 SEAMS = {
     # Words that our code relies on and no import would miss.
     "v1/core/single_type_kv_cache_manager.py": [

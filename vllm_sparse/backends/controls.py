@@ -55,7 +55,7 @@ def watch_controls(config: VllmConfig) -> None:
 
 def _after(owner: type, name: str, note: Any) -> None:
     def make(stock: Any) -> Any:
-        def noting(self: Any, added: Any) -> Any:
+        def noting(self: Any, added: Any, /) -> Any:
             result = stock(self, added)
             note(self, added)
             return result
