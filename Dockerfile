@@ -5,7 +5,8 @@
 # docker run --gpus all --ipc host -p 8000:8000 -e HF_TOKEN -v models:/home/vllm/.cache/huggingface \
 #   vllm-sparse MODEL --attention-backend ROCKETKV
 #
-# No GPU has run the plugin yet, and start-up says so: see docs/gpu.md before you rely on it.
+# No GPU has run the plugin yet, and start-up says so: see docs/gpu.md before you rely on it, and
+# for running the checks of a checkout in this image, which has no programs but vLLM's.
 
 FROM vllm/vllm-openai:v0.32.0
 

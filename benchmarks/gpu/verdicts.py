@@ -149,13 +149,19 @@ def targets(results: Results) -> list[Target]:
     return found
 
 
+def wanted(target: dict[str, Any]) -> str:
+    """What a target's fields ask for, in signs."""
+    least, most = target["least"], target["most"]
+    return f"<= {most:g}" if least is None else f">= {least:g}"
+
+
 def summary(results: Results) -> tuple[str, dict]:
     """Returns the tables to print last, and what to write beside the stages."""
     rows = [{**target._asdict(), "reached": target.verdict} for target in targets(results)]
     columns = {
         "target": "what",
         "found": "found",
-        "wanted": lambda row: f">= {row['least']:g}" if row["least"] else f"<= {row['most']:g}",
+        "wanted": wanted,
         "bound": "bound",
         "reached": "reached",
     }

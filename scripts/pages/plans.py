@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""Tables of what ``vllm-sparse plan`` says, and of the tokens that ROCKETKV keeps."""
+"""Tables of what is expected: by ``vllm-sparse plan``, of ROCKETKV's prompts, of a GPU."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import verdicts
 from benchmarks.gpu.shapes import LLAMA, config_of
 from benchmarks.tables import table
 from vllm_sparse.planner.bounds import split_by
@@ -79,4 +80,10 @@ def kept() -> str:
     return table(rows, {"t": "{t:,}", **columns})
 
 
-TABLES = {"plan-gains": gains, "rocketkv-kept": kept}
+def targets() -> str:
+    """What the programs for GPUs compare times with."""
+    rows = [target._asdict() for target in verdicts.targets({})]
+    return table(rows, {"target": "what", "wanted": verdicts.wanted})
+
+
+TABLES = {"plan-gains": gains, "rocketkv-kept": kept, "gpu-targets": targets}
