@@ -354,7 +354,8 @@
   function tooLong(asked) {
     const { furthest } = asked.shape;
     return furthest && furthest < asked.longest
-      ? [`${asked.longest} tokens are more than the ${furthest} that the model was made for`]
+      ? [`${asked.longest} tokens are more than the ${furthest} that the model was made for: ask for `
+        + "fewer, or give the max_position_embeddings that you will serve it with (YaRN) under Another model"]
       : [];
   }
 

@@ -104,6 +104,9 @@ class TestWithoutABrowser:
         (shown,) = show("model=SmolLM2-135M&context=32768")
         assert "ROCKETKV refuses this" in shown["table"]
         assert "dense refuses this" in shown["table"]
+        (longer,) = show("model=SmolLM2-135M&context=32768&max_position_embeddings=33024")
+        assert "max_position_embeddings" in shown["table"]
+        assert "refuses this" not in longer["table"]
         assert cells(shown["table"])["ROCKETKV", "fits"] == ""
 
     def test_the_chart_names_its_lines_and_stays_in_its_frame(self):

@@ -77,6 +77,19 @@ def test_what_is_refused_has_its_own_exit_status(config, capsys):
     assert status == 4
 
 
+def test_a_prompt_beyond_the_model_says_what_to_do_which_helps(config, capsys):
+    status, arms = plan(capsys, config(max_position_embeddings=40960), "--context", "65536")
+    assert status == 3
+    for arm in arms.values():
+        assert "65536 + 256 tokens are more than the 40960" in arm["refused"][0]
+        for word in ("lower --context", "rope_parameters", "max_position_embeddings"):
+            assert word in arm["refused"][0]
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    longer = config(max_position_embeddings=131072, rope_parameters=yarn)
+    assert plan(capsys, longer, "--context", "65536")[0] == 0
+    assert plan(capsys, config(max_position_embeddings=40960), "--context", "40000")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -199,7 +199,11 @@ def _too_long(question: Question) -> list[str]:
     if not 0 < furthest < question.model.max_model_len:
         return []
     asked = f"{question.context} + {question.output}"
-    return [f"{asked} tokens are more than the {furthest} that the model was made for"]
+    return [
+        f"{asked} tokens are more than the {furthest} that the model was made for; lower "
+        "--context, or plan a copy of its config.json with the rope_parameters (YaRN's, say) "
+        "and the max_position_embeddings that you will serve it with (--hf-overrides)"
+    ]
 
 
 def pool_room(question: Question) -> int:
