@@ -5,6 +5,7 @@
     python examples/offline.py "$(vllm-sparse fetch-model smollm2-135m-instruct)" docs/*.md
 
 ``--backend SPARDA`` and ``--settings '{"token_budget": 512}'`` as on vLLM's command line.
+The pool of 1 GiB is for this small model: larger ones need more, or what vLLM takes unasked.
 """
 
 from __future__ import annotations
