@@ -94,6 +94,28 @@ def own_backends(name: str, on_gpu: bool) -> None:
     check_model(config, on_gpu)
 
 
+def states_cached(name: str, on_gpu: bool) -> None:
+    """Only Mamba-2 layers, and only with prefix caching."""
+    from vllm.v1.attention.backends.mamba1_attn import Mamba1AttentionBackend
+
+    from vllm_sparse.backends.refusals import check_model
+
+    ours = registry.load(registry.entries()[name].cpu)
+    for kind, cached in (("GDN_ATTN", True), ("MAMBA2", False), ("MAMBA2", True)):
+        states = SimpleNamespace(
+            get_attn_backend=lambda: Mamba1AttentionBackend, mamba_type=SimpleNamespace(name=kind)
+        )
+        context = {"a": SimpleNamespace(get_attn_backend=lambda: ours), "b": states}
+        given = SimpleNamespace(static_forward_context=context)
+        config = configuration(name, compilation_config=given)
+        config.cache_config.enable_prefix_caching = cached
+        try:
+            check_model(config, on_gpu)
+        except UnsupportedError:
+            assert (kind, cached) == ("MAMBA2", True)
+            raise
+
+
 def windows_and_drafter(name: str, on_gpu: bool) -> None:
     from vllm_sparse.backends.refusals import check_windows
 
@@ -196,6 +218,7 @@ def sinks_flash_attention(name: str, on_gpu: bool) -> None:
 BY_CHECK = {
     "windows": (windows, "sliding-window"),
     "own-backends": (own_backends, "CPU_ATTN whatever .* 1 of 3 of its layers"),
+    "states-cached": (states_cached, "--no-enable-prefix-caching"),
     "drafters-windows": (windows_and_drafter, "beside sliding windows"),
     "sinks-flash-attention": (sinks_flash_attention, "version None"),
     "flash-attention-4": (flash_attention_4, "flash_attn_version"),

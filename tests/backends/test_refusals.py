@@ -93,6 +93,29 @@ def test_a_tier_of_somebody_elses_making_is_refused():
         startup.check_config(configuration("SPARDA", kv_transfer_config=chosen))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_config__is_hybrid": True},
+        {"parallel_config__pipeline_parallel_size": 2},
+        {"cache_config__enable_prefix_caching": False},
+    ],
+)
+def test_a_tier_that_is_named_by_hand_is_refused_where_the_option_is(changes):
+    chosen = SimpleNamespace(kv_connector_module_path="vllm_sparse.kv.tier")
+    with pytest.raises(UnsupportedError, match="--kv-transfer-config"):
+        startup.check_config(configuration("ROCKETKV", kv_transfer_config=chosen, **changes))
+
+
+def test_hits_within_blocks_are_refused_beside_windows_alone():
+    from vllm_sparse.backends.refusals import check_windows
+
+    finer = configuration("ROCKETKV", cache_config__prefix_match_unit=16)
+    startup.check_config(finer)  # vLLM refuses it itself where all layers are ours
+    with pytest.raises(UnsupportedError, match="--prefix-match-unit"):
+        check_windows("ROCKETKV", False, finer)
+
+
 def test_what_our_builders_ask_for_is_no_window():
     """An engine completes its configuration again when they have asked."""
     from vllm_sparse.backends.base import ask_for_prompt_lengths

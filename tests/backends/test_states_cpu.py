@@ -111,6 +111,17 @@ def test_delta_nets_of_vllm_follow_hugging_face(delta_net, prompts):
     assert gaps.mean() < unmasked.mean() / 4
 
 
+def test_why_prefix_caching_is_refused_beside_mamba2(hybrid, prompts):
+    """Stock vLLM 0.32 on a CPU: its engine dies of the first request.
+
+    Once this fails, the refusal has lost its reason.
+    """
+    with pytest.raises(RuntimeError) as died:
+        run_engine(hybrid, prompts[:1], **{**MAMBA, "enable_prefix_caching": True})
+    assert "mamba_mixer2.py" in str(died.value)
+    assert "IndexError" in str(died.value)
+
+
 @pytest.mark.parametrize("kind", ["hybrid", "delta_net"])
 def test_why_drafts_are_refused_beside_states(kind, request, prompts):
     """Stock vLLM 0.32 on a CPU: other tokens once drafts are configured, though none is made.

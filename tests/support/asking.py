@@ -40,6 +40,10 @@ BY_CONFIGURATION: dict[str, tuple[dict[str, Any], str]] = {
         },
         "--disable-hybrid-kv-cache-manager",
     ),
+    "hits-within-blocks": (
+        {"cache_config__prefix_match_unit": 16, "model_config__is_hybrid": True},
+        "--prefix-match-unit",
+    ),
     "layers-twice": (
         {"model_config__hf_config": SimpleNamespace(architectures=["IQuestLoopCoderForCausalLM"])},
         "IQuestLoopCoder",
@@ -54,6 +58,7 @@ BY_CONFIGURATION: dict[str, tuple[dict[str, Any], str]] = {
         {"cache_config__cache_dtype": "int8_per_token_head"},
         "scale of its own.*use fp8 or auto",
     ),
+    "other-fp8": ({"cache_config__cache_dtype": "fp8_inc"}, "fp8_inc: .*other devices"),
     "few-bits": ({"cache_config__cache_dtype": "nvfp4"}, "fewer than 8 bits"),
     "tier": ({"cache_config__kv_offloading_size": 1e-3}, "remove --kv-offloading-size"),
     "tier-backend": (
@@ -72,7 +77,7 @@ BY_CONFIGURATION: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "tier-states": (
         {"cache_config__kv_offloading_size": 1e-3, "model_config__is_hybrid": True},
-        "recurrent states cannot come back",
+        "states of recurrent layers .*--kv-offloading-size",
     ),
     "tier-stages": (
         {
@@ -107,6 +112,7 @@ BY_CONFIGURATION: dict[str, tuple[dict[str, Any], str]] = {
     "half-steps": ({"parallel_config__use_ubatching": True}, "--enable-dbo"),
     "drafts": ({"speculative_config": SimpleNamespace(method="ngram")}, "--speculative-config"),
     "suffix": ({"speculative_config": SimpleNamespace(method="suffix")}, ""),
+    "ngram-gpu": ({"speculative_config": SimpleNamespace(method="ngram_gpu")}, ""),
     "drafts-moved": (
         {"speculative_config": SimpleNamespace(method="ngram", enable_adaptive_verification=True)},
         "adaptive_verification",
@@ -118,6 +124,10 @@ BY_CONFIGURATION: dict[str, tuple[dict[str, Any], str]] = {
         "--speculative-config",
     ),
     "unlike-drafters": ({"speculative_config": drafter("eagle", heads=6)}, "has 3 query heads"),
+    "drafters-modules": (
+        {"speculative_config": drafter("mtp", use_multi_module_mtp=lambda: True)},
+        "MTP modules .*num_speculative_tokens to 1",
+    ),
     "drafters-caches": (
         {"speculative_config": drafter("eagle", kv_cache_dtype="fp8")},
         "fp8 beside the model's auto",
@@ -136,6 +146,14 @@ BY_CONFIGURATION: dict[str, tuple[dict[str, Any], str]] = {
             "model_config__is_hybrid": True,
         },
         "beside recurrent state layers",
+    ),
+    "drafts-states-runner": (
+        {
+            "speculative_config": SimpleNamespace(method="suffix"),
+            "model_config__is_hybrid": True,
+            "use_v2_model_runner": False,
+        },
+        "beside recurrent state layers under Model Runner V1",
     ),
     "drafters-states": (
         {"speculative_config": drafter("mtp"), "model_config__is_hybrid": True},

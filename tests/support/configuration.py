@@ -71,7 +71,10 @@ def drafter(method: str, heads: int = 4, **changes: Any) -> SimpleNamespace:
         **changes: Of vLLM's configuration of drafts.
     """
     layers = SimpleNamespace(get_num_attention_heads=lambda _: heads, get_num_kv_heads=lambda _: 2)
-    given = {"kv_cache_dtype": None, "parallel_drafting": False, "attention_backend": None}
+    given = {
+        **{"kv_cache_dtype": None, "parallel_drafting": False, "attention_backend": None},
+        "use_multi_module_mtp": lambda: False,
+    }
     return SimpleNamespace(
         method=method, draft_model_config=layers, draft_parallel_config=None, **{**given, **changes}
     )

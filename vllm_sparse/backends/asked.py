@@ -140,6 +140,8 @@ def of_config(config: Any, settings: Any) -> Asked:
 
 def of_managers(config: Any) -> Asked:
     """What a configuration asks for if layers of other kinds share the pool."""
+    if getattr(config.cache_config, "prefix_match_unit", None) is not None:
+        yield "hits-within-blocks", {}
     if config.scheduler_config.disable_hybrid_kv_cache_manager:
         yield "one-manager", {}
 
@@ -149,7 +151,10 @@ def of_cache(kind: str) -> Asked:
     if kind in FP8_CACHES:
         yield "fp8", {"kind": kind}
     elif kind not in PLAIN_CACHES:
-        others = (("e5m2", "e5m2"), ("per_token_head", "scales-per-token"), ("", "few-bits"))
+        others = (
+            ("e5m2", "e5m2"), ("per_token_head", "scales-per-token"), ("fp8_", "other-fp8"),
+            ("", "few-bits"),
+        )  # fmt: skip
         yield next(name for part, name in others if part in kind), {"kind": kind}
 
 
@@ -159,8 +164,8 @@ def _of_drafts(config: Any) -> Asked:
         return
     if drafts.method in _DRAFTS_WITHOUT_CACHE:
         yield "drafts", {}
-        if drafts.method == "suffix":
-            yield "suffix", {}
+        if drafts.method in ("suffix", "ngram_gpu"):
+            yield drafts.method.replace("_", "-"), {}
         if getattr(drafts, "enable_adaptive_verification", False):
             yield "drafts-moved", {}
     elif not has_layers(drafts):
@@ -171,6 +176,8 @@ def _of_drafts(config: Any) -> Asked:
     if config.model_config.is_hybrid:
         alone = drafts.method in _DRAFTS_WITHOUT_CACHE
         yield "drafts-states" if alone else "drafters-states", {}
+        if alone and not getattr(config, "use_v2_model_runner", True):  # the planner has no runner
+            yield "drafts-states-runner", {}
 
 
 def _of_drafter(config: Any, drafts: Any) -> Asked:
@@ -188,6 +195,8 @@ def _of_drafter(config: Any, drafts: Any) -> Asked:
     if found != expected:
         yield "unlike-drafters", {"found": found, "expected": expected}
     cache = config.cache_config.cache_dtype
+    if drafts.use_multi_module_mtp():
+        yield "drafters-modules", {}
     if drafts.kv_cache_dtype not in (None, cache):
         yield "drafters-caches", {"kind": drafts.kv_cache_dtype, "expected": cache}
     if config.cache_config.kv_offloading_size is not None or config.kv_transfer_config is not None:
@@ -219,17 +228,19 @@ def _of_tier(config: Any) -> Asked:
         yield "connectors", {}
     if cache.kv_offloading_size is None and not ours:
         return
-    yield "tier", {"option": "--kv-transfer-config" if ours else "--kv-offloading-size"}
-    if ours:  # start-up has chosen it, or somebody has
-        return
+    # Ours: start-up has chosen it, or somebody has.
+    option: dict[str, object] = {
+        "option": "--kv-transfer-config" if ours else "--kv-offloading-size"
+    }
+    yield "tier", option
     if cache.kv_offloading_backend != "native":
         yield "tier-backend", {}
     if not cache.enable_prefix_caching:
-        yield "tier-alone", {}
+        yield "tier-alone", option
     if config.model_config.is_hybrid:
-        yield "tier-states", {}
+        yield "tier-states", option
     if config.parallel_config.pipeline_parallel_size > 1:
-        yield "tier-stages", {}
+        yield "tier-stages", option
 
 
 def _of_scheduler(config: Any) -> Asked:

@@ -122,14 +122,15 @@ def check_sinks(name: str) -> None:
 def check_model(config: Any, on_gpu: bool) -> None:
     """Refuse a loaded model if it attends to whole contexts in layers that are not ours.
 
-    Layers with sliding windows or states, and those of drafters, are other rows' concern.
+    Or if its states would end the engine. Layers with sliding windows, and those of drafters, are
+    other rows' concern.
 
     Args:
         config: vLLM's, one of whose backends is ours.
         on_gpu: The path of GPUs, interpreted or not.
 
     Raises:
-        UnsupportedError: It would be served densely, in full or in part.
+        UnsupportedError: It would be served densely, in full or in part, or not at all.
     """
     name = config.attention_config.backend.name
     ours, others = layers_that_attend(config.compilation_config)
@@ -137,6 +138,9 @@ def check_model(config: Any, on_gpu: bool) -> None:
     for layer in others:
         backend, window = layer.get_attn_backend(), getattr(layer, "sliding_window", None)
         drafts = getattr(layer, "is_draft_layer", False)
+        states = getattr(layer, "mamba_type", None)
+        if getattr(states, "name", "") == "MAMBA2" and config.cache_config.enable_prefix_caching:
+            refuse("states-cached", family, on_gpu)
         if window is None and not backend.is_ssm() and not drafts:
             facts = {"backend": name, "other": backend.get_name(), "served": served}
             refuse("own-backends", family, on_gpu, **facts)

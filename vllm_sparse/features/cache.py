@@ -84,6 +84,10 @@ ROWS = (
         "move; use fp8 or auto",
     ),
     everywhere(
+        _CACHE, "other-fp8", "`--kv-cache-dtype fp8_inc` or `fp8_ds_mla`",
+        "--kv-cache-dtype {kind}: laid out for other devices, or for MLA; use fp8 or auto",
+    ),
+    everywhere(
         _CACHE, "few-bits", "caches of fewer than 8 bits",
         "--kv-cache-dtype {kind}: numbers of fewer than 8 bits are packed in ways that compaction "
         "does not know; use fp8 or auto",
@@ -124,20 +128,21 @@ ROWS = (
     row(
         _CACHE, "tier-alone", "the same with `--no-enable-prefix-caching`",
         Refused(
-            "--kv-offloading-size keeps cached prefixes; remove it, or --no-enable-prefix-caching"
+            "{option} keeps cached prefixes; remove it, or --no-enable-prefix-caching"
         ),
         None,
     ),
     row(
         _CACHE, "tier-states", "the same beside recurrent state layers",
-        Refused("recurrent states cannot come back from host memory; remove --kv-offloading-size"),
+        Refused(
+            "states of recurrent layers are stored apart from blocks, where vLLM keeps one, which "
+            "this tier does not do yet; remove {option}"
+        ),
         None,
     ),
     row(
         _CACHE, "tier-stages", "the same with pipeline parallelism",
-        Refused(
-            "stages of a pipeline have blocks of different sizes; remove --kv-offloading-size"
-        ),
+        Refused("stages of a pipeline have blocks of different sizes; remove {option}"),
         None,
     ),
     everywhere(
@@ -150,6 +155,15 @@ ROWS = (
         Refused(
             "--disable-hybrid-kv-cache-manager gives sliding-window or recurrent state layers and "
             "ours one block table, whose blocks would leave for both, or for none; remove it"
+        ),
+        None,
+    ),
+    row(
+        _CACHE, "hits-within-blocks",
+        "`--prefix-match-unit` beside sliding-window or recurrent state layers",
+        Refused(
+            "--prefix-match-unit: of a block in which a hit ends, vLLM copies what the first of "
+            "the layers that share it takes, which may be less than ours; remove it"
         ),
         None,
     ),

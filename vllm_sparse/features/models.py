@@ -153,6 +153,18 @@ ROWS = (
         None,
     ),
     row(
+        _MODELS, "states-cached", "the same with Mamba-2 layers and prefix caching (Granite H)",
+        (
+            Refused(
+                "prefix caching beside Mamba-2 layers on a CPU: vLLM 0.32 keeps states where its "
+                "CPU kernels return none, and its engine would die of the first request, with this "
+                "plugin or without; use --no-enable-prefix-caching"
+            ),
+            None,
+        ),
+        None,
+    ),
+    row(
         _MODELS, "unlike-layers", "full-attention layers of several shapes in one model",
         Refused(
             "layers with {found} and {expected} query heads per KV head share a cache layout; "

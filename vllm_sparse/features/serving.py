@@ -118,6 +118,10 @@ ROWS = (
         None,
     ),
     row(
+        _SERVING, "ngram-gpu", "the same on the device: method `ngram_gpu`",
+        Untested(), None,
+    ),
+    row(
         _SERVING, "drafters", "drafters with layers: EAGLE, EAGLE-3, MTP (methods `eagle`, "
         "`eagle3`, `mtp`)",
         (
@@ -156,6 +160,15 @@ ROWS = (
         None,
     ),
     row(
+        _SERVING, "drafters-modules", "MTP with several modules that draft one after the other",
+        Refused(
+            "--speculative-config: MTP modules that draft one after the other write tokens again "
+            "that are before the present ones, when a prompt may have been compacted; set "
+            "num_speculative_tokens to 1"
+        ),
+        None,
+    ),
+    row(
         _SERVING, "drafters-caches", "drafters with a `kv_cache_dtype` of their own",
         Refused(
             "--speculative-config: kv_cache_dtype {kind} beside the model's {expected}: they share "
@@ -189,7 +202,7 @@ ROWS = (
     ),
     row(
         _SERVING, "drafts-states",
-        "drafts from tokens beside recurrent state layers (on GPUs with Model Runner V2)",
+        "drafts from tokens beside recurrent state layers",
         (
             Refused(
                 "drafts beside recurrent state layers: vLLM 0.32's CPU kernels give other tokens "
@@ -197,6 +210,18 @@ ROWS = (
                 "--speculative-config"
             ),
             Served("tests/backends/test_states_gpu.py::test_drafts_and_prefix_hits"),
+        ),
+        None,
+    ),
+    row(
+        _SERVING, "drafts-states-runner",
+        "the same under Model Runner V1: `suffix` and `custom_class` always",
+        (
+            None,
+            Refused(
+                "drafts beside recurrent state layers under Model Runner V1 are untested; use "
+                "method ngram, and leave out VLLM_USE_V2_MODEL_RUNNER=0"
+            ),
         ),
         None,
     ),
