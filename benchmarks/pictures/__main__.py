@@ -16,7 +16,7 @@ from benchmarks.pictures import generations, memory, quality, speed
 
 PICTURES = (
     quality.policies, quality.windows, speed.speed, speed.serving, speed.prompts,
-    speed.overlap, memory.device_bytes, memory.growth, memory.capacity,
+    speed.overlap, speed.waits, memory.device_bytes, memory.growth, memory.capacity,
     generations.held, generations.steps,
 )  # fmt: skip
 FOLDER = Path(__file__).parents[2] / "docs/images"

@@ -4,9 +4,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from benchmarks.pictures.picture import MODELS, K, Picture, Series, machine
 from benchmarks.published import result
 from benchmarks.serving import medians
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SPEEDS = (
     ("speed-smollm2", 1),
@@ -118,27 +123,58 @@ def serving() -> Picture:
     )
 
 
-def overlap() -> Picture:
-    """Steps at forced miss rates."""
-    found = result("sparda-overlap")
-    rows = {(row["arm"], row["rate"]): row for row in found["rows"]}
+OVERLAP = "sparda-overlap"
+HIDDEN = 0.9  # of a wait: nearly all
+FETCHED = {"no prefetch": "fetched when needed", "prefetch": "a layer ahead"}
+
+
+def _by_misses(of: Callable[[dict], float], names: dict[str, str]) -> tuple[Series, ...]:
+    """What a row has, against the misses that were counted at its rate."""
+    rows = {(row["arm"], row["rate"]): row for row in result(OVERLAP)["rows"]}
     rates = sorted({rate for _, rate in rows})
     share = {
         rate: round(100 * rows["no prefetch", rate]["miss_share_of_free_picks"], 2)
         for rate in rates
     }
-    names = {
-        "no prefetch": "fetched when needed",
-        "prefetch": "a layer ahead",
-        "resident": "resident",
-    }
-    series = tuple(
-        Series(
-            name,
-            tuple((share[rate], round(rows[arm, rate]["step_ms"]["median"], 2)) for rate in rates),
-        )
+    return tuple(
+        Series(name, tuple((share[rate], round(of(rows[arm, rate]), 2)) for rate in rates))
         for arm, name in names.items()
     )
+
+
+def _slowed_copies() -> str:
+    found = result(OVERLAP)
+    return (
+        f"SmolLM2-135M, {found['context'] // K}K, batch {found['batch']}, {found['top_k']} blocks, "
+        f"copies slowed to {found['link_gb_per_s']:.2f} GB/s, all arms choose alike. "
+        + machine(OVERLAP)
+    )
+
+
+def waits() -> Picture:
+    """What a step waits for copies, at forced miss rates."""
+    series = _by_misses(lambda row: row["exposed_wait_ms_per_step"], FETCHED)
+    needed, ahead = (dict(each.points) for each in series)
+    hidden = {at: 1 - ahead[at] / needed[at] for at in needed if needed[at]}
+    furthest = max(at for at in hidden if hidden[at] > HIDDEN)
+    most = max(hidden)
+    return Picture(
+        "waits",
+        f"Fetching a layer ahead hides {100 * hidden[furthest]:.0f} % of the wait for copies at "
+        f"{furthest:.0f} % misses, {100 * hidden[most]:.0f} % at {most:.0f} %, where the copies "
+        "take longer than the layers",
+        _slowed_copies(),
+        "misses among the free picks, %",
+        "wait that a step shows, ms",
+        series,
+        (OVERLAP,),
+    )
+
+
+def overlap() -> Picture:
+    """Steps at forced miss rates."""
+    names = {**FETCHED, "resident": "resident"}
+    series = _by_misses(lambda row: row["step_ms"]["median"], names)
     needed, ahead, _ = (dict(each.points) for each in series)
     gains = {at: needed[at] / ahead[at] for at in needed}
     best = max(gains, key=lambda at: gains[at])
@@ -146,11 +182,9 @@ def overlap() -> Picture:
         "overlap",
         f"Fetching a layer ahead makes a step up to {gains[best]:.2f}x as fast "
         f"({best:.0f} % misses)",
-        f"SmolLM2-135M, {found['context'] // K}K, batch {found['batch']}, {found['top_k']} blocks, "
-        f"copies slowed to {found['link_gb_per_s']:.2f} GB/s, all arms choose alike. "
-        + machine("sparda-overlap"),
+        _slowed_copies(),
         "misses among the free picks, %",
         "decode step, ms",
         series,
-        ("sparda-overlap",),
+        (OVERLAP,),
     )

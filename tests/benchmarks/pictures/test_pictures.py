@@ -103,6 +103,13 @@ def later(found, arm):
             lambda found: later(found, "rocketkv-512").update(device_bytes=1 << 20),
             {"generations"},
         ),
+        (
+            "sparda-overlap",
+            lambda found: next(
+                row for row in found["rows"] if row["arm"] == "prefetch" and row["rate"] == 0.4
+            ).update(exposed_wait_ms_per_step=1.0),
+            {"waits"},
+        ),
     ],
 )
 def test_another_result_is_another_picture(monkeypatch, file, change, names):
@@ -127,6 +134,9 @@ def test_points_are_those_of_the_files():
     each, all_users = MADE["serving"].series[1].points[1]
     assert all_users == round(point["output_throughput"], 2)
     assert each == pytest.approx(1e3 / point["tpot_ms"]["p50"], abs=0.01)
+    rows = read("sparda-overlap")["rows"]
+    waited = [row["exposed_wait_ms_per_step"] for row in rows if row["arm"] == "prefetch"]
+    assert sorted(of("waits", "a layer ahead").values()) == pytest.approx(sorted(waited), abs=0.01)
     cell = read("prompts-qwen-16k")["cells"][0]
     assert of("prompts", "stock")[16384] == round(cell["arms"]["dense"]["cpu"]["median"], 2)
     point = later(read(generations.FILE), "sparda-32")
