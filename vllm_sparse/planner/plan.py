@@ -168,15 +168,14 @@ def answer(question: Question, name: str) -> Arm:
         ConfigError: The settings are wrong.
     """
     if name == DENSE:
-        refused = [*_without_caches(question.model), *_too_long(question)]
+        refused = _impossible(question)
         return Arm(DENSE, refused) if refused else _dense(question)
     settings = load_settings({NAMESPACE: question.settings}, name.lower())
     config = question.configuration(question.concurrency, name)
     refused = [
         *unsupported(config, name, question.on_gpu),
         *question.model.layer_refusals(name, question.on_gpu, question.device.flash_attention),
-        *_without_caches(question.model),
-        *_too_long(question),
+        *_impossible(question),
     ]
     if refused:
         return Arm(name, refused)
@@ -188,22 +187,21 @@ def answer(question: Question, name: str) -> Arm:
         return Arm(name, [str(error)])
 
 
-def _without_caches(model: Model) -> list[str]:
-    if model.full_layers or model.windowed_layers:
-        return []
-    return ["none of its layers keeps keys and values, of which there is nothing to plan"]
-
-
-def _too_long(question: Question) -> list[str]:
-    furthest = question.model.furthest
-    if not 0 < furthest < question.model.max_model_len:
-        return []
-    asked = f"{question.context} + {question.output}"
-    return [
-        f"{asked} tokens are more than the {furthest} that the model was made for; lower "
-        "--context, or plan a copy of its config.json with the rope_parameters (YaRN's, say) "
-        "and the max_position_embeddings that you will serve it with (--hf-overrides)"
-    ]
+def _impossible(question: Question) -> list[str]:
+    """Why nobody could serve this."""
+    model, reasons = question.model, []
+    if not (model.full_layers or model.windowed_layers):
+        reasons.append(
+            "none of its layers keeps keys and values, of which there is nothing to plan"
+        )
+    if 0 < model.furthest < model.max_model_len:
+        asked = f"{question.context} + {question.output}"
+        reasons.append(
+            f"{asked} tokens are more than the {model.furthest} that the model was made for; lower "
+            "--context, or plan a copy of its config.json with the rope_parameters (YaRN's, say) "
+            "and the max_position_embeddings that you will serve it with (--hf-overrides)"
+        )
+    return reasons
 
 
 def pool_room(question: Question) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.gpu import machine
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_stages_see_the_checkout_only_through_links(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.gpu import bench, check, first, stages
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize("program", [check, bench, first])

@@ -21,8 +21,8 @@ from .test_runner import has_ended
 if TYPE_CHECKING:
     import argparse
 
-ROOT = Path(__file__).resolve().parents[2]
-MODULE = "tests.benchmarks.test_first"
+ROOT = Path(__file__).resolve().parents[3]
+MODULE = "tests.benchmarks.gpu.test_first"
 THOUSAND = 1024
 
 

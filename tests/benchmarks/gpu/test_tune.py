@@ -24,7 +24,7 @@ from vllm_sparse.kernels.triton.launch import Launch
 
 from benchmarks.ops import launches, parity, rocketkv, search, sparda, timings
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 SHIPPED = dict(launch._SM80)  # the table itself is what a search changes
 EVERY = (*launches.ROCKETKV, *launches.SPARDA)
@@ -75,7 +75,7 @@ def test_the_whole_program_finds_checks_and_installs_the_best(tmp_path, monkeypa
     installed = tmp_path / "cache" / "launches.json"
     monkeypatch.setenv(launch.LAUNCHES_ENV, str(installed))
     monkeypatch.setattr(
-        tune, "MODULE", "tests.benchmarks.test_tune"
+        tune, "MODULE", "tests.benchmarks.gpu.test_tune"
     )  # whose timer is the one above
     monkeypatch.setattr(tune, "PARITY_S", 1800)  # a busy machine has longer than a GPU would need
     out = tmp_path / "out"

@@ -23,8 +23,8 @@ from benchmarks.gpu import runner, stages
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ROOT = Path(__file__).resolve().parents[2]
-MODULE = "tests.benchmarks.test_runner"
+ROOT = Path(__file__).resolve().parents[3]
+MODULE = "tests.benchmarks.gpu.test_runner"
 NAPS = ("meets", "meets too", "alone", "last")
 
 
