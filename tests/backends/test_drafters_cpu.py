@@ -57,10 +57,14 @@ def knowing(tmp_path_factory):
     return model, save_knowing_eagle(folder / "eagle", model)
 
 
-def test_heads_that_know_the_model_are_accepted(knowing, prompts):
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+def test_heads_that_know_the_model_are_accepted(knowing, prompts, cache):
     """As often as with stock attention, where everything is kept and read, but compacted."""
     model, head = knowing
-    shared = {"block_size": BLOCK_SIZE, "speculative_config": drafts(head, "eagle")}
+    shared = {
+        "block_size": BLOCK_SIZE, "speculative_config": drafts(head, "eagle"),
+        "kv_cache_dtype": cache,
+    }  # fmt: skip
     stock = run_engine(model, prompts, **shared)
     run = run_engine(model, prompts, settings=EVERYTHING, **shared, max_num_batched_tokens=300)
     assert run["tokens"] == stock["tokens"]
@@ -96,13 +100,38 @@ def test_eagle3_changes_nothing(llama, prompts, sparse_run, tmp_path):
 
 
 def test_layers_that_predict_one_token_more_change_nothing(qwen2, prompts, tmp_path):
+    """In chunks, with prefix hits and preemption; and where everything is kept and read."""
     model = save_mimo(tmp_path / "mimo", qwen2)
+    shared = {
+        "block_size": BLOCK_SIZE, "new_tokens": 40, "speculative_config": drafts(None, "mtp", 1)
+    }  # fmt: skip
     run = run_engine(
-        model, prompts[:3], settings=SETTINGS, block_size=BLOCK_SIZE, new_tokens=40,
-        speculative_config=drafts(None, "mtp", 1),
+        model, prompts, settings=SETTINGS, **shared, waves=2, max_num_batched_tokens=100,
+        num_gpu_blocks_override=44, scheduler_reserve_full_isl=False,
     )  # fmt: skip
-    assert_tokens_of_hugging_face(qwen2, prompts[:3], run["tokens"][0])
+    for tokens in run["tokens"]:
+        assert_tokens_of_hugging_face(qwen2, prompts, tokens)
     assert run["drafted"] > run["accepted"] + 50
+    assert run["preemptions"] > 0
+    assert max(run["cached"][1]) > 0
+    assert run["free_blocks"][0] == run["free_blocks"][1]
+    stock = run_engine(model, prompts[:3], **shared)
+    wide = run_engine(model, prompts[:3], settings=EVERYTHING, **shared)
+    assert wide["tokens"] == stock["tokens"]
+    assert wide["counters"]["prompts_compacted"] == 3
+    assert wide["accepted"] == stock["accepted"]
+
+
+def test_a_draft_model_of_another_shape_changes_nothing(llama, prompts, sparse_run, tmp_path):
+    """One KV head of twice the numbers, in blocks of as many bytes."""
+    model = save_random_model(tmp_path / "draft", layers=1, heads=4, kv_heads=1, head_dim=64)
+    run = run_engine(
+        llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE, max_num_batched_tokens=200,
+        speculative_config=drafts(model, "draft_model"),
+    )  # fmt: skip
+    assert run["tokens"] == sparse_run["tokens"]
+    assert run["drafted"] > run["accepted"]
+    assert run["free_blocks"][0] == run["free_blocks"][1]
 
 
 def test_where_tokens_stay_in_place(llama, prompts):
