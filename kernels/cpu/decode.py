@@ -37,6 +37,7 @@ def decode_attention(
     scale: float,
     read_all: bool = False,
     replays: bool = True,
+    most_rows: int | None = None,
     parked: Tensor | None = None,
     per_block: int = 0,
     scales: Scales = UNSCALED,
@@ -50,7 +51,7 @@ def decode_attention(
         ValueError: Unsupported dtype or head size, or queries that wait: only a captured batch,
             which a CPU has not, holds a prompt's token beside decode rows.
     """
-    del replays, per_block
+    del replays, most_rows, per_block
     if parked is not None:
         raise ValueError("the CPU decode kernel lets no queries wait for their prompt's end")
     tokens, heads, dim = query.shape

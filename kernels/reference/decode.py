@@ -38,6 +38,7 @@ def decode_attention(
     scale: float,
     read_all: bool = False,
     replays: bool = True,
+    most_rows: int | None = None,
     parked: Tensor | None = None,
     per_block: int = 0,
     scales: Scales = UNSCALED,
@@ -62,12 +63,14 @@ def decode_attention(
         read_all: Attend to every token (stage 2 off).
         replays: A request may have several rows; false promises that ``final_lengths`` equals
             ``lengths``.
+        most_rows: Of a request that has several, whose lengths are consecutive; ``None``: unknown.
         parked: Where queries wait for their prompt's compaction, as ``block * per_block + place``,
             int32 ``[T]``; -1 for none.
         per_block: Window queries that a block has room for; needed with ``parked``.
         scales: Of an fp8 cache.
         sinks: Learned attention sinks, a logit of each query head, any dtype ``[H]``.
     """
+    del most_rows
     append_tokens(
         cache, key, value, block_table, lengths, final_lengths, top_r, layout,
         replays=replays, query=query, parked=parked, per_block=per_block, scales=scales,

@@ -31,6 +31,8 @@ def select_slots(
     layout: PageLayout,
     top_k: int,
     private: bool = False,
+    final_lengths: Tensor | None = None,
+    most_rows: int = 1,
     arrived: Tensor | None = None,
     out: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -48,7 +50,10 @@ def select_slots(
         top_r: ``[T]``; rows with 0 read everything.
         layout: Page geometry.
         top_k: Tokens to select.
-        private: Promises that no two rows whose pages are scored have a block in common.
+        private: Promises that of rows whose pages are scored only those of one request have blocks
+            in common, which are ``most_rows`` at most and of consecutive lengths.
+        final_lengths: Of the last of each row's request, ``[T]``; ``None``: it has no other.
+        most_rows: Of a request.
         arrived: Zeros, int32 ``[T, G]``, for programs to count each other; changed.
         out: Written and returned if given.
         sinks: Learned attention sinks, a logit of each query head, any dtype ``[H]``.
@@ -58,7 +63,7 @@ def select_slots(
         ``[T, G, min(top_k, max_blocks * block_size)]``, of which the first ``min(top_k, length)``
         count; undefined for rows that read everything.
     """
-    del private, arrived
+    del private, final_lengths, most_rows, arrived
     rows, kv_heads, slots = len(lengths), cache.shape[1], out
     if slots is None:
         capacity = min(top_k, block_table.shape[1] * layout.block_size)

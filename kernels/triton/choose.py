@@ -143,7 +143,7 @@ def take_pages(
 
     Args:
         scores: Where those of the KV head are in the first block of scratch, see :mod:`.pages`.
-        row_blocks: The row's first block in scratch, unless blocks are ``PRIVATE``.
+        row_blocks: See :func:`.pages.select_slots`'s kernel.
         peaks: Of its query heads' shares.
         masses: Of its query heads' shares.
         weights: Scratch, a number for each of its query heads.

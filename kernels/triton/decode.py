@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from vllm_sparse.kernels.layout import PageLayout
 
-# Bytes that the scores of pages may take at a time, where rows of one request share blocks.
+# Bytes that the scores of pages may take at a time, where scratch goes by rows.
 _MOST_SCORES = 256 << 20
+# And where each row of a request has a plane: each is a few hundredths of a percent of the cache.
+_MOST_PLANES = 4 << 30
 
 
 def decode_attention(
@@ -38,6 +40,7 @@ def decode_attention(
     scale: float,
     read_all: bool = False,
     replays: bool = True,
+    most_rows: int | None = None,
     parked: Tensor | None = None,
     per_block: int = 0,
     scales: Scales = UNSCALED,
@@ -48,8 +51,9 @@ def decode_attention(
     Capturable: grids and scratch depend on shapes only. The channel axes must be contiguous and
     so must a page of the cache; other strides are free. Integer tensors are int32. Queries are
     rounded to the cache's dtype, unless it is fp8. Scratch: see :func:`decode_scratch_bytes`.
-    Without ``replays`` no two rows may have a block in common that both score. With them pages are
-    scored for so many rows at a time, to bound scratch.
+    No two requests may have a block in common that rows of both score, unless a request may have
+    any number of rows (``replays`` without ``most_rows``). Then, and where planes of scratch would
+    be too many, pages are scored for so many rows at a time as to bound it.
     """
     rows, kv_heads = len(query), cache.shape[1]
     padded = -(-rows // 4) * 4  # where the second half starts is aligned as the first is
@@ -84,7 +88,8 @@ def decode_attention(
             layout,
             top_k,
             arrived[0],
-            not replays,
+            final_lengths,
+            most_rows if replays else 1,
             sinks,
         )
     attend_slots(
@@ -124,7 +129,8 @@ def _select(
     layout: PageLayout,
     top_k: int,
     arrived: Tensor,
-    private: bool,
+    final_lengths: Tensor,
+    most_rows: int | None,
     sinks: Tensor | None,
 ) -> Tensor:
     """Slots of all rows, see :func:`.pages.select_slots`."""
@@ -134,8 +140,8 @@ def _select(
     )
     capacity = min(top_k, max_blocks * layout.block_size)
     slots = torch.empty(rows, kv_heads, capacity, dtype=torch.int32, device=cache.device)
-    step = rows
-    if not private:
+    step, planes = rows, _planes(most_rows, len(cache), layout, heads + kv_heads)
+    if not planes:
         step = _rows_at_once(rows, heads, kv_heads, max_blocks * layout.pages_per_block)
     for start in range(0, rows, max(step, 1)):
         part = slice(start, start + step)
@@ -147,12 +153,20 @@ def _select(
             top_r[part],
             layout=layout,
             top_k=top_k,
-            private=private,
+            private=planes > 0,
+            final_lengths=final_lengths[part],
+            most_rows=planes,
             arrived=arrived[part],
             out=slots[part],
             sinks=sinks,
         )
     return slots
+
+
+def _planes(most_rows: int | None, blocks: int, layout: PageLayout, numbers: int) -> int:
+    """Planes of scratch for as many rows of a request; 0: scratch goes by rows."""
+    plane_bytes = 4 * blocks * layout.pages_per_block * numbers
+    return most_rows if most_rows and most_rows * plane_bytes <= _MOST_PLANES else 0
 
 
 def _rows_at_once(rows: int, heads: int, kv_heads: int, pages: int) -> int:
@@ -172,6 +186,7 @@ def decode_scratch_bytes(
     top_k: int,
     dtype: torch.dtype,
     device: torch.device,
+    most_rows: int = 1,
 ) -> int:
     """What :func:`decode_attention` holds at a time, at most, with any number of rows up to one.
 
@@ -188,6 +203,7 @@ def decode_scratch_bytes(
         top_k: Tokens to attend to per KV head.
         dtype: Of the cache; of queries if the cache is fp8.
         device: Where.
+        most_rows: Of a request, where several are planned on the device.
     """
     dim, tokens = layout.head_dim, max_blocks * layout.block_size
     head_bytes = dim * dtype.itemsize
@@ -197,11 +213,12 @@ def decode_scratch_bytes(
     per_row += 4 * kv_heads * min(top_k, tokens)  # slots
     tile = launch("select_slots", device, dim, dtype).block
     token_tile = launch("attend", device, dim, dtype).block
+    planes = max(_planes(rows, cache_blocks, layout, heads + kv_heads) for rows in {1, most_rows})
     most = 0
     for count in range(1, rows + 1):
         part = min(_rows_at_once(count, heads, kv_heads, pages), count)
         scored = 0
-        for some, held in ((part, part * max_blocks), (count, cache_blocks)):
+        for some, held in ((part, part * max_blocks), (count, planes * cache_blocks)):
             shares = score_shares(some * kv_heads, pages, tile, head_bytes, device)
             scores = held * layout.pages_per_block * per_page + 4 * some * heads * (2 * shares + 1)
             scored = max(scored, scores)

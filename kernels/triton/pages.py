@@ -3,8 +3,9 @@
 """Stage 2: scores pages by the channel-major index, then lists the tokens to attend to.
 
 One launch does both: the program that is the last one to score pages of a row and KV head selects.
-Scores lie in scratch in blocks, ``[blocks, G, H / G + 1, pages]``: estimated logits of each query
-head, and room for probabilities.
+Scores lie in scratch in blocks, ``[planes, blocks, G, H / G + 1, pages]``: estimated logits of each
+query head, and room for probabilities. A plane is as large as the cache, and of a request's rows
+each has its own, or as wide as the table, and each row has its own.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _score_pages(
         base: The KV head in the cache.
         table: The row's blocks.
         scores: Where those of the KV head are in the first block of scratch.
-        row_blocks: The row's first block in scratch, unless blocks are ``PRIVATE``.
+        row_blocks: The row's first block in scratch, or that of its plane if ``PRIVATE``.
         query: The first of its queries, cut down to the channels that are read.
         extreme: Its channels, see :class:`vllm_sparse.kernels.types.Probes`.
         scale: The first factor of its logits.
@@ -71,7 +72,7 @@ def _score_pages(
         BLOCK_M: ``GROUP`` rounded up.
         BLOCK_P: Pages of a tile.
         BLOCK_D: ``DIM`` rounded up.
-        PRIVATE: Blocks of scratch go by blocks of the cache.
+        PRIVATE: Blocks of a plane of scratch go by blocks of the cache.
 
     Returns:
         The largest logit of each query head, and the sum over tokens of ``exp(logit - largest)``.
@@ -107,8 +108,9 @@ def _score_pages(
         logit = dot(b_q, b_bound.to(b_q.dtype)) * factor[:, None]
         logit = tl.where((page == newest)[None, :], of_newest[:, None], logit)
         if not PRIVATE:
-            block = row_blocks + page // PAGES
-        target = member[:, None] * PAGES + (block.to(tl.int32) * STRIDE + page % PAGES)[None, :]
+            block = (page // PAGES).to(tl.int64)
+        held = row_blocks + block.to(tl.int32)
+        target = member[:, None] * PAGES + (held * STRIDE + page % PAGES)[None, :]
         tl.store(scores + target, logit, mask=member_inside[:, None] & inside[None, :])
         logit = tl.where(inside[None, :], logit, float("-inf"))
         highest = tl.maximum(peak, logit)
@@ -121,7 +123,7 @@ def _score_pages(
 
 
 # How wide a table is changes from step to step, which must not compile variants.
-@triton.jit(do_not_specialize=["width", "capacity", "stride_table"])
+@triton.jit(do_not_specialize=["plane", "capacity", "stride_table"])
 def _select_slots_kernel(
     cache,
     query,
@@ -131,6 +133,7 @@ def _select_slots_kernel(
     sinks,
     table,
     lengths,
+    final_lengths,
     top_r,
     scores,
     peaks,
@@ -139,7 +142,7 @@ def _select_slots_kernel(
     arrived,
     slots,
     top_k,
-    width,
+    plane,
     capacity,
     stride_block,
     stride_head,
@@ -180,7 +183,9 @@ def _select_slots_kernel(
     if begin >= end:
         return
     scores += head * ((GROUP + 1) * PAGES)
-    row_blocks = (row * width).to(tl.int32)
+    row_blocks = (row * plane).to(tl.int32)
+    if PRIVATE:  # a request's rows have blocks in common: each has scores in a plane of its own
+        row_blocks = (tl.load(final_lengths + row) - length) * plane
     peak, mass = _score_pages(
         cache + head * stride_head, table, scores, row_blocks, query + pair * (GROUP * DIM),
         extreme + pair * DIM, scale + pair * GROUP, newest + pair * GROUP, begin, end, length,
@@ -218,6 +223,8 @@ def select_slots(
     layout: PageLayout,
     top_k: int,
     private: bool = False,
+    final_lengths: Tensor | None = None,
+    most_rows: int = 1,
     arrived: Tensor | None = None,
     out: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -247,7 +254,9 @@ def select_slots(
     head_bytes = dim * probes.query.element_size()
     pages = width * layout.pages_per_block
     shares = score_shares(rows * kv_heads, pages, block, head_bytes, device)
-    scratch = (blocks if private else rows * width, kv_heads, heads // kv_heads + 1)
+    plane = blocks if private else width
+    planes = most_rows if private else rows
+    scratch = (planes * plane, kv_heads, heads // kv_heads + 1)
     scores = torch.empty(*scratch, layout.pages_per_block, dtype=torch.float32, device=device)
     peaks, masses = (
         torch.empty(rows, heads, shares, dtype=torch.float32, device=device) for _ in range(2)
@@ -263,6 +272,7 @@ def select_slots(
         lengths if sinks is None else sinks,
         block_table,
         lengths,
+        lengths if final_lengths is None else final_lengths,
         top_r,
         scores,
         peaks,
@@ -271,7 +281,7 @@ def select_slots(
         arrived,
         slots,
         top_k,
-        width,
+        plane,
         capacity,
         cache.stride(0),
         cache.stride(1),

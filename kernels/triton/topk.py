@@ -35,7 +35,7 @@ def place_of(
         index: Of the entries.
         inside: Which of the blocks exist.
         table: Pointer to the blocks, if they are looked up ``BY_TABLE``.
-        first: The first block if they are not.
+        first: The first block.
         STRIDE: From one block to the next.
         PER_BLOCK: Entries of a block; 0 if entries are contiguous.
         BY_TABLE: See ``table``.
@@ -45,8 +45,8 @@ def place_of(
     if BY_TABLE:
         block = tl.load(table + index // PER_BLOCK, mask=inside, other=0)
     else:
-        block = first + index // PER_BLOCK
-    return block * STRIDE + index % PER_BLOCK
+        block = index // PER_BLOCK
+    return (first + block) * STRIDE + index % PER_BLOCK
 
 
 @triton.jit

@@ -100,19 +100,59 @@ def test_scratch_of_rows_that_share_no_blocks_follows_the_cache(scratch):
 
 
 @pytest.mark.usefixtures("_splitting_rows")
-@pytest.mark.parametrize("most", [1 << 30, 40_000])
-def test_scratch_of_a_decode_is_bounded(most, scratch, monkeypatch):
-    """Page scores of some rows at a time select the same tokens."""
-    monkeypatch.setattr(decode_kernel, "_MOST_SCORES", most)
-    batch = batch_on_device(rows=9, group=3, longest=300, page_size=1)
-    scored = []
-    right = decode_kernel.select_slots
+@pytest.mark.parametrize("most_planes", [1 << 30, 0])
+def test_drafts_are_scored_by_one_launch_however_long_requests_may_be(
+    most_planes, scratch, monkeypatch
+):
+    """Each row of a request has scores of its own, as many planes as a request has rows.
+
+    Where these would be too many, scratch goes by rows, and so does the number of launches.
+    """
+    monkeypatch.setattr(decode_kernel, "_MOST_SCORES", 1 << 22)
+    monkeypatch.setattr(decode_kernel, "_MOST_PLANES", most_planes)
+    scored = count_launches(monkeypatch)
+    batch = batch_on_device(rows=9, longest=150)
+    of_request = torch.arange(9, device=DEVICE) // 3 * 3
+    final = batch.lengths[of_request]
+    lengths = final - torch.tensor([2, 1, 0] * 3, device=DEVICE).int()
+    table = batch.table[of_request]
+    batch = batch._replace(table=table, lengths=lengths, top_r=batch.top_r[of_request])
+    expected_cache, expected = decode(reference.decode_attention, batch, 37, final=final)
+    wide = torch.full((9, 16384), 1 << 30, dtype=torch.int32, device=DEVICE)
+    wide[:, : table.shape[1]] = table
+    scratch.update(now=0, most=0)
+    cache, output = decode(
+        decode_kernel.decode_attention, batch._replace(table=wide), 37, final=final, most_rows=3
+    )
+    close(output, expected, torch.float32)
+    assert same(cache, expected_cache)
+    assert scored == ([9] if most_planes else [4, 4, 1])
+    bound = decode_kernel.decode_scratch_bytes(
+        9, 16384, len(cache), layout=batch.layout, heads=6, kv_heads=2, top_k=37,
+        dtype=torch.float32, device=DEVICE, most_rows=3,
+    )  # fmt: skip
+    assert scratch["most"] - cache.nbytes - output.nbytes <= bound
+
+
+def count_launches(monkeypatch):
+    """How many rows each launch scores from now on."""
+    scored, right = [], decode_kernel.select_slots
 
     def select(cache, probes, *args, **kwargs):
         scored.append(len(probes.query))
         return right(cache, probes, *args, **kwargs)
 
     monkeypatch.setattr(decode_kernel, "select_slots", select)
+    return scored
+
+
+@pytest.mark.usefixtures("_splitting_rows")
+@pytest.mark.parametrize("most", [1 << 30, 40_000])
+def test_scratch_of_a_decode_is_bounded(most, scratch, monkeypatch):
+    """Page scores of some rows at a time select the same tokens."""
+    monkeypatch.setattr(decode_kernel, "_MOST_SCORES", most)
+    batch = batch_on_device(rows=9, group=3, longest=300, page_size=1)
+    scored = count_launches(monkeypatch)
     output = torch.zeros_like(batch.query)
     arguments = (batch.cache, batch.query, batch.key, batch.value, output, batch.table,
                  batch.lengths, batch.lengths, batch.top_r)  # fmt: skip

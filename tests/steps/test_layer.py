@@ -18,7 +18,7 @@ from vllm_sparse.kernels import dispatch
 from vllm_sparse.kernels.dispatch import FusedStep, policy_triton
 from vllm_sparse.kernels.fp8 import FP8, Scales
 from vllm_sparse.kernels.layout import PageLayout
-from vllm_sparse.kernels.triton import launch
+from vllm_sparse.kernels.triton import decode, launch
 from vllm_sparse.kernels.types import Rows
 
 from vllm_sparse.kv.tail.codec import PageCodec, PlainReader
@@ -61,7 +61,9 @@ def test_a_graph_can_capture_rows(kind, drafts, monkeypatch):
     a token have its index.
     """
     size, longest = (48, 96) if drafts else (16, 100)
-    layer = layer_of(kind, size, monkeypatch)
+    layer = layer_of(kind, size, monkeypatch, most_rows=4)
+    asked, planes = [], decode._planes
+    monkeypatch.setattr(decode, "_planes", lambda *a: asked.append(a[0]) or planes(*a))
     layout = layer.stock_layout
     content = 2 * DIM + layout.channels // layout.page_size
     cache = torch.randn(1 + 4 * WIDTH, KV_HEADS, size, content)
@@ -75,6 +77,8 @@ def test_a_graph_can_capture_rows(kind, drafts, monkeypatch):
     output, before = torch.empty_like(query), layout.tokens(cache).clone()
     with capturing():
         layer.decode_rows(cache, query, key, value, rows, output)
+    if kind is RocketKV:  # else a graph would score few rows at a time
+        assert asked == [4 if drafts else 1]
     assert bool(output[:3].isfinite().all())
     for row, length in enumerate(lengths[:3].tolist()):
         held = before[table[row].long()].transpose(0, 1).flatten(1, 2)[:, :length].clone()

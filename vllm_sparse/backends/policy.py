@@ -229,6 +229,7 @@ class Planning:
                 reader(layer),
                 kernels,
                 reads_all=extract_layer_index(name) < policy.settings.skip_layers,
+                most_rows=1 + config.num_speculative_tokens,
                 **_of_fp8(layer, spec, config, truncates),
             )
         watch_controls(config)

@@ -55,6 +55,7 @@ def step_bytes(
             top_k=policy.top_k,
             dtype=config.model_config.dtype,
             device=device,
+            most_rows=1 + config.num_speculative_tokens,
         )
         if step is None:
             needed += MOST_INDEX_BYTES

@@ -42,6 +42,7 @@ class SparseLayer:
         reader: Reads pages that the stock kernel has written.
         kernels: What layers run, and the policy's fused step if it names one.
         reads_all: Decode reads every kept token.
+        most_rows: Of a request in a batch that is planned on the device; ``None``: unknown.
         scales: Of an fp8 cache.
         query_dtype: Of queries that wait in an fp8 cache; ``None`` where the cache is not.
 
@@ -57,6 +58,7 @@ class SparseLayer:
         kernels: PolicyKernels,
         *,
         reads_all: bool,
+        most_rows: int | None = None,
         scales: Scales = UNSCALED,
         query_dtype: torch.dtype | None = None,
     ) -> None:
@@ -76,7 +78,7 @@ class SparseLayer:
         self._plain = isinstance(self._reader, PlainReader)
         self._kernels = kernels
         self._scale, self._sinks = policy.shape.logit_scale, policy.shape.learned_sinks
-        self._scales = scales
+        self._scales, self._most_rows = scales, most_rows
         step = kernels.fused(policy.kernel) if policy.kernel else None
         self._compact_prompts: Callable[..., None] | None = None
         if step and step.compact_prompts and isinstance(reader, PlainReader):
@@ -231,7 +233,7 @@ class SparseLayer:
                 parked = {"parked": rows.parked, "per_block": self.parking.per_block}
             self._fused(
                 cache, query, key, value, output, *tables, layout=layout, replays=several,
-                **parked, **self._options(self.policy),
+                most_rows=self._most_rows, **parked, **self._options(self.policy),
             )  # fmt: skip
             return
         if self.parking is not None:
