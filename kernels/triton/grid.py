@@ -76,8 +76,9 @@ def grid_of(
         block: Entries of a tile.
         multiprocessors: Of the GPU.
     """
-    # The second bound is on scratch; so short a share is not worth splitting further either.
-    shares = min(-(-most_entries // block), -(-16 * slots // pairs), MOST_SHARES)
+    # The second bound is on scratch. A quarter of it would leave most programs without work where
+    # one row of 256 reads everything.
+    shares = min(-(-most_entries // block), -(-64 * slots // pairs), MOST_SHARES)
     shares = max(shares, 1)
     wanted = pairs * min(-(-entries // block), shares)
     # Rows that read everything may need more programs than the others. One on a multiprocessor

@@ -20,6 +20,7 @@ from vllm_sparse.kernels.reference import decode as reference
 from vllm_sparse.kernels.reference import pages as ref_pages
 from vllm_sparse.kernels.triton import attention, launch
 from vllm_sparse.kernels.triton import decode as decode_kernel
+from vllm_sparse.kernels.triton.grid import grid_of
 
 SHAPES = [
     {"rows": 2, "kv_heads": 3, "group": 3, "block_size": 128, "longest": 400},
@@ -260,6 +261,15 @@ def test_programs_share_out_what_rows_read(top_r, monkeypatch):
     assert programs == 8
     assert used == [long, long, 0, 0, short, short]
     assert long > 1
+
+
+def test_one_row_that_reads_everything_does_not_hold_up_a_large_batch():
+    """256 rows of eight KV heads on an H200: no share is twice what an even spread gives each."""
+    programs, shares = grid_of(528, 256 * 8, 512, 131072, 32, 132)
+    assert programs == 528
+    tiles = [131072 // 32, *[512 // 32] * 255]
+    even = -(-8 * sum(tiles) // programs)
+    assert -(-tiles[0] // shares) <= 2 * even
 
 
 def test_the_parts_of_the_reference_make_up_its_whole():
