@@ -25,6 +25,7 @@ from vllm_sparse.policies.rocketkv import RocketKV
 from vllm_sparse.policies.snapkv import SnapKV
 from vllm_sparse.policies.sparda import SpardaSettings
 from vllm_sparse.policies.streamingllm import StreamingLLM
+from vllm_sparse.steps import split as steps_split
 from vllm_sparse.steps.drafts import Drafts
 from vllm_sparse.steps.host import SpardaPlanner
 from vllm_sparse.steps.host_rows import RowPlanner
@@ -89,6 +90,30 @@ def test_sparda(name, sparse_prefill, asked):
         )
         assert (single is None) == streamed
         assert not elsewhere(single)
+
+
+@pytest.fixture
+def uploaded(monkeypatch):
+    """How many numbers were uploaded at a time."""
+    counts, there = [], steps_split.upload
+
+    def counting(tensor, device):
+        if tensor.device.type == "cpu":
+            counts.append(tensor.numel())
+        return there(tensor, device)
+
+    monkeypatch.setattr(steps_split, "upload", counting)
+    return counts
+
+
+@pytest.mark.parametrize("kind", [RocketKV, Quest, SnapKV, StreamingLLM])
+def test_what_is_uploaded_is_a_number_for_each_token(kind, uploaded):
+    """Not one for each block that the longest row holds, of each of a thousand rows."""
+    planner = StepPlanner(make_policy(kind))
+    for rows in ([DECODE, CHUNK], [DECODE] * 3, [DECODE] * 3):
+        split(planner, rows, None, False)
+        assert 0 < max(uploaded) <= sum(count for _, count, _ in rows)
+        uploaded.clear()
 
 
 @pytest.mark.parametrize("drafts", [False, True], ids=["exact", "drafts"])

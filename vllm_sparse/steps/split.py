@@ -263,9 +263,8 @@ class StepPlanner:
         gone = dropped * self.block_size
         visible = batch.position[index] + 1
         lengths = (visible - gone).int()
-        width = -(-int(lengths.max()) // self.block_size)
-        columns = (dropped[:, None] + torch.arange(width)).clamp_(max=block_table.shape[1] - 1)
         there = upload(rows, device)
+        columns = self._columns(dropped, lengths, block_table)
         held, final = upload(lengths, device), upload((batch.seq_lens[rows] - gone).int(), device)
         if drafts is None:
             self._count_rows(visible, lengths, control, count)
@@ -276,13 +275,24 @@ class StepPlanner:
             drafts.count_rows(upload(visible, device) + off, held, policy)
         return SparseRows(
             None,
-            block_table[there[:, None], upload(columns, device)],
+            block_table[there[:, None], columns],
             held,
             final,
             upload(self.rules.table.top_r[rule], device),
             page_size,
             control,
         )
+
+    def _columns(self, dropped: Tensor, lengths: Tensor, block_table: Tensor) -> Tensor:
+        """Columns of the block table that rows hold, on its device, int64 ``[T, max_blocks]``.
+
+        Made there: on the way they would be as many numbers as the longest row has blocks, for each
+        of a thousand rows.
+        """
+        device, width = block_table.device, -(-int(lengths.max()) // self.block_size)
+        first = upload(dropped.long(), device)[:, None]
+        columns = first + torch.arange(width, device=device)
+        return columns.clamp_(max=block_table.shape[1] - 1)
 
     def _pages(
         self,
@@ -313,9 +323,7 @@ class StepPlanner:
         """The plan of the rows of the step before, each of which decodes one token again."""
         device = block_table.device
         lengths = (seq_lens - steady.dropped * self.block_size).int()
-        width = -(-int(lengths.max()) // self.block_size)
-        columns = steady.dropped[:, None].long() + torch.arange(width)
-        columns = upload(columns.clamp_(max=block_table.shape[1] - 1), device)
+        columns = self._columns(steady.dropped, lengths, block_table)
         self._count_rows(seq_lens, lengths, steady.control, count)
         lengths, table = upload(lengths, device), block_table.gather(1, columns)
         kind = steady.top_r, steady.page_size, steady.control
