@@ -9,7 +9,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from support.configuration import BLOCK_BYTES, configuration, drafter
+from support.configuration import BLOCK_BYTES, configuration, drafter, llama
 
 from vllm_sparse import device_room, startup
 from vllm_sparse.errors import ConfigError, UnsupportedError
@@ -35,25 +35,6 @@ def test_layers_that_draft_are_served_by_the_models_backend():
 
 # Of four layers, just enough for a step of four requests.
 FEW_FRAMES = 128 * 1024 / GIB
-
-
-def llama(settings, **changes):
-    """Llama 3.1 8B's shape, and vLLM's own limits of a server on a CPU."""
-    given = configuration("SPARDA", **changes)
-    model = given.model_config
-    model.kv_heads, model.max_model_len = 8, changes.get("model_config__max_model_len", 131072)
-    model.get_num_layers = lambda parallel: 32
-    model.get_head_size = lambda: 128
-    model.get_num_attention_heads = lambda parallel: 32 // parallel.tensor_parallel_size
-    model.hf_text_config = SimpleNamespace(
-        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=14336,
-        vocab_size=128256, tie_word_embeddings=False,
-    )  # fmt: skip
-    given.scheduler_config.max_num_seqs = 128
-    given.scheduler_config.max_num_batched_tokens = 2048
-    given.cache_config.gpu_memory_utilization = 0.92
-    given.additional_config = {"vllm_sparse": settings}
-    return given
 
 
 def test_weights_are_known_from_files_or_from_the_shape(tmp_path):
@@ -206,45 +187,6 @@ class TestGuard:
                 lora_config=object(),
             )
         )
-
-    @pytest.mark.parametrize("on_gpu", [False, True])
-    def test_without_host_gib_one_request_fits_if_half_of_what_is_free_is_enough(
-        self, monkeypatch, caplog, on_gpu
-    ):
-        """Llama 3.1 8B's shape: 2,049 blocks of 8 MiB, and its weights on a CPU."""
-        device = (lambda: 80 * GIB) if on_gpu else None
-        needed = 2049 * 8 << 20
-        for free, told, parallel in (
-            (64 * GIB, 16.01, {}),
-            (64 * GIB, 8.01, {"tensor_parallel_size": 2}),
-            (2 * needed - 1, None, {}),
-            (0, 16.01, {"_api_process_count": 2, "_api_process_rank": 0}),
-        ):
-            changes = {f"parallel_config__{key}": value for key, value in parallel.items()}
-            given = llama({}, **changes)
-            monkeypatch.setattr(startup, "available_bytes", lambda free=free: free)
-            caplog.clear()
-            if told is None:
-                message = r"4\.0 GiB hold 512 blocks .* needs 2049.*at least 16\.01"
-                with pytest.raises(ConfigError, match=message):
-                    startup.check_config(given, device)
-                continue
-            with caplog.at_level("INFO", "vllm.sparse.sparda"):
-                for _ in range(2):
-                    startup.check_config(given, device)
-            assert given.cache_config.num_gpu_blocks_override == int(told * GIB) // (
-                (8 << 20) // parallel.get("tensor_parallel_size", 1)
-            )
-            assert given.additional_config["vllm_sparse"]["host_gib"] == told
-            said = [record.getMessage() for record in caplog.records]
-            assert sum(f"{told:.2f} GiB of host memory per rank" in line for line in said) == 1
-
-    def test_host_gib_that_is_set_stays(self, monkeypatch):
-        """Four GiB are 32,768 tokens, but not the null block."""
-        monkeypatch.setattr(startup, "available_bytes", lambda: 64 * GIB)
-        short = llama({"host_gib": 4.0}, model_config__max_model_len=32768)
-        with pytest.raises(ConfigError, match=r"4\.0 GiB hold 512 blocks .* needs 513"):
-            startup.check_config(short)
 
     def test_one_head_per_rank_is_enough(self):
         accepted = config(parallel_config__tensor_parallel_size=2)

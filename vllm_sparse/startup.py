@@ -21,8 +21,10 @@ from vllm_sparse.kv.host.geometry import (
     GIB,
     block_bytes,
     blocks_of_one,
+    compressed_bytes,
     fit_slab,
     gib_of,
+    held_gib,
     host_blocks,
     plan_frames,
     staging_pieces,
@@ -154,8 +156,14 @@ def size_sparda(
     ranks = _stages_here(parallel)
     layers_here = sum(stages[stage] for stage in ranks)
     pools = layers_here / layers  # those of the longest stages
+    piece_bytes = bytes_per_block // (layers * kv_heads)
+    staging = staging_pieces(settings, kv_heads) * piece_bytes
+    room = 0  # of a device, for frames and compressed keys
+    if device_bytes is not None and settings.slab_gib is None:
+        room = left_bytes(config, device_bytes()) - staging
     if "host_gib" not in settings.model_fields_set:
-        settings = _choose_pool(config, settings, bytes_per_block, int(available / pools))
+        held = held_gib(settings, room, bytes_per_block, itemsize)
+        settings = _choose_pool(config, settings, bytes_per_block, int(available / pools), held)
     blocks = host_blocks(settings, bytes_per_block, model.max_model_len)
     if cache.num_gpu_blocks_override is None:
         cache.num_gpu_blocks_override = blocks
@@ -169,21 +177,18 @@ def size_sparda(
         "num_layers": layers,
         "num_pieces": blocks * kv_heads,
         "num_kv_heads": kv_heads,
-        "piece_bytes": bytes_per_block // (layers * kv_heads),
+        "piece_bytes": piece_bytes,
         "max_model_len": model.max_model_len,
     }
-    # Compressed keys: one of two strides for keys and values of as many tokens, not in fp8.
-    numbers = blocks * bytes_per_block // itemsize
-    compressed = numbers * max(itemsize, 2) // (2 * settings.kernel_stride)
+    compressed = compressed_bytes(settings, blocks, bytes_per_block, itemsize)
     # What is in host memory; each is of all ranks of this host together.
     taken = {_HOST_POOL: blocks * block_bytes(layers_here, kv_heads, *shape)}
     if settings.chosen_selector == "previous":  # one query of each block, in the model's dtype
         numbers = layers_here * model.get_num_attention_heads(parallel) * model.get_head_size()
         taken[_QUERIES] = blocks * numbers * model.dtype.itemsize
     if device_bytes is not None and settings.slab_gib is None and not settings.resident:
-        settings = _choose_slab(config, settings, device_bytes(), compressed, sizes)
+        settings = _choose_slab(config, settings, room - compressed, sizes)
     if device_bytes is None:  # one memory holds everything, also what is filled only later
-        staging = staging_pieces(settings, kv_heads) * sizes["piece_bytes"]
         taken |= {
             _STAGING: staging * len(ranks),
             "weights": least_weight_bytes(model) * len(ranks) // _ranks_of_an_engine(parallel),
@@ -196,7 +201,7 @@ def size_sparda(
     seqs = config.scheduler_config.max_num_seqs
     frames = plan_frames(settings, max_num_seqs=seqs, **sizes)
     if device_bytes is None:
-        each = sum(frames) * sizes["piece_bytes"] + compressed
+        each = sum(frames) * piece_bytes + compressed
         taken[_FRAMES] = each * layers_here // layers
     else:  # whose layers have no host blocks if all of them are on the device
         hosted = sum(count < sizes["num_pieces"] for count in frames)
@@ -276,15 +281,16 @@ def _stages_here(parallel: Any) -> list[int]:
 
 
 def _choose_pool(
-    config: Any, settings: SpardaSettings, bytes_per_block: int, available: int
+    config: Any, settings: SpardaSettings, bytes_per_block: int, available: int, held: float
 ) -> SpardaSettings:
-    """Let the pool hold one request of the longest kind, if half of what is free is enough.
+    """Let the pool hold what the device does, and one long request if half of host memory can.
 
     Args:
         config: vLLM's; its settings are changed, so that every process knows.
         settings: As given.
         bytes_per_block: Host bytes of one block in all layers of a rank.
         available: A rank's share of the host memory that is free, in bytes.
+        held: The largest pool of which the device holds every block, in GiB.
 
     Returns:
         The settings, with the pool if it is not the default.
@@ -292,15 +298,17 @@ def _choose_pool(
     longest = config.model_config.max_model_len
     needed = blocks_of_one(settings, longest) * bytes_per_block
     too_much = 2 * needed > available and not _memory_is_others(config.parallel_config)
-    if needed <= settings.host_gib * GIB or too_much:
+    one = 0.0 if too_much or needed <= held * GIB else gib_of(needed)
+    chosen = max(one, held)
+    if chosen <= settings.host_gib:
         return settings
-    chosen = gib_of(needed)
     _tell(config, host_gib=chosen)
+    place, why = " of host memory", f"one request of --max-model-len {longest} needs them"
+    if chosen == held:
+        place, why = "", "this device holds them; a larger host_gib keeps more, in host memory"
     logger.info(
-        "SPARDA: %.2f GiB of host memory per rank for keys and values, as host_gib is not set and "
-        "one request of --max-model-len %d needs them",
-        chosen,
-        longest,
+        f"SPARDA: {chosen:.2f} GiB{place} per rank for keys and values, as host_gib is not set "
+        f"and {why}"
     )
     return settings.model_copy(update={"host_gib": chosen})
 
@@ -360,23 +368,20 @@ def _layers_of_stages(config: Any) -> list[int]:
 
 
 def _choose_slab(
-    config: Any, settings: SpardaSettings, total: int, compressed: int, sizes: dict[str, int]
+    config: Any, settings: SpardaSettings, room: int, sizes: dict[str, int]
 ) -> SpardaSettings:
     """Give frames what the model leaves, and admit as many requests as these serve.
 
     Args:
         config: vLLM's; its settings and its scheduler's are changed, so that every process knows.
         settings: As given.
-        total: Bytes of a device.
-        compressed: Bytes of a rank's compressed keys.
+        room: Bytes of a device for frames.
         sizes: Of :func:`fit_slab`.
 
     Returns:
         The settings with the slab.
     """
     scheduler = config.scheduler_config
-    staging = staging_pieces(settings, sizes["num_kv_heads"]) * sizes["piece_bytes"]
-    room = left_bytes(config, total) - compressed - staging
     asked = scheduler.max_num_seqs
     slab, served = fit_slab(settings, room_bytes=room, max_num_seqs=asked, **sizes)
     if served < asked:

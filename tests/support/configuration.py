@@ -129,3 +129,27 @@ def configuration(backend: str, settings: dict[str, Any] | None = None, **change
         else:  # start-up changes some of it
             values[head] = copy.copy(value) if isinstance(value, SimpleNamespace) else value
     return SimpleNamespace(**values)
+
+
+def llama(settings: dict[str, Any], **changes: Any) -> Any:
+    """Llama 3.1 8B's shape for SPARDA, and vLLM's own limits of a server on a CPU.
+
+    Args:
+        settings: The plugin's.
+        **changes: As of :func:`configuration`.
+    """
+    given = configuration("SPARDA", **changes)
+    model = given.model_config
+    model.kv_heads, model.max_model_len = 8, changes.get("model_config__max_model_len", 131072)
+    model.get_num_layers = lambda parallel: 32
+    model.get_head_size = lambda: 128
+    model.get_num_attention_heads = lambda parallel: 32 // parallel.tensor_parallel_size
+    model.hf_text_config = SimpleNamespace(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=14336,
+        vocab_size=128256, tie_word_embeddings=False,
+    )  # fmt: skip
+    given.scheduler_config.max_num_seqs = 128
+    given.scheduler_config.max_num_batched_tokens = 2048
+    given.cache_config.gpu_memory_utilization = 0.92
+    given.additional_config = {"vllm_sparse": settings}
+    return given

@@ -80,7 +80,8 @@ class SpardaSettings(CommonSettings):
         gt=0,
         description="Host memory for keys and values, per rank; sets vLLM's number of blocks. "
         "Unset: more, if one request of `--max-model-len` needs it and that is at most half of "
-        "what is free.",
+        "what is free; on a GPU without `slab_gib` at least what it holds beside the model, which "
+        "takes no host memory.",
     )
     slab_gib: float | None = Field(
         None,

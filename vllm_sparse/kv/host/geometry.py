@@ -79,6 +79,36 @@ def staging_pieces(settings: SpardaSettings, num_kv_heads: int) -> int:
     return 2 * settings.staging_blocks * num_kv_heads
 
 
+def compressed_bytes(
+    settings: SpardaSettings, blocks: int, bytes_per_block: int, itemsize: int
+) -> int:
+    """Device bytes of a pool's compressed keys: one of two strides, not in fp8.
+
+    Args:
+        settings: For ``kernel_stride``.
+        blocks: Of the pool.
+        bytes_per_block: Keys and values of one block in all layers.
+        itemsize: Bytes of each of their elements.
+    """
+    numbers = blocks * bytes_per_block // itemsize
+    return numbers * max(itemsize, 2) // (2 * settings.kernel_stride)
+
+
+def held_gib(
+    settings: SpardaSettings, room_bytes: int, bytes_per_block: int, itemsize: int
+) -> float:
+    """The largest pool of which a device holds every block, in GiB, rounded down to hundredths.
+
+    Args:
+        settings: As of :func:`compressed_bytes`.
+        room_bytes: Device memory for frames and compressed keys.
+        bytes_per_block: As of :func:`compressed_bytes`.
+        itemsize: As of :func:`compressed_bytes`.
+    """
+    each = bytes_per_block + compressed_bytes(settings, 1, bytes_per_block, itemsize)
+    return max(room_bytes, 0) // each * bytes_per_block * 100 // GIB / 100
+
+
 def host_blocks(settings: SpardaSettings, bytes_per_block: int, max_model_len: int) -> int:
     """Blocks that fit the host pool.
 
