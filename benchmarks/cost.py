@@ -2,7 +2,8 @@
 # SPDX-FileCopyrightText: The vllm-sparse authors
 """What a decode step of ROCKETKV should cost on a GPU, before any GPU has run it.
 
-``python -m benchmarks.cost`` prints predicted microseconds a layer. A launch takes what it takes to
+``python -m benchmarks.cost`` prints predicted microseconds a layer, and whole steps against stock
+vLLM's, with the rest of a step as in :mod:`benchmarks.predictions`. A launch takes what it takes to
 begin, and then the largest of three: the chain of things that one of its programs waits for, the
 instructions of all of them, and the bytes over the bandwidth. Counts come from machine code
 (``tests/benchmarks/test_cost.py`` compares them with what the compiler makes) and from shapes; the
@@ -133,6 +134,11 @@ CASES = (
     Case(16384, 1024, 1), Case(32768, 1024, 1), Case(131072, 1024, 1), Case(32768, 256, 64),
 )  # fmt: skip
 BLOCK_SIZE = 64
+# Of the targets, which are for one H200; stock vLLM's largest batch of 32K is 27 there.
+H200_BYTES_PER_S = 4.2e12
+STEPS = (
+    Case(16384, 1024, 1), Case(32768, 1024, 1), Case(131072, 1024, 1), Case(32768, 1024, 27),
+)  # fmt: skip
 
 
 def microseconds_of(program: Program, tiles: int, machine: Machine) -> float:
@@ -233,6 +239,26 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{kernel.name} {time:.1f}" for kernel, time in zip(launched, times, strict=True)
             )
             print(f"  {title:<27}{sum(times):>6.1f}  ({parts})")
+    _print_steps(Machine(name="H200 SXM", bytes_per_s=H200_BYTES_PER_S))
+
+
+def _print_steps(machine: Machine) -> None:
+    from benchmarks import predictions  # which counts by this module
+
+    print(f"\n{machine.name}, {LLAMA.name}, estimates: milliseconds a decode step, x stock vLLM's")
+    for case in STEPS:
+        stock, serial, overlapped = (
+            predictions.step_ms(
+                LLAMA, case.batch, case.context, split, case.longest,
+                predictions.Expected(machine, late),
+            )
+            for split, late in ((None, False), (split_of(case), False), (split_of(case), True))
+        )  # fmt: skip
+        print(
+            f"  {case.context:>6} tokens, batch {case.batch:>2}: stock {stock:.2f}, three launches "
+            f"{serial:.2f} ({stock / serial:.2f}x), overlapped {overlapped:.2f} "
+            f"({stock / overlapped:.2f}x)"
+        )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ WHOLE = ("whole step", "whole stage 1", "FlashAttention, pages of 16, as vLLM pl
 class Target(NamedTuple):
     """What is to be reached on one H200: at least `least`, or at most `most`.
 
-    `found` is None if it was not measured; `bound` is what bandwidth allows, if there is a bound.
+    `found` is None if it was not measured; `bound` is what bandwidth allows, if there is a bound,
+    and `predicted` what the cost model expects of this GPU.
     """
 
     what: str
@@ -31,6 +32,7 @@ class Target(NamedTuple):
     least: float | None
     bound: float | None = None
     most: float | None = None
+    predicted: float | None = None
 
     @property
     def verdict(self) -> str:
@@ -61,8 +63,8 @@ def prefills(result: dict | None) -> dict[int, list[float]]:
     return found
 
 
-def speedups(results: Results, arm: str) -> dict[tuple[int, int], tuple[float, float]]:
-    """How many times faster a step is than stock vLLM's at equal batch, and its bound.
+def speedups(results: Results, arm: str) -> dict[tuple[int, int], tuple[float, float, float]]:
+    """How many times faster a step is than stock vLLM's at equal batch, its bound, and predicted.
 
     A batch that was preempted is none of its size, and does not count.
     """
@@ -71,6 +73,7 @@ def speedups(results: Results, arm: str) -> dict[tuple[int, int], tuple[float, f
         key: (
             dense[key]["step_ms"]["median"] / row["step_ms"]["median"],
             dense[key]["least_bytes"] / row["least_bytes"],
+            dense[key]["predicted_ms"] / row["predicted_ms"],
         )
         for key, row in steps(results.get(arm)).items()
         if key in dense and not (row["preemptions"] or dense[key]["preemptions"])
@@ -128,8 +131,9 @@ def targets(results: Results) -> list[Target]:
             ("32K, stock's largest batch", (32 * K, dense_most), 6.0),
         ]
         for what, key, least in cells:
-            ratio, bound = ratios.get(key, (None, None))
-            found.append(Target(f"{what}, t = {budget}: x dense", ratio, least, bound))
+            ratio, bound, predicted = ratios.get(key, (None, None, None))
+            name = f"{what}, t = {budget}: x dense"
+            found.append(Target(name, ratio, least, bound, predicted=predicted))
     more = ours_most / dense_most if ours_most and dense_most else None
     found.append(Target("32K, t = 1024: largest batch over stock's", more, 3.5))
     over = overheads(results, "rocket-1024")
@@ -162,8 +166,7 @@ def summary(results: Results) -> tuple[str, dict]:
         "target": "what",
         "found": "found",
         "wanted": wanted,
-        "bound": "bound",
-        "reached": "reached",
+        **{"bound": "bound", "predicted": "predicted", "reached": "reached"},
     }
     parts = [
         *_kernel_tables(results),
@@ -211,7 +214,7 @@ def _step_tables(results: Results) -> Iterator[str]:
     for arm, result in results.items():
         ratios = speedups(results, arm)
         for key, row in steps(result).items():
-            faster, bound = ratios.get(key, (None, None))
+            faster, bound, _ = ratios.get(key, (None, None, None))
             rows.append({**row, "arm": arm, "faster": faster, "bound": bound})
         for context, seconds in prefills(result).items():
             over = overheads(results, arm).get(context)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import Any
 
@@ -115,6 +116,13 @@ def test_the_tables_are_printed(capsys):
     printed = capsys.readouterr().out
     assert printed.count("three launches, overlapped") == len(cost.CASES)
     assert "estimates" in printed
+    for row in (
+        r"16384 tokens, batch  1: .* 4\.90 \(1\.02x\), overlapped 4\.80 \(1\.04x\)",
+        r"32768 tokens, batch  1: .* 4\.90 \(1\.13x\), overlapped 4\.80 \(1\.15x\)",
+        r"131072 tokens, batch  1: .* 4\.90 \(1\.75x\), overlapped 4\.80 \(1\.79x\)",
+        r"32768 tokens, batch 27: .* 5\.45 \(5\.89x\), overlapped 5\.35 \(6\.00x\)",
+    ):
+        assert re.search(row, printed), "docs/kernels.md has these numbers"
 
 
 def launch_a_step(dim: int) -> None:

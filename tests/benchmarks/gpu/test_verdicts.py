@@ -81,6 +81,7 @@ def reached(results: dict[str, dict]) -> dict[str, str]:
 
 def test_targets_are_judged_next_to_their_bounds():
     results = results_of_a_bench()
+    results["rocket-1024"]["rows"][2]["predicted_ms"] = 5.0
     found = {target.what: target for target in verdicts.targets(results)}
     unknown = "not measured"
     assert {what: target.verdict for what, target in found.items()} == {
@@ -101,6 +102,8 @@ def test_targets_are_judged_next_to_their_bounds():
     batched = found["32K, stock's largest batch, t = 1024: x dense"]
     assert batched.found == pytest.approx(5.0)
     assert batched.bound == pytest.approx(27 / 4)
+    assert batched.predicted == pytest.approx(1.5 * 27 / 5)
+    assert re.search(r"6\.75 +8\.1 +no\n", verdicts.summary(results)[0])
     assert found["32K, t = 1024: largest batch over stock's"].found == 4.0
     overhead = found["prompt overhead at 32K, t = 1024, %"]
     assert overhead.found == pytest.approx(100 * (1.04 / 1.02 - 1))  # medians
