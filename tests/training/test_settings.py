@@ -17,7 +17,7 @@ from vllm_sparse.training.settings import RECIPES, TrainSettings, load_train_set
 
 
 def test_recipes_are_valid():
-    assert shipped_names(RECIPES) == ["dense", "dense-small", "sparda"]
+    assert shipped_names(RECIPES) == ["dense", "dense-small", "sparda", "sparse-small"]
     for name in shipped_names(RECIPES):
         load_train_settings(name, {})
     published = load_train_settings("sparda", {})
@@ -33,6 +33,18 @@ def test_what_a_recipe_trains_can_be_served_by_default(recipe):
     counts = {name: str(value) for name, value in asdict(trained).items()}
     warning = check_metadata(counts, served)
     assert (warning is None) == (trained.top_k == served.blocks_read)
+
+
+def test_the_recipe_for_sparse_prompts_is_the_small_one_but_for_what_it_is_for():
+    dense, sparse = (load_train_settings(f"{kind}-small", {}) for kind in ("dense", "sparse"))
+    changes = {
+        "seq_len": 8192, "max_sequences": 32, "top_k": 32, "sparse_forward": True,
+        "tail_queries": 128,
+    }  # fmt: skip
+    assert sparse == dense.model_copy(update=changes)
+    assert not dense.sparse_forward
+    history = sparse.history(sparse.steps)
+    assert history["sparse_forward"] is True
 
 
 def test_learning_rate():
@@ -58,5 +70,5 @@ def test_settings_that_make_no_sense_are_refused(changes, message):
 
 
 def test_unknown_recipe_names_the_known_ones():
-    with pytest.raises(ConfigError, match="dense, dense-small, sparda"):
+    with pytest.raises(ConfigError, match="dense, dense-small, sparda, sparse-small"):
         load_train_settings("sparta", {})

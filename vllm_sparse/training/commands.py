@@ -54,7 +54,8 @@ def _add_train(subparsers: Any) -> None:
     parser.add_argument(
         "--recipe",
         help="name of a recipe, or a YAML file. dense: densely trained models (Llama, Qwen) on a "
-        "GPU; dense-small: the same on one CPU core; sparda: MiniCPM4.1, as is none",
+        "GPU; dense-small: the same on one CPU core; sparse-small: that for sparse prompts too; "
+        "sparda: MiniCPM4.1, as is none",
     )
     parser.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint, if any"
