@@ -116,6 +116,11 @@ KINDS = {
         "prompts of {n} blocks, `lookahead-query`", selector="lookahead-query"
     ),
     "prompts-forecast": _prompts("prompts of {n} blocks, `forecast`", selector="forecast"),
+    "prompts-query-forecast": _prompts(
+        "prompts of {n} blocks by `query`, outputs by `forecast`",
+        selector="forecast",
+        prompt_selector="query",
+    ),
     "sparse-dense": _blocks(
         "SPARDA, every block", None, selector="query", top_k=8, dense_len=1 << 30
     ),

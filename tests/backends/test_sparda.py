@@ -98,6 +98,24 @@ def test_sparse_prompts_equal_hugging_face(llama, prompts, tmp_path, selector, p
     assert again["tokens"][0] == run["tokens"][0]
 
 
+@pytest.mark.parametrize("selector", ["forecast", "previous"])
+def test_prompts_chosen_by_queries_equal_hugging_face(llama, prompts, tmp_path, selector):
+    """A preempted request's output, which is computed again as a prompt, is no prompt's."""
+    changes: dict[str, Any] = {
+        "selector": selector, "prompt_selector": "query", "sparse_prefill": True, "dense_len": 150,
+    }  # fmt: skip
+    if selector == "forecast":
+        changes["forecast"] = str(tmp_path / "forecast.safetensors")
+        random_models.save_random_forecast(changes["forecast"], llama)
+    run = run_sparda(llama, prompts[:3], max_num_batched_tokens=100, new_tokens=60, **changes)
+    assert_tokens_of_hugging_face(llama, prompts[:3], run["tokens"][0], **changes)
+    assert "by query)" in run["log"]
+
+    again = run_sparda(llama, prompts[:3], new_tokens=60, num_gpu_blocks_override=48, **changes)
+    assert again["preemptions"] > 0
+    assert again["tokens"][0] == run["tokens"][0]
+
+
 def test_crossing_dense_len_while_decoding_equals_hugging_face(llama, prompts):
     dense_len = len(prompts[0]) + 30
     run = run_sparda(llama, prompts[:2], dense_len=dense_len, slab_gib=0.01)

@@ -269,21 +269,28 @@ def test_layers_that_cannot_be_tapped_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("trained", "warned"), [("any/Model-A", False), ("/b/model-a/", False), ("model-b", True)]
+    ("metadata", "warned"),
+    [
+        ({"base_model": "any/Model-A"}, ""),
+        ({"base_model": "/b/model-a/"}, ""),
+        ({"base_model": "model-b"}, "but was trained for model-b"),
+        ({"base_model": "model-a", "trained_sparse_forward": "False"}, "trained on dense prompts"),
+    ],
 )
-def test_it_is_said_what_a_forecast_was_trained_for(monkeypatch, trained, warned):
+def test_it_is_said_what_a_forecast_was_trained_for(monkeypatch, metadata, warned):
     from vllm_sparse.forecast import tapped
     from vllm_sparse.policies.sparda import SpardaSettings
 
     said = {"info": [], "warning": []}
     logger = SimpleNamespace(**{level: partial(log, lines) for level, lines in said.items()})
-    weights = SimpleNamespace(metadata={"base_model": trained}, unused=())
+    weights = SimpleNamespace(metadata=metadata, unused=())
     monkeypatch.setattr(tapped, "logger", logger)
     monkeypatch.setattr(tapped, "load_forecast", lambda *arguments: weights)
     (layer, _) = _layers()
-    tapped._load_learned(SpardaSettings(forecast="f"), layer.linear, 2, "hub/Model-A")
-    assert said["info"] == [f"Forecast f, trained for {trained}"]
-    assert [f"trained for {trained}" in line for line in said["warning"]] == [True] * warned
+    settings = SpardaSettings(forecast="f", sparse_prefill=True)
+    tapped._load_learned(settings, layer.linear, 2, "hub/Model-A")
+    assert said["info"] == [f"Forecast f, trained for {metadata['base_model']}"]
+    assert [warned in line for line in said["warning"]] == [True] * bool(warned)
 
 
 def log(lines: list[str], message: str, *arguments: Any) -> None:

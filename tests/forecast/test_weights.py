@@ -15,9 +15,13 @@ from vllm_sparse.forecast.weights import (
     check_metadata,
     load_forecast,
     lookahead_weights,
+    other_prompts,
     shard_heads,
 )
 from vllm_sparse.policies.sparda import SpardaSettings
+from vllm_sparse.training.files import export_forecast
+from vllm_sparse.training.forecast import Forecast
+from vllm_sparse.training.geometry import BlockGeometry
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "model.model.", "_orig_mod.module.model."])
@@ -101,6 +105,31 @@ def test_metadata_against_settings():
             check_metadata({**trained, key: "8"}, settings)
     with pytest.raises(ConfigError, match="top_k should be a whole number"):
         check_metadata({"top_k": "many"}, settings)
+
+
+def test_blocks_of_prompts_are_compared_where_the_forecast_chooses_them():
+    trained = {"top_k": "96"}
+    prompts = {"forecast": "f", "sparse_prefill": 40}
+    warning = check_metadata(trained, SpardaSettings(**prompts))
+    assert "in prompts top_k 96 (here 40)" in warning
+    assert check_metadata(trained, SpardaSettings(**prompts, prompt_selector="query")) is None
+    assert check_metadata({"top_k": "40"}, SpardaSettings(**prompts)).count("top_k") == 1
+    both = check_metadata({"top_k": "48"}, SpardaSettings(forecast="f", sparse_prefill=True))
+    assert both.count("top_k") == 1
+
+
+@pytest.mark.parametrize("history", [{"sparse_forward": True}, {"sparse_forward": False}, None])
+def test_a_forecast_of_dense_prompts_that_chooses_in_sparse_ones_is_told(tmp_path, history):
+    """By the file that training writes."""
+    forecast, geometry = Forecast(LAYERS, HIDDEN, HEADS, DIM), BlockGeometry(64, 16, 1, 32, 96)
+    path = tmp_path / "trained.safetensors"
+    export_forecast(path, forecast, geometry, "any", history)
+    metadata = load_forecast(path, *MODEL).metadata
+    prompts = {"forecast": "f", "sparse_prefill": True}
+    warning = other_prompts(metadata, SpardaSettings(**prompts))
+    assert ("prompt_selector to query" in (warning or "")) == (history == {"sparse_forward": False})
+    for silent in ({"forecast": "f"}, {**prompts, "prompt_selector": "query"}):
+        assert other_prompts(metadata, SpardaSettings(**silent)) is None
 
 
 # ---- without training, and sharding --------------------------------------------------------------

@@ -46,6 +46,17 @@ class TestSettings:
             assert settings.sparse_prefill == prefill
             assert (settings.prompt_blocks_read, settings.prompts_like_outputs) == (read, alike)
 
+    def test_prompts_may_choose_otherwise_than_outputs(self):
+        prompts = {"sparse_prefill": True, "prompt_selector": "query"}
+        for selector, alike in (("query", True), ("previous", False), (None, True)):
+            settings = load(selector=selector, **prompts)
+            assert settings.chosen_prompt_selector == "query"
+            assert settings.prompts_like_outputs == alike
+        assert load(forecast="f").chosen_prompt_selector == "forecast"
+        settings = load(forecast="f", **prompts)
+        assert (settings.chosen_selector, settings.chosen_prompt_selector) == ("forecast", "query")
+        assert not settings.prompts_like_outputs
+
     def test_the_smallest_choice_is_allowed(self):
         assert load(init_blocks=2, local_blocks=3, top_k=6).blocks_read == 6
 
@@ -60,6 +71,8 @@ class TestSettings:
             ({"selector": "forecast"}, ["selector=forecast", "safetensors", "lookahead-query"]),
             ({"selector": "query", "forecast": "f.safetensors"}, ["forecast", "selector=query"]),
             ({"selector": "previous", "sparse_prefill": True}, ["sparse_prefill", "previous"]),
+            ({"prompt_selector": "query"}, ["prompt_selector=query", "sparse_prefill is off"]),
+            ({"sparse_prefill": True, "prompt_selector": "previous"}, ["prompt_selector"]),
             ({"sparse_prefill": 33}, ["sparse_prefill=33", "34", "local_blocks=32"]),
             ({"sparse_prefill": 40, "selector": "previous"}, ["sparse_prefill", "previous"]),
             ({"sparse_prefill": -3}, ["vllm_sparse.sparse_prefill"]),

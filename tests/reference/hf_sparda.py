@@ -8,9 +8,9 @@ under test.
 
 A token at position ``i`` of a request with a prompt of ``P`` tokens is sparse iff
 ``i + 1 > dense_len`` and (``i >= P`` or ``sparse_prefill``). If ``sparse_prefill`` is a number, a
-prompt's token reads so many blocks instead of ``top_k``. Windows are counted where they are
-complete at the token that scores them. Selectors, for layer ``l`` with input ``x_l`` (after its
-input_layernorm):
+prompt's token reads so many blocks instead of ``top_k``; ``prompt_selector``, if there is one,
+chooses them. Windows are counted where they are complete at the token that scores them. Selectors,
+for layer ``l`` with input ``x_l`` (after its input_layernorm):
 
 - ``forecast``: ``RoPE_i(W_future[l - 1] x_{l - 1})``, layer 0 ``RoPE_i(W_curr x_0)``; raw dot
   product with the compressed keys of layer ``l``.
@@ -57,6 +57,7 @@ class Settings(NamedTuple):
     top_k: int = 96  # the total, with the forced blocks
     dense_len: int = 8192
     sparse_prefill: bool | int = False
+    prompt_selector: str | None = None
 
 
 class Generation(NamedTuple):
@@ -185,12 +186,18 @@ class _Run:
         self.gap = math.inf
         self.blocks = {}
 
+    @property
+    def selector(self):
+        """Of the current forward, which has tokens of the prompt or generated ones."""
+        in_prompt = self.position < self.prompt_len
+        return (in_prompt and self.settings.prompt_selector) or self.settings.selector
+
     def scores(self, module, query, compressed, positions):
         """Window scores [G, T, C] of this layer's tokens."""
         layer, s = module.layer_idx, self.settings
-        if s.selector == "query":
+        if self.selector == "query":
             return window_probabilities(query, compressed, positions, s.kernel_stride)
-        if s.selector == "previous":
+        if self.selector == "previous":
             before = self.last_query.get(layer, torch.zeros_like(query[:, :1]))
             before = torch.cat([before, query[:, :-1]], dim=1)
             return window_probabilities(before, compressed, positions - 1, s.kernel_stride)
@@ -232,7 +239,7 @@ class _Run:
         return seen[None]
 
     def _note_gap(self, chosen, pooled):
-        probabilities = self.settings.selector in ("query", "previous")
+        probabilities = self.selector in ("query", "previous")
         for taken, row in zip(chosen.flatten(0, 1), pooled.flatten(0, 1), strict=True):
             free = ~row.isnan()
             gap = cut_gap(row[free].tolist(), int((taken & free).sum()), probabilities)
@@ -403,5 +410,6 @@ def evaluate(model, tokens, prompt_len, *, forecast=None, **settings):
     :func:`generate` for the same token.
     """
     model, run = _start(model, prompt_len, forecast, settings)
+    assert run.settings.prompt_selector is None, "one forward has one selector"
     with _instrumented(model, run):
         return _forward(model, run, DynamicCache(config=model.config), list(tokens))

@@ -111,6 +111,7 @@ def test_tokens_of_prompts_and_of_outputs_read_numbers_of_blocks_of_their_own() 
     )
     runtime = SimpleNamespace(
         selector=QuerySelector(1.0),
+        prompt_selector=None,
         kernels=SimpleNamespace(choose_blocks=choose),
         compressed=lambda number: torch.zeros(9, 1, 2, DIM),
         blocks=Blocks(4, 2, 1, 1, options.blocks_read),

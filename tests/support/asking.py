@@ -174,6 +174,10 @@ BY_CONFIGURATION: dict[str, tuple[dict[str, Any], str]] = {
         {"settings": {"sparse_prefill": 8}},
         "sparse_prefill: 8 blocks for prompts and 4 for outputs",
     ),
+    "prompt-selector": (
+        {"settings": {**AHEAD, "sparse_prefill": True, "prompt_selector": "query"}},
+        "prompt_selector=query beside another selector",
+    ),
     "other-schedulers": (
         {
             "scheduler_config__scheduler_cls": "any",

@@ -14,7 +14,14 @@ from support.engine import SPARDA_SELECTION, SPARDA_SETTINGS, run_engine
 if TYPE_CHECKING:
     from pathlib import Path
 
-_OTHER_SETTINGS = {"forecast", "kernels", "prefetch", "resident", "resident_first_layer"}
+_OTHER_SETTINGS = {
+    "forecast",
+    "prompt_selector",
+    "kernels",
+    "prefetch",
+    "resident",
+    "resident_first_layer",
+}
 
 
 def run_sparda(model: Path, prompts: list[list[int]], /, **changes: Any) -> dict[str, Any]:

@@ -275,9 +275,11 @@ def _of_settings(config: Any, settings: Any) -> Asked:
         yield "transfer-ahead", {}
     if settings.sparse_prefill:
         yield "sparse-prompts", {}
-    if settings.sparse_prefill and not settings.prompts_like_outputs:
-        prompts, outputs = settings.prompt_blocks_read, settings.blocks_read
+    prompts, outputs = settings.prompt_blocks_read, settings.blocks_read
+    if settings.sparse_prefill and prompts != outputs:
         yield "prompt-blocks", {"prompts": prompts, "outputs": outputs}
+    if settings.sparse_prefill and settings.chosen_prompt_selector != settings.chosen_selector:
+        yield "prompt-selector", {"selector": settings.prompt_selector}
 
 
 def of_layer(

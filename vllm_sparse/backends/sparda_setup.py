@@ -128,6 +128,7 @@ def runtime_of(
         PromptStream(pager, kernels, lane, settings.staging_blocks, count, *how),
         layers,
         machine.attend_fresh,
+        QuerySelector(layers[0].impl.scale) if settings.prompt_selector else None,
     )
 
 
@@ -208,7 +209,8 @@ def start_line(runtime: Runtime, config: VllmConfig) -> str:
             )
     prompts = "dense"
     if settings.sparse_prefill:
-        prompts = f"sparse ({settings.prompt_blocks_read} blocks)"
+        chosen = f", by {settings.prompt_selector}" if settings.prompt_selector else ""
+        prompts = f"sparse ({settings.prompt_blocks_read} blocks{chosen})"
     fp8 = " in fp8" if runtime.pager.host.dtype == FP8 else ""
     total = _total(runtime, config)
     tokens = (geometry.num_blocks - 1) * geometry.block_size

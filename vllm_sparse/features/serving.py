@@ -290,6 +290,18 @@ ROWS = (
         ),
     ),
     row(
+        _SERVING, "prompt-selector", "`prompt_selector`: prompts choose otherwise than outputs",
+        None,
+        (
+            Served(_SPARDA + "test_prompts_chosen_by_queries_equal_hugging_face"),
+            Refused(
+                "vllm_sparse.prompt_selector={selector} beside another selector is supported on "
+                "CPUs only: on a GPU a captured graph may run a prompt's token among decode rows. "
+                "Leave it out, or set selector to {selector}"
+            ),
+        ),
+    ),
+    row(
         _SERVING, "budgets", "`max_token_budget`: requests that bring a `token_budget`",
         (
             Served("tests/backends/test_controls.py::test_budgets_share_batches_and_prefixes"),

@@ -23,7 +23,8 @@ FUTURE, CURRENT = "q_future_proj", "q_curr_proj"
 BIAS = ".bias"  # of a kind; the official format has none, ours may
 FORMAT_VERSION = "1"
 SIZE_KEYS = ("block_size", "kernel_size", "kernel_stride", "local_blocks", "init_blocks", "top_k")
-METADATA_KEYS = ("base_model", *SIZE_KEYS, "version")
+SPARSE_FORWARD = "trained_sparse_forward"  # "True": on prompts that were read sparsely
+METADATA_KEYS = ("base_model", *SIZE_KEYS, SPARSE_FORWARD, "version")
 SAFETENSORS_SUFFIX = ".safetensors"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 

@@ -31,6 +31,7 @@ from vllm_sparse.forecast.weights import (
     load_forecast,
     lookahead_weights,
     other_model,
+    other_prompts,
     scaled_by_norm,
     shard_heads,
 )
@@ -206,7 +207,11 @@ def _load_learned(
     trained = weights.metadata.get("base_model", "an unnamed model")
     logger.info("Forecast %s, trained for %s", settings.forecast, trained)
     metadata = weights.metadata
-    for warning in (check_metadata(metadata, settings), other_model(metadata, served)):
+    for warning in (
+        check_metadata(metadata, settings),
+        other_prompts(metadata, settings),
+        other_model(metadata, served),
+    ):
         if warning:
             logger.warning("%s: %s", settings.forecast, warning)
     if weights.unused:

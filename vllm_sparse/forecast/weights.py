@@ -16,6 +16,7 @@ from vllm_sparse.forecast.file import (
     CURRENT,
     FORMAT_VERSION,
     FUTURE,
+    SPARSE_FORWARD,
     TensorId,
     canonical_name,
     expected_tensors,
@@ -118,13 +119,38 @@ def check_metadata(metadata: Mapping[str, str], settings: SpardaSettings) -> str
             f"the Forecast was trained on another grid than it would serve: {wrong}. Its scores "
             "mean nothing there; set block_size and kernel_stride to the trained values"
         )
-    differing = _differences(metadata, counts)
-    if differing:
+    found = [_differences(metadata, counts)]
+    if _chooses_in_prompts(settings) and settings.prompt_blocks_read != settings.blocks_read:
+        prompts = _differences(metadata, {"top_k": settings.prompt_blocks_read})
+        found.append(prompts and f"in prompts {prompts}")
+    if differing := ", ".join(filter(None, found)):
         return (
             f"the Forecast was trained with other numbers of blocks: {differing}. It works, but "
             "its accuracy was measured with the trained values"
         )
     return None
+
+
+def other_prompts(metadata: Mapping[str, str], settings: SpardaSettings) -> str | None:
+    """Compare the prompts that a Forecast was trained on with those in which it will choose.
+
+    Args:
+        metadata: Of the Forecast file; nothing is said of one that does not tell.
+        settings: Of the backend.
+
+    Returns:
+        A warning where it learnt from dense prompts and chooses in sparse ones, else None.
+    """
+    if metadata.get(SPARSE_FORWARD) != "False" or not _chooses_in_prompts(settings):
+        return None
+    return (
+        "it was trained on dense prompts and will choose in sparse ones, whose tokens have other "
+        "keys and values. Set prompt_selector to query, or train one with --sparse-forward true"
+    )
+
+
+def _chooses_in_prompts(settings: SpardaSettings) -> bool:
+    return bool(settings.sparse_prefill) and settings.chosen_prompt_selector == "forecast"
 
 
 def other_model(metadata: Mapping[str, str], served: str) -> str | None:

@@ -75,6 +75,11 @@ class SpardaSettings(CommonSettings):
         "way. A number (on CPUs): the blocks that a prompt's tokens read in total, instead of "
         "`top_k`; outputs are then not shared through the prefix cache.",
     )
+    prompt_selector: Literal["query"] | None = Field(
+        None,
+        description="What chooses in sparse prompts (on CPUs): `query`, while `selector` chooses "
+        "in outputs, which are then not shared through the prefix cache. Unset: `selector`.",
+    )
     host_gib: float = Field(
         4.0,
         gt=0,
@@ -132,7 +137,8 @@ class SpardaSettings(CommonSettings):
     @property
     def prompts_like_outputs(self) -> bool:
         """Whether a token reads the same blocks in a prompt as in an output."""
-        return bool(self.sparse_prefill) and self.prompt_blocks_read == self.blocks_read
+        alike = self.chosen_prompt_selector == self.chosen_selector
+        return bool(self.sparse_prefill) and alike and self.prompt_blocks_read == self.blocks_read
 
     @property
     def chosen_selector(self) -> str:
@@ -141,6 +147,11 @@ class SpardaSettings(CommonSettings):
             return self.selector or "forecast"
         # Models that attend sparsely in prompts were trained with their own queries choosing.
         return "query" if self.sparse_prefill else "previous"
+
+    @property
+    def chosen_prompt_selector(self) -> str:
+        """The selector in force in sparse prompts."""
+        return self.prompt_selector or self.chosen_selector
 
     @model_validator(mode="after")
     def _consistent(self) -> SpardaSettings:
@@ -169,10 +180,15 @@ class SpardaSettings(CommonSettings):
             )
         if self.forecast and self.chosen_selector != "forecast":
             raise ValueError(f"a forecast file is given but selector={self.selector} ignores it")
-        if self.sparse_prefill and self.chosen_selector == "previous":
+        if self.prompt_selector and not self.sparse_prefill:
+            raise ValueError(
+                f"prompt_selector={self.prompt_selector} chooses in sparse prompts only, and "
+                "sparse_prefill is off; set sparse_prefill, or leave prompt_selector out"
+            )
+        if self.sparse_prefill and self.chosen_prompt_selector == "previous":
             raise ValueError(
                 "sparse_prefill needs a selector that looks at each token; previous reuses the "
-                "last token's choice"
+                "last token's choice. Set prompt_selector to query, or choose another selector"
             )
         if self.resident and (self.slab_gib is not None or self.resident_first_layer):
             raise ValueError(

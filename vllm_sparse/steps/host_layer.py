@@ -54,6 +54,7 @@ class Runtime:
         stream: Earlier blocks of prompts, on their way back.
         layers: The engine's attention layers, in order.
         attend_fresh: Serves prompt rows without a past; ``None`` if they are streamed like others.
+        prompt_selector: Chooses blocks of tokens of sparse prompts; ``None``: the selector does.
     """
 
     settings: SpardaSettings
@@ -65,6 +66,7 @@ class Runtime:
     stream: PromptStream
     layers: Sequence[HasCache]
     attend_fresh: Callable[[Tensor, Tensor, Tensor, FreshRows, float], Tensor] | None = None
+    prompt_selector: Selector | None = None
     _views: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _same_for_all: Selected | None = None
 
@@ -296,14 +298,18 @@ class Layer:
         runtime, selector = self.runtime, self.runtime.selector
         outputs = max(prompt.output_from, prompt.sparse_from)
         compressed, chosen = runtime.compressed(self.number), []
-        ranking = selector.ranking._replace(rotary=None)  # vectors come turned
-        for part, blocks in (
-            (slice(prompt.sparse_from, outputs), runtime.prompt_blocks),
-            (slice(outputs, None), runtime.blocks),
+        for part, blocks, chooses in (
+            (
+                slice(prompt.sparse_from, outputs),
+                runtime.prompt_blocks,
+                runtime.prompt_selector or selector,
+            ),
+            (slice(outputs, None), runtime.blocks, selector),
         ):
             tokens = prompt.tokens[part]
             if len(tokens.positions):
-                vectors = selector.vectors(self.number, tokens, query)
+                vectors = chooses.vectors(self.number, tokens, query)
+                ranking = chooses.ranking._replace(rotary=None)  # vectors come turned
                 chosen.append(
                     runtime.kernels.choose_blocks(
                         compressed,

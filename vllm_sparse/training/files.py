@@ -80,7 +80,8 @@ def export_forecast(
         forecast: What was trained.
         geometry: The blocks it was trained for.
         base_model: The model it was trained on.
-        history: How it was trained, for whoever reads the file: the server does not.
+        history: How it was trained, for whoever reads the file; the server reads of it whether the
+            prompts were sparse.
 
     Raises:
         ConfigError: Some weight is not finite.
