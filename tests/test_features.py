@@ -55,7 +55,7 @@ BY_LAYER = {
 # Nothing can ask for these in particular.
 ALWAYS = {
     *("attention", "experts", "prefix-caching", "events", "chunks", "preemption"),
-    *("data-parallel", "server", "runner", "parts", "media"),
+    *("data-parallel", "expert-parallel", "server", "runner", "parts", "media"),
 }
 
 # A whole engine shows it.

@@ -23,6 +23,8 @@ _NO_ROOM = Refused(
 )
 # By hand: `make metrics-check`; tokens are compared by `make serve-matrix`.
 _ENGINES = Served("tests/metrics/live_check.py::test_several_processes_count_what_one_does")
+# Nothing of ours is part of it: experts have ranks of their own, attention has those of tensors.
+_EXPERTS = Untested("stock vLLM 0.32, tried once on two ranks, ends with the first request")
 _RANKS = "Parallelism"
 _SERVING = "Decoding and serving"
 
@@ -68,6 +70,10 @@ ROWS = (
     row(
         _RANKS, "data-parallel", "data parallelism",
         (_ENGINES, Untested()), (_ENGINES, Untested()),
+    ),
+    row(
+        _RANKS, "expert-parallel", "expert parallelism (`--enable-expert-parallel`)",
+        (_EXPERTS, Untested()), (_EXPERTS, Untested()),
     ),
     everywhere(
         _RANKS, "context-parallel", "context parallelism",
