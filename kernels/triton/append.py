@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from vllm_sparse.kernels.fp8 import FP8, UNSCALED, Scales
 from vllm_sparse.kernels.triton.grid import let_next_start, wait_for_previous
-from vllm_sparse.kernels.triton.launch import dim_block, overlaps
+from vllm_sparse.kernels.triton.launch import FIXED, dim_block, overlaps
 from vllm_sparse.kernels.triton.ops import rounded_to
 
 if TYPE_CHECKING:
@@ -242,6 +242,8 @@ def append_tokens(
     group, overlapped = query.shape[1] // kv_heads, overlaps(cache.device)
     for write_row, write_extrema in ((True, False), (False, True)) if replays else ((True, True),):
         probing = probes is not None and write_extrema
+        kind = "append_and_probe" if probing else "append"
+        _, warps, stages = FIXED[f"{kind}_large" if probing and dim > 128 else kind]
         _append_kernel[(rows, kv_heads)](
             cache,
             query,
@@ -280,7 +282,7 @@ def append_tokens(
             PROBE=probing,
             COUNTERS=counters,
             PDL=overlapped,
-            num_warps=(4 if dim <= 128 else 8) if probing else 1,
-            num_stages=1,
+            num_warps=warps,
+            num_stages=stages,
             launch_pdl=overlapped,
         )

@@ -72,6 +72,20 @@ _SM90 = {
     "prompt": (Launch(128, 8, 2), Launch(64, 8, 2)),
 }
 
+# Launched alike everywhere, and not tuned: what they take is the launch and a few loads, not tiles.
+# A block is what their programs have of entries; three stages are Triton's default, for no loop.
+FIXED = {
+    "append": Launch(1, 1, 1),
+    "append_and_probe": Launch(1, 4, 1),
+    "append_and_probe_large": Launch(1, 8, 1),  # heads of more than 128 channels
+    "plan_rows": Launch(1024, 4, 1),  # entries of the block table
+    "merge_normalisers": Launch(32, 4, 3),  # queries: 16 of the shares' numbers a thread
+    "write_tokens": Launch(1, 1, 3),
+    "write_tokens_and_windows": Launch(1, 4, 3),
+    "record_queries": Launch(8, 4, 3),  # heads
+    "recall_queries": Launch(1024, 4, 3),  # numbers of queries
+}
+
 
 # Up to so many bytes the first launch of a pair is meant.
 SMALL_HEAD = 256

@@ -9,11 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vllm_sparse.kernels.fp8 import FP8
-from vllm_sparse.kernels.triton.launch import MOST_SHARES, dim_block, launch, row_block, splits
+from vllm_sparse.kernels.triton.launch import (
+    FIXED,
+    MOST_SHARES,
+    dim_block,
+    launch,
+    row_block,
+    splits,
+)
 from vllm_sparse.kernels.triton.ops import dot, share_of
-
-# Queries of a program of `_merge_kernel`: 16 of the shares' numbers a thread.
-_MERGED_ROWS = 32
 
 
 @triton.jit
@@ -285,7 +289,8 @@ def score_prompt(
     )
     if shares > 1 or sinks is not None:
         parts, lse = lse, torch.empty(lse.shape[:3], device=device)
-        _merge_kernel[(-(-lse.numel() // _MERGED_ROWS),)](
+        merged, merge_warps, merge_stages = FIXED["merge_normalisers"]
+        _merge_kernel[(-(-lse.numel() // merged),)](
             parts,
             sinks,
             lse,
@@ -293,9 +298,10 @@ def score_prompt(
             shares,
             HEADS=heads,
             WINDOW=window,
-            BLOCK=_MERGED_ROWS,
+            BLOCK=merged,
             BLOCK_S=MOST_SHARES,
-            num_warps=4,
+            num_warps=merge_warps,
+            num_stages=merge_stages,
         )
     _score_kernel[(tiles, requests * kv_heads)](
         query_window,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
+from vllm_sparse.kernels.triton.launch import FIXED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +113,7 @@ def plan_rows(
         assert start.is_contiguous()
     if not count or not requests:
         return
-    tile = 1024
+    tile, warps, stages = FIXED["plan_rows"]
     _plan_rows_kernel[(count, -(-width // tile))](
         rows.block_table,
         rows.lengths,
@@ -136,6 +137,6 @@ def plan_rows(
         PER_BLOCK=per_block,
         BLOCK=tile,
         SEVERAL=query_start is not None,
-        num_warps=4,
-        num_stages=1,
+        num_warps=warps,
+        num_stages=stages,
     )

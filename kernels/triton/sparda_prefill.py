@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Tokens and heads of a tile of queries; halved where they would not fit beside the keys.
 _ROWS = 128
 
+_LOG2_E = tl.constexpr(LOG2_E)
+
 
 # Numbers that change from prompt to prompt must not compile variants while a request waits.
 @triton.jit(
@@ -97,7 +99,7 @@ def _attend_part_kernel(
     output += (member * stride_out_member + token.to(tl.int64) * stride_out_token)[:, None]
     if MERGE:  # what is there already counts as one key whose weight is one
         before = tl.load(lse_out, mask=row_inside, other=float("-inf"))
-        peak = before * 1.4426950408889634
+        peak = before * _LOG2_E
         mass = tl.where(before == float("-inf"), 0.0, 1.0)
         b_o = tl.load(output, mask=mask, other=0.0)
     PARTS: tl.constexpr = BLOCK_SIZE // BLOCK_N if CHOSEN else 1

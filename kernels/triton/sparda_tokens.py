@@ -10,11 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from vllm_sparse.kernels.fp8 import UNSCALED, Scales
-from vllm_sparse.kernels.triton.launch import dim_block
+from vllm_sparse.kernels.triton.launch import FIXED, dim_block
 from vllm_sparse.kernels.triton.ops import rounded_to
-
-# Heads whose queries one program stores, and numbers of queries that one recalls.
-_HEADS, _RECALLED = 8, 1024
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,12 +127,13 @@ def write_tokens(
         assert positions.is_contiguous()
         assert compressed.stride(-1) == table.stride(-1) == 1
         steps = (*compressed.stride()[:3], table.stride(0))
+    _, warps, stages = FIXED["write_tokens_and_windows" if windows else "write_tokens"]
     _write_tokens_kernel[(rows, kv_heads)](
         host, slab, frame_of, slots, key, value, compressed, positions, table, scales.key,
         scales.value, key.stride(0), key.stride(1), value.stride(0), value.stride(1), *steps,
         HEADS=kv_heads, DIM=dim, BLOCK_SIZE=host.shape[2], STRIDE=stride,
         BLOCK_N=triton.next_power_of_2(2 * stride), BLOCK_D=dim_block(dim),
-        num_warps=4 if windows else 1,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -189,10 +187,12 @@ def record_queries(
         return
     assert recent is None or (recent.is_contiguous() and recent.dtype == kept.dtype)
     assert recent is None or len(recent) >= len(last)
-    _record_queries_kernel[(len(last), triton.cdiv(heads, _HEADS))](
+    together, warps, stages = FIXED["record_queries"]
+    _record_queries_kernel[(len(last), triton.cdiv(heads, together))](
         kept, query, slots, last, kept if recent is None else recent, query.stride(0),
-        query.stride(1), HEADS=heads, DIM=dim, BLOCK_SIZE=block_size, BLOCK_H=_HEADS,
-        BLOCK_D=dim_block(dim), RECENT=recent is not None, num_warps=4,
+        query.stride(1), HEADS=heads, DIM=dim, BLOCK_SIZE=block_size, BLOCK_H=together,
+        BLOCK_D=dim_block(dim), RECENT=recent is not None, num_warps=warps,
+        num_stages=stages,
     )  # fmt: skip
 
 
@@ -229,7 +229,9 @@ def recall_queries(kept: Tensor, recent: Tensor, places: Tensor, blocks: Tensor)
     rows, size = len(places), recent[0].numel()
     output = torch.empty((rows, *recent.shape[1:]), dtype=recent.dtype, device=recent.device)
     if rows:
-        _recall_queries_kernel[(rows, triton.cdiv(size, _RECALLED))](
-            kept, recent, places, blocks, output, SIZE=size, BLOCK=_RECALLED, num_warps=4
-        )
+        block, warps, stages = FIXED["recall_queries"]
+        _recall_queries_kernel[(rows, triton.cdiv(size, block))](
+            kept, recent, places, blocks, output, SIZE=size, BLOCK=block, num_warps=warps,
+            num_stages=stages,
+        )  # fmt: skip
     return output

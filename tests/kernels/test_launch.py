@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -133,3 +134,21 @@ def test_threads_that_count_have_an_entry_each(kernel, block, warps):
     assert launch.valid(kernel, launch.Launch(block, warps, 1))
     assert not launch.valid(kernel, launch.Launch(block, 2 * warps, 1))
     assert launch.valid("attend", launch.Launch(block, 2 * warps, 1))
+
+
+def test_how_kernels_are_launched_stands_in_the_tables():
+    """Neither warps nor stages nor tiles are numbers where a kernel is launched."""
+    found, launched = [], 0
+    for path in sorted(Path(launch.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.keyword):
+                continue
+            launched += node.arg == "num_warps"
+            parts = [node.value] if str(node.arg).startswith("BLOCK") else []
+            if node.arg in ("num_warps", "num_stages"):
+                parts = list(ast.walk(node.value))
+            if any(isinstance(part, ast.Constant) for part in parts):
+                found.append(f"{path.name}: {node.arg}={ast.unparse(node.value)}")
+    assert launched > 10
+    assert found == []
+    assert launch.FIXED.keys().isdisjoint(launch._SM80), "tuned or not"
