@@ -73,6 +73,25 @@ def test_heads_that_know_the_model_are_accepted(knowing, prompts, cache):
     assert abs(run["accepted"] - stock["accepted"]) <= 2 * DRAFTS * len(prompts)
 
 
+def test_heads_are_accepted_behind_what_returns_from_a_tier(knowing, prompts):
+    """Six prompts, three times through a pool that holds two: hits come from host memory.
+
+    A head whose keys and values did not return would draft otherwise, and keep other tokens.
+    """
+    model, head = knowing
+    shared = {
+        "settings": SETTINGS, "block_size": BLOCK_SIZE, "num_gpu_blocks_override": 48,
+        "waves": 3, "new_tokens": 40, "speculative_config": drafts(head, "eagle"),
+    }  # fmt: skip
+    without = run_engine(model, prompts, **shared, enable_prefix_caching=False)
+    run = run_engine(model, prompts, **shared, kv_offloading_size=0.05)
+    assert run["tokens"] == without["tokens"]
+    assert min(run["cached"][2]) >= 256
+    assert run["drafted"] == without["drafted"]
+    assert run["accepted"] == without["accepted"] > 100
+    assert run["free_blocks"][0] == run["free_blocks"][1]
+
+
 def test_a_head_s_tokens_equal_hugging_face(knowing, prompts):
     """What the head keeps is its own choice; hits end a block earlier than without it."""
     model, head = knowing

@@ -184,9 +184,12 @@ ROWS = (
     ),
     row(
         _SERVING, "drafters-tier", "drafters with layers beside `--kv-offloading-size`",
-        Refused(
-            "--speculative-config: whether keys and values of the drafter's layers return from "
-            "host memory is untested; remove --kv-offloading-size"
+        (
+            Served(_DRAFTERS + "test_heads_are_accepted_behind_what_returns_from_a_tier"),
+            Refused(
+                "--speculative-config: whether keys and values of the drafter's layers return from "
+                "host memory is untested; remove --kv-offloading-size"
+            ),
         ),
         None,
     ),
