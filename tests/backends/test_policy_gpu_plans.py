@@ -17,6 +17,7 @@ from support.policies import make_policy
 from support.runner import PROMPT, batch, dummy_of_v1, table_of, take_up
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 
+from vllm_sparse.backends import policy_gpu
 from vllm_sparse.backends.policy import Planning
 from vllm_sparse.backends.policy_gpu import PolicyGpuBuilder
 from vllm_sparse.errors import UnsupportedError
@@ -78,6 +79,16 @@ def test_single_tokens_are_planned_on_the_device(table, kind, drafts):
     builder.build(0, batch(table, "abc", [n + 1 + drafts for n in ends], (1 + drafts,) * 3))
     assert not elsewhere(builder.compacted)
     assert len(builder.compacted) == (kind is RocketKV)
+
+
+def test_a_step_is_asked_once_whether_it_is_a_rehearsal(table, monkeypatch):
+    """Which adds up prompt lengths where they are on the host."""
+    asked, ask = [], policy_gpu.is_rehearsal
+    monkeypatch.setattr(policy_gpu, "is_rehearsal", lambda x: asked.append(x) or ask(x))
+    builder = Builder(make_policy())
+    builder.build(0, batch(table, "abc", [340, PROMPT, 320], (1, 1, 1)))
+    assert hasattr(builder, "planned")
+    assert len(asked) == 1
 
 
 class TwoSizes(SnapKV):

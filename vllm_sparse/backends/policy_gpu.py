@@ -202,13 +202,13 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         host = lengths, prompt_lengths_on_host(common), controls(common)
         if self._drafted_for:
             note_rows(*host)
-        count, counted = self._counting(common)
+        count, counted = self._counting(common, rehearsal)
         if not rehearsal:
             self._planning.compact_begun(common, *host, count)
         start = common.query_start_loc_cpu[: common.num_reqs + 1]
         straddled = self._drafts and not rehearsal and self._planner.prompts.straddled(start, *host)
         if common.max_query_len <= 1 + self._drafts and not straddled:
-            return self._plan_rows(common, *host, count, counted)
+            return self._plan_rows(common, *host, count, counted, rehearsal)
         corrected = counted if self._drafts and not rehearsal else None
         return self._planning.split(common, *host, super().build, corrected, count)
 
@@ -219,7 +219,8 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         common, lengths = common_attn_metadata, sequence_lengths(common_attn_metadata)
         host = lengths, *rows_of_pass(self._planning.policy, common, lengths)[:2]
         if common.max_query_len <= 1 + self._drafts:
-            return self._plan_rows(common, *host, count_nothing, self._uncounted)
+            nothing = count_nothing, self._uncounted
+            return self._plan_rows(common, *host, *nothing, is_rehearsal(common))
         nothing = self._uncounted, count_nothing
         return self._planning.split(common, *host, super().build, *nothing)
 
@@ -233,9 +234,11 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
             note_rows(lengths, torch.zeros_like(lengths), None)
         return self.build(0, dummy)
 
-    def _counting(self, common: CommonAttentionMetadata) -> tuple[Callable[..., None], Tensor]:
+    def _counting(
+        self, common: CommonAttentionMetadata, rehearsal: bool
+    ) -> tuple[Callable[..., None], Tensor]:
         """What takes the counts of a step, on the host and on the device; not of vLLM's own."""
-        if is_rehearsal(common) or is_warm_up(common):
+        if rehearsal or is_warm_up(common):
             return count_nothing, self._uncounted
         return self._planning.count, self._counters.values
 
@@ -247,12 +250,13 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         asked: Tensor | None,
         count: Callable[..., None],
         counted: Tensor,
+        rehearsal: bool,
     ) -> StepMetadata:
         requests = common.num_reqs
         tokens = common.num_actual_tokens if self._drafts else requests
         table = common.block_table_tensor[:requests]
         rows = self._buffers(table.shape[1], tokens)
-        known = prompt_lens if is_rehearsal(common) else prompt_lengths(common)
+        known = prompt_lens if rehearsal else prompt_lengths(common)
         prompts = upload(known, self.device)
         if asked is not None:  # what is dense needs no prompt length, but another rule
             prompts = self._planner.rules.find(prompts, upload(asked, self.device)).int()
