@@ -33,7 +33,10 @@ class Builder(PolicyGpuBuilder):
     def __init__(self, policy, drafts=0):
         planner = StepPlanner(policy)
         self.compacted = []
-        sparse = SimpleNamespace(compact_parked=lambda cache, prompt: self.compacted.append(prompt))
+        sparse = SimpleNamespace(
+            compacts_together=False,
+            compact_parked=lambda cache, prompt: self.compacted.append(prompt),
+        )
         layer = SimpleNamespace(impl=SimpleNamespace(sparse=sparse), kv_cache=torch.zeros(1))
         self.counts = Counter()
         self._planning = SimpleNamespace(

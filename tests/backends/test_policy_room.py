@@ -15,6 +15,7 @@ from support.policies import make_policy
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm_sparse.kernels.layout import PageLayout
 
+from vllm_sparse.backends import policy_room
 from vllm_sparse.backends.policy import Context, PolicyBackend
 from vllm_sparse.backends.policy_room import _most_blocks, scoring_parts, step_bytes
 from vllm_sparse.device_room import mlp_bytes
@@ -78,8 +79,20 @@ def test_blocks_that_a_pool_has():
     assert blocks == pool // block > 0
 
 
-def test_scores_of_a_pool_that_layers_share():
+def test_prompts_that_are_compacted_together_are_bounded(monkeypatch):
+    """By what the rows may have, by a constant, and not below one prompt of the longest."""
+    policy = make_policy(RocketKV, max_model_len=LONGEST)
+    one = 2 * 4 * LONGEST * KV_HEADS
+    assert bytes_of(policy) == 3 * one
+    monkeypatch.setattr(policy_room, "MOST_SCORED_BYTES", 2 * one)
+    assert bytes_of(policy) == 2 * one
+    monkeypatch.setattr(policy_room, "MOST_SCORED_BYTES", 0)
+    assert bytes_of(policy) >= one
+
+
+def test_scores_of_a_pool_that_layers_share(monkeypatch):
     """The more layers, the fewer blocks; with few, all that the rows may hold counts."""
+    monkeypatch.setattr(policy_room, "scored_bytes", lambda *_: 0)  # of prompts
     policy = make_policy(RocketKV, max_model_len=LONGEST)
     assert bytes_of(policy, 1 << 24) > bytes_of(policy, 1 << 24, layers=30)
     assert bytes_of(policy, 1 << 24, layers=30) == bytes_of(policy, 1 << 20) > 0

@@ -28,8 +28,10 @@ from vllm_sparse.policies.quest import Quest
 from vllm_sparse.policies.rocketkv import RocketKV
 from vllm_sparse.policies.snapkv import SnapKV
 from vllm_sparse.policies.streamingllm import StreamingLLM
+from vllm_sparse.steps import parked as parked_prompts
 from vllm_sparse.steps import split
 from vllm_sparse.steps.layer import SparseLayer
+from vllm_sparse.steps.parked import _together
 from vllm_sparse.steps.prompts import PromptEnd
 from vllm_sparse.steps.split import SparseRows
 
@@ -109,13 +111,43 @@ def test_the_end_of_a_prompt_takes_eleven_launches(monkeypatch):
         torch.arange(1, 65).int(), 1020, 50, 50, layer.policy.page_sizes[0], 0, 0,
         layer.policy.window, True, torch.tensor([1020, 50]).int(),
     )  # fmt: skip
+    (parked,) = _together([end], -(-layer.policy.window // layer.parking.per_block), 16, KV_HEADS)
     before = Counter(adversary.LAUNCHES)
     with Operations() as operations:
-        layer.compact_parked(cache, end)
+        layer.compact_together(cache, parked)
     launches = adversary.LAUNCHES - before
     assert launches["_merge_kernel"] == 1, "nothing was split"
     assert launches.total() == 7
     assert operations.found.total() == 4, operations.found
+
+
+@pytest.mark.parametrize("room", [1 << 20, 4 * 2 * 2 * KV_HEADS * 1024], ids=["all", "two"])
+def test_prompts_that_end_together_take_one_chain_of_launches(room, monkeypatch):
+    """And each keeps what it keeps alone, whatever the others' lengths and blocks."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(parked_prompts, "MOST_SCORED_BYTES", room)
+    layers = [layer_of(RocketKV, 16, monkeypatch) for _ in range(2)]
+    policy, layout = layers[0].policy, layers[0].stock_layout
+    blocks = torch.randperm(160, generator=torch.Generator().manual_seed(1)).int()
+    ends = []
+    for length, dropped, shared in ((1020, 50, 40), (300, 9, 9), (513, 20, 0)):
+        own, blocks = blocks.split([-(-length // 16), len(blocks) - -(-length // 16)])
+        sizes = torch.tensor([length, dropped]).int()
+        ends.append(PromptEnd(own, length, dropped, shared, policy.page_sizes[0], 0, 0,
+                              policy.window, True, sizes))  # fmt: skip
+    content = 2 * DIM + layout.channels // layout.page_size
+    caches = [torch.randn(160, KV_HEADS, 16, content) for _ in layers]
+    expected = [cache.clone() for cache in caches]
+    for layer, cache in zip(layers, expected, strict=True):
+        for end in ends:
+            layer.compact_parked(cache, end)
+    before = Counter(adversary.LAUNCHES)
+    parked_prompts.compact_parked(list(zip(layers, caches, strict=True)), ends)
+    chains = 1 if room == 1 << 20 else 2
+    launches = adversary.LAUNCHES - before
+    assert launches["_score_kernel"] == chains * len(layers)
+    for cache, alone in zip(caches, expected, strict=True):
+        assert cache.equal(alone)
 
 
 @pytest.mark.parametrize("kind", [Quest, SnapKV, StreamingLLM])

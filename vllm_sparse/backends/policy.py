@@ -39,6 +39,7 @@ from vllm_sparse.policies.making import make_policy
 from vllm_sparse.policies.protocol import Policy, Shape
 from vllm_sparse.steps.drafts import Drafts
 from vllm_sparse.steps.layer import SparseLayer
+from vllm_sparse.steps.parked import compact_parked
 from vllm_sparse.steps.split import StepMetadata, StepPlanner
 from vllm_sparse.upload import upload
 
@@ -271,9 +272,10 @@ class Planning:
         """
         start, table = common.query_start_loc_cpu, common.block_table_tensor
         batch = start[: common.num_reqs + 1], seq_lens, prompt_lens, controls, table
-        for prompt in self.planner.prompts.begun(*batch, count or self.count):
-            for layer in self.layers:
-                layer.impl.sparse.compact_parked(as_numbers(layer.kv_cache), prompt)
+        prompts = self.planner.prompts.begun(*batch, count or self.count)
+        if prompts:
+            layers = [(layer.impl.sparse, as_numbers(layer.kv_cache)) for layer in self.layers]
+            compact_parked(layers, prompts)
 
     def split(
         self,

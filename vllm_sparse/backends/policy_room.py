@@ -12,6 +12,7 @@ from vllm_sparse.backends.base import most_rows
 from vllm_sparse.kernels.dispatch import policy_triton
 from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kv.tail.compaction import compaction_bytes
+from vllm_sparse.steps.parked import MOST_SCORED_BYTES, scored_bytes
 from vllm_sparse.steps.select import MOST_INDEX_BYTES, rows_at_once
 
 if TYPE_CHECKING:
@@ -62,6 +63,10 @@ def step_bytes(
     if policy.moves and (step is None or step.compact_prompts is None):  # one after the other
         layout = PageLayout(*sizes, policy.index_width)
         needed = max(needed, compaction_bytes(longest, layout, policy, kv_heads, cache_dtype))
+    elif policy.moves:
+        tokens = most_rows(config) * longest
+        scored = min(scored_bytes(tokens, kv_heads), MOST_SCORED_BYTES)
+        needed = max(needed, scored, scored_bytes(longest, kv_heads))
     return needed
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vllm_sparse.kernels.types import Rows
     from vllm_sparse.kv.tail.codec import Reader
     from vllm_sparse.policies.protocol import Policy
+    from vllm_sparse.steps.parked import ParkedPrompts
     from vllm_sparse.steps.prompts import PromptEnd
     from vllm_sparse.steps.split import Pages, SparseRows
 
@@ -121,25 +122,53 @@ class SparseLayer:
             window = cache.new_empty(0, heads, self.policy.shape.head_dim)
         self._compact(cache, prompt, window)
 
+    @property
+    def compacts_together(self) -> bool:
+        """A kernel compacts any number of prompts at once."""
+        return self._compact_prompts is not None
+
+    def compact_together(self, cache: Tensor, prompts: ParkedPrompts) -> None:
+        """The same as :meth:`compact_parked` of several prompts, if :attr:`compacts_together`."""
+        assert self.parking is not None
+        window = self.parking.load_all(cache, prompts.tails, self.policy.window)
+        rows = prompts.blocks, prompts.lengths, prompts.dropped
+        layout = self.layouts[prompts.page_size]
+        self._compact_rows(cache, window.transpose(1, 2), *rows, prompts.most_kept, layout)
+
+    def _compact_rows(
+        self,
+        cache: Tensor,
+        window: Tensor,
+        blocks: Tensor,
+        lengths: Tensor,
+        dropped: Tensor,
+        most_kept: int,
+        layout: PageLayout,
+    ) -> None:
+        keys, values = layout.tokens(cache).split(layout.head_dim, -1)
+        assert self._compact_prompts is not None
+        self._compact_prompts(
+            cache,
+            keys,
+            values,
+            window,
+            blocks,
+            lengths,
+            dropped,
+            layout=layout,
+            scale=self._scale,
+            max_kept=most_kept,
+            scales=self._scales,
+            sinks=self._sinks,
+        )
+
     def _compact(self, cache: Tensor, prompt: PromptEnd, window: Tensor) -> None:
         layout, dropped = self.layouts[prompt.page_size], prompt.dropped_blocks
-        if self._compact_prompts is not None:
-            keys, values = layout.tokens(cache).split(layout.head_dim, -1)
+        if self.compacts_together:
             length, gone = prompt.sizes.split(1)
-            self._compact_prompts(
-                cache,
-                keys,
-                values,
-                window.transpose(0, 1)[None],
-                prompt.blocks[None],
-                length,
-                gone,
-                layout=layout,
-                scale=self._scale,
-                max_kept=prompt.prompt_len - dropped * layout.block_size,
-                scales=self._scales,
-                sinks=self._sinks,
-            )
+            rows = window.transpose(0, 1)[None], prompt.blocks[None], length, gone
+            kept = prompt.prompt_len - dropped * layout.block_size
+            self._compact_rows(cache, *rows, kept, layout)
             return
         compact_prompt(
             cache,

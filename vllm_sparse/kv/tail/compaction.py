@@ -160,7 +160,17 @@ class QueryParking:
 
     def load(self, cache: Tensor, tail: Tensor, count: int) -> Tensor:
         """The first ``count`` parked window queries, ``[count, H, D]``."""
+        return self.load_all(cache, tail[None, : -(-count // self.per_block)], count)[0]
+
+    def load_all(self, cache: Tensor, tails: Tensor, count: int) -> Tensor:
+        """The first ``count`` parked window queries of several prompts, ``[R, count, H, D]``.
+
+        Args:
+            cache: The layer's cache.
+            tails: The blocks they wait in, ``[R, ceil(count / per_block)]``.
+            count: Of each prompt.
+        """
         # Whole blocks, so that a layer launches twice for it and not six times.
-        blocks = self._area(cache).index_select(0, tail[: -(-count // self.per_block)])
-        stored = blocks.transpose(1, 2).flatten(2, 3).flatten(0, 1)[:count]
+        blocks = self._area(cache).index_select(0, tails.flatten()).unflatten(0, tails.shape)
+        stored = blocks.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :count]
         return stored.view(self._dtype) if self._dtype else stored
