@@ -41,7 +41,7 @@ def weight_bytes(model: Any) -> int:
 
 
 def least_weight_bytes(model: Any) -> int:
-    """As :func:`weight_bytes`, but not more than it may be: 4 bits a number where unknown.
+    """Bytes of a model's weights at least: 4 bits a number where nobody knows how many.
 
     Args:
         model: vLLM's model configuration.
@@ -90,7 +90,12 @@ def _stored(model: Any) -> int:
 
 
 def _weights_by_shape(model: Any, each: ItemBytes | None) -> int:
-    """As of a Llama; experts count, biases and norms do not. ``None``: nobody knows, so 16 bits."""
+    """Bytes of the weights of a Llama of this shape and its experts, without biases and norms.
+
+    Args:
+        model: vLLM's model configuration.
+        each: Bytes of a number; ``None``: nobody knows, so those of the model's dtype.
+    """
     shape = model.hf_text_config
     hidden, layers = shape.hidden_size, shape.num_hidden_layers
     heads = shape.num_attention_heads + model.get_total_num_kv_heads()
@@ -108,7 +113,7 @@ def working_bytes(config: Any) -> int:
     """What computing the longest batch takes: a few copies of the widest activations.
 
     Args:
-        config: As of :func:`left_bytes`.
+        config: vLLM's.
     """
     model, tokens = config.model_config, config.scheduler_config.max_num_batched_tokens
     shape = model.hf_text_config
@@ -122,7 +127,7 @@ def mlp_bytes(config: Any) -> int:
     The residual and a layer's gate and up projections; experts and attention only add to it.
 
     Args:
-        config: As of :func:`left_bytes`.
+        config: vLLM's.
     """
     shape, ranks = config.model_config.hf_text_config, config.parallel_config.tensor_parallel_size
     numbers = getattr(shape, "hidden_size", 0) + 2 * _width(shape) // ranks

@@ -40,7 +40,7 @@ def item_bytes(model: Any, of_groups: Callable[..., float] = max) -> ItemBytes |
 
     Args:
         model: vLLM's model configuration.
-        of_groups: As of :func:`weight_bits`.
+        of_groups: Which group of matrices stands for all, if they are stored in several ways.
     """
     plain, method = model.dtype.itemsize, getattr(model, "quantization", None)
     if not method:
@@ -55,7 +55,7 @@ def described(model: Any) -> Mapping[str, Any]:
     """What a checkpoint says of its quantisation; empty if it was not stored so.
 
     Args:
-        model: As of :func:`item_bytes`.
+        model: vLLM's model configuration.
     """
     parts = (getattr(model, "hf_config", None), model.hf_text_config)
     found = (getattr(part, key, None) for part in parts for key in _SECTIONS)

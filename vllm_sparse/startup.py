@@ -128,9 +128,10 @@ def size_sparda(
     """Size the host pool and the slab.
 
     Args:
-        config: As of :func:`prepare_sparda`.
+        config: vLLM's, whose block size and number of blocks are set, and where the settings leave
+            it open, the slab and most requests at once.
         settings: SPARDA's.
-        device_bytes: As of :func:`prepare_sparda`.
+        device_bytes: Tells the memory of a device; ``None`` where host and device are one.
         available: Host memory that is free, in bytes.
 
     Returns:
@@ -216,7 +217,7 @@ def _check_memory(
     """Compare what all ranks here will take of host memory with what there is, before they do.
 
     Args:
-        config: As of :func:`prepare_sparda`.
+        config: vLLM's, for the ranks that are on this host.
         settings: SPARDA's.
         taken: Bytes of each part, in words.
         available: Host memory that is free, in bytes.
@@ -287,7 +288,7 @@ def _choose_pool(
 
     Args:
         config: vLLM's; its settings are changed, so that every process knows.
-        settings: As given.
+        settings: SPARDA's, as they were set.
         bytes_per_block: Host bytes of one block in all layers of a rank.
         available: A rank's share of the host memory that is free, in bytes.
         held: The largest pool of which the device holds every block, in GiB.
@@ -326,7 +327,7 @@ def _admit_what_fits(
 
     Args:
         config: vLLM's; its scheduler's most requests at once are lowered.
-        settings: As given, without a slab.
+        settings: SPARDA's, without a slab.
         room: Bytes of a rank for frames.
         sizes: Of :func:`plan_frames`.
     """
@@ -374,7 +375,7 @@ def _choose_slab(
 
     Args:
         config: vLLM's; its settings and its scheduler's are changed, so that every process knows.
-        settings: As given.
+        settings: SPARDA's, as they were set.
         room: Bytes of a device for frames.
         sizes: Of :func:`fit_slab`.
 

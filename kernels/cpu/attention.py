@@ -37,7 +37,9 @@ def attend_slots(
     scales: Scales = UNSCALED,
     sinks: Tensor | None = None,
 ) -> None:
-    """Exact attention over the selected tokens; arguments as the reference explains them.
+    """Exact attention over the selected tokens.
+
+    Same contract as :func:`vllm_sparse.kernels.reference.attention.attend_slots`.
 
     Integer tensors must be int32, ``slots`` contiguous, and so the head and channel axes of all
     other tensors.

@@ -43,7 +43,9 @@ def decode_attention(
     scales: Scales = UNSCALED,
     sinks: Tensor | None = None,
 ) -> None:
-    """Append, select and attend in one pass; arguments as the reference explains them.
+    """Append, select and attend in one pass.
+
+    Same contract as :func:`vllm_sparse.kernels.reference.decode.decode_attention`.
 
     Integer tensors must be int32; head and channel axes of all tensors must be contiguous.
 

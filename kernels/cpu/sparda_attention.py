@@ -32,7 +32,9 @@ def attend_frames(
     unframed: Unframed | None = None,
     scales: Scales = UNSCALED,
 ) -> None:
-    """Exact decode attention over frames; arguments as the reference explains them.
+    """Exact decode attention over frames.
+
+    Same contract as :func:`vllm_sparse.kernels.reference.sparda_attention.attend_frames`.
 
     Raises:
         ValueError: Unsupported dtype or head size.

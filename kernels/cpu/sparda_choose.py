@@ -25,7 +25,9 @@ def choose_blocks(
     compressed: Tensor, vectors: Tensor, table: Tensor, positions: Tensor, ranking: Ranking,
     blocks: Blocks,
 ) -> Tensor:  # fmt: skip
-    """Marks the blocks that each token reads; arguments as the reference explains them.
+    """Marks the blocks that each token reads.
+
+    Same contract as :func:`vllm_sparse.kernels.reference.sparda_choose.choose_blocks`.
 
     Channels of ``compressed`` and ``vectors`` are contiguous. Vectors are rounded to the dtype of
     the compressed keys.

@@ -22,7 +22,9 @@ def attend_part(
     first_position: int = 0, block_size: int = 0, past_from: int | None = None,
     total: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Softmax attention over some of the keys; arguments as the reference explains them.
+    """Softmax attention over some of the keys.
+
+    Same contract as :func:`vllm_sparse.kernels.reference.sparda_prefill.attend_part`.
 
     Queries are rounded to the dtype of the keys, unless that is fp8. Channels of all tensors and
     blocks of ``chosen`` are contiguous.

@@ -33,7 +33,9 @@ def select_blocks(
     compressed: Tensor, vectors: Tensor | None, block_table: Tensor, positions: Tensor,
     ranking: Ranking, blocks: Blocks, *, dense_len: int = 0,
 ) -> Selected:  # fmt: skip
-    """The blocks that each decode row reads; arguments as the reference explains them.
+    """The blocks that each decode row reads.
+
+    Same contract as :func:`vllm_sparse.kernels.reference.sparda_select.select_blocks`.
 
     Channels of ``compressed`` and ``vectors`` and entries of ``block_table`` are contiguous.
     Vectors are rounded to the dtype of the compressed keys.

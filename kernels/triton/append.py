@@ -38,10 +38,8 @@ def _store_probe(
         logit_scale: What logits are multiplied with.
         pair: Row times KV heads plus KV head.
         first_head: Row times query heads plus the first query head.
-        query_out: Of :class:`vllm_sparse.kernels.types.Probes`.
-        extreme_out: The same.
-        scale_out: The same.
-        newest_out: The same.
+        query_out, extreme_out, scale_out, newest_out: Pointers to the four parts of
+            :class:`vllm_sparse.kernels.types.Probes`, written.
         GROUP: Query heads.
         DIM: Head size.
     """

@@ -63,11 +63,7 @@ def radix_threshold(
         size: At least 1.
         count: 1 to ``size``.
         BLOCK: Entries per iteration.
-        table: See :func:`place_of`, and so what follows.
-        first: The same.
-        STRIDE: The same.
-        PER_BLOCK: The same.
-        BY_TABLE: The same.
+        table, first, STRIDE, PER_BLOCK, BY_TABLE: Where scores lie, see :func:`place_of`.
     """
     digits = tl.arange(0, 256)
     prefix = (count * 0).to(tl.uint32)
@@ -112,7 +108,7 @@ def digit_of(histogram, digits, room):
 
 @triton.jit
 def tile_threshold(score, inside, size, count):
-    """As :func:`radix_threshold`, of scores that are in registers.
+    """Key of the ``count``-th largest score, and how many equal keys are selected, in registers.
 
     A search by four bits, which ends as soon as the bits found separate ``count`` keys from the
     rest: after three or four steps of eight, unless scores are equal.

@@ -72,7 +72,7 @@ def cache_itemsize(kind: str, model_itemsize: int) -> int:
     """Bytes of a number in a KV cache that is served.
 
     Args:
-        kind: As of :func:`cache_kind`.
+        kind: Of the cache, as vLLM's ``cache_dtype`` names it.
         model_itemsize: Bytes of the model's numbers.
     """
     if kind in FP8_CACHES:

@@ -92,7 +92,7 @@ def final_scales(layer: Any, truncates: bool) -> Scales:
 
     Args:
         layer: vLLM's attention layer.
-        truncates: As of :class:`Scales`.
+        truncates: Whether the stock kernel rounds new numbers towards zero.
     """
     scales = Scales(layer._k_scale_float, layer._v_scale_float, truncates)
     process = layer.impl.process_weights_after_loading

@@ -71,8 +71,8 @@ def note_rows(lengths: Tensor, prompt_lens: Tensor, controls: Tensor | None) -> 
 
     Args:
         lengths: Tokens after the step, on the host, ``[R]``.
-        prompt_lens: As of :class:`Requests`.
-        controls: The same.
+        prompt_lens: Prompt tokens, ``[R]``.
+        controls: What requests ask for, ``[R]``; ``None`` if nothing.
     """
     global _rows
     asked = None if controls is None else controls.clone()
@@ -126,7 +126,7 @@ def with_waiting_queries(
         step: The plan of the pass, in which these rows are dense.
         planner: Of its layers.
         common: The pass.
-        lengths: As of :func:`rows_of_pass`.
+        lengths: Tokens after the pass, on the host, ``[R]``.
         rows: Its rows.
     """
     if rows.parking is None:

@@ -359,11 +359,11 @@ class _QuantisedQueries:
         self._impl = impl
 
     def do_kv_cache_update(self, *arguments: Any) -> None:
-        """As the stock one."""
+        """Write keys and values into the cache: the stock method."""
         FlashAttentionImpl.do_kv_cache_update(self._impl, *arguments)
 
     def forward(self, layer: Any, query: Tensor, *arguments: Any) -> Tensor:
-        """As the stock one, of queries that it would have been given."""
+        """Attend, after rounding queries to fp8 as vLLM's layer would have done."""
         impl = self._impl
         impl.supports_quant_query_input = True  # so that it multiplies with their scale
         try:

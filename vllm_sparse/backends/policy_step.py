@@ -38,7 +38,7 @@ def attend_step(
         layer: The attention layer.
         query: Post-RoPE queries, ``[tokens, H, D]``.
         key: ``[tokens, G, D]``; ``None`` is refused.
-        value: The same.
+        value: ``[tokens, G, D]``; ``None`` is refused.
         cache: ``[blocks, G, block_size, C]``, bytes if it is fp8.
         step: The step.
         output: Written, ``[tokens, H, D]``.

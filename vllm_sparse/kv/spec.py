@@ -179,7 +179,7 @@ class SpardaSpec(SharedSpec):
         return None if self.alike else max(prompt_len, self.dense_len)
 
     def hittable_tokens(self, prompt_len: int, control: int) -> int | None:
-        """The same."""
+        """Leading tokens of a request that may come from others: those that it may share itself."""
         return self.publishable_tokens(prompt_len, control)
 
 

@@ -198,7 +198,7 @@ class Model:
         return int(self.text["hidden_size"])
 
     def get_hidden_size(self) -> int:
-        """As vLLM calls it."""
+        """Width of the residual stream, by the name of vLLM's model configuration."""
         return self.hidden
 
     def get_num_experts(self) -> int:

@@ -260,7 +260,7 @@ class RocketKV(Policy):
 
     @property
     def page_sizes(self) -> tuple[int, ...]:
-        """As set."""
+        """The setting of that name."""
         return self.settings.page_sizes
 
     @property

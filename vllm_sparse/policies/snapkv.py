@@ -55,7 +55,7 @@ class SnapKV(Policy):
 
     @property
     def window(self) -> int:
-        """As set."""
+        """The setting of that name."""
         return self.settings.window
 
     @property

@@ -109,7 +109,8 @@ class SpardaPlanner:
                 new may: later it has its blocks' content. Finding out waits for the device.
             dense: Host bool ``[R]``: rows of requests that ask to read everything, which they do
                 as prompts do; ``None`` if there are none.
-            replayed: As of :meth:`.Prompts.count`.
+            replayed: Host bool ``[R]``: rows of requests that were preempted with outputs;
+                ``None`` where nobody tells.
 
         Returns:
             The metadata, in part on the host.
@@ -171,7 +172,7 @@ class SpardaPlanner:
             batch: The step.
             slots: Of its tokens.
             before: Slots of the tokens before them.
-            may_borrow: As of :meth:`plan`.
+            may_borrow: Some row may read blocks that this step writes.
 
         Returns:
             Blocks as of :func:`borrowed_blocks`, and the batch position of the token before each
@@ -322,8 +323,9 @@ class SpardaPlanner:
             start: Host ``[R]``: position of each row's first token.
             seq_lens: Host ``[R]``: tokens of each row after the step, 0 for padding rows.
             prompt_lens: Host ``[R]``: prompt tokens of each row's request.
-            dense: As of :meth:`plan`.
-            replayed: As of :meth:`.Prompts.count`.
+            dense: Host bool ``[R]``: rows of requests that ask to read everything; ``None``: none.
+            replayed: Host bool ``[R]``: rows of requests that were preempted with outputs;
+                ``None`` where nobody tells.
         """
         finished = (start < prompt_lens) & (seq_lens == prompt_lens) & (seq_lens > 0)
         if replayed is not None:

@@ -69,12 +69,13 @@ class RowPlanner:
         Args:
             planner: Counts.
             seq_lens: Tokens of each row after the step, 0 for padding, ``[R]``.
-            host_lens: The same on the host.
+            host_lens: Those on the host, ``[R]``.
             prompt_lens: Prompt tokens of each row's request, ``[R]``, anywhere.
             block_table: Physical blocks, int32 ``[R, max_blocks]``.
             prefilling: Whether any row is a prompt's, where it cannot be seen from the lengths.
-            dense: As of :meth:`.SpardaPlanner.plan`.
-            replayed: As of :meth:`.Prompts.count`.
+            dense: Host bool ``[R]``: rows of requests that ask to read everything; ``None``: none.
+            replayed: Host bool ``[R]``: rows of requests that were preempted with outputs;
+                ``None`` where nobody tells.
 
         Returns:
             The metadata; ``None`` if the other planner must do it.

@@ -80,7 +80,7 @@ class Prompts:
             query_start: Host ``[R + 1]``: where each row's tokens start in the batch.
             seq_lens: Host ``[R]``: tokens of each row after the step.
             prompt_lens: Host ``[R]``: prompt tokens of each row's request.
-            rule: Host ``[R]``: as of :meth:`.Rules.find`.
+            rule: Host ``[R]``: which rule of the table holds for each row.
             block_table: ``[R, max_blocks]`` on the device.
             count: Receives counter names and amounts.
         """
@@ -122,7 +122,7 @@ class Prompts:
             query_start: Host ``[R + 1]``: where each row's tokens start in the batch.
             seq_lens: Host ``[R]``: tokens of each row after the step.
             prompt_lens: Host ``[R]``: prompt tokens of each row's request; 0: nobody's.
-            controls: As of :meth:`.Rules.find`.
+            controls: What each row's request asks for, host ``[R]``; ``None`` if none does.
             block_table: ``[R, max_blocks]`` on the device.
             count: Receives counter names and amounts.
         """
@@ -197,7 +197,7 @@ class Prompts:
             query_start: Host ``[R + 1]``: where each row's tokens start in the batch.
             seq_lens: Host ``[R]``: tokens of each row after the step.
             prompt_lens: Host ``[R]``: prompt tokens of each row's request.
-            rule: Host ``[R]``: as of :meth:`.Rules.find`.
+            rule: Host ``[R]``: which rule of the table holds for each row.
             count: Receives counter names, amounts and reasons.
             replayed: Host bool ``[R]``: rows of requests that were preempted with outputs. A chunk
                 of their replay may end with the prompt, or go on behind it. ``None`` where nobody

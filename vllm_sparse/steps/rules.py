@@ -88,7 +88,15 @@ class Rules:
         return torch.where(controls == DENSE, self._longest + 1, known)
 
     def find_on_host(self, prompt_lens: Tensor, controls: Tensor | None) -> Tensor:
-        """As :meth:`find`, on the host; a budget's rules are made when they are first needed."""
+        """Which rule holds for each row, with budgets, whose rules are made when first needed.
+
+        Args:
+            prompt_lens: Prompt tokens of each row's request, host ``[R]``.
+            controls: What each row's request asks for, host ``[R]``; ``None`` if none does.
+
+        Returns:
+            Host int64 ``[R]``.
+        """
         found = self.find(prompt_lens, controls)
         if controls is None:
             return found

@@ -157,9 +157,10 @@ class StepPlanner:
             dense_metadata: Called with the rows, token positions and sequence lengths of the dense
                 part (``None`` thrice: the whole batch as it is).
             count: Receives counter names and amounts.
-            controls: As of :meth:`.Rules.find`.
+            controls: What each row's request asks for, host ``[R]``; ``None`` if none does.
             drafts: How far ``seq_lens`` may be off.
-            replayed: As of :meth:`.Prompts.count`.
+            replayed: Host bool ``[R]``: rows of requests that were preempted with outputs;
+                ``None`` where nobody tells.
 
         Returns:
             The metadata.

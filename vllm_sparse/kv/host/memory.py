@@ -73,7 +73,7 @@ def available_bytes(cgroup: Path = _CGROUP) -> int:
     """The smaller of what the machine has available and what the container's limit leaves.
 
     Args:
-        cgroup: As of :func:`container_limit`.
+        cgroup: Folder of the process's control groups.
     """
     available, limit = int(psutil.virtual_memory().available), container_limit(cgroup)
     if limit is None:
