@@ -20,9 +20,11 @@ from vllm_sparse.backends.sparda_warm_up import warm_up
 from vllm_sparse.policies.sparda import SpardaSettings
 from vllm_sparse.prefetch.stream import Tile
 from vllm_sparse.steps.host_prompt import attend_prompt
+from vllm_sparse.steps.host_rows import RowPlanner
 
 CPU, SERVED = torch.device("cpu"), "requests from here on"
 SIZE = 64
+MOST_ROWS = 19  # no multiple of what aligns a row of numbers
 # Query heads, KV heads, size: sums of 14 heads start anywhere between two tokens.
 HEADS = {"forecast": (32, 2, 128), "query": (14, 2, 128)}
 
@@ -73,11 +75,13 @@ def serve(kernels, settings, ranking, blocks, heads) -> None:
     slab, compressed = host.flatten(0, 1), torch.zeros(40, kv_heads, 4, dim).bfloat16()
     turned = ranking._replace(rotary=None)
     of_rows = query_heads if ranking.softmax else kv_heads
-    for rows, width in ((1, 17), (2, 100), (19, 512), (3, 5), (2, 1)):
+    planner = RowPlanner(settings, MOST_ROWS, CPU, captured=True)
+    for rows, width in ((1, 17), (2, 100), (MOST_ROWS, 512), (3, 5), (2, 1)):
         fused = torch.zeros(rows, query_heads + 2 * kv_heads, dim).bfloat16()
         query, key, value = fused.split([query_heads, kv_heads, kv_heads], 1)
-        table = torch.zeros(rows, width, dtype=torch.int32)
-        at = torch.zeros(rows, dtype=torch.int64)
+        table, *numbers = (part[:rows] for part in planner._room(width))
+        table = table[:, :width]
+        at = numbers[3]  # every second one would begin within 16 bytes
         state = PageTable(
             torch.zeros(80, dtype=torch.int32), torch.zeros(80, dtype=torch.int64),
             torch.zeros(80, dtype=torch.int64), torch.zeros(80, dtype=torch.bool),

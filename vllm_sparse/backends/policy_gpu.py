@@ -43,6 +43,7 @@ from vllm_sparse.backends.policy_step import attend_step
 from vllm_sparse.backends.policy_warm_up import warm_up
 from vllm_sparse.backends.prompts import is_warm_up, prompt_lengths_on_host
 from vllm_sparse.backends.refusals import check_stock_layers
+from vllm_sparse.buffers import vectors
 from vllm_sparse.counters import DeviceCounters
 from vllm_sparse.features import POLICIES, refuse
 from vllm_sparse.kernels.dispatch import policy_triton
@@ -285,7 +286,7 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         if self._table is None or self._table.shape[1] != width:
             options: dict[str, Any] = {"dtype": torch.int32, "device": self.device}
             self._table = torch.zeros(self._max_rows, width, **options)
-            self._numbers = torch.zeros(4, self._max_rows, **options)
+            self._numbers = vectors(4, self._max_rows, **options)
         lengths, top_r, parked, final = self._numbers[:, :count].unbind()
         rows = Rows(self._table[:count], lengths, top_r, parked)
         return rows._replace(final_lengths=final) if self._drafts else rows

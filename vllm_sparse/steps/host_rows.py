@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_sparse.buffers import vectors
 from vllm_sparse.policies.selectors import Tokens
 from vllm_sparse.steps.host import borrowed_blocks
 from vllm_sparse.steps.host_step import DecodeRows, SpardaStep, WindowRows
@@ -149,7 +150,7 @@ class RowPlanner:
             index = torch.arange(self._max_rows, device=self._device)
             self._buffers = (
                 torch.zeros(self._max_rows, width, dtype=torch.int32, device=self._device),
-                *torch.zeros(6, self._max_rows, dtype=torch.int64, device=self._device),
+                *vectors(6, self._max_rows, torch.int64, self._device),
                 torch.zeros(self._max_rows, dtype=torch.int32, device=self._device),
                 index,
                 torch.full_like(index, -1),
