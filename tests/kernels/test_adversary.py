@@ -5,6 +5,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,61 @@ pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU needs no int
 def toys(_interpreter):
     """Imported where the interpreter has been chosen."""
     return importlib.import_module("support.toys")
+
+
+@pytest.fixture
+def broken(_interpreter, tmp_path, monkeypatch):
+    """Makes a copy of a module of kernels in which some of the text is another."""
+
+    def copy(name: str, *changes: tuple[str, str]):
+        original = importlib.import_module(f"vllm_sparse.kernels.triton.{name}")
+        text = Path(original.__file__).read_text()
+        for old, new in changes:
+            assert text.count(old) == 1, f"{name} has changed: break it in another way than {old!r}"
+            text = text.replace(old, new)
+        file = tmp_path / f"{name}_with_{len(changes)}_changes.py"
+        file.write_text(text)
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, file.stem, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return copy
+
+
+def test_the_copy_of_pieces_without_its_mask_is_caught(broken):
+    """Of 12 words, of which a program copies 16."""
+    store = "tl.store(target + begin + word, data, mask=inside)"
+    last, first = torch.tensor([3]).int(), torch.tensor([1]).int()
+    source, target, count = torch.randn(4, 12), torch.zeros(4, 12), torch.ones(1).int()
+    broken("sparda_paging").copy_pieces(target, last, source, first, count)
+    assert target[3].equal(source[1])
+    assert not target[:3].any()
+    wrong = broken("sparda_paging", (store, store.replace(", mask=inside", "")))
+    with pytest.raises(Exception, match=r"a store of .* after the end of target"):
+        wrong.copy_pieces(target, last, source, first, count)
+
+
+def test_the_best_indices_in_places_from_a_counter_are_caught(broken):
+    """Heads of a row that share a list, each behind whichever came before it."""
+    score, taken = torch.randn(1, 4, 40), torch.zeros(1).int()
+    sizes, counts = torch.tensor([40]).int(), torch.tensor([8]).int()
+    listed = torch.zeros(1, 4, 8).int()
+    arguments = (*score.stride()[:2], 4, 8)
+    right = broken("topk")
+    right._top_indices_kernel[(1, 4)](score, sizes, counts, listed, *arguments, BLOCK=64)
+    assert listed.sort().values.equal(score.topk(8).indices.sort().values.int())
+    wrong = broken(
+        "topk",
+        ("    sizes,\n    counts,\n    index_out,\n    stride_row,", (
+            "    sizes,\n    counts,\n    index_out,\n    counter,\n    stride_row,"
+        )),
+        ("index_out += (row * heads + head) * width", "index_out += row * heads * width"),
+        ("        taken = 0\n", "        taken = tl.atomic_add(counter, count)\n"),
+    )  # fmt: skip
+    with pytest.raises(Exception, match=r"top_indices_kernel leaves .* other bytes in index_out"):
+        wrong._top_indices_kernel[(1, 4)](score, sizes, counts, listed, taken, *arguments, BLOCK=64)
 
 
 def test_a_missing_mask_is_caught(toys):
