@@ -102,6 +102,10 @@ def plan(options: argparse.Namespace) -> list[stages.Stage]:
             arm("rocket-1024-more", 200, 90, "(b) ROCKETKV, the same", "dense-more"),
             arm("rocket-256-more", 200, 90, "(b) ROCKETKV, the same, t = 256", "dense-more"),
             arm("dense-blocks-of-64", 70, 50, "(b) FLASH_ATTN with blocks of 64 tokens", DENSE),
+            arm(
+                "rocket-1024-blocks-of-128", 80, 55, "(b) ROCKETKV with blocks of 128 tokens",
+                DENSE,
+            ),
             arm("dense-compiled", 150, 100, "(b) FLASH_ATTN as vLLM compiles it", DENSE),
         ],
     }  # fmt: skip

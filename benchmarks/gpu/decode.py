@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from benchmarks.arms import Arm
     from benchmarks.gpu.stages import Report
 
-DENSE, COMPILED, LARGE_BLOCKS = "dense", "dense-compiled", "dense-blocks-of-64"
+DENSE, COMPILED = "dense", "dense-compiled"
+# Tokens per block of arms that do not have the backend's own.
+BLOCK_SIZES = {"dense-blocks-of-64": 64, "rocket-1024-blocks-of-128": 128}
 MOST, AS_DENSE = "most", "most of dense"  # batches known only when the engines are up
 MAX_SEQS = 256
 GROWTH = 768  # tokens that a request may generate while the batch grows
@@ -71,7 +73,8 @@ CELLS: dict[str, tuple[Cell, ...]] = {
     "stage2-1024": (Cell(32 * K, (1, 8), 1),),
     "dense-again": (Cell(32 * K, (1,)),),
     COMPILED: (Cell(32 * K, (1, 8)),),
-    LARGE_BLOCKS: (Cell(32 * K, (1, 8)),),
+    "dense-blocks-of-64": (Cell(32 * K, (1, 8)),),
+    "rocket-1024-blocks-of-128": (Cell(32 * K, (1, 8, AS_DENSE), 1),),
     # Many or long prompts: minutes of prefill.
     "dense-more": (Cell(8 * K, (1, 8, MOST)), Cell(128 * K, (1, MOST), 2)),
     "rocket-1024-more": _MORE,
@@ -84,7 +87,7 @@ def arm_of(name: str, options: argparse.Namespace) -> Arm:
     """The arm of a stage."""
     if name.startswith(DENSE):
         return llms.stock_arm(options)
-    name = name.removesuffix("-more")
+    name = name.removesuffix("-more").partition("-blocks")[0]
     if options.tiny:
         name = f"{name.rpartition('-')[0]}-64"
     own = {"min_context": 64, "generation_reserve": 32} if options.tiny else None
@@ -111,8 +114,8 @@ def measure(name: str, report: Report, options: argparse.Namespace) -> None:
     if device.type == "cpu":
         mode = llms.EAGER
     arguments = {**mode, **_arguments(longest, options)}
-    if name == LARGE_BLOCKS:
-        arguments["block_size"] = 64
+    if name in BLOCK_SIZES:
+        arguments["block_size"] = BLOCK_SIZES[name]
     llm = llms.build(arm, options, model, **arguments)
     report.note(
         **llms.facts(llm, started), arm=arm.name, settings=arm.settings, shape=shape.name,

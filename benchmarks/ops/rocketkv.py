@@ -80,6 +80,7 @@ CELLS = (
     Cell(131072, 1024, 1), Cell(32768, 256, 27), Cell(32768, 256, 1), Cell(32768, 1024, 8),
     Cell(32768, 1024, 1, block_size=16), Cell(131072, 1024, 6), Cell(131072, 256, 1),
     Cell(8192, 1024, 8), Cell(8192, 256, 8), Cell(32768, 1024, 116),
+    Cell(32768, 1024, 27, block_size=128),
 )  # fmt: skip
 TINY_CELLS = (Cell(600, 64, 1, block_size=16),)
 TUNED_CELLS = (Cell(32768, 1024, 27), Cell(131072, 1024, 1))
@@ -124,8 +125,7 @@ def _missed_slots(actual: Side, expected: Side) -> float:
 
 def _ranked(slots: Tensor, table: Tensor, estimate: Tensor, layout: PageLayout) -> Tensor:
     """1 for pages of which all tokens are among the slots, -1 for none; as the estimates."""
-    blocks = slots // layout.block_size
-    number = (table == blocks[..., None]).int().argmax(-1)
+    number = (table == (slots // layout.block_size)[..., None]).int().argmax(-1)
     token = number * layout.block_size + slots % layout.block_size
     page = (token // layout.page_size).clamp(max=estimate.shape[1] - 1)
     one = torch.full_like(page, 2 / layout.page_size, dtype=estimate.dtype)

@@ -121,6 +121,20 @@ def test_target_cells_come_first_and_overheads_have_several_prefills():
         assert [cell.prefills for cell in (cells[1], decode.CELLS[f"{name}-more"][1])] == [1, 2]
 
 
+def test_blocks_of_128_are_compared_with_those_of_64_and_fewer():
+    from benchmarks.gpu import decode
+    from benchmarks.ops import rocketkv
+
+    name = "rocket-1024-blocks-of-128"
+    arm = decode.arm_of(name, bench.parser_of().parse_args([]))
+    assert (arm.name, arm.settings["token_budget"]) == ("rocket-1024", 1024)
+    assert decode.BLOCK_SIZES[name] == 128
+    (stage,) = (stage for stage in part_of("more") if stage.name == name)
+    assert stage.beside == ("dense",)
+    sizes = {cell.block_size for cell in rocketkv.CELLS if cell[:3] == (32768, 1024, 27)}
+    assert sizes == {16, 64, 128}
+
+
 def test_a_cell_that_fails_costs_no_other_one(tmp_path):
     from benchmarks.gpu import decode
 
