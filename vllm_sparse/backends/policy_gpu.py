@@ -220,10 +220,9 @@ class PolicyGpuBuilder(FlashAttentionMetadataBuilder):
         common, lengths = common_attn_metadata, sequence_lengths(common_attn_metadata)
         host = lengths, *rows_of_pass(self._planning.policy, common, lengths)[:2]
         if common.max_query_len <= 1 + self._drafts:
-            nothing = count_nothing, self._uncounted
-            return self._plan_rows(common, *host, *nothing, is_rehearsal(common))
-        nothing = self._uncounted, count_nothing
-        return self._planning.split(common, *host, super().build, *nothing)
+            rehearsal = is_rehearsal(common)
+            return self._plan_rows(common, *host, count_nothing, self._uncounted, rehearsal)
+        return self._planning.split(common, *host, super().build, self._uncounted, count_nothing)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
