@@ -21,6 +21,7 @@ from support.sparda_plans import (
 )
 
 from vllm_sparse.policies.sparda import SpardaSettings, num_windows
+from vllm_sparse.steps.host import SpardaPlanner
 
 
 @st.composite
@@ -268,3 +269,17 @@ def test_fresh_rows_are_set_apart_only_for_who_serves_them() -> None:
     assert apart.fresh.index.tolist() == [0, 1, 5, 6, 7, 8, 9]
     assert apart.fresh.starts.tolist() == [0, 2, 7]
     assert apart.fresh.longest == 5
+
+
+def test_counting_rows_does_not_go_through_them_one_by_one(monkeypatch):
+    """There may be a thousand in each step."""
+    counts = Counter()
+    planner = SpardaPlanner(
+        simple(dense_len=24, top_k=3), 64, lambda name, amount: counts.update({name: amount})
+    )
+    lens, read = [0, 1, 24, 25, 64], planner._settings.blocks_read
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda _: pytest.fail("makes a list of rows"))
+    assert planner.count_rows(torch.tensor(lens).int())
+    reads = [0, 1, 3, min(4, read), min(8, read)]
+    assert counts == {"decode_rows": 4, "visible_blocks": 16, "selected_blocks": sum(reads)}
+    assert not planner.count_rows(torch.tensor(lens[:3]).int())

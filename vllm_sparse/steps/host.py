@@ -258,15 +258,14 @@ class SpardaPlanner:
             Whether a row has more blocks than it reads.
         """
         settings, size = self._settings, self._settings.block_size
-        blocks = [-(-length // size) for length in seq_lens.tolist()]
-        reads = [
-            count if length <= settings.dense_len else min(count, settings.blocks_read)
-            for count, length in zip(blocks, seq_lens.tolist(), strict=True)
-        ]
-        self._count("decode_rows", sum(count > 0 for count in blocks))
-        self._count("visible_blocks", sum(blocks))
-        self._count("selected_blocks", sum(reads))
-        return reads != blocks
+        blocks = (seq_lens + (size - 1)) // size
+        most = blocks.clamp(max=settings.blocks_read)
+        reads = torch.where(seq_lens <= settings.dense_len, blocks, most)
+        visible, selected = int(blocks.sum()), int(reads.sum())
+        self._count("decode_rows", int((blocks > 0).sum()))
+        self._count("visible_blocks", visible)
+        self._count("selected_blocks", selected)
+        return selected < visible
 
     def _prompts(
         self,
