@@ -16,6 +16,7 @@ from support.devices import META, elsewhere, upload_to_meta
 from support.runner import PROMPT, batch, dummy_of_v1, table_of, take_up
 
 from vllm_sparse import metrics
+from vllm_sparse.backends import sparda_gpu
 from vllm_sparse.backends.prompts import Newcomers
 from vllm_sparse.backends.sparda_gpu import SpardaGpuBuilder
 from vllm_sparse.control import DENSE
@@ -117,3 +118,14 @@ def test_a_run_before_there_are_requests_counts_for_nothing(monkeypatch):
     common.rswa_prefix_lens = torch.zeros(2, dtype=torch.int32)
     Builder(found, torch.device("cpu")).build(0, common)
     assert not found.found
+
+
+def test_pinning_is_told_of_before_it_begins(monkeypatch):
+    """It faults in hundreds of gigabytes on one thread."""
+    told: list[str] = []
+    monkeypatch.setattr(sparda_gpu.logger, "info", lambda text, *values: told.append(text % values))
+    monkeypatch.setattr(sparda_gpu, "pin_tensor", lambda _: told.append("pinned"))
+    monkeypatch.setattr(sparda_gpu, "get_accelerator_view_from_cpu_tensor", lambda host: host)
+    sparda_gpu._pinned_view([], torch.empty(96 << 30, dtype=torch.uint8, device=META))
+    sparda_gpu._pinned_view([], torch.empty(1 << 20, dtype=torch.uint8, device=META))
+    assert ["Pinning 96.0 GiB" in told[0], *told[1:]] == [True, "pinned", "pinned"]

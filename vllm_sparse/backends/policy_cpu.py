@@ -121,7 +121,8 @@ class PolicyCpuBuilder(CPUAttentionMetadataBuilder):
 def moves_at_once(cache_bytes: int) -> bool:
     """Whether a cache of so many bytes moves to huge pages before the server serves.
 
-    vLLM waits ten minutes for its engine; moving takes a few seconds a GiB, of which the log tells.
+    Moving takes a few seconds a GiB, of which the log tells; several API servers wait ten minutes
+    for their engines.
     """
     gib = cache_bytes / GIB
     if gib > _MOST_GIB_AT_ONCE:

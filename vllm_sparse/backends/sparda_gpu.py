@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
 from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends import flash_attn
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 
 _LEAST_TILE = 16  # tokens that a tensor core multiplies at a time
+
+logger = init_logger("vllm.sparse")
 
 
 class SpardaGpuBackend(SpardaBackend, GpuBackend):
@@ -149,6 +152,10 @@ def _pinned_view(pinned: list[Tensor], host: Tensor) -> Tensor:
 
     Not with PyTorch's allocator for pinned memory, which rounds sizes up to a power of two.
     """
+    if host.nbytes > GIB:  # one thread faults all of it in, and nothing else tells of it
+        logger.info(
+            "Pinning %.1f GiB of host memory: minutes, if it is hundreds", host.nbytes / GIB
+        )
     pin_tensor(host)
     pinned.append(host)
     view: Tensor = get_accelerator_view_from_cpu_tensor(host)
