@@ -142,6 +142,22 @@ def test_as_many_blocks_as_there_are_equal_stock(llama, prompts, stock_run):
     assert run["tokens"] == stock_run["tokens"]
 
 
+@pytest.mark.parametrize("selector", ["query", "lookahead-query", "forecast"])
+def test_sparse_prompts_of_as_many_blocks_as_there_are_equal_stock(
+    llama, prompts, stock_run, tmp_path, selector
+):
+    changes: dict[str, Any] = {"selector": selector, "sparse_prefill": True, "top_k": 64}
+    if selector == "forecast":
+        changes["forecast"] = str(tmp_path / "forecast.safetensors")
+        random_models.save_random_forecast(changes["forecast"], llama)
+    run = run_sparda(
+        llama, prompts, slab_gib=0.02, max_num_batched_tokens=100, waves=2, new_tokens=30, **changes
+    )
+    assert run["tokens"] == [[tokens[:30] for tokens in stock_run["tokens"][0]]] * 2
+    counters = run["counters"]
+    assert counters["prompt_blocks_needed"] == counters["prompt_blocks_visible"] > 1000
+
+
 @pytest.mark.parametrize(
     "changes",
     [

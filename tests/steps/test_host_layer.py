@@ -22,8 +22,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from support.block_pool import Allocator, Request, Row
+from support.choices import AnySelector, any_choice
 from support.kernels import REFERENCE, sparda
-from vllm_sparse.kernels.types import Ranking, Selected
+from vllm_sparse.kernels.types import Selected
 
 from vllm_sparse.kv.host.geometry import Geometry, blocks_per_row
 from vllm_sparse.kv.host.pager import Pager
@@ -60,29 +61,11 @@ class HalfwayError(Exception):
     """A step that fails."""
 
 
-class Selector:
-    """Any scores: what decode rows read is chosen elsewhere."""
-
-    ranking = Ranking(False)
-
-    def __init__(self, ahead: bool) -> None:
-        self.ahead = ahead
-
-    def vectors(self, layer, tokens, query):
-        return torch.zeros(len(tokens.index), HEADS, DIM)
-
-    def unrotated(self, *_):
-        raise NotImplementedError
-
-    def record(self, *_) -> None:
-        pass
-
-
 class LayerMachine(RuleBasedStateMachine):
     """Requests arrive, are computed in chunks, decode, are preempted, replayed, aborted.
 
-    The layers are the real ones, but for two kernels: one chooses any blocks that a selection could
-    choose, the other compares the frames with what the content of the requests demands.
+    The layers are the real ones, but for three kernels: two choose any blocks that a selection
+    could choose, the other compares the frames with what the content of the requests demands.
     """
 
     seen: ClassVar[Counter[str]] = Counter()
@@ -101,10 +84,14 @@ class LayerMachine(RuleBasedStateMachine):
         fused=st.booleans(),
         lane=st.sampled_from(["thread", "slow thread", "late"]),
         captured=st.booleans(),
+        sparse_prefill=st.sampled_from([False, True, 5]),
     )
-    def start(self, resident, fused, lane, captured) -> None:
+    def start(self, resident, fused, lane, captured, sparse_prefill) -> None:
         base = sparda("cpu") if fused else REFERENCE
-        per_step = MAX_ROWS * HEADS * blocks_per_row(SETTINGS, MAX_LEN)
+        if captured:  # as start-up demands on a GPU
+            sparse_prefill = bool(sparse_prefill)
+        self.settings = SETTINGS.model_copy(update={"sparse_prefill": sparse_prefill})
+        per_step = MAX_ROWS * HEADS * blocks_per_row(self.settings, MAX_LEN)
         whole = BLOCKS * HEADS
         assert per_step < whole, "otherwise nothing would ever be evicted"
         frames = {
@@ -132,6 +119,7 @@ class LayerMachine(RuleBasedStateMachine):
             copy_pieces=torn_copy if lane == "slow thread" else base.copy_pieces,
             resolve=resolve,
             select_blocks=self._select,
+            choose_blocks=self._choose,
             attend_frames=self._check_frames,
         )
         self.lane = LateLane() if lane == "late" else ThreadLane()
@@ -149,13 +137,14 @@ class LayerMachine(RuleBasedStateMachine):
             begin_step=self.stream.begin_step, end_step=self.stream.end_step,
             read=self._read, note_needs=self._note_needs,
         )  # fmt: skip
+        selector = AnySelector(self.ahead, HEADS, DIM)
         runtime = Runtime(
-            SETTINGS, 1.0, self.pager, kernels, Selector(self.ahead), self.fetcher, stream, caches
+            self.settings, 1.0, self.pager, kernels, selector, self.fetcher, stream, caches
         )
         self.caches = [cache.kv_cache.data_ptr() for cache in caches]
         self.layers = [Layer(runtime, number) for number in range(LAYERS)]
-        self.planner = SpardaPlanner(SETTINGS, BLOCKS, lambda *_: None)
-        self.rows = RowPlanner(SETTINGS, MAX_ROWS, torch.device("cpu"), captured)
+        self.planner = SpardaPlanner(self.settings, BLOCKS, lambda *_: None)
+        self.rows = RowPlanner(self.settings, MAX_ROWS, torch.device("cpu"), captured)
 
     def _count(self, name: str, amount: float) -> None:
         self.counts[name] += amount
@@ -308,6 +297,15 @@ class LayerMachine(RuleBasedStateMachine):
         self.seen["late tiles"] += sum(tile.late for tile in step.tiles)
         if step.decode is not None and step.decode.unframed is not None:
             self.seen["lone prompt tokens"] += int((step.decode.unframed > 0).sum())
+        if self.settings.sparse_prefill and step.decode is not None:
+            assert step.decode.unframed is None or not step.decode.unframed.any()
+            alike = self.settings.prompts_like_outputs
+            for begin, position in zip(
+                step.decode.tokens.index.tolist(), step.decode.framed.tolist(), strict=True
+            ):
+                in_prompt = 0 <= position < by_begin[begin].request.prompt_len
+                self.seen["prompt tokens in frames"] += in_prompt
+                assert alike or not in_prompt
         for prompt in step.prompts:
             row = by_begin[prompt.begin]
             assert (prompt.start, len(prompt)) == (row.start, row.end - row.start)
@@ -381,14 +379,11 @@ class LayerMachine(RuleBasedStateMachine):
             if position < 0:
                 continue
             own = position // SIZE
-            everything = position < dense_len or own < SETTINGS.blocks_read
-            assert everything or vectors is not None
+            count = own + 1 if position < dense_len else SETTINGS.blocks_read
+            assert own < count or vectors is not None
             for head in range(HEADS):
-                chosen = set(range(own + 1))
-                if not everything:
-                    extra = SETTINGS.blocks_read - 3
-                    chosen = {0, own - 1, own, *self.choice.sample(range(1, own - 1), extra)}
-                logical[r, head, : len(chosen)] = torch.tensor(sorted(chosen))
+                chosen = any_choice(self.choice, own, count)
+                logical[r, head, : len(chosen)] = torch.tensor(chosen)
             lengths[r] = (len(chosen) - 1) * SIZE + position % SIZE + 1
         physical = table.long().unsqueeze(1).expand(-1, HEADS, -1)
         blocks = physical.gather(2, logical.clamp(min=0)) * HEADS + torch.arange(HEADS)[:, None]
@@ -396,6 +391,15 @@ class LayerMachine(RuleBasedStateMachine):
         for number in range(LAYERS) if vectors is None else (layer,):
             self.logical[number] = logical
         return Selected(logical.int(), pieces, lengths)
+
+    def _choose(self, compressed, vectors, table, positions, ranking, blocks) -> torch.Tensor:
+        """The same for tokens of prompts."""
+        chosen = torch.zeros(HEADS, len(positions), len(table), dtype=torch.bool)
+        for t, position in enumerate(positions.tolist()):
+            assert position >= SETTINGS.dense_len
+            for head in range(HEADS):
+                chosen[head, t, any_choice(self.choice, position // SIZE, blocks.top_k)] = True
+        return chosen
 
     def _check_frames(self, slab, query, output, frames, lengths, scale, unframed, scales) -> None:
         if self.failure == (self.number, "read"):
@@ -439,6 +443,9 @@ class LayerMachine(RuleBasedStateMachine):
             block = torch.arange(before, before + tile.tokens) // SIZE
             wanted = self.needed[prompt.tiles][:, block]
             self.seen["unread"] += bool((~wanted).any())
+            in_prompt = prompt.start < self.by_begin[prompt.begin].request.prompt_len
+            self.seen["picked in prompts"] += in_prompt
+            self.seen["picked, late"] += in_prompt and tile.late
         assert staged[:, : tile.tokens][wanted].equal(rows_of(mine, layer).transpose(0, 1)[wanted])
         return staged
 
@@ -478,6 +485,7 @@ def test_random_lives() -> None:
     seen, events = LayerMachine.seen, (
         *("late tiles", "decodes that borrow", "replays", "failed steps", "lone prompt tokens"),
         *("batches of single tokens", "frame_hits", "frame_misses", "wasted"),
+        *("unread", "picked in prompts", "picked, late", "prompt tokens in frames"),
     )  # fmt: skip
     lives = settings(max_examples=30, stateful_step_count=40, deadline=None)
     # Left to chance, whole runs go by without a fetch ahead that nobody reads.
