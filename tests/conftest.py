@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ import random
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # One OpenMP thread per process: with more, the barrier of tiny models costs more than their work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,6 +38,9 @@ if not torch.cuda.is_available():
 
 from reference import random_models
 from support.engine import BLOCK_SIZE, SETTINGS, SPARDA_SETTINGS, run_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -152,18 +157,38 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def sparse_run(llama: Path, prompts: list[list[int]]) -> dict:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
+    """Runs an engine for all processes of the suite, of which the others wait for the first."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    def run(name: str, *args: Any, **options: Any) -> dict:
+        result = folder / f"{name}.json"
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not result.exists():
+                result.write_text(json.dumps(run_engine(*args, **options)))
+        return json.loads(result.read_text())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def sparse_run(once: Callable[..., dict], llama: Path, prompts: list[list[int]]) -> dict:
     """The undisturbed run that others are compared with; itself compared with Hugging Face."""
-    return run_engine(llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE)
+    return once("sparse", llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE)
 
 
 @pytest.fixture(scope="session")
-def stock_run(llama: Path, prompts: list[list[int]]) -> dict:
+def stock_run(once: Callable[..., dict], llama: Path, prompts: list[list[int]]) -> dict:
     """Stock vLLM on the six prompts."""
-    return run_engine(llama, prompts, block_size=BLOCK_SIZE)
+    return once("stock", llama, prompts, block_size=BLOCK_SIZE)
 
 
 @pytest.fixture(scope="session")
-def sparda_run(llama: Path, prompts: list[list[int]]) -> dict:
+def sparda_run(once: Callable[..., dict], llama: Path, prompts: list[list[int]]) -> dict:
     """SPARDA's undisturbed run on the six prompts; itself compared with Hugging Face."""
-    return run_engine(llama, prompts, settings=SPARDA_SETTINGS, backend="sparda", max_num_seqs=6)
+    return once(
+        "sparda", llama, prompts, settings=SPARDA_SETTINGS, backend="sparda", max_num_seqs=6
+    )

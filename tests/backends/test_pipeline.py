@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 from support import masked, masked_sparda
-from support.engine import BLOCK_SIZE, DENSE, EVERYTHING, SETTINGS, run_engine
+from support.engine import BLOCK_SIZE, DENSE, SETTINGS, run_engine
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -29,7 +29,7 @@ STAGES = {
 
 
 def test_rocketkv(llama, prompts):
-    """In chunks, with prefix hits and preemption, beside a dense request; then all of it read."""
+    """In chunks, with prefix hits and preemption, beside a dense request."""
     options = {"block_size": BLOCK_SIZE, **STAGES}
     run = run_engine(
         llama, prompts[:3], settings=SETTINGS, waves=2, max_num_batched_tokens=100,
@@ -44,7 +44,6 @@ def test_rocketkv(llama, prompts):
     assert max(run["cached"][1]) > 0
     stock = run_engine(llama, prompts[:3], **options)["tokens"][0]
     assert [first[1], second[2]] == stock[1:]
-    assert run_engine(llama, prompts[:3], settings=EVERYTHING, **options)["tokens"][0] == stock
 
 
 @pytest.mark.parametrize("selector", ["previous", "query"])
