@@ -16,7 +16,7 @@ from support.pages import row_pack
 from support.policies import make_policy, tensors
 from vllm_sparse.kernels import dispatch
 from vllm_sparse.kernels.dispatch import FusedStep, policy_triton
-from vllm_sparse.kernels.fp8 import FP8, Scales
+from vllm_sparse.kernels.fp8 import FP8, UNSCALED, Scales
 from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kernels.triton import decode, launch
 from vllm_sparse.kernels.types import Rows
@@ -33,6 +33,7 @@ from vllm_sparse.steps import split
 from vllm_sparse.steps.layer import SparseLayer
 from vllm_sparse.steps.parked import _together
 from vllm_sparse.steps.prompts import PromptEnd
+from vllm_sparse.steps.select import select_tokens
 from vllm_sparse.steps.split import SparseRows
 
 pytest.importorskip("triton")
@@ -153,7 +154,7 @@ def test_prompts_that_end_together_take_one_chain_of_launches(room, monkeypatch)
 @pytest.mark.parametrize("kind", [Quest, SnapKV, StreamingLLM])
 def test_rows_of_an_fp8_cache_are_what_its_numbers_stand_for(kind, monkeypatch):
     """Against the same layer over those numbers themselves; what is new is rounded first."""
-    size, key_scale, value_scale = 16, 0.7, 1.6
+    size, key_scale, value_scale = 16, 0.2, 1.6
     scales = Scales(key_scale, value_scale)
     layer = layer_of(kind, size, monkeypatch, scales=scales, query_dtype=torch.float32)
     plain = layer_of(kind, size, monkeypatch)
@@ -178,6 +179,13 @@ def test_rows_of_an_fp8_cache_are_what_its_numbers_stand_for(kind, monkeypatch):
     kept[..., :DIM] *= key_scale
     kept[..., DIM:] *= value_scale
     torch.testing.assert_close(kept, layout.tokens(numbers))
+    if kind is Quest:  # else the output would be right whatever scale pages are chosen with
+        options = {"policy": layer.policy, "reader": layer._reader, "layout": layout}
+        chosen, unscaled = (
+            select_tokens(cache, query, table.long(), lengths, scales=used, **options)
+            for used in (scales, UNSCALED)
+        )
+        assert not chosen[:2].equal(unscaled[:2])
 
 
 class Registered(SnapKV):

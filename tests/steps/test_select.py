@@ -28,20 +28,28 @@ def vnni_pack(key, value, pages):
     flat[0, :, 1] = values.permute(0, 3, 1, 4, 2).reshape(heads, -1)
 
 
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request):
+    """Of keys, values and queries, as of a model."""
+    return request.param
+
+
 @pytest.fixture(params=["plain", "packed"])
-def pool(request):
+def pool(request, dtype):
     """Three rows' keys and values, and a cache that holds them in scattered blocks."""
     generator = torch.Generator().manual_seed(0)
     layout = PageLayout(BLOCK, DIM, PAGE, 2 * DIM)
     lengths = torch.tensor([75, 0, 128], dtype=torch.int32)
-    cache = torch.full((11, HEADS, BLOCK, 2 * DIM + 2 * DIM // PAGE), torch.nan)
+    cache = torch.full((11, HEADS, BLOCK, 2 * DIM + 2 * DIM // PAGE), torch.nan).to(dtype)
     table = (1 + torch.randperm(10, generator=generator))[:9].view(3, 3).repeat(1, 2)[:, :4]
     table = torch.tensor([[3, 7, 1, 9], [0, 0, 0, 0], [2, 8, 5, 4]])
-    keys, values = (torch.randn(3, HEADS, 4 * BLOCK, DIM, generator=generator) for _ in "kv")
+    keys, values = (
+        torch.randn(3, HEADS, 4 * BLOCK, DIM, generator=generator).to(dtype) for _ in "kv"
+    )
     packed = request.param == "packed"
     reader = PlainReader(layout)
     if packed:
-        reader = PageCodec(vnni_pack, BLOCK, DIM, torch.float32, torch.device("cpu"))
+        reader = PageCodec(vnni_pack, BLOCK, DIM, dtype, torch.device("cpu"))
     for row in (0, 2):
         for place, block in enumerate(table[row].tolist()):
             span = slice(place * BLOCK, (place + 1) * BLOCK)
@@ -67,7 +75,7 @@ def test_single_tokens_are_read_from_any_layout(pool):
 
 @pytest.mark.parametrize("most_bytes", [1, 1 << 28], ids=["row by row", "all rows"])
 @pytest.mark.parametrize("budget", [20, 100])
-def test_a_step_reads_what_brute_force_reads(pool, budget, most_bytes, monkeypatch):
+def test_a_step_reads_what_brute_force_reads(pool, dtype, budget, most_bytes, monkeypatch):
     """Also a row that is shorter than the budget, behind which anything lies."""
     monkeypatch.setattr(select, "MOST_INDEX_BYTES", most_bytes)
     layout, reader, cache, table, lengths, keys, values = pool
@@ -79,7 +87,7 @@ def test_a_step_reads_what_brute_force_reads(pool, budget, most_bytes, monkeypat
     for row in (0, 2):  # as it would be built: every page by the last token written to it
         last = torch.tensor([*range(PAGE - 1, int(lengths[row]), PAGE), int(lengths[row]) - 1])
         select.store_index(cache, table[row][last // BLOCK], last % BLOCK, **options)
-    query = torch.randn(3, HEADS * GROUP, DIM, generator=torch.Generator().manual_seed(1))
+    query = torch.randn(3, HEADS * GROUP, DIM, generator=torch.Generator().manual_seed(1)).to(dtype)
     positions = select.select_tokens(cache, query, table, lengths, **options)
     output = torch.full_like(query, torch.nan)
     del options["policy"]
@@ -90,17 +98,17 @@ def test_a_step_reads_what_brute_force_reads(pool, budget, most_bytes, monkeypat
         run = hf_policies.Quest(1, PAGE, budget, 0)
         index = torch.stack(run.visible_tokens(0, query[row], keys[row, :, :n]))
         assert torch.equal(positions[row, :, :n], index)
-        attended = attend(query[row], keys[row], values[row], index, 0.3)
-        torch.testing.assert_close(output[row], attended)
+        exact = (part[row].float() for part in (query, keys, values))
+        torch.testing.assert_close(output[row], attend(*exact, index, 0.3).to(dtype))
 
 
-def test_rows_are_scored_in_parts_that_fit(pool, monkeypatch):
+def test_rows_are_scored_in_parts_that_fit(pool, dtype, monkeypatch):
     layout, reader, cache, table, lengths, *_ = pool
     policy = make_policy(
         Quest, page_size=PAGE, token_budget=20, group_size=GROUP, head_dim=DIM, block_size=BLOCK
     )
     layout.index(cache).copy_(torch.randn(layout.index(cache).shape))
-    query = torch.randn(3, HEADS * GROUP, DIM)
+    query = torch.randn(3, HEADS * GROUP, DIM).to(dtype)
     options = {"policy": policy, "reader": reader, "layout": layout}
     whole = select.select_tokens(cache, query, table, lengths, **options)
     monkeypatch.setattr(select, "MOST_INDEX_BYTES", 1)
@@ -108,7 +116,7 @@ def test_rows_are_scored_in_parts_that_fit(pool, monkeypatch):
     assert torch.equal(whole[[0, 2]], parts[[0, 2]])
 
 
-def test_an_earlier_token_does_not_see_later_ones_in_its_page(pool):
+def test_an_earlier_token_does_not_see_later_ones_in_its_page(pool, dtype):
     """A preempted request stores several tokens at once; the stored index holds all of them."""
     layout, reader, cache, table, _, keys, _ = pool
     policy = make_policy(
@@ -117,7 +125,7 @@ def test_an_earlier_token_does_not_see_later_ones_in_its_page(pool):
     options = {"policy": policy, "reader": reader, "layout": layout}
     last = torch.arange(PAGE - 1, 128, PAGE)
     select.store_index(cache, table[2][last // BLOCK], last % BLOCK, **options)
-    query = torch.randn(1, HEADS * GROUP, DIM, generator=torch.Generator().manual_seed(2))
+    query = torch.randn(1, HEADS * GROUP, DIM, generator=torch.Generator().manual_seed(2)).to(dtype)
     for n in (121, 124, 127):
         chosen = select.select_tokens(cache, query, table[2:], torch.tensor([n]), **options)
         expected = hf_policies.Quest(1, PAGE, 16, 0).visible_tokens(0, query[0], keys[2, :, :n])
