@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from vllm_sparse.kernels.types import Rotary
 
 from vllm_sparse.kv.host.geometry import Geometry
 from vllm_sparse.kv.host.pager import Pager
-from vllm_sparse.policies.selectors import ForecastSelector
+from vllm_sparse.policies.selectors import ForecastSelector, PreviousSelector
 from vllm_sparse.policies.sparda import SpardaSettings
 from vllm_sparse.prefetch.fetcher import Fetcher
 from vllm_sparse.prefetch.lane import LateLane
@@ -24,6 +25,9 @@ from vllm_sparse.prefetch.stream import PromptStream
 from vllm_sparse.steps.host import SpardaPlanner
 from vllm_sparse.steps.host_layer import Layer, Runtime
 from vllm_sparse.steps.host_rows import RowPlanner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="counts in the interpreter")
@@ -35,29 +39,43 @@ SETTINGS = SpardaSettings(
 )  # fmt: skip
 
 
-@pytest.fixture
-def layers() -> list[Layer]:
-    """A model's layers on the path of a GPU, of whose frames one step needs nearly all."""
+def make_layers(settings: SpardaSettings, with_selector: Callable[..., Any]) -> list[Layer]:
+    """A model's layers on the path of a GPU, of whose frames one step needs nearly all.
+
+    Args:
+        settings: SPARDA's.
+        with_selector: Makes the selector, of kernels and the pool's blocks.
+    """
     blocks = ROWS * WIDTH + 1
     geometry = Geometry(LAYERS, blocks, KV_HEADS, SIZE, DIM, 4, (20,) * LAYERS)
     pager, kernels, lane = Pager(geometry, torch.float32), sparda("triton"), LateLane()
     pager.host.normal_()
-    values = torch.randn(8, 2, KV_HEADS, DIM)
-    taps = [SimpleNamespace(values=values[:, : 1 + (n == 0)]) for n in range(LAYERS - 1)]
-    rotary = Rotary(torch.randn(SIZE * WIDTH, DIM), True)
     caches = [
         SimpleNamespace(kv_cache=torch.randn(blocks, KV_HEADS, 1, SIZE // 16 * DIM))
         for _ in range(LAYERS)
     ]
     fetcher = Fetcher(pager, kernels, lane, lambda *_: None, captured=True)
     stream = PromptStream(pager, kernels, lane, 2, lambda *_: None, captured=True)
-    selector = ForecastSelector([*taps, None], rotary)
-    runtime = Runtime(SETTINGS, 0.2, pager, kernels, selector, fetcher, stream, caches)
+    selector = with_selector(kernels, blocks)
+    runtime = Runtime(settings, 0.2, pager, kernels, selector, fetcher, stream, caches)
     return [Layer(runtime, number) for number in range(LAYERS)]
 
 
-def test_a_layer_takes_seven_launches_and_its_tap_one(layers, monkeypatch):
-    """Forecast, choice, two for the page table, copy, write, attention."""
+def forecast(kernels, blocks: int) -> ForecastSelector:
+    values = torch.randn(8, 2, KV_HEADS, DIM)
+    taps = [SimpleNamespace(values=values[:, : 1 + (n == 0)]) for n in range(LAYERS - 1)]
+    return ForecastSelector([*taps, None], Rotary(torch.randn(SIZE * WIDTH, DIM), True))
+
+
+def previous(kernels, blocks: int) -> PreviousSelector:
+    kept, recent = (torch.randn(LAYERS, n, HEADS, DIM) for n in (blocks, ROWS))
+    own = kernels.record_queries, kernels.recall_queries
+    return PreviousSelector(0.2, kept, SIZE, *own, recent)
+
+
+def step_of(settings: SpardaSettings, with_selector: Callable[..., Any], monkeypatch) -> list[Any]:
+    """Kernels and PyTorch's operations of each layer's decode step."""
+    layers = make_layers(settings, with_selector)
     monkeypatch.setattr(adversary, "_THOROUGH", 0)
     for name in ("empty", "empty_like"):  # unpoisoned: that is no launch of ours
         monkeypatch.setattr(torch, name, getattr(torch._C._VariableFunctions, name))
@@ -65,8 +83,8 @@ def test_a_layer_takes_seven_launches_and_its_tap_one(layers, monkeypatch):
     # One row completes a window.
     lengths = torch.tensor([SIZE * WIDTH - 3, SIZE * WIDTH - 16]).int()
     table = torch.arange(1, 1 + ROWS * WIDTH).view(ROWS, WIDTH).int()
-    planner = SpardaPlanner(SETTINGS, 1 + ROWS * WIDTH, lambda *_: None)
-    rows = RowPlanner(SETTINGS, ROWS, torch.device("cpu"), captured=True)
+    planner = SpardaPlanner(settings, 1 + ROWS * WIDTH, lambda *_: None)
+    rows = RowPlanner(settings, ROWS, torch.device("cpu"), captured=True)
     step = rows.plan(planner, lengths, lengths, torch.tensor([5, 5]), table, False)
     query, key, value = (torch.randn(ROWS, n, DIM) for n in (HEADS, KV_HEADS, KV_HEADS))
     output = torch.empty(ROWS, HEADS, DIM)
@@ -76,6 +94,13 @@ def test_a_layer_takes_seven_launches_and_its_tap_one(layers, monkeypatch):
         with capturing(), Operations() as operations:
             layer.run(query, key, value, step, output)
         found.append((adversary.LAUNCHES - before, operations.found))
+    assert bool(output.isfinite().all())
+    return found
+
+
+def test_a_layer_takes_seven_launches_and_its_tap_one(monkeypatch):
+    """Forecast, choice, two for the page table, copy, write, attention."""
+    found = step_of(SETTINGS, forecast, monkeypatch)
     kernels = (
         "_forecast_kernel", "_choose_kernel", "_look_up_kernel", "_fill_kernel", "_copy_kernel",
         "_write_tokens_kernel", "_attend_frames_kernel",
@@ -88,7 +113,16 @@ def test_a_layer_takes_seven_launches_and_its_tap_one(layers, monkeypatch):
         "_copy_kernel": 1,
     }
     assert found[2][0] == {"_copy_kernel": 1, "_write_tokens_kernel": 1, "_attend_frames_kernel": 1}
-    assert bool(output.isfinite().all())
+
+
+def test_a_layer_takes_ten_launches_with_the_default_selector(monkeypatch):
+    """Recalled queries, logits, softmax in place of a Forecast's one, and the queries kept."""
+    settings = SETTINGS.model_copy(update={"selector": "previous"})
+    found = step_of(settings, previous, monkeypatch)
+    chosen = ("recall_queries", "logits", "softmax", "choose", "look_up", "fill")
+    every = (*chosen, "copy", "write_tokens", "attend_frames", "record_queries")
+    assert found[1] == (dict.fromkeys((f"_{name}_kernel" for name in every), 1), {})
+    assert len(every) == 10
 
 
 def test_a_tap_takes_one_launch():
