@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 
 # What a prompt keeps changes from prompt to prompt, which must not compile variants, nor must the
-# place of its row in the step's table, which not every width aligns.
+# place of its row in the step's table, which not every width aligns, or where the prompts of a
+# step have what they drop, behind their lengths.
 @triton.jit(
     do_not_specialize=["max_chosen", "max_kept", "stride_table"],
-    do_not_specialize_on_alignment=["table"],
+    do_not_specialize_on_alignment=["table", "dropped_blocks"],
 )
 def _gather_kernel(
     keys,
@@ -82,7 +83,8 @@ def _gather_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["max_kept", "stride_table"], do_not_specialize_on_alignment=["table"]
+    do_not_specialize=["max_kept", "stride_table"],
+    do_not_specialize_on_alignment=["table", "dropped_blocks"],
 )
 def _write_kernel(
     rows,

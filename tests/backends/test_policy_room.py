@@ -82,17 +82,21 @@ def test_blocks_that_a_pool_has():
 def test_prompts_that_are_compacted_together_are_bounded(monkeypatch):
     """By what the rows may have, by a constant, and not below one prompt of the longest."""
     policy = make_policy(RocketKV, max_model_len=LONGEST)
-    one = 2 * 4 * LONGEST * KV_HEADS
+    shape = policy.shape
+    kept = LONGEST - policy.retention(LONGEST).dropped_blocks * shape.block_size
+    rows = kept * (4 + 2 * shape.head_dim * DTYPE.itemsize)
+    queries = policy.window * shape.group_size * shape.head_dim * 4
+    one = KV_HEADS * (2 * 4 * LONGEST + rows + queries)
     assert bytes_of(policy) == 3 * one
-    monkeypatch.setattr(policy_room, "MOST_SCORED_BYTES", 2 * one)
+    monkeypatch.setattr(policy_room, "MOST_COMPACTED_BYTES", 2 * one)
     assert bytes_of(policy) == 2 * one
-    monkeypatch.setattr(policy_room, "MOST_SCORED_BYTES", 0)
-    assert bytes_of(policy) >= one
+    monkeypatch.setattr(policy_room, "MOST_COMPACTED_BYTES", 0)
+    assert bytes_of(policy) == one
 
 
 def test_scores_of_a_pool_that_layers_share(monkeypatch):
     """The more layers, the fewer blocks; with few, all that the rows may hold counts."""
-    monkeypatch.setattr(policy_room, "scored_bytes", lambda *_: 0)  # of prompts
+    monkeypatch.setattr(policy_room, "compacted_bytes", lambda *_: 0)  # of prompts
     policy = make_policy(RocketKV, max_model_len=LONGEST)
     assert bytes_of(policy, 1 << 24) > bytes_of(policy, 1 << 24, layers=30)
     assert bytes_of(policy, 1 << 24, layers=30) == bytes_of(policy, 1 << 20) > 0

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""After ROCKETKV's warm-up no step of single tokens compiles another kernel."""
+"""After ROCKETKV's warm-up no step compiles another kernel, whatever begins with it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from vllm_sparse.backends.policy_warm_up import warm_up
 from vllm_sparse.kv.tail.codec import PlainReader
 from vllm_sparse.policies.rocketkv import RocketKV
 from vllm_sparse.steps.layer import SparseLayer
+from vllm_sparse.steps.parked import compact_parked
+from vllm_sparse.steps.prompts import PromptEnd
 
 CPU, SERVED = torch.device("cpu"), "requests from here on"
 SIZE, DIM, KV_HEADS, GROUP = 64, 128, 8, 4
@@ -47,13 +49,22 @@ def serve(layer, drafts: bool) -> None:
         tokens = torch.zeros(count, (GROUP + 2) * KV_HEADS, DIM).bfloat16()
         query, key, value = tokens.split([GROUP * KV_HEADS, KV_HEADS, KV_HEADS], 1)
         layer.decode_rows(cache, query, key, value, rows, torch.empty_like(query))
+    kept = layer.policy.retention(20 * SIZE)
+    sizes = torch.tensor([20 * SIZE, kept.dropped_blocks]).int()
+    end = PromptEnd(
+        torch.arange(20).int(), 20 * SIZE, kept.dropped_blocks, 0, kept.page_size, 0, 0,
+        layer.policy.window, True, sizes,
+    )  # fmt: skip
+    for count in (1, 2, 3, 4, 5, 8):
+        compact_parked([(layer, cache)], [end] * count)
 
 
 if __name__ == "__main__":
     name_only()
     dispatch._check_triton = lambda device: None  # nothing runs
     asked_for_drafts = sys.argv[1] == "1"
-    policy = make_policy(RocketKV, token_budget=1024, block_size=SIZE)
+    shape = {"block_size": SIZE, "head_dim": DIM, "group_size": GROUP}
+    policy = make_policy(RocketKV, token_budget=1024, **shape)
     own = PageLayout(SIZE, DIM, policy.page_sizes[0])
     served = SparseLayer(
         policy, {own.page_size: own}, PlainReader(own), dispatch.policy_triton(CPU),

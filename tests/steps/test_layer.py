@@ -31,7 +31,7 @@ from vllm_sparse.policies.streamingllm import StreamingLLM
 from vllm_sparse.steps import parked as parked_prompts
 from vllm_sparse.steps import split
 from vllm_sparse.steps.layer import SparseLayer
-from vllm_sparse.steps.parked import _together
+from vllm_sparse.steps.parked import _joined
 from vllm_sparse.steps.prompts import PromptEnd
 from vllm_sparse.steps.select import select_tokens
 from vllm_sparse.steps.split import SparseRows
@@ -112,7 +112,7 @@ def test_the_end_of_a_prompt_takes_eleven_launches(monkeypatch):
         torch.arange(1, 65).int(), 1020, 50, 50, layer.policy.page_sizes[0], 0, 0,
         layer.policy.window, True, torch.tensor([1020, 50]).int(),
     )  # fmt: skip
-    (parked,) = _together([end], -(-layer.policy.window // layer.parking.per_block), 16, KV_HEADS)
+    parked = _joined([end], -(-layer.policy.window // layer.parking.per_block), 16)
     before = Counter(adversary.LAUNCHES)
     with Operations() as operations:
         layer.compact_together(cache, parked)
@@ -122,13 +122,15 @@ def test_the_end_of_a_prompt_takes_eleven_launches(monkeypatch):
     assert operations.found.total() == 4, operations.found
 
 
-@pytest.mark.parametrize("room", [1 << 20, 4 * 2 * 2 * KV_HEADS * 1024], ids=["all", "two"])
-def test_prompts_that_end_together_take_one_chain_of_launches(room, monkeypatch):
+@pytest.mark.parametrize("chains", [1, 2])
+def test_prompts_that_end_together_take_one_chain_of_launches(chains, monkeypatch):
     """And each keeps what it keeps alone, whatever the others' lengths and blocks."""
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
-    monkeypatch.setattr(parked_prompts, "MOST_SCORED_BYTES", room)
     layers = [layer_of(RocketKV, 16, monkeypatch) for _ in range(2)]
     policy, layout = layers[0].policy, layers[0].stock_layout
+    if chains == 2:  # room for the two shorter ones
+        room = parked_prompts.compacted_bytes(2, 528, 513 - 320, policy, KV_HEADS, 4)
+        monkeypatch.setattr(parked_prompts, "MOST_COMPACTED_BYTES", room)
     blocks = torch.randperm(160, generator=torch.Generator().manual_seed(1)).int()
     ends = []
     for length, dropped, shared in ((1020, 50, 40), (300, 9, 9), (513, 20, 0)):
@@ -144,7 +146,6 @@ def test_prompts_that_end_together_take_one_chain_of_launches(room, monkeypatch)
             layer.compact_parked(cache, end)
     before = Counter(adversary.LAUNCHES)
     parked_prompts.compact_parked(list(zip(layers, caches, strict=True)), ends)
-    chains = 1 if room == 1 << 20 else 2
     launches = adversary.LAUNCHES - before
     assert launches["_score_kernel"] == chains * len(layers)
     for cache, alone in zip(caches, expected, strict=True):

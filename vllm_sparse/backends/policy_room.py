@@ -12,7 +12,7 @@ from vllm_sparse.backends.base import most_rows
 from vllm_sparse.kernels.dispatch import policy_triton
 from vllm_sparse.kernels.layout import PageLayout
 from vllm_sparse.kv.tail.compaction import compaction_bytes
-from vllm_sparse.steps.parked import MOST_SCORED_BYTES, scored_bytes
+from vllm_sparse.steps.parked import MOST_COMPACTED_BYTES, compacted_bytes
 from vllm_sparse.steps.select import MOST_INDEX_BYTES, rows_at_once
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def step_bytes(
     cache_dtype: torch.dtype,
     device: torch.device,
 ) -> int:
-    """Most bytes that a step holds at a time: decode of all rows, or compaction of a prompt.
+    """Most bytes that a step holds at a time: decode of all rows, or compaction of prompts.
 
     Args:
         config: vLLM's configuration.
@@ -64,9 +64,13 @@ def step_bytes(
         layout = PageLayout(*sizes, policy.index_width)
         needed = max(needed, compaction_bytes(longest, layout, policy, kv_heads, cache_dtype))
     elif policy.moves:
-        tokens = most_rows(config) * longest
-        scored = min(scored_bytes(tokens, kv_heads), MOST_SCORED_BYTES)
-        needed = max(needed, scored, scored_bytes(longest, kv_heads))
+        dropped = policy.retention(longest).dropped_blocks
+        sizes_of_one = longest, longest - dropped * shape.block_size
+        one, all_rows = (
+            compacted_bytes(count, *sizes_of_one, policy, kv_heads, cache_dtype.itemsize)
+            for count in (1, most_rows(config))
+        )
+        needed = max(needed, one, min(all_rows, MOST_COMPACTED_BYTES))
     return needed
 
 

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from vllm_sparse.policies.protocol import Policy
     from vllm_sparse.steps.layer import SparseLayer
     from vllm_sparse.steps.prompts import PromptEnd
 
-# Bytes that the scores of prompts that are compacted together may take.
-MOST_SCORED_BYTES = 64 << 20
+# Bytes that prompts which are compacted together may take beside the cache.
+MOST_COMPACTED_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,25 @@ class ParkedPrompts:
     page_size: int
 
 
-def scored_bytes(tokens: int, kv_heads: int) -> int:
-    """Bytes that the scores of so many tokens take, and the pooled ones.
+def compacted_bytes(
+    prompts: int, tokens: int, kept: int, policy: Policy, kv_heads: int, itemsize: int
+) -> int:
+    """Bytes that compacting prompts in one chain of kernels takes beside the cache.
+
+    Scores and pooled ones, what is chosen, its rows and the window's queries.
 
     Args:
-        tokens: Of all prompts.
+        prompts: How many at once.
+        tokens: Of the longest, in whole blocks.
+        kept: Tokens that one of them keeps, at most.
+        policy: Of the layers.
         kv_heads: G.
+        itemsize: Bytes of a number of the cache.
     """
-    return 2 * 4 * tokens * kv_heads
+    shape = policy.shape
+    rows = kept * (4 + 2 * shape.head_dim * itemsize)
+    queries = policy.window * shape.group_size * shape.head_dim * 4
+    return prompts * kv_heads * (2 * 4 * tokens + rows + queries)
 
 
 def compact_parked(
@@ -57,7 +69,9 @@ def compact_parked(
 ) -> None:
     """Compact prompts in every layer.
 
-    Dozens may end in one step, and each would be eleven launches in every layer.
+    Dozens may end in one step, and each would be eleven launches in every layer. How finely a
+    prompt's scores are summed up follows how many there are, so that two which differ by a rounding
+    may change places.
 
     Args:
         layers: Of one group, each with its cache, ``[blocks, G, block_size, C]``, changed.
@@ -70,25 +84,36 @@ def compact_parked(
                 layer.compact_parked(own, prompt)
         return
     waiting = -(-first.policy.window // first.parking.per_block)
-    for group in _together(prompts, waiting, first.stock_layout.block_size, cache.shape[1]):
+    size = first.stock_layout.block_size
+    for group in _together(prompts, first.policy, size, cache):
+        joined = _joined(group, waiting, size)
         for layer, own in layers:
-            layer.compact_together(own, group)
+            layer.compact_together(own, joined)
 
 
 def _together(
-    prompts: Sequence[PromptEnd], waiting: int, block_size: int, kv_heads: int
-) -> Iterator[ParkedPrompts]:
-    """Prompts of one page size and of similar lengths, as many as scores have room for."""
+    prompts: Sequence[PromptEnd], policy: Policy, size: int, cache: Tensor
+) -> Iterator[list[PromptEnd]]:
+    """Prompts of one page size and of similar lengths, as many as there is room for."""
     group: list[PromptEnd] = []
+    kept = 0
     for prompt in sorted(prompts, key=lambda prompt: (prompt.page_size, prompt.prompt_len)):
-        tokens = (len(group) + 1) * len(prompt.blocks) * block_size
-        full = scored_bytes(tokens, kv_heads) > MOST_SCORED_BYTES
+        kept = max(kept, _kept(prompt, size))
+        tokens = len(prompt.blocks) * size
+        held = compacted_bytes(
+            len(group) + 1, tokens, kept, policy, cache.shape[1], cache.element_size()
+        )
+        full = held > MOST_COMPACTED_BYTES
         if group and (full or prompt.page_size != group[0].page_size):
-            yield _joined(group, waiting, block_size)
-            group = []
+            yield group
+            group, kept = [], _kept(prompt, size)
         group.append(prompt)
     if group:
-        yield _joined(group, waiting, block_size)
+        yield group
+
+
+def _kept(prompt: PromptEnd, block_size: int) -> int:
+    return prompt.prompt_len - prompt.dropped_blocks * block_size
 
 
 def _joined(prompts: list[PromptEnd], waiting: int, block_size: int) -> ParkedPrompts:
@@ -99,6 +124,6 @@ def _joined(prompts: list[PromptEnd], waiting: int, block_size: int) -> ParkedPr
         torch.stack(tails),
         lengths,
         dropped,
-        max(prompt.prompt_len - prompt.dropped_blocks * block_size for prompt in prompts),
+        max(_kept(prompt, block_size) for prompt in prompts),
         prompts[0].page_size,
     )
