@@ -14,6 +14,7 @@ import pytest
 import torch
 from support.engine import BLOCK_SIZE, IN_PROCESS, SETTINGS, SPARDA_SETTINGS
 from support.forked import run_forked
+from support.generations import SAMPLED
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -70,6 +71,15 @@ def test_a_budget_of_the_whole_context_equals_stock(run, case):
     assert 200 < max(found["preempted_at"]) < NEW_TOKENS - 100
     assert [len(tokens) for tokens in found["tokens"]] == [NEW_TOKENS] * 3
     assert found["tokens"] == stock["tokens"]
+
+
+@pytest.mark.parametrize("case", ["rocketkv", "sparda"])
+def test_sampled_tokens_of_a_seed_equal_stock(run, case):
+    """At temperature 1 a small difference of any logit shows sooner than in the best one."""
+    stock, found = run("stock"), run(case)
+    assert [len(tokens) for tokens in stock["sampled"]] == [SAMPLED] * 2
+    assert all(len(set(tokens)) > SAMPLED // 2 for tokens in stock["sampled"])
+    assert found["sampled"] == stock["sampled"]
 
 
 @pytest.mark.parametrize("case", list(CASES)[1:])
