@@ -53,6 +53,7 @@ TESTED_IN = {
     "forecast/convert": "forecast/test_official",
     "forecast/reload": "forecast/test_tapped",
     "forecast/torch_file": "forecast/test_reading",
+    "kv/host/ranks": "test_startup",
     "machine/cores": "machine/test_memory",
     "machine/imports": "machine/test_probe",
     "machine/observe": "machine/test_probe",

@@ -67,7 +67,7 @@ def sized(monkeypatch, device_gib, free_gib, settings=None, **changes):
 def test_a_large_device_is_filled_and_nothing_is_offloaded(monkeypatch, caplog):
     """Of an H200, 131,072 tokens of 16 GiB each leave more than a hundred GiB to others."""
     with caplog.at_level("INFO", "vllm.sparse.sparda"):
-        # Less host memory than frames: it holds one query of each block only.
+        # Less host memory than frames: half of it holds one query of each block only.
         given = sized(monkeypatch, 139, 8)
     blocks = given.cache_config.num_gpu_blocks_override
     settings = given.additional_config["vllm_sparse"]
@@ -98,3 +98,43 @@ def test_keeping_everything_on_the_device_fills_it_too(monkeypatch):
 def test_a_slab_that_is_set_says_what_the_device_holds(monkeypatch):
     given = sized(monkeypatch, 139, 64, {"slab_gib": 20.0}, model_config__max_model_len=8192)
     assert given.cache_config.num_gpu_blocks_override == 512, "the default of 4 GiB"
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "free", "blocks"),
+    [
+        (2, 12, 24576),  # 256 KiB of queries a block, as many as 6 GiB hold
+        (8, 2, 4096),
+        (8, 0.25, 512),  # the default of 4 GiB, whose queries are 128 MiB
+    ],
+)
+def test_half_of_host_memory_holds_the_queries_of_the_default_selector(
+    monkeypatch, caplog, kv_heads, free, blocks
+):
+    """Blocks that all have frames take no host memory, but a query of each is kept there."""
+    monkeypatch.setattr(startup, "available_bytes", lambda: int(free * GIB))
+    given = llama({}, model_config__max_model_len=8192)
+    given.model_config.kv_heads = kv_heads
+    with caplog.at_level("INFO", "vllm.sparse.sparda"):
+        startup.check_config(given, lambda: 139 * GIB)
+    assert given.cache_config.num_gpu_blocks_override == blocks
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("half of what is free holds the queries" in line for line in said) == (blocks > 512)
+
+
+def test_one_request_is_held_though_its_queries_take_more_than_half(monkeypatch):
+    given = llama({})
+    # Of 2,049 blocks: 512 MiB.
+    monkeypatch.setattr(startup, "available_bytes", lambda: 520 << 20)
+    startup.check_config(given, lambda: 139 * GIB)
+    assert given.cache_config.num_gpu_blocks_override == 2049
+
+
+def test_other_selectors_and_hosts_that_are_not_told_do_not_bound_the_pool(monkeypatch):
+    full = sized(monkeypatch, 139, 64).cache_config.num_gpu_blocks_override
+    monkeypatch.setattr(startup, "available_bytes", lambda: GIB)
+    others = {"_api_process_count": 2, "_api_process_rank": 0}
+    changes = {f"parallel_config__{key}": value for key, value in others.items()}
+    for given in (llama({"selector": "query"}), llama({}, **changes)):
+        startup.check_config(given, lambda: 139 * GIB)
+        assert given.cache_config.num_gpu_blocks_override == full

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,12 @@ from vllm_sparse.kv.host.geometry import (
     staging_pieces,
 )
 from vllm_sparse.kv.host.memory import available_bytes
+from vllm_sparse.kv.host.ranks import (
+    layers_of_stages,
+    memory_is_others,
+    ranks_of_an_engine,
+    stages_here,
+)
 from vllm_sparse.registry import entries, is_ours, load
 
 if TYPE_CHECKING:
@@ -149,22 +154,27 @@ def size_sparda(
     # Else vLLM would ask the backend for another one once the model is loaded: 0.32 on GPUs, 0.33
     # on CPUs too.
     cache.block_size, cache.user_specified_block_size = settings.block_size, True
-    stages, kv_heads = _layers_of_stages(config), model.get_num_kv_heads(parallel)
+    stages, kv_heads = layers_of_stages(config), model.get_num_kv_heads(parallel)
     layers = max(stages)
     itemsize = cache_itemsize(cache_kind(config), model.dtype.itemsize)
     shape = settings.block_size, model.get_head_size(), itemsize
     bytes_per_block = block_bytes(layers, kv_heads, *shape)
-    ranks = _stages_here(parallel)
+    ranks = stages_here(parallel)
     layers_here = sum(stages[stage] for stage in ranks)
     pools = layers_here / layers  # those of the longest stages
     piece_bytes = bytes_per_block // (layers * kv_heads)
     staging = staging_pieces(settings, kv_heads) * piece_bytes
+    query_bytes = 0  # of a block in host memory, in the model's dtype
+    if settings.chosen_selector == "previous":
+        query_bytes = layers * model.get_num_attention_heads(parallel) * model.get_head_size()
+        query_bytes *= model.dtype.itemsize
     room = 0  # of a device, for frames and compressed keys
     if device_bytes is not None and settings.slab_gib is None:
         room = left_bytes(config, device_bytes()) - staging
     if "host_gib" not in settings.model_fields_set:
         held = held_gib(settings, room, bytes_per_block, itemsize)
-        settings = _choose_pool(config, settings, bytes_per_block, int(available / pools), held)
+        each, share = (bytes_per_block, query_bytes), int(available / pools)
+        settings = _choose_pool(config, settings, each, share, held)
     blocks = host_blocks(settings, bytes_per_block, model.max_model_len)
     if cache.num_gpu_blocks_override is None:
         cache.num_gpu_blocks_override = blocks
@@ -184,20 +194,19 @@ def size_sparda(
     compressed = compressed_bytes(settings, blocks, bytes_per_block, itemsize)
     # What is in host memory; each is of all ranks of this host together.
     taken = {_HOST_POOL: blocks * block_bytes(layers_here, kv_heads, *shape)}
-    if settings.chosen_selector == "previous":  # one query of each block, in the model's dtype
-        numbers = layers_here * model.get_num_attention_heads(parallel) * model.get_head_size()
-        taken[_QUERIES] = blocks * numbers * model.dtype.itemsize
+    if query_bytes:
+        taken[_QUERIES] = blocks * query_bytes * layers_here // layers
     if device_bytes is not None and settings.slab_gib is None and not settings.resident:
         settings = _choose_slab(config, settings, room - compressed, sizes)
     if device_bytes is None:  # one memory holds everything, also what is filled only later
         taken |= {
             _STAGING: staging * len(ranks),
-            "weights": least_weight_bytes(model) * len(ranks) // _ranks_of_an_engine(parallel),
+            "weights": least_weight_bytes(model) * len(ranks) // ranks_of_an_engine(parallel),
         }
         room = int((available - sum(taken.values())) / pools) - compressed
         # Of several hosts each would admit another number, and the scheduler hears of one.
         alone = getattr(parallel, "nnodes", 1) == 1
-        if settings.slab_gib is None and alone and not _memory_is_others(parallel):
+        if settings.slab_gib is None and alone and not memory_is_others(parallel):
             _admit_what_fits(config, settings, room, sizes)
     seqs = config.scheduler_config.max_num_seqs
     frames = plan_frames(settings, max_num_seqs=seqs, **sizes)
@@ -225,13 +234,13 @@ def _check_memory(
     Raises:
         ConfigError: It is too little; says how much each part takes.
     """
-    if _memory_is_others(config.parallel_config):
+    if memory_is_others(config.parallel_config):
         return
     total = sum(taken.values())
     if total <= available:
         return
     parts = ", ".join(f"{name} {nbytes / GIB:.2f} GiB" for name, nbytes in taken.items())
-    ranks = len(_stages_here(config.parallel_config))
+    ranks = len(stages_here(config.parallel_config))
     lower = ["host_gib"]
     if _FRAMES in taken:
         if settings.slab_gib:
@@ -248,48 +257,15 @@ def _check_memory(
     )
 
 
-def _memory_is_others(parallel: Any) -> bool:
-    """Whether what is free here says nothing: it is not, or not yet, the engines' to come.
-
-    Of several API servers, each completes the configuration again beside engines that run. Ray
-    chooses the hosts of ranks, and a front-end may have no engines on its own.
-    """
-    if getattr(parallel, "_api_process_count", 1) > 1 and parallel._api_process_rank >= 0:
-        return True
-    # The planner has neither.
-    executor = getattr(parallel, "distributed_executor_backend", None)
-    engines = getattr(parallel, "data_parallel_backend", None)
-    return "ray" in (executor, engines) or not parallel.data_parallel_size_local
-
-
-def _ranks_of_an_engine(parallel: Any) -> int:
-    """Ranks of one engine, on all hosts."""
-    return int(parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
-
-
-def _stages_here(parallel: Any) -> list[int]:
-    """The stage of the pipeline of each rank on this host, of all its engines.
-
-    Where none is here, those of one engine: something must be told of its pool.
-    """
-    first, count = 0, _ranks_of_an_engine(parallel)
-    engines = max(parallel.data_parallel_size_local, 1)
-    if getattr(parallel, "nnodes", 1) > 1 and parallel.data_parallel_size_local:
-        count = parallel.local_world_size
-        first = parallel.node_rank_within_dp * count
-    stages = [rank // parallel.tensor_parallel_size for rank in range(first, first + count)]
-    return stages * engines
-
-
 def _choose_pool(
-    config: Any, settings: SpardaSettings, bytes_per_block: int, available: int, held: float
+    config: Any, settings: SpardaSettings, each: tuple[int, int], available: int, held: float
 ) -> SpardaSettings:
     """Let the pool hold what the device does, and one long request if half of host memory can.
 
     Args:
         config: vLLM's; its settings are changed, so that every process knows.
         settings: SPARDA's, as they were set.
-        bytes_per_block: Host bytes of one block in all layers of a rank.
+        each: Bytes of one block in all layers of a rank, and of the queries that are kept of it.
         available: A rank's share of the host memory that is free, in bytes.
         held: The largest pool of which the device holds every block, in GiB.
 
@@ -297,16 +273,22 @@ def _choose_pool(
         The settings, with the pool if it is not the default.
     """
     longest = config.model_config.max_model_len
-    needed = blocks_of_one(settings, longest) * bytes_per_block
-    too_much = 2 * needed > available and not _memory_is_others(config.parallel_config)
+    one_blocks, (block, queries) = blocks_of_one(settings, longest), each
+    needed, others = one_blocks * block, memory_is_others(config.parallel_config)
+    why = "this device holds them; a larger host_gib keeps more, in host memory"
+    if queries and not others:
+        most = gib_of(max(available // (2 * queries), one_blocks) * block)
+        if most < held:
+            held, why = most, "half of what is free holds the queries that are kept beside them"
+    too_much = 2 * needed > available and not others
     one = 0.0 if too_much or needed <= held * GIB else gib_of(needed)
     chosen = max(one, held)
     if chosen <= settings.host_gib:
         return settings
     _tell(config, host_gib=chosen)
-    place, why = " of host memory", f"one request of --max-model-len {longest} needs them"
-    if chosen == held:
-        place, why = "", "this device holds them; a larger host_gib keeps more, in host memory"
+    place = ""
+    if chosen != held:
+        place, why = " of host memory", f"one request of --max-model-len {longest} needs them"
     logger.info(
         f"SPARDA: {chosen:.2f} GiB{place} per rank for keys and values, as host_gib is not set "
         f"and {why}"
@@ -356,16 +338,6 @@ def _admit(scheduler: Any, requests: int) -> None:
     active = getattr(scheduler, "max_num_active_seqs", None)  # the planner has none
     if active is not None:
         scheduler.max_num_active_seqs = min(active, requests)
-
-
-def _layers_of_stages(config: Any) -> list[int]:
-    """Layers of each stage of the pipeline; vLLM only tells a rank about its own."""
-    parallel = copy.copy(config.parallel_config)
-    counts = []
-    for stage in range(parallel.pipeline_parallel_size):
-        parallel.rank = stage * parallel.tensor_parallel_size
-        counts.append(config.model_config.get_num_layers(parallel))
-    return counts
 
 
 def _choose_slab(

@@ -86,7 +86,7 @@ class SpardaSettings(CommonSettings):
         description="Host memory for keys and values, per rank; sets vLLM's number of blocks. "
         "Unset: more, if one request of `--max-model-len` needs it and that is at most half of "
         "what is free; on a GPU without `slab_gib` at least what it holds beside the model, which "
-        "takes no host memory.",
+        "takes no host memory but for the queries that `previous` keeps, at most half of it.",
     )
     slab_gib: float | None = Field(
         None,
