@@ -329,6 +329,7 @@ SEAMS = {
     ],
     "v1/metrics/loggers.py": ["engine_indexes=self.engine_indexes", "logger.log()"],
     "v1/metrics/prometheus.py": ["PROMETHEUS_MULTIPROC_DIR"],
+    "v1/worker/utils.py": ["forward_context[layer_name].bind_kv_cache(kv_cache)"],
     "config/cache.py": ["kv_offloading_backend", "num_gpu_blocks_override"],
     "distributed/kv_transfer/kv_connector/factory.py": ["kv_connector_module_path"],
 }  # fmt: skip

@@ -14,7 +14,12 @@ import shutil
 import pytest
 from reference import hf_rocketkv, lora, random_models
 from support.engine import BLOCK_SIZE, EVERYTHING, NEW_TOKENS, SETTINGS, run_engine
-from support.masked import assert_tokens_of_hugging_face, hf_model, policy_of
+from support.masked import (
+    assert_tokens_of_hugging_face,
+    gaps_to_hugging_face,
+    hf_model,
+    policy_of,
+)
 from support.oracle import speculation
 
 pytest.importorskip("vllm")
@@ -32,6 +37,12 @@ def test_the_mask_changes_the_tokens(sparse_run, stock_run):
     for sparse, dense in zip(sparse_run["tokens"][0], stock_run["tokens"][0], strict=True):
         assert sparse[0] == dense[0]  # the first token comes from the dense prompt pass
         assert sum(a == b for a, b in zip(sparse, dense, strict=True)) < NEW_TOKENS // 2
+
+
+def test_stock_tokens_are_those_of_hugging_face(llama, prompts, stock_run):
+    """vLLM runs with the plugin loaded: what is compared with that run needs a judge outside."""
+    gaps = gaps_to_hugging_face(llama, prompts[:2], stock_run["tokens"][0][:2], sparse=False)
+    assert gaps.max() < 1e-4
 
 
 def test_qwen2_equals_hugging_face_with_the_mask(qwen2, prompts):
@@ -105,10 +116,18 @@ def test_another_turn_hits_the_whole_prompt(llama, prompts):
 
 
 def test_without_prefix_caching(llama, prompts, sparse_run):
+    """And on small pages."""
+    settings = {**SETTINGS, "huge_pages": False}
     run = run_engine(
-        llama, prompts, settings=SETTINGS, block_size=BLOCK_SIZE, enable_prefix_caching=False
+        llama, prompts, settings=settings, block_size=BLOCK_SIZE, enable_prefix_caching=False
     )
     assert run["tokens"] == sparse_run["tokens"]
+    assert not run["huge_pages"]
+
+
+def test_the_cache_moves_to_huge_pages(sparse_run, stock_run):
+    assert sparse_run["huge_pages"] or "stays on small pages" in sparse_run["log"]
+    assert not stock_run["huge_pages"]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +206,15 @@ def test_freed_blocks_are_free(llama, prompts, sparse_run):
     dropped = sum(policy.retention(len(prompt)).dropped_blocks for prompt in prompts)
     assert sparse_run["counters"]["blocks_evicted"] == dropped
     assert sparse_run["free_blocks"][0] == sparse_run["free_blocks"][1]
+
+
+def test_the_start_says_what_requests_keep(sparse_run):
+    log, kept = sparse_run["log"], policy_of().held_blocks(1024, 1024)
+    assert kept < 1024 // BLOCK_SIZE
+    assert f"a prompt of 1024 tokens keeps {kept} of {1024 // BLOCK_SIZE} blocks" in log
+    assert f"({kept} blocks each after prefill)" in log
+    assert "served densely:" not in log
+    assert "not on a GPU" not in log
 
 
 def test_counters_tell_what_was_read(prompts, sparse_run):

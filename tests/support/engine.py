@@ -10,7 +10,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from support.forked import run_forked
+from support.memory import advice_of
 
 BLOCK_SIZE = 32
 NEW_TOKENS = 100
@@ -98,8 +101,9 @@ def run_engine(
         ``counters`` (of the worker and scheduler if in process), ``preemptions``, ``drafted`` and
         ``accepted`` tokens, ``free_blocks`` ``[before, after]``, ``launches`` of our Triton kernels
         (if interpreted in process), ``replays`` of graphs (on a pretended GPU), ``pieces`` that
-        vLLM has compiled or left out, ``copy_threads`` after the engine has shut down (if in
-        process) and ``log``.
+        vLLM has compiled or left out, ``asynchronous`` (whether a step is scheduled before the one
+        ahead of it has ended), ``huge_pages`` (whether a cache of a CPU asks for them) and
+        ``copy_threads`` after the engine has shut down (both if in process) and ``log``.
     """
     arguments = {
         "max_model_len": 1024,
@@ -190,6 +194,8 @@ def serve(job: dict[str, Any]) -> None:
     counted = metrics.counters()._values
     result["launches"] = dict(adversary.LAUNCHES)
     result["replays"] = pretend_gpu.Graph.replays
+    scheduling = llm.llm_engine.vllm_config.scheduler_config
+    result["asynchronous"] = bool(scheduling.async_scheduling)
     result["pieces"] = compilation_counter.num_piecewise_graphs_seen
     result["counters"] = {"/".join(filter(None, key)): value for key, value in counted.items()}
     for key, name in _METRICS.items():
@@ -198,11 +204,23 @@ def serve(job: dict[str, Any]) -> None:
         )
     result["free_blocks"] = [before, _free_blocks(llm)]
     if before is not None:
+        result["huge_pages"] = _on_huge_pages(llm)
         llm.llm_engine.engine_core.shutdown()
         result["copy_threads"] = [thread.name for thread in threading.enumerate()].count(
             "sparda-copy"
         )
     Path(job["result"]).write_text(json.dumps(result))
+
+
+def _on_huge_pages(llm: Any) -> bool:
+    """Of the middle of a cache: its borders lie on pages of others, too."""
+    context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    caches = [getattr(layer, "kv_cache", None) for layer in context.values()]
+    return any(
+        "hg" in advice_of(cache[len(cache) // 2])
+        for cache in caches
+        if isinstance(cache, torch.Tensor) and cache.device.type == "cpu" and cache.numel()
+    )
 
 
 def _free_blocks(llm: Any) -> int | None:
