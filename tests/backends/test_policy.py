@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support import policy_cases
 from support.engine import BLOCK_SIZE, DENSE, SETTINGS, SPARDA_SETTINGS, run_engine
+from support.masked import gaps_to_hugging_face
 from support.oracle import speculation
 from support.outside import LargeKeys
 from support.policy_cases import CASES, Case, assert_tokens_of_hugging_face
@@ -176,11 +178,24 @@ def test_the_gpu_path_gives_the_same_tokens(run, case, prompts, whole, short):
 
 
 def test_a_budget_of_the_whole_context_equals_stock(case, run, prompts, stock_run):
-    if case.kind is LargeKeys:
-        pytest.skip("reads a quarter of its budget")
+    if case.kind is not Quest:
+        pytest.skip("reads a quarter of its budget, or leaves such requests to stock attention")
     settings = {**case.settings, "token_budget": 2048}
     wide = run(prompts[:3], settings)
     assert wide["tokens"][0] == [tokens[:NEW_TOKENS] for tokens in stock_run["tokens"][0][:3]]
+    assert wide["counters"]["decode_rows"] > 0
+
+
+def test_steps_in_pytorch_take_bfloat16(llama, prompts):
+    """QUEST's; tokens are those of Hugging Face in float32, or close."""
+    quest = CASES[0]
+    run = run_engine(
+        llama, prompts[:2], backend=quest.name, settings=quest.settings, block_size=BLOCK_SIZE,
+        new_tokens=24, dtype="bfloat16",
+    )  # fmt: skip
+    gaps = policy_cases.gaps_to_hugging_face(quest, llama, prompts[:2], run["tokens"][0])
+    unmasked = gaps_to_hugging_face(llama, prompts[:2], run["tokens"][0], sparse=False)
+    assert gaps.mean() < unmasked.mean() / 4, (gaps, unmasked)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from reference import hf_policies, hf_rocketkv
 
 from support.engine import BLOCK_SIZE
-from support.masked import hf_model
+from support.masked import gaps_of, hf_model
 from support.outside import LargeKeys
 from support.policies import make_policy
 from vllm_sparse.policies.quest import Quest
@@ -34,7 +35,11 @@ class Case(NamedTuple):
 
     @property
     def policy(self) -> Policy:
-        return make_policy(self.kind, **SHAPE, **self.settings)
+        return self.shaped()
+
+    def shaped(self, **changes: Any) -> Policy:
+        """With these changes of the shape."""
+        return make_policy(self.kind, **{**SHAPE, **changes}, **self.settings)
 
     def limit(self, length: int) -> int:
         """Tokens that the same prompt finds in the prefix cache."""
@@ -59,7 +64,7 @@ CASES = [
         {"token_budget": 96, "min_context": 128, "window": 8},
         lambda policy, length: hf_rocketkv._Run(
             length,
-            length - policy.retention(length).dropped_blocks * BLOCK_SIZE,
+            length - policy.retention(length).dropped_blocks * policy.shape.block_size,
             {"window": 8, "kernel_size": 7, "sparse": True, "stage2": False},
         ),
     ),
@@ -78,17 +83,41 @@ CASES = [
 ]
 
 
-def assert_tokens_of_hugging_face(case: Case, model: Path, prompts, tokens) -> None:
-    """Every request's tokens equal the masked Hugging Face run's, up to genuine near-ties."""
-    policy = case.policy
+def assert_tokens_of_hugging_face(
+    case: Case, model: Path, prompts, tokens, *, stored=None, asked=None, **shape
+) -> None:
+    """Every request's tokens equal the masked Hugging Face run's, up to genuine near-ties.
+
+    Args:
+        case: The policy.
+        model: Checkpoint.
+        prompts: Token ids.
+        tokens: Of each request.
+        stored: See :func:`.hf_rocketkv.run_greedily`.
+        asked: The same.
+        **shape: Changes of the policy's shape.
+    """
+    policy, agreed = case.shaped(**shape), 0
     for prompt, got in zip(prompts, tokens, strict=True):
         assert policy.retention(len(prompt)).sparse
         expected = hf_rocketkv.run_greedily(
-            hf_model(model), prompt, len(got), case.run(policy, len(prompt)), True
+            hf_model(model), prompt, len(got), case.run(policy, len(prompt)), True, stored, asked
         )
         same = [a == b for a, b in zip(got, expected.tokens, strict=True)]
         first = same.index(False) if False in same else len(same)
+        agreed += first
         if first < len(same):
             # float32 sums in another order: only a tie within rounding may fall the other way.
             gaps = [expected.margins[first], expected.prompt_gap, *expected.page_gaps[:first]]
             assert gaps[0] < 1e-4 or min(gaps[1:]) < 1e-5, f"diverges at token {first}: {gaps}"
+    assert agreed > 0.9 * sum(map(len, tokens)), "near-ties may excuse few tokens only"
+
+
+def gaps_to_hugging_face(case: Case, model: Path, prompts, tokens) -> torch.Tensor:
+    """See :func:`.masked.gaps_to_hugging_face`."""
+    gaps = []
+    for prompt, got in zip(prompts, tokens, strict=True):
+        run = case.run(case.policy, len(prompt))
+        said = hf_rocketkv.run_greedily(hf_model(model), prompt, len(got), run, True, forced=got)
+        gaps.append(gaps_of(said.logits, got))
+    return torch.cat(gaps)
