@@ -8,6 +8,7 @@ import csv
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -136,6 +137,34 @@ def test_the_other_processes_stop_first(tmp_path, number, error):
     with pytest.raises(error):
         next(steps)
     assert len(checkpoints(tmp_path)) == (number is not None)
+
+
+def test_processes_train_what_one_would(tmp_path):
+    """Two of them, here threads that meet to add up, with two of four sequences a step each."""
+    options = {"batch_size": 4, "steps": 3}
+    parts, barrier = [None, None], threading.Barrier(2, timeout=60)
+    runs = [trainer(tmp_path / str(rank), **options) for rank in range(2)]
+    for rank, run in enumerate(runs):
+
+        def reduce(tensor, how, rank=rank):
+            parts[rank] = tensor
+            barrier.wait()
+            both = torch.stack(parts)
+            barrier.wait()
+            return both.sum(0) if how == "sum" else both.mean(0)
+
+        run._rank, run._world, run._accelerator = rank, 2, SimpleNamespace(reduce=reduce)
+    whole = trainer(tmp_path / "whole", **options)
+    expected = list(whole.train())
+    with ThreadPoolExecutor(2) as threads:
+        logs = list(threads.map(lambda run: list(run.train()), runs))
+    for run, log in zip(runs, logs, strict=True):
+        for entry, alone in zip(log, expected, strict=True):
+            assert entry.layers == pytest.approx(alone.layers, rel=1e-4)
+            assert entry.gradient_norm == pytest.approx(alone.gradient_norm, rel=1e-3)
+        torch.testing.assert_close(weights(run), weights(whole), rtol=1e-3, atol=1e-4)
+    assert torch.equal(weights(runs[0]), weights(runs[1]))
+    assert [len(checkpoints(tmp_path / str(rank))) for rank in range(2)] == [1, 0]
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
