@@ -16,6 +16,7 @@ import torch
 from reference import hf_sparda, lora, random_models
 from safetensors.torch import load_file
 from support.engine import BLOCK_SIZE, DENSE, NEW_TOKENS, SPARDA_SELECTION
+from support.masked import gaps_of
 from support.masked_sparda import assert_tokens_of_hugging_face, hf_model, run_sparda
 
 pytest.importorskip("vllm")
@@ -48,6 +49,11 @@ def test_blocks_leave_the_slab_and_come_back(sparda_run):
 
 def test_threads_end_with_the_engine(sparda_run):
     assert sparda_run["copy_threads"] == 0
+
+
+def test_the_start_warns_of_nothing_that_is_not_so(sparda_run):
+    assert "will be attended densely" not in sparda_run["log"]
+    assert "not on a GPU" not in sparda_run["log"]
 
 
 @pytest.mark.parametrize("selector", ["query", "previous", "forecast"])
@@ -124,17 +130,39 @@ def test_crossing_dense_len_while_decoding_equals_hugging_face(llama, prompts):
 
 
 @pytest.mark.parametrize(
-    ("arch", "extra"),
-    [("qwen3", {}), ("qwen3_moe", {}), ("granite", {}), ("minicpm", {"model_type": "llama"})],
-)
-def test_other_architectures_equal_hugging_face(tmp_path, prompts, arch, extra):
+    ("arch", "extra", "changes"),
+    [
+        ("qwen3", {}, {}),
+        ("qwen3_moe", {}, {}),
+        # Softmaxes of heads are added up, so that the scale of logits matters.
+        ("granite", {}, {"selector": "query"}),
+        ("granite", {}, {"selector": "previous", "prompt_selector": "query",
+                         "sparse_prefill": True}),
+        ("minicpm", {"model_type": "llama"}, {}),
+    ],
+)  # fmt: skip
+def test_other_architectures_equal_hugging_face(tmp_path, prompts, arch, extra, changes):
     model = tmp_path / arch
     if arch == "minicpm":
         random_models.save_random_minicpm(model, **extra)
     else:
         random_models.save_random_model(model, arch, layers=4)
-    run = run_sparda(model, prompts[:3], slab_gib=0.01, new_tokens=60)
-    assert_tokens_of_hugging_face(model, prompts[:3], run["tokens"][0])
+    run = run_sparda(model, prompts[:3], slab_gib=0.01, new_tokens=60, **changes)
+    assert_tokens_of_hugging_face(model, prompts[:3], run["tokens"][0], **changes)
+
+
+def test_bfloat16_follows_hugging_face(llama, prompts):
+    """In float32, from which rounding may part it by a little."""
+    run = run_sparda(llama, prompts[:2], new_tokens=24, dtype="bfloat16")
+    tokens, gaps = run["tokens"][0], []
+    for top_k in (SPARDA_SELECTION["top_k"], 1024 // BLOCK_SIZE):
+        selection = {**SPARDA_SELECTION, "top_k": top_k}
+        said = [
+            hf_sparda.generate(hf_model(llama), prompt, 24, continuation=got, **selection).logits
+            for prompt, got in zip(prompts, tokens, strict=False)
+        ]
+        gaps.append(torch.cat([gaps_of(*both) for both in zip(said, tokens, strict=True)]))
+    assert gaps[0].mean() < gaps[1].mean() / 4, gaps
 
 
 def test_as_many_blocks_as_there_are_equal_stock(llama, prompts, stock_run):

@@ -100,13 +100,17 @@ def compressed_keys(keys, stride):
     return (halves[:, :-1] + halves[:, 1:]) / 2 if count else halves[:, :0]
 
 
-def window_probabilities(query, compressed, positions, stride):
-    """The query selector's window scores of queries [H, T, D]: [G, T, C]."""
+def window_probabilities(query, compressed, positions, stride, scale=None):
+    """The query selector's window scores of queries [H, T, D]: [G, T, C].
+
+    ``scale`` of logits, if not ``1 / sqrt(D)``.
+    """
     num_groups, num_windows, head_dim = compressed.shape
     logits = torch.einsum("ghtd,gcd->ghtc", query.unflatten(0, (num_groups, -1)), compressed)
     ends = torch.arange(num_windows) * stride + 2 * stride - 1
     visible = ends <= positions[:, None]  # [T, C]
-    weights = torch.where(visible, logits / math.sqrt(head_dim), -math.inf)
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    weights = torch.where(visible, logits * scale, -math.inf)
     weights = torch.exp(weights - weights.amax(-1, keepdim=True).clamp(min=-1e30))
     total = weights.sum(-1, keepdim=True)
     return (weights / torch.where(total > 0, total, 1)).sum(1)
@@ -195,12 +199,13 @@ class _Run:
     def scores(self, module, query, compressed, positions):
         """Window scores [G, T, C] of this layer's tokens."""
         layer, s = module.layer_idx, self.settings
+        how = s.kernel_stride, module.scaling
         if self.selector == "query":
-            return window_probabilities(query, compressed, positions, s.kernel_stride)
+            return window_probabilities(query, compressed, positions, *how)
         if self.selector == "previous":
             before = self.last_query.get(layer, torch.zeros_like(query[:, :1]))
             before = torch.cat([before, query[:, :-1]], dim=1)
-            return window_probabilities(before, compressed, positions - 1, s.kernel_stride)
+            return window_probabilities(before, compressed, positions - 1, *how)
         weight, bias = self.projections[layer]
         x = self.inputs[max(layer - 1, 0)]
         f = functional.linear(x, weight, bias).unflatten(-1, (-1, module.head_dim))
