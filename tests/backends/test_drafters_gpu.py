@@ -18,7 +18,7 @@ TOKENS = 16
 
 @pytest.mark.parametrize(
     ("v2", "chunk", "settings"),
-    [(False, 202, EVERYTHING), (True, 101, EVERYTHING), (True, 101, SETTINGS)],
+    [(False, 202, EVERYTHING), (True, 101, SETTINGS)],
 )
 def test_heads_are_accepted_as_on_cpus(prompts, tmp_path, v2, chunk, settings):
     """All is kept and read, but compacted; or evicted, by the head's own votes in its layer.

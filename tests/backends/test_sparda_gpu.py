@@ -48,15 +48,21 @@ def pair(prompts) -> list[list[int]]:
     return [prompts[0][284:], prompts[1][284:579]]
 
 
+@pytest.fixture(scope="module")
+def looks_ahead(llama, pair):
+    """The pair on the CPU's path, with the selector of ``SPARDA_SETTINGS``."""
+    return run_engine(llama, pair, settings=SPARDA_SETTINGS, **SHARED)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"prefetch": False}, {"resident": True, "slab_gib": None}],
     ids=lambda c: next(iter(c)),
 )
-def test_how_blocks_come_changes_nothing(llama, pair, changes):
+def test_how_blocks_come_changes_nothing(llama, pair, looks_ahead, changes):
     """With the look-ahead, of which the tests below have the usual way."""
     run = run_gpu_path(llama, pair, changes)
-    assert run["tokens"] == run_engine(llama, pair, settings=SPARDA_SETTINGS, **SHARED)["tokens"]
+    assert run["tokens"] == looks_ahead["tokens"]
     for moved in ("frame_misses", "device_to_host_bytes"):
         assert (run["counters"][moved] > 0) == ("prefetch" in changes)
     assert (" host pool 0.00 GiB for " in run["log"]) == ("resident" in changes)
@@ -147,13 +153,10 @@ def test_lora_beside_requests_without_it(llama, pair, tmp_path):
         max_loras=2,
     )  # fmt: skip
     settings = {**SPARDA_SETTINGS, "selector": "previous"}
-    for place, model in enumerate((merged, llama)):
-        alone = run_engine(model, pair[place : place + 1], settings=settings, **SHARED)
-        assert run["tokens"][0][place] == alone["tokens"][0][0]
-    assert (
-        run["tokens"][0][0]
-        != run_engine(llama, pair[:1], settings=settings, **SHARED)["tokens"][0][0]
-    )
+    adapted = run_engine(merged, pair[:1], settings=settings, **SHARED)["tokens"][0][0]
+    without = run_engine(llama, pair, settings=settings, **SHARED)["tokens"][0]
+    assert run["tokens"][0] == [adapted, without[1]]
+    assert adapted != without[0]
 
 
 def test_experts(tmp_path, pair):
@@ -162,16 +165,15 @@ def test_experts(tmp_path, pair):
     assert_tokens_of_hugging_face(model, pair[:1], run["tokens"][0])
 
 
-def test_tensor_parallelism(llama, pair):
+def test_tensor_parallelism(llama, pair, looks_ahead):
     """Each rank has one KV head, its own slab and its own copies."""
     run = run_gpu_path(
         llama, pair[:1], {}, v2=False, tensor_parallel_size=2, in_process=False,
         further=("forked_workers",),
     )  # fmt: skip
     assert "kernels: triton" in run["log"]
-    assert (
-        run["tokens"] == run_engine(llama, pair[:1], settings=SPARDA_SETTINGS, **SHARED)["tokens"]
-    )
+    assert "SPARDA has been tested on GPUs' code path with interpreted kernels" in run["log"]
+    assert run["tokens"][0] == looks_ahead["tokens"][0][:1]
 
 
 def test_a_slab_that_the_gpu_cannot_hold_is_refused(monkeypatch):
