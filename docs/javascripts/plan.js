@@ -12,6 +12,7 @@
   const RESERVED_BYTES = 4 * GIB;
   const UTILIZATION = 0.92;
   const MANY = 4096;
+  const HOST_GIB = 4.0; // that nobody sets
   const MISSES = 0.25;
   const STEP = 1024;
   const LAUNCHES = { dense: 2, ROCKETKV: 4, SPARDA: 8 };
@@ -284,13 +285,43 @@
       most = Math.max(floorDiv(left, 2), left - 2 * asked.concurrency * perRow * each);
     }
     const wanted = Math.min((asked.concurrency * held + 1) * each, most);
-    const hostGib = ceilDiv(wanted * 100, GIB) / 100;
-    const blocks = floorDiv(Math.trunc(hostGib * GIB), each);
-    if (blocks < held + 1) return { refused: "host memory holds not one request" };
+    const sizes = { each, held, perRow };
+    if (asked.onGpu) {
+      const unsaid = atStart(asked, own, sizes, unsaidGib(asked, own, sizes));
+      if (!unsaid.refused && !unsaid.hosted && unsaid.blocks * each >= wanted) return unsaid;
+    }
+    const hostGib = gibOf(wanted);
+    return { ...atStart(asked, own, sizes, hostGib), hostGib };
+  }
+
+  const gibOf = (bytes) => ceilDiv(bytes * 100, GIB) / 100;
+  // Two halves of blocks of all KV heads, in one layer.
+  const stagingBytes = (asked, own, each) => 2 * own.staging_blocks * floorDiv(each, asked.shape.layers);
+  // One query of each block, as the selector is `previous`.
+  const queryBytes = ({ shape, ranks }) =>
+    shape.layers * floorDiv(shape.heads, ranks) * shape.dim * ITEM_BYTES;
+
+  // vllm_sparse/startup.py: the pool that a GPU's server takes if nobody says.
+  function unsaidGib(asked, own, { each, held }) {
+    const share = Math.trunc(asked.hostBytes / asked.ranks);
+    const room = Math.max(leftBytes(asked) - stagingBytes(asked, own, each), 0);
+    const blocks = floorDiv(room, each + floorDiv(each, 2 * own.kernel_stride));
+    const most = gibOf(Math.max(floorDiv(share, 2 * queryBytes(asked)), held + 1) * each);
+    const onDevice = Math.min(floorDiv(blocks * each * 100, GIB) / 100, most);
+    const needed = (held + 1) * each;
+    const one = 2 * needed > share || needed <= onDevice * GIB ? 0 : gibOf(needed);
+    return Math.max(HOST_GIB, one, onDevice);
+  }
+
+  // vllm_sparse/startup.py: what such a pool comes to.
+  function atStart(asked, own, { each, held, perRow }, poolGib) {
+    const { shape, ranks } = asked;
     const heads = rankHeads(asked);
+    const blocks = floorDiv(Math.trunc(poolGib * GIB), each);
+    if (blocks < held + 1) return { refused: "host memory holds not one request" };
     const piece = floorDiv(each, shape.layers * heads);
     const pieces = blocks * heads;
-    const staging = 2 * own.staging_blocks * heads * piece;
+    const staging = stagingBytes(asked, own, each);
     const keys = floorDiv(blocks * each, 2 * own.kernel_stride);
     let frames = Math.min(2 * Math.min(asked.concurrency * heads * perRow, pieces), pieces);
     let served = MANY;
@@ -304,16 +335,14 @@
     }
     // A GPU has no host blocks if all of them have frames.
     const hosted = !asked.onGpu || frames < pieces;
-    // One query of each block, as the selector is `previous`.
-    const queries = blocks * shape.layers * floorDiv(shape.heads, ranks) * shape.dim * ITEM_BYTES;
-    let taken = ((hosted ? blocks * each : 0) + queries) * ranks;
+    let taken = ((hosted ? blocks * each : 0) + blocks * queryBytes(asked)) * ranks;
     if (!asked.onGpu) {
       taken += (frames * shape.layers * piece + keys + staging) * ranks + weightBytes(shape);
     }
     if (taken > asked.hostBytes) {
       return { refused: "what is in host memory is more than what is free" };
     }
-    return { each, held, heads, perRow, piece, hostGib, blocks, frames, served, hosted };
+    return { each, held, heads, perRow, piece, blocks, frames, served, hosted };
   }
 
   function spardaStepAt(asked, own, context) {
@@ -334,6 +363,7 @@
     if (found.refused) return { name: "SPARDA", refused: [found.refused] };
     const { each, held, heads, perRow, piece, blocks } = found;
     const hosted = found.hosted ? each : 0;
+    const said = found.hostGib === undefined ? given : { ...given, host_gib: { float: found.hostGib } };
     const compressed = floorDiv(each * Math.max(1, floorDiv(size, own.kernel_stride)), 2 * size);
     const steps = (context) => spardaStepAt(asked, own, context);
     return {
@@ -347,7 +377,7 @@
       fits: Math.min(floorDiv(blocks - 1, held), found.served),
       step_ms: steps(asked.context), speedup: denseMs(asked, asked.context) / steps(asked.context),
       wins_from: winsFrom(asked, steps),
-      serve: serve(asked, "SPARDA", { ...given, host_gib: { float: found.hostGib } }),
+      serve: serve(asked, "SPARDA", said),
     };
   }
 

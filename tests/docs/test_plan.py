@@ -51,7 +51,7 @@ def questions(models):
         yield {
             "name": name, "context": context, "output": (256, 1024)[number % 2],
             "concurrency": concurrency, "device": device, "deviceGib": memory,
-            "bandwidth": bandwidth, "hostGib": (512, 40.3)[number // 2 % 2],
+            "bandwidth": bandwidth, "hostGib": (512, 40.3, 3)[number // 2 % 3],
             "kvGib": None if memory and number % 3 else 4.7, "ranks": (1, 2, 4)[number // 5 % 3],
             "settings": SETTINGS[number // 3 % 4],
         }  # fmt: skip

@@ -28,7 +28,7 @@ class Sized(NamedTuple):
     """What start-up chooses.
 
     Attributes:
-        chosen: Settings that are to be said, the host pool among them.
+        chosen: Settings that are to be said: the host pool, unless start-up takes it by itself.
         blocks: Of the host pool.
         frames: Of each layer.
         served: Most requests in a step.
@@ -53,12 +53,40 @@ def sized(question: Question, settings: SpardaSettings, each: int) -> Sized:
     Raises:
         ConfigError: The pool or the frames cannot work.
     """
-    model, chosen = question.model, dict(question.settings)
+    chosen = dict(question.settings)
     if "host_gib" not in chosen:  # as much as these requests need, if there is as much
         most = _largest_pool(question, settings, each)
-        held = -(-model.max_model_len // settings.block_size)
-        chosen["host_gib"] = gib_of(min((question.concurrency * held + 1) * each, most))
+        held = -(-question.model.max_model_len // settings.block_size)
+        wanted = min((question.concurrency * held + 1) * each, most)
+        found = _unsaid(question, settings) if question.on_gpu else None
+        if found is not None and found.blocks * each >= wanted:
+            return found
+        chosen["host_gib"] = gib_of(wanted)
         settings = settings.model_copy(update={"host_gib": chosen["host_gib"]})
+    return _at_start(question, settings, chosen)
+
+
+def _unsaid(question: Question, settings: SpardaSettings) -> Sized | None:
+    """What start-up takes if nobody says ``host_gib``, if that takes no host memory for blocks."""
+    try:
+        found = _at_start(question, settings, dict(question.settings))
+    except VllmSparseError:  # a larger pool may do
+        return None
+    return None if found.hosted_layers else found
+
+
+def _at_start(question: Question, settings: SpardaSettings, chosen: dict[str, Any]) -> Sized:
+    """What start-up makes of settings.
+
+    Args:
+        question: What is asked.
+        settings: SPARDA's.
+        chosen: Those of them that are said.
+
+    Raises:
+        ConfigError: The pool or the frames cannot work.
+    """
+    model = question.model
     config = question.configuration(MANY if question.on_gpu else question.concurrency)
     config.additional_config = {NAMESPACE: chosen}
     tapped_architecture(config)
