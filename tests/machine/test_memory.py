@@ -25,6 +25,13 @@ def test_free_memory_and_the_container_s_limit():
     assert "may use 1.0" in finding("host memory", limit=GIB).what
 
 
+def test_little_memory_is_warned_of_by_what_takes_it():
+    """A GPU's pool takes host memory only beyond what the device holds."""
+    for on_gpu in (False, None):
+        assert "pool takes 4 GiB or more" in finding("host memory", 2 * GIB, on_gpu=on_gpu).why
+    assert "beyond what the device holds" in finding("host memory", 2 * GIB, on_gpu=True).why
+
+
 def test_pinning_is_limited_on_gpus_only(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (8 << 20, 8 << 20))
     assert finding("locked memory").level == "ok"

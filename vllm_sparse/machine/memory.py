@@ -40,7 +40,7 @@ def memory_findings(available: int, limit: int | None, on_gpu: bool | None) -> I
     Args:
         available: Bytes that are free, the container's limit included.
         limit: The container's limit in bytes, if there is one.
-        on_gpu: SPARDA's pool will be pinned; ``None``: nobody knows.
+        on_gpu: SPARDA's host memory will be pinned; ``None``: nobody knows.
     """
     total = psutil.virtual_memory().total
     shown = f"{available / GIB:.1f} GiB free of {total / GIB:.1f}"
@@ -49,7 +49,9 @@ def memory_findings(available: int, limit: int | None, on_gpu: bool | None) -> I
     if available < HOST_GIB * GIB:
         yield warning(
             "host memory", shown,
-            f"SPARDA's pool takes {HOST_GIB:.0f} GiB or more unless host_gib is set",
+            "SPARDA keeps there a pool beyond what the device holds, and the queries of previous"
+            if on_gpu
+            else f"SPARDA's pool takes {HOST_GIB:.0f} GiB or more unless host_gib is set",
             "set vllm_sparse.host_gib, or end what uses the memory",
         )  # fmt: skip
     else:
