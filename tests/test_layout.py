@@ -37,7 +37,6 @@ TESTED_IN = {
     "backends/gpu": "test_plugin",
     "backends/policy_step": "backends/test_policy_cpu",
     "backends/sparda_cpu": "backends/test_sparda",
-    "backends/sparda_setup": "backends/test_sparda_gpu",
     "cli": "test_plugin",
     "demo/document": "demo/test_run",
     "demo/gguf": "demo/test_models",

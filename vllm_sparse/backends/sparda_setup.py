@@ -201,7 +201,10 @@ def start_line(runtime: Runtime, config: VllmConfig) -> str:
     if all(geometry.is_resident(layer) for layer in range(geometry.num_layers)):
         mode = "never, as every block has a frame"
         if settings.slab_gib is not None:
-            mode += " (the slab holds all that host_gib allows; raise it to serve more)"
+            mode += (
+                " (the slab holds the whole pool; a larger host_gib keeps more, and what then has "
+                "no frame is fetched from host memory)"
+            )
         elif not settings.resident:
             mode += (
                 f" (--max-num-seqs {config.scheduler_config.max_num_seqs} may need them all; lower "
