@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import clock, live
@@ -13,6 +12,7 @@ from benchmarks import clock, live
 if TYPE_CHECKING:
     from vllm import LLM
 
+FREE = -1  # of a forced text: a token that the model chooses
 SETTLING_STEPS = 3  # after the miss rate has changed
 
 
@@ -35,19 +35,30 @@ def forget(llm: LLM) -> None:
 
 
 def force(
-    llm: LLM, prompts: list[list[int]], forced: list[list[int]], record_to: list[str]
-) -> None:
-    """Generates given continuations and records the log-probabilities."""
+    llm: LLM, prompts: list[list[int]], forced: list[list[int]], record_to: list[str] | None = None
+) -> list[list[int]]:
+    """Generates given continuations and returns their tokens.
+
+    Args:
+        llm: Has the logits processor of `benchmarks.teacher`.
+        prompts: Token ids.
+        forced: Token ids that follow each, `FREE` where the model chooses.
+        record_to: Files for the log-probabilities, if they are wanted.
+
+    Raises:
+        RuntimeError: The engine generated something else.
+    """
     from benchmarks import teacher
 
-    params = [
-        teacher.sampling_params(tokens, Path(path))
-        for tokens, path in zip(forced, record_to, strict=True)
-    ]
+    files = record_to or [None] * len(prompts)
+    params = [teacher.sampling_params(*each) for each in zip(forced, files, strict=True)]
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-    for output, tokens in zip(outputs, forced, strict=True):
-        if list(output.outputs[0].token_ids) != list(tokens):
+    found = [list(output.outputs[0].token_ids) for output in outputs]
+    for tokens, wanted in zip(found, forced, strict=True):
+        pairs = zip(tokens, wanted, strict=False)
+        if len(tokens) != len(wanted) or any(want not in (FREE, token) for token, want in pairs):
             raise RuntimeError("the engine did not generate the forced tokens")
+    return found
 
 
 def metrics(llm: LLM) -> dict[str, float]:

@@ -12,14 +12,14 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import drafts, replay, results, serving, tables
+from benchmarks import drafts, lists, replay, results, serving, tables
 from benchmarks.quality import report as quality
 from benchmarks.served import report as served
 
 RENDERERS = {
     **tables.RENDERERS,
     **{"quality": quality.render, "serving": serving.render, "replay": replay.render},
-    **{"drafts": drafts.render, "served": served.render},
+    **{"drafts": drafts.render, "lists": lists.render, "served": served.render},
 }
 
 

@@ -34,7 +34,7 @@ QUICK = {
     ],
     "blocks": ["blocks", *SMALL],
     **{kind: ["offload", kind] for kind in ("memory", "overlap", "serve")},
-    **{name: [name] for name in ("prompts", "serving", "replay", "drafts", "generations")},
+    **{name: [name] for name in ("prompts", "serving", "replay", "drafts", "generations", "lists")},
     "quality": ["quality.judge", "--arms", "dense,rocketkv-512"],
 }
 QUICK = {name: [*arguments, "--quick"] for name, arguments in QUICK.items()}

@@ -4,23 +4,29 @@
 
 Prompt log-probabilities would come from prefill, which is dense in every arm. So the engine
 generates, one decode step per token; before each token is sampled, the processor writes the model's
-log-probabilities to a file and leaves only the next token of the given text to sample.
+log-probabilities to a file, if there is one, and leaves only the next token of the given text to
+sample, unless that is left to the model.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
+from benchmarks.commands import FREE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 MEANS = ("kl", "top1_agreement", "nll_dense", "nll")  # of what `compare` returns
 
 
 class ForcedTokens(AdapterLogitsProcessor):
-    """Serves requests whose `extra_args` have ``forced_tokens`` and ``record_to``."""
+    """Serves requests whose `extra_args` have ``forced_tokens``, and maybe ``record_to``."""
 
     def is_argmax_invariant(self) -> bool:
         """It decides the token."""
@@ -31,11 +37,11 @@ class ForcedTokens(AdapterLogitsProcessor):
         arguments = params.extra_args or {}
         if "forced_tokens" not in arguments:
             return None
-        return _Request(arguments["forced_tokens"], Path(arguments["record_to"]))
+        return _Request(arguments["forced_tokens"], arguments.get("record_to"))
 
 
 class _Request:
-    def __init__(self, forced_tokens: list[int], record_to: Path) -> None:
+    def __init__(self, forced_tokens: list[int], record_to: str | None) -> None:
         self._forced = forced_tokens
         self._record_to = record_to
         self._rows: np.ndarray | None = None
@@ -43,6 +49,15 @@ class _Request:
     def __call__(self, output_token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
         """Records the row of the next token, then masks all tokens but the forced one."""
         step = len(output_token_ids)
+        if self._record_to is not None:
+            self._record(step, logits)
+        if self._forced[step] == FREE:
+            return logits
+        forced = torch.full_like(logits, float("-inf"))
+        forced[self._forced[step]] = 0.0
+        return forced
+
+    def _record(self, step: int, logits: torch.Tensor) -> None:
         if self._rows is None:
             shape = (len(self._forced), logits.shape[-1])
             self._rows = np.lib.format.open_memmap(
@@ -52,24 +67,23 @@ class _Request:
         self._rows[step] = torch.log_softmax(logits.float(), dim=-1).cpu().numpy()
         if step == len(self._forced) - 1:
             self._rows.flush()
-        forced = torch.full_like(logits, float("-inf"))
-        forced[self._forced[step]] = 0.0
-        return forced
 
 
-def sampling_params(forced_tokens: list[int], record_to: Path) -> SamplingParams:
+def sampling_params(forced_tokens: list[int], record_to: str | None = None) -> SamplingParams:
     """Returns the parameters of a request that is forced through `forced_tokens`.
 
     Args:
-        forced_tokens: The text's tokens after the prompt.
-        record_to: A ``.npy`` file for the log-probabilities, float32 [forced tokens, vocabulary];
-            row i is the distribution from which token i would have been sampled.
+        forced_tokens: The text's tokens after the prompt; `FREE` where the model chooses.
+        record_to: A ``.npy`` file for the log-probabilities, float32 [forced tokens, vocabulary]:
+            2.4 GB for 4,000 tokens of a vocabulary of 152,000. Row i is the distribution from which
+            token i would have been sampled.
     """
+    record = {} if record_to is None else {"record_to": record_to}
     return SamplingParams(
         temperature=0.0,
         max_tokens=len(forced_tokens),
         ignore_eos=True,
-        extra_args={"forced_tokens": list(forced_tokens), "record_to": str(record_to)},
+        extra_args={"forced_tokens": list(forced_tokens), **record},
     )
 
 
