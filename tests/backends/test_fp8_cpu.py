@@ -11,9 +11,13 @@ from __future__ import annotations
 import re
 
 import pytest
-from support.engine import BLOCK_SIZE, EVERYTHING, SETTINGS, run_engine
+from support import policy_cases
+from support.engine import BLOCK_SIZE, DENSE, EVERYTHING, SETTINGS, run_engine
 from support.fp8 import stored_on_cpus
 from support.masked import assert_tokens_of_hugging_face, policy_of
+from support.policy_cases import CASES
+
+from vllm_sparse.policies.snapkv import SnapKV
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -30,10 +34,14 @@ def sparse_fp8(llama, prompts):
     return run_engine(llama, prompts, settings=SPARSE, new_tokens=60, **SCALED)
 
 
-def test_a_budget_of_the_whole_context_equals_stock(llama, prompts, stock_run):
-    stock = run_engine(llama, prompts, **SCALED)
+@pytest.fixture(scope="module")
+def stock_fp8(llama, prompts):
+    return run_engine(llama, prompts, **SCALED)
+
+
+def test_a_budget_of_the_whole_context_equals_stock(llama, prompts, stock_fp8, stock_run):
     run = run_engine(llama, prompts, settings=EVERYTHING, **SCALED)
-    assert run["tokens"] == stock["tokens"] != stock_run["tokens"]
+    assert run["tokens"] == stock_fp8["tokens"] != stock_run["tokens"]
     assert run["counters"]["selected_tokens"] == run["counters"]["visible_tokens"] > 0
 
 
@@ -73,19 +81,38 @@ def test_drafts_and_a_tier_of_host_memory_beside_it_change_nothing(llama, prompt
     assert run["free_blocks"][0] == run["free_blocks"][1]
 
 
-@pytest.mark.parametrize("backend", ["quest", "snapkv", "streamingllm"])
-def test_other_policies(llama, prompts, backend):
-    """With a budget of the whole context as stock; with less, not."""
-    settings, options = {"min_context": 128, "token_budget": 2048}, {"new_tokens": 40, **SCALED}
-    if backend == "snapkv":
-        settings["window"], options["block_size"] = 8, 2 * BLOCK_SIZE  # so that queries have room
-    stock = run_engine(llama, prompts[:3], **options)
-    options["backend"] = backend
-    wide = run_engine(llama, prompts[:3], settings=settings, **options)
-    assert wide["tokens"] == stock["tokens"]
-    narrow = run_engine(llama, prompts[:3], settings={**settings, "token_budget": 96}, **options)
-    assert narrow["tokens"] != stock["tokens"]
-    assert narrow["counters"]["decode_rows"] > 0
+@pytest.mark.parametrize("case", CASES[:3], ids=lambda case: case.name)
+def test_other_policies(llama, prompts, stock_fp8, case):
+    """In chunks, twice, beside a request that asks to be dense."""
+    # Twice the slots, so that SNAPKV's queries have room.
+    shape = {"block_size": BLOCK_SIZE * (2 if case.kind is SnapKV else 1), "query_slots": SLOTS}
+    asked = [None, None, DENSE]
+    run = run_engine(
+        llama, prompts[:3], backend=case.name, settings=case.settings, asked=asked, waves=2,
+        new_tokens=40, max_num_batched_tokens=100, scheduler_reserve_full_isl=False,
+        **{**SCALED, "block_size": shape["block_size"]},
+        num_gpu_blocks_override=1 + 40 * BLOCK_SIZE // shape["block_size"],
+    )  # fmt: skip
+    sparse, dense = run["tokens"][0][:2], [tokens[:40] for tokens in stock_fp8["tokens"][0][:3]]
+    policy_cases.assert_tokens_of_hugging_face(
+        case, llama, prompts[:2], sparse, stored=stored_on_cpus, **shape
+    )
+    assert run["tokens"] == [[*sparse, dense[2]]] * 2
+    assert sparse != dense[:2]
+    assert run["counters"]["decode_rows"] > 0
+    if case.kind is not SnapKV:  # whose prompts give too much back to be preempted here
+        assert run["preemptions"] > 0
+        assert max(run["cached"][1]) > 0
+
+
+def test_pages_of_the_whole_context_equal_stock(llama, prompts, stock_fp8):
+    """QUEST's; what the others would keep is all, so that they leave such requests to stock."""
+    settings = {**CASES[0].settings, "token_budget": 2048}
+    run = run_engine(
+        llama, prompts[:3], backend="quest", settings=settings, new_tokens=40, **SCALED
+    )
+    assert run["tokens"][0] == [tokens[:40] for tokens in stock_fp8["tokens"][0][:3]]
+    assert run["counters"]["decode_rows"] > 0
 
 
 def test_a_token_takes_a_quarter_of_float32_s_bytes(llama, prompts):
