@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import arms, replay, results
 from benchmarks import drafts as drafting
+from benchmarks import lists as forced
 from benchmarks import serving as served
 from benchmarks.served import report as matrix
 from benchmarks.tables import STEP, mib, number, table
@@ -261,6 +262,17 @@ def drafts() -> str:
     return table(lines, {"task": "task", " ": "arm", **drafting.columns()})
 
 
+def lists() -> str:
+    """What is found again of generated lists."""
+    found = result("lists")
+    lines = [
+        {"text": forced.shown(cell), "arm": f"`{name}`", **row}
+        for cell in found["cells"].values()
+        for name, row in cell["arms"].items()
+    ]
+    return table(lines, {"list": "text", "arm": "arm", **forced.columns(found["items"])})
+
+
 def fp8() -> str:
     """The decode kernel beside itself on a cache of fp8."""
     found = result("kernels-fp8")["result"]
@@ -338,6 +350,7 @@ TABLES = {
     make.__name__: make
     for make in (
         *(accuracy, policies, speed, budgets, capacity, serving, agents, selectors),
-        *(mass, memory, overlap, drafts, fp8, fp8_answers, quarters, rows, training, recall),
+        *(mass, memory, overlap, drafts, lists, fp8, fp8_answers, quarters, rows, training),
+        recall,
     )
 }
