@@ -21,6 +21,10 @@ _NO_ROOM = Refused(
     "compiles, and its engine would die of the first request, with this plugin or without; remove "
     "--enforce-eager, -O0 or --enable-lora, or use --tensor-parallel-size"
 )
+_DRAFTERS_TIER = Refused(
+    "--speculative-config: whether keys and values of the drafter's layers return from host memory "
+    "is untested; remove --kv-offloading-size"
+)
 # By hand: `make metrics-check`; tokens are compared by `make serve-matrix`.
 _ENGINES = Served("tests/metrics/live_check.py::test_several_processes_count_what_one_does")
 # Nothing of ours is part of it: experts have ranks of their own, attention has those of tensors.
@@ -186,12 +190,10 @@ ROWS = (
         _SERVING, "drafters-tier", "drafters with layers beside `--kv-offloading-size`",
         (
             Served(_DRAFTERS + "test_heads_are_accepted_behind_what_returns_from_a_tier"),
-            Refused(
-                "--speculative-config: whether keys and values of the drafter's layers return from "
-                "host memory is untested; remove --kv-offloading-size"
-            ),
+            _DRAFTERS_TIER,
         ),
         None,
+        outside=_DRAFTERS_TIER,
     ),
     row(
         _SERVING, "drafters-stages", "drafters with layers beside pipeline parallelism",

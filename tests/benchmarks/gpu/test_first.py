@@ -40,7 +40,7 @@ def measures(step_ms, report, options):
     for context, batch in ((32, 1), (128, 1)):
         report.add(
             context=context * THOUSAND, wanted=batch, batch=batch, step_ms={"median": step_ms},
-            least_bytes=1.0, preemptions=0, bound_ms=1.0, tokens_per_s=1.0,
+            least_bytes=1.0, preemptions=0, bound_ms=1.0, predicted_ms=1.5, tokens_per_s=1.0,
         )  # fmt: skip
 
 
