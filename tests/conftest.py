@@ -192,3 +192,15 @@ def sparda_run(once: Callable[..., dict], llama: Path, prompts: list[list[int]])
     return once(
         "sparda", llama, prompts, settings=SPARDA_SETTINGS, backend="sparda", max_num_seqs=6
     )
+
+
+@pytest.fixture
+def fresh_launches(monkeypatch):
+    """A process reads its table of launches once; each test has its own."""
+    from vllm_sparse.kernels.triton import launch
+
+    monkeypatch.delenv(launch.LAUNCHES_ENV, raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    launch.launches.cache_clear()
+    yield
+    launch.launches.cache_clear()

@@ -17,17 +17,8 @@ from vllm_sparse.kernels.triton.launch import Launch
 
 from vllm_sparse.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("fresh_launches")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_table(monkeypatch):
-    """A process reads its table once; each test has its own."""
-    monkeypatch.delenv(launch.LAUNCHES_ENV, raising=False)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    launch.launches.cache_clear()
-    yield
-    launch.launches.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -24,22 +24,13 @@ from vllm_sparse.kernels.triton.launch import Launch
 
 from benchmarks.ops import launches, parity, rocketkv, search, sparda, timings
 
+pytestmark = pytest.mark.usefixtures("fresh_launches")
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 SHIPPED = dict(launch._SM80)  # the table itself is what a search changes
 EVERY = (*launches.ROCKETKV, *launches.SPARDA)
 # On the GPU of these tests twice the tile and half the warps are best; one entry cannot have it.
 TOO_LARGE = "select_slots"
-
-
-@pytest.fixture(autouse=True)
-def _fresh_table(monkeypatch):
-    """A process reads its table once; each test has its own."""
-    monkeypatch.delenv(launch.LAUNCHES_ENV, raising=False)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    launch.launches.cache_clear()
-    yield
-    launch.launches.cache_clear()
 
 
 def options_of(tmp_path: Path, *arguments: str) -> argparse.Namespace:
