@@ -223,17 +223,22 @@ def _requests(result: Row) -> str:
 def kernels(result: Row) -> str:
     """The decode kernel's times on a CPU."""
     body = result["result"]
-    columns = {
+    columns: dict[str, Any] = {
         "variant": "arm",
         "us a layer": "{us:.0f}",
         "10th percentile": "{us_p10:.0f}",
     }
-    read = f"{body['bytes_read'] / 1e6:.2f} MB at {body['sequential_read_gb_per_s']:.1f} GB/s"
-    floor = f"floor {body['floor_us']:.0f} us a layer ({read}): "
-    if body["over_floor"] >= 1:
-        floor += f"fused is {body['over_floor']:.1f}x the floor"
-    else:  # nobody reads faster than memory is
-        floor = f"no floor: {read} were measured, which the kernel itself beats"
+    if any("least_bytes" in row for row in body["variants"].values()):
+        columns["bytes at least, MB"] = number(2, "least_bytes", scale=1e-6)
+    if "over_floor" in body:
+        read = f"{body['bytes_read'] / 1e6:.2f} MB at {body['sequential_read_gb_per_s']:.1f} GB/s"
+        floor = f"floor {body['floor_us']:.0f} us a layer ({read}): "
+        if body["over_floor"] >= 1:
+            floor += f"fused is {body['over_floor']:.1f}x the floor"
+        else:  # nobody reads faster than memory is
+            floor = f"no floor: {read} were measured, which the kernel itself beats"
+    else:
+        floor = "no floor yet"
     return (
         f"{result['threads']} threads, {body['kept_tokens']} kept tokens a request, top_k "
         f"{body['top_k']}, top_r {body['top_r']}; {floor}\n\n"

@@ -12,7 +12,7 @@ import inspect
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vllm_sparse.kernels.dispatch import implementation
+from vllm_sparse.kernels.dispatch import FILES, implementation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +20,19 @@ if TYPE_CHECKING:
 
 reference = partial(implementation, "reference")
 triton = partial(implementation, "triton")
+
+
+def has_cpp(name: str) -> bool:
+    """Whether there is a kernel in C++; where there is none, a CPU runs the reference."""
+    try:
+        return hasattr(importlib.import_module(f"vllm_sparse.kernels.cpu.{FILES[name]}"), name)
+    except ModuleNotFoundError:
+        return False
+
+
+def cpu(name: str) -> Callable[..., Any]:
+    """A kernel as a CPU runs it."""
+    return implementation("cpu" if has_cpp(name) else "reference", name)
 
 
 def grid() -> ModuleType:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.ops.kernels import call, reference, triton
+from benchmarks.ops.kernels import accepted, call, reference, triton
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     Arguments = dict[str, Any]
     Runs = list[Callable[[], object]]
     Found = tuple[str, float, float]
+    Kernels = Callable[[str], Callable[..., Any]]
 
 # Largest ||ours - reference|| / ||reference|| of one kernel.
 COMPUTED = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 1e-2}
@@ -143,17 +144,25 @@ class Timed(NamedTuple):
     further: dict[str, int] = {}  # noqa: RUF012 - a NamedTuple's default is never changed
 
 
-def timed(ops: Iterable[Op], steps: list[Arguments], sizes: Any) -> Iterator[Timed]:
+def timed(
+    ops: Iterable[Op],
+    steps: list[Arguments],
+    sizes: Any,
+    kernels: Kernels = triton,
+) -> Iterator[Timed]:
     """Yields the operations of a chain, each prepared by the kernels before it.
 
     Args:
         ops: A chain.
         steps: Arguments of the first operation, once for each input; get what the others need.
         sizes: What bytes are computed from.
+        kernels: Where kernels of a name are found: `triton`, `cpu`, `reference`.
     """
     for op in ops:
+        kernel = kernels(op.kernel)
+        # Which arguments it has is found once: that takes a tenth of what a layer takes on a CPU.
         runs: Runs = [
-            partial(call, triton(op.kernel), {**step, **op.fixed, **op.timed}) for step in steps
+            partial(kernel, **accepted(kernel, {**step, **op.fixed, **op.timed})) for step in steps
         ]
         assert op.least is not None
         yield Timed(op.name, runs, op.least(sizes))

@@ -139,17 +139,14 @@ def _indices_unlike(actual: Side, expected: Side) -> float:
 def _rows_unlike(actual: Side, expected: Side) -> float:
     def used(side: Side) -> tuple[Tensor, ...]:
         rows, size = side.arguments["rows"], side.arguments["block_size"]
-        mask = _mask(-(-rows.lengths // size), rows.block_table.shape[1])
+        columns = torch.arange(rows.block_table.shape[1], device=rows.lengths.device)
+        mask = columns < -(-rows.lengths // size)[:, None]
         others = (part for part in rows[1:] if part is not None)
         return (rows.block_table[mask], *others, side.arguments["counted"])
 
     return unless(
         all(torch.equal(*pair) for pair in zip(*map(used, (actual, expected)), strict=True))
     )
-
-
-def _mask(counts: Tensor, width: int) -> Tensor:
-    return torch.arange(width, device=counts.device) < counts[:, None]
 
 
 def append_bytes(shape: Shape, rows: int, page_size: int) -> int:
@@ -254,11 +251,8 @@ def wide_prompts(case: Case, device: torch.device, generator: torch.Generator) -
 def _replay_error(step: Arguments) -> float:
     """Of a captured step that is replayed after other inputs went through it, against a call."""
     whole, before = triton("decode_attention"), step["cache"]
-    expected = {
-        **step,
-        "cache": before.clone(),
-        "output": torch.full_like(step["output"], torch.nan),
-    }
+    poisoned = torch.full_like(step["output"], torch.nan)
+    expected = {**step, "cache": before.clone(), "output": poisoned}
     call(whole, expected)
     static = {
         name: value.clone() if isinstance(value, Tensor) else value for name, value in step.items()
@@ -285,7 +279,9 @@ def timings(
     shape = TINY if tiny else LLAMA
     parts = {"decode": partial(decode_timings, shape, cell, generator)}
     if cell.block_size == Cell._field_defaults["block_size"] and device.type == "cuda":
-        parts["FlashAttention"] = partial(_dense, shape, cell, generator)
+        parts["FlashAttention"] = lambda: (
+            _flash_attention(shape, cell, *each, generator) for each in FLASH_ATTENTION
+        )
     if cell.batch == 1:
         parts["stage 1"] = partial(prompt_timings, shape, cell, generator)
     return parts
@@ -314,13 +310,21 @@ def _case(shape: Shape, cell: Cell, rows: int, longest: int) -> Case:
 
 def decode_timings(shape: Shape, cell: Cell, generator: torch.Generator) -> Iterator[Timed]:
     """The operations of a decode step over different inputs."""
-    device, split = generator.device, _split(shape, cell)
-    case = _case(shape, cell, cell.batch, split.held)
-    one = cell.batch * split.held * shape.kv_bytes_per_token // shape.layers
     # More layers than the model has, where a step reads little: the weights that a model reads
     # between two steps would push everything out of the cache.
+    split = _split(shape, cell)
+    one = cell.batch * split.held * shape.kv_bytes_per_token // shape.layers
     read = bounds.layer_bytes(shape, cell.batch, cell.context, split)
-    layers = cold_layers(read, device, MOST_BYTES // one)
+    layers = cold_layers(read, generator.device, MOST_BYTES // one)
+    yield from timed(STEP, *decode_steps(shape, cell, generator, layers))
+
+
+def decode_steps(
+    shape: Shape, cell: Cell, generator: torch.Generator, layers: int
+) -> tuple[list[Arguments], Sizes]:
+    """Arguments of a decode step in each of some layers, and what bytes follow from."""
+    device, split = generator.device, _split(shape, cell)
+    case = _case(shape, cell, cell.batch, split.held)
     lengths = torch.full((cell.batch,), split.held, dtype=torch.int32, device=device)
     first = make_decode(case, device, generator, lengths=lengths, top_r=split.top_r)
     if device.type == "cuda":  # as wide as an engine's, which sets how a row is split
@@ -331,7 +335,7 @@ def decode_timings(shape: Shape, cell: Cell, generator: torch.Generator) -> Iter
         query = torch.randn_like(first["query"], dtype=torch.float32).to(case.dtype)
         probes = type(first["probes"])(*map(torch.clone, first["probes"]))
         steps.append({**first, "cache": first["cache"].clone(), "query": query, "probes": probes})
-    yield from timed(STEP, steps, Sizes(shape, cell, split))
+    return steps, Sizes(shape, cell, split)
 
 
 def prompt_timings(shape: Shape, cell: Cell, generator: torch.Generator) -> Iterator[Timed]:
@@ -345,16 +349,10 @@ def prompt_timings(shape: Shape, cell: Cell, generator: torch.Generator) -> Iter
     yield from timed((*PROMPT, WHOLE_PROMPT), [arguments], sizes)
 
 
-def _dense(shape: Shape, cell: Cell, generator: torch.Generator) -> Iterator[Timed]:
-    """FlashAttention over the whole context."""
-    for size, splits in FLASH_ATTENTION:
-        yield _flash_attention(shape, cell, size, splits, generator)
-
-
 def _flash_attention(
     shape: Shape, cell: Cell, size: int, splits: int | None, generator: torch.Generator
 ) -> Timed:
-    """FlashAttention 3 with pages of `size` tokens.
+    """FlashAttention 3 over the whole context, with pages of `size` tokens.
 
     Stock vLLM, in graphs, plans ahead how rows are split, into so many shares at most; None leaves
     it to the kernel.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from benchmarks.ops.registry import Runs
+    from benchmarks.ops.registry import Kernels, Runs
 
 ONE_IN = 10  # blocks that are new in a step
 PROGRAMS = (8, 16, 32, 64)
@@ -72,7 +72,17 @@ def cycle(
     return steps
 
 
-def selection(shape: Shape, cell: Cell, generator: torch.Generator) -> Iterator[Timed]:
+# In what follows, `layers` are inputs to run on, as many as outgrow a GPU's cache unless given, and
+# `kernels` says whose run.
+
+
+def selection(
+    shape: Shape,
+    cell: Cell,
+    generator: torch.Generator,
+    layers: int | None = None,
+    kernels: Kernels = triton,
+) -> Iterator[Timed]:
     """Choosing blocks by a Forecast."""
     device, rows, blocks = generator.device, cell.batch, cell.blocks
     width = -(-cell.context // blocks.block_size)
@@ -91,15 +101,20 @@ def selection(shape: Shape, cell: Cell, generator: torch.Generator) -> Iterator[
             **{"compressed": compressed.clone(), **common},
             "vectors": randn((rows, shape.kv_heads, shape.head_dim)).bfloat16(),
         }
-        for _ in range(cold_layers(compressed.nbytes, device))
+        for _ in range(layers or cold_layers(compressed.nbytes, device))
     ]
-    yield from timed([SELECT], steps, Sizes(shape, cell))
+    yield from timed([SELECT], steps, Sizes(shape, cell), kernels)
 
 
 def paging(
-    shape: Shape, cell: Cell, host_bytes: int, generator: torch.Generator
+    shape: Shape,
+    cell: Cell,
+    host_bytes: int,
+    generator: torch.Generator,
+    grids: tuple[int, ...] = PROGRAMS,
+    kernels: Kernels = triton,
 ) -> Iterator[Timed]:
-    """Looking up frames, and copies by several grids."""
+    """Looking up frames, and copies by several grids, which a CPU has not."""
     device, rows, heads = generator.device, cell.batch, shape.kv_heads
     frames = rows * heads * cell.blocks.top_k
     pieces = max(rows * heads * -(-cell.context // cell.blocks.block_size), 2 * frames)
@@ -109,7 +124,7 @@ def paging(
     # Numbers only need to differ from that of a frame's last use.
     numbers = [torch.tensor([n + 1], dtype=torch.int64, device=device) for n in range(len(steps))]
     runs: Runs = [
-        partial(triton("resolve"), table, wanted, number, counters)
+        partial(kernels("resolve"), table, wanted, number, counters)
         for wanted, number in zip(steps, numbers, strict=True)
     ]
     misses = int([run() for run in runs][-1].misses)  # from the empty table into the cycle
@@ -122,10 +137,10 @@ def paging(
     slab = torch.empty((frames, *source.shape[1:]), dtype=source.dtype, device=device)
     amount = torch.tensor([misses], dtype=torch.int32, device=device)
     scattered = torch.randperm(len(source), generator=generator, device=device).int()
-    for programs in PROGRAMS:
+    for programs in grids:
         runs = [
             partial(
-                triton("copy_pieces"), slab,
+                kernels("copy_pieces"), slab,
                 torch.randperm(frames, generator=generator, device=device).int(), source,
                 scattered[n * misses :][:misses].clone(), amount, programs=programs,
             )
@@ -148,7 +163,13 @@ def _source(shape: Shape, cell: Cell, host_bytes: int, device: torch.device) -> 
     return _SOURCES[key]
 
 
-def attention(shape: Shape, cell: Cell, generator: torch.Generator) -> Iterator[Timed]:
+def attention(
+    shape: Shape,
+    cell: Cell,
+    generator: torch.Generator,
+    layers: int | None = None,
+    kernels: Kernels = triton,
+) -> Iterator[Timed]:
     """Attention over frames."""
     device, rows, blocks = generator.device, cell.batch, cell.blocks
     frames = rows * shape.kv_heads * blocks.top_k
@@ -156,9 +177,9 @@ def attention(shape: Shape, cell: Cell, generator: torch.Generator) -> Iterator[
     slab = randn((frames, blocks.block_size, 2 * shape.head_dim)).bfloat16()
     lengths = torch.full((rows,), blocks.top_k * blocks.block_size, device=device).int()
     steps = []
-    for _ in range(cold_layers(slab.nbytes, device)):
+    for _ in range(layers or cold_layers(slab.nbytes, device)):
         place = torch.randperm(frames, generator=generator, device=device).int()
         query = randn((rows, shape.heads, shape.head_dim)).bfloat16()
         place = place.view(rows, shape.kv_heads, -1)
         steps.append(attention_arguments(slab.clone(), query, place, lengths))
-    yield from timed([ATTEND], steps, Sizes(shape, cell))
+    yield from timed([ATTEND], steps, Sizes(shape, cell), kernels)

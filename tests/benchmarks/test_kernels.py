@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""The floor of the decode kernel's time: what others do to the machine must not lower it."""
+"""The C++ kernels' times: their floor, which others on the machine must not lower, and the file."""
 
 from __future__ import annotations
 
 import itertools
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +24,7 @@ def test_the_fastest_pass_counts(monkeypatch):
     """Passes of 3, 1 and 2 seconds."""
     clock = itertools.chain([0, 3], [10, 11], [20, 22])
     monkeypatch.setattr(kernels, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert kernels.read_bandwidth(torch.zeros(64, 4, dtype=torch.bfloat16), 3) == 512
+    assert kernels.read_bandwidth(torch.zeros(64, 4, dtype=torch.bfloat16), passes=3) == 512
 
 
 @pytest.mark.parametrize(
@@ -35,3 +36,50 @@ def test_the_fastest_pass_counts(monkeypatch):
 )
 def test_a_kernel_faster_than_memory_has_no_floor(change, said):
     assert said in tables.kernels({"threads": 1, "result": {**BODY, **change}})
+
+
+# What a run at this size takes is its set-up.
+SMALL = ["--context", "800", "--batch", "1", "--budget", "64", "--layers", "2"]
+SMALL += ["--rounds", "1", "--threads", "1"]
+DECODE = ["fused, small pages", "fused", "fused, fp8"]
+EVERY = [*DECODE, "fused, every kept token", "fused, every kept token, fp8", "reference"]
+OTHERS = ["attend slots", "attend all kept", "select blocks", "resolve", "copy pieces"]
+
+
+def test_a_run_that_was_cut_short_is_in_the_file_and_goes_on(tmp_path, monkeypatch):
+    """Ctrl-C after two measurements; the same command measures the others only."""
+    file, asked, right = tmp_path / "kernels.json", [], kernels.in_turns
+
+    def cut(works, rounds):
+        if len(asked) == len(DECODE):
+            raise KeyboardInterrupt
+        asked.extend(works)
+        return right(works, rounds)
+
+    monkeypatch.setattr(kernels, "in_turns", cut)
+    with pytest.raises(KeyboardInterrupt):
+        kernels.main([*SMALL, "--out", str(file)])
+    first = json.loads(file.read_text())
+    assert first["interrupted"] == "KeyboardInterrupt"
+    assert list(first["result"]["variants"]) == asked == DECODE
+    assert "floor" in tables.kernels(first)
+    del first["result"]["over_floor"]  # as if it had been cut a moment before
+    assert "no floor yet" in tables.kernels(first)
+
+    with pytest.raises(SystemExit):  # another size is another file's
+        kernels.main([*SMALL, "--layers", "3", "--out", str(file)])
+
+    def noted(works, rounds):
+        asked.extend(works)
+        return right(works, rounds)
+
+    monkeypatch.setattr(kernels, "in_turns", noted)
+    kernels.main([*SMALL, "--out", str(file)])
+    found = json.loads(file.read_text())
+    assert asked == [*EVERY, *OTHERS, "attend frames"]
+    assert "interrupted" not in found
+    assert len(found["resumed"]) == 1
+    times = found["result"]["variants"]
+    assert {name: times[name] for name in DECODE} == first["result"]["variants"]
+    assert all(times[name]["least_bytes"] > 0 for name in OTHERS)
+    assert not kernels.is_unfinished(file)

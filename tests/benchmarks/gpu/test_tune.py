@@ -147,7 +147,7 @@ def test_decode_steps_are_timed_with_their_newest_token():
     found = rocketkv.decode_timings(shapes.TINY, cell, torch.Generator().manual_seed(0))
     run = next(work.runs[0] for work in found if work.name == "attend slots")
     run()
-    assert bool(run.args[1]["output"].isfinite().all())
+    assert bool(run.keywords["output"].isfinite().all())
 
 
 def test_a_kernel_that_nothing_can_launch_is_left_as_shipped(tmp_path, monkeypatch):
