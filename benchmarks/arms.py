@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from benchmarks import results
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 GIB = 1 << 30
 DENSE = "dense"
@@ -31,6 +35,7 @@ class Arm:
         backend: Its name; of no meaning without settings.
         label: For tables.
         cache_dtype: ``--kv-cache-dtype``; empty: vLLM's choice.
+        tree: Another checkout, with an environment of its own, whose vLLM and plugin are measured.
     """
 
     name: str
@@ -38,6 +43,17 @@ class Arm:
     backend: str = "ROCKETKV"
     label: str = field(default="", compare=False)
     cache_dtype: str = ""
+    tree: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The checkout that is measured."""
+        return self.tree or results.ROOT
+
+    @property
+    def python(self) -> str:
+        """The Python of that checkout."""
+        return str(self.tree / _PYTHON) if self.tree else sys.executable
 
     def engine_args(self, shared: dict[str, Any]) -> dict[str, Any]:
         """Returns the arguments of `LLM` that switch the backend on, and an fp8 cache.
@@ -140,22 +156,37 @@ GROUPS = {
 }
 _LOCAL = re.compile(r"(.+)-local-(\d+)")
 _FP8 = "+fp8"
+_PYTHON = ".venv/bin/python"
 
 
-def parse_arm(name: str, settings: dict | None = None, forecast: str | None = None) -> Arm:
+def parse_arm(
+    name: str,
+    settings: dict | None = None,
+    forecast: str | None = None,
+    trees: Mapping[str, Path] | None = None,
+) -> Arm:
     """Returns the arm of a name.
 
     Args:
         name: A kind of `KINDS` and, after a dash, its number. Anything may follow ``dense-``, to
-            have it twice; ``-local-BLOCKS`` may follow SPARDA's. At the end ``+fp8`` gives it an
-            fp8 cache.
+            have it twice; ``-local-BLOCKS`` may follow SPARDA's. Then ``+fp8`` gives it an fp8
+            cache, and ``@TREE`` runs it in another checkout.
         settings: Further settings; an arm takes those that its backend has, and those that its
             name implies win.
         forecast: Forecast weights, for the selector of that name.
+        trees: Checkouts by name.
 
     Raises:
-        ValueError: There is no such arm, or forecast weights are missing.
+        ValueError: There is no such arm, or forecast weights or its checkout are missing.
     """
+    if "@" in name:
+        plain, _, tree = name.rpartition("@")
+        if tree not in (trees or {}):
+            raise ValueError(
+                f"arm {name} needs --tree {tree}=FOLDER, which programs have whose arms take turns"
+            )
+        arm = parse_arm(plain, settings, forecast)
+        return replace(arm, name=name, label=f"{arm.label}, {tree}", tree=trees[tree])
     if name.endswith(_FP8):
         plain = parse_arm(name.removesuffix(_FP8), settings, forecast)
         return replace(plain, name=name, label=f"{plain.label}, fp8", cache_dtype="fp8")
@@ -184,7 +215,7 @@ def parse_arm(name: str, settings: dict | None = None, forecast: str | None = No
 def label(name: str) -> str:
     """What tables call an arm; its name if it is in no registry."""
     try:
-        return parse_arm(name, forecast="file").label
+        return parse_arm(name, None, "file", {name.rpartition("@")[2]: Path()}).label
     except ValueError:
         return name
 
@@ -205,8 +236,10 @@ def _known(backend: str, settings: dict) -> dict:
     return {key: value for key, value in settings.items() if key in own}
 
 
-def add_options(parser: argparse.ArgumentParser, default: str, note: str = "") -> None:
-    """Adds the options that say which arms to run: --arms, --setting, --forecast."""
+def add_options(
+    parser: argparse.ArgumentParser, default: str, note: str = "", *, trees: bool = False
+) -> None:
+    """Adds the options that say which arms to run: --arms, --setting, --forecast, --tree."""
     parser.add_argument(
         "--arms", default=default, help=f"comma-separated{note}, or a group: {', '.join(GROUPS)}"
     )
@@ -215,6 +248,11 @@ def add_options(parser: argparse.ArgumentParser, default: str, note: str = "") -
         help="of a backend, for every arm that has it",
     )  # fmt: skip
     parser.add_argument("--forecast", metavar="FILE", help="weights for forecast arms")
+    if trees:
+        parser.add_argument(
+            "--tree", nargs="+", default=[], metavar="NAME=FOLDER",
+            help="a checkout with a .venv, of another commit; arms ARM@NAME run there",
+        )  # fmt: skip
 
 
 def parse_arms(
@@ -235,12 +273,37 @@ def parse_arms(
     try:
         settings = {**(defaults or {}), **parse_settings(options.setting)}
         names = GROUPS.get(options.arms) or options.arms.split(",")
-        found = [parse_arm(name, settings, options.forecast) for name in names]
+        trees = parse_trees(getattr(options, "tree", []))
+        found = [parse_arm(name, settings, options.forecast, trees) for name in names]
     except ValueError as error:
         parser.error(str(error))
     if baseline and found[0].settings is not None:
         parser.error(f"the first arm must be {DENSE}: the others are compared with it")
     return found
+
+
+def parse_trees(pairs: Iterable[str]) -> dict[str, Path]:
+    """Parses ``NAME=FOLDER`` pairs.
+
+    Raises:
+        ValueError: A pair is none, or there is no checkout with an environment.
+    """
+    found = {}
+    for pair in pairs:
+        name, _, folder = pair.partition("=")
+        found[name] = Path(folder).absolute()
+        for needed in (_PYTHON, "benchmarks/worker.py"):
+            if not folder or not (found[name] / needed).is_file():
+                raise ValueError(
+                    f"--tree {pair}: expected NAME=FOLDER, a checkout in which `make setup` was run"
+                    f" (no {needed})"
+                )
+    return found
+
+
+def commits(chosen: Iterable[Arm]) -> dict[str, str | None]:
+    """The commit of each other checkout that arms run in, by their names."""
+    return {arm.name: results.commit(arm.tree) for arm in chosen if arm.tree}
 
 
 def parse_settings(pairs: Iterable[str]) -> dict:

@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
         default=["512+32000", "16384+4000", "512+4000-sampled"],
     )  # fmt: skip
     parser.add_argument("--turn", type=int, default=250, help="tokens before the next arm's turn")
-    arms.add_options(parser, ARMS, "; the first one is stock vLLM")
+    arms.add_options(parser, ARMS, "; the first one is stock vLLM", trees=True)
     harness.add_threads(parser)
     options = harness.parse(parser, arguments, {"cells": ["256+2000"]})
     chosen = arms.parse_arms(parser, options, {"min_context": MIN_CONTEXT}, baseline=True)
@@ -183,6 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     names = ",".join(arm.name for arm in chosen)
     body: dict[str, Any] = {"model": options.model, "compared": names, "cells": {}}
+    body["trees"] = arms.commits(chosen)
     if options.model == RANDOM:
         body["shape"] = SHAPE
     try:

@@ -150,10 +150,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 16384, 32768])
     parser.add_argument("--rounds", type=int, default=2, help="prompts of each length")
     parser.add_argument("--engine-arg", nargs="+", default=[], metavar="KEY=JSON")
-    arms.add_options(parser, ARMS, "; the first one is the baseline")
+    arms.add_options(parser, ARMS, "; the first one is the baseline", trees=True)
     options = harness.parse(parser, arguments, {"contexts": [8192], "rounds": 1})
     chosen = arms.parse_arms(parser, options, baseline=True)
     body = {"model": options.model, "engine_args": options.engine_arg, "cells": []}
+    body["trees"] = arms.commits(chosen)
     with Recorder(options.out, "prompts", body) as record:
         for context in options.contexts:
             done = list(body["cells"])

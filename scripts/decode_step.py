@@ -3,9 +3,9 @@
 # SPDX-FileCopyrightText: The vllm-sparse authors
 """Times pure decode steps of the vLLM and the plugin that this Python has.
 
-For comparing two checkouts: run it with each one's ``.venv/bin/python`` from its folder, in turns.
-Random prompts of one length, eager, in one process; prints a line of JSON. Within one checkout,
-``python -m benchmarks.speed`` says more.
+Random prompts of one length, eager, in one process; prints a line of JSON. Run it with a checkout's
+``.venv/bin/python`` from its folder. Two checkouts in turns, and what they gain, is
+``python -m benchmarks.speed --tree old=FOLDER --arms rocket-512@old,rocket-512``.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def test_the_commit_says_whether_more_than_results_has_changed(tmp_path, monkeyp
     monkeypatch.delenv("VLLM_SPARSE_COMMIT", raising=False)
     folder = tmp_path / "benchmarks" / "results"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(results, "FOLDER", folder)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
     assert results.commit() is None  # no checkout
     code, result = tmp_path / "code.py", folder / "r.json"
     for path in (code, result):
