@@ -26,7 +26,7 @@ from benchmarks.quality.schemes import (
 )
 from vllm_sparse import registry
 from vllm_sparse.policies.protocol import Shape
-from vllm_sparse.policies.rocketkv import RocketKV, RocketKVSettings
+from vllm_sparse.policies.rocketkv import RocketKVSettings
 from vllm_sparse.training.geometry import BlockGeometry
 
 if TYPE_CHECKING:
@@ -86,78 +86,57 @@ def _votes_of(policy: Policy) -> Callable[[Layer, int], Tensor]:
     return keep
 
 
-def _policy_scheme(arm: arms.Arm, context: int, heads: Heads) -> Scheme:
-    """Any policy of the registry, as a server on a CPU would plan it."""
+def policy_of(arm: arms.Arm, context: int, heads: Heads) -> Policy:
+    """The policy of an arm, as a server on a CPU would make it.
+
+    Args:
+        arm: Served.
+        context: ``max_model_len``.
+        heads: Of `Network`.
+
+    Raises:
+        ValueError: Its backend is no policy.
+    """
     kind = registry.policy(arm.backend)
     if kind is None:
         raise ValueError(f"{arm.name} is served, but the laboratory has no scheme for it")
     settings = kind.Settings(**{"min_context": MIN_CONTEXT, **(arm.settings or {})})
-    policy: Policy = kind(settings, _shape(context, heads))
-
-    def count(tokens: int) -> int | None:
-        retention = policy.retention(tokens)
-        return tokens - retention.dropped_blocks * BLOCK if policy.moves else None
-
-    def read(tokens: int) -> Any:
-        retention = policy.retention(tokens)
-        return ReadPolicy(policy, retention.page_size) if retention.sparse else everything
-
-    return Scheme(count, _votes_of(policy), read, settings.skip_layers)
-
-
-def _shape(context: int, heads: Heads) -> Shape:
     group = heads.query // heads.groups
-    return Shape(heads.size, group, BLOCK, context, scale=heads.scale)
+    return kind(settings, Shape(heads.size, group, BLOCK, context, scale=heads.scale))
 
 
-class Rocket:
-    """ROCKETKV at a budget: the policy's plan, with parts exchanged.
+def scheme_of(policy: Policy, keep: Any = None, make: Any = None) -> Scheme:
+    """A policy's own plan, with another way to keep or to read.
 
     Args:
-        budget: ``token_budget``.
-        context: ``max_model_len``.
-        heads: Of `Network`.
-        settings: Further settings of the policy.
+        policy: The policy.
+        keep: Of a layer and a number of tokens, those that stay.
+        make: Of page size, channels and tokens to read, what reads them.
     """
+    if make is None:
+        make = ReadPages if policy.kernel else lambda page, *_: ReadPolicy(policy, page)
 
-    def __init__(self, budget: int, context: int, heads: Heads, **settings: Any) -> None:
-        found = RocketKVSettings(token_budget=budget, **{"min_context": MIN_CONTEXT, **settings})
-        self.policy = RocketKV(found, _shape(context, heads))
+    def count(tokens: int) -> int | None:
+        dropped = policy.retention(tokens).dropped_blocks
+        return tokens - dropped * BLOCK if policy.moves and dropped else None
 
-    def count(self, tokens: int) -> int | None:
-        """Prompt tokens that stay."""
-        retention = self.policy.retention(tokens)
-        if not retention.sparse or not self.policy.settings.stage1:
-            return None
-        return tokens - retention.dropped_blocks * BLOCK
-
-    def reader(self, tokens: int, make: Callable[[int, int, int], Any] | None = None) -> Any:
-        """What a step of a prompt of so many tokens reads.
-
-        Args:
-            tokens: Length of the prompt.
-            make: Of page size, channels and tokens to read, instead of the policy's own.
-        """
-        retention, top_k = self.policy.retention(tokens), self.policy.top_k
-        if not retention.sparse or top_k is None:
+    def read(tokens: int) -> Any:
+        found, top_k = policy.retention(tokens), policy.top_k
+        if not found.sparse or top_k is None:
             return everything
-        make = make or ReadPages
-        return make(retention.page_size, retention.top_r, top_k)
+        return make(found.page_size, found.top_r, top_k)
 
-    def scheme(self, keep: Any = None, make: Any = None) -> Scheme:
-        """The scheme, with another way to keep or to read."""
-        return Scheme(
-            self.count,
-            keep or _votes_of(self.policy),
-            lambda tokens: self.reader(tokens, make),
-            self.policy.settings.skip_layers,
-        )
+    return Scheme(count, keep or _votes_of(policy), read, policy.settings.skip_layers)
 
 
 def _rocket(keep: Any = None, make: Any = None, **settings: Any) -> Callable[..., Scheme]:
-    return lambda number, context, heads: Rocket(number, context, heads, **settings).scheme(
-        keep, make
-    )
+    """ROCKETKV with parts exchanged."""
+
+    def scheme(budget: int, context: int, heads: Heads) -> Scheme:
+        arm = arms.Arm("", {"token_budget": budget, **settings})
+        return scheme_of(policy_of(arm, context, heads), keep, make)
+
+    return scheme
 
 
 def _reads(make: Callable[[int], Any]) -> Callable[..., Scheme]:
@@ -219,9 +198,4 @@ def _scheme(name: str, context: int, network: Network) -> Scheme:
     if kind in KINDS and number.isdigit():
         return KINDS[kind](int(number), context, network.heads)
     arm = arms.parse_arm(name)
-    if arm.settings is None:
-        return Scheme()
-    if arm.backend == "ROCKETKV":
-        settings = dict(arm.settings)
-        return Rocket(settings.pop("token_budget"), context, network.heads, **settings).scheme()
-    return _policy_scheme(arm, context, network.heads)
+    return Scheme() if arm.settings is None else scheme_of(policy_of(arm, context, network.heads))

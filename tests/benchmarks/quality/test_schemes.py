@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.arms import parse_arm
 from benchmarks.quality import candidates
 from benchmarks.quality.prompts import Heads
 from benchmarks.quality.schemes import (
@@ -212,8 +213,8 @@ def test_schemes_know_when_they_leave_nothing_out(name: str) -> None:
 
 
 def test_policies_know_the_model_s_scale() -> None:
-    rocket = candidates.Rocket(256, 2048, Heads(G * GROUP, G, D, 0.125))
-    assert rocket.policy.shape.logit_scale == 0.125
+    policy = candidates.policy_of(parse_arm("rocket-256"), 2048, Heads(G * GROUP, G, D, 0.125))
+    assert policy.shape.logit_scale == 0.125
 
 
 def test_quest_s_index_grows_with_the_tokens() -> None:
