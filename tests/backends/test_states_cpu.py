@@ -94,6 +94,36 @@ def test_gated_delta_nets_equal_hugging_face(delta_net, prompts):
     assert run["free_blocks"][0] == run["free_blocks"][1]
 
 
+@pytest.mark.parametrize(("caching", "blocks"), [(True, 19), (False, 18)])
+def test_a_compacted_request_comes_back_beside_a_dense_one_and_delta_nets(
+    delta_net, prompts, caching, blocks
+):
+    """The last to come loses states and tail when the others grow, and returns when one has ended.
+
+    Its prompt is compacted once more; the dense one decodes before, meanwhile and behind.
+    """
+    three, asked = [prompts[2], prompts[4], prompts[0][:520]], [None, DENSE, None]
+    counts, shared = [45, 100, 60], {
+        "stand_ins": ("float32_delta_nets",), "max_num_batched_tokens": 200,
+        "enable_prefix_caching": caching,
+    }  # fmt: skip
+    run = run_engine(
+        delta_net, three, settings=SETTINGS, asked=asked, new_tokens=counts,
+        num_gpu_blocks_override=blocks, scheduler_reserve_full_isl=False, **shared,
+    )  # fmt: skip
+    first, dense, last = run["tokens"][0]
+    shape = {"block_size": block_size_of(run), "head_dim": 64}
+    assert_tokens_of_hugging_face(delta_net, [three[0], three[2]], [first, last], **shape)
+    stock = run_engine(delta_net, three[1:2], new_tokens=counts[1], **shared)
+    assert dense == stock["tokens"][0][0]
+    counters = run["counters"]
+    assert run["preemptions"] > 0
+    assert counters["prompts_compacted"] == 3
+    assert counters["requests"] == 2  # who comes back was counted before
+    assert counters["dense_fallbacks/requested"] == 1
+    assert run["free_blocks"][0] == run["free_blocks"][1]
+
+
 def test_delta_nets_of_vllm_follow_hugging_face(delta_net, prompts):
     """vLLM's own kernels take bfloat16 only, so that tokens are those of Hugging Face or close.
 

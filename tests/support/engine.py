@@ -67,7 +67,7 @@ def run_engine(
     settings: dict[str, Any] | None = None,
     backend: str = "rocketkv",
     waves: int = 1,
-    new_tokens: int = NEW_TOKENS,
+    new_tokens: int | list[int] = NEW_TOKENS,
     env: dict[str, str] | None = None,
     stand_ins: tuple[str, ...] = (),
     in_process: bool = True,
@@ -85,7 +85,7 @@ def run_engine(
         settings: ``vllm_sparse`` settings; ``None`` runs stock vLLM.
         backend: Attention backend if there are settings.
         waves: How often to send all prompts, to one engine.
-        new_tokens: Tokens to generate for each prompt.
+        new_tokens: Tokens to generate for each prompt, or for each of ``asked``.
         env: Additional environment.
         stand_ins: Functions of :mod:`.stand_ins` to call before vLLM starts.
         in_process: Engine, scheduler and worker in one process.
@@ -98,7 +98,7 @@ def run_engine(
 
     Returns:
         ``tokens[wave][request]``, ``cached[wave][request]`` (prefix-cache hits in tokens),
-        ``counters`` (of the worker and scheduler if in process), ``preemptions``, ``drafted`` and
+        ``counters`` (of scheduler and workers, added up), ``preemptions``, ``drafted`` and
         ``accepted`` tokens, ``free_blocks`` ``[before, after]``, ``launches`` of our Triton kernels
         (if interpreted in process), ``replays`` of graphs (on a pretended GPU), ``pieces`` that
         vLLM has compiled or left out, ``asynchronous`` (whether a step is scheduled before the one
@@ -161,12 +161,15 @@ def serve(job: dict[str, Any]) -> None:
         **{"enforce_eager": True, **job["llm"]},
     )
     adversary.start_over(1)
+    asked, counts = job["asked"], job["new_tokens"]
     sampling = [
         SamplingParams(
-            max_tokens=job["new_tokens"], temperature=0, ignore_eos=True, detokenize=False,
+            max_tokens=count, temperature=0, ignore_eos=True, detokenize=False,
             extra_args=extra_args,
         )
-        for extra_args in job["asked"]
+        for extra_args, count in zip(
+            asked, counts if isinstance(counts, list) else [counts] * len(asked), strict=True
+        )
     ]  # fmt: skip
     requests = None
     if job["adapter"]:
@@ -190,8 +193,12 @@ def serve(job: dict[str, Any]) -> None:
     from vllm.compilation.counter import compilation_counter
 
     from vllm_sparse import metrics
+    from vllm_sparse.instance import instance_of
+    from vllm_sparse.metrics.published import read
 
     counted = metrics.counters()._values
+    if before is None and "attention_backend" in job["llm"]:
+        counted = read(metrics.folder(instance_of(llm.llm_engine.vllm_config).name))
     result["launches"] = dict(adversary.LAUNCHES)
     result["replays"] = pretend_gpu.Graph.replays
     scheduling = llm.llm_engine.vllm_config.scheduler_config
