@@ -16,6 +16,7 @@ from vllm_sparse.policies.rocketkv import RocketKV
 
 if TYPE_CHECKING:
     from vllm_sparse.policies.protocol import Policy
+    from vllm_sparse.policies.sparda import SpardaSettings
 
 BLOCK, PAGE_BYTES = 16, 1 << 12
 
@@ -31,6 +32,7 @@ class Machine:
         kind: The policy.
         settings: Of it.
         stock: Serve as vLLM itself does.
+        sparda: Settings of SPARDA, whose blocks are given out instead, densely read.
         block: Tokens per block.
         copied_bytes: Of a layer, that a step may copy beside the least.
         **engine: Further arguments of vLLM.
@@ -44,7 +46,7 @@ class Machine:
     def __init__(
         self, model, *, blocks: int, ahead: int = 0, seed: int = 0, settings=None,
         kind: type[Policy] = RocketKV, stock: bool = False, block: int = BLOCK,
-        copied_bytes: int = 0, **engine: Any,
+        copied_bytes: int = 0, sparda: SpardaSettings | None = None, **engine: Any,
     ) -> None:  # fmt: skip
         import torch
         from vllm.utils.hashing import sha256
@@ -60,11 +62,11 @@ class Machine:
         from vllm.v1.structured_output import StructuredOutputManager
 
         from support.policies import make_policy
-        from vllm_sparse.kv.spec import PolicySpec
+        from vllm_sparse.kv.spec import PolicySpec, SpardaSpec
 
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(block, sha256)
-        dense = {"min_context": 1 << 20} if stock else {}
+        dense = {"min_context": 1 << 20} if stock or sparda else {}
         self.policy = make_policy(kind, block_size=block, **(settings or {}), **dense)
         self.block = block
         self.random = random.Random(seed)
@@ -79,7 +81,9 @@ class Machine:
         )
         size = blocks * PAGE_BYTES
         placed = KVCacheTensor(size, ["layer"], layer_stride=size, block_stride=PAGE_BYTES)
-        ours = PolicySpec.wrap(spec, self.policy, copied_bytes=copied_bytes)
+        ours: Any = PolicySpec.wrap(spec, self.policy, copied_bytes=copied_bytes)
+        if sparda is not None:
+            ours = SpardaSpec.wrap(spec, sparda)
         group = KVCacheGroupSpec(["layer"], spec if stock else ours)
         cache = KVCacheConfig(blocks, [placed], [group])
         scheduler = AsyncScheduler if ahead else Scheduler
@@ -223,3 +227,60 @@ def _config(model: str, ahead: bool, arguments: tuple[tuple[str, Any], ...]) -> 
 def prompts(count: int, length: int = 400, first: int = 1) -> list[list[int]]:
     """Prompts that differ from their first token on."""
     return [[first + i] * (length - 30) + list(range(30)) for i in range(count)]
+
+
+def follow_events(machine: Machine) -> tuple[set[Any], list[tuple[Any, ...]]]:
+    """Check after every step what a router believes that follows a machine's events.
+
+    It need not know of all: of two blocks with one hash vLLM tells when the first goes.
+
+    Returns:
+        The hashes of blocks that it believes in, and all events, each block's by itself, in order:
+        a name and a hash, and of a stored one the parent's hash and tokens, too.
+    """
+    from vllm.v1.core.kv_cache_utils import get_block_hash, maybe_convert_block_hash
+
+    believed: set[Any] = set()
+    seen: list[tuple[Any, ...]] = []
+    machine.pool.enable_kv_cache_events = True
+    machine.scheduler.kv_cache_manager.take_events = lambda: None
+    step = machine.step
+
+    def followed_step() -> None:
+        step()
+        for event in machine.pool.take_events():
+            stored = hasattr(event, "token_ids")
+            change = believed.update if stored else believed.difference_update
+            change(event.block_hashes)
+            name, parent = type(event).__name__, getattr(event, "parent_block_hash", None)
+            for index, block in enumerate(event.block_hashes):
+                size = machine.block
+                tokens = event.token_ids[index * size : (index + 1) * size] if stored else ()
+                seen.append((name, block, parent, *tokens))
+                parent = block if stored else None
+        keys = machine.pool.cached_block_hash_to_block._cache
+        cached = {maybe_convert_block_hash(get_block_hash(key)) for key in keys}
+        assert believed <= cached, "a router would send requests to what is not there"
+
+    machine.step = followed_step  # type: ignore[method-assign]
+    return believed, seen
+
+
+def random_lives(machine: Machine) -> None:
+    """Turns of a few conversations, beside aborts and preemption, until all have ended."""
+    draw, alive, texts = machine.random, [], [[i] * 60 for i in range(3)]
+    for _ in range(400):
+        if draw.random() < 0.2 and len(alive) < 10:
+            which = draw.randrange(3)
+            texts[which] = (texts[which] + [draw.randrange(9)] * draw.randrange(1, 120))[-700:]
+            if draw.random() < 0.1 or len(texts[which]) > 600:
+                texts[which] = [which] * 60
+            new = draw.choice([1, 2, draw.randrange(1, 60)])
+            alive.append(machine.add(list(texts[which]), new, draw.randrange(3)))
+        if alive and draw.random() < 0.03:
+            machine.abort(alive.pop(draw.randrange(len(alive))))
+        machine.step()
+        alive = [request for request in alive if not request.is_finished()]
+    machine.run()
+    assert machine.preemptions > 0
+    assert machine.free_blocks() == machine.pool.num_gpu_blocks - 1

@@ -9,6 +9,8 @@ import importlib.util
 import inspect
 import itertools
 import multiprocessing
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -400,3 +402,26 @@ def _rows_of_states(step: Any) -> Iterator[tuple[torch.Tensor, list[int], int]]:
         for row, (begin, end) in enumerate(itertools.pairwise(bounds)):
             blocks = step.spec_state_indices_tensor[row].tolist()
             yield step.spec_token_indx[begin:end], blocks, int(step.num_accepted_tokens[row])
+
+
+EVENTS = "TESTS_NOTED_EVENTS"
+
+
+def noted_events() -> None:
+    """Write what is published of the prefix cache to a file, in order, each event a line."""
+    import msgspec
+    from vllm.distributed.kv_events import EventPublisher, EventPublisherFactory
+
+    class Noted(EventPublisher):
+        def __init__(self, data_parallel_rank: int = 0, **_: Any) -> None:
+            super().__init__(data_parallel_rank)
+
+        def publish(self, events: Any) -> None:
+            with Path(os.environ[EVENTS]).open("ab") as file:
+                for event in events.events:
+                    file.write(msgspec.json.encode(event) + b"\n")
+
+        def shutdown(self) -> None:
+            pass
+
+    EventPublisherFactory._registry["zmq"] = Noted
