@@ -28,7 +28,8 @@ def left_bytes(config: Any, total_bytes: int) -> int:
     parallel = config.parallel_config
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     usable = int(total_bytes * config.cache_config.gpu_memory_utilization)
-    return usable - weight_bytes(config.model_config) // ranks - working_bytes(config)
+    weights = weight_bytes(config.model_config) // ranks + _copied_bytes(config)
+    return usable - weights - working_bytes(config)
 
 
 def weight_bytes(model: Any) -> int:
@@ -48,6 +49,19 @@ def least_weight_bytes(model: Any) -> int:
     """
     each = item_bytes(model, min)
     return _stored(model) or _weights_by_shape(model, each) // (4 if each is None else 1)
+
+
+def _copied_bytes(config: Any) -> int:
+    """Bytes of a rank's weights beyond its share, where more ranks than KV heads copy these."""
+    model, parallel = config.model_config, config.parallel_config
+    ranks, total = parallel.tensor_parallel_size, model.get_total_num_kv_heads()
+    copies = model.get_num_kv_heads(parallel) * ranks - total
+    if copies <= 0:
+        return 0
+    layers = model.hf_text_config.num_hidden_layers // parallel.pipeline_parallel_size
+    numbers = 2 * model.hf_text_config.hidden_size * copies * model.get_head_size() // ranks
+    each = item_bytes(model)
+    return int(layers * numbers * (each.attention if each else model.dtype.itemsize))
 
 
 def mlp_widths(shape: Any) -> tuple[int, int]:

@@ -100,7 +100,14 @@
     const widest = 6 * shape.hidden + 3 * shape.intermediate;
     const working = asked.batchedTokens * widest * ITEM_BYTES + RESERVED_BYTES;
     const usable = Math.trunc(asked.deviceBytes * UTILIZATION);
-    return usable - floorDiv(weightBytes(shape), asked.ranks) - working;
+    return usable - floorDiv(weightBytes(shape), asked.ranks) - copiedBytes(asked) - working;
+  }
+
+  // Of more ranks than KV heads, each copies one.
+  function copiedBytes(asked) {
+    const { shape, ranks } = asked;
+    const copies = Math.max(0, rankHeads(asked) * ranks - shape.kvHeads);
+    return shape.layers * floorDiv(2 * shape.hidden * copies * shape.dim, ranks) * ITEM_BYTES;
   }
 
   const poolRoom = (asked) => (asked.kvBytes !== null ? asked.kvBytes : Math.max(leftBytes(asked), 0));
@@ -144,8 +151,12 @@
     return { pageSize: page, topR: Math.min(Math.max(Math.floor((dim * page) / ratio), 1), dim) };
   }
 
-  function roomForWindow(shape, size, own) {
-    const group = floorDiv(shape.heads, shape.kvHeads);
+  // Query heads of a rank's KV head.
+  const groupOf = (asked) => floorDiv(floorDiv(asked.shape.heads, asked.ranks), rankHeads(asked));
+
+  function roomForWindow(asked, size, own) {
+    const { shape } = asked;
+    const group = groupOf(asked);
     const perBlock = floorDiv(2 * shape.dim * floorDiv(size, own.page_size), group * shape.dim);
     return ceilDiv(own.window, perBlock) + ceilDiv(own.window, size);
   }
@@ -160,7 +171,7 @@
     const rho = Math.min(0.2 + 0.06 * Math.log2(ratio), 0.8);
     const capacity = Math.max(Math.floor(planned / ratio ** rho), Math.min(2 * reserve, planned));
     const geometry = stage2Geometry(capacity, own.token_budget, asked.shape.dim, [own.page_size]);
-    const kept = Math.max(ceilDiv(capacity, size), roomForWindow(asked.shape, size, own));
+    const kept = Math.max(ceilDiv(capacity, size), roomForWindow(asked, size, own));
     const dropped = floorDiv(prompt, size) - kept;
     if (dropped < 1) return { ...dense, reason: "fits_budget" };
     return { sparse: true, dropped, reason: "", ...geometry };
@@ -224,7 +235,7 @@
 
   // vllm_sparse/planner/plan.py
   function dense(asked) {
-    const refused = tooLong(asked);
+    const refused = impossible(asked);
     if (refused.length) return { name: "dense", refused };
     const each = blockBytes(asked, asked.blockSize);
     const blocks = floorDiv(poolRoom(asked), each);
@@ -243,9 +254,9 @@
   function rocketkv(asked, given) {
     const own = { ...ROCKETKV, ...given };
     const { shape, policyBlockSize: size } = asked;
-    const refused = tooLong(asked);
+    const refused = impossible(asked);
     if (own.token_budget < Math.max(16, 4 * own.page_size)) refused.push("token_budget is too small");
-    if (floorDiv(size, own.page_size) * 2 < floorDiv(shape.heads, shape.kvHeads)) {
+    if (floorDiv(size, own.page_size) * 2 < groupOf(asked)) {
       refused.push(`blocks of ${size} tokens are too small for this many query heads per KV head`);
     }
     if (refused.length) return { name: "ROCKETKV", refused };
@@ -354,10 +365,9 @@
     const own = { ...SPARDA, ...given };
     const { shape, ranks } = asked;
     const size = own.block_size;
-    const refused = tooLong(asked);
+    const refused = impossible(asked);
     const forced = own.init_blocks + own.local_blocks + 1;
     if (own.top_k < forced) refused.push(`top_k is less than the ${forced} blocks always read`);
-    if (ranks > shape.kvHeads) refused.push(`more ranks than the ${shape.kvHeads} KV heads`);
     if (refused.length) return { name: "SPARDA", refused };
     const found = sized(asked, own);
     if (found.refused) return { name: "SPARDA", refused: [found.refused] };
@@ -381,12 +391,18 @@
     };
   }
 
-  function tooLong(asked) {
-    const { furthest } = asked.shape;
-    return furthest && furthest < asked.longest
-      ? [`${asked.longest} tokens are more than the ${furthest} that the model was made for: ask for `
-        + "fewer, or give the max_position_embeddings that you will serve it with (YaRN) under Another model"]
-      : [];
+  function impossible(asked) {
+    const { shape, ranks, longest } = asked;
+    const refused = [];
+    if (shape.heads % ranks || (shape.kvHeads % ranks && ranks % shape.kvHeads)) {
+      refused.push(`${shape.heads} query heads and ${shape.kvHeads} KV heads cannot be divided among ${ranks} `
+        + "ranks: ask for a number that divides the query heads, and that divides the KV heads or is a multiple of them");
+    }
+    if (shape.furthest && shape.furthest < longest) {
+      refused.push(`${longest} tokens are more than the ${shape.furthest} that the model was made for: ask for `
+        + "fewer, or give the max_position_embeddings that you will serve it with (YaRN) under Another model");
+    }
+    return refused;
   }
 
   const shown = (value) =>

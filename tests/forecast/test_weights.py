@@ -162,6 +162,19 @@ def test_ranks_own_disjoint_kv_heads():
         shard_heads(weight, heads, 0, 3)
 
 
+def test_ranks_beyond_the_kv_heads_have_copies_in_order():
+    """As vLLM's projection copies the rows of keys and values."""
+    weight = torch.arange(2).repeat_interleave(DIM)[:, None].expand(-1, 3)
+    for world in (2, 4, 8):
+        parts = [shard_heads(weight, 2, rank, world)[:, 0] for rank in range(world)]
+        assert [part.unique().tolist() for part in parts] == [
+            [2 * rank // world] for rank in range(world)
+        ]
+        assert all(len(part) == DIM for part in parts)
+    with pytest.raises(ValueError, match="2 KV heads cannot be split over 3 ranks"):
+        shard_heads(weight, 2, 0, 3)
+
+
 def test_sharding_commutes_with_averaging():
     """A rank averages its own query heads; that must be its shard of the whole average."""
     generator = torch.Generator().manual_seed(2)

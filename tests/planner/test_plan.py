@@ -59,6 +59,25 @@ def test_many_query_heads_fit_the_blocks_that_a_gpu_is_given(config, capsys):
     assert "--block-size 16 is too small" in arms["ROCKETKV"]["refused"][0]
 
 
+def test_copies_of_kv_heads_are_planned_as_heads_of_their_own(config, capsys):
+    """Whatever a rank holds, weights included, is that of a model with a KV head for each rank."""
+    options, settings = ("--tensor-parallel-size", "4"), json.dumps({"selector": "query"})
+    for backend in ("ROCKETKV", "SPARDA"):
+        given = ("--backend", backend, *(("--settings", settings) if backend == "SPARDA" else ()))
+        copied, own = (
+            plan(capsys, config(num_key_value_heads=heads), *options, *given)[1] for heads in (2, 4)
+        )
+        for name in ("dense", backend):
+            assert copied[name]["refused"] == []
+            for arm in (copied, own):
+                del arm[name]["serve"]  # which names the file
+            assert copied[name] == own[name]
+    status, arms = plan(capsys, config(), "--tensor-parallel-size", "3")
+    assert status == 3
+    for arm in arms.values():
+        assert "8 KV heads cannot be divided among 3 ranks" in arm["refused"][-1]
+
+
 def test_a_cpu_serves_the_requests_whose_frames_fit_beside_the_pool(config, capsys):
     """Of 512 GiB, pool, compressed keys and weights leave 12; the frames of a request take two."""
     settings = json.dumps({"selector": "query", "host_gib": 470})

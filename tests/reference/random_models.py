@@ -95,6 +95,22 @@ def save_random_model(
     return path
 
 
+def save_copied_heads(path, model, kv_heads):
+    """Write a checkpoint whose KV heads are those of ``model``, each several times; ``path``."""
+    config = AutoConfig.from_pretrained(model)
+    copies, dim = kv_heads // config.num_key_value_heads, config.head_dim
+    config.num_key_value_heads = kv_heads
+    weights = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
+    for name, weight in weights.items():
+        if "k_proj" in name or "v_proj" in name:
+            heads = weight.unflatten(0, (-1, dim)).repeat_interleave(copies, 0)
+            weights[name] = heads.flatten(0, 1)
+    copied = AutoModelForCausalLM.from_config(config).to(torch.float32)
+    copied.load_state_dict(weights)
+    copied.save_pretrained(path)
+    return path
+
+
 def save_random_hybrid(path, state=16):
     """Write a random float32 Granite 4 H, three Mamba-2 layers and one of attention; ``path``."""
     own = {

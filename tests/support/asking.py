@@ -92,7 +92,7 @@ BY_CONFIGURATION: dict[str, tuple[dict[str, Any], str]] = {
     "tensor-parallel": ({"parallel_config__tensor_parallel_size": 2}, ""),
     "ranks-than-heads": (
         {"parallel_config__tensor_parallel_size": 4},
-        "--tensor-parallel-size 4 .* 2 KV heads",
+        "",
     ),
     "pipeline": ({"parallel_config__pipeline_parallel_size": 2}, ""),
     "pipeline-ahead": (

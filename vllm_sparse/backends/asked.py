@@ -210,7 +210,7 @@ def _of_ranks(config: Any) -> Asked:
     if parallel.tensor_parallel_size > 1:
         yield "tensor-parallel", {}
     if parallel.tensor_parallel_size > heads:
-        yield "ranks-than-heads", {"ranks": parallel.tensor_parallel_size, "heads": heads}
+        yield "ranks-than-heads", {}
     if parallel.pipeline_parallel_size > 1:
         yield "pipeline", {}
         if getattr(config.compilation_config, "mode", None) == 0:  # vLLM's ``NONE``

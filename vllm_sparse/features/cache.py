@@ -35,7 +35,10 @@ ROWS = (
     row(
         _CACHE, "events", "`--kv-events-config`: what routers follow",
         Served("tests/kv/test_copies.py::test_random_lives"),
-        Untested("blocks are cached and evicted as stock vLLM's"),
+        Served(
+            "tests/backends/test_events.py::"
+            "test_sparda_s_are_stock_s_where_outputs_are_shared_too"
+        ),
     ),
     row(
         _CACHE, "chunks", "chunked prefill",

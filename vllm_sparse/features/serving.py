@@ -46,11 +46,8 @@ ROWS = (
     ),
     row(
         _RANKS, "ranks-than-heads", "more tensor-parallel ranks than KV heads",
-        Untested(),
-        Refused(
-            "--tensor-parallel-size {ranks} is more than the {heads} KV heads, each of which has a "
-            "cache of its own; use at most as many ranks"
-        ),
+        (Served("tests/backends/test_copied_heads.py::test_rocketkv"), Untested()),
+        (Served("tests/backends/test_copied_heads.py::test_sparda"), Untested()),
     ),
     row(
         _RANKS, "pipeline", "pipeline parallelism",

@@ -324,18 +324,12 @@ def _attention_layers(model: nn.Module, vllm_config: Any) -> list[_Layer]:
 
 def _check_uniform(layers: list[_Layer], name: str) -> None:
     first = layers[0]
-    linear = first.linear
     for attribute in ("total_num_kv_heads", "num_heads", "head_size", "input_size", "tp_size"):
-        if not hasattr(linear, attribute):
-            raise _untappable(name, f"its qkv_proj is a {type(linear).__name__}")
+        if not hasattr(first.linear, attribute):
+            raise _untappable(name, f"its qkv_proj is a {type(first.linear).__name__}")
         values = [getattr(layer.linear, attribute) for layer in layers]
         if len(set(values)) > 1:
             raise _untappable(name, f"{attribute} differs between layers: {values}")
-    if linear.tp_size > linear.total_num_kv_heads:
-        raise UnsupportedError(
-            f"tensor parallelism over {linear.tp_size} ranks repeats the "
-            f"{linear.total_num_kv_heads} KV heads; use at most as many ranks as KV heads"
-        )
     if any(layer.attention.rotary_emb is not first.attention.rotary_emb for layer in layers):
         raise _untappable(name, "its layers use different rotary embeddings")
 

@@ -225,21 +225,27 @@ def scaled_by_norm(
 
 
 def shard_heads(weight: Tensor, num_kv_heads: int, rank: int, world_size: int) -> Tensor:
-    """Rows of the KV heads that one tensor-parallel rank owns.
+    """Rows of the KV heads that one tensor-parallel rank has.
+
+    Of more ranks than KV heads, neighbours have the same head, as of keys and values.
 
     Args:
         weight: ``[G * D, ...]``.
-        num_kv_heads: G, a multiple of ``world_size``.
+        num_kv_heads: G, a multiple or a divisor of ``world_size``.
         rank: Of this process.
         world_size: Ranks.
 
     Returns:
-        A view, ``[G / world_size * D, ...]``.
+        A view, ``[G / world_size * D, ...]``, of at least one head.
+
+    Raises:
+        ValueError: Neither divides the other.
     """
-    if num_kv_heads % world_size:
+    shares = min(num_kv_heads, world_size)
+    if num_kv_heads % shares or world_size % shares:
         raise ValueError(f"{num_kv_heads} KV heads cannot be split over {world_size} ranks")
-    rows = weight.shape[0] // world_size
-    return weight[rank * rows : (rank + 1) * rows]
+    rows, share = weight.shape[0] // shares, rank * shares // world_size
+    return weight[share * rows : (share + 1) * rows]
 
 
 def _checked_index(

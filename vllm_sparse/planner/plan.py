@@ -189,7 +189,14 @@ def answer(question: Question, name: str) -> Arm:
 
 def _impossible(question: Question) -> list[str]:
     """Why nobody could serve this."""
-    model, reasons = question.model, []
+    model, reasons, ranks = question.model, [], question.ranks
+    heads, kv_heads = int(model.text["num_attention_heads"]), model.get_total_num_kv_heads()
+    if heads % ranks or (kv_heads % ranks and ranks % kv_heads):
+        reasons.append(
+            f"{heads} query heads and {kv_heads} KV heads cannot be divided among {ranks} ranks; "
+            "choose a --tensor-parallel-size that divides the query heads, and that divides the KV "
+            "heads or is a multiple of them"
+        )
     if not (model.full_layers or model.windowed_layers):
         reasons.append(
             "none of its layers keeps keys and values, of which there is nothing to plan"
@@ -310,8 +317,9 @@ def _sparda(question: Question, name: str, settings: SpardaSettings) -> Arm:
 
 
 def _policy_of(question: Question, name: str, settings: Any, longest: int) -> Policy:
-    model = question.model
-    group = int(model.text["num_attention_heads"]) // model.get_total_num_kv_heads()
+    model, ranks = question.model, question.configuration(1).parallel_config
+    # Of a rank, as layers count: copies of a KV head share its query heads among them.
+    group = model.get_num_attention_heads(ranks) // model.get_num_kv_heads(ranks)
     shape = CacheShape(model.get_head_size(), group, question.blocks_of(name), longest)
     return make_policy(name, settings, shape)
 
