@@ -166,7 +166,7 @@ class SpardaKernels(NamedTuple):
     copy_pieces: Callable[..., None]
     write_tokens: Callable[..., None]
     record_queries: Callable[..., None]
-    recall_queries: Callable[..., torch.Tensor]
+    recall_queries: Callable[..., None]
     attend_frames: Callable[..., None]
     attend_part: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     name: str

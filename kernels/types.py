@@ -117,6 +117,21 @@ class NewWindows(NamedTuple):
     stride: int
 
 
+class NewQueries(NamedTuple):
+    """Where tokens, one of each row, keep their queries for the tokens that follow them.
+
+    Attributes:
+        kept: Under the block that holds each token, ``[blocks, H, D]``, changed.
+        query: Their queries, ``[T, H, D]``.
+        recent: Where they are kept once more, in order, ``[T or more, H, D]``, changed; ``None`` if
+            they need not be.
+    """
+
+    kept: Tensor
+    query: Tensor
+    recent: Tensor | None = None
+
+
 class Selected(NamedTuple):
     """What each decode row reads.
 

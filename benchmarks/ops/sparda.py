@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from vllm_sparse.kernels.types import Blocks, NewWindows, Ranking, Unframed
+from vllm_sparse.kernels.types import Blocks, NewQueries, NewWindows, Ranking, Unframed
 
 from benchmarks.ops.kernels import reference, triton
 from benchmarks.ops.registry import WRONG, Op, Side, differences, error, output_error, same, unless
@@ -92,6 +92,15 @@ def _kept_unlike(actual: Side, expected: Side) -> float:
     return unless(same(actual.arguments["kept"], expected.arguments["kept"]))
 
 
+def _queries_unlike(actual: Side, expected: Side) -> float:
+    pairs = zip(*(side.arguments["queries"] for side in (actual, expected)), strict=True)
+    return unless(all(same(*pair) for pair in pairs))
+
+
+def _found_unlike(actual: Side, expected: Side) -> float:
+    return unless(same(actual.arguments["output"], expected.arguments["output"]))
+
+
 def _window_error(actual: Side, expected: Side) -> float:
     ours, theirs = (side.arguments["windows"].compressed for side in (actual, expected))
     written = ~theirs.isnan()
@@ -116,6 +125,8 @@ PART = Op("attend part", "attend_part", _part_error)
 # Again the same tokens, now with the windows that they complete.
 WINDOWS = Op("complete windows", "write_tokens", _window_error, writes=("windows",))
 RECORD = Op("record queries", "record_queries", _kept_unlike, 0.0, ("kept",))
+KEEP = Op("keep queries", "write_tokens", _queries_unlike, 0.0, ("queries",))
+RECALL = Op("recall queries", "recall_queries", _found_unlike, 0.0, ("output",))
 
 
 def _named(op: Op, suffix: str) -> Op:
@@ -143,6 +154,10 @@ def check(
     tokens = _tokens(case, pool, generator)
     yield "write tokens", unless(_writes_alike(tokens, pool)), 0.0  # late: it changes the pool
     yield from compare([WINDOWS, RECORD], tokens)
+    recent = torch.full_like(tokens["query"], torch.nan)
+    queries = NewQueries(tokens["kept"], tokens["query"], recent)
+    yield from compare([KEEP], {**tokens, "queries": queries})
+    yield from compare([RECALL], _queries(case, tokens["query"], generator))
 
 
 def selections(case: PagedCase, pool: Pool, generator: torch.Generator) -> dict[str, Arguments]:
@@ -311,6 +326,19 @@ def _tokens(case: PagedCase, pool: Pool, generator: torch.Generator) -> Argument
         "windows": NewWindows(
             torch.full_like(pool.compressed, torch.nan), positions, pool.table, stride
         ), "host": pool.seen,
+    }  # fmt: skip
+
+
+def _queries(case: PagedCase, query: Tensor, generator: torch.Generator) -> Arguments:
+    """Queries that two layers have kept, of which every second row's are on the device, too."""
+    rows, layers = torch.arange(case.rows, device=query.device), 2
+    kept = noise(case, layers * case.num_blocks, *query.shape[1:], generator=generator)
+    recent = noise(case, layers * case.rows, *query.shape[1:], generator=generator)
+    recent = recent.unflatten(0, (layers, -1))
+    return {
+        "kept": pinned(kept.cpu().unflatten(0, (layers, -1)), query.device)[1], "recent": recent,
+        "places": torch.where(rows % 2 == 0, rows.flip(0), -1), "blocks": rows + 1,
+        "output": torch.full_like(recent, torch.nan),
     }  # fmt: skip
 
 

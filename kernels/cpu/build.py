@@ -47,7 +47,7 @@ _ARGUMENTS = {
     "vllm_sparse_update_windows": "ipppppppf",
     "vllm_sparse_resolve": "pppppppnp",
     "vllm_sparse_copy": "pppppn",
-    "vllm_sparse_write_tokens": "pppppppff",
+    "vllm_sparse_write_tokens": "ppppppppppff",
     "vllm_sparse_record_queries": "ppppp",
     "vllm_sparse_threads": "",
 }

@@ -23,11 +23,14 @@ extern "C" {
 struct SpardaWriteSizes {
   int64_t tokens, kv_heads, block_size, head_bytes, fp8;
   int64_t key_token, key_head, value_token, value_head;
+  int64_t query_heads, query_bytes, query_token, query_head;
 };
 
+// Without queries that are kept, their pointers are null; `recent` may be in any case.
 void vllm_sparse_write_tokens(char* host, char* slab, const int32_t* frame_of, const int64_t* slots,
-                              const char* key, const char* value, const SpardaWriteSizes* sizes,
-                              float key_scale, float value_scale) {
+                              const char* key, const char* value, char* kept, const char* query,
+                              char* recent, const SpardaWriteSizes* sizes, float key_scale,
+                              float value_scale) {
   const SpardaWriteSizes s = *sizes;
   const float keys = 1.0f / key_scale, values = 1.0f / value_scale;
   auto put = [&](char* target, const char* from, float factor) {
@@ -48,6 +51,13 @@ void vllm_sparse_write_tokens(char* host, char* slab, const int32_t* frame_of, c
       put(target, key + t * s.key_token + h * s.key_head, keys);
       put(target + s.head_bytes, value + t * s.value_token + h * s.value_head, values);
       if (frame >= 0) std::memcpy(slab + (frame * s.block_size + offset) * row, target, row);
+    }
+    if (kept == nullptr) continue;
+    for (int64_t h = 0; h < s.query_heads; ++h) {
+      const char* from = query + t * s.query_token + h * s.query_head;
+      std::memcpy(kept + (block * s.query_heads + h) * s.query_bytes, from, s.query_bytes);
+      if (recent != nullptr)
+        std::memcpy(recent + (t * s.query_heads + h) * s.query_bytes, from, s.query_bytes);
     }
   }
 }

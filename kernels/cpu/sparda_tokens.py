@@ -13,11 +13,12 @@ from vllm_sparse.kernels.fp8 import FP8, UNSCALED, Scales
 from vllm_sparse.kernels.reference import sparda_tokens as reference
 
 if TYPE_CHECKING:
-    from vllm_sparse.kernels.types import NewWindows
+    from vllm_sparse.kernels.types import NewQueries, NewWindows
 
 WriteSizes = build.sizes(
     "SpardaWriteSizes",
-    "tokens kv_heads block_size head_bytes fp8 key_token key_head value_token value_head",
+    "tokens kv_heads block_size head_bytes fp8 key_token key_head value_token value_head "
+    "query_heads query_bytes query_token query_head",
 )
 WindowSizes = build.sizes(
     "SpardaWindowSizes",
@@ -38,12 +39,13 @@ def write_tokens(
     value: Tensor,
     windows: NewWindows | None = None,
     scales: Scales = UNSCALED,
+    queries: NewQueries | None = None,
 ) -> None:
     """Store tokens on the host, and in those frames that hold their pieces.
 
-    Memory is contiguous, but for tokens and heads of ``key`` and ``value``, and for rows of the
-    table and blocks, heads and windows of what is compressed. Windows are those of the reference to
-    the last bit.
+    Memory is contiguous, but for tokens and heads of ``key``, ``value`` and queries, and for rows
+    of the table and blocks, heads and windows of what is compressed. Windows are those of the
+    reference to the last bit.
 
     Raises:
         ValueError: Unsupported dtype.
@@ -59,11 +61,22 @@ def write_tokens(
     assert host.is_contiguous()
     assert slab.is_contiguous()
     assert key.stride(2) == value.stride(2) == 1
+    kept = query = recent = None
+    asked: tuple[int, ...] = (0, 0, 0, 0)
+    if queries is not None:
+        kept, query, recent = queries
+        query, width = query.to(kept.dtype), kept.element_size()
+        assert kept.is_contiguous()
+        assert query.stride(2) == 1
+        assert recent is None or (recent.is_contiguous() and recent.dtype == kept.dtype)
+        head = query.shape[2] * width
+        asked = query.shape[1], head, query.stride(0) * width, query.stride(1) * width
     sizes = WriteSizes(
         tokens, kv_heads, host.shape[2], dim * host.element_size(), fp8,
         key.stride(0) * size, key.stride(1) * size, value.stride(0) * size, value.stride(1) * size,
+        *asked,
     )  # fmt: skip
-    tensors = host, slab, frame_of, slots, key, value
+    tensors = host, slab, frame_of, slots, key, value, kept, query, recent
     build.call("write_tokens", tensors, sizes, scales.key, scales.value)
     if windows is not None:
         _complete_windows(windows, host, slab, frame_of, scales.key)
@@ -88,12 +101,7 @@ def _complete_windows(
 
 
 def record_queries(
-    kept: Tensor,
-    query: Tensor,
-    slots: Tensor,
-    last: Tensor,
-    block_size: int,
-    recent: Tensor | None = None,
+    kept: Tensor, query: Tensor, slots: Tensor, last: Tensor, block_size: int
 ) -> None:
     """Store the queries of the last token of each block under that block's id.
 
@@ -109,14 +117,13 @@ def record_queries(
         query.stride(1) * size,
     )  # fmt: skip
     build.call("record_queries", (kept, query, slots, last), sizes)
-    if recent is not None:
-        stored = slots[last] >= 0
-        recent[: len(last)][stored] = query[last[stored]].to(recent.dtype)
 
 
-def recall_queries(kept: Tensor, recent: Tensor, places: Tensor, blocks: Tensor) -> Tensor:
-    """Queries of the token before each row, by the reference.
+def recall_queries(
+    kept: Tensor, recent: Tensor, places: Tensor, blocks: Tensor, output: Tensor
+) -> None:
+    """Find the queries of the token before each row, by the reference.
 
     Not worth a kernel: where host and device are one memory, nobody keeps queries twice.
     """
-    return reference.recall_queries(kept, recent, places, blocks)
+    reference.recall_queries(kept, recent, places, blocks, output)

@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm_sparse.kernels.fp8 import UNSCALED, Scales, encode
 
 if TYPE_CHECKING:
-    from vllm_sparse.kernels.types import NewWindows
+    from vllm_sparse.kernels.types import NewQueries, NewWindows
 
 
 def write_tokens(
@@ -23,8 +23,11 @@ def write_tokens(
     value: Tensor,
     windows: NewWindows | None = None,
     scales: Scales = UNSCALED,
+    queries: NewQueries | None = None,
 ) -> None:
     """Store tokens on the host, and in those frames that hold their pieces; complete windows.
+
+    With ``queries`` it does what :func:`record_queries` does, in the same launch.
 
     Args:
         host: ``[blocks, G, block_size, 2 * D]``, changed.
@@ -35,6 +38,7 @@ def write_tokens(
         value: ``[T, G, D]``.
         windows: For tokens that each are the newest one of a row.
         scales: Of an fp8 cache.
+        queries: Of tokens that each are the newest one of a row.
     """
     kv_heads, size = host.shape[1:3]
     real = slots >= 0
@@ -51,6 +55,11 @@ def write_tokens(
     slab[frame[held], offset[:, None].expand_as(frame)[held]] = rows[held]
     if windows is not None:
         _complete_windows(windows, host, slab, frame_of, scales.key)
+    if queries is not None:
+        every = torch.arange(len(slots), device=slots.device)
+        record_queries(queries.kept, queries.query, slots, every, size)
+        if queries.recent is not None:
+            queries.recent[: len(slots)][real] = queries.query[real].to(queries.recent.dtype)
 
 
 def _complete_windows(
@@ -94,12 +103,7 @@ def mean_of_windows(keys: Tensor) -> Tensor:
 
 
 def record_queries(
-    kept: Tensor,
-    query: Tensor,
-    slots: Tensor,
-    last: Tensor,
-    block_size: int,
-    recent: Tensor | None = None,
+    kept: Tensor, query: Tensor, slots: Tensor, last: Tensor, block_size: int
 ) -> None:
     """Store the queries of the last token of each block under that block's id.
 
@@ -109,27 +113,23 @@ def record_queries(
         slots: ``block * block_size + offset`` of each token, negative for padding, ``[T]``.
         last: The last token that this step writes to each block, ``[n]``.
         block_size: Tokens per block.
-        recent: Where they are kept once more, in the order of ``last``, ``[n or more, H, D]``,
-            changed.
     """
-    stored = slots[last] >= 0
-    real = last[stored]
+    real = last[slots[last] >= 0]
     kept[slots[real] // block_size] = query[real].to(kept.device, kept.dtype)
-    if recent is not None:
-        recent[: len(last)][stored] = query[real].to(recent.dtype)
 
 
-def recall_queries(kept: Tensor, recent: Tensor, places: Tensor, blocks: Tensor) -> Tensor:
-    """Queries that were recorded.
+def recall_queries(
+    kept: Tensor, recent: Tensor, places: Tensor, blocks: Tensor, output: Tensor
+) -> None:
+    """Find the queries that all layers have recorded.
 
     Args:
-        kept: ``[blocks, H, D]``.
-        recent: ``[n, H, D]`` of the same dtype.
+        kept: ``[layers, blocks, H, D]``.
+        recent: ``[layers, n, H, D]`` of the same dtype.
         places: Where each row's are in ``recent``, negative if nowhere, ``[R]``.
         blocks: Under which block each row's are kept, ``[R]``.
-
-    Returns:
-        ``[R, H, D]``.
+        output: Written, ``[layers, R or more, H, D]`` of the same dtype.
     """
-    afar = kept[blocks.to(kept.device)].to(recent.device)
-    return torch.where((places >= 0)[:, None, None], recent[places.clamp(min=0)], afar)
+    afar = kept[:, blocks.to(kept.device)].to(recent.device)
+    near = (places >= 0)[:, None, None]
+    output[:, : len(places)] = torch.where(near, recent[:, places.clamp(min=0)], afar)

@@ -14,7 +14,15 @@ from support.ahead_of_time import compiled, name_only
 from support.kernels import DEVICE
 from vllm_sparse.kernels import dispatch
 from vllm_sparse.kernels.fp8 import FP8
-from vllm_sparse.kernels.types import Blocks, NewWindows, PageTable, Ranking, Rotary, Unframed
+from vllm_sparse.kernels.types import (
+    Blocks,
+    NewQueries,
+    NewWindows,
+    PageTable,
+    Ranking,
+    Rotary,
+    Unframed,
+)
 
 from vllm_sparse.backends.sparda_warm_up import warm_up
 from vllm_sparse.policies.sparda import SpardaSettings
@@ -102,10 +110,16 @@ def serve(kernels, settings, ranking, blocks, heads) -> None:
                 slab, query.clone(), output, found.frames, chosen.lengths, 0.1, afar
             )
         if ranking.softmax:
-            kept, last = torch.zeros(40, query_heads, dim).bfloat16(), at + 1
-            for recent in (None, kept.clone()):
-                kernels.record_queries(kept, query, at, last, SIZE, recent)
-            kernels.recall_queries(kept, kept.clone(), at, last)
+            kept = torch.zeros(3, 40, query_heads, dim).bfloat16()
+            recent, found = torch.zeros(2, 3, MOST_ROWS, query_heads, dim).bfloat16()
+            for layer in range(3):
+                kernels.record_queries(kept[layer], query, at, at + 1, SIZE)
+                kernels.write_tokens(
+                    host, slab, state.frame_of, at, key, value,
+                    NewWindows(compressed, at, table, 16),
+                    queries=NewQueries(kept[layer], query, recent[layer]),
+                )  # fmt: skip
+            kernels.recall_queries(kept, recent, at, at, found)
     for tokens, begin, sparse_from in ((1, 0, 0), (3, 1, 3), (7, 2, 0), (100, 3, 41), (600, 5, 0)):
         fused = torch.zeros(700, query_heads + 2 * kv_heads, dim).bfloat16()
         here = fused[begin : begin + tokens]

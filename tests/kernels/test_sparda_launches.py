@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-sparse authors
-"""How many launches a layer of SPARDA takes when it decodes, PyTorch's operations included."""
+"""How many launches a layer of SPARDA takes when it decodes, PyTorch's operations included.
+
+And whether the fewest of them still choose by the right queries.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,8 @@ SETTINGS = SpardaSettings(
     top_k=4, dense_len=0, sparse_prefill=True,
 )  # fmt: skip
 
+BY_QUERIES = SETTINGS.model_copy(update={"selector": "previous"})
+
 
 def make_layers(settings: SpardaSettings, with_selector: Callable[..., Any]) -> list[Layer]:
     """A model's layers on the path of a GPU, of whose frames one step needs nearly all.
@@ -67,10 +72,10 @@ def forecast(kernels, blocks: int) -> ForecastSelector:
     return ForecastSelector([*taps, None], Rotary(torch.randn(SIZE * WIDTH, DIM), True))
 
 
-def previous(kernels, blocks: int) -> PreviousSelector:
+def previous(kernels, blocks: int, captured: bool = True) -> PreviousSelector:
     kept, recent = (torch.randn(LAYERS, n, HEADS, DIM) for n in (blocks, ROWS))
     own = kernels.record_queries, kernels.recall_queries
-    return PreviousSelector(0.2, kept, SIZE, *own, recent)
+    return PreviousSelector(0.2, kept, SIZE, *own, recent if captured else None)
 
 
 def step_of(settings: SpardaSettings, with_selector: Callable[..., Any], monkeypatch) -> list[Any]:
@@ -115,14 +120,57 @@ def test_a_layer_takes_seven_launches_and_its_tap_one(monkeypatch):
     assert found[2][0] == {"_copy_kernel": 1, "_write_tokens_kernel": 1, "_attend_frames_kernel": 1}
 
 
-def test_a_layer_takes_ten_launches_with_the_default_selector(monkeypatch):
-    """Recalled queries, logits, softmax in place of a Forecast's one, and the queries kept."""
-    settings = SETTINGS.model_copy(update={"selector": "previous"})
-    found = step_of(settings, previous, monkeypatch)
-    chosen = ("recall_queries", "logits", "softmax", "choose", "look_up", "fill")
-    every = (*chosen, "copy", "write_tokens", "attend_frames", "record_queries")
-    assert found[1] == (dict.fromkeys((f"_{name}_kernel" for name in every), 1), {})
-    assert len(every) == 10
+def test_a_layer_takes_eight_launches_with_the_default_selector(monkeypatch):
+    """Logits and softmax in place of a Forecast's one; queries are kept as tokens are written.
+
+    One launch a step finds them again, for all layers.
+    """
+    found = step_of(BY_QUERIES, previous, monkeypatch)
+    chosen = [f"_{name}_kernel" for name in ("logits", "softmax", "choose", "look_up", "fill")]
+    others = [f"_{name}_kernel" for name in ("copy", "write_tokens", "attend_frames")]
+    assert found[1] == (dict.fromkeys((*chosen, *others), 1), {})
+    assert len(found[1][0]) == 8
+    assert found[0][0] == {
+        **dict.fromkeys(chosen, 2),
+        **dict.fromkeys(others, 1),
+        "_recall_queries_kernel": 1,
+    }
+    assert found[2][0] == dict.fromkeys(others, 1)
+    assert sum(launches.total() for launches, _ in found) == 8 * LAYERS + 1
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_every_layer_chooses_by_its_queries_of_the_step_before(captured):
+    """Rows that swap places, rows after a prompt's batch, and what is written meanwhile."""
+    layers = make_layers(BY_QUERIES, lambda *args: previous(*args, captured))
+    runtime, vectors = layers[0].runtime, []
+    select = runtime.kernels.select_blocks
+
+    def watching(compressed, given, *rest, **options):
+        vectors.append(given.clone())
+        return select(compressed, given, *rest, **options)
+
+    runtime.kernels = runtime.kernels._replace(select_blocks=watching)
+    planner = SpardaPlanner(BY_QUERIES, 1 + ROWS * WIDTH, lambda *_: None)
+    rows = RowPlanner(BY_QUERIES, ROWS, torch.device("cpu"), captured)
+    table = torch.arange(1, 1 + ROWS * WIDTH).view(ROWS, WIDTH).int()
+    # The second token of the first request begins a block.
+    lengths, before = torch.tensor([SIZE * (WIDTH - 2), SIZE * WIDTH - 16]).int(), None
+    for order in ([0, 1], [1, 0], [1, 0], [0, 1]):
+        if before is not None and order == [0, 1]:
+            rows.forget()
+        at = lengths[order]
+        step = rows.plan(planner, at, at, torch.tensor([5, 5]), table[order], False)
+        # By request, to be compared whatever their order.
+        queries = torch.randn(LAYERS, ROWS, HEADS, DIM)
+        key, value = torch.randn(2, ROWS, KV_HEADS, DIM)
+        for layer, query in zip(layers, queries, strict=True):
+            layer.run(query[order], key, value, step, torch.empty(ROWS, HEADS, DIM))
+        assert len(vectors) == LAYERS
+        if before is not None:
+            assert torch.stack(vectors).equal(before[:, order])
+        vectors.clear()
+        lengths, before = lengths + 1, queries
 
 
 def test_a_tap_takes_one_launch():

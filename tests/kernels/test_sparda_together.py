@@ -17,7 +17,15 @@ from support.kernels import (
     noise,
     scattered_table,
 )
-from vllm_sparse.kernels.types import Blocks, NewWindows, PageTable, Ranking, Rotary, Unframed
+from vllm_sparse.kernels.types import (
+    Blocks,
+    NewQueries,
+    NewWindows,
+    PageTable,
+    Ranking,
+    Rotary,
+    Unframed,
+)
 
 if TYPE_CHECKING:
     from vllm_sparse.kernels.dispatch import SpardaKernels
@@ -147,11 +155,17 @@ def compile_everything(capability: int) -> None:
             sparda_attention.attend_frames(
                 slab, query, query, found.frames, chosen.lengths, 0.1, unframed
             )
-        for windows in (None, NewWindows(compressed, positions, table, 16)):
-            sparda_tokens.write_tokens(host, slab, state.frame_of, positions, key, key, windows)
-        for recent in (None, query.clone()):
-            sparda_tokens.record_queries(query.clone(), query, positions, positions, 64, recent)
-        sparda_tokens.recall_queries(query, query, positions, positions)
+        windows = NewWindows(compressed, positions, table, 16)
+        for completed, queries in (
+            (None, None), (windows, None), (windows, NewQueries(query, query)),
+            (windows, NewQueries(query, query, query)),
+        ):  # fmt: skip
+            sparda_tokens.write_tokens(
+                host, slab, state.frame_of, positions, key, key, completed, queries=queries
+            )
+        sparda_tokens.record_queries(query.clone(), query, positions, positions, 64)
+        kept = query[None]
+        sparda_tokens.recall_queries(kept, kept, positions, positions, kept)
         prompt = torch.zeros(2, 4, 300, dim, dtype=dtype)
         picked = torch.zeros(2, 300, 9, dtype=torch.bool)
         part = prompt, prompt[:, 0], prompt[:, 0]

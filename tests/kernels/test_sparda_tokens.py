@@ -19,7 +19,7 @@ from support.kernels import (
     with_gaps,
 )
 from vllm_sparse.kernels.reference.sparda_tokens import mean_of_windows
-from vllm_sparse.kernels.types import NewWindows
+from vllm_sparse.kernels.types import NewQueries, NewWindows
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -127,16 +127,38 @@ def test_recorded_queries_equal_reference(ours, dtype, heads, dim):
         results.append(kept)
     assert same(*results)
     assert (~results[0].isnan()).any((1, 2)).tolist() == [True, False, False, True, False, True]
-    recents = []
-    for kernels in (ours, REFERENCE):
-        recent = torch.full((8, heads, dim), torch.nan, dtype=dtype, device=device)
-        again = torch.full_like(results[0], torch.nan)
-        kernels.record_queries(again, query, slots, last, 32, recent)
-        assert same(again, results[0])
-        recents.append(recent)
-    assert same(*recents)
-    real = [True, True, False, True, False, False, False, False]
-    assert (~recents[0].isnan()).any((1, 2)).tolist() == real
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("group", "dim"), [(1, 64), (7, 80), (4, 256)])
+def test_queries_are_kept_with_the_tokens(every, dtype, group, dim):
+    """Under each token's block and, where asked, by row; nothing else changes."""
+    device, kv_heads, size = device_of(every), 2, 32
+    heads = kv_heads * group
+    generator = torch.Generator().manual_seed(dim)
+    fused = noise(
+        4, heads + 2 * kv_heads, dim, generator=generator, device=device, dtype=dtype
+    )  # vLLM hands over slices of one fused row
+    query, key, value = fused.split([heads, kv_heads, kv_heads], 1)
+    slots = torch.tensor([5 * size + 31, -1, 3 * size + 8, 0], device=device)
+    frame_of = torch.full((6 * kv_heads,), -1, dtype=torch.int32, device=device)
+    frame_of[3 * kv_heads] = 1
+    blank = torch.full((6, kv_heads, size, 2 * dim), torch.nan, dtype=dtype, device=device)
+    frames = blank.flatten(0, 1)[:2]
+    plain = blank.clone(), frames.clone()
+    every.write_tokens(*plain, frame_of, slots, key, value)
+    for keeps_twice in (False, True):
+        kept = torch.full((6, heads, dim), torch.nan, dtype=dtype, device=device)
+        recent = torch.full((7, heads, dim), torch.nan, dtype=dtype, device=device)
+        expected, rows = kept.clone(), recent.clone()
+        expected[[5, 3, 0]] = query[[0, 2, 3]]
+        rows[[0, 2, 3]] = query[[0, 2, 3]]
+        written = blank.clone(), frames.clone()
+        queries = NewQueries(kept, query, recent if keeps_twice else None)
+        every.write_tokens(*written, frame_of, slots, key, value, queries=queries)
+        assert same(kept, expected)
+        assert same(recent, rows) if keeps_twice else bool(recent.isnan().all())
+        assert all(same(*pair) for pair in zip(written, plain, strict=True))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -146,15 +168,19 @@ def test_recalled_queries_equal_reference(every, dtype, heads, dim):
     device = device_of(every)
     generator = torch.Generator().manual_seed(dim)
     kept, recent = (
-        noise(n, heads, dim, generator=generator, device=device, dtype=dtype) for n in (6, 4)
+        noise(2, n, heads, dim, generator=generator, device=device, dtype=dtype) for n in (6, 7)
     )
     places = torch.tensor([2, -1, 0, -1, 3], device=device)
     blocks = torch.tensor([5, 4, 3, 0, 1], device=device)
-    expected = torch.stack([recent[2], kept[4], recent[0], kept[0], recent[3]])
-    kept[[5, 3, 1, 2]] = torch.nan
-    recent[1] = torch.nan
-    assert every.recall_queries(kept, recent, places, blocks).equal(expected)
-    assert not len(every.recall_queries(kept, recent, places[:0], blocks[:0]))
+    expected = torch.full_like(recent, torch.nan)
+    expected[:, [0, 2, 4]], expected[:, [1, 3]] = recent[:, [2, 0, 3]], kept[:, [4, 0]]
+    kept[:, [5, 3, 1, 2]] = torch.nan
+    recent[:, [1, 4, 5, 6]] = torch.nan
+    found = torch.full_like(recent, torch.nan)
+    every.recall_queries(kept, recent, places, blocks, found)
+    assert same(found, expected)
+    every.recall_queries(kept, recent, places[:0], blocks[:0], found)
+    assert same(found, expected)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from support.policies import tensors
@@ -64,7 +66,8 @@ def test_queries_are_the_layer_s_own():
 def test_previous_follows_each_request_through_its_blocks():
     """Requests of three and of two tokens, in one step and then in steps of one token.
 
-    The second is brought up again in other rows, as after it was reordered.
+    The second is brought up again in other rows, as after it was reordered. What a step of single
+    tokens has found stays what it is while it keeps its own.
     """
     kernels = (implementation("reference", name) for name in ("record_queries", "recall_queries"))
     kept = torch.full((LAYERS, BLOCKS, HEADS, DIM), torch.nan)
@@ -75,11 +78,34 @@ def test_previous_follows_each_request_through_its_blocks():
     last = torch.tensor([0, 2, 4])
     before = tokens_of([1, 2, 4], [4, 5, 1], [2, 4, 1], [0, 1, 3])
     assert selector.vectors(layer, before, first).equal(first[[0, 1, 3]])
-    selector.record(layer, first, slots, last, False)
+    selector.record(layer, first, slots, last)
     assert kept[layer, [2, 4, 1]].equal(first[[0, 2, 4]])
     assert bool(kept[[0, 2]].isnan().all()), "another layer's"
     swapped = tokens_of([0, 1], [2, 6], [1, 4])
     assert selector.vectors(layer, swapped, None).equal(first[[4, 2]])
-    selector.record(layer, second, torch.tensor([SIZE + 2, 4 * SIZE + 2]), torch.arange(2), True)
+    selector.begin(swapped)
+    keeps = selector.keeping(layer, second)
+    assert keeps.query is second
+    assert keeps.recent is None, "there is no device of its own"
+    assert keeps.kept.data_ptr() == kept[layer].data_ptr()
+    keeps.kept[[1, 4]] = second
+    assert selector.vectors(layer, swapped, second).equal(first[[4, 2]])
+    selector.begin(None)
     assert selector.vectors(layer, swapped, None).equal(second)
     assert selector.ranking.lag == 1
+
+
+def test_previous_finds_recent_queries_on_the_device():
+    kernels = (implementation("reference", name) for name in ("record_queries", "recall_queries"))
+    kept, recent = tensors(3, (LAYERS, BLOCKS, HEADS, DIM), (LAYERS, 3, HEADS, DIM))
+    selector = PreviousSelector(0.25, kept, SIZE, *kernels, recent)
+    tokens = dataclasses.replace(
+        tokens_of([0, 1], [2, 6], [1, 4]), previous_rows=torch.tensor([2, -1])
+    )
+    selector.begin(tokens)
+    expected = torch.stack([recent[:, 2], kept[:, 4]], 1)
+    for layer in range(LAYERS):
+        keeps = selector.keeping(layer, recent[layer])
+        keeps.recent.fill_(torch.nan)
+        assert selector.vectors(layer, tokens, None).equal(expected[layer])
+    assert bool(recent.isnan().all())

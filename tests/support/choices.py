@@ -34,5 +34,11 @@ class AnySelector:
     def unrotated(self, *_):
         raise NotImplementedError
 
+    def begin(self, *_) -> None:
+        pass
+
+    def keeping(self, *_) -> None:
+        pass
+
     def record(self, *_) -> None:
         pass

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_sparse.kernels.types import NewWindows, PageTable, Unframed
+from vllm_sparse.kernels.types import NewQueries, NewWindows, PageTable, Unframed
 from vllm_sparse.prefetch.stream import Tile
 from vllm_sparse.steps.host_prompt import attend_prompt
 
@@ -75,8 +75,9 @@ def warm_up(
         zeros(1, of=torch.int64),
     )
     slots = zeros(3, of=torch.int64) - 1
-    for windows in (None, NewWindows(compressed, positions, table, stride)):
-        kernels.write_tokens(host, slab, state.frame_of, slots, key, value, windows)
+    windows = NewWindows(compressed, positions, table, stride)
+    for completed in (None, windows):
+        kernels.write_tokens(host, slab, state.frame_of, slots, key, value, completed)
 
     vectors = zeros(3, query_heads if ranking.softmax else kv_heads, dim)
     chosen = kernels.select_blocks(
@@ -94,10 +95,14 @@ def warm_up(
         frames = torch.zeros_like(found.frames)
         kernels.attend_frames(slab, output.clone(), output, frames, lengths, 1.0, afar)
     if ranking.softmax:  # selector previous keeps them
-        kept, last = zeros(3, query_heads, dim), zeros(3, of=torch.int64)
-        for recent in (None, kept.clone()):
-            kernels.record_queries(kept, query, slots, last, size, recent)
-        kernels.recall_queries(kept, kept.clone(), last, last)
+        kept, recent, room = zeros(3, 1, 3, query_heads, dim).unbind()
+        last = zeros(3, of=torch.int64)
+        kernels.record_queries(kept[0], query, slots, last, size)
+        kernels.write_tokens(
+            host, slab, state.frame_of, slots, key, value, windows,
+            queries=NewQueries(kept[0], query, recent[0]),
+        )  # fmt: skip
+        kernels.recall_queries(kept, recent, last, last, room)
     _warm_up_prompts(kernels, settings, ranking, blocks, heads, compressed, table[0], stored)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from vllm_sparse.kernels.types import Ranking, Rotary
+from vllm_sparse.kernels.types import NewQueries, Ranking, Rotary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -81,20 +81,50 @@ class Selector(Protocol):
         """
         ...
 
-    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor, single: bool) -> None:
-        """Called once per layer and step, after the layer's selection.
+    def begin(self, tokens: Tokens | None) -> None:
+        """Called once per step, before any layer keeps something of it.
+
+        Args:
+            tokens: Of a batch of single tokens that choose blocks; ``None`` in other steps.
+        """
+        ...
+
+    def keeping(self, layer: int, query: Tensor) -> NewQueries | None:
+        """What a batch of single tokens keeps as it is written, which is before it chooses.
+
+        Args:
+            layer: The layer.
+            query: Its post-RoPE queries, ``[T, H, D]``.
+        """
+        ...
+
+    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
+        """Called once per layer and step of any other batch, after the layer's selection.
 
         Args:
             layer: The layer.
             query: Its post-RoPE queries, ``[T, H, D]``.
             slots: ``block * block_size + offset`` of each token, int64 ``[T]``.
             last: Batch positions of the last token that this step writes to each block, int64.
-            single: The batch is one of single tokens, and ``last`` lists them all in order.
         """
         ...
 
 
-class ForecastSelector:
+class _Forgets:
+    """What a selector that keeps nothing of a step has to say."""
+
+    def begin(self, tokens: Tokens | None) -> None:
+        """Nothing was kept."""
+
+    def keeping(self, layer: int, query: Tensor) -> NewQueries | None:
+        """Nothing to keep."""
+        return None
+
+    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
+        """Nothing to keep."""
+
+
+class ForecastSelector(_Forgets):
     """A projection of the previous layer's input: the trained Forecast, or layer l's own query
     projection (averaged over the heads of a group) where there is none.
 
@@ -122,11 +152,8 @@ class ForecastSelector:
         values: Tensor = self._taps[max(layer - 1, 0)].values
         return values[:rows, part] if index is None else values[index, part]
 
-    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor, single: bool) -> None:
-        """Nothing to keep."""
 
-
-class QuerySelector:
+class QuerySelector(_Forgets):
     """The layer's own queries (InfLLM-v2): the best choice, known only when the layer runs.
 
     Args:
@@ -147,9 +174,6 @@ class QuerySelector:
         """Never asked for: queries come with their rotary embedding."""
         raise NotImplementedError
 
-    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor, single: bool) -> None:
-        """Nothing to keep."""
-
 
 class PreviousSelector(QuerySelector):
     """The queries of the token before: free to know ahead, and what a Forecast has to beat.
@@ -162,10 +186,13 @@ class PreviousSelector(QuerySelector):
         kept: Where they are kept, ``[layers, blocks, H, D]``: host memory, a small part of the
             pool of keys and values, of which only blocks in use take memory unless it is pinned.
         block_size: Tokens per block.
-        record: The kernel ``record_queries``, which keeps them.
+        record: The kernel ``record_queries``, which keeps those of prompts.
         recall: The kernel ``recall_queries``, which finds them again.
         recent: Where those of the last batch of single tokens are kept on a device, ``[layers,
             rows, H, D]``, so that the host's are read only by rows that were not in it.
+
+    A batch of single tokens finds those of all layers before it keeps its own, so that a layer may
+    keep them as it writes its tokens, in the same launch.
     """
 
     ahead = True
@@ -176,7 +203,7 @@ class PreviousSelector(QuerySelector):
         kept: Tensor,
         block_size: int,
         record: Callable[..., None],
-        recall: Callable[..., Tensor],
+        recall: Callable[..., None],
         recent: Tensor | None = None,
     ) -> None:
         super().__init__(scale)
@@ -185,20 +212,42 @@ class PreviousSelector(QuerySelector):
         self._block_size = block_size
         self._record = record
         self._recall = recall
-        self._recent = recent
+        # What a step has found stays where it is while the layers keep theirs.
+        self._recent = None if recent is None else (recent, torch.empty_like(recent))
+        self._found: Sequence[Tensor] | None = None
+        # Views of each layer, made once.
+        recents = [None] * len(kept) if recent is None else recent.unbind()
+        self._places = list(zip(kept.unbind(), recents, strict=True))
+
+    def begin(self, tokens: Tokens | None) -> None:
+        """Finds the queries of the tokens before these in all layers."""
+        self._found = None
+        if tokens is None:
+            return
+        rows, blocks = tokens.previous_rows, tokens.previous_blocks
+        if self._recent is None or rows is None:
+            found = self._kept.index_select(1, blocks)
+        else:
+            recent, room = self._recent
+            self._recall(self._kept, recent, rows, blocks, room)
+            found = room[:, : len(rows)]
+        self._found = found.unbind()
 
     def vectors(self, layer: int, tokens: Tokens, query: Tensor | None) -> Tensor:
         """Queries of the tokens before: kept ones, or of this step, ``[n, H, D]``."""
-        rows, blocks = tokens.previous_rows, tokens.previous_blocks
-        if self._recent is not None and rows is not None:
-            return self._recall(self._kept[layer], self._recent[layer], rows, blocks)
-        kept = self._kept[layer].index_select(0, blocks)
+        if self._found is not None:
+            return self._found[layer]
+        kept = self._places[layer][0].index_select(0, tokens.previous_blocks)
         if query is None:  # decode: the token before belongs to an earlier step
             return kept
         here = tokens.previous_index
         return torch.where((here >= 0)[:, None, None], query[here.clamp(min=0)], kept)
 
-    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor, single: bool) -> None:
+    def keeping(self, layer: int, query: Tensor) -> NewQueries:
+        """The queries of each row, for the token that follows."""
+        kept, recent = self._places[layer]
+        return NewQueries(kept, query, recent)
+
+    def record(self, layer: int, query: Tensor, slots: Tensor, last: Tensor) -> None:
         """Keeps the queries of the last token in each block, for the token that follows it."""
-        recent = self._recent[layer] if single and self._recent is not None else None
-        self._record(self._kept[layer], query, slots, last, self._block_size, recent)
+        self._record(self._places[layer][0], query, slots, last, self._block_size)

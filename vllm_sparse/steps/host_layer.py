@@ -104,6 +104,9 @@ class Runtime:
     def begin_step(self, step: SpardaStep) -> None:
         """Called by the first layer, whose step a graph may capture."""
         self._same_for_all = None
+        rows = step.decode
+        chooses = rows is not None and rows.whole and rows.scored
+        self.selector.begin(rows.tokens if rows is not None and chooses else None)
         self.fetcher.begin_step()
         self.stream.begin_step(step.tiles)
 
@@ -177,7 +180,10 @@ class Layer:
         runtime.fetcher.wait(self.number)
         if pager.poison:
             pager.poison_fresh(step.slots)
-        windows = step.windows
+        windows, completed, queries = step.windows, None, None
+        if not isinstance(windows, WindowList):  # single tokens
+            completed = self._new_windows(windows)
+            queries = runtime.selector.keeping(self.number, query)
         runtime.kernels.write_tokens(
             pager.host,
             pager.slab,
@@ -185,8 +191,9 @@ class Layer:
             step.slots,
             key,
             value,
-            None if isinstance(windows, WindowList) else self._new_windows(windows),
+            completed,
             self.scales,
+            queries,
         )
         if isinstance(windows, WindowList):
             # As later steps will read them, so that the size of a chunk changes nothing.
@@ -198,8 +205,8 @@ class Layer:
             self._attend_fresh(query, key, value, step.fresh, output)
         if step.prompts:
             self._attend_prompts(query, torch.cat((key, value), -1), step, output)
-        single = step.decode is not None and step.decode.whole
-        runtime.selector.record(self.number, query, step.slots, step.last_in_block, single)
+        if isinstance(windows, WindowList):
+            runtime.selector.record(self.number, query, step.slots, step.last_in_block)
         if self.last:
             runtime.end_step()
 

@@ -62,6 +62,8 @@ def test_kernel_parity_runs_in_the_interpreter(tmp_path, monkeypatch):
         "attend part, chosen",
         "write tokens",
         "complete windows",
+        "keep queries",
+        "recall queries",
     }
     assert all(row["ok"] for row in rows)
     assert result["passed"]
