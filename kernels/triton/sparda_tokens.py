@@ -57,9 +57,8 @@ def _write_tokens_kernel(
         tl.store(target, b_k, mask=inside)
         tl.store(target + DIM, b_v, mask=inside)
     if GROUP:
-        member = tl.arange(0, BLOCK_H)
-        query_head = head * GROUP + member
-        mask = (member < GROUP)[:, None] & inside[None, :]
+        query_head = head * GROUP + tl.arange(0, BLOCK_H)
+        mask = (query_head < (head + 1) * GROUP)[:, None] & inside[None, :]
         source = row * stride_query_row + (query_head * stride_query_head)[:, None] + dim[None, :]
         b_q = tl.load(query + source, mask=mask).to(kept.dtype.element_ty)
         place = (query_head * DIM)[:, None] + dim[None, :]
