@@ -214,9 +214,11 @@ struct Attention {
   void weigh_all(const Rows& rows, int count, const float* weights, vec decay, float* sums,
                  Lines& later, int64_t share) const {
     const int64_t vectors = P ? 2 * P : dim / kLanes;
+    // Sums of four heads times four vectors fill AVX2's 16 registers, and weights need some, too.
+    constexpr int W = kLanes == 8 && G == 4 ? 2 : 4;
     int64_t v = 0;
-    for (; v + 4 <= vectors; v += 4)
-      weigh<G, 4>(rows, count, weights, decay, v, sums, later, share);
+    for (; v + W <= vectors; v += W)
+      weigh<G, W>(rows, count, weights, decay, v, sums, later, share);
     if (P) return;
     for (; v < vectors; ++v)
       weigh<G, 1>(rows, count, weights, decay, v, sums, later, share);

@@ -45,6 +45,9 @@ inline vec load(const bf16* p) {
 #ifdef __AVX512F__  // GCC splits the generic conversion into halves
   return (vec)_mm512_slli_epi32(
       _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#elif defined(__AVX2__)
+  return (vec)_mm256_slli_epi32(
+      _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16);
 #endif
   short_vec raw = *reinterpret_cast<const short_vec*>(p);
   return (vec)(__builtin_convertvector(raw, uvec) << 16);
@@ -178,8 +181,9 @@ struct Dot {
     out[1] = across(a + kLanes, b + kLanes);
   }
   static void unzip(vec (&)[2]) {}
-  // Two elements, in all lanes.
-  static pairs broadcast(const query* p) { return {vec{} + p[0], vec{} + p[1]}; }
+  // Two elements, in all lanes. Less nothing, not plus: that would make 0 of -0, so that an addition
+  // would stay where a load is enough.
+  static pairs broadcast(const query* p) { return {p[0] - vec{}, p[1] - vec{}}; }
   static vec add(vec acc, pairs a, pairs b) {
     return acc + a.first * b.first + a.second * b.second;
   }

@@ -41,6 +41,18 @@ bool reads_everything(const Shape& s, int64_t position) {
   return position / (s.windows * s.stride) < s.top_k || position < s.dense_len;
 }
 
+// Windows are asked for so many windows ahead: pages lie anywhere. Measured with AVX2 only, so
+// others leave it to the processor.
+constexpr int kAhead = kLanes == 8 ? 2 * kLanes : 0;
+
+template <typename T>
+void ask_ahead(const Shape& s, const T* const* keys) {
+  if constexpr (kAhead > 0)
+    for (int r = 0; r < kLanes; ++r)
+      for (int64_t b = 0; b < s.dim * static_cast<int64_t>(sizeof(T)); b += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(keys[kAhead + r]) + b);
+}
+
 // Adds to tmp.scores the softmax over the windows [1, slots) of G heads. P as in dots().
 template <int G, int P, typename T>
 void add_probabilities(const Shape& s, int64_t slots, const typename Dot<T>::query* query,
@@ -57,6 +69,7 @@ void add_probabilities(const Shape& s, int64_t slots, const typename Dot<T>::que
   const int64_t padded = (slots + kLanes - 1) / kLanes * kLanes;
   vec highest = vec{} - INFINITY;
   for (int64_t n = 0; n < padded; n += kLanes) {
+    ask_ahead(s, tmp.keys.data() + n);
     float* own = logits + n * H;
     for (int j = 0; j < H; ++j) {
       const T* keys[kLanes / H];
@@ -93,8 +106,10 @@ template <int P, typename T>
 void score(const Shape& s, int64_t slots, Scratch<T>& tmp) {
   float* scores = tmp.scores.data();
   if (!s.softmax) {
-    for (int64_t n = 0; n < slots; n += kLanes)
+    for (int64_t n = 0; n < slots; n += kLanes) {
+      ask_ahead(s, tmp.keys.data() + n);
       store(scores + n, dots<1, 1, P>(tmp.query.data(), tmp.keys.data() + n, s.dim));
+    }
     return;
   }
   std::fill(scores, scores + slots + kLanes, 0.0f);
@@ -127,7 +142,8 @@ void pick(const Shape& s, const T* cache, const T* vectors, const int32_t* table
       key += s.compressed_window;
     }
   }
-  std::fill_n(tmp.keys.begin() + slots, kLanes, tmp.keys[0]);  // up to whole vectors
+  // Up to whole vectors, and as far as is asked for ahead.
+  std::fill_n(tmp.keys.begin() + slots, kLanes + kAhead, tmp.keys[0]);
   switch (s.dim) {
     case 64: score<64 / kPiece>(s, slots, tmp); break;
     case 128: score<128 / kPiece>(s, slots, tmp); break;
@@ -169,7 +185,7 @@ void select(const Shape& s, const T* cache, const T* vectors, const int32_t* tab
   {
     static thread_local Scratch<T> tmp;
     if (scored) {
-      const int64_t most = s.blocks * s.windows + kLanes;
+      const int64_t most = s.blocks * s.windows + kLanes + kAhead;
       tmp.query.resize(s.group * s.dim);
       tmp.keys.resize(most);
       tmp.scores.resize(most);

@@ -54,16 +54,10 @@ def test_kernels_as_other_machines_run_them(flags, threads, files):
     assert " passed" in run.stdout
 
 
-@ON_X86
-@pytest.mark.parametrize("flags", ["", "-mno-avx512fp16", "-mno-avx512f"])
-@pytest.mark.parametrize("dtype", ["_Float16", "fp8"])
-def test_a_vector_of_numbers_is_widened_at_once(tmp_path, flags, dtype):
-    """One by one it takes three to ten times as long, and nothing but the time tells."""
-    source = tmp_path / "widen.cpp"
-    source.write_text(
-        f'#include "simd.h"\nextern "C" void widen(const {dtype}* p, float* to) '
-        "{ store(to, load(p)); }\n"
-    )
+def assembly_of(folder, flags, function):
+    """What the compiler makes of a function over `simd.h`."""
+    source = folder / "function.cpp"
+    source.write_text(f'#include "simd.h"\nextern "C" {function}\n')
     command = [
         *(
             *shlex.split(build.find_compiler()),
@@ -74,6 +68,26 @@ def test_a_vector_of_numbers_is_widened_at_once(tmp_path, flags, dtype):
         ),
         *("-I", str(Path(build.__file__).parent), "-S", "-o", "-", str(source)),
     ]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    conversions = re.findall(r"\bv?cvt\w+", text)
-    assert conversions == ["vcvtph2ps"], text
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@ON_X86
+@pytest.mark.parametrize("flags", ["", "-mno-avx512fp16", "-mno-avx512f"])
+@pytest.mark.parametrize(
+    ("dtype", "only"), [("_Float16", "vcvtph2ps"), ("fp8", "vcvtph2ps"), ("bf16", "vpmovzxwd")]
+)
+def test_a_vector_of_numbers_is_widened_at_once(tmp_path, flags, dtype, only):
+    """In parts, or one by one, it takes up to ten times as long, and only the time tells."""
+    function = f"void widen(const {dtype}* p, float* to) {{ store(to, load(p)); }}"
+    text = assembly_of(tmp_path, flags, function)
+    conversions = re.findall(r"\b(?:v?cvt|vpmovzx|vinsert)\w+", text)
+    assert conversions == [only], text
+
+
+@ON_X86
+@pytest.mark.parametrize("flags", ["", "-mno-avx512f"])
+def test_a_number_in_all_lanes_takes_a_load(tmp_path, flags):
+    function = "void fill(const float* p, float* to) { store(to, Dot<float>::broadcast(p).first); }"
+    text = assembly_of(tmp_path, flags, function)
+    assert "vbroadcastss" in text
+    assert not re.search(r"v(add|sub)[ps]s", text), text
