@@ -19,6 +19,7 @@ from support.configuration import configuration, drafter
 from support.policies import make_policy
 
 from vllm_sparse import registry, startup
+from vllm_sparse.backends import asked
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.features import FEATURES, OUTSIDE, POLICIES, SPARDA, Refused, Served, Stock
 from vllm_sparse.kv.tail.codec import PageCodec
@@ -191,6 +192,30 @@ def narrow_parts(name: str, on_gpu: bool) -> None:
     planning("ROCKETKV", on_gpu, 32, whole=224, group=12)
 
 
+def fp8_without_avx512(name: str, on_gpu: bool) -> None:
+    """At the start, and where a checkpoint has chosen it."""
+    from vllm_sparse.backends.refusals import check_layer
+
+    cache = {"kv_cache_dtype": "fp8", "expected_cache_dtype": "fp8"}
+    check_layer(name, on_gpu, **{**PLAIN_LAYER, **cache})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asked, "stock_reads_fp8", lambda: False)
+        refused = 0
+        for check in (
+            lambda: check_layer(name, on_gpu, **{**PLAIN_LAYER, **cache}),
+            lambda: startup.check_config(
+                configuration(name, on_path({}, on_gpu), cache_config__cache_dtype="fp8")
+            ),
+        ):
+            try:
+                check()
+            except UnsupportedError as error:
+                refused, why = refused + 1, error
+        assert refused in (0, 2)
+        if refused:
+            raise why
+
+
 def unknown_projections(name: str, on_gpu: bool) -> None:
     config = configuration(name, on_path(AHEAD, on_gpu))
     config.model_config.hf_config.architectures = ["StrangeForCausalLM"]
@@ -218,6 +243,7 @@ def sinks_flash_attention(name: str, on_gpu: bool) -> None:
 BY_CHECK = {
     "windows": (windows, "sliding-window"),
     "own-backends": (own_backends, "CPU_ATTN whatever .* 1 of 3 of its layers"),
+    "fp8-narrow": (fp8_without_avx512, "wants AVX-512 for it"),
     "states-cached": (states_cached, "--no-enable-prefix-caching"),
     "drafters-windows": (windows_and_drafter, "beside sliding windows"),
     "sinks-flash-attention": (sinks_flash_attention, "version None"),
@@ -236,6 +262,7 @@ BY_CHECK = {
 @pytest.fixture(autouse=True)
 def _machine(monkeypatch):
     monkeypatch.setattr(startup, "available_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(asked, "stock_reads_fp8", lambda: True)
 
 
 def ask(feature: str, name: str, on_gpu: bool) -> None:

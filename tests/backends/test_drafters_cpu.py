@@ -11,6 +11,7 @@ import pytest
 from reference.random_models import save_random_model
 from support.drafters import DRAFTS, drafts, save_eagle3, save_knowing_eagle, save_mimo
 from support.engine import BLOCK_SIZE, DENSE, EVERYTHING, NEW_TOKENS, SETTINGS, run_engine
+from support.fp8 import needs_stock_fp8
 from support.masked import assert_tokens_of_hugging_face
 
 pytest.importorskip("vllm")
@@ -57,7 +58,7 @@ def knowing(tmp_path_factory):
     return model, save_knowing_eagle(folder / "eagle", model)
 
 
-@pytest.mark.parametrize("cache", ["auto", "fp8"])
+@pytest.mark.parametrize("cache", ["auto", pytest.param("fp8", marks=needs_stock_fp8)])
 def test_heads_that_know_the_model_are_accepted(knowing, prompts, cache):
     """As often as with stock attention, where everything is kept and read, but compacted."""
     model, head = knowing

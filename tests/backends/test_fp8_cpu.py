@@ -13,14 +13,14 @@ import re
 import pytest
 from support import policy_cases
 from support.engine import BLOCK_SIZE, DENSE, EVERYTHING, SETTINGS, run_engine
-from support.fp8 import stored_on_cpus
+from support.fp8 import needs_stock_fp8, stored_on_cpus
 from support.masked import assert_tokens_of_hugging_face, policy_of
 from support.policy_cases import CASES
 
 from vllm_sparse.policies.snapkv import SnapKV
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, needs_stock_fp8]
 
 FP8 = {"kv_cache_dtype": "fp8", "block_size": BLOCK_SIZE}
 SCALED = {**FP8, "stand_ins": ("kv_scales",)}

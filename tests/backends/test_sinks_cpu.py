@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 from reference import hf_policies, hf_rocketkv
 from support.engine import BLOCK_SIZE, DENSE, EVERYTHING, SETTINGS, run_engine
-from support.fp8 import stored_on_cpus
+from support.fp8 import needs_stock_fp8, stored_on_cpus
 from support.masked import assert_tokens_of_hugging_face, hf_model
 from support.oracle import speculation
 from support.policies import make_policy
@@ -128,6 +128,7 @@ def test_ranks_change_nothing(gpt_oss, prompts, run):
     assert two["tokens"][0] == run["tokens"][0][:2]
 
 
+@needs_stock_fp8
 def test_fp8_caches(gpt_oss, prompts):
     """As stock vLLM's where all is read; else as Hugging Face's on what the cache holds."""
     shared = {

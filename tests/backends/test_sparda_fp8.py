@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pytest
 from support.engine import BLOCK_SIZE, run_engine
-from support.fp8 import stored_on_cpus, stored_on_gpus
+from support.fp8 import needs_stock_fp8, stored_on_cpus, stored_on_gpus
 from support.masked_sparda import assert_tokens_of_hugging_face, run_sparda
 
 pytest.importorskip("vllm")
@@ -28,6 +28,7 @@ def looking_ahead(llama, prompts):
     return run_sparda(llama, prompts[:3], slab_gib=SLAB_GIB, **FP8)
 
 
+@needs_stock_fp8
 def test_as_many_blocks_as_there_are_equal_stock(llama, prompts, stock_run):
     stock = run_engine(llama, prompts[:3], block_size=BLOCK_SIZE, **FP8)
     run = run_sparda(llama, prompts[:3], top_k=64, slab_gib=0.01, **FP8)

@@ -4,9 +4,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from support.stand_ins import KEY_SCALE, VALUE_SCALE
+
+# Elsewhere policies refuse it, which tests/test_features.py sees on any machine.
+needs_stock_fp8 = pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(), reason="stock vLLM reads fp8 on CPUs with AVX-512 only"
+)
 
 EVERY = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 

@@ -150,12 +150,21 @@ def of_cache(kind: str) -> Asked:
     """What a kind of KV cache asks for: vLLM's ``cache_dtype``."""
     if kind in FP8_CACHES:
         yield "fp8", {"kind": kind}
+        if not stock_reads_fp8():
+            yield "fp8-narrow", {"kind": kind}
     elif kind not in PLAIN_CACHES:
         others = (
             ("e5m2", "e5m2"), ("per_token_head", "scales-per-token"), ("fp8_", "other-fp8"),
             ("", "few-bits"),
         )  # fmt: skip
         yield next(name for part, name in others if part in kind), {"kind": kind}
+
+
+def stock_reads_fp8() -> bool:
+    """Whether vLLM's attention on CPUs reads fp8 here, which needs AVX-512 (AMX comes with it)."""
+    import torch
+
+    return bool(torch.cpu._is_avx512_supported())
 
 
 def _of_drafts(config: Any) -> Asked:

@@ -76,6 +76,23 @@ ROWS = (
             Served("tests/backends/test_sparda_fp8.py::test_the_gpu_path_rounds_to_the_nearest"),
         ),
     ),
+    row(
+        _CACHE, "fp8-narrow", "the same on a CPU without AVX-512",
+        (
+            Refused(
+                "--kv-cache-dtype {kind} on this CPU: vLLM's own attention, which reads prompts "
+                "and dense requests, wants AVX-512 for it; use auto"
+            ),
+            None,
+        ),
+        (
+            Served(
+                "tests/backends/test_sparda_fp8.py::"
+                "test_tokens_are_those_of_hugging_face_on_rounded_numbers"
+            ),
+            None,
+        ),
+    ),
     everywhere(
         _CACHE, "e5m2", "`--kv-cache-dtype fp8_e5m2`",
         "--kv-cache-dtype {kind}: e5m2 has two binary digits, and FlashAttention does not read it; "
