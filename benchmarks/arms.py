@@ -183,9 +183,10 @@ def parse_arm(
         plain, _, tree = name.rpartition("@")
         if tree not in (trees or {}):
             raise ValueError(
-                f"arm {name} needs --tree {tree}=FOLDER, which programs have whose arms take turns"
+                f"arm {name} needs --tree {tree}=FOLDER, which speed, prompts and generations have"
             )
-        arm = parse_arm(plain, settings, forecast)
+        # Its worker runs in the other checkout, which may have a file of that name.
+        arm = parse_arm(plain, settings, forecast and str(Path(forecast).absolute()))
         return replace(arm, name=name, label=f"{arm.label}, {tree}", tree=trees[tree])
     if name.endswith(_FP8):
         plain = parse_arm(name.removesuffix(_FP8), settings, forecast)

@@ -14,6 +14,7 @@ beginning: a prompt that holds what was generated is served otherwise than a gen
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import statistics
@@ -183,7 +184,9 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     names = ",".join(arm.name for arm in chosen)
     body: dict[str, Any] = {"model": options.model, "compared": names, "cells": {}}
-    body["trees"] = arms.commits(chosen)
+    if trees := arms.commits(chosen):
+        body["compared"] += f" of {json.dumps(trees, sort_keys=True)}"
+    body["trees"] = trees
     if options.model == RANDOM:
         body["shape"] = SHAPE
     try:

@@ -75,7 +75,7 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 def resolve_model(name: str) -> Path:
     """Returns the directory of a demo model (by name or alias) or of a model given as a path."""
     if Path(name).is_dir():
-        return Path(name)
+        return Path(name).absolute()  # workers may run in another folder
     from vllm_sparse.demo import models
 
     return models.fetch(MODEL_ALIASES.get(name, name))

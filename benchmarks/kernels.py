@@ -3,12 +3,13 @@
 """The C++ kernels alone: time a layer, and how far a decode step is from moving its bytes once.
 
 What is timed is the registry's (`benchmarks.ops`): a whole decode step in both dtypes of the cache,
-and all operations that have a kernel in C++. Layers have inputs of their own, together larger than
-the processor's cache, and are visited in turn, as in a model. The floor is the bytes that one layer
-must read over the bandwidth of a sequential read: the best of several passes, since others can only
-slow one down.
+and the operations of it that have a kernel in C++, but for writing SPARDA's tokens. Layers have
+inputs of their own, together larger than the processor's cache, and are visited in turn, as in a
+model. The floor is the bytes that one layer must read over the bandwidth of a sequential read: the
+best of several passes, since others can only slow one down.
 
-What is timed is in the result file at once. A file that was cut short is gone on with.
+What is timed is in the result file at once. A file that was cut short is gone on with, unless the
+code has changed since.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from benchmarks.gpu.shapes import LLAMA
 from benchmarks.ops import rocketkv, sparda, sparda_timings
 from benchmarks.ops.kernels import cpu, has_cpp, reference
 from benchmarks.ops.registry import COLD_BYTES, timed
-from benchmarks.results import OtherResultError, Recorder
+from benchmarks.results import OtherResultError, Recorder, commit
 
 if TYPE_CHECKING:
     import argparse
@@ -150,8 +151,12 @@ def paged(shape: Shape, options: argparse.Namespace, generator: torch.Generator)
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether a run was cut short that wrote this file."""
-    return path.exists() and json.loads(path.read_text()).get("complete") is False
+    """Whether a run of these very kernels was cut short that wrote this file."""
+    if not path.exists():
+        return False
+    found, ours = json.loads(path.read_text()), commit()
+    same = found.get("environment", {}).get("commit") == ours and ours is not None
+    return found.get("complete") is False and same and not ours.endswith("-dirty")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -221,7 +221,7 @@ def _requests(result: Row) -> str:
 
 
 def kernels(result: Row) -> str:
-    """The decode kernel's times on a CPU."""
+    """Times of kernels on a CPU."""
     body = result["result"]
     columns: dict[str, Any] = {
         "variant": "arm",

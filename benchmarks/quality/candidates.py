@@ -118,7 +118,7 @@ def scheme_of(policy: Policy, keep: Any = None, make: Any = None) -> Scheme:
 
     def count(tokens: int) -> int | None:
         dropped = policy.retention(tokens).dropped_blocks
-        return tokens - dropped * BLOCK if policy.moves and dropped else None
+        return tokens - dropped * BLOCK if policy.moves else None
 
     def read(tokens: int) -> Any:
         found, top_k = policy.retention(tokens), policy.top_k

@@ -214,7 +214,7 @@ struct Attention {
   void weigh_all(const Rows& rows, int count, const float* weights, vec decay, float* sums,
                  Lines& later, int64_t share) const {
     const int64_t vectors = P ? 2 * P : dim / kLanes;
-    // Sums of four heads times four vectors fill AVX2's 16 registers, and weights need some, too.
+    // Sums of four heads times four vectors would fill all 16 registers of AVX2.
     constexpr int W = kLanes == 8 && G == 4 ? 2 : 4;
     int64_t v = 0;
     for (; v + W <= vectors; v += W)

@@ -41,8 +41,8 @@ bool reads_everything(const Shape& s, int64_t position) {
   return position / (s.windows * s.stride) < s.top_k || position < s.dense_len;
 }
 
-// Windows are asked for so many windows ahead: pages lie anywhere. Measured with AVX2 only, so
-// others leave it to the processor.
+// Windows are asked for so many windows ahead: pages lie anywhere. With AVX-512 nobody has measured
+// it, and it is left to the processor.
 constexpr int kAhead = kLanes == 8 ? 2 * kLanes : 0;
 
 template <typename T>

@@ -49,6 +49,7 @@ OTHERS = ["attend slots", "attend all kept", "select blocks", "resolve", "copy p
 def test_a_run_that_was_cut_short_is_in_the_file_and_goes_on(tmp_path, monkeypatch):
     """Ctrl-C after two measurements; the same command measures the others only."""
     file, asked, right = tmp_path / "kernels.json", [], kernels.in_turns
+    monkeypatch.setenv("VLLM_SPARSE_COMMIT", "a")
 
     def cut(works, rounds):
         if len(asked) == len(DECODE):
@@ -66,6 +67,10 @@ def test_a_run_that_was_cut_short_is_in_the_file_and_goes_on(tmp_path, monkeypat
     del first["result"]["over_floor"]  # as if it had been cut a moment before
     assert "no floor yet" in tables.kernels(first)
 
+    for code, same in (("a", True), ("b", False), ("a-dirty", False)):
+        monkeypatch.setenv("VLLM_SPARSE_COMMIT", code)
+        assert kernels.is_unfinished(file) is same
+    monkeypatch.setenv("VLLM_SPARSE_COMMIT", "a")
     with pytest.raises(SystemExit):  # another size is another file's
         kernels.main([*SMALL, "--layers", "3", "--out", str(file)])
 

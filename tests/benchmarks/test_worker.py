@@ -63,12 +63,15 @@ def test_a_worker_runs_in_its_arms_checkout(tmp_path):
             worker.call("unheard of")
 
 
-def test_an_arm_is_of_this_checkout_unless_it_says_so(tmp_path):
+def test_an_arm_is_of_this_checkout_unless_it_says_so(tmp_path, monkeypatch):
     arm = parse_arm("rocket-512")
     assert (arm.folder, arm.python) == (results.ROOT, sys.executable)
     there = parse_arm("rocket-512+fp8@old", {"min_context": 64}, trees={"old": tmp_path})
     assert there.settings == {"token_budget": 512, "min_context": 64}
     assert (there.folder, there.label) == (tmp_path, "t = 512, fp8, old")
+    monkeypatch.chdir(tmp_path)
+    ahead = parse_arm("forecast-32@old", None, "own.safetensors", {"old": tmp_path / "old"})
+    assert ahead.settings["forecast"] == str(tmp_path / "own.safetensors")
 
 
 def test_before_and_after_are_one_command(tmp_path, monkeypatch):

@@ -83,8 +83,8 @@ def _vectors(flags: set[str]) -> Finding:
         )  # fmt: skip
     amx = "; AMX is there, but our kernels do not use it" if "amx_bf16" in flags else ""
     slower = "" if best == _VECTORS[0][1] else f"{_VECTORS[0][1]} would be faster, and is not there"
-    if "avx512f" not in flags:  # vLLM's own attention refuses it, which policies rest on
-        slower += "; fp8 caches are served by SPARDA only"
+    if "avx512f" not in flags:  # vLLM's own attention wants it, which policies rest on
+        slower += "; engines on this CPU have fp8 caches with SPARDA only"
     return fine(subject, f"{machine}, {best}{amx}", slower)
 
 
