@@ -25,30 +25,3 @@ def replace_once(owner: type | ModuleType, name: str, make: Callable[[Any], Any]
         ours: Any = functools.wraps(stock)(make(stock))
         ours._vllm_sparse_stock = stock
         setattr(owner, name, ours)
-
-
-def before(owner: type | ModuleType, name: str, do: Callable[..., object]) -> None:
-    """Do something before every call of a method, with the same arguments; once, as above."""
-
-    def make(stock: Any) -> Any:
-        def ours(*arguments: Any, **named: Any) -> Any:
-            do(*arguments, **named)
-            return stock(*arguments, **named)
-
-        return ours
-
-    replace_once(owner, name, make)
-
-
-def after(owner: type | ModuleType, name: str, do: Callable[..., object]) -> None:
-    """Do something after every call of a method, with the same arguments; once, as above."""
-
-    def make(stock: Any) -> Any:
-        def ours(*arguments: Any, **named: Any) -> Any:
-            result = stock(*arguments, **named)
-            do(*arguments, **named)
-            return result
-
-        return ours
-
-    replace_once(owner, name, make)

@@ -16,7 +16,7 @@ from vllm_sparse.errors import RequestError
 from vllm_sparse.policies.controlled import with_budget
 from vllm_sparse.policies.protocol import PolicySettings
 from vllm_sparse.registry import is_ours
-from vllm_sparse.seams import before
+from vllm_sparse.seams import replace_once
 
 
 class RefusedRequest(RequestError, VLLMClientError):
@@ -31,19 +31,23 @@ def watch_inputs() -> None:
     """
     from vllm.v1.engine.input_processor import InputProcessor
 
-    def check(
-        inputs: Any, request_id: str, prompt: Any, params: Any, *_: Any, **named: Any
-    ) -> None:
-        if not hasattr(inputs, "_vllm_sparse"):
-            inputs._vllm_sparse = allowed_requests(inputs.vllm_config)
-        if inputs._vllm_sparse is not None:
-            try:
-                asked = getattr(params, "extra_args", None)
-                inputs._vllm_sparse.check(asked, named.get("resumable", False))
-            except RequestError as error:
-                raise RefusedRequest(str(error)) from None
+    def make(stock: Any) -> Any:
+        def process_inputs(
+            self: Any, request_id: str, prompt: Any, params: Any, *arguments: Any, **named: Any
+        ) -> Any:
+            if not hasattr(self, "_vllm_sparse"):
+                self._vllm_sparse = allowed_requests(self.vllm_config)
+            if self._vllm_sparse is not None:
+                try:
+                    asked = getattr(params, "extra_args", None)
+                    self._vllm_sparse.check(asked, named.get("resumable", False))
+                except RequestError as error:
+                    raise RefusedRequest(str(error)) from None
+            return stock(self, request_id, prompt, params, *arguments, **named)
 
-    before(InputProcessor, "process_inputs", check)
+        return process_inputs
+
+    replace_once(InputProcessor, "process_inputs", make)
 
 
 def allowed_requests(vllm_config: Any) -> Allowed | None:

@@ -23,7 +23,7 @@ from vllm_sparse.backends.prompts import (
 )
 from vllm_sparse.control import AS_SET
 from vllm_sparse.kv.requests import control_of_request
-from vllm_sparse.seams import after, before
+from vllm_sparse.seams import replace_once
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,16 +41,39 @@ def watch_controls(config: VllmConfig) -> None:
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
         watch_requests()
-        after(GPUModelRunner, "add_requests", _note_new)
-        before(GPUModelRunner, "execute_model", lambda runner, *_, **__: turn_to(runner.req_states))
+        _after(GPUModelRunner, "add_requests", _note_new)
+        _before(GPUModelRunner, "execute_model", lambda runner: turn_to(runner.req_states))
         if config.model_config.is_hybrid:
             tell_rows_beside_states()
     else:
         from vllm.v1.worker.gpu_input_batch import InputBatch
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
 
-        after(InputBatch, "add_request", _note_row)
-        before(RunnerV1, "execute_model", lambda runner, *_, **__: turn_to(runner.input_batch))
+        _after(InputBatch, "add_request", _note_row)
+        _before(RunnerV1, "execute_model", lambda runner: turn_to(runner.input_batch))
+
+
+def _after(owner: type, name: str, note: Any) -> None:
+    def make(stock: Any) -> Any:
+        def noting(self: Any, added: Any, /) -> Any:
+            result = stock(self, added)
+            note(self, added)
+            return result
+
+        return noting
+
+    replace_once(owner, name, make)
+
+
+def _before(owner: type, name: str, turn: Any) -> None:
+    def make(stock: Any) -> Any:
+        def turned(self: Any, *arguments: Any, **named: Any) -> Any:
+            turn(self)
+            return stock(self, *arguments, **named)
+
+        return turned
+
+    replace_once(owner, name, make)
 
 
 def _note_new(runner: Any, scheduled: Any) -> None:

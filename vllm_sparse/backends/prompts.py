@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from vllm_sparse.backends.base import prompt_lengths
-from vllm_sparse.seams import after, before, replace_once
+from vllm_sparse.seams import replace_once
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,12 +38,16 @@ def watch_requests() -> None:
     """
     from vllm.v1.worker.gpu.states import RequestState
 
-    def note(states: Any, req_id: str, *_: Any, **__: Any) -> None:
-        global _taken_up
-        _taken_up += 1
-        _warm_ups(states)[states.req_id_to_index[req_id]] = req_id.startswith(_WARM_UPS)
+    def make(add: Any) -> Any:
+        def add_request(self: Any, req_id: str, *args: Any, **kwargs: Any) -> None:
+            global _taken_up
+            _taken_up += 1
+            add(self, req_id, *args, **kwargs)
+            _warm_ups(self)[self.req_id_to_index[req_id]] = req_id.startswith(_WARM_UPS)
 
-    after(RequestState, "add_request", note)
+        return add_request
+
+    replace_once(RequestState, "add_request", make)
 
 
 def tell_rows_beside_states() -> None:
@@ -52,14 +56,18 @@ def tell_rows_beside_states() -> None:
 
     rows: Any = None
 
-    def note(states: Any, input_batch: Any, *_: Any, **__: Any) -> None:
-        nonlocal rows
-        rows = input_batch.idx_mapping_np
+    def prepare(stock: Any) -> Any:
+        def prepare_attn(self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal rows
+            rows = input_batch.idx_mapping_np
+            return stock(self, input_batch, *args, **kwargs)
+
+        return prepare_attn
 
     def build(stock: Any) -> Any:
         return lambda **named: stock(**{"req_idx": rows, **named})
 
-    before(mamba_hybrid.MambaHybridModelState, "prepare_attn", note)
+    replace_once(mamba_hybrid.MambaHybridModelState, "prepare_attn", prepare)
     replace_once(mamba_hybrid, "build_attn_metadata", build)
 
 

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 from vllm.v1.request import Request
 
 from vllm_sparse.control import AS_SET, control_of
-from vllm_sparse.seams import after, before
+from vllm_sparse.seams import replace_once
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -28,16 +28,24 @@ def watch_requests() -> None:
     """Know all requests that this process makes from now on."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    def note_hashes(request: Request, *_: Any, **__: Any) -> None:
-        # The list lives as long as the request and grows with it.
-        _by_hashes[id(request.block_hashes)] = request
+    def make(begin: Any) -> Any:
+        def __init__(self: Request, *args: Any, **kwargs: Any) -> None:
+            begin(self, *args, **kwargs)
+            # The list lives as long as the request and grows with it.
+            _by_hashes[id(self.block_hashes)] = self
 
-    def note_id(scheduler: Any, request: Request) -> None:
-        if request.request_id not in scheduler.requests:  # else it goes on with that one
-            note_request(scheduler.kv_cache_manager.block_pool, request)
+        return __init__
 
-    after(Request, "__init__", note_hashes)
-    before(Scheduler, "add_request", note_id)
+    def make_noting(stock: Any) -> Any:
+        def add_request(self: Any, request: Request) -> None:
+            if request.request_id not in self.requests:  # else it goes on with that one
+                note_request(self.kv_cache_manager.block_pool, request)
+            stock(self, request)
+
+        return add_request
+
+    replace_once(Request, "__init__", make)
+    replace_once(Scheduler, "add_request", make_noting)
 
 
 def note_request(pool: BlockPool, request: Request) -> None:
@@ -58,14 +66,18 @@ def watch_engines() -> None:
     """
     from vllm.v1.engine.core import EngineCore
 
-    def check(engine: Any, request: Any) -> None:
-        for group in engine.scheduler.kv_cache_config.kv_cache_groups:
-            allowed = getattr(group.kv_cache_spec, "allowed", None)
-            if allowed is not None:
-                asked = getattr(request.sampling_params, "extra_args", None)
-                allowed.check(asked, request.resumable)
+    def make(stock: Any) -> Any:
+        def preprocess_add_request(self: Any, request: Any) -> Any:
+            for group in self.scheduler.kv_cache_config.kv_cache_groups:
+                allowed = getattr(group.kv_cache_spec, "allowed", None)
+                if allowed is not None:
+                    asked = getattr(request.sampling_params, "extra_args", None)
+                    allowed.check(asked, request.resumable)
+            return stock(self, request)
 
-    before(EngineCore, "preprocess_add_request", check)
+        return preprocess_add_request
+
+    replace_once(EngineCore, "preprocess_add_request", make)
 
 
 def of_id(pool: BlockPool, request_id: str) -> Request | None:
