@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from reference import rocketkv_bruteforce as brute
+from support.fp8 import needs_stock_fp8
 from support.kernels import same
 from support.pages import SCALES, make_batch
 from vllm_sparse.kernels.cpu import attention as cpu_attention
@@ -53,6 +54,7 @@ def stock_conversion(numbers: torch.Tensor, scale: float) -> torch.Tensor:
     return values.reshape(-1)
 
 
+@needs_stock_fp8
 @pytest.mark.vllm
 @pytest.mark.parametrize("scale", [1.0, 0.37, 1.7, 2.9, 0.013])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
